@@ -1,0 +1,70 @@
+"""Ids that any program can compute from a job's id, so that a job has one trace however it is reached.
+
+The rules are part of the contract: README publishes a test vector.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+from tailspan.errors import ConfigError
+
+__all__ = ["check_job_id", "job_hash", "span_id", "trace_id"]
+
+_VERSION = "tailspan/1"
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_MAX_JOB_ID_CHARS = 512
+
+
+def _digest(*parts: str) -> bytes:
+    return hashlib.sha256("\0".join((_VERSION, *parts)).encode("utf-8", "surrogatepass")).digest()
+
+
+def trace_id(identity: str, job_id: str, attempt: int = 1) -> str:
+    """Return the id of a job's trace.
+
+    Args:
+        identity: The service's identity (a UUID for local, the normalised base URL for Fused).
+        job_id: The job's id at that service.
+        attempt: 1 unless the service reports retries of one job.
+
+    Returns:
+        32 lower-case hexadecimal digits: the first 16 bytes of sha256 over ``tailspan/1``, identity, job id and
+        attempt, joined by NUL.
+    """
+    return _digest(identity, job_id, str(attempt))[:16].hex()
+
+
+def span_id(identity: str, job_id: str, kind: str, attempt: int = 1) -> str:
+    """Return the id of one of a job's spans.
+
+    Args:
+        identity: The service's identity.
+        job_id: The job's id at that service.
+        kind: Which span: ``run``, ``queued``, ``executing`` or ``submitted``.
+        attempt: 1 unless the service reports retries of one job.
+
+    Returns:
+        16 lower-case hexadecimal digits: the first 8 bytes of the same hash with ``kind`` as a further part.
+    """
+    return _digest(identity, job_id, str(attempt), kind)[:8].hex()
+
+
+def job_hash(identity: str, job_id: str) -> str:
+    """Return the 16 hexadecimal digits that every ``log.record.uid`` of a job of an offset service starts with."""
+    return _digest(identity, job_id, "log")[:8].hex()
+
+
+def check_job_id(job_id: str) -> str:
+    """Return the id if it can be one; services escape it, so any printable text is allowed.
+
+    Raises:
+        ConfigError: The id is empty, too long or has control characters.
+    """
+    if not job_id or len(job_id) > _MAX_JOB_ID_CHARS or _CONTROL.search(job_id):
+        shown = repr(job_id[:60])
+        raise ConfigError(
+            f"{shown} is not a job id: expected 1 to {_MAX_JOB_ID_CHARS} printable characters", job_id=job_id
+        )
+    return job_id

@@ -1,0 +1,183 @@
+"""`LogPage`: one reply of lines and the next cursor, in columns rather than an object per line.
+
+Two facts about a line are needed to make a record that is the same after any restart: its exact time and its uid.
+Both are stored per *run* of lines (one read of a pipe, one millisecond of a log) and counted up within it:
+
+    time_unix_nano of line i of a run = run.time_unix_nano + i      (order and repeats survive stores that sort by time)
+    log.record.uid of line i          = run.uid_prefix + "%04x" % i (services with offsets)
+                                      = hex of digests[8 * i]       (services with times only)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, TypedDict
+
+__all__ = [
+    "CLEAN",
+    "MAX_PAGE_BYTES",
+    "MAX_PAGE_LINES",
+    "NANOS_PER_MS",
+    "Line",
+    "LogPage",
+    "Message",
+    "Run",
+    "Stream",
+    "line_digest",
+]
+
+MAX_PAGE_BYTES = 1 << 20
+MAX_PAGE_LINES = 5000
+NANOS_PER_MS = 1_000_000
+
+
+class Stream:
+    """Which stream a line came from, as stored and sent; 0 is unknown."""
+
+    NONE = 0
+    STDOUT = 1
+    STDERR = 2
+    NAMES = ("", "stdout", "stderr")
+
+
+CLEAN = 1
+"""Run flag: plain ASCII without CR, ESC or NUL, so `tailspan.clean.clean` would change nothing in any line."""
+
+
+class Message(TypedDict, total=False):
+    """A line as `tailspan.job_get_logs` returns it; a service may add keys."""
+
+    message: str
+    timestamp: int
+    stream: str
+
+
+class Line(NamedTuple):
+    """One line as a simple service hands it over.
+
+    Attributes:
+        time_unix_nano: When the source says that it was written, in ns since the epoch.
+        message: The line as read, without its line ending.
+        stream: ``stdout``, ``stderr`` or empty.
+    """
+
+    time_unix_nano: int
+    message: str | bytes
+    stream: str = ""
+
+
+class Run(NamedTuple):
+    """Consecutive lines of one instant and one stream.
+
+    Attributes:
+        count: How many lines.
+        time_unix_nano: The time of the first; each further line is 1 ns later.
+        stream: One of `Stream`.
+        flags: `CLEAN` or 0.
+        uid_prefix: Start of each line's uid for services with offsets; empty where the page has digests.
+    """
+
+    count: int
+    time_unix_nano: int
+    stream: int = Stream.NONE
+    flags: int = 0
+    uid_prefix: str = ""
+
+
+def line_digest(identity: str, job_id: str, time_unix_nano: int, message: bytes, occurrence: int) -> bytes:
+    """Return the 8 bytes that tell a line from all others of a service that knows only times.
+
+    Args:
+        identity: The service's identity.
+        job_id: The job's id there.
+        time_unix_nano: The time as the source gave it (not counted up within the instant).
+        message: The line as read, before cleaning and redaction.
+        occurrence: 0 for the first line with this time and text, 1 for its repeat, and so on.
+    """
+    key = f"{identity}\0{job_id}\0{time_unix_nano}\0{occurrence}\0".encode()
+    return hashlib.blake2b(key + message, digest_size=8).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class LogPage:
+    """At most 5,000 lines or 1 MiB (one longer line makes a page of its own), and where to go on.
+
+    Attributes:
+        lines: Each line as read, without its line ending, in the order in which the service returned them.
+        runs: Times, streams and flags of those lines; the counts add up to ``len(lines)``.
+        cursor: Where to resume once all these lines are acked; opaque, the service's own.
+        digests: 8 bytes a line for services that know only times; empty where runs have a uid prefix.
+    """
+
+    lines: list[bytes]
+    runs: list[Run]
+    cursor: bytes
+    digests: bytes = b""
+
+    @classmethod
+    def from_lines(cls, lines: Iterable[Line], *, cursor: bytes, identity: str, job_id: str) -> LogPage:
+        """Make a page of single lines, for services that are simple rather than fast.
+
+        Args:
+            lines: Oldest first; equal times are normal.
+            cursor: Where to resume after them.
+            identity: The service's identity; with the job id it makes the uids.
+            job_id: The job that they belong to.
+
+        Returns:
+            The page. Uids count equal lines of one time within the page: end a page between two times.
+        """
+        bodies: list[bytes] = []
+        runs: list[Run] = []
+        digests: list[bytes] = []
+        instants: dict[int, int] = {}
+        repeats: dict[tuple[int, bytes], int] = {}
+        for line in lines:
+            body = (
+                line.message if isinstance(line.message, bytes) else line.message.encode("utf-8", "replace")
+            )
+            ordinal = instants.get(line.time_unix_nano, 0)
+            instants[line.time_unix_nano] = ordinal + 1
+            occurrence = repeats.get((line.time_unix_nano, body), 0)
+            repeats[line.time_unix_nano, body] = occurrence + 1
+            digests.append(line_digest(identity, job_id, line.time_unix_nano, body, occurrence))
+            bodies.append(body)
+            stream = Stream.NAMES.index(line.stream)
+            nano = line.time_unix_nano + min(ordinal, NANOS_PER_MS - 1)
+            last = runs[-1] if runs else None
+            if last and last.stream == stream and last.time_unix_nano + last.count == nano:
+                runs[-1] = last._replace(count=last.count + 1)
+            else:
+                runs.append(Run(1, nano, stream))
+        return cls(bodies, runs, cursor, b"".join(digests))
+
+    def times_unix_nano(self) -> list[int]:
+        """Return the time of each line, in ns since the epoch."""
+        times: list[int] = []
+        for run in self.runs:
+            times.extend(range(run.time_unix_nano, run.time_unix_nano + run.count))
+        return times
+
+    def uids(self) -> list[str]:
+        """Return the ``log.record.uid`` of each line."""
+        if self.digests:
+            text = self.digests.hex()
+            return [text[start : start + 16] for start in range(0, len(text), 16)]
+        return [f"{run.uid_prefix}{index:04x}" for run in self.runs for index in range(run.count)]
+
+    def messages(self) -> Iterator[Message]:
+        """Yield each line as `tailspan.job_get_logs` returns it."""
+        position = 0
+        for run in self.runs:
+            stream = Stream.NAMES[run.stream]
+            for index in range(run.count):
+                message = Message(
+                    message=self.lines[position].decode("utf-8", "replace"),
+                    timestamp=(run.time_unix_nano + index) // NANOS_PER_MS,
+                )
+                if stream:
+                    message["stream"] = stream
+                position += 1
+                yield message
