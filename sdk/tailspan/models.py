@@ -174,9 +174,7 @@ class RunResponse:
             "status": status,
             "terminal_status": terminal_status,
             "job_status": job_status,
-            "job_status_date": fields.get("finished_at")
-            or fields.get("started_at")
-            or fields.get("submitted_at"),
+            "job_status_date": fields.get("finished_at") or fields.get("started_at") or fields.get("submitted_at"),
             "finished_job_status": finished,
         }
         return cls(state=state, **{**wire, **fields})
@@ -206,9 +204,7 @@ class RunResponse:
 
         jobs.job_print_logs(self, since_ms, file)
 
-    def tail_logs(
-        self, refresh_seconds: float = 1, sample_logs: bool = True, timeout: float | None = None
-    ) -> None:
+    def tail_logs(self, refresh_seconds: float = 1, sample_logs: bool = True, timeout: float | None = None) -> None:
         """Print this job's lines as they come; see `tailspan.job_tail_logs`."""
         from tailspan import jobs
 

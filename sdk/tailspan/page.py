@@ -135,9 +135,7 @@ class LogPage:
         instants: dict[int, int] = {}
         repeats: dict[tuple[int, bytes], int] = {}
         for line in lines:
-            body = (
-                line.message if isinstance(line.message, bytes) else line.message.encode("utf-8", "replace")
-            )
+            body = line.message if isinstance(line.message, bytes) else line.message.encode("utf-8", "replace")
             ordinal = instants.get(line.time_unix_nano, 0)
             instants[line.time_unix_nano] = ordinal + 1
             occurrence = repeats.get((line.time_unix_nano, body), 0)

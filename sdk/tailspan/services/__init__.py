@@ -136,9 +136,7 @@ def open_service(name: str, settings: Settings) -> JobService:
     options: Mapping[str, Any] | None = settings.services.get(name)
     if options is None:
         known = ", ".join(sorted(settings.services))
-        raise ConfigError(
-            f"no service named {name!r} is configured; there is: {known}", key=f"services.{name}"
-        )
+        raise ConfigError(f"no service named {name!r} is configured; there is: {known}", key=f"services.{name}")
     kind = options.get("type", name)
     found = entry_points(group="tailspan.services", name=str(kind))
     if not found:
