@@ -1,0 +1,1 @@
+"""Tailspan: see every batch job."""

@@ -1,0 +1,1 @@
+"""The files and the supervisor of jobs on this machine."""
