@@ -1,0 +1,159 @@
+"""What is known of ended runs, as values that add up: counts and durations per pipeline, result and error type.
+
+The checkpoint store keeps one row per `RunTotals` and replaces it in the transaction that acks the run span. So the
+numbers survive restarts, count runs that ended while the agent was down, and count each run once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import operator
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+__all__ = ["BOUNDS_S", "COLUMNS", "OTHER_PIPELINES", "PipelineNames", "RunExemplar", "RunTotals"]
+
+BOUNDS_S: tuple[float, ...] = tuple(float(2**power) for power in range(15))
+"""Upper bounds of the duration buckets in seconds: 1 s to 16384 s; one more bucket lies above the last."""
+
+COLUMNS = ("pipeline", "result", "error_type", "sum_s", "buckets", "exemplars")
+"""The columns of `RunTotals.to_row`; the first three are the key."""
+
+OTHER_PIPELINES = "#other#"
+"""The one name that all pipelines share that came after the cap was reached."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RunExemplar:
+    """One run that stands for its bucket.
+
+    Attributes:
+        trace_id: The job's trace, 32 hexadecimal digits.
+        span_id: Its run span, 16 hexadecimal digits.
+        duration_s: How long it ran, in seconds.
+        time_unix_nano: When it ended.
+    """
+
+    trace_id: str
+    span_id: str
+    duration_s: float
+    time_unix_nano: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RunTotals:
+    """All ended runs of one pipeline with one result, since the store was made.
+
+    Attributes:
+        pipeline: The pipeline's name, as `PipelineNames.label` gives it.
+        result: The ``cicd.pipeline.result``.
+        error_type: The ``error.type``; None for runs without one.
+        sum_s: All durations together, in seconds.
+        buckets: How many runs fell into each bucket of `BOUNDS_S`; the last one is above all bounds.
+        exemplars: For each bucket the newest run with a trace that fell into it.
+    """
+
+    pipeline: str
+    result: str
+    error_type: str | None = None
+    sum_s: float = 0.0
+    buckets: tuple[int, ...] = (0,) * (len(BOUNDS_S) + 1)
+    exemplars: tuple[RunExemplar | None, ...] = (None,) * (len(BOUNDS_S) + 1)
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """The row's key: pipeline, result, error type (empty for none)."""
+        return self.pipeline, self.result, self.error_type or ""
+
+    @property
+    def count(self) -> int:
+        """How many runs these are."""
+        return sum(self.buckets)
+
+    def add(self, duration_s: float, *, trace_id: str = "", span_id: str = "", time_unix_nano: int = 0) -> RunTotals:
+        """Return these totals with one more run.
+
+        Args:
+            duration_s: How long it ran, in seconds. Below zero (a clock that stepped back) counts as zero.
+            trace_id: Its trace as 32 hexadecimal digits; without one the run is no exemplar.
+            span_id: Its run span as 16 hexadecimal digits.
+            time_unix_nano: When it ended.
+        """
+        duration_s = max(0.0, duration_s)
+        bucket = bisect_left(BOUNDS_S, duration_s)
+        buckets = tuple(count + (index == bucket) for index, count in enumerate(self.buckets))
+        exemplars = list(self.exemplars)
+        if trace_id:
+            exemplars[bucket] = _newer(exemplars[bucket], RunExemplar(trace_id, span_id, duration_s, time_unix_nano))
+        return dataclasses.replace(self, sum_s=self.sum_s + duration_s, buckets=buckets, exemplars=tuple(exemplars))
+
+    def merge(self, other: RunTotals) -> RunTotals:
+        """Return both totals together, under this one's key."""
+        return dataclasses.replace(
+            self,
+            sum_s=self.sum_s + other.sum_s,
+            buckets=tuple(map(operator.add, self.buckets, other.buckets)),
+            exemplars=tuple(map(_newer, self.exemplars, other.exemplars)),
+        )
+
+    def to_row(self) -> tuple[str, str, str, float, str, str]:
+        """Return the values of `COLUMNS`: plain text and numbers, buckets and exemplars as JSON."""
+        exemplars = [exemplar and dataclasses.astuple(exemplar) for exemplar in self.exemplars]
+        return *self.key, self.sum_s, json.dumps(self.buckets), json.dumps(exemplars)
+
+    @classmethod
+    def from_row(cls, row: Sequence[Any]) -> RunTotals:
+        """Make the totals back from the values of `COLUMNS`.
+
+        Raises:
+            ValueError: The row is not one that `to_row` made.
+        """
+        try:
+            pipeline, result, error_type, sum_s, buckets, exemplars = row
+            counts = tuple(int(count) for count in json.loads(buckets))
+            found = tuple(values and RunExemplar(*values) for values in json.loads(exemplars))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"not a row of run totals: {error}") from error
+        if not len(counts) == len(found) == len(BOUNDS_S) + 1:
+            raise ValueError(f"not a row of run totals: {len(counts)} buckets instead of {len(BOUNDS_S) + 1}")
+        return cls(pipeline, result, error_type or None, float(sum_s), counts, found)
+
+
+def _newer(one: RunExemplar | None, other: RunExemplar | None) -> RunExemplar | None:
+    if one is None or other is None:
+        return one or other
+    return max(one, other, key=lambda exemplar: exemplar.time_unix_nano)
+
+
+class PipelineNames:
+    """The names that get metrics of their own: the first ones up to a cap; all later ones share `OTHER_PIPELINES`.
+
+    Pipelines that put a date or an id into their name would otherwise make a new series for each run.
+    """
+
+    def __init__(self, limit: int, known: Iterable[str] = ()) -> None:
+        """Start with names in the order in which they were first seen.
+
+        Args:
+            limit: How many names there may be.
+            known: The names of earlier runs of the agent, oldest first.
+        """
+        self._limit = limit
+        self._names: dict[str, None] = {}
+        for name in known:
+            self.label(name)
+
+    def label(self, name: str) -> str:
+        """Return the name to use in metrics: the same one each time, for as long as the order stays."""
+        if name in self._names:
+            return name
+        if len(self._names) >= self._limit or name == OTHER_PIPELINES:
+            return OTHER_PIPELINES
+        self._names[name] = None
+        return name
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names that have metrics of their own, oldest first."""
+        return iter(tuple(self._names))
