@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tailspan._config_errors import Loc
+from tailspan._config_options import Loc
 from tailspan.errors import ConfigError
 
 __all__ = ["SIGNALS", "Layer", "below", "environment_layer", "file_layer", "parse_pairs", "set_in"]

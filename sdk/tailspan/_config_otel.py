@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tailspan._config_errors import Loc
 from tailspan._config_layers import SIGNALS, Layer, parse_pairs, set_in
+from tailspan._config_options import Loc
 from tailspan.errors import ConfigError
 
 __all__ = ["otel_layer"]

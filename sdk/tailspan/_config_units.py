@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +14,17 @@ from pydantic import BeforeValidator
 
 from tailspan.errors import ConfigError
 
-__all__ = ["Duration", "JsonList", "Size", "StrList", "StrTable", "UserPath", "parse_duration_s", "parse_size_bytes"]
+__all__ = [
+    "Duration",
+    "JsonList",
+    "Size",
+    "StrList",
+    "StrTable",
+    "UserPath",
+    "parse_duration_s",
+    "parse_size_bytes",
+    "platform_state_dir",
+]
 
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 _PART = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)(ms|[smhdw])")
@@ -102,6 +114,25 @@ def _user_path(value: object) -> object:
         return Path(value).expanduser()
     except RuntimeError:
         raise ConfigError("the home directory of ~ is not known; write the whole path") from None
+
+
+def platform_state_dir() -> Path:
+    """Return the directory for state of this user on this platform; it need not exist.
+
+    Source: XDG Base Directory Specification 0.8; Apple's File System Programming Guide.
+
+    Raises:
+        ConfigError: The home directory is not known.
+    """
+    try:
+        if sys.platform == "darwin":
+            return Path.home() / "Library" / "Application Support" / "tailspan"
+        if sys.platform == "win32":
+            return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "tailspan"
+        xdg = os.environ.get("XDG_STATE_HOME", "")
+        return (Path(xdg) if xdg.startswith("/") else Path.home() / ".local" / "state") / "tailspan"
+    except RuntimeError:
+        raise ConfigError("the home directory is not known: set HOME, or a state_dir in the configuration") from None
 
 
 Duration = Annotated[float, BeforeValidator(parse_duration_s)]

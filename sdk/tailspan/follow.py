@@ -40,6 +40,7 @@ class Follower:
     state: JobState = JobState.UNKNOWN
     _delay_s: float = field(default=0.0, init=False)
     _ended_at_s: float | None = field(default=None, init=False)
+    _last_alive_s: float | None = field(default=None, init=False)
     _terminal_answers: int = field(default=0, init=False)
     _quiet_reads: int = field(default=0, init=False)
     _logs_complete: bool | None = field(default=None, init=False)
@@ -63,9 +64,14 @@ class Follower:
             self._ended_at_s = None
         self.state = job.state
         self._logs_complete = job.logs_complete
-        if job.state.is_terminal and self._ended_at_s is None:
+        if not job.state.is_terminal:
+            self._last_alive_s = now_s
+        elif self._ended_at_s is None:
             ended = job.finished_at or job.job_status_date
             ago_s = max(0.0, wall_s - ended.timestamp()) if ended else 0.0
+            if self._last_alive_s is not None:
+                # The service's clock may be behind ours: the job cannot have ended before it was last seen alive.
+                ago_s = min(ago_s, now_s - self._last_alive_s)
             self._ended_at_s = now_s - ago_s
             # Settling is for lines that become visible late: an end long ago needs no second look.
             self._settled_when_seen = ago_s >= self.settle_s
@@ -88,7 +94,9 @@ class Follower:
             self._complete_read = True
         elif started_s >= self._settled_at_s:
             self._quiet_reads = self._quiet_reads + 1 if not lines else 0
-            if self._quiet_reads >= _QUIET_READS or self._settled_when_seen:
+            # A service that marks the end of a log and has not: something outlives the job and may write for ever.
+            outlived = self._logs_complete is False
+            if self._quiet_reads >= _QUIET_READS or self._settled_when_seen or outlived:
                 self._complete_read = True
 
     @property

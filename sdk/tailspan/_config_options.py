@@ -1,4 +1,4 @@
-"""One boundary where pydantic's errors become `ConfigError`s that name the key, its place and what is expected."""
+"""Tables of the configuration, and one boundary where pydantic's errors become `ConfigError`s."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeAlias, get_args
+from typing import Any, TypeAlias, TypeVar, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tailspan.errors import ConfigError
 
-__all__ = ["Loc", "OptionsTable", "Where", "config_error", "key_text"]
+__all__ = ["Loc", "Options", "OptionsTable", "Where", "config_error", "key_text", "validate_options"]
 
 Loc: TypeAlias = tuple[str | int, ...]
 Where: TypeAlias = Callable[[Loc], str | None]
+
+Model = TypeVar("Model", bound=BaseModel)
 
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 _SECRET = re.compile(r"token|secret|passw|headers|credential|auth", re.IGNORECASE)
@@ -32,19 +34,51 @@ _EXPECTED = {
 }
 
 
+class Options(BaseModel):
+    """Base of every table of the configuration: unknown keys are errors, values are fixed once loaded."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
 class OptionsTable(dict[str, Any]):
     """A service's raw options, which also know where each was written. Its repr shows no values: some are secret.
 
     Attributes:
-        where: Tells the place of a key of this table, for error messages.
+        loc: Path of the table.
+        where: Tells the place of a key, for error messages.
     """
 
-    def __init__(self, options: Mapping[str, Any], where: Where) -> None:
+    def __init__(self, options: Mapping[str, Any], loc: Loc, where: Where) -> None:
         super().__init__(options)
+        self.loc = loc
         self.where = where
 
     def __repr__(self) -> str:
         return f"<options {', '.join(self)}>"
+
+
+def validate_options(model: type[Model], key_prefix: str, table: Mapping[str, Any]) -> Model:
+    """Validate one service's table, so that errors name ``KEY_PREFIX.KEY`` and where it was written.
+
+    Args:
+        model: The type's options, best a subclass of `Options`. It need not have the key ``type``.
+        key_prefix: Path of the table, such as ``services.fused``.
+        table: The raw options, as in `Settings.services`.
+
+    Raises:
+        ConfigError: A key is unknown or a value does not fit.
+    """
+    where: Where = table.where if isinstance(table, OptionsTable) else _nowhere
+    prefix: Loc = table.loc if isinstance(table, OptionsTable) else tuple(key_prefix.split("."))
+    options = {key: value for key, value in table.items() if key != "type" or "type" in model.model_fields}
+    try:
+        return model.model_validate(options)
+    except ValidationError as error:
+        raise config_error(error, model, prefix, where) from None
+
+
+def _nowhere(_loc: Loc) -> str | None:
+    return None
 
 
 def key_text(loc: Loc) -> str:
