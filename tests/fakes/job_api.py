@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import socket
 import ssl
 import struct
@@ -237,11 +238,9 @@ class FakeJobApi:
             "finished_tasks": 0,
         }
         job = FakeJob(job_id, fields)
-        job.becomes(job_status)
+        job.becomes(job_status, from_status=0)
         job._status().update(status)
         job._script.clear()
-        if job_status in _ENDED:
-            fields["terminal_status"] = True
         self.jobs[job_id] = job
         return job
 
@@ -314,7 +313,7 @@ class _Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             super().handle()
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, *args: object) -> None:
         """Say nothing."""
 
     def do_GET(self) -> None:
@@ -341,6 +340,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif fault.kind == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            os.close(self.connection.detach())  # an orderly close would send FIN
             self.close_connection = True
         else:
             self._reply(fault.status, fault.body, headers=fault.headers)
@@ -388,7 +388,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif request.verb == "cancel":
             job.cancels += 1
             if not job.status["finished_job_status"]:
-                job.becomes("Canceled")
+                job.becomes("Canceled", from_status=0)
             self._json(job._status(), truncate=truncate)
         else:
             job.statuses += 1
