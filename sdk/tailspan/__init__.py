@@ -1,1 +1,102 @@
-"""Tailspan: see every batch job."""
+"""Tailspan: see every batch job. Read, tail, wait for and cancel jobs of any job service."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tailspan.client import AsyncJobClient
+    from tailspan.config import Settings, load_settings
+    from tailspan.errors import (
+        AuthError,
+        ConfigError,
+        CursorExpiredError,
+        InProgressWarning,
+        JobNotFoundError,
+        ProtocolError,
+        RequestRejectedError,
+        ServiceError,
+        ServiceUnavailableError,
+        TailspanError,
+        WaitTimeoutError,
+    )
+    from tailspan.follow import TailUpdate
+    from tailspan.jobs import (
+        job_cancel,
+        job_get_exec_time,
+        job_get_logs,
+        job_get_status,
+        job_list,
+        job_print_logs,
+        job_submit,
+        job_tail_logs,
+        job_wait_for_job,
+    )
+    from tailspan.models import CoerceableToJobId, JobState, ListedJob, RunResponse
+    from tailspan.page import Line, LogPage, Message
+    from tailspan.services import JobService, SubmitService, open_service
+
+__all__ = [
+    "AsyncJobClient",
+    "AuthError",
+    "CoerceableToJobId",
+    "ConfigError",
+    "CursorExpiredError",
+    "InProgressWarning",
+    "JobNotFoundError",
+    "JobService",
+    "JobState",
+    "Line",
+    "ListedJob",
+    "LogPage",
+    "Message",
+    "ProtocolError",
+    "RequestRejectedError",
+    "RunResponse",
+    "ServiceError",
+    "ServiceUnavailableError",
+    "Settings",
+    "SubmitService",
+    "TailUpdate",
+    "TailspanError",
+    "WaitTimeoutError",
+    "job_cancel",
+    "job_get_exec_time",
+    "job_get_logs",
+    "job_get_status",
+    "job_list",
+    "job_print_logs",
+    "job_submit",
+    "job_tail_logs",
+    "job_wait_for_job",
+    "load_settings",
+    "open_service",
+]
+
+_MODULES = {
+    "tailspan.client": ("AsyncJobClient",),
+    "tailspan.config": ("Settings", "load_settings"),
+    "tailspan.errors": tuple(name for name in __all__ if name.endswith(("Error", "Warning"))),
+    "tailspan.follow": ("TailUpdate",),
+    "tailspan.jobs": tuple(name for name in __all__ if name.startswith("job_")),
+    "tailspan.models": ("CoerceableToJobId", "JobState", "ListedJob", "RunResponse"),
+    "tailspan.page": ("Line", "LogPage", "Message"),
+    "tailspan.services": ("JobService", "SubmitService", "open_service"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used (PEP 562), so that ``import tailspan`` costs nothing."""
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

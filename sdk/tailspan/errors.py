@@ -12,6 +12,8 @@ TailspanError                      carries service, job_id
   WaitTimeoutError(TimeoutError)   last status attached
   AgentError -> CheckpointError, ExportRejectedError   (in `tailspan_agent.errors`)
 
+and one warning, InProgressWarning(UserWarning)
+
 A failed job is a state, not an exception. Each service translates foreign errors (httpx, OSError, JSON) into
 this tree at one boundary, so callers never see them.
 """
@@ -27,6 +29,7 @@ __all__ = [
     "AuthError",
     "ConfigError",
     "CursorExpiredError",
+    "InProgressWarning",
     "JobNotFoundError",
     "ProtocolError",
     "RequestRejectedError",
@@ -157,3 +160,7 @@ class WaitTimeoutError(TailspanError, TimeoutError):
     ) -> None:
         super().__init__(message, service=service, job_id=job_id)
         self.last_status = last_status
+
+
+class InProgressWarning(UserWarning):
+    """The job still runs: its execution time is the time so far."""

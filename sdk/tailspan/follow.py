@@ -9,11 +9,13 @@ the job's end had settled (or after the service itself said that no line will co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tailspan.models import JobState, RunResponse
+from tailspan.page import Message
 
-__all__ = ["SETTLE_S", "Follower"]
+__all__ = ["SETTLE_S", "Follower", "TailUpdate"]
 
 SETTLE_S = 10.0
 _GROWTH = 1.6
@@ -141,3 +143,22 @@ class Follower:
         if self._logs_complete is False and self.follow_to_end_s:
             return ended + self.follow_to_end_s
         return ended + self.settle_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TailUpdate:
+    """What one look at a followed job brought.
+
+    Attributes:
+        status: The newest status; ``stale`` when the service could not be asked this time.
+        messages: The new lines, in the order in which the service returns them.
+        left_out: How many new lines before those were left out, because only a sample was asked for.
+        gap: Whether lines before these are gone at the service.
+        complete: Whether the job has ended and this is the last of its lines: nothing follows.
+    """
+
+    status: RunResponse
+    messages: Sequence[Message] = ()
+    left_out: int = 0
+    gap: bool = False
+    complete: bool = False

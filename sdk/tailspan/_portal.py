@@ -1,0 +1,158 @@
+"""One event loop in a background thread, so that plain functions can use async code.
+
+Why not ``asyncio.run`` a call: a notebook already runs a loop in this thread, and a loop a call would throw away the
+kept-alive connections (one status request on loopback is 1 ms with them, over 200 ms with a new client each time).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures
+import os
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, aclosing
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast
+
+import anyio
+from anyio.from_thread import BlockingPortal
+
+__all__ = ["Portal"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+R = TypeVar("R")
+
+_CANCEL_CHECK_S = 0.1
+_CLOSE_S = 2.0
+
+
+class Portal(Generic[R]):
+    """A background event loop that holds one resource; both are made at first use, and anew after a fork.
+
+    Meant for module globals: an instance lives as long as the process.
+    """
+
+    def __init__(self, resource: Callable[[], AbstractAsyncContextManager[R]]) -> None:
+        """Remember how to make the resource.
+
+        Args:
+            resource: Makes the context manager that is entered in the background loop and exited when that stops.
+        """
+        self._resource = resource
+        self._lock = threading.Lock()
+        self._running: _Running[R] | None = None
+        self._before_fork: list[object] = []
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._after_fork)
+        atexit.register(self.close)
+
+    def call(self, function: Callable[Concatenate[R, P], Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run ``function(resource, ...)`` in the background loop and return its result.
+
+        Ctrl-C returns at once: what was begun is cancelled, and not waited for.
+        """
+        running = self._start()
+
+        async def task() -> T:
+            return await function(running.resource, *args, **kwargs)
+
+        return _result(running.portal.start_task_soon(task))
+
+    def iterate(
+        self, function: Callable[Concatenate[R, P], AsyncIterator[T]], *args: P.args, **kwargs: P.kwargs
+    ) -> Iterator[T]:
+        """Run the async generator ``function(resource, ...)`` in the background loop and yield its items here.
+
+        It is never more than one item ahead. All of it runs in one task, so that it may hold cancel scopes.
+        """
+        running = self._start()
+        portal = running.portal
+        send, receive = anyio.create_memory_object_stream[T](0)
+
+        async def pump() -> None:
+            async with send, aclosing(cast("Any", function(running.resource, *args, **kwargs))) as items:
+                async for item in items:
+                    await send.send(item)
+
+        pumping = portal.start_task_soon(pump)
+        try:
+            while True:
+                try:
+                    item = _result(portal.start_task_soon(receive.receive))
+                except anyio.EndOfStream:
+                    break
+                yield item
+            _result(pumping)
+        finally:
+            pumping.cancel()
+            portal.start_task_soon(receive.aclose)
+
+    def close(self) -> None:
+        """Cancel what runs, exit the resource and end the thread. The next call starts anew."""
+        with self._lock:
+            running, self._running = self._running, None
+        if running is not None:
+            running.portal.start_task_soon(running.portal.stop, True)
+            running.thread.join(_CLOSE_S)
+
+    def _start(self) -> _Running[R]:
+        with self._lock:
+            if self._running is None:
+                started: concurrent.futures.Future[tuple[BlockingPortal, R]] = concurrent.futures.Future()
+                thread = threading.Thread(target=self._serve, args=(started,), name="tailspan", daemon=True)
+                thread.start()
+                portal, resource = started.result()
+                self._running = _Running(portal, resource, thread)
+            return self._running
+
+    def _serve(self, started: concurrent.futures.Future[tuple[BlockingPortal, R]]) -> None:
+        async def main() -> None:
+            async with self._resource() as resource, BlockingPortal() as portal:
+                started.set_result((portal, resource))
+                await portal.sleep_until_stopped()
+
+        try:
+            anyio.run(main)
+        except BaseException as error:
+            if started.done():
+                raise
+            started.set_exception(error)
+
+    def _after_fork(self) -> None:
+        # The thread does not exist in the child. Its loop is kept, not freed: closing it would take sockets out of
+        # the epoll set that the child shares with the parent.
+        self._before_fork.append(self._running)
+        self._running = None
+        self._lock = threading.Lock()
+
+
+class _Running(Generic[R]):
+    def __init__(self, portal: BlockingPortal, resource: R, thread: threading.Thread) -> None:
+        self.portal = portal
+        self.resource = resource
+        self.thread = thread
+
+
+def _result(future: concurrent.futures.Future[T]) -> T:
+    try:
+        task = _task_of_this_thread()
+        if task is None:
+            return future.result()
+        # Under asyncio.run, Ctrl-C does not raise here: it asks the main task to cancel, which we keep from noticing.
+        requests = task.cancelling()
+        while not concurrent.futures.wait([future], _CANCEL_CHECK_S).done:
+            if task.cancelling() > requests:
+                raise asyncio.CancelledError
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise
+
+
+def _task_of_this_thread() -> asyncio.Task[Any] | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None

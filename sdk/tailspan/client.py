@@ -1,0 +1,469 @@
+"""`AsyncJobClient`: every verb, once. `tailspan.jobs` and the command line are thin callers of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+import os
+import sys
+import warnings
+import weakref
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from datetime import timedelta
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Self
+
+import anyio
+
+from tailspan.asking import LogReader, StatusPoll, closing, stamped
+from tailspan.clock import Clock
+from tailspan.errors import ConfigError, InProgressWarning, RequestRejectedError, WaitTimeoutError
+from tailspan.follow import SETTLE_S, Follower, TailUpdate
+from tailspan.models import CoerceableToJobId, JobState, ListedJob, RunResponse, job_id_of
+from tailspan.page import NANOS_PER_MS, LogPage, Message, Stream
+from tailspan.services import JobService, SubmitService, open_service
+
+if TYPE_CHECKING:
+    from tailspan.config import Settings
+
+__all__ = ["AsyncJobClient"]
+
+LAST_ASK_S = 0.5
+"""How long after a deadline a request that is on its way may still be answered, in seconds."""
+
+_NAME_REQUESTS = 8
+
+_opened_by_name: weakref.WeakSet[JobService] = weakref.WeakSet()
+
+
+class AsyncJobClient:
+    """Every verb as an awaitable method, over any configured service.
+
+    Methods have the names, parameters and errors of the functions in `tailspan.jobs`. One client belongs to one event
+    loop. Services are opened at first use, kept, and closed with the client.
+
+    Example:
+        >>> async with AsyncJobClient() as client:
+        ...     status = await client.job_wait_for_job("nightly-42", timeout=3600)
+    """
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        service: str | JobService | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        """Make a client. Nothing is read or opened before the first verb.
+
+        Args:
+            settings: The configuration; None loads it as the command line does (``TAILSPAN_CONFIG``, environment).
+            service: What to ask when a call does not say; None is ``default_service`` of the configuration.
+            clock: What tells the time and waits; None is real time.
+        """
+        self._settings = settings
+        self._loads_settings = settings is None
+        self._loaded_from: tuple[tuple[str, str], ...] = ()
+        self._default = service
+        self._clock = clock or Clock()
+        self._services: dict[str, JobService] = {}
+        self._retired: list[JobService] = []
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the services that this client opened. Service objects given by the caller stay open."""
+        services, self._services = [*self._services.values(), *self._retired], {}
+        self._retired = []
+        for service in services:
+            await service.aclose()
+
+    @property
+    def settings(self) -> Settings:
+        """The configuration; loaded now if it was not yet.
+
+        Raises:
+            ConfigError: It cannot be read, or a key is wrong.
+        """
+        if self._loads_settings:
+            found = tuple(sorted((key, value) for key, value in os.environ.items() if key.startswith("TAILSPAN_")))
+            if self._settings is None or found != self._loaded_from:
+                from tailspan.config import load_settings
+
+                # A notebook sets TAILSPAN_CONFIG after its first call: that must count.
+                self._settings, self._loaded_from = load_settings(), found
+                self._retired.extend(self._services.values())
+                self._services = {}
+        assert self._settings is not None
+        return self._settings
+
+    def service(self, which: str | JobService | None = None) -> JobService:
+        """Return the service of that name, opening it if need be; an object is returned as it is.
+
+        Raises:
+            ConfigError: No such service is configured, or its options are wrong.
+        """
+        if which is None:
+            which = self._default
+        if which is not None and not isinstance(which, str):
+            return which
+        settings = self.settings
+        name = which or settings.default_service
+        if name not in self._services:
+            self._services[name] = open_service(name, settings)
+            _opened_by_name.add(self._services[name])
+        return self._services[name]
+
+    def _find(self, job: CoerceableToJobId, service: str | JobService | None) -> tuple[JobService, str]:
+        job_id = job_id_of(job)
+        if service is not None or isinstance(job, str):
+            return self.service(service), job_id
+        if job.origin is None:
+            return self.service(job.service), job_id
+        return self._own(job.origin), job_id
+
+    def _own(self, origin: JobService) -> JobService:
+        # What another client opened by name belongs to that client's loop, which may be closed or, after a fork, gone.
+        if origin not in _opened_by_name or origin in self._services.values():
+            return origin
+        try:
+            ours = self.service(origin.name)
+        except ConfigError:
+            return origin
+        return ours if ours.identity == origin.identity else origin
+
+    async def job_get_logs(
+        self, job: CoerceableToJobId, since_ms: int | None = None, *, service: str | JobService | None = None
+    ) -> list[Message]:
+        """Return the job's lines; see `tailspan.job_get_logs`."""
+        asked, job_id = self._find(job, service)
+        messages: list[Message] = []
+        async with closing(asked.read_messages(job_id, since_ms)) as pages:
+            async for page in pages:
+                messages.extend(page)
+        # Stable: lines of one millisecond keep the service's order.
+        messages.sort(key=_timestamp)
+        return messages
+
+    async def job_print_logs(
+        self,
+        job: CoerceableToJobId,
+        since_ms: int | None = None,
+        file: IO[str] | None = None,
+        *,
+        service: str | JobService | None = None,
+    ) -> None:
+        """Print the job's lines; see `tailspan.job_print_logs`."""
+        from tailspan.printing import LinePrinter
+
+        printer = LinePrinter(file or sys.stdout)
+        async with closing(self.iter_logs(job, since_ms, service=service)) as pages:
+            async for page in pages:
+                printer.messages(page)
+
+    async def job_tail_logs(
+        self,
+        job: CoerceableToJobId,
+        refresh_seconds: float = 1,
+        sample_logs: bool = True,
+        timeout: float | None = None,
+        get_logs_retries: int = 1,
+        *,
+        service: str | JobService | None = None,
+        file: IO[str] | None = None,
+        settle_seconds: float = SETTLE_S,
+    ) -> None:
+        """Print the job's lines as they come; see `tailspan.job_tail_logs`."""
+        from tailspan.printing import TailPrinter
+
+        printer = TailPrinter(file or sys.stdout)
+        updates = self.follow_logs(
+            job,
+            refresh_seconds,
+            sample_logs,
+            timeout,
+            get_logs_retries,
+            service=service,
+            settle_seconds=settle_seconds,
+        )
+        async with closing(updates) as following:
+            async for update in following:
+                printer.update(update)
+
+    async def job_get_status(self, job: CoerceableToJobId, *, service: str | JobService | None = None) -> RunResponse:
+        """Return the job's status; see `tailspan.job_get_status`."""
+        asked, job_id = self._find(job, service)
+        return stamped(await asked.get_job(job_id), asked)
+
+    async def job_cancel(self, job: CoerceableToJobId, *, service: str | JobService | None = None) -> RunResponse:
+        """Cancel the job; see `tailspan.job_cancel`."""
+        asked, job_id = self._find(job, service)
+        status = await asked.get_job(job_id)
+        if not status.state.is_terminal:
+            try:
+                status = await asked.cancel(job_id)
+            except RequestRejectedError:
+                # It may have ended between the two requests, and some services refuse then.
+                status = await asked.get_job(job_id)
+                if not status.state.is_terminal:
+                    raise
+        return stamped(status, asked)
+
+    async def job_get_exec_time(self, job: CoerceableToJobId, *, service: str | JobService | None = None) -> timedelta:
+        """Return the time from first to last line; see `tailspan.job_get_exec_time`."""
+        exec_time, status = await self.exec_time_and_status(job, service=service)
+        if not status.state.is_terminal:
+            warnings.warn(in_progress_text(status), InProgressWarning, stacklevel=2)
+        return exec_time
+
+    async def job_wait_for_job(
+        self,
+        job: CoerceableToJobId,
+        poll_interval_seconds: float = 5,
+        timeout: float | None = None,
+        *,
+        service: str | JobService | None = None,
+        on_status: Callable[[RunResponse], None] | None = None,
+    ) -> RunResponse:
+        """Wait until the job has ended; see `tailspan.job_wait_for_job`.
+
+        Args:
+            job: A job id, a status, or a row of a listing.
+            poll_interval_seconds: Seconds between two status requests.
+            timeout: Seconds after which to give up; None never does.
+            service: The service's name, or the service; None: the job's own, or the default one.
+            on_status: Called with each status on the way, to show progress.
+        """
+        _check_seconds("poll_interval_seconds", poll_interval_seconds, minimum=0.001)
+        asked, job_id = self._find(job, service)
+        deadline = self._deadline(timeout)
+        poll = StatusPoll(asked, job_id, self._clock, deadline, grace_s=LAST_ASK_S)
+        while True:
+            status = await poll.ask()
+            if status is not None and status.state.is_terminal:
+                return status
+            now = self._clock.monotonic_s()
+            if status is None or now >= deadline:
+                raise _wait_timeout(job_id, asked, poll, timeout or 0.0) from poll.last_error
+            if on_status is not None:
+                on_status(status)
+            await self._clock.sleep(min(poll_interval_seconds, deadline - now))
+
+    async def iter_logs(
+        self, job: CoerceableToJobId, since_ms: int | None = None, *, service: str | JobService | None = None
+    ) -> AsyncIterator[Sequence[Message]]:
+        """Yield the lines that are readable now, some thousands at a time, in the order of the service.
+
+        Args:
+            job: A job id, a status, or a row of a listing.
+            since_ms: Only lines whose time is at or after this, in ms since the epoch.
+            service: The service's name, or the service; None: the job's own, or the default one.
+
+        Raises:
+            JobNotFoundError: The service knows no such job.
+            ServiceError: The service did not answer as it should.
+        """
+        asked, job_id = self._find(job, service)
+        async with closing(asked.read_messages(job_id, since_ms)) as pages:
+            async for page in pages:
+                yield page
+
+    async def follow_logs(
+        self,
+        job: CoerceableToJobId,
+        refresh_seconds: float = 1,
+        sample_logs: bool = False,
+        timeout: float | None = None,
+        get_logs_retries: int = 1,
+        *,
+        service: str | JobService | None = None,
+        settle_seconds: float = SETTLE_S,
+    ) -> AsyncIterator[TailUpdate]:
+        """Yield what happens to a job until it has ended and its last line was read, or until the timeout.
+
+        Takes the arguments of `tailspan.job_tail_logs` and raises its errors.
+
+        Yields:
+            At least one update a refresh, with or without lines; the last one is ``complete`` unless time was up.
+        """
+        _check_seconds("refresh_seconds", refresh_seconds, minimum=0.001)
+        asked, job_id = self._find(job, service)
+        clock, deadline = self._clock, self._deadline(timeout)
+        poll = StatusPoll(asked, job_id, clock, deadline)
+        follower = Follower(poll_min_s=refresh_seconds, poll_max_s=refresh_seconds, settle_s=settle_seconds)
+        reader = LogReader(asked, job_id, clock, deadline, retries=get_logs_retries)
+        while True:
+            status = await poll.ask()
+            if status is None:
+                return
+            if not status.stale:
+                follower.on_status(status, clock.monotonic_s(), clock.wall_s())
+            started = clock.monotonic_s()
+            lines = 0
+            newest: Message | None = None
+            async with closing(reader.read()) as pages:
+                async for page in pages:
+                    lines += len(page.lines)
+                    if sample_logs:
+                        newest = _newer(newest, _newest(page))
+                    else:
+                        yield TailUpdate(status=status, messages=list(page.messages()), gap=reader.take_gap())
+            if reader.time_is_up:
+                return
+            follower.on_read(lines, started)
+            yield TailUpdate(
+                status=status,
+                messages=(newest,) if newest else (),
+                left_out=lines - 1 if newest else 0,
+                gap=reader.take_gap(),
+                complete=follower.complete,
+            )
+            now = clock.monotonic_s()
+            if follower.complete or now >= deadline:
+                return
+            await clock.sleep(min(follower.delay_s(now), deadline - now))
+
+    async def exec_time_and_status(
+        self, job: CoerceableToJobId, *, service: str | JobService | None = None
+    ) -> tuple[timedelta, RunResponse]:
+        """Return the time from first to last line, and the status that was asked for before: it says if that is all.
+
+        Raises:
+            JobNotFoundError: The service knows no such job.
+            ServiceError: The service did not answer as it should.
+        """
+        asked, job_id = self._find(job, service)
+        status = stamped(await asked.get_job(job_id), asked)
+        times = await asked.log_times_ms(job_id)
+        first, last = times or (0, 0)
+        return timedelta(milliseconds=max(0, last - first)), status
+
+    async def job_list(
+        self,
+        limit: int | None = 50,
+        *,
+        name: str | None = None,
+        state: JobState | str | None = None,
+        service: str | JobService | None = None,
+    ) -> list[ListedJob]:
+        """Return the service's jobs, newest first; see `tailspan.job_list`."""
+        asked = self.service(service)
+        wanted = None if state is None else _state(state)
+        rows: list[ListedJob] = []
+        async with closing(asked.list_jobs()) as pages:
+            async for page in pages:
+                found = [row for row in page if wanted is None or row.state is wanted]
+                if name is not None:
+                    found = [row for row in await _named(found, asked) if fnmatch.fnmatchcase(row.job_name or "", name)]
+                rows.extend(stamped(row, asked) for row in found)
+                if limit is not None and len(rows) >= limit:
+                    break
+        return rows[:limit]
+
+    async def job_submit(
+        self,
+        command: str | Sequence[str],
+        *,
+        name: str | None = None,
+        attributes: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+        cwd: str | os.PathLike[str] | None = None,
+        env: Mapping[str, str] | None = None,
+        service: str | JobService | None = None,
+    ) -> RunResponse:
+        """Start a command as a job; see `tailspan.job_submit`."""
+        asked = self.service(service)
+        if not isinstance(asked, SubmitService):
+            raise ConfigError(f"the service {asked.name!r} cannot be given jobs: submit to another", service=asked.name)
+        arguments = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
+        if not command or not all(isinstance(one, str) for one in arguments):
+            raise ConfigError("there is no command to run: give a string, or a list of strings")
+        if timeout is not None:
+            _check_seconds("timeout", timeout, minimum=0.0)
+        status = await asked.submit(
+            arguments,
+            name=name,
+            attributes=attributes,
+            timeout_s=timeout,
+            cwd=None if cwd is None else os.fspath(cwd),
+            env=env,
+        )
+        return stamped(status, asked)
+
+    def _deadline(self, timeout: float | None) -> float:
+        return math.inf if timeout is None else self._clock.monotonic_s() + timeout
+
+
+def in_progress_text(status: RunResponse) -> str:
+    """Say that an execution time is not the whole."""
+    return f"job {status.job_id} is {status.state}: this is its execution time so far"
+
+
+def _timestamp(message: Message) -> int:
+    return message.get("timestamp", 0)
+
+
+def _newest(page: LogPage) -> Message:
+    """Return a page's newest line; of several with one time the last."""
+    best_nano, best_line, best_stream, position = -1, 0, Stream.NONE, 0
+    for run in page.runs:
+        position += run.count
+        nano = run.time_unix_nano + run.count - 1
+        if nano >= best_nano:
+            best_nano, best_line, best_stream = nano, position - 1, run.stream
+    message = Message(message=page.lines[best_line].decode("utf-8", "replace"), timestamp=best_nano // NANOS_PER_MS)
+    if best_stream:
+        message["stream"] = Stream.NAMES[best_stream]
+    return message
+
+
+def _newer(one: Message | None, other: Message) -> Message:
+    return other if one is None or _timestamp(other) >= _timestamp(one) else one
+
+
+def _state(state: JobState | str) -> JobState:
+    try:
+        return JobState(state.upper())
+    except ValueError:
+        known = ", ".join(JobState)
+        raise ConfigError(f"{state!r} is not a job state; there is: {known}", key="state") from None
+
+
+def _check_seconds(name: str, seconds: float, *, minimum: float) -> None:
+    if not seconds >= minimum:
+        raise ConfigError(f"{name} is {seconds!r}: expected seconds, {minimum:g} or more", key=name)
+
+
+def _wait_timeout(job_id: str, service: JobService, poll: StatusPoll, timeout_s: float) -> WaitTimeoutError:
+    seen = f"it is {poll.last.state}" if poll.last else "its status was not answered"
+    fault = f"; the last request failed: {poll.last_error}" if poll.last_error else ""
+    return WaitTimeoutError(
+        f"job {job_id} had not ended after {timeout_s:g} s: {seen}{fault}",
+        last_status=poll.last,
+        service=service.name,
+        job_id=job_id,
+    )
+
+
+async def _named(rows: Sequence[ListedJob], service: JobService) -> list[ListedJob]:
+    """Return the rows with their names, asking for those that the list does not say."""
+    named = list(rows)
+    limit = anyio.CapacityLimiter(_NAME_REQUESTS)
+
+    async def ask(position: int) -> None:
+        async with limit:
+            status = await service.get_job(rows[position].job_id)
+        named[position] = dataclasses.replace(rows[position], job_name=status.job_name)
+
+    async with anyio.create_task_group() as group:
+        for position, row in enumerate(rows):
+            if row.job_name is None:
+                group.start_soon(ask, position)
+    return named

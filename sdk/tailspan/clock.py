@@ -1,0 +1,25 @@
+"""The clock, as a seam: everything that waits takes one, so that tests need not."""
+
+from __future__ import annotations
+
+import time
+
+import anyio
+
+__all__ = ["Clock"]
+
+
+class Clock:
+    """Real time. `tailspan.testing.FakeClock` is the other one."""
+
+    def monotonic_s(self) -> float:
+        """Return seconds that only ever grow, for durations and deadlines."""
+        return time.monotonic()
+
+    def wall_s(self) -> float:
+        """Return seconds since the epoch."""
+        return time.time()
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait for so many seconds."""
+        await anyio.sleep(seconds)
