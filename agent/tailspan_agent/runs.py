@@ -10,7 +10,7 @@ import dataclasses
 import json
 import operator
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 __all__ = ["BOUNDS_S", "COLUMNS", "OTHER_PIPELINES", "PipelineNames", "RunExemplar", "RunTotals"]
@@ -77,7 +77,7 @@ class RunTotals:
 
         Args:
             duration_s: How long it ran, in seconds. Below zero (a clock that stepped back) counts as zero.
-            trace_id: Its trace as 32 hexadecimal digits; without one the run is no exemplar.
+            trace_id: Its trace as 32 hexadecimal digits; without both ids the run is no exemplar.
             span_id: Its run span as 16 hexadecimal digits.
             time_unix_nano: When it ended.
         """
@@ -85,7 +85,7 @@ class RunTotals:
         bucket = bisect_left(BOUNDS_S, duration_s)
         buckets = tuple(count + (index == bucket) for index, count in enumerate(self.buckets))
         exemplars = list(self.exemplars)
-        if trace_id:
+        if trace_id and span_id:
             exemplars[bucket] = _newer(exemplars[bucket], RunExemplar(trace_id, span_id, duration_s, time_unix_nano))
         return dataclasses.replace(self, sum_s=self.sum_s + duration_s, buckets=buckets, exemplars=tuple(exemplars))
 
@@ -137,7 +137,7 @@ class PipelineNames:
         """Start with names in the order in which they were first seen.
 
         Args:
-            limit: How many names there may be.
+            limit: How many names there may be, at least one.
             known: The names of earlier runs of the agent, oldest first.
         """
         self._limit = limit
@@ -149,11 +149,14 @@ class PipelineNames:
         """Return the name to use in metrics: the same one each time, for as long as the order stays."""
         if name in self._names:
             return name
-        if len(self._names) >= self._limit or name == OTHER_PIPELINES:
-            return OTHER_PIPELINES
+        # a lone surrogate has no UTF-8: one job's odd name must not end all metrics
+        name = name.encode(errors="replace").decode()
+        if len(self._names) >= self._limit and name not in self._names:
+            name = OTHER_PIPELINES
         self._names[name] = None
         return name
 
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the names that have metrics of their own, oldest first."""
-        return iter(tuple(self._names))
+    @property
+    def used(self) -> tuple[str, ...]:
+        """The labels given so far, oldest first; with `OTHER_PIPELINES` once the cap was reached."""
+        return tuple(self._names)
