@@ -156,7 +156,7 @@ class AgentSettings(Options):
             )
         for number, watch in enumerate(self.watch):
             if not watch.jobs and not watch.discover:
-                raise ConfigError("name jobs = [...], or set discover = true", key=f"agent.watch.{number}")
+                raise ConfigError("name jobs = [...], or set discover = true", key=f"agent.watch[{number}]")
         return self
 
 

@@ -19,6 +19,7 @@ Where: TypeAlias = Callable[[Loc], str | None]
 
 Model = TypeVar("Model", bound=BaseModel)
 
+_KEY_PART = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 _SECRET = re.compile(r"token|secret|passw|headers|credential|auth", re.IGNORECASE)
 _MAX_SHOWN = 60
@@ -109,13 +110,17 @@ def config_error(error: ValidationError, model: type[BaseModel], prefix: Loc, wh
         cause = item.get("ctx", {}).get("error")
         if isinstance(cause, ConfigError) and cause.key is not None:
             key, text = cause.key, str(cause)
-            place = where(tuple(key.split(".")))
+            place = where(_loc_of(key))
         else:
             key, text = key_text(loc), _sentence(item["type"], item, model, loc)
             place = where(loc)
         first = first or key
         sentences.append(": ".join(part for part in (place, key, text) if part))
     return ConfigError("\n".join(sentences), key=first)
+
+
+def _loc_of(key: str) -> Loc:
+    return tuple(int(index) if index else name for name, index in _KEY_PART.findall(key))
 
 
 def _sentence(kind: str, item: Mapping[str, Any], model: type[BaseModel], loc: Loc) -> str:

@@ -198,7 +198,7 @@ class Settings(BaseSettings):
             if watch.service not in self.services:
                 raise ConfigError(
                     f"no service {watch.service!r} is configured; there is: {known}",
-                    key=f"agent.watch.{number}.service",
+                    key=f"agent.watch[{number}].service",
                 )
         object.__setattr__(self, "agent", self.agent.model_copy(update={"watch": watches}))
         return self
