@@ -1,0 +1,146 @@
+"""`Redactor`: takes secrets out of lines before they leave the machine. Built once from ``[redact]``; then pure.
+
+Two ways to find one: by value (what named environment variables and files hold, one substring search each), and by
+pattern (a literal that every match contains is searched first, the regular expression only where it is found).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from tailspan.config import RedactSettings
+from tailspan.errors import ConfigError
+
+__all__ = ["MIN_SECRET_CHARS", "REDACTED", "Redactor"]
+
+MIN_SECRET_CHARS = 4
+"""Values shorter than this are not searched for: they would be found in every other line."""
+
+REDACTED = "[REDACTED]"
+
+
+class Redactor:
+    """Finds secrets in text and puts `REDACTED` in their place.
+
+    A value of several lines (a private key) is as many secrets, since a record is one line. Blank space around a
+    value does not count. Where finds overlap, all of them go as one.
+
+    Attributes:
+        ignored: What the settings name but cannot be searched for, with the reason; without the values.
+    """
+
+    def __init__(
+        self, secrets: Mapping[str, str] | None = None, patterns: Sequence[tuple[str | None, re.Pattern[str]]] = ()
+    ) -> None:
+        """Prepare the search.
+
+        Args:
+            secrets: Values by where they come from.
+            patterns: Regular expressions, each with a literal that all its matches contain, or None.
+        """
+        self.ignored: list[str] = []
+        found: set[str] = set()
+        for source, value in (secrets or {}).items():
+            usable = {line.strip() for line in value.splitlines() if len(line.strip()) >= MIN_SECRET_CHARS}
+            if not usable:
+                self.ignored.append(f"{source} holds no value of {MIN_SECRET_CHARS} characters or more")
+            found |= usable
+        self._secrets = tuple(sorted(found))
+        self._patterns = tuple(patterns)
+
+    @classmethod
+    def from_settings(cls, settings: RedactSettings, environ: Mapping[str, str] | None = None) -> Redactor | None:
+        """Return the redactor that the configuration asks for, or None if it asks for none.
+
+        Args:
+            settings: The table ``[redact]``.
+            environ: The environment; None is the process's own.
+
+        Raises:
+            ConfigError: A file cannot be read, or a pattern is no regular expression or has no literal.
+        """
+        environ = os.environ if environ is None else environ
+        secrets = {f"redact.env {name}": environ.get(name, "") for name in settings.env}
+        for path in settings.files:
+            secrets[f"redact.files {path}"] = _read(path)
+        patterns = []
+        for index, pattern in enumerate(settings.patterns):
+            key = f"redact.patterns[{index}]"
+            if not pattern.literal and not pattern.slow:
+                raise ConfigError(
+                    f"{key} has no literal: name a text that every match contains, or set slow = true", key=key
+                )
+            try:
+                patterns.append((pattern.literal or None, re.compile(pattern.regex)))
+            except re.error as error:
+                raise ConfigError(f"{key}.regex is not a regular expression: {error}", key=f"{key}.regex") from None
+        return cls(secrets, patterns) if secrets or patterns else None
+
+    def __repr__(self) -> str:
+        return f"<Redactor of {len(self._secrets)} secrets and {len(self._patterns)} patterns>"
+
+    def redact(self, text: str) -> tuple[str, int]:
+        """Return the text without secrets, and how many were taken out.
+
+        Args:
+            text: One whole line.
+        """
+        spans = sorted(self._finds(text))
+        if not spans:
+            return text, 0
+        parts = []
+        kept_to = count = 0
+        end = -1
+        for start, stop in spans:
+            if start >= end:
+                if count:
+                    parts.append(REDACTED)
+                    kept_to = end
+                parts.append(text[kept_to:start])
+                count += 1
+            end = max(end, stop)
+        parts += (REDACTED, text[end:])
+        return "".join(parts), count
+
+    def redact_lines(self, lines: list[bytes]) -> tuple[list[bytes], int]:
+        """Return lines without secrets, and how many were taken out.
+
+        Args:
+            lines: UTF-8. All are searched at once, and one by one only if something is found.
+        """
+        if not self._may_find(b"\n".join(lines).decode("utf-8", "replace")):
+            return lines, 0
+        redacted = []
+        total = 0
+        for line in lines:
+            text, count = self.redact(line.decode("utf-8", "replace"))
+            redacted.append(text.encode() if count else line)
+            total += count
+        return redacted, total
+
+    def _may_find(self, text: str) -> bool:
+        return any(secret in text for secret in self._secrets) or any(
+            literal is None or literal in text for literal, _ in self._patterns
+        )
+
+    def _finds(self, text: str) -> Iterator[tuple[int, int]]:
+        for secret in self._secrets:
+            start = text.find(secret)
+            while start >= 0:
+                yield start, start + len(secret)
+                start = text.find(secret, start + 1)
+        for literal, regex in self._patterns:
+            if literal is None or literal in text:
+                yield from (match.span() for match in regex.finditer(text) if match[0])
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {path} to learn the secrets in it: {error.strerror}", key="redact.files"
+        ) from None

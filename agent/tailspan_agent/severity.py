@@ -1,0 +1,183 @@
+"""The severity that a line states about itself. Pure.
+
+The first word in the head of a line that is a level *and* stands where loggers write it decides; a word in prose does
+not. Known places: Python's formats (``ERROR:root:...``, ``2024-05-01 12:00:00,123 - name - ERROR - ...``), brackets
+(``[info ]``, ``| INFO |``), ``ERROR:`` or ``ERROR ...`` at the start, after a time stamp, logfmt (``level=info``), JSON
+(``"level": "info"``) and glog (``I0501 12:00:00.000000``). Without one, severity is unspecified, not INFO.
+
+Numbers: opentelemetry-specification, logs data model, SeverityNumber; Python's CRITICAL is FATAL there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tailspan.errors import ConfigError
+
+__all__ = ["SEVERITIES", "UNSPECIFIED", "Severity", "SeverityLearner", "find_severity", "severity_number"]
+
+
+class Severity(NamedTuple):
+    """OTLP severity.
+
+    Attributes:
+        number: 1 (TRACE) to 24 (FATAL4); 0 is unspecified.
+        text: The word as the line has it; empty if unspecified.
+    """
+
+    number: int
+    text: str
+
+
+_NUMBERS = {
+    "TRACE": 1,
+    "DEBUG": 5,
+    "INFO": 9,
+    "NOTICE": 10,
+    "SUCCESS": 10,
+    "WARN": 13,
+    "WARNING": 13,
+    "ERR": 17,
+    "ERROR": 17,
+    "SEVERE": 17,
+    "CRITICAL": 21,
+    "FATAL": 21,
+    "PANIC": 21,
+    "ALERT": 22,
+    "EMERGENCY": 24,
+}
+_GLOG = {b"I": b"INFO", b"W": b"WARNING", b"E": b"ERROR", b"F": b"FATAL"}
+_HEAD_BYTES = 120
+_JSON_HEAD_BYTES = 2048
+
+SEVERITIES: tuple[Severity, ...] = (
+    Severity(0, ""),
+    *(Severity(number, case) for word, number in _NUMBERS.items() for case in (word, word.lower(), word.title())),
+)
+"""All severities that a line can have; elsewhere they are told by their place in this table."""
+UNSPECIFIED = 0
+_INDEX = {severity.text.encode(): index for index, severity in enumerate(SEVERITIES)}
+
+_WORD = re.compile(rb"\b(?:" + b"|".join(sorted(_INDEX.keys() - {b""}, key=len, reverse=True)) + rb")\b")
+_GLOG_START = re.compile(rb"[IWEF]\d{4} \d\d:\d\d:\d\d")
+_AFTER_TIME = re.compile(rb"\d\d:\d\d(?::\d\d)?[\d.,:+Z-]*\s+(?:[\w.:$/@-]+\s+)?\Z")
+_AFTER_STRUCTURE = re.compile(rb"(?:[\]})|]:?|\s-)\s*\Z")
+_AFTER_KEY = re.compile(rb"(?:^|\s)(?:level|lvl|severity)=[\"']?\Z")
+_AFTER_JSON_KEY = re.compile(rb"\"(?:level|severity|levelname|lvl|log\.level|log_level)\"\s{0,4}:\s{0,4}\"\Z")
+_BEFORE_STRUCTURE = re.compile(rb"\s*[:\]|]|\s+[-|]\s|/")
+_BRACKETS = {b"[": b"]", b"|": b"|"}
+
+
+def severity_number(name: str) -> int:
+    """Return the OTLP severity number of a level's name, in any case.
+
+    Raises:
+        ConfigError: There is no such level.
+    """
+    number = _NUMBERS.get(name.upper())
+    if number is None:
+        raise ConfigError(f"{name!r} is not a severity: use one of {', '.join(_NUMBERS)}", key="min_severity")
+    return number
+
+
+def find_severity(line: bytes) -> int:
+    """Return the severity of a line, as its place in `SEVERITIES`.
+
+    Args:
+        line: UTF-8, cleaned.
+    """
+    return _find(line)[0]
+
+
+def _find(line: bytes) -> tuple[int, int]:
+    """Return the severity and how many bytes of the line's start it follows from.
+
+    Every test below looks at bytes left of the word, at the word, and right of it no further than the byte that it
+    reports. So the answer holds for all lines that start with these bytes, and since no test tells one digit from
+    another, for all that start with the same bytes but for digits: that is what `SeverityLearner` builds on.
+    """
+    if _GLOG_START.match(line):
+        return _INDEX[_GLOG[line[:1]]], 14
+    is_json = line.startswith((b'{"', b'{ "'))
+    head = line[: _JSON_HEAD_BYTES if is_json else _HEAD_BYTES]
+    for word in _WORD.finditer(head):
+        end = _json_end(head, word) if is_json else _text_end(head, word)
+        if end:
+            return _INDEX[word[0]], end + 1
+    return UNSPECIFIED, len(head)
+
+
+def _json_end(head: bytes, word: re.Match[bytes]) -> int:
+    start, end = word.span()
+    return end if head[end : end + 1] == b'"' and _AFTER_JSON_KEY.search(head, max(0, start - 24), start) else 0
+
+
+def _text_end(head: bytes, word: re.Match[bytes]) -> int:
+    """Return where the evidence ends that this word is the line's level, or 0."""
+    start, end = word.span()
+    left = head[:start]
+    before = left.rstrip()
+    closer = _BRACKETS.get(before[-1:])
+    if closer == b"]" or (closer and word[0].isupper()):
+        inner = end
+        while head[inner : inner + 1] == b" ":
+            inner += 1
+        if head[inner : inner + 1] == closer:
+            return inner + 1
+    if _AFTER_KEY.search(left):
+        return end
+    colon = head[end : end + 1] == b":"
+    if not before and colon:
+        return end + 1
+    if not word[0].isupper():
+        return 0
+    if not before and (end == len(head) or head[end : end + 1].isspace()):
+        return end + 1
+    if left[-1:].isspace() or left[-1:] in (b"[", b"|", b":"):
+        if right := _BEFORE_STRUCTURE.match(head, end):
+            return right.end()
+        if _AFTER_STRUCTURE.search(left) or _AFTER_TIME.search(left):
+            return end
+    return 0
+
+
+_SAME_DIGITS = bytes(ord("0") if 0x30 <= byte <= 0x39 else byte for byte in range(256))
+_MAX_WIDTHS = 8
+_MAX_SHAPES = 512
+
+
+class SeverityLearner:
+    """Finds severities as `find_severity` does, faster for one job: its lines carry their level in few places.
+
+    What it remembers are line starts up to the level, with all digits alike: most lines of a job share a handful.
+    """
+
+    def __init__(self) -> None:
+        self._shapes: dict[bytes, int] = {}
+        self._widths: list[int] = []
+
+    def find_all(self, lines: Sequence[bytes]) -> list[int]:
+        """Return the severity of each line, as its place in `SEVERITIES`."""
+        if not self._widths:
+            return list(map(self.find, lines))
+        known, width, same = self._shapes.get, self._widths[0], _SAME_DIGITS
+        found = [known(line[:width].translate(same)) for line in lines]
+        return [self.find(line) if index is None else index for index, line in zip(found, lines, strict=True)]
+
+    def find(self, line: bytes) -> int:
+        """Return the severity of one line, as its place in `SEVERITIES`."""
+        for width in self._widths:
+            index = self._shapes.get(line[:width].translate(_SAME_DIGITS))
+            if index is not None:
+                return index
+        index, width = _find(line)
+        # A line shorter than the width says nothing about the lines that go on after it.
+        if index != UNSPECIFIED and len(line) >= width and len(self._shapes) < _MAX_SHAPES:
+            if width not in self._widths:
+                if len(self._widths) >= _MAX_WIDTHS:
+                    return index
+                self._widths.append(width)
+            self._shapes[line[:width].translate(_SAME_DIGITS)] = index
+        return index
