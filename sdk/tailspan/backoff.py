@@ -1,0 +1,64 @@
+"""How long to wait before trying again. Pure: the caller brings the clock and the random numbers."""
+
+from __future__ import annotations
+
+import math
+import re
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+
+__all__ = ["backoff_s", "parse_retry_after_s"]
+
+_DELTA_SECONDS = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9})?")
+
+
+def backoff_s(
+    attempt: int,
+    jitter: float,
+    *,
+    first_s: float = 0.5,
+    max_s: float = 30.0,
+    retry_after_s: float | None = None,
+) -> float:
+    """Return how long to wait after a failed attempt.
+
+    Args:
+        attempt: How many attempts failed before this one; 0 after the first.
+        jitter: A random number in [0, 1): spreads callers that failed at one moment.
+        first_s: Longest delay after the first attempt, in seconds; it doubles with each further one.
+        max_s: Where doubling stops, in seconds.
+        retry_after_s: What the other side asked for, in seconds, if it did: the delay is never less, and up to a
+            tenth more, so that all callers who were told the same moment do not come at it.
+
+    Returns:
+        Seconds: between half of the delay and the whole of it.
+    """
+    # 2.0**1024 overflows, and a caller may try for ever.
+    longest_s = min(max_s, first_s * 2.0 ** min(attempt, 64))
+    delay_s = longest_s * (0.5 + 0.5 * jitter)
+    return delay_s if retry_after_s is None else max(delay_s, retry_after_s * (1.0 + 0.1 * jitter))
+
+
+def parse_retry_after_s(value: str | None, now: datetime) -> float | None:
+    """Return the seconds that a ``Retry-After`` header asks for.
+
+    Args:
+        value: The header: seconds, or an HTTP date.
+        now: The present moment (aware), which a date is compared with.
+
+    Returns:
+        Seconds, 0 or more; None when there is no header or it says nothing that can be understood.
+
+    Source: RFC 9110, section 10.2.3; fractions are not in it, but gateways send them.
+    """
+    text = (value or "").strip()
+    if _DELTA_SECONDS.fullmatch(text):
+        return float(text)
+    try:
+        moment = parsedate_to_datetime(text)
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=UTC)
+        seconds = (moment - now).total_seconds()
+    except (ValueError, OverflowError, IndexError, TypeError):
+        return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None

@@ -1,0 +1,250 @@
+"""`Window`: which lines near the newest one were seen, as a multiset. Pure: no clock, no I/O.
+
+For services that know a line only by its time and text, and that may make lines visible late. Each read asks again
+for the last seconds before the newest line; the window tells which lines of the reply are new:
+
+- Two equal lines are two: of a pair (time, text), as many are dropped as were seen.
+- A line that becomes visible late, but within the window, is found.
+- What a line is called does not depend on where reads were cut: its uid is hashed from time, text and *occurrence*
+  (its place among equal lines), its time is counted up by its *ordinal* (its place within its millisecond), and both
+  come out the same from any reply that has the whole millisecond.
+
+The window reaches `late_window_s` back from the newest line, or less: it holds about 20,000 lines, and shrinks by
+whole milliseconds. The newest millisecond always stays. Of one with more lines than that only their number is kept:
+its lines are told apart by their place, so a late line is found only if it comes after those that were seen.
+
+Only in one reply that is out of order by more than the window can equal lines of a millisecond get the same uid.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain, pairwise
+
+import msgspec
+
+from tailspan.errors import ConfigError
+from tailspan.page import NANOS_PER_MS
+
+__all__ = ["MAX_WINDOW_LINES", "NewLines", "Window"]
+
+MAX_WINDOW_LINES = 20_000
+
+_DIGEST_BYTES = 8
+
+
+class _Cursor(msgspec.Struct, array_like=True, tag="tailspan.window/1"):
+    """The serialised window.
+
+    Attributes:
+        start_ms: Lines before this are not looked at again.
+        steps_ms: For each millisecond with lines: how long after the one before (the first: after ``start_ms``).
+        counts: How many lines each of them has.
+        digests: 8 bytes for each line, in that order; none for a millisecond with more than the window may hold.
+    """
+
+    start_ms: int
+    steps_ms: list[int]
+    counts: list[int]
+    digests: bytes
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(_Cursor).decode
+
+
+@dataclass(slots=True)
+class NewLines:
+    """The lines of a reply that were not seen before, in its order.
+
+    Attributes:
+        places: Where they were in what was given to `Window.take`.
+        times_unix_nano: Their times, counted up within each millisecond, in ns since the epoch.
+        digests: 8 bytes for each, as `tailspan.page.line_digest` makes them.
+    """
+
+    places: Sequence[int]
+    times_unix_nano: list[int] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+
+
+class Window:
+    """One read of a log: feed it the reply from start to end; take a cursor at any point.
+
+    Attributes:
+        start_ms: Lines before this are not new. The reply must have all lines at or after it; None: all there are.
+    """
+
+    def __init__(
+        self,
+        identity: str,
+        job_id: str,
+        cursor: bytes | None = None,
+        *,
+        since_ms: int | None = None,
+        late_window_s: float,
+        max_lines: int = MAX_WINDOW_LINES,
+    ) -> None:
+        """Begin a read.
+
+        Args:
+            identity: The service's identity.
+            job_id: The job; with the identity it goes into each digest.
+            cursor: Where an earlier read stopped; None to begin.
+            since_ms: Only without cursor: lines before this are left out.
+            late_window_s: How far before the newest line others may still become visible, in seconds.
+            max_lines: How many lines the window may hold; the same for all reads of a job.
+
+        Raises:
+            ConfigError: The cursor was made by something else.
+        """
+        since_ms = None if since_ms is None else max(0, since_ms)
+        self._head = f"{identity}\0{job_id}\0".encode()
+        self._late_window_ms = max(0, int(late_window_s * 1000))
+        self._max_lines = max_lines
+        # What the next read must know: the lines of each millisecond by their digests, in the order in which they
+        # came; beyond `max_lines` only their number.
+        self._instants: dict[int, list[bytes]] = {}
+        self._totals: dict[int, int] = {}
+        self._held = 0
+        self._kept_from_ms = since_ms or 0
+        # Equal lines so far, in milliseconds that no earlier read saw.
+        self._repeats: dict[bytes, int] = {}
+        # What earlier reads saw: it must stay until the end of the reply, which may be in any order.
+        self._seen: dict[bytes, int] = {}
+        self._seen_totals: dict[int, int] = {}
+        self._seen_to_ms = -1
+        # What of that has come again in this reply.
+        self._again: dict[bytes, int] = {}
+        self._again_totals: dict[int, int] = {}
+        if cursor is not None:
+            self._restore(cursor, job_id)
+        self.start_ms = since_ms if cursor is None else self._kept_from_ms
+
+    @property
+    def since_ms(self) -> int | None:
+        """What to ask the service for, whether it takes ``since_ms`` as inclusive or not."""
+        return self.start_ms - 1 if self.start_ms else None
+
+    def take(self, times_ms: Sequence[int], messages: Sequence[bytes]) -> NewLines:
+        """Take in the next lines of the reply and return those that are new.
+
+        Args:
+            times_ms: Their times, in ms since the epoch, 0 or more.
+            messages: Their text as read, without line ending.
+        """
+        new = NewLines(range(len(times_ms)))
+        places: list[int] = []
+        add_place, add_time, add_digest = places.append, new.times_unix_nano.append, new.digests.append
+        blake2b, repeats, max_lines, start_ms = hashlib.blake2b, self._repeats, self._max_lines, self.start_ms or 0
+        last_ms = -1
+        known = False
+        nano = 0
+        prefix = b""
+        ids: list[bytes] = []
+        for place, (ms, message) in enumerate(zip(times_ms, messages, strict=True)):
+            if ms != last_ms:
+                if ms < start_ms:
+                    continue
+                last_ms = ms
+                known = ms <= self._seen_to_ms
+                nano = ms * NANOS_PER_MS
+                prefix = b"%b%d\x000\x00" % (self._head, nano)
+                ids = self._instants.setdefault(ms, [])
+            digest = blake2b(prefix + message, digest_size=_DIGEST_BYTES).digest()
+            ordinal = len(ids)
+            if known or ordinal >= max_lines:
+                taken = self._take_slowly(ms, digest, message, ids)
+                if taken is None:
+                    continue
+                ordinal, digest = taken
+            else:
+                ids.append(digest)
+                occurrence = repeats.get(digest, 0)
+                repeats[digest] = occurrence + 1
+                if occurrence:
+                    digest = self._digest(ms, occurrence, message)
+            add_place(place)
+            # One line more than there are ns in a ms must not slip into the next.
+            add_time(nano + (ordinal if ordinal < NANOS_PER_MS else NANOS_PER_MS - 1))
+            add_digest(digest)
+        if len(places) != len(new.places):
+            new.places = places
+        self._held += len(places)
+        self._prune()
+        return new
+
+    def cursor(self) -> bytes:
+        """Return where to go on after all lines so far: about 10 bytes for each line that the window holds."""
+        instants = sorted(self._instants)
+        steps = [after - before for before, after in pairwise([self._kept_from_ms, *instants])]
+        counts = [self._totals.get(ms) or len(self._instants[ms]) for ms in instants]
+        listed = [self._instants[ms] for ms, count in zip(instants, counts, strict=True) if count <= self._max_lines]
+        return _encode(_Cursor(self._kept_from_ms, steps, counts, b"".join(chain.from_iterable(listed))))
+
+    def _take_slowly(self, ms: int, digest: bytes, message: bytes, ids: list[bytes]) -> tuple[int, bytes] | None:
+        """Return ordinal and digest of a line in a millisecond that was seen before or is very full; None if seen."""
+        ordinal = place = self._totals.get(ms) or len(ids)
+        if ms <= self._seen_to_ms:
+            place = self._again_totals.get(ms, 0)
+            self._again_totals[ms] = place + 1
+        if place >= self._max_lines or ms in self._seen_totals:
+            if place < self._seen_totals.get(ms, 0):
+                return None
+            self._totals[ms] = ordinal + 1
+            return ordinal, self._digest(ms, place, message)
+        occurrence = self._again.get(digest, 0)
+        self._again[digest] = occurrence + 1
+        if occurrence < self._seen.get(digest, 0):
+            return None
+        ids.append(digest)
+        if ms in self._totals:
+            self._totals[ms] += 1
+        return ordinal, self._digest(ms, occurrence, message) if occurrence else digest
+
+    def _digest(self, ms: int, occurrence: int, message: bytes) -> bytes:
+        key = b"%b%d\x00%d\x00" % (self._head, ms * NANOS_PER_MS, occurrence)
+        return hashlib.blake2b(key + message, digest_size=_DIGEST_BYTES).digest()
+
+    def _prune(self) -> None:
+        """Forget what is too old, and the oldest milliseconds while there is too much."""
+        instants = sorted(self._instants)
+        if not instants:
+            return
+        newest_ms = instants.pop()
+        self._kept_from_ms = max(self._kept_from_ms, newest_ms - self._late_window_ms)
+        for ms in instants:
+            if ms >= self._kept_from_ms and self._held <= self._max_lines:
+                break
+            ids = self._instants.pop(ms)
+            self._held -= self._totals.pop(ms, len(ids))
+            self._kept_from_ms = max(self._kept_from_ms, ms + 1)
+            for digest in ids:
+                self._repeats.pop(digest, None)
+
+    def _restore(self, cursor: bytes, job_id: str) -> None:
+        try:
+            saved = _decode(cursor)
+            listed = sum(count for count in saved.counts if count <= self._max_lines)
+            if len(saved.steps_ms) != len(saved.counts) or len(saved.digests) != listed * _DIGEST_BYTES:
+                raise msgspec.DecodeError
+        except msgspec.DecodeError:
+            raise ConfigError("the cursor is not one of a service that knows lines by time", job_id=job_id) from None
+        self._kept_from_ms = ms = saved.start_ms
+        position = 0
+        for step, count in zip(saved.steps_ms, saved.counts, strict=True):
+            ms += step
+            self._held += count
+            if count > self._max_lines:
+                self._instants[ms] = []
+                self._totals[ms] = self._seen_totals[ms] = count
+                continue
+            end = position + count * _DIGEST_BYTES
+            ids = [saved.digests[at : at + _DIGEST_BYTES] for at in range(position, end, _DIGEST_BYTES)]
+            position = end
+            self._instants[ms] = ids
+            for digest in ids:
+                self._seen[digest] = self._seen.get(digest, 0) + 1
+        self._seen_to_ms = ms
