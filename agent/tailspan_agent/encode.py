@@ -26,18 +26,16 @@ Field numbers (opentelemetry-proto 1.x: logs.proto, trace.proto, common.proto, r
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
 from itertools import compress, groupby
-from typing import NamedTuple
 
 from tailspan.clean import MAX_BODY_BYTES, clean, split_long
 from tailspan.identity import span_id
 from tailspan.models import RunResponse
 from tailspan.page import CLEAN, MAX_PAGE_LINES, LogPage, Stream
-
 from tailspan_agent.encode_span import (
     SAMPLED,
     SpanData,
@@ -194,7 +192,8 @@ class LogContext:
         )
 
 
-class EncodedLines(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class EncodedLines:
     """The records of a page.
 
     Attributes:
@@ -221,33 +220,27 @@ def encode_lines(page: LogPage, *, context: LogContext, observed_unix_nano: int)
         context: What the job's records share.
         observed_unix_nano: When the page was read, in ns since the epoch.
     """
-    bodies = _clean_bodies(page)
-    severities = context.learner.find_all(bodies)
-    columns = _columns(page, _origin_fields(context.trace_id, context.span_id, observed_unix_nano))
-    keep = _keep(severities, context.min_severity)
-    if keep:
-        bodies, severities = list(compress(bodies, keep)), list(compress(severities, keep))
-        columns = _Columns(*(list(compress(column, keep)) for column in columns))
+    lines = _columns(page, context, _origin_fields(context.trace_id, context.span_id, observed_unix_nano))
     redactions = 0
     if context.redactor is not None:
-        bodies, redactions = context.redactor.redact_lines(bodies)
-    rests = columns.rests
-    if max(map(len, bodies), default=0) > MAX_BODY_BYTES:
-        rests = [_LONG if len(body) > MAX_BODY_BYTES else rest for rest, body in zip(rests, bodies, strict=True)]
-    records: list[bytes] = []
+        lines.bodies, redactions = context.redactor.redact_lines(lines.bodies)
+    if max(map(len, lines.bodies), default=0) > MAX_BODY_BYTES:
+        lines.rests = [
+            _LONG if len(body) > MAX_BODY_BYTES else rest for body, rest in zip(lines.bodies, lines.rests, strict=True)
+        ]
+    pieces: list[bytes] = []
     count = start = 0
-    for rest, stop in _stretches(rests):
-        stretch = slice(start, stop)
-        lines = (bodies[stretch], severities[stretch], _Columns(*(column[stretch] for column in columns)))
+    for rest, stop in _stretches(lines.rests):
+        stretch = lines.stretch(start, stop)
         if rest == _LONG:
-            framed = _frame_long(*lines, page.uids())
-            count += len(framed)
+            records = _frame_long(stretch, page.uids())
+            count += len(records)
         else:
-            framed = _frame(*lines, rest)
+            records = _frame(stretch, rest)
             count += stop - start
-        records += framed
+        pieces += records
         start = stop
-    return EncodedLines(b"".join(records), count, len(page.lines) - len(bodies), redactions)
+    return EncodedLines(b"".join(pieces), count, len(page.lines) - len(lines.bodies), redactions)
 
 
 def _clean_bodies(page: LogPage) -> list[bytes]:
@@ -255,27 +248,50 @@ def _clean_bodies(page: LogPage) -> list[bytes]:
     if all(run.flags & CLEAN for run in page.runs):
         return page.lines
     text = b"\n".join(page.lines)
-    if text.isascii() and not any(mark in text for mark in (b"\r", b"\x1b", b"\0")):
-        if text.count(b"\n") == len(page.lines) - 1:
-            return page.lines
+    is_clean = text.isascii() and b"\r" not in text and b"\x1b" not in text and b"\0" not in text
+    if is_clean and text.count(b"\n") == len(page.lines) - 1:
+        return page.lines
     return [clean(line).encode() for line in page.lines]
 
 
-def _keep(severities: Sequence[int], min_severity: int) -> list[bool]:
-    """Return which lines to relay; empty if all are."""
-    too_low = {index for index in set(severities) if 0 < SEVERITIES[index].number < min_severity}
-    return [index not in too_low for index in severities] if too_low else []
+@dataclass(slots=True)
+class _Lines:
+    """What the records of lines are made of, a list per part: bodies, and then what comes behind them."""
 
-
-class _Columns(NamedTuple):
-    """Per line the parts of its record that come after the body, and how long they are together."""
-
+    bodies: list[bytes]
+    severities: list[int]  # places in `SEVERITIES`
     positions: Sequence[int]  # in the page
     uid_heads: list[bytes]  # the uid attribute up to where the lines of a run differ
     uids: list[bytes]  # the rest of the uid
     tails: list[bytes]  # what is the same for all lines of a stream, ending in the tag of the time
     times: list[bytes]
-    rests: list[int]
+    rests: list[int]  # how many bytes come behind the body
+
+    def stretch(self, start: int, stop: int) -> _Lines:
+        part = slice(start, stop)
+        return _Lines(
+            self.bodies[part],
+            self.severities[part],
+            self.positions[part],
+            self.uid_heads[part],
+            self.uids[part],
+            self.tails[part],
+            self.times[part],
+            self.rests[part],
+        )
+
+    def without(self, severities: Set[int]) -> _Lines:
+        keep = [index not in severities for index in self.severities]
+        return _Lines(
+            list(compress(self.bodies, keep)),
+            list(compress(self.severities, keep)),
+            list(compress(self.positions, keep)),
+            list(compress(self.uid_heads, keep)),
+            list(compress(self.uids, keep)),
+            list(compress(self.tails, keep)),
+            list(compress(self.times, keep)),
+            list(compress(self.rests, keep)),
+        )
 
 
 _LONG = -1
@@ -284,32 +300,36 @@ _IOSTREAM = tuple(attributes_fields(6, {"log.iostream": name}) if name else b"" 
 _TIME_TAG = b"\x09"
 _TIME_BYTES = 8
 _DIGEST_DIGITS = 16
+_ORDINAL_DIGITS = 4
 _ORDINALS = [b"%04x" % ordinal for ordinal in range(MAX_PAGE_LINES)]
 _pack_time = struct.Struct("<Q").pack
 
 
-def _columns(page: LogPage, origin: bytes) -> _Columns:
+def _columns(page: LogPage, context: LogContext, origin: bytes) -> _Lines:
+    bodies = _clean_bodies(page)
+    severities = context.learner.find_all(bodies)
+    lines = _Lines(bodies, severities, range(len(bodies)), [], [], [], _pack_times(page.times_unix_nano()), [])
     tails = [stream + origin + _TIME_TAG for stream in _IOSTREAM]
-    columns = _Columns(range(len(page.lines)), [], [], [], _pack_times(page.times_unix_nano()), [])
     runs = page.runs
     if page.digests:
         digits = page.digests.hex().encode()
-        columns.uids.extend(digits[start : start + _DIGEST_DIGITS] for start in range(0, len(digits), _DIGEST_DIGITS))
-        # Runs differ in time and stream only: services with times make one per millisecond, mostly of one stream.
+        lines.uids = [digits[start : start + _DIGEST_DIGITS] for start in range(0, len(digits), _DIGEST_DIGITS)]
+        # Services with times make a run per millisecond; if all are of one stream, what follows is one run to us.
         if len({run.stream for run in runs}) == 1:
-            runs = [runs[0]._replace(count=len(page.lines))]
+            runs = [runs[0]._replace(count=len(bodies))]
     for run in runs:
         if page.digests:
-            uid_head, uid_tail_bytes = _uid_head(_DIGEST_DIGITS), _DIGEST_DIGITS
+            uid_head, uid_bytes = _uid_head(_DIGEST_DIGITS), _DIGEST_DIGITS
         else:
             prefix = run.uid_prefix.encode()
-            uid_head, uid_tail_bytes = _uid_head(len(prefix) + 4) + prefix, 4
-            columns.uids.extend(_ORDINALS[: run.count])
+            uid_head, uid_bytes = _uid_head(len(prefix) + _ORDINAL_DIGITS) + prefix, _ORDINAL_DIGITS
+            lines.uids += _ORDINALS[: run.count]
         tail = tails[run.stream]
-        columns.uid_heads.extend([uid_head] * run.count)
-        columns.tails.extend([tail] * run.count)
-        columns.rests.extend([len(uid_head) + uid_tail_bytes + len(tail) + _TIME_BYTES] * run.count)
-    return columns
+        lines.uid_heads += [uid_head] * run.count
+        lines.tails += [tail] * run.count
+        lines.rests += [len(uid_head) + uid_bytes + len(tail) + _TIME_BYTES] * run.count
+    too_low = {index for index in set(severities) if 0 < SEVERITIES[index].number < context.min_severity}
+    return lines.without(too_low) if too_low else lines
 
 
 @lru_cache(maxsize=64)
@@ -337,16 +357,16 @@ def _stretches(rests: Sequence[int]) -> Iterator[tuple[int, int]]:
         yield rest, stop
 
 
-def _frame(bodies: list[bytes], severities: Sequence[int], columns: _Columns, rest: int) -> list[bytes]:
-    """Return the pieces of the records, six a line: no Python call per line, only slices, tables and one join."""
-    heads = {index: _heads(index, rest) for index in set(severities)}
-    pieces = [b""] * (6 * len(bodies))
-    pieces[0::6] = [heads[index][len(body)] for index, body in zip(severities, bodies, strict=True)]
-    pieces[1::6] = bodies
-    pieces[2::6] = columns.uid_heads
-    pieces[3::6] = columns.uids
-    pieces[4::6] = columns.tails
-    pieces[5::6] = columns.times
+def _frame(lines: _Lines, rest: int) -> list[bytes]:
+    """Return the pieces of the records, six a line: no Python call per line, only slices and tables."""
+    heads = {index: _heads(index, rest) for index in set(lines.severities)}
+    pieces = [b""] * (6 * len(lines.bodies))
+    pieces[0::6] = [heads[index][len(body)] for index, body in zip(lines.severities, lines.bodies, strict=True)]
+    pieces[1::6] = lines.bodies
+    pieces[2::6] = lines.uid_heads
+    pieces[3::6] = lines.uids
+    pieces[4::6] = lines.tails
+    pieces[5::6] = lines.times
     return pieces
 
 
@@ -374,14 +394,14 @@ def _heads(index: int, rest: int) -> _Heads:
     return _Heads(_severity_fields(SEVERITIES[index]), rest)
 
 
-def _frame_long(bodies: list[bytes], severities: Sequence[int], columns: _Columns, uids: list[str]) -> list[bytes]:
+def _frame_long(lines: _Lines, uids: list[str]) -> list[bytes]:
     """Return one record per part of lines that are too long for one."""
     records = []
-    for body, index, position, tail, time in zip(
-        bodies, severities, columns.positions, columns.tails, columns.times, strict=True
-    ):
+    for number, body in enumerate(lines.bodies):
+        severity = _severity_fields(SEVERITIES[lines.severities[number]])
+        uid = uids[lines.positions[number]]
         for part, text in enumerate(split_long(body)):
-            attributes = attributes_fields(6, {_UID: f"{uids[position]}.{part}", "tailspan.line.part": part})
-            fields = (_severity_fields(SEVERITIES[index]), bytes_field(5, bytes_field(1, text)), attributes, tail, time)
-            records.append(bytes_field(2, b"".join(fields)))
+            attributes = attributes_fields(6, {_UID: f"{uid}.{part}", "tailspan.line.part": part})
+            rest = lines.tails[number] + lines.times[number]
+            records.append(bytes_field(2, severity + bytes_field(5, bytes_field(1, text)) + attributes + rest))
     return records

@@ -56,27 +56,17 @@ class Redactor:
         """Return the redactor that the configuration asks for, or None if it asks for none.
 
         Args:
-            settings: The table ``[redact]``.
+            settings: The table ``[redact]``; it lets patterns without a literal pass only if they say ``slow``.
             environ: The environment; None is the process's own.
 
         Raises:
-            ConfigError: A file cannot be read, or a pattern is no regular expression or has no literal.
+            ConfigError: A file cannot be read.
         """
         environ = os.environ if environ is None else environ
         secrets = {f"redact.env {name}": environ.get(name, "") for name in settings.env}
         for path in settings.files:
             secrets[f"redact.files {path}"] = _read(path)
-        patterns = []
-        for index, pattern in enumerate(settings.patterns):
-            key = f"redact.patterns[{index}]"
-            if not pattern.literal and not pattern.slow:
-                raise ConfigError(
-                    f"{key} has no literal: name a text that every match contains, or set slow = true", key=key
-                )
-            try:
-                patterns.append((pattern.literal or None, re.compile(pattern.regex)))
-            except re.error as error:
-                raise ConfigError(f"{key}.regex is not a regular expression: {error}", key=f"{key}.regex") from None
+        patterns = [(pattern.literal, re.compile(pattern.regex)) for pattern in settings.patterns]
         return cls(secrets, patterns) if secrets or patterns else None
 
     def __repr__(self) -> str:
@@ -88,22 +78,17 @@ class Redactor:
         Args:
             text: One whole line.
         """
-        spans = sorted(self._finds(text))
-        if not spans:
-            return text, 0
-        parts = []
-        kept_to = count = 0
-        end = -1
-        for start, stop in spans:
-            if start >= end:
-                if count:
-                    parts.append(REDACTED)
-                    kept_to = end
-                parts.append(text[kept_to:start])
-                count += 1
-            end = max(end, stop)
-        parts += (REDACTED, text[end:])
-        return "".join(parts), count
+        merged: list[tuple[int, int]] = []
+        for start, stop in sorted(self._finds(text)):
+            if merged and start < merged[-1][1]:
+                start, stop = merged[-1][0], max(stop, merged.pop()[1])
+            merged.append((start, stop))
+        kept_from = 0
+        parts: list[str] = []
+        for start, stop in merged:
+            parts += (text[kept_from:start], REDACTED)
+            kept_from = stop
+        return "".join((*parts, text[kept_from:])), len(merged)
 
     def redact_lines(self, lines: list[bytes]) -> tuple[list[bytes], int]:
         """Return lines without secrets, and how many were taken out.

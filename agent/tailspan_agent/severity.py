@@ -59,8 +59,9 @@ SEVERITIES: tuple[Severity, ...] = (
 """All severities that a line can have; elsewhere they are told by their place in this table."""
 UNSPECIFIED = 0
 _INDEX = {severity.text.encode(): index for index, severity in enumerate(SEVERITIES)}
+_WORDS = sorted((severity.text for severity in SEVERITIES if severity.text), key=len, reverse=True)
 
-_WORD = re.compile(rb"\b(?:" + b"|".join(sorted(_INDEX.keys() - {b""}, key=len, reverse=True)) + rb")\b")
+_WORD = re.compile(rf"\b(?:{'|'.join(_WORDS)})\b".encode())
 _GLOG_START = re.compile(rb"[IWEF]\d{4} \d\d:\d\d:\d\d")
 _AFTER_TIME = re.compile(rb"\d\d:\d\d(?::\d\d)?[\d.,:+Z-]*\s+(?:[\w.:$/@-]+\s+)?\Z")
 _AFTER_STRUCTURE = re.compile(rb"(?:[\]})|]:?|\s-)\s*\Z")

@@ -32,10 +32,10 @@ _CONTROLS = dict.fromkeys(code for code in (*range(0x20), *range(0x7F, 0xA0)) if
 
 
 def clean(line: bytes) -> str:
-    """Return the text of a line, as a person reading the terminal would have it.
+    r"""Return the text of a line, as a person reading the terminal would have it.
 
     Escape sequences and NUL go, invalid UTF-8 becomes U+FFFD, trailing line endings go. Of the states that carriage
-    returns wrote over each other, the last that is not blank stays (``10%\\r50%\\r100%\\r`` reads ``100%``); a shorter
+    returns wrote over each other, the last that is not blank stays (``10%\r50%\r100%\r`` reads ``100%``); a shorter
     state replaces a longer one wholly. Cleaning what is clean changes nothing.
 
     Args:
