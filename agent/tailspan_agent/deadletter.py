@@ -16,13 +16,14 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
 
+from tailspan.clock import Clock
 from tailspan_agent.errors import AgentError
 from tailspan_agent.line_files import LineFiles, existing_files
 from tailspan_agent.otlp_json import encode_line
@@ -99,7 +100,7 @@ class DeadLetter:
         directory: ``agent.state_dir / "dead-letter"``; made with the first batch.
         max_bytes: Of all files together; then `add` refuses.
         max_size: Of one file in bytes, then the next is begun.
-        now: The time, for the notes.
+        clock: Tells the time for the notes; None: the real one.
     """
 
     def __init__(
@@ -108,11 +109,11 @@ class DeadLetter:
         *,
         max_bytes: int,
         max_size: int = 100 << 20,
-        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        clock: Clock | None = None,
     ) -> None:
         self.directory = directory
         self._max_bytes = max_bytes
-        self._now = now
+        self._clock = clock or Clock()
         self._files = {signal: LineFiles(directory, signal, max_size=max_size, keep=None) for signal in SIGNALS}
         # One at a time, so that two batches cannot both take the last room.
         self._guard = threading.Lock()
@@ -143,7 +144,7 @@ class DeadLetter:
             files.close()
 
     def _add(self, signal: str, payload: bytes, kind: str, reason: str, rejected: int, count: int) -> None:
-        time = self._now().isoformat(timespec="seconds")
+        time = datetime.fromtimestamp(self._clock.wall_s(), UTC).isoformat(timespec="seconds")
         note = DeadLetterNote(time=time, kind=kind, reason=reason, rejected=rejected, count=count)
         try:
             line = encode_line(signal, payload, note)

@@ -2,7 +2,7 @@
 
     Delivered       done
     Retry           again, with jittered exponential backoff, never before Retry-After; for ever
-      server_error  the same, `retry_server_errors` times in a row; then dead-lettered
+      server_error  the same, but after `retry_server_errors` in a row dead-lettered
     TooLarge        halved, in order; a single record is dead-lettered
     Rejected        dead-lettered, then counted
     EndpointFault   the signal pauses 30-60 s and tries again; /readyz fails meanwhile
@@ -16,13 +16,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from tailspan.backoff import backoff_s
+from tailspan.clock import Clock
 from tailspan_agent.errors import AgentError, ExportRejectedError
 from tailspan_agent.export import Exporter
 from tailspan_agent.otlp_request import DecodeError, split_request
@@ -70,12 +70,11 @@ class Sender:
         signal: ``logs``, ``traces`` or ``metrics``.
         exporter: Tries once.
         dead_letter: Keeps what the endpoint refuses.
-        retry_server_errors: Tries after a 5xx that OTLP does not call retryable, before the batch is dead-lettered.
+        retry_server_errors: Tries of a batch that meets a 5xx which OTLP does not call retryable; then dead-lettered.
         patience_s: How long to retry before ExportRejectedError, in seconds; a fault of the endpoint raises at once.
             None: for ever.
-        sleep: Waits for so many seconds.
+        clock: Waits; None: the real one.
         jitter: A random number in [0, 1).
-        now: Seconds since the epoch.
 
     Attributes:
         state: ``paused`` while the endpoint faults or the dead letter has no room, else ``ok``. For /readyz.
@@ -98,13 +97,13 @@ class Sender:
         *,
         retry_server_errors: int = 10,
         patience_s: float | None = None,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        clock: Clock | None = None,
         jitter: Callable[[], float] = random.random,
-        now: Callable[[], float] = time.time,
     ) -> None:
         self.signal = signal
         self.exporter = exporter
-        self.since = now()
+        self._clock = clock or Clock()
+        self.since = self._clock.wall_s()
         self.last_error: str | None = None
         self.in_flight = 0
         self.requests = 0
@@ -116,9 +115,7 @@ class Sender:
         self._dead_letter = dead_letter
         self._retry_server_errors = retry_server_errors
         self._patience_s = patience_s
-        self._sleep = sleep
         self._jitter = jitter
-        self._now = now
         self._endpoint_faults = False
         self._dead_letter_full = False
 
@@ -156,7 +153,7 @@ class Sender:
 
     async def _send(self, payload: bytes, count: int) -> SendResult:
         failures = server_errors = 0
-        waited_s = 0.0
+        started_s = self._clock.monotonic_s()
         while True:
             self.requests += 1
             outcome = await self.exporter.export(payload, count)
@@ -176,15 +173,15 @@ class Sender:
                     await self._pause()
                 case Retry(reason, after_s, server_error):
                     server_errors = server_errors + 1 if server_error else 0
-                    if server_errors > self._retry_server_errors:
+                    if server_errors and server_errors >= self._retry_server_errors:
                         reason = f"{reason} ({server_errors} times in a row)"
                         return await self._reject(payload, count, count, "server_error", reason)
                     self._retrying(reason, failures)
                     delay_s = backoff_s(failures, self._jitter(), retry_after_s=after_s)
-                    waited_s += delay_s
+                    waited_s = self._clock.monotonic_s() + delay_s - started_s
                     if self._patience_s is not None and waited_s > self._patience_s:
                         raise ExportRejectedError(f"{self.endpoint} does not take {self.signal}: {reason}")
-                    await self._sleep(delay_s)
+                    await self._clock.sleep(delay_s)
                     failures += 1
             self.retries += 1
 
@@ -237,7 +234,7 @@ class Sender:
     def _count_delivered(self, count: int) -> None:
         if count:
             self.delivered += count
-            self.last_delivered = self._now()
+            self.last_delivered = self._clock.wall_s()
 
     def _fault(self, reason: str) -> None:
         if self._patience_s is not None:
@@ -266,8 +263,8 @@ class Sender:
         if dead_letter_full is not None:
             self._dead_letter_full = dead_letter_full
         if self.state != before:
-            self.since = self._now()
+            self.since = self._clock.wall_s()
 
     async def _pause(self) -> None:
         shortest_s, longest_s = FAULT_PAUSE_S
-        await self._sleep(shortest_s + (longest_s - shortest_s) * self._jitter())
+        await self._clock.sleep(shortest_s + (longest_s - shortest_s) * self._jitter())
