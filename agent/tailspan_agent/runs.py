@@ -114,11 +114,12 @@ class RunTotals:
             pipeline, result, error_type, sum_s, buckets, exemplars = row
             counts = tuple(int(count) for count in json.loads(buckets))
             found = tuple(values and RunExemplar(*values) for values in json.loads(exemplars))
+            seconds = float(sum_s)
         except (TypeError, ValueError) as error:
             raise ValueError(f"not a row of run totals: {error}") from error
         if not len(counts) == len(found) == len(BOUNDS_S) + 1:
             raise ValueError(f"not a row of run totals: {len(counts)} buckets instead of {len(BOUNDS_S) + 1}")
-        return cls(pipeline, result, error_type or None, float(sum_s), counts, found)
+        return cls(pipeline, result, error_type or None, seconds, counts, found)
 
 
 def _newer(one: RunExemplar | None, other: RunExemplar | None) -> RunExemplar | None:

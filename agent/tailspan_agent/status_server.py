@@ -1,0 +1,193 @@
+"""The agent's own HTTP server: ``/healthz``, ``/readyz`` and ``/metrics`` on ``agent.listen``.
+
+Health and readiness are open to probes and say nothing private. All else is for people and Prometheus: with a token
+configured it asks for it; and the Host header must name this server, so that a web page which lets its own name
+resolve to 127.0.0.1 (DNS rebinding) reads nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import ipaddress
+import os
+import socket
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from typing import Self
+from urllib.parse import urlsplit
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from tailspan.errors import ConfigError
+
+__all__ = ["Guard", "StatusServer"]
+
+_STOP_GRACE_S = 1
+_INDEX = """<!doctype html>
+<meta charset="utf-8">
+<title>tailspan agent</title>
+<ul><li><a href="/healthz">healthz</a><li><a href="/readyz">readyz</a><li><a href="/metrics">metrics</a></ul>
+"""
+
+_Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+class Guard:
+    """Who may see what is not open to everybody.
+
+    Args:
+        token: The bearer token to ask for; None asks for none.
+        hosts: Names that this server may be called by, besides ``localhost`` and any address.
+    """
+
+    def __init__(self, token: str | None, hosts: Collection[str]) -> None:
+        self._token = token.encode() if token else None
+        self._hosts = {"localhost", *(host.lower() for host in hosts)}
+
+    def refusal(self, host: str, authorization: str) -> Response | None:
+        """Return the answer to a request that may not see it, from its Host and Authorization headers."""
+        if not self._knows(host):
+            return PlainTextResponse("this host name is not in agent.allowed_hosts\n", 421)
+        if self._token is None:
+            return None
+        scheme, _, given = authorization.partition(" ")
+        if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode("latin-1"), self._token):
+            return None
+        return PlainTextResponse(
+            "this needs the header Authorization: Bearer TOKEN\n", 401, {"www-authenticate": "Bearer"}
+        )
+
+    def protect(self, endpoint: _Endpoint) -> _Endpoint:
+        """Return the endpoint behind this guard."""
+
+        async def guarded(request: Request) -> Response:
+            headers = request.headers
+            refusal = self.refusal(headers.get("host", ""), headers.get("authorization", ""))
+            return refusal or await endpoint(request)
+
+        return guarded
+
+    def _knows(self, host: str) -> bool:
+        try:
+            name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
+        except ValueError:
+            return False
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return name in self._hosts
+        # rebinding needs a name that resolves to us; an address is always meant
+        return True
+
+
+class StatusServer:
+    """Serves until it is stopped, in the event loop that starts it; signals are left alone.
+
+    Args:
+        address: Host and port to listen on; port 0 takes a free one.
+        metrics: Returns the text for Prometheus and its content type, from the request's Accept header.
+        readiness: Returns what keeps the agent from relaying, as short codes without anything private; empty: ready.
+        token: What the guarded pages ask for; None: nothing.
+        allowed_hosts: Further names in the Host header to answer to.
+
+    Raises:
+        ConfigError: The address cannot be listened on.
+    """
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        *,
+        metrics: Callable[[str], tuple[bytes, str]],
+        readiness: Callable[[], Sequence[str]],
+        token: str | None = None,
+        allowed_hosts: Collection[str] = (),
+    ) -> None:
+        self._metrics = metrics
+        self._readiness = readiness
+        guard = Guard(token, [address[0], *allowed_hosts])
+        app = Starlette(
+            routes=[
+                Route("/", guard.protect(self._index)),
+                Route("/metrics", guard.protect(self._get_metrics)),
+                Route("/healthz", self._healthz),
+                Route("/readyz", self._readyz),
+            ]
+        )
+        self._socket = _listen(*address)
+        self._server = _Server(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                lifespan="off",
+                server_header=False,
+                timeout_graceful_shutdown=_STOP_GRACE_S,
+                ws="none",
+            )
+        )
+        self._serving: asyncio.Task[None] | None = None
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port that the server really listens on."""
+        host, port = self._socket.getsockname()[:2]
+        return host, port
+
+    @property
+    def url(self) -> str:
+        """Where the server is found, without a slash at the end."""
+        host, port = self.address
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    async def __aenter__(self) -> Self:
+        """Begin to answer. Connections wait in the socket's queue from the constructor on."""
+        self._serving = asyncio.create_task(self._server.serve([self._socket]), name="status server")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Stop: idle connections are closed at once, running answers get a second."""
+        self._server.should_exit = True
+        if self._serving:
+            await self._serving
+        self._socket.close()
+
+    async def _index(self, _: Request) -> Response:
+        return Response(_INDEX, media_type="text/html")
+
+    async def _healthz(self, _: Request) -> Response:
+        return PlainTextResponse("ok\n")
+
+    async def _readyz(self, _: Request) -> Response:
+        problems = self._readiness()
+        return PlainTextResponse("".join(f"{each}\n" for each in problems or ["ready"]), 503 if problems else 200)
+
+    async def _get_metrics(self, request: Request) -> Response:
+        text, content_type = self._metrics(request.headers.get("accept", ""))
+        return Response(text, headers={"content-type": content_type})
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave SIGINT and SIGTERM to the agent, which drains first."""
+        yield
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=128
+        )
+    except OSError as error:
+        reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+        hint = "; is another agent running?" if "in use" in reason else ""
+        raise ConfigError(
+            f"agent.listen: cannot listen on {host}:{port}: {reason}{hint}", key="agent.listen"
+        ) from error

@@ -1,0 +1,48 @@
+"""Tells systemd how the agent fares, without its library: one datagram per message.
+
+Source: sd_notify(3), sd_watchdog_enabled(3).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+
+__all__ = ["notify", "watchdog_interval_s"]
+
+
+def notify(state: str, environ: Mapping[str, str] = os.environ) -> bool:
+    """Send a state such as ``READY=1``, ``WATCHDOG=1`` or ``STOPPING=1``.
+
+    Args:
+        state: Assignments, one a line.
+        environ: Where ``NOTIFY_SOCKET`` is looked up.
+
+    Returns:
+        Whether systemd was told; without it there is nobody to tell, which is no error.
+    """
+    path = environ.get("NOTIFY_SOCKET", "")
+    if not path.startswith(("/", "@")):
+        return False
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.connect(path.replace("@", "\0", 1) if path.startswith("@") else path)
+            channel.sendall(state.encode())
+    except OSError:
+        return False
+    return True
+
+
+def watchdog_interval_s(environ: Mapping[str, str] = os.environ, pid: int | None = None) -> float | None:
+    """Return how often to send ``WATCHDOG=1``, in seconds: half of what systemd allows; None where it does not watch.
+
+    Args:
+        environ: Where ``WATCHDOG_USEC`` and ``WATCHDOG_PID`` are looked up.
+        pid: The process that asks; None: this one.
+    """
+    usec = environ.get("WATCHDOG_USEC", "")
+    watched = environ.get("WATCHDOG_PID") or str(os.getpid() if pid is None else pid)
+    if not usec.isdecimal() or int(usec) == 0 or watched != str(os.getpid() if pid is None else pid):
+        return None
+    return int(usec) / 2e6
