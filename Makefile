@@ -1,17 +1,15 @@
-# `make demo` and `make test` work from a fresh clone with git, make and Python >= 3.11.
-PYTHON ?= python3
+# `make demo` and `make test` work from a fresh clone with git, make and Python >= 3.11; uv is used where it is on PATH.
 VENV := .venv
 BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null)
-ifdef UV
-MAKE_VENV = $(UV) venv --quiet --allow-existing --python $(PYTHON) $(VENV)
-INSTALL = VIRTUAL_ENV=$(VENV) $(UV) pip install --quiet --constraint requirements.lock
-else
-MAKE_VENV = test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock
-endif
+# The first of these that is new enough makes the virtual environment; `make PYTHON=/path/to/python test` names another.
+PYTHONS := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 python)
+ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+INSTALL := $(if $(UV),VIRTUAL_ENV=$(VENV) $(UV) pip install --quiet,$(BIN)/python -m pip install -qq --disable-pip-version-check)
+INSTALL += --constraint requirements.lock
 
-.PHONY: demo test lint format clean
+.PHONY: demo test format lock clean
+.NOTPARALLEL: # two installs into one environment would fight
 
 demo: $(VENV)/.installed-agent
 	$(BIN)/tailspan demo
@@ -20,21 +18,38 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n auto --maxprocesses 4
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-$(VENV)/.installed-agent: pyproject.toml requirements.lock
-	$(MAKE_VENV)
-	$(INSTALL) -e '.[agent]'
-	touch $@
+$(BIN)/python:
+	@for python in $(PYTHONS); do \
+	  "$$python" -c '$(ENOUGH)' 2>/dev/null || continue; \
+	  $(if $(UV),$(UV) venv --quiet --allow-existing --python,) "$$python" $(if $(UV),,-m venv) $(VENV) && exit; \
+	  echo "make: $$python could not make a virtual environment (on Debian: apt install python3-venv)" >&2; exit 1; \
+	done; \
+	echo 'make: no Python >= 3.11 among: $(PYTHONS). Name one: make PYTHON=/path/to/python3.11 ...' >&2; exit 1
 
-$(VENV)/.installed-dev: pyproject.toml requirements.lock
-	$(MAKE_VENV)
-	$(INSTALL) -e '.[dev]'
-	touch $@
+$(VENV)/.installed-agent: pyproject.toml requirements.lock | $(BIN)/python
+	@echo 'Installing into $(VENV) ...'
+	@$(INSTALL) -e '.[agent]'
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml requirements.lock | $(BIN)/python
+	@echo 'Installing into $(VENV) ...'
+	@$(INSTALL) -e '.[dev]'
+	@touch $@
+
+# Newest versions that go together; run it on the oldest supported Python.
+lock: | $(BIN)/python
+	rm -rf $(VENV)-lock
+	$(BIN)/python -m venv $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip install -qq --disable-pip-version-check '.[dev]'
+	{ sed -n '/^#/p' requirements.lock; $(VENV)-lock/bin/python -m pip freeze --exclude tailspan; } > $(VENV)-lock/requirements.lock
+	mv $(VENV)-lock/requirements.lock requirements.lock
+	rm -rf $(VENV)-lock
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
