@@ -1,0 +1,5 @@
+"""The command ``tailspan``."""
+
+from tailspan.cli.group import main
+
+__all__ = ["main"]

@@ -1,0 +1,91 @@
+"""What all commands share: options, the job argument, and how they reach a service."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+if TYPE_CHECKING:
+    from tailspan.client import AsyncJobClient
+    from tailspan.config import Settings
+
+__all__ = ["config_option", "job_argument", "json_option", "service_option", "settings_for", "with_client"]
+
+T = TypeVar("T")
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_COMPLETED_JOBS = 50
+_COMPLETION_S = 2.0
+
+
+def settings_for(config_path: Path | None) -> Settings:
+    """Load the configuration that a command was told to use."""
+    from tailspan.config import load_settings
+
+    return load_settings(config_path)
+
+
+def with_client(config_path: Path | None, service: str | None, use: Callable[[AsyncJobClient], Awaitable[T]]) -> T:
+    """Run async code with a client, to its end."""
+    import anyio
+
+    from tailspan.client import AsyncJobClient
+
+    async def run() -> T:
+        async with AsyncJobClient(settings_for(config_path), service=service) as client:
+            return await use(client)
+
+    return anyio.run(run)
+
+
+def _complete_job(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    async def ids(client: AsyncJobClient) -> list[CompletionItem]:
+        import anyio
+
+        with anyio.move_on_after(_COMPLETION_S):
+            rows = await client.job_list(_COMPLETED_JOBS)
+            return [
+                CompletionItem(row.job_id, help=f"{row.state} {row.job_name or ''}".strip())
+                for row in rows
+                if row.job_id.startswith(incomplete)
+            ]
+        return []
+
+    try:
+        return with_client(ctx.params.get("config_path"), ctx.params.get("service"), ids)
+    except Exception:
+        # Whatever is wrong, a half-typed command line is no place to say it.
+        return []
+
+
+def _complete_service(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    try:
+        names = sorted(settings_for(ctx.params.get("config_path")).services)
+    except Exception:
+        return []
+    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+def job_argument(command: Command) -> Command:
+    """Add the argument JOB."""
+    return click.argument("job", shell_complete=_complete_job)(command)
+
+
+def service_option(command: Command) -> Command:
+    """Add ``--service``."""
+    return click.option(
+        "--service",
+        metavar="NAME",
+        shell_complete=_complete_service,
+        help="The configured service to ask. [default: default_service]",
+    )(command)
+
+
+config_option = click.option(
+    "--config", "config_path", metavar="FILE", type=click.Path(path_type=Path), help="Configuration file."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")

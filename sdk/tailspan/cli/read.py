@@ -1,0 +1,143 @@
+"""The commands that read a job's log: ``logs``, ``tail``, ``exec-time``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from tailspan.cli.group import EXIT_TIMEOUT
+from tailspan.cli.options import config_option, job_argument, json_option, service_option, with_client
+
+if TYPE_CHECKING:
+    from tailspan.client import AsyncJobClient
+    from tailspan.follow import TailUpdate
+    from tailspan.page import Message
+
+__all__ = ["exec_time", "logs", "tail"]
+
+
+@click.command()
+@job_argument
+@click.option("--since-ms", type=int, metavar="MS", help="Only lines at or after this time, in ms since the epoch.")
+@service_option
+@config_option
+@json_option
+def logs(job: str, since_ms: int | None, service: str | None, config_path: Path | None, as_json: bool) -> None:
+    """Print a job's lines, all that are readable now.
+
+    \b
+    Example:
+      tailspan logs 01J8ZK --since-ms 1700000000000 | grep ERROR
+    """  # noqa: D301 - click wants the backspace character itself
+    from tailspan.printing import LinePrinter
+
+    printer = LinePrinter(sys.stdout)
+
+    async def use(client: AsyncJobClient) -> None:
+        async for messages in client.iter_logs(job, since_ms):
+            if as_json:
+                _json_lines(messages)
+            else:
+                printer.messages(messages)
+
+    with_client(config_path, service, use)
+
+
+@click.command()
+@job_argument
+@click.option("--sample", is_flag=True, help="Print at most one line, the newest, a refresh.")
+@click.option("--refresh", default=1.0, show_default=True, metavar="S", help="How often to look, in seconds.")
+@click.option("--timeout", type=float, metavar="S", help="Stop after so many seconds, with exit code 124.")
+@service_option
+@config_option
+@json_option
+@click.pass_context
+def tail(
+    ctx: click.Context,
+    job: str,
+    sample: bool,
+    refresh: float,
+    timeout: float | None,
+    service: str | None,
+    config_path: Path | None,
+    as_json: bool,
+) -> None:
+    """Print a job's lines as they come, until it has ended and its last line was read.
+
+    Ctrl-C stops looking; the job goes on. Exit codes: 0 succeeded, 1 failed, canceled or lost, 124 timeout.
+
+    \b
+    Example:
+      tailspan tail 01J8ZK
+    """  # noqa: D301 - click wants the backspace character itself
+    from tailspan.cli.live import StateLine
+    from tailspan.cli.watch import exit_code_for, say
+    from tailspan.printing import LinePrinter, end_text
+
+    printer = LinePrinter(sys.stdout)
+
+    async def use(client: AsyncJobClient) -> TailUpdate | None:
+        last: TailUpdate | None = None
+        silent = True
+        with StateLine() as line:
+            async for update in client.follow_logs(job, refresh, sample, timeout):
+                with line.paused():
+                    if update.gap:
+                        say("lines before these are gone at the service")
+                    if update.left_out:
+                        say(f"{update.left_out} lines left out")
+                    if as_json:
+                        _json_lines(update.messages)
+                    else:
+                        printer.messages(update.messages)
+                silent = silent and not update.messages
+                line.show(update.status)
+                last = update
+        if last is not None and last.complete:
+            say(end_text(last.status) + (", without a line" if silent else ""))
+        return last
+
+    last = with_client(config_path, service, use)
+    if last is None or not last.complete:
+        say(f"job {job} has not ended after {timeout:g} s; it goes on")
+        ctx.exit(EXIT_TIMEOUT)
+    ctx.exit(exit_code_for(last.status))
+
+
+@click.command("exec-time")
+@job_argument
+@service_option
+@config_option
+@json_option
+def exec_time(job: str, service: str | None, config_path: Path | None, as_json: bool) -> None:
+    """Print the time from a job's first to its last line.
+
+    While the job runs that is the time so far, and a warning says so.
+
+    \b
+    Example:
+      tailspan exec-time 01J8ZK --json
+    """  # noqa: D301 - click wants the backspace character itself
+    from tailspan.cli.show import json_line, write
+    from tailspan.cli.watch import say
+    from tailspan.client import in_progress_text
+
+    took, status = with_client(config_path, service, lambda client: client.exec_time_and_status(job))
+    running = not status.state.is_terminal
+    if running:
+        say(in_progress_text(status))
+    if as_json:
+        json_line({"job_id": status.job_id, "exec_time_s": took.total_seconds(), "in_progress": running})
+    else:
+        write(str(took))
+
+
+def _json_lines(messages: Sequence[Message]) -> None:
+    from tailspan.cli.show import json_line
+
+    for message in messages:
+        json_line(message)

@@ -1,0 +1,123 @@
+"""The commands about a job's state: ``status``, ``wait``, ``cancel``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from tailspan.cli.group import EXIT_ERROR, EXIT_TIMEOUT
+from tailspan.cli.options import (
+    config_option,
+    job_argument,
+    json_option,
+    service_option,
+    settings_for,
+    with_client,
+)
+
+if TYPE_CHECKING:
+    from tailspan.client import AsyncJobClient
+    from tailspan.models import RunResponse
+
+__all__ = ["cancel", "exit_code_for", "say", "status", "wait"]
+
+
+@click.command()
+@job_argument
+@service_option
+@config_option
+@json_option
+def status(job: str, service: str | None, config_path: Path | None, as_json: bool) -> None:
+    """Show a job's status, with the id of its trace.
+
+    \b
+    Example:
+      tailspan status 01J8ZK --json
+    """  # noqa: D301 - click wants the backspace character itself
+    from tailspan.cli.show import json_line, json_of, status_fields
+
+    answer = with_client(config_path, service, lambda client: client.job_get_status(job))
+    if as_json:
+        json_line(json_of(answer))
+    else:
+        links = settings_for(config_path).links
+        status_fields(answer, {"trace": links.trace, "logs": links.logs})
+
+
+@click.command()
+@job_argument
+@service_option
+@config_option
+@json_option
+def cancel(job: str, service: str | None, config_path: Path | None, as_json: bool) -> None:
+    """Cancel a job. An ended job stays as it is, and that is no error.
+
+    \b
+    Example:
+      tailspan cancel 01J8ZK && tailspan wait 01J8ZK
+    """  # noqa: D301 - click wants the backspace character itself
+    from tailspan.cli.show import ended, json_line, json_of, write
+
+    answer = with_client(config_path, service, lambda client: client.job_cancel(job))
+    if as_json:
+        json_line(json_of(answer))
+    elif answer.state.is_terminal:
+        ended(answer)
+    else:
+        write(f"job {answer.job_id} was asked to end; it is {answer.state}")
+
+
+@click.command()
+@job_argument
+@click.option("--poll", default=1.0, show_default=True, metavar="S", help="How often to ask, in seconds.")
+@click.option("--timeout", type=float, metavar="S", help="Give up after so many seconds, with exit code 124.")
+@service_option
+@config_option
+@json_option
+@click.pass_context
+def wait(
+    ctx: click.Context,
+    job: str,
+    poll: float,
+    timeout: float | None,
+    service: str | None,
+    config_path: Path | None,
+    as_json: bool,
+) -> None:
+    """Wait until a job has ended, and say how.
+
+    Ctrl-C stops waiting; the job goes on. Exit codes: 0 succeeded, 1 failed, canceled or lost, 124 timeout.
+
+    \b
+    Example:
+      tailspan wait 01J8ZK --timeout 3600 && ./next-step
+    """  # noqa: D301 - click wants the backspace character itself
+    from tailspan.cli.live import StateLine
+    from tailspan.cli.show import ended, json_line, json_of
+
+    async def use(client: AsyncJobClient) -> RunResponse:
+        with StateLine() as line:
+            return await client.job_wait_for_job(job, poll, timeout, on_status=line.show)
+
+    answer = with_client(config_path, service, use)
+    if as_json:
+        json_line(json_of(answer))
+    else:
+        ended(answer)
+    ctx.exit(exit_code_for(answer))
+
+
+def exit_code_for(status: RunResponse) -> int:
+    """Return what ``wait`` and ``tail`` exit with for a job that ended like this."""
+    from tailspan.models import JobState
+
+    return {JobState.SUCCEEDED: 0, JobState.TIMED_OUT: EXIT_TIMEOUT}.get(status.state, EXIT_ERROR)
+
+
+def say(text: str) -> None:
+    """Tell the person, beside the data: on standard error."""
+    from tailspan.clean import printable
+
+    click.echo(f"tailspan: {printable(' '.join(text.splitlines()), colours=False)}", err=True)
