@@ -186,7 +186,8 @@ def _listen(host: str, port: int) -> socket.socket:
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=128
         )
     except OSError as error:
-        reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+        # resolver errors have negative numbers of their own
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else "no such host"
         hint = "; is another agent running?" if "in use" in reason else ""
         raise ConfigError(
             f"agent.listen: cannot listen on {host}:{port}: {reason}{hint}", key="agent.listen"
