@@ -19,9 +19,12 @@ Only in one reply that is out of order by more than the window can equal lines o
 from __future__ import annotations
 
 import hashlib
+import operator
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import chain, pairwise
+from itertools import accumulate
+from typing import NamedTuple
 
 import msgspec
 
@@ -55,8 +58,7 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(_Cursor).decode
 
 
-@dataclass(slots=True)
-class NewLines:
+class NewLines(NamedTuple):
     """The lines of a reply that were not seen before, in its order.
 
     Attributes:
@@ -65,9 +67,9 @@ class NewLines:
         digests: 8 bytes for each, as `tailspan.page.line_digest` makes them.
     """
 
-    places: Sequence[int]
-    times_unix_nano: list[int] = field(default_factory=list)
-    digests: list[bytes] = field(default_factory=list)
+    places: list[int]
+    times_unix_nano: list[int]
+    digests: list[bytes]
 
 
 class Window:
@@ -104,17 +106,20 @@ class Window:
         self._head = f"{identity}\0{job_id}\0".encode()
         self._late_window_ms = max(0, int(late_window_s * 1000))
         self._max_lines = max_lines
-        # What the next read must know: the lines of each millisecond by their digests, in the order in which they
-        # came; beyond `max_lines` only their number.
-        self._instants: dict[int, list[bytes]] = {}
+        # What the next read must know: times and digests of lines, how many each millisecond has, and of which only
+        # that number is kept.
+        self._times: list[int] = []
+        self._ids: list[bytes] = []
         self._totals: dict[int, int] = {}
-        self._held = 0
+        self._full: set[int] = set()
         self._kept_from_ms = since_ms or 0
+        self._newest_ms = -1
+        self._sorted = True
         # Equal lines so far, in milliseconds that no earlier read saw.
         self._repeats: dict[bytes, int] = {}
         # What earlier reads saw: it must stay until the end of the reply, which may be in any order.
         self._seen: dict[bytes, int] = {}
-        self._seen_totals: dict[int, int] = {}
+        self._seen_full: dict[int, int] = {}
         self._seen_to_ms = -1
         # What of that has come again in this reply.
         self._again: dict[bytes, int] = {}
@@ -135,33 +140,42 @@ class Window:
             times_ms: Their times, in ms since the epoch, 0 or more.
             messages: Their text as read, without line ending.
         """
-        new = NewLines(range(len(times_ms)))
         places: list[int] = []
-        add_place, add_time, add_digest = places.append, new.times_unix_nano.append, new.digests.append
-        blake2b, repeats, max_lines, start_ms = hashlib.blake2b, self._repeats, self._max_lines, self.start_ms or 0
+        times_unix_nano: list[int] = []
+        digests: list[bytes] = []
+        add_place, add_time, add_digest = places.append, times_unix_nano.append, digests.append
+        add_ms, add_id = self._times.append, self._ids.append
+        # Looked up once: this loop is most of the cost of reading a log.
+        blake2b, size, head = hashlib.blake2b, _DIGEST_BYTES, self._head
+        totals, repeats, max_lines, start_ms = self._totals, self._repeats, self._max_lines, self.start_ms or 0
         last_ms = -1
+        ordinal = nano = 0
         known = False
-        nano = 0
         prefix = b""
-        ids: list[bytes] = []
         for place, (ms, message) in enumerate(zip(times_ms, messages, strict=True)):
             if ms != last_ms:
                 if ms < start_ms:
                     continue
+                if ordinal:
+                    totals[last_ms] = ordinal
                 last_ms = ms
-                known = ms <= self._seen_to_ms
+                ordinal = totals.get(ms, 0)
                 nano = ms * NANOS_PER_MS
-                prefix = b"%b%d\x000\x00" % (self._head, nano)
-                ids = self._instants.setdefault(ms, [])
-            digest = blake2b(prefix + message, digest_size=_DIGEST_BYTES).digest()
-            ordinal = len(ids)
+                prefix = b"%b%d\x000\x00" % (head, nano)
+                known = ms <= self._seen_to_ms
+                if ms >= self._newest_ms:
+                    self._newest_ms = ms
+                elif not known:
+                    self._sorted = False
+            digest = blake2b(prefix + message, digest_size=size).digest()
             if known or ordinal >= max_lines:
-                taken = self._take_slowly(ms, digest, message, ids)
+                taken = self._take_slowly(ms, digest, message, ordinal)
                 if taken is None:
                     continue
-                ordinal, digest = taken
+                digest = taken
             else:
-                ids.append(digest)
+                add_ms(ms)
+                add_id(digest)
                 occurrence = repeats.get(digest, 0)
                 repeats[digest] = occurrence + 1
                 if occurrence:
@@ -170,39 +184,41 @@ class Window:
             # One line more than there are ns in a ms must not slip into the next.
             add_time(nano + (ordinal if ordinal < NANOS_PER_MS else NANOS_PER_MS - 1))
             add_digest(digest)
-        if len(places) != len(new.places):
-            new.places = places
-        self._held += len(places)
+            ordinal += 1
+        if ordinal:
+            totals[last_ms] = ordinal
         self._prune()
-        return new
+        return NewLines(places, times_unix_nano, digests)
 
     def cursor(self) -> bytes:
         """Return where to go on after all lines so far: about 10 bytes for each line that the window holds."""
-        instants = sorted(self._instants)
-        steps = [after - before for before, after in pairwise([self._kept_from_ms, *instants])]
-        counts = [self._totals.get(ms) or len(self._instants[ms]) for ms in instants]
-        listed = [self._instants[ms] for ms, count in zip(instants, counts, strict=True) if count <= self._max_lines]
-        return _encode(_Cursor(self._kept_from_ms, steps, counts, b"".join(chain.from_iterable(listed))))
+        instants = sorted(self._totals)
+        steps = list(map(operator.sub, instants, [self._kept_from_ms, *instants]))
+        counts = list(map(self._totals.__getitem__, instants))
+        ids = self._ids
+        if self._full:
+            ids = [digest for ms, digest in zip(self._times, ids, strict=True) if ms not in self._full]
+        return _encode(_Cursor(self._kept_from_ms, steps, counts, b"".join(ids)))
 
-    def _take_slowly(self, ms: int, digest: bytes, message: bytes, ids: list[bytes]) -> tuple[int, bytes] | None:
-        """Return ordinal and digest of a line in a millisecond that was seen before or is very full; None if seen."""
-        ordinal = place = self._totals.get(ms) or len(ids)
+    def _take_slowly(self, ms: int, digest: bytes, message: bytes, ordinal: int) -> bytes | None:
+        """Return the digest of a line in a millisecond that was seen before or is very full; None if it was seen."""
+        place = ordinal
         if ms <= self._seen_to_ms:
             place = self._again_totals.get(ms, 0)
             self._again_totals[ms] = place + 1
-        if place >= self._max_lines or ms in self._seen_totals:
-            if place < self._seen_totals.get(ms, 0):
-                return None
-            self._totals[ms] = ordinal + 1
-            return ordinal, self._digest(ms, place, message)
+        seen_full = self._seen_full.get(ms, 0)
+        if ordinal >= self._max_lines:
+            self._full.add(ms)
+        if place >= self._max_lines or seen_full:
+            return None if place < seen_full else self._digest(ms, place, message)
         occurrence = self._again.get(digest, 0)
         self._again[digest] = occurrence + 1
         if occurrence < self._seen.get(digest, 0):
             return None
-        ids.append(digest)
-        if ms in self._totals:
-            self._totals[ms] += 1
-        return ordinal, self._digest(ms, occurrence, message) if occurrence else digest
+        self._sorted = False
+        self._times.append(ms)
+        self._ids.append(digest)
+        return self._digest(ms, occurrence, message) if occurrence else digest
 
     def _digest(self, ms: int, occurrence: int, message: bytes) -> bytes:
         key = b"%b%d\x00%d\x00" % (self._head, ms * NANOS_PER_MS, occurrence)
@@ -210,19 +226,25 @@ class Window:
 
     def _prune(self) -> None:
         """Forget what is too old, and the oldest milliseconds while there is too much."""
-        instants = sorted(self._instants)
-        if not instants:
-            return
-        newest_ms = instants.pop()
-        self._kept_from_ms = max(self._kept_from_ms, newest_ms - self._late_window_ms)
-        for ms in instants:
-            if ms >= self._kept_from_ms and self._held <= self._max_lines:
-                break
-            ids = self._instants.pop(ms)
-            self._held -= self._totals.pop(ms, len(ids))
-            self._kept_from_ms = max(self._kept_from_ms, ms + 1)
-            for digest in ids:
-                self._repeats.pop(digest, None)
+        if not self._sorted:
+            order = sorted(range(len(self._times)), key=self._times.__getitem__)
+            self._times = [self._times[at] for at in order]
+            self._ids = [self._ids[at] for at in order]
+            self._sorted = True
+        keep_ms = max(self._kept_from_ms, self._newest_ms - self._late_window_ms)
+        if len(self._times) > self._max_lines:
+            keep_ms = max(keep_ms, self._times[-self._max_lines - 1] + 1)
+        keep_ms = max(keep_ms, *(ms + 1 for ms in self._full), 0)
+        self._kept_from_ms = keep_ms = max(self._kept_from_ms, min(keep_ms, self._newest_ms))
+        cut = bisect_left(self._times, keep_ms)
+        for ms in {*self._times[:cut], *self._full}:
+            if ms < keep_ms:
+                self._totals.pop(ms, None)
+                self._full.discard(ms)
+        for digest in self._ids[:cut]:
+            self._repeats.pop(digest, None)
+        del self._times[:cut]
+        del self._ids[:cut]
 
     def _restore(self, cursor: bytes, job_id: str) -> None:
         try:
@@ -232,19 +254,15 @@ class Window:
                 raise msgspec.DecodeError
         except msgspec.DecodeError:
             raise ConfigError("the cursor is not one of a service that knows lines by time", job_id=job_id) from None
-        self._kept_from_ms = ms = saved.start_ms
-        position = 0
-        for step, count in zip(saved.steps_ms, saved.counts, strict=True):
-            ms += step
-            self._held += count
+        self._kept_from_ms = saved.start_ms
+        instants = list(accumulate(saved.steps_ms, initial=saved.start_ms))[1:]
+        self._totals = dict(zip(instants, saved.counts, strict=True))
+        for ms, count in self._totals.items():
             if count > self._max_lines:
-                self._instants[ms] = []
-                self._totals[ms] = self._seen_totals[ms] = count
-                continue
-            end = position + count * _DIGEST_BYTES
-            ids = [saved.digests[at : at + _DIGEST_BYTES] for at in range(position, end, _DIGEST_BYTES)]
-            position = end
-            self._instants[ms] = ids
-            for digest in ids:
-                self._seen[digest] = self._seen.get(digest, 0) + 1
-        self._seen_to_ms = ms
+                self._seen_full[ms] = count
+            else:
+                self._times += [ms] * count
+        self._full = set(self._seen_full)
+        self._ids = [saved.digests[at : at + _DIGEST_BYTES] for at in range(0, len(saved.digests), _DIGEST_BYTES)]
+        self._seen = dict(Counter(self._ids))
+        self._newest_ms = self._seen_to_ms = instants[-1] if instants else -1
