@@ -17,7 +17,13 @@ __all__ = ["AgentError", "CheckpointError", "ExportRejectedError"]
 
 
 class AgentError(TailspanError):
-    """The agent cannot go on with what it was doing; the message says what to do about it."""
+    """The agent cannot go on with what it was doing; the message says what to do about it.
+
+    Attributes:
+        exit_code: What a command ends with that raises it.
+    """
+
+    exit_code = 2
 
 
 class CheckpointError(AgentError):
@@ -26,3 +32,5 @@ class CheckpointError(AgentError):
 
 class ExportRejectedError(AgentError):
     """The endpoint does not take what it was sent, or was not reachable for as long as the caller would wait."""
+
+    exit_code = 3

@@ -1,0 +1,348 @@
+"""The checkpoint store: what the endpoint has acked, on disk, so that a restart neither loses nor repeats.
+
+SQLite in WAL mode with ``synchronous = NORMAL``: a killed process loses nothing; a power failure can undo the last
+transactions, which repeats lines (with the same uid) but never skips one. Jobs are keyed by the service's identity
+and the job's id, never by a configuration section's name, so renaming a section orphans nothing.
+
+    jobs      one row a job: the acked cursor and the facts that go with it
+    seconds   per job and second of source time: how many lines were acked and the sum of their uids
+              (services that know only times: lets the final read find what was never relayed)
+    spans     finished spans exactly as first sent, until and after they are acked
+    runs      cumulative run totals per pipeline, so that metrics survive restarts
+    names     names of listed jobs, so that a list without names costs one request a job, once
+
+All methods are quick and synchronous; the agent calls them from its event loop only.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tailspan_agent.checkpoint_file import connect, lock, salvage
+from tailspan_agent.errors import CheckpointError
+from tailspan_agent.runs import RunTotals
+
+__all__ = ["Ack", "Checkpoint", "OutboxSpan", "Store", "read_checkpoint"]
+
+_UINT64 = 1 << 64
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What the store knows of one job.
+
+    Attributes:
+        key: The store's own number for the job.
+        name: The job's name.
+        backfill: Whether the job was old when it was first seen: decided once.
+        cursor: Where the acked lines end; None when none was acked.
+        facts: JSON of the job's facts as of that cursor.
+        logs_complete: Whether all lines of the ended job are acked.
+        ended: Whether the run span was written and the run counted.
+    """
+
+    key: int
+    name: str
+    backfill: bool
+    cursor: bytes | None
+    facts: str
+    logs_complete: bool
+    ended: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """Lines of one job that need no more work.
+
+    Attributes:
+        key: The store's number for the job.
+        cursor: Where these lines end; None leaves the cursor as it is (lines found by the final read).
+        facts: JSON of the job's facts as of that cursor.
+        seconds: Second of source time to (lines, sum of uids), to be added; empty for services with offsets.
+    """
+
+    key: int
+    cursor: bytes | None
+    facts: str
+    seconds: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxSpan:
+    """A span as it was first written, and as it is sent however often it is sent."""
+
+    job: int
+    span_id: str
+    resource: bytes
+    span: bytes
+
+
+_CHECKPOINT = "SELECT key, name, backfill, cursor, facts, logs_complete, ended FROM jobs WHERE identity = ? AND job_id = ?"
+
+
+def read_checkpoint(state_dir: Path, identity: str, job_id: str) -> Checkpoint | None:
+    """Return what the store of another process, running or not, knows of a job.
+
+    Raises:
+        CheckpointError: The store cannot be read.
+    """
+    path = state_dir / "checkpoints.db"
+    if not path.exists():
+        return None
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+            return _checkpoint(db, identity, job_id)
+    except sqlite3.Error as error:
+        raise CheckpointError(f"cannot read the checkpoint store {path}: {error}") from error
+
+
+def _checkpoint(db: sqlite3.Connection, identity: str, job_id: str) -> Checkpoint | None:
+    row = db.execute(_CHECKPOINT, (identity, job_id)).fetchone()
+    if row is None:
+        return None
+    key, name, backfill, cursor, facts, logs_complete, ended = row
+    return Checkpoint(key, name, bool(backfill), cursor, facts, bool(logs_complete), bool(ended))
+
+
+class Store:
+    """The agent's durable state; one agent per directory, held by a lock.
+
+    Args:
+        state_dir: The agent's directory; made if missing, 0700.
+
+    Attributes:
+        instance_id: UUID of this state directory; ``service.instance.id`` of the agent's metrics.
+        start_unix_nano: When counting of runs began in this store.
+        recovered: What was wrong with the file when it was opened and set aside, or None.
+
+    Raises:
+        CheckpointError: Another agent holds the directory, the file is from a newer version, or the disk refuses.
+    """
+
+    def __init__(self, state_dir: Path) -> None:
+        self.path = state_dir / "checkpoints.db"
+        self.recovered: str | None = None
+        try:
+            state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock_fd = lock(state_dir)
+        except OSError as error:
+            raise CheckpointError(f"cannot use agent.state_dir {state_dir}: {error.strerror}") from error
+        try:
+            self._db = self._open()
+        except BaseException:
+            os.close(self._lock_fd)
+            raise
+        self.instance_id = self._meta("instance_id", str(uuid.uuid4()))
+        self.start_unix_nano = int(self._meta("start_unix_nano", str(time.time_ns())))
+        self.acked_at_s = time.time()
+
+    def _open(self) -> sqlite3.Connection:
+        try:
+            return connect(self.path)
+        except sqlite3.OperationalError as error:
+            raise CheckpointError(f"cannot open the checkpoint store {self.path}: {error}") from error
+        except sqlite3.DatabaseError as error:
+            self.recovered = str(error)
+        aside = self.path.with_name(f"checkpoints.corrupt-{time.time_ns()}.db")
+        for suffix in ("", "-wal", "-shm"):
+            part = self.path.with_name(self.path.name + suffix)
+            if part.exists():
+                part.rename(aside.with_name(aside.name + suffix))
+        db = connect(self.path)
+        rows = salvage(aside, db)
+        self.recovered = f"{self.recovered}; set aside as {aside.name}, {rows} rows salvaged"
+        return db
+
+    def close(self) -> None:
+        """Close the file and give the directory free."""
+        self._db.close()
+        os.close(self._lock_fd)
+
+    def _meta(self, key: str, default: str) -> str:
+        with self._transaction() as db:
+            db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (key, default))
+            row: tuple[str] = db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+            return row[0]
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise CheckpointError(f"cannot write the checkpoint store {self.path}: {error}") from error
+
+    def job(self, identity: str, job_id: str) -> Checkpoint | None:
+        """Return what is known of a job."""
+        return _checkpoint(self._db, identity, job_id)
+
+    def add_job(self, identity: str, job_id: str, name: str, *, backfill: bool, facts: str) -> Checkpoint:
+        """Remember a job that is seen for the first time; a job that is known stays as it is."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT OR IGNORE INTO jobs (identity, job_id, name, backfill, facts, updated_s)"
+                " VALUES (?, ?, ?, ?, ?, ?)",
+                (identity, job_id, name, backfill, facts, time.time()),
+            )
+        checkpoint = self.job(identity, job_id)
+        assert checkpoint is not None
+        return checkpoint
+
+    def finished_jobs(self, identity: str) -> set[str]:
+        """Return the ids of all jobs of a service that need no more work for any signal."""
+        rows = self._db.execute(
+            "SELECT job_id FROM jobs WHERE identity = ? AND ended = 1 AND logs_complete = 1", (identity,)
+        )
+        return {job_id for (job_id,) in rows}
+
+    def unfinished_jobs(self, identity: str) -> list[tuple[str, str]]:
+        """Return id and name of all jobs of a service that were seen and are not finished, oldest first."""
+        return self._db.execute(
+            "SELECT job_id, name FROM jobs WHERE identity = ? AND (ended = 0 OR logs_complete = 0) ORDER BY key",
+            (identity,),
+        ).fetchall()
+
+    def ack(self, acks: Iterable[Ack]) -> None:
+        """Advance cursors, in one transaction."""
+        now_s = time.time()
+        with self._transaction() as db:
+            for ack in acks:
+                db.execute(
+                    "UPDATE jobs SET cursor = coalesce(?, cursor), facts = ?, updated_s = ? WHERE key = ?",
+                    (ack.cursor, ack.facts, now_s, ack.key),
+                )
+                for second, (lines, uid_sum) in ack.seconds.items():
+                    self._add_second(db, ack.key, second, lines, uid_sum)
+        self.acked_at_s = now_s
+
+    @staticmethod
+    def _add_second(db: sqlite3.Connection, key: int, second: int, lines: int, uid_sum: int) -> None:
+        # SQLite's integers are signed and do not wrap: the sum mod 2^64 is kept as text.
+        row = db.execute("SELECT lines, uid_sum FROM seconds WHERE job = ? AND second = ?", (key, second)).fetchone()
+        if row is not None:
+            lines += row[0]
+            uid_sum += int(row[1])
+        db.execute("REPLACE INTO seconds VALUES (?, ?, ?, ?)", (key, second, lines, str(uid_sum % _UINT64)))
+
+    def seconds(self, key: int) -> dict[int, tuple[int, int]]:
+        """Return per second of source time the count and the uid sum (mod 2^64) of a job's acked lines."""
+        rows = self._db.execute("SELECT second, lines, uid_sum FROM seconds WHERE job = ?", (key,))
+        return {second: (lines, int(uid_sum)) for second, lines, uid_sum in rows}
+
+    def update_facts(self, key: int, facts: str) -> None:
+        """Store facts that changed without a line: states that were seen."""
+        with self._transaction() as db:
+            db.execute("UPDATE jobs SET facts = ?, updated_s = ? WHERE key = ?", (facts, time.time(), key))
+
+    def complete_logs(self, key: int) -> None:
+        """Note that all lines of an ended job are acked; the per-second sums have done their work."""
+        with self._transaction() as db:
+            db.execute("UPDATE jobs SET logs_complete = 1, updated_s = ? WHERE key = ?", (time.time(), key))
+            db.execute("DELETE FROM seconds WHERE job = ?", (key,))
+
+    def add_spans(self, key: int, spans: Sequence[OutboxSpan]) -> int:
+        """Write spans that are not there yet; a span that is there stays byte for byte as it was first written.
+
+        Returns:
+            How many were new.
+        """
+        with self._transaction() as db:
+            before = db.total_changes
+            db.executemany(
+                "INSERT OR IGNORE INTO spans (job, span_id, resource, span) VALUES (?, ?, ?, ?)",
+                [(key, span.span_id, span.resource, span.span) for span in spans],
+            )
+            return db.total_changes - before
+
+    def has_span(self, key: int, span_id: str) -> bool:
+        """Return whether a span was written before."""
+        row = self._db.execute("SELECT 1 FROM spans WHERE job = ? AND span_id = ?", (key, span_id)).fetchone()
+        return row is not None
+
+    def end_job(self, key: int, spans: Sequence[OutboxSpan], totals: RunTotals) -> bool:
+        """Write a job's last spans and count its run, in one transaction, once.
+
+        Counting goes with the writing of the run span, not with its ack: a run counts once whatever happens to the
+        traces endpoint, and also where traces are not sent at all.
+
+        Args:
+            key: The job.
+            spans: Its spans that end now.
+            totals: The totals of its pipeline, result and error type with this run added.
+
+        Returns:
+            Whether this was the first time; if not, nothing was changed.
+        """
+        with self._transaction() as db:
+            if db.execute("UPDATE jobs SET ended = 1 WHERE key = ? AND ended = 0", (key,)).rowcount == 0:
+                return False
+            db.executemany(
+                "INSERT OR IGNORE INTO spans (job, span_id, resource, span) VALUES (?, ?, ?, ?)",
+                [(key, span.span_id, span.resource, span.span) for span in spans],
+            )
+            db.execute("REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?)", totals.to_row())
+        return True
+
+    def runs(self) -> list[RunTotals]:
+        """Return the totals of all ended runs."""
+        return [
+            RunTotals.from_row(row)
+            for row in self._db.execute("SELECT pipeline, result, error_type, sum_s, buckets, exemplars FROM runs")
+        ]
+
+    def unsent_spans(self, limit: int) -> list[OutboxSpan]:
+        """Return spans that are not acked, oldest jobs first."""
+        rows = self._db.execute(
+            "SELECT job, span_id, resource, span FROM spans WHERE acked = 0 ORDER BY job LIMIT ?", (limit,)
+        )
+        return [OutboxSpan(*row) for row in rows]
+
+    def ack_spans(self, spans: Iterable[OutboxSpan]) -> None:
+        """Note that spans need no more work."""
+        with self._transaction() as db:
+            db.executemany(
+                "UPDATE spans SET acked = 1 WHERE job = ? AND span_id = ?", [(span.job, span.span_id) for span in spans]
+            )
+
+    def names(self, identity: str) -> dict[str, str]:
+        """Return the cached names of a service's listed jobs by id."""
+        return dict(self._db.execute("SELECT job_id, name FROM names WHERE identity = ?", (identity,)))
+
+    def add_name(self, identity: str, job_id: str, name: str) -> None:
+        """Cache the name of a listed job."""
+        with self._transaction() as db:
+            db.execute("REPLACE INTO names VALUES (?, ?, ?)", (identity, job_id, name))
+
+    def forget(self, older_than_s: float) -> int:
+        """Delete jobs that saw no change for so long, in seconds; returns how many.
+
+        Unsent spans keep their job. A job that its service still lists within `lookback` must not be forgotten:
+        the caller's limit is 30 days or the largest lookback, whichever is longer.
+        """
+        with self._transaction() as db:
+            db.execute("CREATE TEMP TABLE IF NOT EXISTS forgotten (job INTEGER PRIMARY KEY)")
+            db.execute("DELETE FROM forgotten")
+            db.execute(
+                "INSERT INTO forgotten SELECT key FROM jobs WHERE updated_s < ?"
+                " AND key NOT IN (SELECT job FROM spans WHERE acked = 0)",
+                (time.time() - older_than_s,),
+            )
+            db.execute(
+                "DELETE FROM names WHERE (identity, job_id) IN"
+                " (SELECT identity, job_id FROM jobs WHERE key IN (SELECT job FROM forgotten))"
+            )
+            for table in ("spans", "seconds"):
+                db.execute(f"DELETE FROM {table} WHERE job IN (SELECT job FROM forgotten)")  # noqa: S608 - constants
+            return db.execute("DELETE FROM jobs WHERE key IN (SELECT job FROM forgotten)").rowcount

@@ -1,0 +1,264 @@
+"""The command group ``tailspan agent``."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from contextlib import AsyncExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tailspan.cli.options import config_option, job_argument, json_option, service_option, settings_for
+from tailspan.errors import ConfigError
+from tailspan_agent.checkpoint_file import lock_holder
+
+if TYPE_CHECKING:
+    from tailspan.config import Settings
+
+__all__ = ["agent"]
+
+_ONCE_TIMEOUT_S = 300.0
+_REJECTED, _UNDELIVERED = 1, 3
+
+
+@click.group()
+def agent() -> None:
+    """Relay jobs' logs, status and run time as OTLP.
+
+    \b
+    Example:
+      tailspan agent check --config config.toml
+      tailspan agent run --config config.toml
+    """  # noqa: D301 - click wants the backspace character itself
+
+
+@agent.command()
+@config_option
+@click.option("--once", is_flag=True, help="Relay what is readable now, wait until it is acked, and exit.")
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=_ONCE_TIMEOUT_S,
+    show_default=True,
+    help="With --once: seconds that it may take.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"], case_sensitive=False),
+    default="info",
+    show_default=True,
+    help="What the agent says of itself, on stderr.",
+)
+def run(config_path: Path | None, once: bool, timeout_s: float, log_level: str) -> None:
+    """Run the agent until SIGTERM or Ctrl-C (drains; a second one skips the drain); SIGHUP reloads the file.
+
+    Without an endpoint the telemetry goes to OTLP JSON lines files under agent.state_dir, for a later replay.
+
+    \b
+    Exit codes of --once: 0 all is acked; 1 something was rejected, see the dead letter; 3 not delivered in time,
+    or a service could not be reached; 4 a named job does not exist.
+    Example:
+      tailspan agent run --config config.toml --once --timeout 60
+    """  # noqa: D301 - click wants the backspace character itself
+    from tailspan_agent.logs import set_up_logging
+
+    set_up_logging(log_level)
+    settings = settings_for(config_path)
+    sys.exit(asyncio.run(_run_once(settings, timeout_s) if once else _run(settings, config_path)))
+
+
+async def _run(settings: Settings, config_path: Path | None) -> int:
+    from tailspan_agent.agent import Agent
+    from tailspan_agent.reload import reload_on_hangup
+    from tailspan_agent.systemd import keep_watchdog, notify
+
+    loop = asyncio.get_running_loop()
+    relay = Agent(settings)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, relay.stop)
+    with reload_on_hangup(relay, config_path), keep_watchdog():
+        await relay.run(on_ready=lambda: notify("READY=1"), on_stop=lambda: notify("STOPPING=1"))
+    return 0
+
+
+async def _run_once(settings: Settings, timeout_s: float) -> int:
+    from tailspan_agent.agent import Agent
+
+    loop = asyncio.get_running_loop()
+    relay = Agent(settings)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, relay.stop)
+    result = await relay.run_once(timeout_s)
+    for failure in result.failures:
+        click.echo(f"tailspan: {failure}", err=True)
+    targets = ", ".join(dict.fromkeys(relay.outlets.targets.values()))
+    click.echo(f"{result.jobs} jobs: {result.acked} log records acked, {result.rejected} rejected ({targets})", err=True)
+    if not result.delivered:
+        click.echo(
+            f"tailspan: not everything was acked within {timeout_s:g} s; the next run goes on from the last ack", err=True
+        )
+        return _UNDELIVERED
+    if result.failures:
+        from tailspan.cli.group import exit_code_of
+
+        return max(exit_code_of(failure) for failure in result.failures)
+    return _REJECTED if result.rejected else 0
+
+
+@agent.command()
+@config_option
+@json_option
+def check(config_path: Path | None, as_json: bool) -> None:
+    """Validate the file, reach services and endpoint, and say what is wrong.
+
+    \b
+    Exit codes: 0 all is well, 2 configuration, 3 a service or the endpoint cannot be reached, 4 no such job.
+    Example:
+      tailspan agent check --config config.toml
+    """  # noqa: D301 - click wants the backspace character itself
+    settings = settings_for(config_path)
+
+    async def look() -> int:
+        from tailspan_agent.check import check as findings_of
+
+        code = 0
+        async for finding in findings_of(settings):
+            code = code or finding.exit_code
+            if as_json:
+                click.echo(json.dumps(asdict(finding)))
+            else:
+                word = "problem" if finding.exit_code else "warning" if finding.warning else "ok"
+                click.echo(f"{word:8}{finding.subject}: {finding.text}")
+        return code
+
+    sys.exit(asyncio.run(look()))
+
+
+@agent.command()
+@config_option
+def reload(config_path: Path | None) -> None:
+    """Have the running agent read its configuration again; jobs that are still watched go on undisturbed.
+
+    \b
+    Example:
+      tailspan agent reload --config config.toml
+    """  # noqa: D301 - click wants the backspace character itself
+    settings = settings_for(config_path)
+    pid = lock_holder(settings.agent.state_dir)
+    if pid is None:
+        raise ConfigError(
+            f"no agent runs on agent.state_dir {settings.agent.state_dir}; start one: tailspan agent run",
+            key="agent.state_dir",
+        )
+    try:
+        os.kill(pid, signal.SIGHUP)
+    except PermissionError as error:
+        raise ConfigError(f"agent pid {pid} belongs to another user: reload it as that user") from error
+    click.echo(f"agent pid {pid} reloads; its log says what changed", err=True)
+
+
+@agent.command()
+@click.argument("files", nargs=-1, required=True, metavar="FILE...", type=click.Path(path_type=Path))
+@click.option("--endpoint", metavar="URL", help="Where to send. [default: otlp.endpoint]")
+@click.option("--protocol", type=click.Choice(["http/protobuf", "grpc"]), help="[default: otlp.protocol]")
+@config_option
+def replay(files: tuple[Path, ...], endpoint: str | None, protocol: str | None, config_path: Path | None) -> None:
+    """Send files of OTLP JSON lines (the agent's own, or its dead letter), in the order given.
+
+    The files stay as they are. Replaying twice is safe: repeated records carry the same log.record.uid.
+
+    \b
+    Exit codes: 0 all delivered, 1 something was rejected or unreadable, 3 the endpoint is not reachable.
+    Example:
+      tailspan agent replay logs.jsonl traces.jsonl --endpoint http://localhost:4318
+    """  # noqa: D301 - click wants the backspace character itself
+    from tailspan.config import load_settings
+
+    overrides = {key: value for key, value in (("endpoint", endpoint), ("protocol", protocol)) if value is not None}
+    settings = load_settings(config_path, overrides={"otlp": overrides} if overrides else None)
+    sys.exit(asyncio.run(_replay(files, settings)))
+
+
+async def _replay(files: tuple[Path, ...], settings: Settings) -> int:
+    from tailspan_agent.export import make_exporter
+    from tailspan_agent.outlets import SIGNALS
+    from tailspan_agent.replay import replay as send_files
+
+    async with AsyncExitStack() as stack:
+        exporters = {}
+        for name in SIGNALS:
+            keys = settings.otlp.for_signal(name)
+            if keys is None:
+                continue
+            if keys.url is None:
+                raise ConfigError("replay needs to know where to send: --endpoint URL", key="otlp.endpoint")
+            exporters[name] = make_exporter(
+                name, keys, state_dir=settings.agent.state_dir, files=settings.files
+            )
+            stack.push_async_callback(exporters[name].aclose)
+        result = await send_files(files, exporters)
+    for problem in result.problems:
+        click.echo(f"tailspan: {problem}", err=True)
+    click.echo(
+        f"{result.lines} lines of {result.files} files: {result.delivered} records delivered,"
+        f" {result.rejected} rejected, {result.skipped} skipped, {result.bad_lines} lines unreadable"
+    )
+    return 0 if result.ok else 1
+
+
+@agent.command("dead-letter")
+@config_option
+@json_option
+def dead_letter(config_path: Path | None, as_json: bool) -> None:
+    """Show what the endpoint refused, by reason, and how to send it again.
+
+    \b
+    Example:
+      tailspan agent dead-letter --config config.toml
+    """  # noqa: D301 - click wants the backspace character itself
+    from tailspan_agent.deadletter import summarize
+
+    directory = settings_for(config_path).agent.state_dir / "dead-letter"
+    groups = summarize(directory)
+    if as_json:
+        click.echo(json.dumps([asdict(group) for group in groups]))
+        return
+    if not groups:
+        click.echo(f"nothing was refused ({directory} is empty)")
+        return
+    for group in groups:
+        click.echo(
+            f"{group.signal}: {group.rejected} of {group.records} records in {group.batches} batches"
+            f" ({group.first} to {group.last}): {group.kind}: {group.reason}"
+        )
+    click.echo(f"send it again: tailspan agent replay {directory}/*.jsonl --endpoint URL")
+
+
+@agent.command()
+@job_argument
+@service_option
+@config_option
+@json_option
+def verify(job: str, service: str | None, config_path: Path | None, as_json: bool) -> None:
+    """Read a job's log again and compare it with what the agent relayed.
+
+    \b
+    Exit codes: 0 the same, 1 not the same (or not relayed, or not complete yet).
+    Example:
+      tailspan agent verify JOB --config config.toml
+    """  # noqa: D301 - click wants the backspace character itself
+    from tailspan_agent.verify import verify as compare
+
+    settings = settings_for(config_path)
+    report = asyncio.run(compare(settings, service or settings.default_service, job))
+    shown: dict[str, Any] = asdict(report)
+    click.echo(json.dumps(shown) if as_json else f"{report.verdict}: {report.text}")
+    sys.exit(0 if report.verdict == "verified" else 1)
+

@@ -1,0 +1,212 @@
+"""Lanes: the bounded queues between the tailers and the endpoint, and the acks that come back.
+
+A job's chunks all go through one lane, and a lane has one request in flight, so the order of a job's lines holds.
+A full lane pauses its tailers (backpressure): nothing is dropped, and memory stays bounded.
+
+    Lane      log chunks of the jobs hashed onto it -> batch -> Sender -> ack in the checkpoint store
+    SpanLane  finished spans from the store         -> batch -> Sender -> ack in the checkpoint store
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+from tailspan_agent.checkpoint import Ack, OutboxSpan, Store
+from tailspan_agent.encode import logs_request, traces_request
+from tailspan_agent.errors import CheckpointError
+from tailspan_agent.outlets import Outlet
+
+__all__ = ["BATCH_BYTES", "Chunk", "Lane", "SpanLane"]
+
+BATCH_BYTES = 3 << 20
+"""A collector's gRPC server takes 4 MiB by default; the envelope is small."""
+_BATCH_LINES = 5000
+_QUEUE_BYTES = 2 << 20
+_LINGER_S = 0.1
+_LINGER_LINES = 500
+_RETRY_STORE_S = 1.0
+_SPANS_A_REQUEST = 500
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Encoded records of one page of one job.
+
+    Attributes:
+        resource: The job's encoded resource.
+        records: Framed log records; empty when every line of the page was dropped on purpose.
+        count: How many records.
+        ack: Makes what to write when they need no more work.
+        done: Called once after that, with how many of the records were dead-lettered and why.
+    """
+
+    resource: bytes
+    records: bytes
+    count: int
+    ack: Callable[[], Ack]
+    done: Callable[[int, str], None]
+
+
+async def _persist(write: Callable[[], None], what: str) -> None:
+    """Write to the store, however long the disk refuses: giving up would repeat, going on would skip."""
+    complained = False
+    while True:
+        try:
+            write()
+        except CheckpointError as error:
+            if not complained:
+                _log.error("%s waits until the disk takes it: %s", what, error)
+                complained = True
+            await asyncio.sleep(_RETRY_STORE_S)
+        else:
+            return
+
+
+class Lane:
+    """One ordered way to the logs endpoint.
+
+    Args:
+        store: Where acks go.
+        outlet: The way to the logs endpoint.
+    """
+
+    def __init__(self, store: Store, outlet: Outlet) -> None:
+        self._store = store
+        self._outlet = outlet
+        self._queue: deque[Chunk] = deque()
+        self._queued_bytes = 0
+        self._changed = asyncio.Condition()
+        self._busy = False
+        self.linger = True
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is queued or in flight."""
+        return not self._queue and not self._busy
+
+    async def put(self, chunk: Chunk) -> None:
+        """Queue a chunk; waits while the lane is full."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._queued_bytes < _QUEUE_BYTES)
+            self._queue.append(chunk)
+            self._queued_bytes += len(chunk.records)
+            self._changed.notify_all()
+
+    async def flush(self) -> None:
+        """Wait until nothing is queued or in flight."""
+        self.linger = False
+        async with self._changed:
+            self._changed.notify_all()
+            await self._changed.wait_for(lambda: self.idle)
+
+    async def run(self) -> None:
+        """Send batches until cancelled."""
+        while True:
+            batch = await self._next_batch()
+            try:
+                await self._deliver(batch)
+            finally:
+                self._busy = False
+            async with self._changed:
+                self._changed.notify_all()
+
+    async def _next_batch(self) -> list[Chunk]:
+        async with self._changed:
+            await self._changed.wait_for(lambda: bool(self._queue))
+            if self.linger and len(self._queue) < 2 and self._queue[0].count < _LINGER_LINES:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_LINGER_S):
+                        await self._changed.wait_for(self._worth_sending)
+            batch = [self._queue.popleft()]
+            size, lines = len(batch[0].records), batch[0].count
+            while self._queue and lines < _BATCH_LINES:
+                size += len(self._queue[0].records)
+                lines += self._queue[0].count
+                if size > BATCH_BYTES:
+                    break
+                batch.append(self._queue.popleft())
+            self._queued_bytes -= sum(len(chunk.records) for chunk in batch)
+            self._busy = True
+            self._changed.notify_all()
+            return batch
+
+    def _worth_sending(self) -> bool:
+        return not self.linger or sum(chunk.count for chunk in self._queue) >= _LINGER_LINES
+
+    async def _deliver(self, batch: list[Chunk]) -> None:
+        count = sum(chunk.count for chunk in batch)
+        rejected, reason = 0, ""
+        if count:
+            payload = logs_request(_by_resource((chunk.resource, chunk.records) for chunk in batch if chunk.count))
+            result = await self._outlet.send(payload, count)
+            rejected, reason = result.rejected, result.reason or ""
+        await _persist(lambda: self._store.ack(chunk.ack() for chunk in batch), "the checkpoint of sent lines")
+        for chunk in batch:
+            # A partial success says only how many: the count is right, whose they were is not known.
+            here = min(rejected, chunk.count)
+            rejected -= here
+            chunk.done(here, reason)
+
+
+class SpanLane:
+    """The way of finished spans from the store to the traces endpoint.
+
+    Args:
+        store: Holds the spans, exactly as first written, until they are acked.
+        outlet: The way to the traces endpoint.
+    """
+
+    def __init__(self, store: Store, outlet: Outlet) -> None:
+        self._store = store
+        self._outlet = outlet
+        self._news = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._news.set()
+
+    def wake(self) -> None:
+        """Say that there are spans to send."""
+        self._idle.clear()
+        self._news.set()
+
+    async def flush(self) -> None:
+        """Wait until every span in the store is acked."""
+        self.wake()
+        await self._idle.wait()
+
+    async def run(self) -> None:
+        """Send spans until cancelled."""
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            while spans := _first_bytes(self._store.unsent_spans(_SPANS_A_REQUEST)):
+                payload = traces_request(_by_resource((span.resource, span.span) for span in spans))
+                await self._outlet.send(payload, len(spans))
+                await _persist(partial(self._store.ack_spans, spans), "the checkpoint of sent spans")
+            if not self._news.is_set():
+                self._idle.set()
+
+
+def _by_resource(items: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, list[bytes]]]:
+    """Group by resource, keeping the order in which each first came and the order within each."""
+    groups: dict[bytes, list[bytes]] = {}
+    for resource, data in items:
+        groups.setdefault(resource, []).append(data)
+    return list(groups.items())
+
+
+def _first_bytes(spans: list[OutboxSpan]) -> list[OutboxSpan]:
+    """Return as many of the first spans as fit into one request; at least one, if there is one."""
+    size = 0
+    for index, span in enumerate(spans):
+        size += len(span.span) + len(span.resource)
+        if size > BATCH_BYTES and index:
+            return spans[:index]
+    return spans

@@ -1,0 +1,154 @@
+"""Outlets: for each signal the sender that is used now, exchangeable while the agent runs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from tailspan.config import Settings
+from tailspan_agent.agent_metrics import AgentMetrics
+from tailspan_agent.deadletter import DeadLetter
+from tailspan_agent.export import Exporter, make_exporter
+from tailspan_agent.sender import Sender, SendResult
+
+__all__ = ["SIGNALS", "Outlet", "Outlets"]
+
+SIGNALS = ("logs", "traces", "metrics")
+
+
+class Outlet:
+    """The sender of one signal, exchangeable while the agent runs (reload).
+
+    Attributes:
+        rejected: How many records were dead-lettered so far.
+    """
+
+    def __init__(self, sender: Sender) -> None:
+        self.sender = sender
+        self.rejected = 0
+        self._sending: set[asyncio.Future[SendResult]] = set()
+
+    def use(self, sender: Sender) -> None:
+        """Go on with another sender; what is in flight is sent again by it, byte for byte the same."""
+        self.sender = sender
+        for task in self._sending:
+            task.cancel()
+
+    async def send(self, payload: bytes, count: int) -> SendResult:
+        """Return when the payload needs no more work: delivered, or dead-lettered."""
+        while True:
+            sender = self.sender
+            task = asyncio.ensure_future(sender.send(payload, count))
+            self._sending.add(task)
+            try:
+                result = await asyncio.shield(task)
+            except asyncio.CancelledError:
+                if task.cancelled() and sender is not self.sender:
+                    continue
+                task.cancel()
+                raise
+            finally:
+                self._sending.discard(task)
+            self.rejected += result.rejected
+            return result
+
+
+class Outlets:
+    """The outlets of all signals, and the dead letter that they share.
+
+    Args:
+        settings: The loaded configuration.
+        metrics: The agent's own counters, told which endpoints take what they are sent.
+
+    Attributes:
+        dead_letter: Where refused batches are kept.
+
+    Raises:
+        ConfigError: An endpoint or a certificate that cannot be used.
+    """
+
+    def __init__(self, settings: Settings, metrics: AgentMetrics) -> None:
+        self.dead_letter = DeadLetter(
+            settings.agent.state_dir / "dead-letter",
+            max_bytes=settings.otlp.dead_letter_max,
+            max_size=settings.files.max_size,
+        )
+        self._metrics = metrics
+        self._settings = settings
+        self.metrics_exporter = self._exporter("metrics", settings)
+        self._outlets = {
+            signal: Outlet(sender)
+            for signal in ("logs", "traces")
+            if (sender := self._sender(signal, settings)) is not None
+        }
+
+    def get(self, signal: str) -> Outlet | None:
+        """Return the outlet of ``logs`` or ``traces``; None where the signal is not sent."""
+        return self._outlets.get(signal)
+
+    def paused(self) -> list[str]:
+        """Return the signals that the endpoint does not take now, for a reason that somebody has to mend."""
+        paused = [signal for signal, outlet in self._outlets.items() if outlet.sender.state == "paused"]
+        for signal in self._outlets:
+            self._metrics.endpoint(signal, signal not in paused)
+        return paused
+
+    @property
+    def rejected(self) -> int:
+        """How many records were dead-lettered since the start."""
+        return sum(outlet.rejected for outlet in self._outlets.values())
+
+    @property
+    def targets(self) -> dict[str, str]:
+        """Where each signal goes, without credentials."""
+        targets = {signal: outlet.sender.endpoint for signal, outlet in self._outlets.items()}
+        if self.metrics_exporter is not None:
+            targets["metrics"] = self.metrics_exporter.endpoint
+        return targets
+
+    async def reload(self, settings: Settings) -> None:
+        """Go over to changed endpoints; what is in flight is sent again by the new sender.
+
+        Raises:
+            ConfigError: The new endpoint or certificate cannot be used; nothing was changed.
+        """
+        changed = {
+            signal
+            for signal in SIGNALS
+            if settings.otlp.for_signal(signal) != self._settings.otlp.for_signal(signal)
+            or settings.files != self._settings.files
+        }
+        senders = {signal: self._sender(signal, settings) for signal in self._outlets if signal in changed}
+        exporter = self._exporter("metrics", settings) if "metrics" in changed else self.metrics_exporter
+        self._settings = settings
+        for signal, sender in senders.items():
+            if sender is not None:
+                old = self._outlets[signal].sender
+                self._outlets[signal].use(sender)
+                await old.aclose()
+        if exporter is not self.metrics_exporter:
+            old_exporter, self.metrics_exporter = self.metrics_exporter, exporter
+            if old_exporter is not None:
+                await old_exporter.aclose()
+
+    async def aclose(self) -> None:
+        """Close all exporters and the dead letter."""
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(self.dead_letter.close)
+            for outlet in self._outlets.values():
+                stack.push_async_callback(outlet.sender.aclose)
+            if self.metrics_exporter is not None:
+                stack.push_async_callback(self.metrics_exporter.aclose)
+
+    def _exporter(self, signal: str, settings: Settings) -> Exporter | None:
+        keys = settings.otlp.for_signal(signal)
+        if keys is None:
+            return None
+        return make_exporter(signal, keys, state_dir=settings.agent.state_dir, files=settings.files)
+
+    def _sender(self, signal: str, settings: Settings) -> Sender | None:
+        exporter = self._exporter(signal, settings)
+        if exporter is None:
+            return None
+        retries = settings.otlp.retry_server_errors
+        return Sender(signal, exporter, self.dead_letter, retry_server_errors=retries)

@@ -1,0 +1,63 @@
+"""What the tailers share: the store, the lanes, the service with its limit of concurrent reads."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from zlib import crc32
+
+from tailspan.services import JobService
+from tailspan_agent.agent_metrics import AgentMetrics
+from tailspan_agent.backlog import Backlog
+from tailspan_agent.checkpoint import Store
+from tailspan_agent.lanes import Lane, SpanLane
+from tailspan_agent.redact import Redactor
+from tailspan_agent.runs import PipelineNames, RunTotals
+
+__all__ = ["Relay", "Source"]
+
+_READERS = 16
+
+
+class Source:
+    """A job service as the agent uses it: a few reads at a time, however many jobs there are.
+
+    Args:
+        service: The service.
+    """
+
+    def __init__(self, service: JobService) -> None:
+        self.service = service
+        self.readers = asyncio.Semaphore(_READERS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relay:
+    """What all tailers share.
+
+    Attributes:
+        store: The checkpoint store.
+        lanes: The lanes of log records; empty when logs are not among the signals.
+        spans: The lane of spans; None when traces are not among the signals (spans are kept in the store).
+        backlog: Who is behind.
+        health: The agent's own health.
+        redactor: Takes secrets out of lines.
+        otlp_resource: Attributes for all telemetry, from the configuration.
+        names: Which pipelines have metrics of their own.
+        totals: Run totals by their key, as in the store.
+    """
+
+    store: Store
+    lanes: list[Lane]
+    spans: SpanLane | None
+    backlog: Backlog
+    health: Health
+    redactor: Redactor
+    otlp_resource: Mapping[str, str]
+    names: PipelineNames
+    totals: dict[tuple[str, str, str], RunTotals] = field(default_factory=dict)
+
+    def lane(self, identity: str, job_id: str) -> Lane | None:
+        """Return the lane of a job: always the same one, so that order holds within the job."""
+        return self.lanes[crc32(f"{identity}\0{job_id}".encode()) % len(self.lanes)] if self.lanes else None
