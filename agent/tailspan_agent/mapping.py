@@ -1,0 +1,295 @@
+"""What a job looks like in OpenTelemetry: its resource, its spans and the record of its failure. Pure.
+
+Spans, each sent as soon as its values cannot change (a store shows a span only once it has ended):
+
+    run         RUN {name}, the whole job; parent of the others
+    submitted   a millisecond at the start, so that a running job is visible at once
+    queued      from submission to start
+    executing   from start to end; the parent of the job's own spans (its id is in the job's TRACEPARENT)
+
+Source: OpenTelemetry semantic conventions 1.44.0, CICD spans and attributes, exceptions.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from tailspan.identity import job_hash, span_id
+from tailspan.models import JobState, RunResponse
+from tailspan.page import NANOS_PER_MS
+from tailspan_agent.digest import Digest
+from tailspan_agent.encode import LogRecordData, SpanData, SpanEvent, SpanKind, SpanLink, StatusCode
+from tailspan_agent.severity import Severity
+from tailspan_agent.wire import AttributeValue
+
+__all__ = ["JobFacts", "error_type", "failure_record", "resource_attributes", "spans_of"]
+
+_BACKFILL = "backfill"
+_SUBMITTED_NS = NANOS_PER_MS
+_MAX_STATUS_CHARS = 1000
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?")
+_EPOCH = datetime.fromisoformat("1970-01-01T00:00:00+00:00")
+_SIGNALLED = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobFacts:
+    """What the agent itself has seen of a job. Plain values, for `msgspec.json` to store.
+
+    Attributes:
+        first_seen_ns: When the agent first saw it, in ns since the epoch.
+        first_line_ns: The time of its earliest line, in ns since the epoch.
+        last_line_ns: The time of its latest line, in ns since the epoch.
+        lines: Lines read.
+        acked: Records that the endpoint took.
+        rejected: Records that the endpoint refused.
+        states: When which state was first seen: (ns since the epoch, state).
+        digest: Why it failed.
+        logs_complete: None while its log is still followed; then whether it was read to its end.
+    """
+
+    first_seen_ns: int
+    first_line_ns: int | None = None
+    last_line_ns: int | None = None
+    lines: int = 0
+    acked: int = 0
+    rejected: int = 0
+    states: tuple[tuple[int, JobState], ...] = ()
+    digest: Digest | None = None
+    logs_complete: bool | None = None
+
+
+def resource_attributes(
+    job: RunResponse,
+    *,
+    service_name: str,
+    watch_attributes: Mapping[str, str],
+    otlp_resource: Mapping[str, str],
+    backfill: bool = False,
+) -> dict[str, AttributeValue]:
+    """Return the resource of a job's records and spans.
+
+    Args:
+        job: The job.
+        service_name: The configured name of its service.
+        watch_attributes: From its watch.
+        otlp_resource: For all telemetry.
+        backfill: Whether its lines are old: Loki takes them only in a stream of their own.
+
+    Returns:
+        Attributes by name. The job's own keys win over its user's attributes, those over the watch's, those over
+        the configuration's. Its id is in ``cicd.pipeline.run.id`` only: Loki would make a stream per job of others.
+    """
+    name = job.job_name or "unnamed"
+    own = {
+        "service.name": name,
+        "service.namespace": service_name,
+        "service.instance.id": _BACKFILL if backfill else None,
+        "cicd.pipeline.name": name,
+        "cicd.pipeline.run.id": job.job_id,
+        "cicd.pipeline.run.url.full": job.url,
+        "cicd.worker.id": job.instance_id,
+        "host.id": job.instance_id,
+        "host.type": job.instance_type,
+    }
+    return {
+        **otlp_resource,
+        **watch_attributes,
+        **job.attributes,
+        **{key: value for key, value in own.items() if value is not None},
+    }
+
+
+def spans_of(job: RunResponse, facts: JobFacts) -> list[SpanData]:
+    """Return the job's spans that have ended by now, in the order in which they end.
+
+    Args:
+        job: Its latest status.
+        facts: What was seen of it. The run span needs ``logs_complete``: it contains all lines.
+
+    Returns:
+        Spans with ids that follow from the job's alone. Values of a span that was returned before may differ by what
+        is known now: send what was stored first.
+    """
+    times = _Times.of(job, facts)
+    spans = [_child(job, "submitted", times.submitted_ns, times.submitted_ns + _SUBMITTED_NS)]
+    ended = job.state.is_terminal and facts.logs_complete is not None
+    if times.started_ns is not None:
+        spans.append(_child(job, "queued", times.submitted_ns, times.started_ns))
+        if ended:
+            spans.append(_child(job, "executing", times.started_ns, times.finished_ns))
+    elif ended:
+        spans.append(_child(job, "queued", times.submitted_ns, times.finished_ns))
+    if ended:
+        spans.append(_run_span(job, facts, times))
+    return spans
+
+
+def error_type(job: RunResponse, digest: Digest | None) -> str | None:
+    """Return the ``error.type`` of a job that failed, of low cardinality; None for all others.
+
+    ``lost``, else the exception's type, else ``SIGKILL`` and the like, else ``exit 3``, else ``_OTHER``.
+    """
+    if job.state is JobState.LOST:
+        return "lost"
+    if job.state is not JobState.FAILED:
+        return None
+    if digest and digest.exception_type:
+        return digest.exception_type
+    if job.exit_code is None:
+        return "_OTHER"
+    try:
+        return signal.Signals(job.exit_code - _SIGNALLED).name
+    except ValueError:
+        return f"exit {job.exit_code}"
+
+
+def failure_record(job: RunResponse, facts: JobFacts, *, observed_unix_nano: int) -> LogRecordData | None:
+    """Return the record that says why a job failed; None if it did not, or has not ended.
+
+    Args:
+        job: Its last status.
+        facts: What was seen of it.
+        observed_unix_nano: When its end was seen, in ns since the epoch.
+    """
+    if error_type(job, facts.digest) is None:
+        return None
+    lines = facts.digest.last_lines if facts.digest else ()
+    return LogRecordData(
+        time_unix_nano=_Times.of(job, facts).finished_ns,
+        observed_unix_nano=observed_unix_nano,
+        severity=Severity(17, "ERROR"),
+        body="\n".join((f"{job.job_name}: {_error_text(job, facts.digest)}", *lines)),
+        attributes={
+            "log.record.uid": f"{job_hash(job.identity, job.job_id)}.failure.{job.attempt}",
+            **_exception(job, facts.digest),
+        },
+        trace_id=bytes.fromhex(job.trace_id),
+        span_id=bytes.fromhex(_id(job, "run")),
+        event_name="exception",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Times:
+    """A job's times in ns since the epoch: each from the service, or else from what was seen, and in order.
+
+    The clocks of service, lines and agent differ: times are widened until spans contain what belongs to them.
+    """
+
+    submitted_ns: int
+    started_ns: int | None
+    finished_ns: int
+
+    @classmethod
+    def of(cls, job: RunResponse, facts: JobFacts) -> _Times:
+        started = _first(_ns(job.started_at), facts.first_line_ns)
+        if started is not None and facts.first_line_ns is not None:
+            started = min(started, facts.first_line_ns)
+        submitted = _first(_ns(job.submitted_at), facts.first_seen_ns)
+        if started is not None:
+            submitted = min(submitted, started)
+        seen_ended = next((ns for ns, state in facts.states if state.is_terminal), facts.first_seen_ns)
+        finished = _first(_ns(job.finished_at), _ns(job.job_status_date), facts.last_line_ns, seen_ended)
+        return cls(submitted, started, max(finished, facts.last_line_ns or 0, started or 0, submitted))
+
+
+def _first(*times: int | None) -> int:
+    return next(time for time in times if time is not None)
+
+
+def _ns(time: datetime | None) -> int | None:
+    # Not by float: it has no room for nanoseconds since the epoch.
+    return None if time is None else (time - _EPOCH) // timedelta(microseconds=1) * 1000
+
+
+def _id(job: RunResponse, kind: str) -> str:
+    return span_id(job.identity, job.job_id, kind, job.attempt)
+
+
+def _child(job: RunResponse, kind: str, start_ns: int, end_ns: int) -> SpanData:
+    return SpanData(
+        trace_id=job.trace_id,
+        span_id=_id(job, kind),
+        parent_span_id=_id(job, "run"),
+        name=kind,
+        start_unix_nano=start_ns,
+        end_unix_nano=end_ns,
+    )
+
+
+def _run_span(job: RunResponse, facts: JobFacts, times: _Times) -> SpanData:
+    result = job.state.result
+    failed = job.state is not JobState.SUCCEEDED
+    attributes: dict[str, AttributeValue | None] = {
+        **job.details,
+        "cicd.pipeline.action.name": "RUN",
+        "cicd.pipeline.name": job.job_name,
+        "cicd.pipeline.run.id": job.job_id,
+        "cicd.pipeline.run.url.full": job.url,
+        "cicd.pipeline.result": result,
+        "error.type": error_type(job, facts.digest),
+        "process.exit.code": job.exit_code,
+        "tailspan.job.tasks.total": job.total_tasks or None,
+        "tailspan.job.tasks.finished": job.finished_tasks if job.total_tasks else None,
+        "tailspan.lines.read": facts.lines,
+        "tailspan.records.acked": facts.acked,
+        "tailspan.records.rejected": facts.rejected,
+        "tailspan.logs.complete": facts.logs_complete,
+    }
+    return SpanData(
+        trace_id=job.trace_id,
+        span_id=_id(job, "run"),
+        name=f"RUN {job.job_name}",
+        kind=SpanKind.SERVER,
+        start_unix_nano=times.submitted_ns,
+        end_unix_nano=times.finished_ns,
+        attributes={key: value for key, value in attributes.items() if value is not None},
+        events=tuple(_events(job, facts, times)),
+        links=_links(job.parent),
+        status=StatusCode.ERROR if failed else StatusCode.UNSET,
+        status_message=_error_text(job, facts.digest)[:_MAX_STATUS_CHARS] if failed else "",
+    )
+
+
+def _events(job: RunResponse, facts: JobFacts, times: _Times) -> list[SpanEvent]:
+    events = [
+        SpanEvent(
+            # Seen by polling, so later than it was, even after the end.
+            time_unix_nano=min(max(seen_ns, times.submitted_ns), times.finished_ns),
+            name="tailspan.job.state",
+            attributes={"tailspan.job.state": str(state)},
+        )
+        for seen_ns, state in facts.states
+    ]
+    if error_type(job, facts.digest) is not None:
+        events.append(
+            SpanEvent(time_unix_nano=times.finished_ns, name="exception", attributes=_exception(job, facts.digest))
+        )
+    return events
+
+
+def _exception(job: RunResponse, digest: Digest | None) -> dict[str, AttributeValue]:
+    attributes: dict[str, AttributeValue] = {"exception.type": error_type(job, digest) or ""}
+    if digest and digest.stacktrace:
+        return {**attributes, "exception.message": digest.message, "exception.stacktrace": digest.stacktrace}
+    return {**attributes, "exception.message": _error_text(job, digest)}
+
+
+def _error_text(job: RunResponse, digest: Digest | None) -> str:
+    if job.state is JobState.FAILED and digest and digest.exception_type:
+        return f"{digest.exception_type}: {digest.message}" if digest.message else digest.exception_type
+    # What the service says of the end is surer than a last line, which may be about anything.
+    return job.error or (digest.message if digest else f"the job ended as {job.state}")
+
+
+def _links(traceparent: str | None) -> tuple[SpanLink, ...]:
+    """Return a link to the span that the job was started in; none if that is not said in W3C form."""
+    match = _TRACEPARENT.fullmatch(traceparent or "")
+    if not match or not int(match[1], 16) or not int(match[2], 16):
+        return ()
+    return (SpanLink(trace_id=match[1], span_id=match[2], flags=int(match[3], 16)),)
