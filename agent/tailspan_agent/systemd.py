@@ -5,11 +5,13 @@ Source: sd_notify(3), sd_watchdog_enabled(3).
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-__all__ = ["notify", "watchdog_interval_s"]
+__all__ = ["keep_watchdog", "notify", "watchdog_interval_s"]
 
 
 def notify(state: str, environ: Mapping[str, str] = os.environ) -> bool:
@@ -46,3 +48,28 @@ def watchdog_interval_s(environ: Mapping[str, str] = os.environ, pid: int | None
     if not usec.isdecimal() or int(usec) == 0 or watched != str(os.getpid() if pid is None else pid):
         return None
     return int(usec) / 2e6
+
+
+@contextlib.contextmanager
+def keep_watchdog(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
+    """Send ``WATCHDOG=1`` from the running event loop: an agent whose loop hangs is restarted by systemd.
+
+    Args:
+        environ: As `watchdog_interval_s` and `notify` read it; nothing is sent where systemd does not watch.
+    """
+    interval_s = watchdog_interval_s(environ)
+    if interval_s is None:
+        yield
+        return
+    loop = asyncio.get_running_loop()
+
+    def feed() -> None:
+        nonlocal timer
+        notify("WATCHDOG=1", environ)
+        timer = loop.call_later(interval_s, feed)
+
+    timer = loop.call_later(0, feed)
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -131,6 +131,10 @@ class MetricsPush:
         """Why the last export was not taken whole, for people; None when it was."""
         return self._problem
 
+    def use(self, exporter: _Exporter) -> None:
+        """Send to another endpoint from the next export on."""
+        self._exporter = exporter
+
     async def export(self) -> bool:
         """Send all metrics once and return whether the endpoint took them all."""
         try:

@@ -1,5 +1,7 @@
 """Messages to systemd."""
 
+import asyncio
+import contextlib
 import os
 import socket
 import sys
@@ -7,7 +9,7 @@ import tempfile
 
 import pytest
 
-from tailspan_agent.systemd import notify, watchdog_interval_s
+from tailspan_agent.systemd import keep_watchdog, notify, watchdog_interval_s
 
 
 def test_a_state_arrives_at_the_socket():
@@ -50,3 +52,33 @@ def test_without_systemd_nothing_happens(path):
 def test_watchdog_is_fed_twice_per_deadline(environ, seconds):
     """Half of the deadline leaves room for a slow turn; another process's watchdog is not ours."""
     assert watchdog_interval_s(environ, pid=7) == seconds
+
+
+def test_the_watchdog_is_fed_while_the_loop_turns():
+    """It is fed again and again, and no more once the agent is done."""
+
+    async def main(directory: str) -> list[bytes]:
+        loop = asyncio.get_running_loop()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
+            end.bind(f"{directory}/notify")
+            end.setblocking(False)
+            environ = {"NOTIFY_SOCKET": f"{directory}/notify", "WATCHDOG_USEC": "2000"}
+            with keep_watchdog(environ):
+                fed = [await loop.sock_recv(end, 100) for _ in range(3)]
+            with contextlib.suppress(BlockingIOError):
+                while end.recv(100):
+                    pass
+            # five times the interval, which only has to be long enough for a feeding that should not be
+            await asyncio.sleep(0.005)
+            with pytest.raises(BlockingIOError):
+                end.recv(100)
+            return fed
+
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        assert asyncio.run(main(directory)) == [b"WATCHDOG=1"] * 3
+
+
+def test_without_a_watchdog_no_loop_is_needed():
+    """Where systemd does not watch, nothing is set up."""
+    with keep_watchdog({}):
+        pass

@@ -436,6 +436,21 @@ def test_run_exports_at_once_at_intervals_and_at_the_end():
     assert all(count > 0 for _, count in sent)
 
 
+def test_another_exporter_takes_over():
+    """After a reload the next export goes to the new endpoint."""
+    world = World()
+
+    async def main() -> tuple[int, int]:
+        old, new = ScriptedExporter(), ScriptedExporter()
+        push = MetricsPush(world.telemetry, world.agent, old)
+        await push.export()
+        push.use(new)
+        await push.export()
+        return len(old.sent), len(new.sent)
+
+    assert asyncio.run(main()) == (1, 1)
+
+
 @pytest.mark.parametrize(("text", "seconds"), [("", 15.0), ("1000", 1.0), (" 60000 ", 60.0), ("1", 0.001)])
 def test_export_interval_is_in_milliseconds(text, seconds):
     """The variable means what the specification says."""
