@@ -1,0 +1,26 @@
+"""What holds for all tests: they do not see the developer's settings, and do not touch the developer's jobs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+
+import pytest
+
+_FOREIGN = ("TAILSPAN_", "OTEL_", "FUSED_", "TRACEPARENT", "TRACESTATE", "NOTIFY_SOCKET", "WATCHDOG_")
+_STATE_HOME = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give this process, and all that it starts, an empty environment of ours and a state directory of its own."""
+    for name in list(os.environ):
+        if name.startswith(_FOREIGN):
+            del os.environ[name]
+    config.stash[_STATE_HOME] = os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="tailspan-tests-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove the state directory."""
+    if _STATE_HOME in config.stash:
+        shutil.rmtree(config.stash[_STATE_HOME], ignore_errors=True)

@@ -1,0 +1,247 @@
+"""The rules of the house that neither ruff nor mypy hold: layers, names, sizes, and words that README must have."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+import tailspan
+
+ROOT = Path(__file__).parents[1]
+SDK = sorted((ROOT / "sdk").rglob("*.py"))
+AGENT = sorted((ROOT / "agent").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+# Lowest first: a module imports from its own layer and from those before it.
+LAYERS = (
+    ("errors", "models", "identity", "page", "clean", "clock"),
+    ("config",),
+    ("services", "local", "follow", "window", "backoff", "_job_api"),
+    ("client", "asking", "printing", "server", "testing", "_portal"),
+    ("jobs",),
+    ("cli",),
+)
+# What RunResponse's methods call; imported when they are called.
+UPWARD = {("tailspan.models", "tailspan.jobs")}
+FORBIDDEN_NAMES = {"utils", "util", "helpers", "core", "common", "manager", "base", "misc"}
+MAX_LINES = 400
+VERBS = (
+    "job_get_logs",
+    "job_print_logs",
+    "job_tail_logs",
+    "job_get_status",
+    "job_cancel",
+    "job_get_exec_time",
+    "job_wait_for_job",
+    "job_list",
+    "job_submit",
+)
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts[1:]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def source(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def imports(node: ast.AST) -> Iterator[tuple[str, str | None]]:
+    """Yield (module, name) of every import that runs, wherever it stands; name is None for plain imports."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test) in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}:
+            continue
+        if isinstance(child, ast.Import):
+            yield from ((alias.name, None) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, "imports are absolute"
+            yield from ((child.module or "", alias.name) for alias in child.names)
+        else:
+            yield from imports(child)
+
+
+def imported_modules(path: Path) -> set[str]:
+    """The modules that a file imports; of ``from package import module`` it is the module."""
+    known = {module_name(file) for file in SDK + AGENT}
+    return {f"{module}.{name}" if f"{module}.{name}" in known else module for module, name in imports(source(path))}
+
+
+def layer_of(module: str) -> int:
+    part = module.split(".")[1]
+    part = "config" if part.startswith("_config_") else part
+    found = [number for number, names in enumerate(LAYERS) if part in names]
+    assert found, f"{module} has no layer yet: add it to LAYERS"
+    return found[0]
+
+
+def test_layers_of_the_sdk() -> None:
+    """A module of the SDK imports only from its own layer and those below; the package itself may name all."""
+    wrong = [
+        f"{name} imports {other}"
+        for name, path in ((module_name(path), path) for path in SDK)
+        if name != "tailspan"
+        for other in imported_modules(path)
+        if other.startswith("tailspan.") and layer_of(other) > layer_of(name) and (name, other) not in UPWARD
+    ]
+    assert wrong == []
+
+
+def test_the_sdk_knows_neither_opentelemetry_nor_the_agent() -> None:
+    """OpenTelemetry stays in the agent; only the command line may load the agent."""
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {module}"
+        for path in SDK
+        for module in imported_modules(path)
+        if module.split(".")[0] == "opentelemetry"
+        or (module.split(".")[0] == "tailspan_agent" and layer_of(module_name(path)) != len(LAYERS) - 1)
+    ]
+    assert wrong == []
+
+
+def test_the_agent_uses_only_public_names_of_the_sdk() -> None:
+    """No underscore, and where a module lists its public names, one of those."""
+    public: dict[str, list[str] | None] = {}
+    for path in SDK:
+        lists = [
+            [str(ast.literal_eval(item)) for item in node.value.elts]
+            for node in source(path).body
+            if isinstance(node, ast.Assign)
+            and [ast.unparse(target) for target in node.targets] == ["__all__"]
+            and isinstance(node.value, ast.List)
+        ]
+        public[module_name(path)] = lists[0] if lists else None
+    wrong = []
+    for path in AGENT:
+        for module, name in imports(source(path)):
+            if module.split(".")[0] != "tailspan":
+                continue
+            listed = public.get(module)
+            hidden = any(part.startswith("_") for part in [*module.split("."), name or ""])
+            unlisted = listed is not None and name not in {*listed, None} and f"{module}.{name}" not in public
+            if hidden or unlisted:
+                wrong.append(f"{path.relative_to(ROOT)}: from {module} import {name}")
+    assert wrong == []
+
+
+def test_the_supervisor_needs_only_the_standard_library() -> None:
+    """A job costs little to start: what its supervisor imports, it and its parts, is the standard library."""
+    files = {module_name(path): path for path in SDK}
+    todo, seen = ["tailspan.local.supervisor"], set()
+    while todo:
+        module = todo.pop()
+        seen.add(module)
+        todo += [other for other in imported_modules(files[module]) if other in files and other not in seen]
+        foreign = {
+            other
+            for other in imported_modules(files[module])
+            if other not in files and other.split(".")[0] not in sys.stdlib_module_names
+        }
+        assert not foreign, f"{module} imports {foreign}"
+    assert len(seen) > 1
+
+
+def test_modules_are_small_and_named_for_what_they_do() -> None:
+    """A newcomer finds each thing within a minute: no drawer names, no module that takes an afternoon."""
+    sizes = {module_name(path): len(path.read_text(encoding="utf-8").splitlines()) for path in [*SDK, *AGENT]}
+    assert {name: lines for name, lines in sizes.items() if lines > MAX_LINES} == {}
+    assert [name for name in sizes if {part.strip("_") for part in name.split(".")} & FORBIDDEN_NAMES] == []
+
+
+def test_tests_say_what_they_show() -> None:
+    """Each test has a docstring."""
+    silent = [
+        f"{path.relative_to(ROOT)}: {node.name}"
+        for path in TESTS
+        for node in ast.walk(source(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (path.name.startswith("test_") and node.name.startswith("test_") and not ast.get_docstring(node))
+    ]
+    assert silent == []
+
+
+def test_fakes_implement_the_seam() -> None:
+    """Nothing is patched in by unittest.mock."""
+    found = [
+        (path.name, *item) for path in TESTS for item in imports(source(path)) if "mock" in ".".join(map(str, item))
+    ]
+    assert found == []
+
+
+def shipped_texts() -> Iterator[tuple[Path, str]]:
+    """Every text file of the project, without what tools leave behind."""
+    tops = ["sdk", "agent", "tests", "deploy", ".ci"]
+    files = [path for top in tops for path in (ROOT / top).rglob("*") if "__pycache__" not in path.parts]
+    for path in [*files, *ROOT.glob("*.*"), ROOT / "Makefile"]:
+        if path.is_file() and path != Path(__file__):
+            try:
+                yield path.relative_to(ROOT), path.read_bytes().decode()
+            except UnicodeDecodeError:
+                continue
+
+
+def test_no_file_names_somebodys_machine() -> None:
+    """Paths of one machine and addresses of package mirrors work for nobody else."""
+    machine = re.compile(
+        r"""(?<![\w.~}/-])/(?:root|work|tmp|home/\w+|Users/\w+)/|index-url|find-links|://\S*/simple/"""
+    )
+    assert [f"{path}: {found[0]}" for path, text in shipped_texts() for found in machine.finditer(text)] == []
+
+
+def commands(command: click.Command, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    if isinstance(command, click.Group):
+        context = click.Context(command, info_name=path[-1])
+        for name in command.list_commands(context):
+            inner = command.get_command(context, name)
+            assert inner is not None, name
+            yield from commands(inner, (*path, name))
+    yield path, command
+
+
+def test_readme_names_every_command_and_option() -> None:
+    """README is complete: each command by its whole name, each option by its long form."""
+    from tailspan.cli import main
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    missing = set()
+    for path, command in commands(main, ("tailspan",)):
+        if not re.search(rf"\b{' '.join(path)}\b", readme) and not command.hidden:
+            missing.add(" ".join(path))
+        for parameter in command.params:
+            if isinstance(parameter, click.Option) and not parameter.hidden:
+                option = max(parameter.opts, key=len)
+                if not re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", readme):
+                    missing.add(f"{' '.join(path)} {option}")
+    assert sorted(missing) == []
+
+
+def test_readme_names_every_verb() -> None:
+    """README names the seven verbs, and the two that we added."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [verb for verb in VERBS if verb not in readme] == []
+
+
+def test_verbs_have_the_promised_signatures() -> None:
+    """The seven verbs' positional parameters and defaults are the contract; the rest is keyword-only."""
+    promised = {
+        "job_get_logs": "job, since_ms=None",
+        "job_print_logs": "job, since_ms=None, file=None",
+        "job_tail_logs": "job, refresh_seconds=1, sample_logs=True, timeout=None, get_logs_retries=1",
+        "job_get_status": "job",
+        "job_cancel": "job",
+        "job_get_exec_time": "job",
+        "job_wait_for_job": "job, poll_interval_seconds=5, timeout=None",
+    }
+    for name, text in promised.items():
+        parameters = inspect.signature(getattr(tailspan, name)).parameters.values()
+        positional = [item for item in parameters if item.kind is item.POSITIONAL_OR_KEYWORD]
+        shown = [item.name + ("" if item.default is item.empty else f"={item.default}") for item in positional]
+        assert ", ".join(shown) == text
+        keyword = [item for item in parameters if item not in positional]
+        assert all(item.kind is item.KEYWORD_ONLY and item.default is not item.empty for item in keyword), name
