@@ -61,15 +61,14 @@ def keep_watchdog(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
     if interval_s is None:
         yield
         return
-    loop = asyncio.get_running_loop()
 
-    def feed() -> None:
-        nonlocal timer
-        notify("WATCHDOG=1", environ)
-        timer = loop.call_later(interval_s, feed)
+    async def feed() -> None:
+        while True:
+            notify("WATCHDOG=1", environ)
+            await asyncio.sleep(interval_s)
 
-    timer = loop.call_later(0, feed)
+    feeding = asyncio.create_task(feed(), name="systemd watchdog")
     try:
         yield
     finally:
-        timer.cancel()
+        feeding.cancel()
