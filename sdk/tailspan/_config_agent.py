@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from tailspan._config_options import Options
-from tailspan._config_units import Duration, JsonList, StrList, StrTable, UserPath, platform_state_dir
+from tailspan._config_units import Duration, JsonList, PositiveDuration, StrList, StrTable, UserPath, platform_state_dir
 from tailspan.errors import ConfigError
 
 __all__ = ["AgentSettings", "Expect", "Watch", "read_secret_file"]
@@ -85,7 +85,7 @@ class Expect(Options):
     """
 
     name: str
-    every: Duration
+    every: PositiveDuration
     grace: Duration = 3600.0
 
 

@@ -135,6 +135,10 @@ def _sentence(kind: str, item: Mapping[str, Any], model: type[BaseModel], loc: L
         text = f"expected {context['expected']}"
     elif kind in {"greater_than_equal", "less_than_equal"}:
         text = f"expected a number of {context.get('ge', context.get('le'))} or {'more' if 'ge' in context else 'less'}"
+    elif kind == "greater_than":
+        text = f"expected more than {context['gt']:g}"
+    elif kind == "too_short":
+        text = "expected at least one"
     elif kind.split("_")[0] in _EXPECTED:
         text = f"expected {_EXPECTED[kind.split('_')[0]]}"
     else:

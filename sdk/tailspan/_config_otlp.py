@@ -12,7 +12,7 @@ from urllib.parse import SplitResult, urlsplit
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from tailspan._config_options import Options
-from tailspan._config_units import Duration, Size, StrList, StrTable, UserPath
+from tailspan._config_units import PositiveDuration, Size, StrList, StrTable, UserPath
 from tailspan.errors import ConfigError
 
 __all__ = ["OtlpKeys", "OtlpSettings", "SignalSettings"]
@@ -54,7 +54,7 @@ class OtlpKeys(Options):
     protocol: OtlpProtocol | None = None
     compression: Compression | None = None
     headers: dict[str, SecretStr] | None = None
-    timeout: Duration | None = None
+    timeout: PositiveDuration | None = None
     ca_file: UserPath | None = None
     client_cert: UserPath | None = None
     client_key: UserPath | None = None
@@ -113,7 +113,7 @@ class OtlpSettings(OtlpKeys):
         metrics: Keys for metrics only.
     """
 
-    signals: Annotated[list[Signal], *StrList.__metadata__] = ["logs", "traces", "metrics"]
+    signals: Annotated[list[Signal], *StrList.__metadata__, Field(min_length=1)] = ["logs", "traces", "metrics"]
     resource: StrTable = {}
     dead_letter_max: Size = 10 * 2**30
     retry_server_errors: int = Field(default=10, ge=0)

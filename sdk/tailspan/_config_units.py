@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from tailspan.errors import ConfigError
 
 __all__ = [
     "Duration",
     "JsonList",
+    "PositiveDuration",
     "Size",
     "StrList",
     "StrTable",
@@ -136,6 +137,7 @@ def platform_state_dir() -> Path:
 
 
 Duration = Annotated[float, BeforeValidator(parse_duration_s)]
+PositiveDuration = Annotated[float, Field(gt=0), BeforeValidator(parse_duration_s)]
 Size = Annotated[int, BeforeValidator(parse_size_bytes)]
 StrList = Annotated[list[str], BeforeValidator(_str_list)]
 StrTable = Annotated[dict[str, str], BeforeValidator(_str_table)]

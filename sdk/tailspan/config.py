@@ -25,6 +25,7 @@ from tailspan._config_otlp import OtlpKeys, OtlpSettings, SignalSettings
 from tailspan._config_units import (
     Duration,
     JsonList,
+    PositiveDuration,
     Size,
     StrList,
     UserPath,
@@ -43,6 +44,7 @@ __all__ = [
     "Options",
     "OtlpKeys",
     "OtlpSettings",
+    "PositiveDuration",
     "RedactPattern",
     "RedactSettings",
     "Settings",

@@ -315,6 +315,8 @@ def test_variables_that_are_not_settings_are_left_alone(monkeypatch: pytest.Monk
         ('default_service = "nope"', 1, "default_service", "no service 'nope' is configured"),
         ('[files]\nmax_size = "big"', 2, "files.max_size", "expected a size"),
         ('[otlp]\ntimeout = "-1s"', 2, "otlp.timeout", "expected a duration"),
+        ('[otlp]\ntimeout = "0s"', 2, "otlp.timeout", "expected more than 0, got 0"),
+        ("[otlp]\nsignals = []", 2, "otlp.signals", "expected at least one"),
         ("[otlp]\nheaders = { a = 5 }", 2, "otlp.headers.a", "expected text in quotes"),
         ('[otlp]\nsignals = ["logs", "spans"]', 2, "otlp.signals[1]", "'logs', 'traces' or 'metrics', got 'spans'"),
         ('[otlp.resource]\n"a.b" = [1]', 2, 'otlp.resource."a.b"', "expected text in quotes, got a list"),
