@@ -5,7 +5,7 @@ set -eu
 
 python=${PYTHON:-python3.11}
 pytest=${PYTEST:-.venv/bin/pytest}
-envs=${FUSED_ENVS:-.cache/fused-clients}
+envs=${FUSED_ENVS:-.venv-fused}
 
 install() {
     version=$1

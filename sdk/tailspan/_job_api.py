@@ -30,6 +30,7 @@ from tailspan.errors import (
     RequestRejectedError,
     ServiceError,
     ServiceUnavailableError,
+    TailspanError,
 )
 from tailspan.identity import check_job_id
 from tailspan.models import JobState, ListedJob, RunResponse
@@ -187,9 +188,14 @@ class _LogReply(Response):
             closing = b"[]" if opening == b"[" else b"]"
             await send({"type": "http.response.body", "body": closing})
         except Exception as error:
-            # Without its last chunk the reply is an error to every client; a closed array would be a lie.
-            _logger.warning("reading the log of job %r failed, the reply was cut off: %s", self._job_id, error)
-            raise
+            # Returning without the last chunk makes the server cut the connection, which is an error to every client;
+            # a closed array would be a lie.
+            _logger.warning(
+                "reading the log of job %r failed, the reply was cut off: %s",
+                self._job_id,
+                error,
+                exc_info=not isinstance(error, TailspanError),
+            )
         finally:
             await _close(self._rest)
 

@@ -14,12 +14,13 @@ import asyncio
 import hmac
 import ipaddress
 import logging
+import re
 import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from tailspan.errors import ConfigError, TailspanError
 
@@ -56,6 +57,7 @@ _MAX_REQUEST_BYTES = 64 << 10
 _MAX_CONNECTIONS = 500
 # Pollers come back after up to 30 s: a connection that is kept saves them the next handshake.
 _KEEP_ALIVE_S = 75
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^][:@/]+)(?::[0-9]*)?")
 
 
 def create_app(service: JobService, *, token: str | None = None, host: str = "127.0.0.1") -> ASGIApp:
@@ -217,11 +219,8 @@ class _Guard:
         return hmac.compare_digest(sent.strip().encode("latin-1"), self._token)
 
     def _is_own_host(self, host: str) -> bool:
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-        except ValueError:
-            return False
-        return bool(name) and (name in ("localhost", self._host) or _is_loopback(name))
+        match = _HOST.fullmatch(host.lower())
+        return match is not None and (match[1] in ("localhost", self._host) or _is_loopback(match[1].strip("[]")))
 
 
 def _is_loopback(name: str) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import NamedTuple
 
+import httpx
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
@@ -196,3 +197,22 @@ def serving(service: JobService, token: str | None = None) -> Iterator[RunningSe
     finally:
         server.should_exit = True
         thread.join()
+
+
+def ask(
+    service: JobService,
+    path: str,
+    *,
+    method: str = "GET",
+    token: str | None = None,
+    headers: Mapping[str, str | bytes] | None = None,
+) -> httpx.Response:
+    """Return the reply of the application to one request, without a socket between."""
+    app = create_app(service, token=token)
+
+    async def request() -> httpx.Response:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url=f"http://127.0.0.1{BASE_PATH}") as client:
+            return await client.request(method, path, headers=dict(headers or {}))
+
+    return asyncio.run(request())

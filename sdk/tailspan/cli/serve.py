@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from tailspan.cli.options import config_option, service_option, settings_for
 from tailspan.errors import ConfigError
 
 __all__ = ["serve"]
@@ -23,17 +24,15 @@ _TOKEN_VARIABLE = "TAILSPAN_SERVE_TOKEN"  # noqa: S105 - the variable's name, no
     type=click.IntRange(0, 65535),
     help="Port to listen on; 0 takes a free one and prints it.",
 )
-@click.option(
-    "--service", "service_name", metavar="NAME", help="Service whose jobs to serve. [default: the default one]"
-)
+@service_option
 @click.option(
     "--token-file",
     metavar="FILE",
     type=click.Path(path_type=Path),
     help=f"File with the token that requests must carry. Without it: the environment variable {_TOKEN_VARIABLE}.",
 )
-@click.option("--config", "config_path", metavar="FILE", type=click.Path(path_type=Path), help="Configuration file.")
-def serve(host: str, port: int, service_name: str | None, token_file: Path | None, config_path: Path | None) -> None:
+@config_option
+def serve(host: str, port: int, service: str | None, token_file: Path | None, config_path: Path | None) -> None:
     """Serve jobs over HTTP, at http://HOST:PORT/server/v1.
 
     The `fused` client (1.1.2 to 2.9.5) and another Tailspan (a service of type "fused") can read, follow and
@@ -47,12 +46,11 @@ def serve(host: str, port: int, service_name: str | None, token_file: Path | Non
         from tailspan import server
     except ModuleNotFoundError as missing:
         raise ConfigError(str(missing)) from missing
-    from tailspan.config import load_settings
     from tailspan.services import open_service
 
     token = _read_token(token_file)
-    settings = load_settings(config_path)
-    name = service_name or settings.default_service
+    settings = settings_for(config_path)
+    name = service or settings.default_service
     server.serve(
         open_service(name, settings),
         host,
