@@ -32,10 +32,9 @@ def uncommented() -> str:
 
 def service_models() -> dict[str, type[Options]]:
     """The options model of each built-in service type."""
-    modules = {entry.module: entry.name for entry in entry_points(group="tailspan.services")}
-    for entry in entry_points(group="tailspan.services"):
-        entry.load()
-    return {modules[model.__module__]: model for model in Options.__subclasses__() if model.__module__ in modules}
+    kinds = [entry.name for entry in entry_points(group="tailspan.services") if entry.load()]
+    models = [model for model in Options.__subclasses__() if "_config_" not in model.__module__]
+    return {kind: model for kind in kinds for model in models if kind in model.__module__.split(".")[-1]}
 
 
 def test_a_copy_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
