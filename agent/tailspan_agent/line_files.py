@@ -49,7 +49,6 @@ class LineFiles:
         self._keep = keep
         self._guard = threading.Lock()
         self._file: int | None = None
-        self._size = 0
 
     def append(self, line: bytes) -> None:
         """Write one line, newline included, and wait until it is on the disk.
@@ -59,19 +58,20 @@ class LineFiles:
         """
         with self._guard:
             file = self._open()
-            if self._size and self._size + len(line) > self._max_size:
+            size = os.fstat(file).st_size
+            if size and size + len(line) > self._max_size:
                 self._rotate()
                 file = self._open()
+                size = 0
             try:
                 _write_all(file, line)
                 _sync(file)
             except OSError:
                 # A torn line would swallow the next one.
                 with contextlib.suppress(OSError):
-                    os.ftruncate(file, self._size)
+                    os.ftruncate(file, size)
                 self._close()
                 raise
-            self._size += len(line)
 
     def total_bytes(self) -> int:
         """Return the size of all files together."""
@@ -91,9 +91,9 @@ class LineFiles:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
-                self._size = _whole_lines_size(file)
-                os.ftruncate(file, self._size)
-                if not self._size:
+                size = _whole_lines_size(file)
+                os.ftruncate(file, size)
+                if not size:
                     _sync_directory(self._directory)
             except OSError:
                 os.close(file)

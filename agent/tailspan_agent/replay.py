@@ -19,7 +19,7 @@ from tailspan.clock import Clock
 from tailspan_agent.errors import ExportRejectedError
 from tailspan_agent.export import Exporter
 from tailspan_agent.otlp_json import UnreadableLineError, decode_line
-from tailspan_agent.otlp_request import count_records, parse_request, split_request
+from tailspan_agent.otlp_request import DecodeError, count_records, parse_request, split_request
 from tailspan_agent.sender import Sender
 
 __all__ = ["ReplayResult", "replay"]
@@ -144,7 +144,11 @@ async def _replay_line(
 
 def _decode(line: bytes) -> tuple[str, bytes, int]:
     signal, payload = decode_line(line)
-    return signal, payload, count_records(signal, parse_request(signal, payload))
+    try:
+        return signal, payload, count_records(signal, parse_request(signal, payload))
+    except DecodeError as error:
+        # Nested deeper than any protobuf reader goes.
+        raise UnreadableLineError(f"no OTLP request: {error}") from error
 
 
 def _read_line(file: IO[bytes]) -> bytes:
