@@ -1,6 +1,6 @@
 """The agent: puts the parts together, starts them, reloads them by difference, and stops them in order.
 
-    watchers -> tailers -> lanes -> outlets (sender, exporter) -> acks -> store
+watchers -> tailers -> lanes -> outlets (sender, exporter) -> acks -> store
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from tailspan.config import Settings, Watch
 from tailspan.errors import ConfigError, ServiceError, TailspanError
@@ -105,6 +106,7 @@ class Agent:
         self._watcher_tasks: dict[str, asyncio.Task[None]] = {}
         self._tailers: dict[Tailer, asyncio.Task[None]] = {}
         self._pumps: list[asyncio.Task[None]] = []
+        self._pushing: MetricsPush | None = None
         self.server: StatusServer | None = None
         self._stopping = asyncio.Event()
         self._skip_drain = asyncio.Event()
@@ -127,9 +129,7 @@ class Agent:
 
     def _followed(self) -> Iterator[FollowedJob]:
         jobs = [tailer.followed for tailer in self._tailers]
-        followed = [job for job in jobs if job is not None]
-        self.metrics.jobs_followed(job.service for job in followed)
-        yield from followed
+        yield from (job for job in jobs if job is not None)
 
     def stop(self) -> None:
         """Ask `run` to stop reading, finish what is in flight, and return; a second call skips the drain."""
@@ -137,8 +137,15 @@ class Agent:
             self._skip_drain.set()
         self._stopping.set()
 
-    async def run(self) -> None:
-        """Relay until `stop` is called, then drain for up to ``agent.drain_timeout``."""
+    async def run(
+        self, *, on_ready: Callable[[], object] = lambda: None, on_stop: Callable[[], object] = lambda: None
+    ) -> None:
+        """Relay until `stop` is called, then drain for up to ``agent.drain_timeout``.
+
+        Args:
+            on_ready: Called once when jobs are followed.
+            on_stop: Called once when the drain begins.
+        """
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(self._close)
             self._start_pumps()
@@ -152,13 +159,15 @@ class Agent:
                     allowed_hosts=self.settings.agent.allowed_hosts,
                 )
                 await stack.enter_async_context(self.server)
-            push = self._push()
+            push = self._pushing = self._push()
             if push is not None:
                 self._pumps.append(asyncio.create_task(push.run(asyncio.Event())))
             self._watch(self.settings)
             self._pumps.append(asyncio.create_task(self._housekeep()))
             _log.info("the agent follows %s", ", ".join(sorted(self._watchers)) or "nothing")
+            on_ready()
             await self._stopping.wait()
+            on_stop()
             _log.info("stopping: what was read is sent, for up to %g s", self.settings.agent.drain_timeout)
             await self._stop_reading()
             drained = await self._drain(self.settings.agent.drain_timeout)
@@ -210,7 +219,7 @@ class Agent:
             await self._stop_reading()
             return OnceResult(
                 jobs=len(everything),
-                acked=logs.sender.delivered if (logs := self.outlets.get("logs")) else 0,
+                acked=logs.delivered if (logs := self.outlets.get("logs")) else 0,
                 rejected=self.outlets.rejected,
                 failures=tuple(failures),
                 delivered=delivered,
@@ -228,8 +237,10 @@ class Agent:
         for key in ("state_dir", "listen"):
             if getattr(settings.agent, key) != getattr(old.agent, key):
                 _log.warning("agent.%s changed: it takes effect when the agent is started anew", key)
-        self.settings = settings
         await self.outlets.reload(settings)
+        self.settings = settings
+        if self._pushing is not None and self.outlets.metrics_exporter is not None:
+            self._pushing.use(self.outlets.metrics_exporter)
         changed = {name for name in self._watchers if settings.services.get(name) != old.services.get(name)}
         by_service = _watches_by_service(settings)
         for name in [name for name in self._watchers if name in changed or name not in by_service]:
@@ -243,8 +254,7 @@ class Agent:
         if watcher.watches == watches:
             return
         for tailer in list(watcher.tailers.values()):
-            name = tailer.job.job_name if tailer.job is not None else ""
-            if match(watches, tailer.job_id, name) != tailer.watch:
+            if match(watches, tailer.job_id, tailer.job_name) != tailer.watch:
                 await self._cancel(tailer)
         watcher.use(watches)
 
@@ -336,8 +346,8 @@ class Agent:
     async def _drain(self, timeout_s: float) -> bool:
         return await self._within(self._flush(), timeout_s)
 
-    async def _within(self, work: contextlib.AbstractAsyncContextManager[None] | object, timeout_s: float) -> bool:
-        task = asyncio.ensure_future(work)  # type: ignore[arg-type]
+    async def _within(self, work: Coroutine[Any, Any, object], timeout_s: float) -> bool:
+        task = asyncio.create_task(work)
         skip = asyncio.create_task(self._skip_drain.wait())
         await asyncio.wait({task, skip}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         done = task.done()
@@ -355,7 +365,7 @@ class Agent:
         self.store.close()
 
 
-async def _cancelled(task: asyncio.Future[object] | asyncio.Task[None]) -> None:
+async def _cancelled(task: asyncio.Task[Any]) -> None:
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task
@@ -366,4 +376,3 @@ def _watches_by_service(settings: Settings) -> dict[str, list[Watch]]:
     for watch in settings.agent.watch:
         by_service.setdefault(watch.service, []).append(watch)
     return by_service
-

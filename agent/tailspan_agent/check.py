@@ -12,7 +12,7 @@ from tailspan.errors import ConfigError, JobNotFoundError, ServiceError, Tailspa
 from tailspan.services import JobService, open_service
 from tailspan_agent.export import make_exporter
 from tailspan_agent.outcome import Delivered, Rejected
-from tailspan_agent.outlets import SIGNALS
+from tailspan_agent.outlets import SIGNALS, Signal
 from tailspan_agent.redact import Redactor
 
 __all__ = ["Finding", "check"]
@@ -115,7 +115,7 @@ async def _service(service: JobService, watches: list[Watch]) -> AsyncIterator[F
         yield Finding(subject, str(error), _UNREACHABLE)
 
 
-async def _signal(signal: str, settings: Settings) -> Finding:
+async def _signal(signal: Signal, settings: Settings) -> Finding:
     keys = settings.otlp.for_signal(signal)
     subject = f"otlp {signal}"
     if keys is None:
@@ -133,6 +133,8 @@ async def _signal(signal: str, settings: Settings) -> Finding:
         case Delivered():
             return Finding(subject, f"{exporter.endpoint} takes them")
         case Rejected(reason=reason):
-            return Finding(subject, f"{exporter.endpoint} answers, but refuses an empty request: {reason}", warning=True)
+            return Finding(
+                subject, f"{exporter.endpoint} answers, but refuses an empty request: {reason}", warning=True
+            )
         case _:
             return Finding(subject, f"{exporter.endpoint}: {outcome.reason}", _UNREACHABLE)

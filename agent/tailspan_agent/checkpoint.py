@@ -84,7 +84,9 @@ class OutboxSpan:
     span: bytes
 
 
-_CHECKPOINT = "SELECT key, name, backfill, cursor, facts, logs_complete, ended FROM jobs WHERE identity = ? AND job_id = ?"
+_CHECKPOINT = (
+    "SELECT key, name, backfill, cursor, facts, logs_complete, ended FROM jobs WHERE identity = ? AND job_id = ?"
+)
 
 
 def read_checkpoint(state_dir: Path, identity: str, job_id: str) -> Checkpoint | None:

@@ -141,5 +141,3 @@ def salvage(aside: Path, into: sqlite3.Connection) -> int:
     finally:
         source.close()
     return rows
-
-

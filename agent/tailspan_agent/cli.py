@@ -64,6 +64,7 @@ def run(config_path: Path | None, once: bool, timeout_s: float, log_level: str) 
     \b
     Exit codes of --once: 0 all is acked; 1 something was rejected, see the dead letter; 3 not delivered in time,
     or a service could not be reached; 4 a named job does not exist.
+
     Example:
       tailspan agent run --config config.toml --once --timeout 60
     """  # noqa: D301 - click wants the backspace character itself
@@ -99,10 +100,13 @@ async def _run_once(settings: Settings, timeout_s: float) -> int:
     for failure in result.failures:
         click.echo(f"tailspan: {failure}", err=True)
     targets = ", ".join(dict.fromkeys(relay.outlets.targets.values()))
-    click.echo(f"{result.jobs} jobs: {result.acked} log records acked, {result.rejected} rejected ({targets})", err=True)
+    click.echo(
+        f"{result.jobs} jobs: {result.acked} log records acked, {result.rejected} rejected ({targets})", err=True
+    )
     if not result.delivered:
         click.echo(
-            f"tailspan: not everything was acked within {timeout_s:g} s; the next run goes on from the last ack", err=True
+            f"tailspan: not everything was acked within {timeout_s:g} s; the next run goes on from the last ack",
+            err=True,
         )
         return _UNDELIVERED
     if result.failures:
@@ -120,6 +124,7 @@ def check(config_path: Path | None, as_json: bool) -> None:
 
     \b
     Exit codes: 0 all is well, 2 configuration, 3 a service or the endpoint cannot be reached, 4 no such job.
+
     Example:
       tailspan agent check --config config.toml
     """  # noqa: D301 - click wants the backspace character itself
@@ -176,6 +181,7 @@ def replay(files: tuple[Path, ...], endpoint: str | None, protocol: str | None, 
 
     \b
     Exit codes: 0 all delivered, 1 something was rejected or unreadable, 3 the endpoint is not reachable.
+
     Example:
       tailspan agent replay logs.jsonl traces.jsonl --endpoint http://localhost:4318
     """  # noqa: D301 - click wants the backspace character itself
@@ -187,21 +193,19 @@ def replay(files: tuple[Path, ...], endpoint: str | None, protocol: str | None, 
 
 
 async def _replay(files: tuple[Path, ...], settings: Settings) -> int:
-    from tailspan_agent.export import make_exporter
+    from tailspan_agent.export import Exporter, make_exporter
     from tailspan_agent.outlets import SIGNALS
     from tailspan_agent.replay import replay as send_files
 
     async with AsyncExitStack() as stack:
-        exporters = {}
+        exporters: dict[str, Exporter] = {}
         for name in SIGNALS:
             keys = settings.otlp.for_signal(name)
             if keys is None:
                 continue
             if keys.url is None:
                 raise ConfigError("replay needs to know where to send: --endpoint URL", key="otlp.endpoint")
-            exporters[name] = make_exporter(
-                name, keys, state_dir=settings.agent.state_dir, files=settings.files
-            )
+            exporters[name] = make_exporter(name, keys, state_dir=settings.agent.state_dir, files=settings.files)
             stack.push_async_callback(exporters[name].aclose)
         result = await send_files(files, exporters)
     for problem in result.problems:
@@ -251,6 +255,7 @@ def verify(job: str, service: str | None, config_path: Path | None, as_json: boo
 
     \b
     Exit codes: 0 the same, 1 not the same (or not relayed, or not complete yet).
+
     Example:
       tailspan agent verify JOB --config config.toml
     """  # noqa: D301 - click wants the backspace character itself
@@ -261,4 +266,3 @@ def verify(job: str, service: str | None, config_path: Path | None, as_json: boo
     shown: dict[str, Any] = asdict(report)
     click.echo(json.dumps(shown) if as_json else f"{report.verdict}: {report.text}")
     sys.exit(0 if report.verdict == "verified" else 1)
-

@@ -13,7 +13,15 @@ from itertools import islice
 
 from tailspan.page import LogPage
 
-__all__ = ["Seconds", "add_seconds", "missing_lines", "page_seconds", "page_uids_by_second", "select_lines"]
+__all__ = [
+    "Seconds",
+    "add_seconds",
+    "missing_lines",
+    "page_seconds",
+    "page_uids",
+    "page_uids_by_second",
+    "select_lines",
+]
 
 _NANOS = 1_000_000_000
 _MASK = (1 << 64) - 1

@@ -23,6 +23,7 @@ from tailspan.models import JobState, RunResponse
 from tailspan.page import NANOS_PER_MS
 from tailspan_agent.digest import Digest
 from tailspan_agent.encode import LogRecordData, SpanData, SpanEvent, SpanKind, SpanLink, StatusCode
+from tailspan_agent.facts import JobFacts
 from tailspan_agent.severity import Severity
 from tailspan_agent.wire import AttributeValue
 
@@ -34,33 +35,6 @@ _MAX_STATUS_CHARS = 1000
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?")
 _EPOCH = datetime.fromisoformat("1970-01-01T00:00:00+00:00")
 _SIGNALLED = 128
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobFacts:
-    """What the agent itself has seen of a job. Plain values, for `msgspec.json` to store.
-
-    Attributes:
-        first_seen_ns: When the agent first saw it, in ns since the epoch.
-        first_line_ns: The time of its earliest line, in ns since the epoch.
-        last_line_ns: The time of its latest line, in ns since the epoch.
-        lines: Lines read.
-        acked: Records that the endpoint took.
-        rejected: Records that the endpoint refused.
-        states: When which state was first seen: (ns since the epoch, state).
-        digest: Why it failed.
-        logs_complete: None while its log is still followed; then whether it was read to its end.
-    """
-
-    first_seen_ns: int
-    first_line_ns: int | None = None
-    last_line_ns: int | None = None
-    lines: int = 0
-    acked: int = 0
-    rejected: int = 0
-    states: tuple[tuple[int, JobState], ...] = ()
-    digest: Digest | None = None
-    logs_complete: bool | None = None
 
 
 def resource_attributes(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from typing import Literal
 
 from tailspan.config import Settings
 from tailspan_agent.agent_metrics import AgentMetrics
@@ -11,20 +12,23 @@ from tailspan_agent.deadletter import DeadLetter
 from tailspan_agent.export import Exporter, make_exporter
 from tailspan_agent.sender import Sender, SendResult
 
-__all__ = ["SIGNALS", "Outlet", "Outlets"]
+__all__ = ["SIGNALS", "Outlet", "Outlets", "Signal"]
 
-SIGNALS = ("logs", "traces", "metrics")
+Signal = Literal["logs", "traces", "metrics"]
+SIGNALS: tuple[Signal, ...] = ("logs", "traces", "metrics")
 
 
 class Outlet:
     """The sender of one signal, exchangeable while the agent runs (reload).
 
     Attributes:
+        delivered: How many records the endpoint took so far.
         rejected: How many records were dead-lettered so far.
     """
 
     def __init__(self, sender: Sender) -> None:
         self.sender = sender
+        self.delivered = 0
         self.rejected = 0
         self._sending: set[asyncio.Future[SendResult]] = set()
 
@@ -49,6 +53,7 @@ class Outlet:
                 raise
             finally:
                 self._sending.discard(task)
+            self.delivered += result.delivered
             self.rejected += result.rejected
             return result
 
@@ -76,17 +81,16 @@ class Outlets:
         self._metrics = metrics
         self._settings = settings
         self.metrics_exporter = self._exporter("metrics", settings)
-        self._outlets = {
-            signal: Outlet(sender)
-            for signal in ("logs", "traces")
-            if (sender := self._sender(signal, settings)) is not None
+        relayed: tuple[Signal, ...] = ("logs", "traces")
+        self._outlets: dict[Signal, Outlet] = {
+            signal: Outlet(sender) for signal in relayed if (sender := self._sender(signal, settings)) is not None
         }
 
-    def get(self, signal: str) -> Outlet | None:
+    def get(self, signal: Signal) -> Outlet | None:
         """Return the outlet of ``logs`` or ``traces``; None where the signal is not sent."""
         return self._outlets.get(signal)
 
-    def paused(self) -> list[str]:
+    def paused(self) -> list[Signal]:
         """Return the signals that the endpoint does not take now, for a reason that somebody has to mend."""
         paused = [signal for signal, outlet in self._outlets.items() if outlet.sender.state == "paused"]
         for signal in self._outlets:
@@ -99,7 +103,7 @@ class Outlets:
         return sum(outlet.rejected for outlet in self._outlets.values())
 
     @property
-    def targets(self) -> dict[str, str]:
+    def targets(self) -> dict[Signal, str]:
         """Where each signal goes, without credentials."""
         targets = {signal: outlet.sender.endpoint for signal, outlet in self._outlets.items()}
         if self.metrics_exporter is not None:
@@ -140,13 +144,13 @@ class Outlets:
             if self.metrics_exporter is not None:
                 stack.push_async_callback(self.metrics_exporter.aclose)
 
-    def _exporter(self, signal: str, settings: Settings) -> Exporter | None:
+    def _exporter(self, signal: Signal, settings: Settings) -> Exporter | None:
         keys = settings.otlp.for_signal(signal)
         if keys is None:
             return None
         return make_exporter(signal, keys, state_dir=settings.agent.state_dir, files=settings.files)
 
-    def _sender(self, signal: str, settings: Settings) -> Sender | None:
+    def _sender(self, signal: Signal, settings: Settings) -> Sender | None:
         exporter = self._exporter(signal, settings)
         if exporter is None:
             return None

@@ -52,8 +52,8 @@ class Relay:
     lanes: list[Lane]
     spans: SpanLane | None
     backlog: Backlog
-    health: Health
-    redactor: Redactor
+    health: AgentMetrics
+    redactor: Redactor | None
     otlp_resource: Mapping[str, str]
     names: PipelineNames
     totals: dict[tuple[str, str, str], RunTotals] = field(default_factory=dict)

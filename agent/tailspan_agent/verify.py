@@ -10,7 +10,7 @@ from tailspan.config import Settings
 from tailspan.errors import CursorExpiredError
 from tailspan.services import open_service
 from tailspan_agent.checkpoint import read_checkpoint
-from tailspan_agent.mapping import JobFacts
+from tailspan_agent.facts import JobFacts
 
 __all__ = ["Report", "verify"]
 

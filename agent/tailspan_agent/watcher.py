@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import random
 import time
@@ -38,7 +37,7 @@ def match(watches: Sequence[Watch], job_id: str, name: str) -> Watch | None:
     if not matching:
         return None
     lookback = max(watch.lookback for watch in matching)
-    return dataclasses.replace(matching[0], lookback=lookback) if lookback != matching[0].lookback else matching[0]
+    return matching[0] if lookback == matching[0].lookback else matching[0].model_copy(update={"lookback": lookback})
 
 
 def _discovers(watch: Watch, name: str) -> bool:
@@ -104,7 +103,9 @@ class Watcher:
                 if self.failure is not None:
                     _log.info("service %s answers again", self.name)
                 self.failure, errors = None, 0
-                await asyncio.sleep((_CHEAP_DISCOVER_S if self._lists_cheaply else _DISCOVER_S) * random.uniform(0.9, 1.1))
+                await asyncio.sleep(
+                    (_CHEAP_DISCOVER_S if self._lists_cheaply else _DISCOVER_S) * random.uniform(0.9, 1.1)
+                )
 
     async def scan(self) -> None:
         """Look once: start a tailer for each job that is watched and has none.
@@ -189,6 +190,12 @@ class Watcher:
             tailer = Tailer(self._relay, self._source, watch, job_id, once=self._once)
             self.tailers[job_id] = tailer
             self._start(tailer)
+
+    def use(self, watches: Sequence[Watch]) -> None:
+        """Go over to other watches: every job is matched anew."""
+        self.watches = watches
+        self._settled = self._relay.store.finished_jobs(self._service.identity)
+        self._full_scan_at_s = float("-inf")
 
     def forget(self, tailer: Tailer) -> None:
         """Take a tailer that has ended off the list; a job that is done is not looked at again."""

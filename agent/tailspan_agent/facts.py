@@ -1,0 +1,83 @@
+"""`JobFacts`: what the agent itself has seen of a job, as it is stored with the job's cursor. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from dataclasses import dataclass
+
+import msgspec
+
+from tailspan.models import JobState
+from tailspan.page import LogPage
+from tailspan_agent.digest import Digest
+from tailspan_agent.final_read import page_uids
+
+__all__ = ["JobFacts"]
+
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobFacts:
+    """What the agent itself has seen of a job. Plain values, for `msgspec.json` to store.
+
+    Attributes:
+        first_seen_ns: When the agent first saw it, in ns since the epoch.
+        first_line_ns: The time of its earliest line, in ns since the epoch.
+        last_line_ns: The time of its latest line, in ns since the epoch.
+        lines: Lines read.
+        acked: Records that the endpoint took.
+        rejected: Records that the endpoint refused.
+        states: When which state was first seen: (ns since the epoch, state).
+        stream_hash: Of all lines as read: the sum of their uids mod 2^64 where the service knows only times, else the
+            crc32 of their bytes, a newline after each.
+        digest: Why it failed.
+        logs_complete: None while its log is still followed; then whether it was read to its end.
+    """
+
+    first_seen_ns: int
+    first_line_ns: int | None = None
+    last_line_ns: int | None = None
+    lines: int = 0
+    acked: int = 0
+    rejected: int = 0
+    states: tuple[tuple[int, JobState], ...] = ()
+    stream_hash: int = 0
+    digest: Digest | None = None
+    logs_complete: bool | None = None
+
+    @classmethod
+    def from_json(cls, text: str) -> JobFacts:
+        """Make the facts back from `to_json`.
+
+        Raises:
+            ValueError: The text is not such JSON.
+        """
+        return msgspec.json.decode(text, type=cls)
+
+    def to_json(self) -> str:
+        """Return the facts as JSON."""
+        return msgspec.json.encode(self).decode()
+
+    def with_page(self, page: LogPage) -> JobFacts:
+        """Return the facts with the lines of one more page."""
+        first_ns = min(run.time_unix_nano for run in page.runs)
+        last_ns = max(run.time_unix_nano + run.count - 1 for run in page.runs)
+        if page.digests:
+            stream_hash = self.stream_hash + sum(page_uids(page)) & _MASK
+        else:
+            stream_hash = zlib.crc32(b"\n".join((*page.lines, b"")), self.stream_hash)
+        return dataclasses.replace(
+            self,
+            first_line_ns=first_ns if self.first_line_ns is None else min(self.first_line_ns, first_ns),
+            last_line_ns=last_ns if self.last_line_ns is None else max(self.last_line_ns, last_ns),
+            lines=self.lines + len(page.lines),
+            stream_hash=stream_hash,
+        )
+
+    def with_state(self, seen_ns: int, state: JobState) -> JobFacts:
+        """Return the facts with a state that was seen, if it is not the last one seen."""
+        if self.states and self.states[-1][1] is state:
+            return self
+        return dataclasses.replace(self, states=(*self.states, (seen_ns, state)))

@@ -1,0 +1,219 @@
+"""`JobRelay`: what is sent of one job, and what of it is acked.
+
+Lines go as chunks into the job's lane; spans go into the store, from where the span lane sends them. What is known of
+the job's lines is stored together with the cursor of their page, so a restart continues exactly there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+
+from tailspan.config import Watch
+from tailspan.models import RunResponse
+from tailspan.page import LogPage
+from tailspan.services import JobService
+from tailspan_agent.checkpoint import Ack, Checkpoint, OutboxSpan
+from tailspan_agent.encode import LogContext, SpanData, encode_lines, encode_log_record, encode_resource, encode_span
+from tailspan_agent.facts import JobFacts
+from tailspan_agent.final_read import Seconds, add_seconds, page_seconds
+from tailspan_agent.lanes import Chunk
+from tailspan_agent.mapping import error_type, failure_record, resource_attributes, spans_of
+from tailspan_agent.relay import Relay
+from tailspan_agent.runs import RunTotals
+
+__all__ = ["BACKFILL_S", "JobRelay"]
+
+BACKFILL_S = 1800.0
+"""A job whose newest line is older than this when it is first seen is backfill: in Loki a stream of its own."""
+
+
+class JobRelay:
+    """Sends one job's telemetry; made with the job's first status.
+
+    Args:
+        relay: What all jobs share.
+        service: The service that has the job.
+        watch: The watch that matched it.
+        job: Its first status.
+        first_seen_ns: When it was first seen, in ns since the epoch.
+
+    Attributes:
+        job: The last status.
+        facts: What is known of its lines and states as read; the store has them as acked.
+        cursor: Where the lines end that were put into the lane.
+        stream: What a store makes one stream of: jobs of one stream catch up oldest first.
+    """
+
+    def __init__(self, relay: Relay, service: JobService, watch: Watch, job: RunResponse, first_seen_ns: int) -> None:
+        self.job = job
+        self._relay = relay
+        self._service = service
+        self._lane = relay.lane(service.identity, job.job_id)
+        known = relay.store.job(service.identity, job.job_id)
+        self.checkpoint = known or self._first_checkpoint(first_seen_ns)
+        self.cursor = self.checkpoint.cursor
+        self.facts = JobFacts.from_json(self.checkpoint.facts)
+        self.stream = f"{job.job_name}/backfill" if self.checkpoint.backfill else job.job_name
+        self._context = LogContext.for_job(job, min_severity=watch.min_severity, redactor=relay.redactor)
+        self._resource = encode_resource(
+            resource_attributes(
+                job,
+                service_name=service.name,
+                watch_attributes=watch.attributes,
+                otlp_resource=relay.otlp_resource,
+                backfill=self.checkpoint.backfill,
+            )
+        )
+        self._unacked = 0
+        self._unacked_seconds: Seconds = {}
+        self._all_acked = asyncio.Event()
+        self._all_acked.set()
+
+    def _first_checkpoint(self, first_seen_ns: int) -> Checkpoint:
+        newest_ns = self.ended_ns
+        return self._relay.store.add_job(
+            self._service.identity,
+            self.job.job_id,
+            self.job.job_name,
+            backfill=newest_ns is not None and first_seen_ns - newest_ns > BACKFILL_S * 1e9,
+            facts=JobFacts(first_seen_ns=first_seen_ns).to_json(),
+        )
+
+    @property
+    def ended_ns(self) -> int | None:
+        """When the job ended, in ns since the epoch: about the time of its newest line; None while it has not."""
+        ended = self.job.finished_at or self.job.job_status_date
+        return int(ended.timestamp() * 1e9) if ended is not None and self.job.state.is_terminal else None
+
+    @property
+    def position_ns(self) -> int:
+        """About the time of the next lines, in ns since the epoch."""
+        return self.facts.last_line_ns or self.ended_ns or time.time_ns()
+
+    @property
+    def sends_logs(self) -> bool:
+        """Whether logs are among the signals."""
+        return self._lane is not None
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to relay, by this process or an earlier one."""
+        return self.checkpoint.ended and (self.checkpoint.logs_complete or not self.sends_logs)
+
+    def see(self, job: RunResponse) -> None:
+        """Take in a status; spans that have ended with it are written."""
+        self.job = job
+        facts = self.facts.with_state(time.time_ns(), job.state)
+        if facts is not self.facts:
+            self.facts = facts
+            self.write_spans()
+
+    async def send_page(self, page: LogPage, *, late: bool = False) -> None:
+        """Encode a page and put it into the job's lane; waits while the lane is full.
+
+        Args:
+            page: The next page; without a logs signal it is only learnt from.
+            late: Whether these lines became visible behind the cursor, which then stays where it is.
+        """
+        self.facts = self.facts.with_page(page)
+        cursor = None if late else page.cursor
+        if self._lane is not None:
+            encoded = encode_lines(page, context=self._context, observed_unix_nano=time.time_ns())
+            self._relay.health.records_read(
+                self._service.name,
+                encoded.count,
+                dropped=encoded.dropped,
+                redactions=encoded.redactions,
+                late=encoded.count if late else 0,
+            )
+            newest_ns = page.runs[-1].time_unix_nano
+            await self._put(encoded.records, encoded.count, cursor, page_seconds(page), newest_ns)
+        self.cursor = cursor or self.cursor
+
+    async def _put(self, records: bytes, count: int, cursor: bytes | None, seconds: Seconds, newest_ns: int) -> None:
+        assert self._lane is not None
+        facts = self.facts
+
+        def ack() -> Ack:
+            # What a restart at this cursor must know: the lines up to this page, the states seen up to now.
+            known = dataclasses.replace(facts, states=self.facts.states)
+            return Ack(self.checkpoint.key, cursor, known.to_json(), seconds)
+
+        def done(rejected: int, reason: str) -> None:
+            self._unacked -= 1
+            add_seconds(self._unacked_seconds, seconds, -1)
+            health = self._relay.health
+            health.records_acked(self._service.name, count - rejected, newest_ns)
+            if rejected:
+                health.records_rejected(self._service.name, rejected, reason)
+            health.checkpointed()
+            if not self._unacked:
+                self._all_acked.set()
+
+        self._unacked += 1
+        add_seconds(self._unacked_seconds, seconds)
+        self._all_acked.clear()
+        await self._lane.put(Chunk(self._resource, records, count, ack, done))
+
+    async def all_acked(self) -> None:
+        """Wait until everything that was put into the lane needs no more work."""
+        await self._all_acked.wait()
+
+    def relayed_seconds(self) -> Seconds:
+        """Return the per-second sums of all lines that were sent or are on their way."""
+        seconds = self._relay.store.seconds(self.checkpoint.key)
+        add_seconds(seconds, self._unacked_seconds)
+        return seconds
+
+    def redact(self, text: str) -> str:
+        """Return the text without the configured secrets."""
+        return self._relay.redactor.redact(text)[0] if self._relay.redactor is not None else text
+
+    async def send_failure(self) -> None:
+        """Put the record that says why the job failed behind its lines; a job that did not fail has none."""
+        record = failure_record(self.job, self.facts, observed_unix_nano=time.time_ns())
+        if record is not None and self._lane is not None:
+            self._relay.health.records_read(self._service.name, 1)
+            await self._put(encode_log_record(record), 1, None, {}, record.time_unix_nano)
+
+    def write_spans(self) -> None:
+        """Write the spans that have ended by now; a span that was written before stays as it was."""
+        if self._relay.store.add_spans(self.checkpoint.key, self._outbox(spans_of(self.job, self.facts))):
+            self._wake_spans()
+
+    def end(self, *, logs_complete: bool) -> None:
+        """Write the job's last spans and count its run: once, whatever happens to the endpoint.
+
+        Args:
+            logs_complete: Whether its log was read to its end.
+        """
+        self.facts = dataclasses.replace(self.facts, logs_complete=logs_complete)
+        spans = spans_of(self.job, self.facts)
+        run = spans[-1]
+        name = self._relay.names.label(self.job.job_name)
+        empty = RunTotals(name, self.job.state.result or "error", error_type(self.job, self.facts.digest))
+        totals = self._relay.totals.get(empty.key, empty).add(
+            (run.end_unix_nano - run.start_unix_nano) / 1e9,
+            trace_id=run.trace_id,
+            span_id=run.span_id,
+            time_unix_nano=run.end_unix_nano,
+        )
+        if self._relay.store.end_job(self.checkpoint.key, self._outbox(spans), totals):
+            self._relay.totals[totals.key] = totals
+        self._wake_spans()
+
+    async def complete(self) -> None:
+        """Wait for the last ack, and note that nothing is left to do."""
+        await self.all_acked()
+        if self.sends_logs:
+            self._relay.store.complete_logs(self.checkpoint.key)
+
+    def _outbox(self, spans: list[SpanData]) -> list[OutboxSpan]:
+        key = self.checkpoint.key
+        return [OutboxSpan(key, span.span_id, self._resource, encode_span(span)) for span in spans]
+
+    def _wake_spans(self) -> None:
+        if self._relay.spans is not None:
+            self._relay.spans.wake()
