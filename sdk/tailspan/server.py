@@ -40,8 +40,9 @@ try:
         on_tailspan_error,
     )
 except ModuleNotFoundError as missing:
+    package = (missing.name or "").partition(".")[0]
     raise ModuleNotFoundError(
-        f"serving jobs needs {missing.name}, which is not installed: pip install 'tailspan[serve]'", name=missing.name
+        f"serving jobs needs {package}, which is not installed: pip install 'tailspan[serve]'", name=package
     ) from missing
 
 if TYPE_CHECKING:
