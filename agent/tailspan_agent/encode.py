@@ -32,7 +32,7 @@ from functools import lru_cache
 from importlib.metadata import version
 from itertools import compress, groupby
 
-from tailspan.clean import MAX_BODY_BYTES, clean, split_long
+from tailspan.clean import MAX_BODY_BYTES, clean, is_clean, split_long
 from tailspan.identity import span_id
 from tailspan.models import RunResponse
 from tailspan.page import CLEAN, MAX_PAGE_LINES, LogPage, Stream
@@ -248,8 +248,7 @@ def _clean_bodies(page: LogPage) -> list[bytes]:
     if all(run.flags & CLEAN for run in page.runs):
         return page.lines
     text = b"\n".join(page.lines)
-    is_clean = text.isascii() and b"\r" not in text and b"\x1b" not in text and b"\0" not in text
-    if is_clean and text.count(b"\n") == len(page.lines) - 1:
+    if is_clean(text) and text.count(b"\n") == len(page.lines) - 1:
         return page.lines
     return [clean(line).encode() for line in page.lines]
 

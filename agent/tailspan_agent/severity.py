@@ -59,10 +59,17 @@ SEVERITIES: tuple[Severity, ...] = (
 """All severities that a line can have; elsewhere they are told by their place in this table."""
 UNSPECIFIED = 0
 _INDEX = {severity.text.encode(): index for index, severity in enumerate(SEVERITIES)}
-_WORDS = sorted((severity.text for severity in SEVERITIES if severity.text), key=len, reverse=True)
 
-_WORD = re.compile(rf"\b(?:{'|'.join(_WORDS)})\b".encode())
-_GLOG_START = re.compile(rb"[IWEF]\d{4} \d\d:\d\d:\d\d")
+
+_UPPER = sorted(_NUMBERS, key=len, reverse=True)
+_ANY_CASE = "|".join(case for word in _UPPER for case in (word, word.lower(), word.title()))
+_START = re.compile(rf"(?P<glog>[IWEF])\d{{4}} \d\d:\d\d:\d\d|\s*(?P<word>{_ANY_CASE}):".encode())
+_OPENERS = "[=\"'"
+_NOT_OF_WORD = f"{_OPENERS} ".encode()
+# Each alternative starts with a literal: only then the search skips, at the speed of memchr, what cannot match.
+_WORD = re.compile(
+    "|".join((*(rf"{word}\b" for word in _UPPER), *(rf"\{opener} *(?:{_ANY_CASE})\b" for opener in _OPENERS))).encode()
+)
 _AFTER_TIME = re.compile(rb"\d\d:\d\d(?::\d\d)?[\d.,:+Z-]*\s+(?:[\w.:$/@-]+\s+)?\Z")
 _AFTER_STRUCTURE = re.compile(rb"(?:[\]})|]:?|\s-)\s*\Z")
 _AFTER_KEY = re.compile(rb"(?:^|\s)(?:level|lvl|severity)=[\"']?\Z")
@@ -99,29 +106,31 @@ def _find(line: bytes) -> tuple[int, int]:
     reports. So the answer holds for all lines that start with these bytes, and since no test tells one digit from
     another, for all that start with the same bytes but for digits: that is what `SeverityLearner` builds on.
     """
-    if _GLOG_START.match(line):
-        return _INDEX[_GLOG[line[:1]]], 14
+    started = _START.match(line)
+    if started:
+        return _INDEX[_GLOG[started["glog"]] if started["glog"] else started["word"]], started.end() + 1
     is_json = line.startswith((b'{"', b'{ "'))
     head = line[: _JSON_HEAD_BYTES if is_json else _HEAD_BYTES]
-    for word in _WORD.finditer(head):
-        end = _json_end(head, word) if is_json else _text_end(head, word)
-        if end:
-            return _INDEX[word[0]], end + 1
+    for match in _WORD.finditer(head):
+        word, end = match[0].lstrip(_NOT_OF_WORD), match.end()
+        evidence = _json_end if is_json else _text_end
+        width = evidence(head, end - len(word), end)
+        if width:
+            return _INDEX[word], width + 1
     return UNSPECIFIED, len(head)
 
 
-def _json_end(head: bytes, word: re.Match[bytes]) -> int:
-    start, end = word.span()
+def _json_end(head: bytes, start: int, end: int) -> int:
     return end if head[end : end + 1] == b'"' and _AFTER_JSON_KEY.search(head, max(0, start - 24), start) else 0
 
 
-def _text_end(head: bytes, word: re.Match[bytes]) -> int:
+def _text_end(head: bytes, start: int, end: int) -> int:
     """Return where the evidence ends that this word is the line's level, or 0."""
-    start, end = word.span()
     left = head[:start]
     before = left.rstrip()
+    is_upper = head[start:end].isupper()
     closer = _BRACKETS.get(before[-1:])
-    if closer == b"]" or (closer and word[0].isupper()):
+    if closer == b"]" or (closer and is_upper):
         inner = end
         while head[inner : inner + 1] == b" ":
             inner += 1
@@ -129,10 +138,7 @@ def _text_end(head: bytes, word: re.Match[bytes]) -> int:
             return inner + 1
     if _AFTER_KEY.search(left):
         return end
-    colon = head[end : end + 1] == b":"
-    if not before and colon:
-        return end + 1
-    if not word[0].isupper():
+    if not is_upper:
         return 0
     if not before and (end == len(head) or head[end : end + 1].isspace()):
         return end + 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["MAX_BODY_BYTES", "clean", "printable", "split_long"]
+__all__ = ["MAX_BODY_BYTES", "clean", "is_clean", "printable", "split_long"]
 
 MAX_BODY_BYTES = 256 * 1024
 """Longest body of one record: Loki refuses longer lines unless it is told otherwise."""
@@ -25,6 +25,8 @@ _ESCAPE = re.compile(
     r"|[\x90\x98\x9b-\x9f]"
 )
 _INTRODUCER = re.compile(r"[\x1b\x90\x98\x9b-\x9f]")
+_C1_INTRODUCER = re.compile(rb"\xc2[\x90\x98\x9b-\x9f]")
+_CSI = re.compile(r"\x1b\[[0-?]*+[ -/]*+[@-~]")
 _COLOUR = re.compile(r"\x1b\[[0-9;:]*+m")
 _RESET = "\x1b[0m"
 # Every C0 and C1 control but tab and newline, which act on nothing but the text itself. ESC goes with `_ESCAPE`.
@@ -41,12 +43,31 @@ def clean(line: bytes) -> str:
     Args:
         line: The line as read, with or without its line ending. Newlines within it are kept.
     """
-    if line.isascii() and b"\x1b" not in line and b"\r" not in line and b"\0" not in line:
-        return line.decode("ascii").rstrip("\n")
+    if is_clean(line):
+        return line.decode().rstrip("\n")
     text = line.decode("utf-8", "replace").replace("\0", "")
-    if _INTRODUCER.search(text):
-        text = _ESCAPE.sub("", text)
+    if not text.isascii() or "\x1b" in text:
+        text = _CSI.sub("", text)
+        if _INTRODUCER.search(text):
+            text = _ESCAPE.sub("", text)
     return _collapse(text).rstrip("\n")
+
+
+def is_clean(lines: bytes) -> bool:
+    """Return whether `clean` would change nothing but the line endings, in any of many lines at once.
+
+    Args:
+        lines: As read, joined by newlines.
+    """
+    if b"\x1b" in lines or b"\r" in lines or b"\0" in lines:
+        return False
+    if lines.isascii():
+        return True
+    try:
+        lines.decode()
+    except UnicodeDecodeError:
+        return False
+    return _C1_INTRODUCER.search(lines) is None
 
 
 def _collapse(text: str) -> str:
@@ -58,8 +79,11 @@ def _collapse(text: str) -> str:
 
 def _last_state(line: str) -> str:
     states = line.rstrip("\r").split("\r")
-    # Progress bars wipe themselves with blanks; the state before that is what there was to read.
-    return next((state for state in reversed(states) if _COLOUR.sub("", state).strip(" \t")), states[-1])
+    for state in reversed(states):
+        # Progress bars wipe themselves with blanks; the state before that is what there was to read.
+        if (_COLOUR.sub("", state) if "\x1b" in state else state).strip(" \t"):
+            return state
+    return states[-1]
 
 
 def printable(line: str, *, colours: bool) -> str:
