@@ -22,7 +22,7 @@ from tailspan.errors import (
     WaitTimeoutError,
 )
 
-__all__ = ["EXIT_INTERRUPTED", "EXIT_TIMEOUT", "exit_code_of", "main"]
+__all__ = ["EXIT_INTERRUPTED", "EXIT_TIMEOUT", "exit_code_of", "main", "report"]
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
@@ -98,7 +98,7 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except TailspanError as error:
-            click.echo(f"tailspan: {_one_line(error)}", err=True)
+            report(error)
             ctx.exit(exit_code_of(error))
         except KeyboardInterrupt:
             ctx.exit(EXIT_INTERRUPTED)
@@ -123,11 +123,12 @@ def exit_code_of(error: TailspanError) -> int:
     return EXIT_ERROR
 
 
-def _one_line(error: TailspanError) -> str:
+def report(error: TailspanError) -> None:
+    """Say in one line what went wrong."""
     from tailspan.clean import printable
 
     # A server's own message is part of it: it must not act on the terminal.
-    return printable(" ".join(str(error).split()), colours=False)
+    click.echo(f"tailspan: {printable(' '.join(str(error).split()), colours=False)}", err=True)
 
 
 @click.group(
