@@ -14,7 +14,7 @@ from typing import Any
 
 from tailspan.config import Settings, Watch
 from tailspan.errors import ConfigError, ServiceError, TailspanError
-from tailspan.services import open_service
+from tailspan.services import JobService, open_service
 from tailspan_agent.agent_metrics import AgentMetrics, agent_resource
 from tailspan_agent.backlog import Backlog
 from tailspan_agent.checkpoint import Store
@@ -63,16 +63,18 @@ class Agent:
 
     Args:
         settings: The loaded configuration.
+        opener: Makes the configured service of a name.
 
     Raises:
         ConfigError: The configuration asks for what cannot be.
         CheckpointError: The state directory cannot be used, or another agent holds it.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, opener: Callable[[str, Settings], JobService] = open_service) -> None:
         if settings.otlp.disabled:
             raise ConfigError("OTEL_SDK_DISABLED is set: unset it to let the agent relay", key="OTEL_SDK_DISABLED")
         self.settings = settings
+        self._opener = opener
         self.store = Store(settings.agent.state_dir)
         if self.store.recovered:
             _log.warning("the checkpoint store was damaged (%s)", self.store.recovered)
@@ -263,7 +265,7 @@ class Agent:
         for name, watches in _watches_by_service(settings).items():
             if name in self._watchers:
                 continue
-            source = Source(open_service(name, settings))
+            source = Source(self._opener(name, settings))
             self._check_identity(source)
             self._sources[name] = source
             self.metrics.know_service(name)

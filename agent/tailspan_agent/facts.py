@@ -27,8 +27,6 @@ class JobFacts:
         first_line_ns: The time of its earliest line, in ns since the epoch.
         last_line_ns: The time of its latest line, in ns since the epoch.
         lines: Lines read.
-        acked: Records that the endpoint took.
-        rejected: Records that the endpoint refused.
         states: When which state was first seen: (ns since the epoch, state).
         stream_hash: Of all lines as read: the sum of their uids mod 2^64 where the service knows only times, else the
             crc32 of their bytes, a newline after each.
@@ -40,8 +38,6 @@ class JobFacts:
     first_line_ns: int | None = None
     last_line_ns: int | None = None
     lines: int = 0
-    acked: int = 0
-    rejected: int = 0
     states: tuple[tuple[int, JobState], ...] = ()
     stream_hash: int = 0
     digest: Digest | None = None

@@ -211,8 +211,6 @@ def _run_span(job: RunResponse, facts: JobFacts, times: _Times) -> SpanData:
         "tailspan.job.tasks.total": job.total_tasks or None,
         "tailspan.job.tasks.finished": job.finished_tasks if job.total_tasks else None,
         "tailspan.lines.read": facts.lines,
-        "tailspan.records.acked": facts.acked,
-        "tailspan.records.rejected": facts.rejected,
         "tailspan.logs.complete": facts.logs_complete,
     }
     return SpanData(
