@@ -1,0 +1,324 @@
+"""Requests to one Fused API: credentials, pace, retries, and the one place where HTTP becomes our errors."""
+
+from __future__ import annotations
+
+import random
+import ssl
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import cast
+
+import anyio
+import anyio.lowlevel
+import httpx
+
+from tailspan.backoff import backoff_s, parse_retry_after_s
+from tailspan.errors import (
+    AuthError,
+    ConfigError,
+    JobNotFoundError,
+    ProtocolError,
+    RequestRejectedError,
+    ServiceError,
+    ServiceUnavailableError,
+)
+from tailspan.services._fused_auth import Authorization, Credentials
+from tailspan.services._fused_wire import error_text
+
+__all__ = ["FusedHttp", "Pace", "Retries"]
+
+_RETRY_FOR_S = 5.0
+_MAX_REPLY_BYTES = 64 << 20
+_MAX_ERROR_BYTES = 64 << 10
+_KEEP_ALIVE_S = 90.0
+_NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
+
+
+class Pace:
+    """A token bucket: on average so many a second, at most a second's worth at once."""
+
+    def __init__(self, per_second: float) -> None:
+        self._interval_s = 1.0 / per_second
+        self._next_s = 0.0
+
+    async def wait(self) -> None:
+        """Wait for one's turn; turns are given in the order of asking."""
+        now = time.monotonic()
+        self._next_s = max(self._next_s, now - 1.0) + self._interval_s
+        if self._next_s > now:
+            await anyio.sleep(self._next_s - now)
+
+
+class Retries:
+    """The tries of one request: bounded in number and time."""
+
+    def __init__(self, tries: int) -> None:
+        self._tries = tries
+        self._failed = 0
+        self._started_s = time.monotonic()
+
+    async def wait(self, error: ServiceUnavailableError) -> None:
+        """Wait until the request may be tried again.
+
+        Raises:
+            ServiceUnavailableError: The error that was given, if it was tried often or long enough. When the service
+                asks for more patience than we have, its wish is in the error.
+        """
+        delay_s = backoff_s(self._failed, random.random(), retry_after_s=error.retry_after_s)
+        self._failed += 1
+        if self._failed >= self._tries or time.monotonic() + delay_s > self._started_s + _RETRY_FOR_S:
+            raise error
+        await anyio.sleep(delay_s)
+
+
+class FusedHttp:
+    """One API at one base URL, over one pool of kept-alive connections.
+
+    Attributes:
+        tries: How often a request that only reads is sent before its error is raised; 1 for callers with a pace of
+            their own.
+    """
+
+    def __init__(
+        self,
+        service: str,
+        base_url: str,
+        credentials: Credentials,
+        *,
+        timeout_s: float,
+        ca_file: Path | None,
+        requests_per_second: float,
+        tries: int,
+    ) -> None:
+        self.tries = tries
+        self._service = service
+        self._base_url = base_url
+        self._credentials = credentials
+        self._timeout_s = timeout_s
+        self._ca_file = ca_file
+        self._pace = Pace(requests_per_second)
+        self._client: httpx.AsyncClient | None = None
+        self._client_loop: object = None
+
+    async def get(self, path: str, params: Mapping[str, int] | None = None, *, job_id: str | None = None) -> bytes:
+        """Return the body of a small reply.
+
+        Args:
+            path: Below the base URL, escaped.
+            params: The query.
+            job_id: The job that it is about.
+
+        Raises:
+            ServiceError: As the tree in `tailspan.errors` says.
+        """
+        retries = Retries(self.tries)
+        while True:
+            try:
+                return await self._whole("GET", path, params, job_id)
+            except ServiceUnavailableError as error:
+                await retries.wait(error)
+
+    async def post(self, path: str, *, job_id: str) -> bytes:
+        """Send an empty POST and return the body of the reply.
+
+        It is sent again only if it never left: what it asks for may have happened although no answer came.
+        """
+        retries = Retries(self.tries)
+        while True:
+            try:
+                return await self._whole("POST", path, None, job_id)
+            except ServiceUnavailableError as error:
+                if not isinstance(error.__cause__, _NEVER_SENT):
+                    raise
+                await retries.wait(error)
+
+    @asynccontextmanager
+    async def stream(
+        self, path: str, params: Mapping[str, int] | None = None, *, job_id: str
+    ) -> AsyncIterator[AsyncIterator[bytes]]:
+        """Open a reply of any size; gives its body in pieces. One try."""
+        async with (
+            self._reply("GET", path, params, job_id) as response,
+            aclosing(self._pieces(response, path, job_id)) as pieces,
+        ):
+            yield pieces
+
+    async def aclose(self) -> None:
+        """Close the connections; a later request opens new ones."""
+        client, self._client = self._client, None
+        if client is not None and self._client_loop == anyio.lowlevel.current_token():
+            await client.aclose()
+
+    async def _whole(self, method: str, path: str, params: Mapping[str, int] | None, job_id: str | None) -> bytes:
+        await self._pace.wait()
+        try:
+            # httpx limits each step; a server that sends a byte now and then would never reach that.
+            with anyio.fail_after(2 * self._timeout_s):
+                async with self._reply(method, path, params, job_id, paced=True) as response:
+                    body = bytearray()
+                    async for piece in self._pieces(response, path, job_id):
+                        body += piece
+                        if len(body) > _MAX_REPLY_BYTES:
+                            raise ProtocolError(
+                                f"{method} {path}: the reply is larger than 64 MiB",
+                                service=self._service,
+                                job_id=job_id,
+                            )
+        except TimeoutError:
+            raise self._unavailable(
+                f"{method} {path}: no complete answer within {2 * self._timeout_s:g} s", job_id
+            ) from None
+        return bytes(body)
+
+    @asynccontextmanager
+    async def _reply(
+        self, method: str, path: str, params: Mapping[str, int] | None, job_id: str | None, *, paced: bool = False
+    ) -> AsyncIterator[httpx.Response]:
+        """Send a request and give the answer if it is one; else raise what it means. Renews credentials once."""
+        if not paced:
+            await self._pace.wait()
+        client = self._open_client()
+        authorization = await self._credentials.authorization()
+        response = await self._send(client, method, path, params, job_id, authorization)
+        try:
+            if response.status_code == 401:
+                renewed = await self._credentials.renew(authorization)
+                if renewed is not None:
+                    await response.aclose()
+                    authorization = renewed
+                    response = await self._send(client, method, path, params, job_id, authorization)
+            if not response.is_success:
+                raise await self._error(response, method, path, job_id, authorization)
+            yield response
+        finally:
+            await response.aclose()
+
+    async def _send(
+        self,
+        client: httpx.AsyncClient,
+        method: str,
+        path: str,
+        params: Mapping[str, int] | None,
+        job_id: str | None,
+        authorization: Authorization,
+    ) -> httpx.Response:
+        headers = {"Authorization": authorization.value} if authorization.value else {}
+        try:
+            request = client.build_request(method, self._base_url + path, params=params, headers=headers)
+            return await client.send(request, stream=True)
+        except httpx.TransportError as error:
+            raise self._unavailable(f"{method} {self._base_url}{path}: {self._reason(error)}", job_id) from error
+        except (httpx.InvalidURL, UnicodeError):
+            raise ConfigError(
+                f"services.{self._service}.base_url {self._base_url} cannot be used as a URL",
+                key=f"services.{self._service}.base_url",
+                service=self._service,
+            ) from None
+
+    async def _pieces(self, response: httpx.Response, path: str, job_id: str | None) -> AsyncGenerator[bytes, None]:
+        try:
+            async with aclosing(_raw(response)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        except httpx.TransportError as error:
+            text = f"{response.request.method} {path}: the reply broke off: {self._reason(error)}"
+            raise self._unavailable(text, job_id) from error
+        except httpx.DecodingError:
+            raise ProtocolError(
+                f"{response.request.method} {path}: the reply's compression is damaged",
+                service=self._service,
+                job_id=job_id,
+            ) from None
+
+    async def _error(
+        self, response: httpx.Response, method: str, path: str, job_id: str | None, authorization: Authorization
+    ) -> ServiceError:
+        """Return what an answer that is not a success means, in the server's own words if it has any."""
+        code = response.status_code
+        told = await self._told(response, authorization)
+        text = f"{method} {path}: {code} {response.reason_phrase}".rstrip() + (f": {told}" if told else "")
+        html = "html" in response.headers.get("Content-Type", "")
+        if code in (401, 403):
+            hint = f"; the token came from {authorization.source}" if authorization.value else "; none was sent"
+            return AuthError(text + hint, service=self._service, job_id=job_id)
+        if 300 <= code < 400 or (code == 404 and html):
+            return ProtocolError(
+                f"{text}: this is not the job API; check services.{self._service}.base_url ({self._base_url})",
+                service=self._service,
+                job_id=job_id,
+            )
+        if code == 404 and job_id is not None:
+            shown = f"service {self._service} knows no job {job_id}"
+            return JobNotFoundError(f"{shown}: {told}" if told else shown, service=self._service, job_id=job_id)
+        if code in (408, 429) or code >= 500:
+            after_s = parse_retry_after_s(response.headers.get("Retry-After"), datetime.now(UTC))
+            return self._unavailable(text, job_id, after_s)
+        return RequestRejectedError(text, status_code=code, service=self._service, job_id=job_id)
+
+    async def _told(self, response: httpx.Response, authorization: Authorization) -> str:
+        body = b""
+        try:
+            async with aclosing(_raw(response)) as pieces:
+                async for piece in pieces:
+                    body += piece
+                    if len(body) > _MAX_ERROR_BYTES:
+                        break
+        except (httpx.TransportError, httpx.DecodingError):
+            # The status alone says enough.
+            return ""
+        told = error_text(body)
+        token = authorization.value.partition(" ")[2]
+        return told.replace(token, "***") if token else told
+
+    def _unavailable(
+        self, text: str, job_id: str | None, retry_after_s: float | None = None
+    ) -> ServiceUnavailableError:
+        return ServiceUnavailableError(text, retry_after_s=retry_after_s, service=self._service, job_id=job_id)
+
+    def _reason(self, error: httpx.TransportError) -> str:
+        if isinstance(error, httpx.TimeoutException):
+            what = "no connection" if isinstance(error, httpx.ConnectTimeout) else "no answer"
+            return f"{what} within {self._timeout_s:g} s"
+        text = str(error) or type(error).__name__
+        if "CERTIFICATE_VERIFY_FAILED" in text:
+            text += f"; for a private authority set services.{self._service}.ca_file"
+        return text
+
+    def _open_client(self) -> httpx.AsyncClient:
+        # Connections belong to an event loop: a service object that outlives one starts anew in the next.
+        loop = anyio.lowlevel.current_token()
+        if self._client is None or self._client_loop != loop:
+            self._client = httpx.AsyncClient(
+                timeout=httpx.Timeout(self._timeout_s, pool=None),
+                # No limit: a reply that is read slowly holds its connection, and others must not wait for that.
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=20, keepalive_expiry=_KEEP_ALIVE_S),
+                verify=self._tls(),
+                headers={
+                    "User-Agent": f"tailspan/{version('tailspan')}",
+                    "X-Fused-Cache-Disable": "true",
+                    "Accept": "application/json",
+                },
+            )
+            self._client_loop = loop
+        return self._client
+
+    def _tls(self) -> ssl.SSLContext | bool:
+        if self._base_url.startswith("http:"):
+            # Never used then, and loading the authorities would take longer than the first request.
+            return False
+        if self._ca_file is None:
+            return True
+        try:
+            return ssl.create_default_context(cafile=self._ca_file.expanduser())
+        except (OSError, ssl.SSLError) as error:
+            key = f"services.{self._service}.ca_file"
+            raise ConfigError(f"{key} {self._ca_file} cannot be used: {error}", key=key) from None
+
+
+def _raw(response: httpx.Response) -> AsyncGenerator[bytes, None]:
+    # It is a generator, though declared as an iterator; one that is not closed ends whenever the garbage goes.
+    return cast("AsyncGenerator[bytes, None]", response.aiter_bytes())

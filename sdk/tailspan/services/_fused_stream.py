@@ -1,0 +1,235 @@
+"""A log reply as a stream: one JSON array of any size, cut into lists of lines, and these into pages. Pure.
+
+No Python code runs for a byte. To find the end of an element, the last ``},{"`` in the buffer is tried: what precedes
+it is valid JSON exactly if it is a boundary between elements, because within a string it would be unterminated and
+within an object that would be incomplete. That the prefix decodes is the proof, and the lines are decoded by then.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Any, Generic, TypeVar
+
+import msgspec
+
+from tailspan.page import CLEAN, MAX_PAGE_BYTES, MAX_PAGE_LINES, NANOS_PER_MS, LogPage, Run, Stream
+from tailspan.window import Window
+
+__all__ = ["ArraySplitter", "Entry", "ReplyError", "decode_json", "lines", "messages", "pages"]
+
+T = TypeVar("T")
+
+MAX_ELEMENT_BYTES = 64 << 20
+_STEP_BYTES = 512 << 10
+_SEARCH_BYTES = 64 << 10
+_MAX_CANDIDATES = 16
+# A time that fits into 64 bits of ns: until the year 2262.
+_MAX_MS = 2**63 // NANOS_PER_MS
+
+_BOUNDARY = re.compile(rb"\}\s*,\s*(?=\{\s*\")")
+_SPACE = b" \t\r\n"
+_BOM = b"\xef\xbb\xbf"
+_ESCAPE = re.compile(rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u[dD][89a-fA-F][0-9a-fA-F]{2}|.)")
+_LONE_SURROGATE_BYTES = len(b"\\ud800")
+_STREAMS = {name: Stream.NAMES.index(name) for name in Stream.NAMES}
+
+
+class ReplyError(ValueError):
+    """The reply is not the JSON that was expected; the text says what it is instead."""
+
+
+class Entry(msgspec.Struct, gc=False):
+    """One element of a log reply; other keys are ignored."""
+
+    message: str
+    timestamp: Annotated[int, msgspec.Meta(ge=0, le=_MAX_MS)]
+    stream: Any = None
+
+
+lines = msgspec.json.Decoder(list[Entry])
+_objects = msgspec.json.Decoder(list[dict[str, Any]])
+
+
+def decode_json(decoder: msgspec.json.Decoder[T], text: bytes) -> T:
+    """Decode JSON; invalid UTF-8 and halves of surrogate pairs, which no text can hold, become U+FFFD.
+
+    Raises:
+        msgspec.DecodeError: It is not JSON, or (`msgspec.ValidationError`) not of the decoder's type.
+    """
+    try:
+        return decoder.decode(text)
+    except msgspec.ValidationError:
+        raise
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        repaired = _repair(text)
+        if repaired == text:
+            raise
+        return decoder.decode(repaired)
+
+
+def _repair(text: bytes) -> bytes:
+    text = text.decode("utf-8", "replace").encode()
+    return _ESCAPE.sub(_whole_pair, text) if b"\\ud" in text.lower() else text
+
+
+def _whole_pair(escape: re.Match[bytes]) -> bytes:
+    found = escape[0]
+    is_half = len(found) == _LONE_SURROGATE_BYTES
+    return b"\\ufffd" if is_half else found
+
+
+class ArraySplitter(Generic[T]):
+    """Takes the pieces of one JSON array of objects and gives lists of its elements; holds a bounded buffer."""
+
+    def __init__(self, decoder: msgspec.json.Decoder[list[T]], step_bytes: int = _STEP_BYTES) -> None:
+        """Begin a reply.
+
+        Args:
+            decoder: Decodes a JSON array of elements.
+            step_bytes: How much to gather before elements are looked for.
+        """
+        self._decoder = decoder
+        self._step_bytes = step_bytes
+        self._want_bytes = step_bytes
+        self._buffer = bytearray()
+        self._begun = False
+
+    def feed(self, piece: bytes) -> list[T]:
+        """Take in the next piece and return the elements that are complete; often none.
+
+        Raises:
+            ReplyError: This is not an array of such elements, or one of them is larger than 64 MiB.
+        """
+        self._buffer += piece
+        if not self._begun:
+            self._begin()
+        return self._cut() if len(self._buffer) >= self._want_bytes else []
+
+    def close(self) -> list[T]:
+        """Return the elements that are left when the reply has ended.
+
+        Raises:
+            ReplyError: It is not an array of such elements, or it has no end.
+        """
+        if not self._begun:
+            raise ReplyError("it is empty")
+        return self._decode(bytes(self._buffer))
+
+    def _begin(self) -> None:
+        start = self._buffer.lstrip(_BOM + _SPACE)
+        if start and not start.startswith(b"["):
+            raise ReplyError("it is HTML" if start.startswith(b"<") else f"it starts with {bytes(start[:1])!r}")
+        if start:
+            # Each piece is decoded behind an opening bracket of its own.
+            self._buffer = start[1:]
+            self._begun = True
+
+    def _cut(self) -> list[T]:
+        text = bytes(self._buffer)
+        tail = max(0, len(text) - _SEARCH_BYTES)
+        found = list(_BOUNDARY.finditer(text, tail)) or list(_BOUNDARY.finditer(text))
+        for boundary in found[: -_MAX_CANDIDATES - 1 : -1]:
+            try:
+                elements = self._decode(text[: boundary.start() + 1] + b"]")
+            except _NotJsonError:
+                continue
+            del self._buffer[: boundary.end()]
+            self._want_bytes = len(self._buffer) + self._step_bytes
+            return elements
+        if len(text) > MAX_ELEMENT_BYTES:
+            raise ReplyError(f"an element is larger than {MAX_ELEMENT_BYTES >> 20} MiB, or it is not JSON")
+        # Looking again after each piece would be quadratic.
+        self._want_bytes = 2 * len(text)
+        return []
+
+    def _decode(self, text: bytes) -> list[T]:
+        try:
+            return decode_json(self._decoder, b"[" + text)
+        except msgspec.ValidationError as error:
+            raise ReplyError(str(error)) from None
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise _NotJsonError(f"it is not valid JSON: {error}") from None
+
+
+class _NotJsonError(ReplyError):
+    """Not JSON: of a prefix it means no more than that it was cut at the wrong place."""
+
+
+class _Messages:
+    """Decodes whole objects, which must be lines."""
+
+    def decode(self, text: bytes) -> list[dict[str, Any]]:
+        """Return the objects of an array; see `Entry` for what they must have."""
+        found = _objects.decode(text)
+        for element in found:
+            message, timestamp = element.get("message"), element.get("timestamp")
+            if message.__class__ is not str or timestamp.__class__ is not int or not 0 <= timestamp <= _MAX_MS:
+                raise msgspec.ValidationError("Expected `message` as `str` and `timestamp` as `int` ms >= 0")
+        return found
+
+
+messages: Any = _Messages()
+
+
+def pages(window: Window, entries: Sequence[Entry]) -> Iterator[LogPage]:
+    """Yield those lines that the window has not seen, each page with the cursor after it.
+
+    A line ending at the end of a message is not part of the line; newlines within it are.
+
+    Args:
+        window: The read that these entries are the next part of.
+        entries: Elements of the reply, in its order.
+    """
+    times = [entry.timestamp for entry in entries]
+    bodies = [entry.message.encode() for entry in entries]
+    bodies = [_without_ending(body) if body[-1:] == b"\n" else body for body in bodies]
+    streams = [_stream(entry.stream) for entry in entries] if any(entry.stream for entry in entries) else None
+    for start, end in _page_bounds(bodies):
+        new = window.take(times[start:end], bodies[start:end])
+        if not new.places:
+            continue
+        whole = len(new.places) == end - start
+        page_lines = bodies[start:end] if whole else [bodies[start + place] for place in new.places]
+        page_streams = [streams[start + place] for place in new.places] if streams else None
+        runs = list(_runs(new.times_unix_nano, page_streams, _flags(page_lines)))
+        yield LogPage(page_lines, runs, window.cursor(), b"".join(new.digests))
+
+
+def _without_ending(body: bytes) -> bytes:
+    return body[:-2] if body.endswith(b"\r\n") else body[:-1]
+
+
+def _stream(value: Any) -> int:
+    return _STREAMS.get(value, Stream.NONE) if value.__class__ is str else Stream.NONE
+
+
+def _page_bounds(bodies: Sequence[bytes]) -> Iterator[tuple[int, int]]:
+    """Yield start and end of each page's lines."""
+    start = size = 0
+    for place, body in enumerate(bodies):
+        if place > start and (place - start >= MAX_PAGE_LINES or size + len(body) > MAX_PAGE_BYTES):
+            yield start, place
+            start, size = place, 0
+        size += len(body)
+    if bodies:
+        yield start, len(bodies)
+
+
+def _flags(page_lines: Iterable[bytes]) -> int:
+    text = b"".join(page_lines)
+    plain = text.isascii() and not any(mark in text for mark in (b"\r", b"\x1b", b"\0", b"\n"))
+    return CLEAN if plain else 0
+
+
+def _runs(times_unix_nano: Sequence[int], streams: Sequence[int] | None, flags: int) -> Iterator[Run]:
+    """Yield runs of lines whose times count up by one nanosecond, and that are of one stream."""
+    start, first, following, stream = 0, -1, -1, Stream.NONE
+    for place, nano in enumerate(times_unix_nano):
+        if nano != following or (streams is not None and streams[place] != stream):
+            if place:
+                yield Run(place - start, first, stream, flags)
+            start, first = place, nano
+            stream = Stream.NONE if streams is None else streams[place]
+        following = nano + 1
+    yield Run(len(times_unix_nano) - start, first, stream, flags)

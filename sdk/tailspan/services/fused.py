@@ -1,0 +1,322 @@
+"""`FusedService`: jobs of a Fused job API, the hosted one or any server that speaks its wire protocol.
+
+Lines are known by time and text only, and may become visible late: see `tailspan.window` for what follows from that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+
+from tailspan.errors import ConfigError, ProtocolError, RequestRejectedError, ServiceUnavailableError
+from tailspan.identity import check_job_id
+from tailspan.models import ListedJob, RunResponse
+from tailspan.page import LogPage, Message
+from tailspan.services import LATE_WINDOW_S
+from tailspan.services._fused_auth import DEFAULT_SCHEME, Credentials
+from tailspan.services._fused_http import FusedHttp, Retries
+from tailspan.services._fused_stream import ArraySplitter, ReplyError, decode_json, lines, messages, pages
+from tailspan.services._fused_wire import (
+    DEFAULT_BASE_URL,
+    decode_row,
+    decode_status,
+    line_times,
+    normalise_base_url,
+    path_segment,
+)
+from tailspan.window import Window
+
+if TYPE_CHECKING:
+    from tailspan.config import Settings
+
+__all__ = ["FusedService"]
+
+T = TypeVar("T")
+
+_TRIES = 4
+_ROWS = 100
+_OVERLAP_ROWS = 10
+_READ_WHOLE_LINES = 10_000
+_FIRST_PROBE_MS = 2_000
+_PROBE_GROWTH = 8
+
+_any_json = msgspec.json.Decoder()
+
+
+class FusedService:
+    """A `tailspan.services.JobService` over HTTP. One pool of connections; nothing is sent before the first call.
+
+    Attributes:
+        name: The configured name.
+        identity: The normalised base URL.
+        poll_min_s: How soon a busy job may be asked again, in seconds.
+        poll_max_s: How rarely a silent job is asked, in seconds.
+        final_read: True: lines may become visible late.
+    """
+
+    poll_min_s = 1.0
+    poll_max_s = 30.0
+    final_read = True
+
+    def __init__(
+        self,
+        name: str = "fused",
+        *,
+        base_url: str = DEFAULT_BASE_URL,
+        token: str | None = None,
+        token_file: Path | None = None,
+        scheme: str = DEFAULT_SCHEME,
+        requests_per_second: float = 20.0,
+        timeout_s: float = 10.0,
+        ca_file: Path | None = None,
+        tries: int = _TRIES,
+        credentials: Credentials | None = None,
+    ) -> None:
+        """Configure the service. Nothing is sent or read yet.
+
+        Args:
+            name: The configured name.
+            base_url: Where the API is, for example ``http://127.0.0.1:8798/server/v1``.
+            token: What to authenticate with; None: see `tailspan.services._fused_auth`.
+            token_file: A file with the token, read anew at each request.
+            scheme: The word before the token.
+            requests_per_second: How many requests this service sends at most, on average.
+            timeout_s: For connecting, and for each silence of the server, in seconds.
+            ca_file: PEM certificates to trust instead of the system's.
+            tries: How often a request that only reads is sent before its error is raised; 1 for callers with a pace
+                of their own. All tries together take at most about 5 s and one timeout.
+            credentials: Instead of token, token_file and scheme.
+
+        Raises:
+            ConfigError: The base URL is none.
+        """
+        self.name = name
+        self.identity = normalise_base_url(base_url)
+        self._http = FusedHttp(
+            name,
+            self.identity,
+            credentials or Credentials(name, self.identity, token=token, token_file=token_file, scheme=scheme),
+            timeout_s=timeout_s,
+            ca_file=ca_file,
+            requests_per_second=requests_per_second,
+            tries=tries,
+        )
+
+    @classmethod
+    def from_options(cls, name: str, options: Mapping[str, Any], settings: Settings) -> FusedService:
+        """Make the service of a section ``services.NAME``.
+
+        Raises:
+            ConfigError: An option is unknown or does not fit; names the key.
+        """
+        from tailspan.services._fused_options import FusedOptions  # pydantic: only where there is a configuration
+
+        found = FusedOptions.read(name, options)
+        try:
+            return cls(name, **found)
+        except ConfigError as error:
+            key = f"services.{name}.{error.key}"
+            raise ConfigError(f"{key}: {error}", key=key, service=name) from None
+
+    @property
+    def tries(self) -> int:
+        """How often a request that only reads is sent before its error is raised."""
+        return self._http.tries
+
+    @tries.setter
+    def tries(self, tries: int) -> None:
+        self._http.tries = tries
+
+    async def get_job(self, job_id: str) -> RunResponse:
+        """Return the job's status."""
+        path = _status_path(job_id)
+        return self._status(f"GET {path}", await self._http.get(path, job_id=job_id), job_id)[0]
+
+    async def cancel(self, job_id: str) -> RunResponse:
+        """Ask the job to end and return its new status; an ended job stays as it is."""
+        path = f"{_status_path(job_id)}/cancel"
+        try:
+            return self._status(f"POST {path}", await self._http.post(path, job_id=job_id), job_id)[0]
+        except RequestRejectedError:
+            # The server may refuse to cancel what has ended, which is no error here.
+            job = await self.get_job(job_id)
+            if job.state.is_terminal:
+                return job
+            raise
+
+    async def list_jobs(self) -> AsyncIterator[Sequence[ListedJob]]:
+        """Yield the service's jobs, newest first, page by page, each once.
+
+        Pages are asked for with some overlap, because jobs that begin meanwhile shift all others.
+        """
+        known: set[str] = set()
+        skip = longest = 0
+        nothing_new = False
+        while True:
+            body = await self._http.get("/job/self", {"skip": skip, "limit": _ROWS})
+            rows = self._json("GET /job/self", "an array of jobs", body, None)
+            if not isinstance(rows, list):
+                raise self._protocol_error("GET /job/self", "an array of jobs", "it is none", None)
+            decoded = [decode_row(row, service=self.name) for row in rows]
+            if any(row is None for row in decoded):
+                raise self._protocol_error("GET /job/self", "an array of jobs", "a row has no id", None)
+            new = [row for row in decoded if row is not None and row.job_id not in known]
+            new = list({row.job_id: row for row in new}.values())
+            known.update(row.job_id for row in new)
+            longest = max(longest, len(rows))
+            # A full page without news can also mean that a page's worth of jobs began meanwhile.
+            if not rows or (not new and (nothing_new or len(rows) < longest)):
+                return
+            nothing_new = not new
+            if new:
+                yield new
+            skip += len(rows) if len(rows) <= _OVERLAP_ROWS or not new else len(rows) - _OVERLAP_ROWS
+
+    async def read_logs(
+        self,
+        job_id: str,
+        cursor: bytes | None = None,
+        *,
+        since_ms: int | None = None,
+        late_window_s: float = LATE_WINDOW_S,
+    ) -> AsyncIterator[LogPage]:
+        """Yield the lines that are readable now, after the cursor; see `tailspan.services.JobService.read_logs`."""
+        window = Window(self.identity, job_id, cursor, since_ms=since_ms, late_window_s=late_window_s)
+        async with aclosing(self._elements(job_id, window.since_ms, lines)) as parts:
+            async for entries in parts:
+                for page in pages(window, entries):
+                    yield page
+
+    async def read_messages(self, job_id: str, since_ms: int | None = None) -> AsyncIterator[Sequence[Message]]:
+        """Yield the lines as the server sent them, with all keys, at or after ``since_ms``.
+
+        Each sequence is sorted by time, which changes nothing where the server sends the oldest first.
+        """
+        first_ms = max(0, since_ms or 0)
+        async with aclosing(self._elements(job_id, first_ms - 1 if first_ms else None, messages)) as parts:
+            async for entries in parts:
+                found = [entry for entry in entries if entry["timestamp"] >= first_ms]
+                if found:
+                    yield sorted(found, key=_timestamp)
+
+    async def log_times_ms(self, job_id: str) -> tuple[int, int] | None:
+        """Return the times of the first and the last line in ms since the epoch, or None without lines.
+
+        Our own server tells them in the status. Elsewhere the log's begin is read; of a long log the rest is left
+        unread, and its end is looked for backwards from the end of the job, or from now, in growing steps. Of a long
+        log that is out of order, the oldest line may be older than the first.
+        """
+        path = _status_path(job_id)
+        job, reply = self._status(f"GET {path}", await self._http.get(path, job_id=job_id), job_id)
+        told, times = line_times(reply)
+        if told:
+            return times
+        first_ms = last_ms = -1
+        count = 0
+        async with aclosing(self._times(job_id, None)) as parts:
+            async for part in parts:
+                first_ms = (
+                    min(part) if first_ms < 0 else first_ms if count > _READ_WHOLE_LINES else min(first_ms, *part)
+                )
+                last_ms = max(last_ms, *part)
+                count += len(part)
+                if count > _READ_WHOLE_LINES:
+                    break
+            else:
+                return None if first_ms < 0 else (first_ms, last_ms)
+        end = job.job_status_date if job.state.is_terminal and job.job_status_date else datetime.now(UTC)
+        end_ms = int(end.timestamp() * 1000)
+        back_ms = _FIRST_PROBE_MS
+        while end_ms - back_ms > last_ms:
+            newest_ms = await self._newest_ms(job_id, end_ms - back_ms)
+            if newest_ms is not None:
+                return first_ms, max(last_ms, newest_ms)
+            back_ms *= _PROBE_GROWTH
+        newest_ms = await self._newest_ms(job_id, last_ms)
+        return first_ms, max(last_ms, newest_ms or 0)
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def _newest_ms(self, job_id: str, since_ms: int) -> int | None:
+        newest_ms = -1
+        async with aclosing(self._times(job_id, since_ms - 1)) as parts:
+            async for part in parts:
+                newest_ms = max(newest_ms, *part)
+        return newest_ms if newest_ms >= 0 else None
+
+    async def _times(self, job_id: str, since_ms: int | None) -> AsyncGenerator[list[int], None]:
+        async with aclosing(self._elements(job_id, since_ms, lines, step_bytes=64 << 10)) as parts:
+            async for entries in parts:
+                yield [entry.timestamp for entry in entries]
+
+    async def _elements(
+        self,
+        job_id: str,
+        since_ms: int | None,
+        decoder: msgspec.json.Decoder[list[T]],
+        **splitting: int,
+    ) -> AsyncGenerator[list[T], None]:
+        """Yield the elements of a log reply as they come in. Tries again as long as nothing was yielded."""
+        path = f"/logs/{path_segment(check_job_id(job_id))}"
+        params = None if since_ms is None else {"since_ms": max(0, since_ms)}
+        retries = Retries(self._http.tries)
+        begun = False
+        while True:
+            splitter = ArraySplitter(decoder, **splitting)
+            try:
+                async with self._http.stream(path, params, job_id=job_id) as pieces:
+                    async for piece in pieces:
+                        if elements := splitter.feed(piece):
+                            begun = True
+                            yield elements
+                    if elements := splitter.close():
+                        yield elements
+                return
+            except ReplyError as error:
+                expected = 'an array of {"message": text, "timestamp": ms}'
+                raise self._protocol_error(f"GET {path}", expected, str(error), job_id) from None
+            except ServiceUnavailableError as error:
+                if begun:
+                    raise
+                await retries.wait(error)
+
+    def _status(self, request: str, body: bytes, job_id: str) -> tuple[RunResponse, Mapping[str, Any]]:
+        expected = "the status of a job"
+        reply = self._json(request, expected, body, job_id)
+        if not isinstance(reply, dict):
+            raise self._protocol_error(request, expected, "it is no object", job_id)
+        try:
+            return decode_status(reply, service=self.name, identity=self.identity), reply
+        except msgspec.ValidationError as error:
+            raise self._protocol_error(request, expected, str(error), job_id) from None
+
+    def _json(self, request: str, expected: str, body: bytes, job_id: str | None) -> Any:
+        try:
+            return decode_json(_any_json, body)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            what = "it is HTML" if body.lstrip().startswith(b"<") else "it is not JSON" if body else "it is empty"
+            raise self._protocol_error(request, expected, what, job_id) from None
+
+    def _protocol_error(self, request: str, expected: str, found: str, job_id: str | None) -> ProtocolError:
+        return ProtocolError(
+            f"{request}: the reply should be {expected}, but {found}; check services.{self.name}.base_url "
+            f"({self.identity})",
+            service=self.name,
+            job_id=job_id,
+        )
+
+
+def _status_path(job_id: str) -> str:
+    return f"/run/by-id/{path_segment(check_job_id(job_id))}"
+
+
+def _timestamp(message: Mapping[str, Any]) -> int:
+    timestamp: int = message["timestamp"]
+    return timestamp
