@@ -29,7 +29,7 @@ class JobService(Protocol):
 
     Attributes:
         name: The configured name (``services.NAME``).
-        identity: What checkpoints and ids are keyed by; the same for every configuration of the same service.
+        identity: The same for every configuration of the same service.
         poll_min_s: How soon a busy job may be asked again, in seconds.
         poll_max_s: How rarely a silent job is asked, in seconds.
         final_read: Whether a job's log must be read once more from its start when it has ended, because lines may
@@ -37,10 +37,14 @@ class JobService(Protocol):
     """
 
     name: str
-    identity: str
     poll_min_s: float
     poll_max_s: float
     final_read: bool
+
+    @property
+    def identity(self) -> str:
+        """What checkpoints and ids are keyed by; a plain attribute will do, a property may read it when first asked."""
+        ...
 
     async def get_job(self, job_id: str) -> RunResponse:
         """Return the job's status.

@@ -1,0 +1,180 @@
+"""A job's output on its way from pipes into `log` and `log.idx`: cut into lines, then written.
+
+The supervisor imports this: standard library only.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from tailspan.local.index import (
+    ENTRY_BYTES,
+    HEADER_BYTES,
+    MAX_ENTRY_BYTES,
+    MAX_ENTRY_LINES,
+    NO_NEWLINE,
+    STEPPED_BACK,
+    Entry,
+    entry_time,
+    pack_entry,
+    text_flags,
+)
+
+__all__ = ["LineBuffer", "LogWriter", "Piece", "pieces_of"]
+
+
+class Piece(NamedTuple):
+    """Text that becomes one entry.
+
+    Attributes:
+        text: Whole lines, or one line that has no newline.
+        lines: How many.
+        flags: How it ends: `NO_NEWLINE` or 0.
+    """
+
+    text: bytes
+    lines: int
+    flags: int = 0
+
+
+def pieces_of(text: bytes) -> Iterator[Piece]:
+    """Cut text into pieces that fit an entry.
+
+    A line of more than 1 MiB becomes several; where it is cut depends on its bytes alone, never on how it was read.
+
+    Args:
+        text: Whole lines; the last may lack its newline.
+    """
+    position = 0
+    while position < len(text):
+        newline = text.rfind(b"\n", position, position + MAX_ENTRY_BYTES + 1)
+        if newline >= 0:
+            end = newline + 1
+            yield from _by_lines(text[position:end])
+        else:
+            end = len(text) if len(text) - position <= MAX_ENTRY_BYTES else _cut(text, position)
+            yield Piece(text[position:end], 1, NO_NEWLINE)
+        position = end
+
+
+def _cut(text: bytes, position: int) -> int:
+    """Return where to cut the long line that starts at a position: not within a character, if it is UTF-8."""
+    end = position + MAX_ENTRY_BYTES
+    return next((end - back for back in range(4) if text[end - back] & 0xC0 != 0x80), end)
+
+
+def _by_lines(text: bytes) -> Iterator[Piece]:
+    lines = text.count(b"\n")
+    while lines > MAX_ENTRY_LINES:
+        rest = text.split(b"\n", MAX_ENTRY_LINES)[-1]
+        yield Piece(text[: len(text) - len(rest)], MAX_ENTRY_LINES)
+        text = rest
+        lines -= MAX_ENTRY_LINES
+    yield Piece(text, lines)
+
+
+class LineBuffer:
+    """Cuts the output of one stream, as it is read, into pieces of whole lines.
+
+    Attributes:
+        progress_is_waiting: Whether a line without newline shows progress, so that it should be seen before its
+            newline comes.
+    """
+
+    def __init__(self) -> None:
+        self._partial = bytearray()
+        self.progress_is_waiting = False
+
+    def feed(self, data: bytes) -> list[Piece]:
+        """Take in what was read; return the lines that it completes."""
+        cut = data.rfind(b"\n") + 1
+        pieces: list[Piece] = []
+        if cut:
+            pieces.extend(pieces_of(self._take() + data[:cut]))
+        self._keep(data[cut:])
+        if len(self._partial) > MAX_ENTRY_BYTES:
+            *whole, rest = pieces_of(self._take())
+            pieces.extend(whole)
+            self._keep(rest.text)
+        return pieces
+
+    def progress(self) -> list[Piece]:
+        """Return what a line without newline shows so far, up to a carriage return; the rest is kept.
+
+        A carriage return at the very end is not counted: its newline may just not have been read.
+        """
+        text = self._take()
+        cut = text.rfind(b"\r", 0, -1) + 1
+        self._keep(text[cut:])
+        return list(pieces_of(text[:cut]))
+
+    def finish(self) -> list[Piece]:
+        """Return what is left without a newline."""
+        return list(pieces_of(self._take()))
+
+    def _keep(self, data: bytes) -> None:
+        self._partial += data
+        self.progress_is_waiting = self.progress_is_waiting or b"\r" in data
+
+    def _take(self) -> bytes:
+        text = bytes(self._partial)
+        self._partial.clear()
+        self.progress_is_waiting = False
+        return text
+
+
+class LogWriter:
+    """Appends pieces to `log` and their entries to `log.idx`.
+
+    Text is written at its own offset rather than appended: when somebody truncates `log`, what comes after it still
+    stands where the index says.
+
+    Attributes:
+        bytes: How long the log is.
+        lines: How many lines it has.
+    """
+
+    def __init__(self, log_fd: int, index_fd: int, retry: Callable[[OSError], None]) -> None:
+        """Start an empty log.
+
+        Args:
+            log_fd: The empty file `log`.
+            index_fd: `log.idx` with its header only.
+            retry: Called when a write failed, best to wait; then it is tried again, for ever.
+        """
+        self.bytes = 0
+        self.lines = 0
+        self._log_fd = log_fd
+        self._index_fd = index_fd
+        self._index_bytes = HEADER_BYTES
+        self._retry = retry
+        self._floor = 0
+        self._sticky = 0
+
+    def append(self, piece: Piece, stream: int, now_unix_nano: int | None = None) -> None:
+        """Write a piece and then its entry."""
+        now = time.time_ns() if now_unix_nano is None else now_unix_nano
+        start, stepped_back = entry_time(self._floor, now, piece.lines)
+        if stepped_back:
+            self._sticky = STEPPED_BACK
+        self._write(self._log_fd, piece.text, self.bytes)
+        self._floor = start + piece.lines
+        self.bytes += len(piece.text)
+        self.lines += piece.lines
+        flags = text_flags(piece.text) | piece.flags | self._sticky
+        self._write(self._index_fd, pack_entry(Entry(self.bytes, start, self.lines, stream, flags)), self._index_bytes)
+        self._index_bytes += ENTRY_BYTES
+
+    def _write(self, fd: int, data: bytes, offset: int) -> None:
+        view = memoryview(data)
+        while view:
+            try:
+                written = os.pwrite(fd, view, offset)
+            except OSError as error:
+                self._retry(error)
+                continue
+            view = view[written:]
+            offset += written

@@ -1,0 +1,103 @@
+"""Reading `log.idx`, which may be torn at its end, damaged in its middle, or not there at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tailspan.errors import ProtocolError
+from tailspan.local.index import ENTRY_BYTES, HEADER, HEADER_BYTES, Entry, unpack_entry
+
+__all__ = ["IndexFile", "open_file", "read_at"]
+
+_ENTRIES_PER_READ = 256
+
+
+def open_file(path: Path) -> int | None:
+    """Return a file descriptor for reading, or None when there is no such file."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+
+
+def read_at(fd: int | None, offset: int, size: int) -> bytes:
+    """Return the bytes at an offset: fewer than asked for only at the end of the file."""
+    parts: list[bytes] = []
+    while fd is not None and size and (part := os.pread(fd, size, offset)):
+        parts.append(part)
+        offset += len(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+class IndexFile:
+    """The entries that the index has now.
+
+    Attributes:
+        count: How many entries there are up to the last that is whole. Some before it may be damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open an index; one that is missing has no entries.
+
+        Raises:
+            ProtocolError: It was written by a newer version.
+        """
+        self._fd = open_file(path)
+        self.count = 0
+        header = read_at(self._fd, 0, HEADER_BYTES)
+        if header[:8] == HEADER[:8] and header != HEADER:
+            self.close()
+            raise ProtocolError(f"{path} was written by a newer version of Tailspan; upgrade this one")
+        if header == HEADER and self._fd is not None:
+            self.count = (os.fstat(self._fd).st_size - HEADER_BYTES) // ENTRY_BYTES
+            while self.count and self.entry(self.count - 1) is None:
+                self.count -= 1
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def entry(self, number: int) -> Entry | None:
+        """Return an entry by its number, from 0; None when it is damaged."""
+        return unpack_entry(read_at(self._fd, HEADER_BYTES + number * ENTRY_BYTES, ENTRY_BYTES))
+
+    def whole_at(self, number: int) -> tuple[int, Entry]:
+        """Return the first entry from a number on that is not damaged, and its number."""
+        for candidate in range(number, self.count):
+            if entry := self.entry(candidate):
+                return candidate, entry
+        raise ProtocolError("the index of the log has been changed while it was read")
+
+    def last(self) -> Entry | None:
+        """Return the last entry; None when there is none."""
+        return self.whole_at(self.count - 1)[1] if self.count else None
+
+    def first_where(self, holds: Callable[[Entry], bool]) -> int:
+        """Return the number of the first entry for which something holds, by bisection; `count` if for none.
+
+        Args:
+            holds: Once true, it is true for all later entries.
+        """
+        low, high = 0, self.count
+        while low < high:
+            middle = (low + high) // 2
+            number, entry = self.whole_at(middle)
+            if holds(entry):
+                high = middle
+            else:
+                low = number + 1
+        return low
+
+    def entries(self, number: int) -> Iterator[Entry | None]:
+        """Yield the entries from a number on; None for a damaged one."""
+        while number < self.count:
+            wanted = min(self.count - number, _ENTRIES_PER_READ)
+            raw = read_at(self._fd, HEADER_BYTES + number * ENTRY_BYTES, wanted * ENTRY_BYTES)
+            for position in range(0, wanted * ENTRY_BYTES, ENTRY_BYTES):
+                yield unpack_entry(raw[position : position + ENTRY_BYTES])
+            number += wanted

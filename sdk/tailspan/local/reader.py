@@ -1,0 +1,260 @@
+"""Reading `log` through `log.idx`: pages and totals. Reads only what is asked for; never writes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from tailspan.errors import CursorExpiredError
+from tailspan.identity import job_hash
+from tailspan.local.capture import LineBuffer, Piece
+from tailspan.local.index import (
+    MAX_ENTRY_LINES,
+    NO_NEWLINE,
+    NUL,
+    RECOVERED,
+    STEPPED_BACK,
+    UNCLEAN,
+    Entry,
+    entry_time,
+    text_flags,
+)
+from tailspan.local.index_file import IndexFile, open_file, read_at
+from tailspan.page import CLEAN, MAX_PAGE_BYTES, MAX_PAGE_LINES, NANOS_PER_MS, LogPage, Run
+
+__all__ = ["LogReader", "Totals"]
+
+_READ_BYTES = 1 << 20
+
+
+class Totals(NamedTuple):
+    """How much a log has.
+
+    Attributes:
+        lines: How many lines.
+        first_unix_nano: Time of the first line; 0 without lines.
+        last_unix_nano: Time of the last line; 0 without lines.
+    """
+
+    lines: int = 0
+    first_unix_nano: int = 0
+    last_unix_nano: int = 0
+
+
+class _Span(NamedTuple):
+    """An entry, with where its text begins and how many lines it has."""
+
+    start: int
+    lines: int
+    entry: Entry
+
+
+class LogReader:
+    """One job's log as it is now. A context manager; it holds the files open, so a pruned job stays readable."""
+
+    def __init__(self, directory: Path, job_id: str, *, ended: bool) -> None:
+        """Open a log. What is written from now on is for the next reader, or a busy job would keep this one for ever.
+
+        Args:
+            directory: The job's directory.
+            job_id: The job, for errors and uids.
+            ended: Nobody writes any more, so text that a killed supervisor had not yet entered counts as lines.
+        """
+        self._job_id = job_id
+        self._ended = ended
+        self._index = IndexFile(directory / "log.idx")
+        try:
+            self._log_fd = open_file(directory / "log")
+        except BaseException:
+            self._index.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._index.close()
+        if self._log_fd is not None:
+            os.close(self._log_fd)
+            self._log_fd = None
+
+    def totals(self) -> Totals:
+        """Return how many lines the log has and when its first and last were written."""
+        first = self._index.whole_at(0)[1] if self._index.count else None
+        last, lines = self._index.last(), 0
+        if last:
+            before = self._index.entry(self._index.count - 2) if self._index.count > 1 else None
+            lines = last.lines_end - (before.lines_end if before else 0)
+        for span in self._recovered():
+            first = first or span.entry
+            last, lines = span.entry, span.lines
+        if first is None or last is None:
+            return Totals()
+        return Totals(last.lines_end, first.time_unix_nano, last.time_unix_nano + lines - 1)
+
+    def pages(self, identity: str, cursor: bytes | None = None, since_ms: int | None = None) -> Iterator[LogPage]:
+        """Yield the lines after a cursor, oldest first, in pages of whole entries.
+
+        Args:
+            identity: The service's identity; with the job id it makes the uids.
+            cursor: A page's cursor; None: from the start.
+            since_ms: Only without cursor: lines at or after this time, in ms since the epoch.
+
+        Raises:
+            CursorExpiredError: The log no longer has the lines that its index speaks of, or the cursor is not of
+                this log. Reading can go on from the error's cursor.
+        """
+        prefix = job_hash(identity, self._job_id)
+        if cursor is not None:
+            spans = self._after(cursor)
+        elif since_ms is not None:
+            spans = self._since(since_ms * NANOS_PER_MS)
+        else:
+            spans = self._spans(0)
+        for batch in _batches(spans):
+            page = self._page(batch, prefix)
+            if page is None:
+                intact = list(itertools.takewhile(lambda span: self._page([span], prefix) is not None, batch))
+                page = self._page(intact, prefix) if intact else None
+                if page is not None:
+                    yield page
+                raise self._gap(batch[len(intact)].start)
+            yield page
+
+    def _page(self, batch: list[_Span], prefix: str) -> LogPage | None:
+        """Return the lines of entries that follow each other; None when the text is not what the index says."""
+        start, end = batch[0].start, batch[-1].entry.end
+        text = read_at(self._log_fd, start, end - start)
+        # The hole that is left when somebody truncates the log of a running job reads as NULs.
+        if len(text) < end - start or (b"\0" in text and not any(span.entry.flags & NUL for span in batch)):
+            return None
+        lines: list[bytes] = []
+        runs: list[Run] = []
+        done = pending = 0
+        for span in batch:
+            entry = span.entry
+            flags = 0 if entry.flags & UNCLEAN else CLEAN
+            runs.append(Run(span.lines, entry.time_unix_nano, entry.stream, flags, f"{prefix}-{span.start:012x}-"))
+            pending += span.lines
+            unfinished = entry.flags & NO_NEWLINE
+            if unfinished or entry.end == end:
+                found = text[done : entry.end - start].split(b"\n")
+                if (not unfinished and found.pop()) or len(found) != pending:
+                    return None
+                lines += found
+                done, pending = entry.end - start, 0
+        return LogPage(lines, runs, str(end).encode())
+
+    def _gap(self, start: int) -> CursorExpiredError:
+        """Return the error for lines that are gone, with the first place after them that can be read."""
+        resume = start
+        for span in self._after(str(start).encode()):
+            if self._page([span], "") is not None:
+                break
+            resume = span.entry.end
+        return self._expired(f"the bytes {start} to {resume} of its log are gone", resume)
+
+    def _expired(self, problem: str, resume: int | None) -> CursorExpiredError:
+        return CursorExpiredError(
+            f"job {self._job_id}: {problem}",
+            resume_cursor=None if resume is None else str(resume).encode(),
+            job_id=self._job_id,
+        )
+
+    def _after(self, cursor: bytes) -> Iterator[_Span]:
+        if not cursor.isdigit():
+            raise self._expired(f"{cursor[:40]!r} is not a cursor of its log", None)
+        offset = int(cursor)
+        last = self._index.last()
+        end = last.end if last else 0
+        for span in self._spans(self._index.first_where(lambda entry: entry.end > offset)):
+            end = span.entry.end
+            if span.start < offset < end:
+                # Entries that this cursor knew are gone: better some lines twice than never.
+                raise self._expired("its index is not the one that the cursor was made with", span.start)
+            if span.start >= offset:
+                yield span
+        if offset > end:
+            raise self._expired("its log is shorter than when the cursor was made", end)
+
+    def _since(self, least_unix_nano: int) -> Iterator[_Span]:
+        last = self._index.last()
+        if last and last.flags & STEPPED_BACK:
+            # Times are not sorted.
+            first = 0
+        else:
+            first = self._index.first_where(lambda entry: entry.time_unix_nano >= least_unix_nano)
+        return (span for span in self._spans(first) if span.entry.time_unix_nano >= least_unix_nano)
+
+    def _spans(self, number: int) -> Iterator[_Span]:
+        """Yield what the index has from an entry's number on, and then what the supervisor could not enter."""
+        before = self._index.entry(number - 1) if number else Entry(0, 0, 0, 0, 0)
+        for position, entry in enumerate(self._index.entries(number), number):
+            if before is None or entry is None:
+                found = self._index.whole_at(position)[1]
+                raise self._expired(f"its index is damaged before byte {found.end} of the log", found.end)
+            yield _Span(before.end, entry.lines_end - before.lines_end, entry)
+            before = entry
+        yield from self._recovered()
+
+    def _recovered(self) -> Iterator[_Span]:
+        """Yield entries for the text behind the last entry, once nobody can enter it any more.
+
+        They are not written down, because a reader may not be allowed to; but they are the same each time.
+        """
+        if not self._ended or self._log_fd is None:
+            return
+        last = self._index.last() or Entry(0, 0, 0, 0, 0)
+        start, lines = last.end, last.lines_end
+        sticky = last.flags & STEPPED_BACK | RECOVERED
+        written = os.fstat(self._log_fd).st_mtime_ns
+        # How many lines the last entry has does not matter: none has as many as this.
+        floor = last.time_unix_nano + MAX_ENTRY_LINES
+        for piece in self._pieces(start):
+            time, stepped_back = entry_time(floor, written, piece.lines)
+            sticky |= STEPPED_BACK if stepped_back else 0
+            flags = text_flags(piece.text) | piece.flags | sticky
+            entry = Entry(start + len(piece.text), time, lines + piece.lines, 0, flags)
+            yield _Span(start, piece.lines, entry)
+            start, lines, floor = entry.end, entry.lines_end, time + piece.lines
+
+    def _pieces(self, offset: int) -> Iterator[Piece]:
+        buffer = LineBuffer()
+        while text := read_at(self._log_fd, offset, _READ_BYTES):
+            offset += len(text)
+            yield from buffer.feed(text)
+        yield from buffer.finish()
+
+
+def _batches(spans: Iterable[_Span]) -> Iterator[list[_Span]]:
+    """Yield entries that follow each other and fit one page."""
+    batch: list[_Span] = []
+    lines = 0
+    try:
+        for span in spans:
+            if batch and (
+                lines + span.lines > MAX_PAGE_LINES
+                or span.entry.end - batch[0].start > MAX_PAGE_BYTES
+                or span.start != batch[-1].entry.end
+            ):
+                yield batch
+                batch, lines = [], 0
+            batch.append(span)
+            lines += span.lines
+    except CursorExpiredError:
+        # What precedes a gap is not part of it.
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch

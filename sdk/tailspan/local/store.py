@@ -1,0 +1,331 @@
+"""The directory of local jobs: making, finding, reading and pruning them.
+
+``<state_dir>/identity`` names the store; ``<state_dir>/jobs/<job_id>/`` has, for each job, ``job.json`` (what was
+submitted, never changed), ``state.json`` (what became of it, replaced as a whole), ``log``, ``log.idx`` and ``lock``.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tailspan.errors import ConfigError, JobNotFoundError, ProtocolError
+from tailspan.local.index import HEADER
+from tailspan.models import JobState
+
+__all__ = ["JobStore", "StoredJob", "new_job_id", "submitted_at_of", "time_of"]
+
+_JOB_ID = re.compile(r"[0-9]{8}-[0-9]{9}-[a-z0-9]{6}", re.ASCII)
+_LETTERS = "abcdefghijkmnpqrstuvwxyz23456789"
+_ABANDONED_S = 3600.0
+
+
+class StoredJob(NamedTuple):
+    """What the files say about a job.
+
+    Attributes:
+        job_id: The job.
+        directory: Where its files are.
+        spec: ``job.json``; empty when it is damaged.
+        recorded: ``state.json``; empty until its supervisor has started the command.
+        supervised: Whether its supervisor lives.
+    """
+
+    job_id: str
+    directory: Path
+    spec: Mapping[str, Any]
+    recorded: Mapping[str, Any]
+    supervised: bool
+
+    @property
+    def state(self) -> JobState:
+        """The job's state; LOST when its supervisor is gone without having written an end."""
+        state = JobState(self.recorded.get("state", "PENDING"))
+        return state if self.supervised or state.is_terminal else JobState.LOST
+
+    @property
+    def name(self) -> str:
+        """The job's name."""
+        return str(self.recorded.get("name") or self.spec.get("name") or "unknown")
+
+    @property
+    def logs_complete(self) -> bool:
+        """Whether no further line will come."""
+        return not self.supervised
+
+    @property
+    def last_sign_of_life(self) -> datetime | None:
+        """When the supervisor last said that it lives."""
+        try:
+            return datetime.fromtimestamp((self.directory / "lock").stat().st_mtime, UTC)
+        except FileNotFoundError:
+            return None
+
+
+def new_job_id(unix_nano: int) -> str:
+    """Return a new id that sorts by time: UTC date, time to the millisecond, and six random characters."""
+    seconds, nanos = divmod(unix_nano, 1_000_000_000)
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(seconds))
+    return f"{stamp}{nanos // 1_000_000:03d}-" + "".join(secrets.choice(_LETTERS) for _ in range(6))
+
+
+def submitted_at_of(job_id: str) -> datetime | None:
+    """Return when a job with this id was submitted, to the millisecond; None when the id has no valid date."""
+    day, moment = job_id[:8], job_id[9:18]
+    try:
+        return datetime(
+            int(day[:4]), int(day[4:6]), int(day[6:]),
+            int(moment[:2]), int(moment[2:4]), int(moment[4:6]), int(moment[6:]) * 1000, UTC,
+        )  # fmt: skip
+    except ValueError:
+        return None
+
+
+def time_of(text: object) -> datetime | None:
+    """Return the time that a job's file has; None for what is not a time."""
+    try:
+        return datetime.fromisoformat(text) if isinstance(text, str) else None
+    except ValueError:
+        return None
+
+
+class JobStore:
+    """All jobs below one directory. Holds nothing open."""
+
+    def __init__(self, state_dir: Path, *, group: str | None = None) -> None:
+        """Name a store; nothing is touched.
+
+        Args:
+            state_dir: Its directory; made when the first job is.
+            group: Name of a group that may read the jobs.
+
+        Raises:
+            ConfigError: There is no such group.
+        """
+        # A supervisor works in another directory than we do.
+        self.state_dir = Path(os.path.abspath(state_dir))
+        self._jobs = self.state_dir / "jobs"
+        self._gid = None if group is None else _gid(group)
+        self.file_mode = 0o600 if group is None else 0o640
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """The UUID of this store, made once.
+
+        Raises:
+            ProtocolError: The file has something else.
+        """
+        path = self.state_dir / "identity"
+        try:
+            text = path.read_text("ascii", "replace").strip()
+        except FileNotFoundError:
+            self._make_directories()
+            new = path.with_name(f"identity.{uuid.uuid4()}")
+            self._write_new(new, f"{uuid.uuid4()}\n".encode())
+            try:
+                # Fails where a second process was quicker: the first identity is the one.
+                os.link(new, path)
+            except FileExistsError:
+                pass
+            finally:
+                new.unlink()
+            text = path.read_text("ascii", "replace").strip()
+        try:
+            return str(uuid.UUID(text))
+        except ValueError:
+            raise ProtocolError(
+                f"{path} does not have a UUID; restore it, or remove it to give this store a new identity"
+            ) from None
+
+    def directory(self, job_id: str) -> Path:
+        """Return where a job's files are, whether or not they exist.
+
+        Raises:
+            JobNotFoundError: No local job can have this id. Ids come from the network too: none may leave the store.
+        """
+        if not _JOB_ID.fullmatch(job_id):
+            raise JobNotFoundError(f"there is no local job {job_id[:80]!r}", job_id=job_id)
+        return self._jobs / job_id
+
+    def job_ids(self) -> list[str]:
+        """Return the ids of all jobs, newest first."""
+        try:
+            names = os.listdir(self._jobs)
+        except FileNotFoundError:
+            return []
+        return sorted(filter(_JOB_ID.fullmatch, names), reverse=True)
+
+    def load(self, job_id: str) -> StoredJob:
+        """Return what the files say about a job.
+
+        Raises:
+            JobNotFoundError: There is no such job.
+        """
+        directory = self.directory(job_id)
+        spec = _read_json(directory / "job.json")
+        if spec is None and not directory.is_dir():
+            raise JobNotFoundError(f"there is no local job {job_id} in {self.state_dir}", job_id=job_id)
+        recorded, supervised = self.state(job_id)
+        return StoredJob(job_id, directory, spec or {}, recorded, supervised)
+
+    def glance(self, job_id: str) -> StoredJob:
+        """Return what the files say about a job, without its ``job.json`` where ``state.json`` will do.
+
+        Raises:
+            JobNotFoundError: There is no such job.
+        """
+        recorded, supervised = self.state(job_id)
+        if "name" not in recorded:
+            return self.load(job_id)
+        return StoredJob(job_id, self.directory(job_id), {}, recorded, supervised)
+
+    def state(self, job_id: str) -> tuple[Mapping[str, Any], bool]:
+        """Return a job's ``state.json``, and whether its supervisor lives."""
+        directory = self.directory(job_id)
+        recorded = _read_json(directory / "state.json") or {}
+        if recorded.get("end"):
+            return recorded, False
+        if _is_locked(directory / "lock"):
+            return recorded, True
+        # Its last words may have been written between our two looks.
+        return _read_json(directory / "state.json") or {}, False
+
+    def create(self, job_id: str, spec: Mapping[str, Any]) -> int:
+        """Make a job's directory, which appears as a whole and locked.
+
+        Args:
+            job_id: A new id.
+            spec: ``job.json``.
+
+        Returns:
+            The file descriptor of its lock: as long as it, or a copy of it, is open, the job has a supervisor.
+        """
+        import fcntl
+
+        self._make_directories()
+        new = self._jobs / f".new-{job_id}"
+        self._make_directory(new)
+        lock_fd = self._write_new(new / "lock", b"", close=False)
+        try:
+            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._write_new(new / "job.json", json.dumps(spec, indent=2).encode() + b"\n", sync=True)
+            self._write_new(new / "log", b"")
+            self._write_new(new / "log.idx", HEADER)
+            new.rename(self._jobs / job_id)
+        except BaseException:
+            os.close(lock_fd)
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+        return lock_fd
+
+    def mark_canceled(self, job_id: str) -> None:
+        """Leave a mark for a supervisor that cannot be signalled yet."""
+        try:
+            self._write_new(self.directory(job_id) / "cancel", b"")
+        except FileExistsError:
+            pass
+
+    def prune(self, older_than_s: float, now_s: float) -> Iterator[str]:
+        """Delete the jobs that ended longer ago, and yield their ids, oldest first.
+
+        Args:
+            older_than_s: Age of their end in seconds.
+            now_s: The present in seconds since the epoch.
+        """
+        limit = now_s - older_than_s
+        for job_id in reversed(self.job_ids()):
+            submitted = submitted_at_of(job_id)
+            if submitted and submitted.timestamp() > limit:
+                break
+            try:
+                job = self.load(job_id)
+                ended = time_of(job.recorded.get("finished_at")) or job.last_sign_of_life or submitted
+                if job.logs_complete and ended and ended.timestamp() <= limit:
+                    gone = self._jobs / f".gone-{job_id}"
+                    job.directory.rename(gone)
+                    shutil.rmtree(gone)
+                    yield job_id
+            except (FileNotFoundError, JobNotFoundError):
+                # Somebody else prunes too.
+                continue
+        self._sweep(now_s)
+
+    def _sweep(self, now_s: float) -> None:
+        """Delete what a process left that was killed while it made or deleted a job."""
+        for entry in os.scandir(self._jobs) if self._jobs.is_dir() else ():
+            if entry.name.startswith((".new-", ".gone-")) and now_s - entry.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(entry.path, ignore_errors=True)
+
+    def _make_directories(self) -> None:
+        if not self.state_dir.is_dir():
+            self.state_dir.parent.mkdir(parents=True, exist_ok=True)
+            self._make_directory(self.state_dir)
+        if not self._jobs.is_dir():
+            self._make_directory(self._jobs)
+
+    def _make_directory(self, path: Path) -> None:
+        path.mkdir(mode=0o700, exist_ok=True)
+        if self._gid is not None:
+            # New files take the directory's group, also those that a supervisor makes.
+            os.chown(path, -1, self._gid)
+            path.chmod(0o2750)
+
+    def _write_new(self, path: Path, data: bytes, *, sync: bool = False, close: bool = True) -> int:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            if self._gid is not None:
+                os.fchown(fd, -1, self._gid)
+                os.fchmod(fd, self.file_mode)
+            os.write(fd, data)
+            if sync:
+                os.fsync(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        if close:
+            os.close(fd)
+        return fd
+
+
+def _gid(group: str) -> int:
+    import grp
+
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise ConfigError(f"there is no group {group!r} on this machine", key="services.local.group") from None
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """Return a file's object; None when it is missing or was damaged by a power failure."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _is_locked(path: Path) -> bool:
+    import fcntl
+
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False

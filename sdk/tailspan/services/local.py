@@ -1,0 +1,395 @@
+"""Jobs on this machine: any command, run under a supervisor of its own, its output in plain files.
+
+Needs no set-up and no daemon. See `tailspan.local` for the parts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+
+from tailspan.errors import (
+    AuthError,
+    ConfigError,
+    JobNotFoundError,
+    RequestRejectedError,
+    ServiceUnavailableError,
+    TailspanError,
+)
+from tailspan.identity import trace_id
+from tailspan.local.launch import Launched, Request, launch
+from tailspan.local.reader import LogReader, Totals
+from tailspan.local.stdin import inherited_stdin
+from tailspan.local.store import JobStore, StoredJob, submitted_at_of, time_of
+from tailspan.models import JobState, ListedJob, RunResponse
+from tailspan.page import NANOS_PER_MS, LogPage, Message
+from tailspan.services import LATE_WINDOW_S
+
+if TYPE_CHECKING:
+    from tailspan.config import Settings
+
+__all__ = ["LocalService"]
+
+KEEP_FINISHED_S = 30 * 86400.0
+_LIST_PAGE = 200
+_PRUNE_EVERY_S = 3600.0
+_CANCEL_WAIT_S = 1.0
+
+
+class LocalService:
+    """Runs commands as jobs on this machine, and reads them. Implements `tailspan.services.SubmitService`.
+
+    It holds nothing open between two calls, so it may be used in any thread and after a fork. Files are read on the
+    event loop: that takes microseconds, and a page a millisecond.
+    """
+
+    poll_min_s = 0.2
+    poll_max_s = 2.0
+    final_read = False
+
+    def __init__(
+        self,
+        name: str = "local",
+        *,
+        state_dir: Path,
+        group: str | None = None,
+        keep_finished_s: float = KEEP_FINISHED_S,
+        otlp: Mapping[str, str] | None = None,
+        cancel_grace_s: float = 10.0,
+    ) -> None:
+        """Name the place; nothing is touched until it is used.
+
+        Args:
+            name: The configured name.
+            state_dir: Where the jobs' files are.
+            group: Group that may read them; None: only this user.
+            keep_finished_s: How long a job is kept after its end, in seconds.
+            otlp: ``OTEL_EXPORTER_OTLP_*`` variables for jobs whose environment names no endpoint.
+            cancel_grace_s: Between SIGTERM and SIGKILL, in seconds.
+
+        Raises:
+            ConfigError: No such group, or this is Windows.
+        """
+        if sys.platform == "win32":
+            raise ConfigError(
+                "local jobs need Linux or macOS; on Windows use `tailspan` with a remote service",
+                key=f"services.{name}",
+            )
+        self.name = name
+        self._store = JobStore(state_dir, group=group)
+        self._keep_finished_s = keep_finished_s
+        self._otlp = dict(otlp or {})
+        self._cancel_grace_s = cancel_grace_s
+        self._final_rows: dict[str, ListedJob] = {}
+
+    @classmethod
+    def from_options(cls, name: str, options: Mapping[str, Any], settings: Settings) -> Self:
+        """Make the service of a configured section; see `tailspan.services.open_service`.
+
+        Raises:
+            ConfigError: An option is unknown or does not fit; the message names its key.
+        """
+        from tailspan.config import Duration, Options, UserPath, platform_state_dir, validate_options
+
+        class LocalOptions(Options):
+            state_dir: UserPath | None = None
+            group: str | None = None
+            keep_finished: Duration = KEEP_FINISHED_S
+
+        given = validate_options(LocalOptions, f"services.{name}", options)
+        otlp = {}
+        if settings.otlp.endpoint:
+            otlp["OTEL_EXPORTER_OTLP_ENDPOINT"] = settings.otlp.endpoint
+            otlp["OTEL_EXPORTER_OTLP_PROTOCOL"] = settings.otlp.protocol or "http/protobuf"
+        return cls(
+            name,
+            state_dir=given.state_dir or platform_state_dir(),
+            group=given.group,
+            keep_finished_s=given.keep_finished,
+            otlp=otlp,
+        )
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """The UUID of the state directory, made with it."""
+        with self._translated():
+            return self._store.identity
+
+    @property
+    def state_dir(self) -> Path:
+        """Where the jobs' files are."""
+        return self._store.state_dir
+
+    async def get_job(self, job_id: str) -> RunResponse:
+        """Return the job's status; see `tailspan.services.JobService`."""
+        return self.status(job_id)
+
+    def status(self, job_id: str) -> RunResponse:
+        """Return the job's status, for callers without an event loop.
+
+        Raises:
+            JobNotFoundError: There is no such job.
+        """
+        with self._translated(job_id):
+            return self._response(self._store.load(job_id))
+
+    async def read_logs(
+        self,
+        job_id: str,
+        cursor: bytes | None = None,
+        *,
+        since_ms: int | None = None,
+        late_window_s: float = LATE_WINDOW_S,
+    ) -> AsyncIterator[LogPage]:
+        """Yield the lines after a cursor; see `tailspan.services.JobService`.
+
+        The cursor is the byte of `log` where to go on. Lines never become visible late.
+        """
+        with self._translated(job_id):
+            job = self._store.load(job_id)
+            identity = job.spec.get("identity") or self.identity
+            with LogReader(job.directory, job_id, ended=job.logs_complete) as reader:
+                for page in reader.pages(identity, cursor, since_ms):
+                    yield page
+                    await anyio.lowlevel.checkpoint()
+
+    async def read_messages(self, job_id: str, since_ms: int | None = None) -> AsyncIterator[Sequence[Message]]:
+        """Yield the lines as messages; see `tailspan.services.JobService`."""
+        async for page in self.read_logs(job_id, since_ms=since_ms):
+            yield list(page.messages())
+
+    async def log_times_ms(self, job_id: str) -> tuple[int, int] | None:
+        """Return the times of the first and the last line; see `tailspan.services.JobService`."""
+        with self._translated(job_id):
+            totals = _totals(self._store.load(job_id))
+        return (totals.first_unix_nano // NANOS_PER_MS, totals.last_unix_nano // NANOS_PER_MS) if totals.lines else None
+
+    async def list_jobs(self) -> AsyncIterator[Sequence[ListedJob]]:
+        """Yield the jobs, newest first; see `tailspan.services.JobService`."""
+        with self._translated():
+            ids = self._store.job_ids()
+        # An agent lists every few seconds: what has ended for good is not read again.
+        self._final_rows = {job_id: self._final_rows[job_id] for job_id in ids if job_id in self._final_rows}
+        for start in range(0, len(ids), _LIST_PAGE):
+            with self._translated():
+                rows = [self._row(job_id) for job_id in ids[start : start + _LIST_PAGE]]
+            yield [row for row in rows if row]
+            await anyio.lowlevel.checkpoint()
+
+    async def submit(
+        self,
+        command: Sequence[str],
+        *,
+        name: str | None = None,
+        attributes: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> RunResponse:
+        """Start a command as a job in the background; see `tailspan.job_submit`.
+
+        Standard input is this process's, unless that is a terminal. A command that cannot be executed is a job that
+        has FAILED with exit code 127 or 126, not an error: whoever watches the pipeline shall see it.
+
+        Args:
+            command: The command and its arguments; no shell in between.
+            name: The job's name; None: its program or script.
+            attributes: What to attach to the job's telemetry.
+            timeout_s: After so many seconds it is ended; None: never.
+            cwd: Its directory; None: the present one.
+            env: Variables on top of the present environment.
+
+        Raises:
+            ConfigError: The command or an option is not usable.
+            ServiceUnavailableError: The supervisor could not be started.
+        """
+        request = Request(
+            command=command,
+            name=name,
+            attributes=attributes,
+            timeout_s=timeout_s,
+            cwd=cwd,
+            env=env,
+            stdin_fd=inherited_stdin(),
+        )
+        launched = await anyio.to_thread.run_sync(self.start, request)
+        launched.close()
+        return self.status(launched.job_id)
+
+    def start(self, request: Request) -> Launched:
+        """Start a job and stay attached to it, for callers without an event loop.
+
+        Returns:
+            The job, and the pipe that tells its end; the caller closes it.
+
+        Raises:
+            ServiceUnavailableError: The supervisor could not be started.
+        """
+        with self._translated():
+            launched = launch(self._store, request, otlp=self._otlp, grace_s=self._cancel_grace_s)
+        self._prune_sometimes()
+        return launched
+
+    async def cancel(self, job_id: str) -> RunResponse:
+        """End the job: SIGTERM to all its processes, SIGKILL after a grace time; an ended job stays as it is.
+
+        Returns:
+            Its status: ended already, where it ends within a second.
+        """
+        with self._translated(job_id):
+            job = self._store.load(job_id)
+            if not job.state.is_terminal:
+                if job.spec.get("host") not in {None, os.uname().nodename}:
+                    # A shared directory: its process id means another process here.
+                    raise RequestRejectedError(f"job {job_id} runs on {job.spec['host']}; cancel it there")
+                self._store.mark_canceled(job_id)
+                recorded, supervised = self._store.state(job_id)
+                # Without a state yet, the supervisor finds the mark.
+                if supervised and "supervisor_pid" in recorded:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(recorded["supervisor_pid"], signal.SIGTERM)
+                with anyio.move_on_after(_CANCEL_WAIT_S):
+                    while not self._store.load(job_id).state.is_terminal:  # noqa: ASYNC110 - another process ends it
+                        await anyio.sleep(0.01)
+        return self.status(job_id)
+
+    def prune(self, older_than_s: float) -> list[str]:
+        """Delete jobs that ended longer ago, with their logs.
+
+        Args:
+            older_than_s: Age of a job's end in seconds.
+
+        Returns:
+            The ids of the deleted jobs, oldest first.
+        """
+        with self._translated():
+            return list(self._store.prune(older_than_s, time.time()))
+
+    async def aclose(self) -> None:
+        """Do nothing: nothing is held open."""
+
+    def _prune_sometimes(self) -> None:
+        """Delete what need not be kept; a job must not fail because that fails."""
+        with contextlib.suppress(OSError, TailspanError):
+            mark = self.state_dir / "pruned"
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - mark.stat().st_mtime < _PRUNE_EVERY_S:
+                    return
+            mark.touch(mode=0o600)
+            self.prune(self._keep_finished_s)
+
+    def _row(self, job_id: str) -> ListedJob | None:
+        """Return a job's row; None when it was pruned meanwhile."""
+        if job_id in self._final_rows:
+            return self._final_rows[job_id]
+        try:
+            job = self._store.glance(job_id)
+        except JobNotFoundError:
+            return None
+        final = job.logs_complete
+        row = ListedJob(
+            job_id=job_id,
+            job_name=job.name,
+            state=job.state,
+            created_at=submitted_at_of(job_id),
+            state_since=time_of(job.recorded.get("finished_at") or job.recorded.get("started_at")),
+            service=self.name,
+            # What a supervisor wrote down at the end of the log is cheaper than the index.
+            lines=job.recorded["lines"] if job.recorded.get("end") else _totals(job).lines,
+            origin=self,
+        )
+        if final:
+            self._final_rows[job_id] = row
+        return row
+
+    def _response(self, job: StoredJob) -> RunResponse:
+        spec, recorded, state = job.spec, job.recorded, job.state
+        finished, error = time_of(recorded.get("finished_at")), recorded.get("error")
+        alive = job.last_sign_of_life
+        if state is JobState.LOST:
+            finished, error = _lost(job, alive)
+        identity = spec.get("identity") or self.identity
+        return RunResponse.from_state(
+            state,
+            job_id=job.job_id,
+            job_name=job.name,
+            instance_id=spec.get("host"),
+            last_heartbeat=alive,
+            submitted_at=time_of(spec.get("submitted_at")) or submitted_at_of(job.job_id),
+            started_at=time_of(recorded.get("started_at")),
+            finished_at=finished,
+            exit_code=recorded.get("exit_code"),
+            error=error,
+            attributes=spec.get("attributes") or {},
+            details=_details(spec),
+            parent=spec.get("parent"),
+            service=self.name,
+            identity=identity,
+            trace_id=spec.get("trace_id") or trace_id(identity, job.job_id),
+            logs_complete=job.logs_complete,
+            origin=self,
+        )
+
+    @contextlib.contextmanager
+    def _translated(self, job_id: str | None = None) -> Iterator[None]:
+        """Translate errors of the file system, and say which service and job an error is about."""
+        try:
+            yield
+        except TailspanError as error:
+            error.service, error.job_id = error.service or self.name, error.job_id or job_id
+            raise
+        except PermissionError as error:
+            raise AuthError(
+                f"{error.filename or self.state_dir} is not open to this user; set services.{self.name}.group, or run "
+                "as the user who started the job",
+                service=self.name,
+                job_id=job_id,
+            ) from error
+        except OSError as error:
+            raise ServiceUnavailableError(
+                f"the jobs in {self.state_dir} cannot be used now: {error}", service=self.name, job_id=job_id
+            ) from error
+
+
+def _totals(job: StoredJob) -> Totals:
+    with LogReader(job.directory, job.job_id, ended=job.logs_complete) as reader:
+        return reader.totals()
+
+
+def _lost(job: StoredJob, alive: datetime | None) -> tuple[datetime | None, str]:
+    """Return when a lost job was last seen alive, and what is known of its end."""
+    last_ns = _totals(job).last_unix_nano
+    last_line = datetime.fromtimestamp(last_ns / 1e9, UTC) if last_ns else None
+    seen = max((moment for moment in (alive, last_line) if moment), default=None)
+    if (job.directory / "supervisor.err").exists():
+        return seen, f"its supervisor failed; see {job.directory / 'supervisor.err'}"
+    return seen, "its supervisor was killed, or the machine went down: how the command ended is not known"
+
+
+def _details(spec: Mapping[str, Any]) -> dict[str, str]:
+    """Return facts for the run span.
+
+    Source: OpenTelemetry semantic conventions 1.44.0, process and host attributes.
+    """
+    command = spec.get("command") or []
+    details = {
+        "process.command": command[0] if command else "",
+        "process.command_line": shlex.join(command),
+        "process.working_directory": spec.get("cwd") or "",
+        "process.owner": spec.get("user") or "",
+        "host.name": spec.get("host") or "",
+    }
+    return {key: value for key, value in details.items() if value}
