@@ -7,9 +7,12 @@ within an object that would be incomplete. That the prefix decodes is the proof,
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Annotated, Any, Generic, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise, repeat
+from typing import Annotated, Any, Generic, TypeVar, cast
 
 import msgspec
 
@@ -192,7 +195,7 @@ def pages(window: Window, entries: Sequence[Entry]) -> Iterator[LogPage]:
         whole = len(new.places) == end - start
         page_lines = bodies[start:end] if whole else [bodies[start + place] for place in new.places]
         page_streams = [streams[start + place] for place in new.places] if streams else None
-        runs = list(_runs(new.times_unix_nano, page_streams, _flags(page_lines)))
+        runs = _runs(new.times_unix_nano, page_streams, _flags(page_lines))
         yield LogPage(page_lines, runs, window.cursor(), b"".join(new.digests))
 
 
@@ -222,14 +225,18 @@ def _flags(page_lines: Iterable[bytes]) -> int:
     return CLEAN if plain else 0
 
 
-def _runs(times_unix_nano: Sequence[int], streams: Sequence[int] | None, flags: int) -> Iterator[Run]:
-    """Yield runs of lines whose times count up by one nanosecond, and that are of one stream."""
-    start, first, following, stream = 0, -1, -1, Stream.NONE
-    for place, nano in enumerate(times_unix_nano):
-        if nano != following or (streams is not None and streams[place] != stream):
-            if place:
-                yield Run(place - start, first, stream, flags)
-            start, first = place, nano
-            stream = Stream.NONE if streams is None else streams[place]
-        following = nano + 1
-    yield Run(len(times_unix_nano) - start, first, stream, flags)
+def _runs(times_unix_nano: Sequence[int], streams: Sequence[int] | None, flags: int) -> list[Run]:
+    """Return runs of lines whose times count up by one nanosecond, and that are of one stream."""
+    following = pairwise(times_unix_nano)
+    starts = [0, *(place for place, (nano, after) in enumerate(following, 1) if after - nano != 1)]
+    if streams is not None:
+        changes = (place for place in range(1, len(streams)) if streams[place] != streams[place - 1])
+        starts = sorted({*starts, *changes})
+    counts = map(operator.sub, [*starts[1:], len(times_unix_nano)], starts)
+    firsts = map(times_unix_nano.__getitem__, starts)
+    kinds = repeat(Stream.NONE) if streams is None else map(streams.__getitem__, starts)
+    # Most lines have a millisecond, hence a run, of their own: this is `Run(...)` without a Python call for each.
+    return list(map(_new_run, zip(counts, firsts, kinds, repeat(flags), repeat(""), strict=False)))
+
+
+_new_run = cast("Callable[[tuple[int, int, int, int, str]], Run]", partial(tuple.__new__, Run))
