@@ -27,7 +27,7 @@ from tailspan_agent.facts import JobFacts
 from tailspan_agent.severity import Severity
 from tailspan_agent.wire import AttributeValue
 
-__all__ = ["JobFacts", "error_type", "failure_record", "resource_attributes", "spans_of"]
+__all__ = ["JobFacts", "error_type", "failure_record", "failure_text", "resource_attributes", "spans_of"]
 
 _BACKFILL = "backfill"
 _SUBMITTED_NS = NANOS_PER_MS
@@ -137,7 +137,7 @@ def failure_record(job: RunResponse, facts: JobFacts, *, observed_unix_nano: int
         time_unix_nano=_Times.of(job, facts).finished_ns,
         observed_unix_nano=observed_unix_nano,
         severity=Severity(17, "ERROR"),
-        body="\n".join((f"{job.job_name}: {_error_text(job, facts.digest)}", *lines)),
+        body="\n".join((f"{job.job_name}: {failure_text(job, facts.digest)}", *lines)),
         attributes={
             "log.record.uid": f"{job_hash(job.identity, job.job_id)}.failure.{job.attempt}",
             **_exception(job, facts.digest),
@@ -224,7 +224,7 @@ def _run_span(job: RunResponse, facts: JobFacts, times: _Times) -> SpanData:
         events=tuple(_events(job, facts, times)),
         links=_links(job.parent),
         status=StatusCode.ERROR if failed else StatusCode.UNSET,
-        status_message=_error_text(job, facts.digest)[:_MAX_STATUS_CHARS] if failed else "",
+        status_message=failure_text(job, facts.digest)[:_MAX_STATUS_CHARS] if failed else "",
     )
 
 
@@ -249,10 +249,11 @@ def _exception(job: RunResponse, digest: Digest | None) -> dict[str, AttributeVa
     attributes: dict[str, AttributeValue] = {"exception.type": error_type(job, digest) or ""}
     if digest and digest.stacktrace:
         return {**attributes, "exception.message": digest.message, "exception.stacktrace": digest.stacktrace}
-    return {**attributes, "exception.message": _error_text(job, digest)}
+    return {**attributes, "exception.message": failure_text(job, digest)}
 
 
-def _error_text(job: RunResponse, digest: Digest | None) -> str:
+def failure_text(job: RunResponse, digest: Digest | None) -> str:
+    """Return in a line or a few why a job did not succeed."""
     if job.state is JobState.FAILED and digest and digest.exception_type:
         return f"{digest.exception_type}: {digest.message}" if digest.message else digest.exception_type
     # What the service says of the end is surer than a last line, which may be about anything.

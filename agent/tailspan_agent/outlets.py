@@ -110,6 +110,11 @@ class Outlets:
             targets["metrics"] = self.metrics_exporter.endpoint
         return targets
 
+    @property
+    def kept_in_files(self) -> bool:
+        """Whether there is no endpoint, so that telemetry waits in files for a replay."""
+        return any((keys := self._settings.otlp.for_signal(signal)) and keys.url is None for signal in SIGNALS)
+
     async def reload(self, settings: Settings) -> None:
         """Go over to changed endpoints; what is in flight is sent again by the new sender.
 
