@@ -27,7 +27,7 @@ format: $(VENV)/.installed-dev
 $(BIN)/python:
 	@for python in $(PYTHONS); do \
 	  "$$python" -c '$(ENOUGH)' 2>/dev/null || continue; \
-	  $(if $(UV),$(UV) venv --quiet --allow-existing --python,) "$$python" $(if $(UV),,-m venv) $(VENV) && exit; \
+	  $(if $(UV),$(UV) venv --quiet --seed --allow-existing --python,) "$$python" $(if $(UV),,-m venv) $(VENV) && exit; \
 	  echo "make: $$python could not make a virtual environment (on Debian: apt install python3-venv)" >&2; exit 1; \
 	done; \
 	echo 'make: no Python >= 3.11 among: $(PYTHONS). Name one: make PYTHON=/path/to/python3.11 ...' >&2; exit 1

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from tailspan.config import Expect, Options, OtlpKeys, RedactPattern, Settings, Watch, load_settings, validate_options
+from tailspan.config import Expect, OtlpKeys, RedactPattern, Settings, Watch, load_settings
+from tailspan.errors import ConfigError
 
 EXAMPLE = Path(__file__).parents[2] / "config.example.toml"
 KEY_LINE = re.compile(r'^#((?:[a-z_]+|"[^"]+") = .+?) +# (default|example)([;:,]|$)', re.MULTILINE)
@@ -30,11 +31,16 @@ def uncommented() -> str:
     return re.sub(r'^#(?=\[|[a-z_]+ = |"[^"]+" = )', "", EXAMPLE.read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
-def service_models() -> dict[str, type[Options]]:
-    """The options model of each built-in service type."""
-    kinds = [entry.name for entry in entry_points(group="tailspan.services") if entry.load()]
-    models = [model for model in Options.__subclasses__() if "_config_" not in model.__module__]
-    return {kind: model for kind in kinds for model in models if kind in model.__module__.split(".")[-1]}
+def service_types() -> dict[str, Any]:
+    """The classes of the built-in service types."""
+    return {entry.name: entry.load() for entry in entry_points(group="tailspan.services")}
+
+
+def service_keys(kind: str, loaded: Settings) -> set[str]:
+    """The keys that a service type knows, from what it says about one that it does not."""
+    with pytest.raises(ConfigError) as caught:
+        service_types()[kind].from_options(kind, {"type": kind, "qqq": 1}, loaded)
+    return set(str(caught.value).split("known here: ")[1].split(", "))
 
 
 def test_a_copy_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,8 +59,10 @@ def test_everything_switched_on_loads(tmp_path: Path) -> None:
     path.write_text(uncommented(), encoding="utf-8")
     loaded = load_settings(path)
     assert loaded.agent.watch[0].name == "etl-*"
-    for kind, model in service_models().items():
-        validate_options(model, f"services.{kind}", loaded.services[kind])
+    for kind, service in service_types().items():
+        options = loaded.services[kind]
+        options.pop("group", None)  # a group of that name need not exist here
+        assert service.from_options(kind, options, loaded).name == kind
 
 
 def test_every_key_is_shown() -> None:
@@ -62,25 +70,28 @@ def test_every_key_is_shown() -> None:
     table = tomllib.loads(uncommented())
     text = EXAMPLE.read_text(encoding="utf-8")
 
-    def missing(model: type[BaseModel], shown: dict[str, Any], path: str) -> set[str]:
-        absent = {f"{path}.{name}" for name in model.model_fields if name not in shown}
-        return {name for name in absent if not re.search(rf"or(?: write it here)?: {name.split('.')[-1]} = ", text)}
-
-    assert not missing(Settings, table, "")
-    sections: list[tuple[type[BaseModel], dict[str, Any], str]] = [
+    models: list[tuple[type[BaseModel], dict[str, Any], str]] = [
+        (Settings, table, ""),
         (OtlpKeys, table["otlp"]["logs"], "otlp.logs"),
-        *((model, table["services"][kind], f"services.{kind}") for kind, model in service_models().items()),
-    ]
-    sections += [
-        (type(getattr(Settings(), name)), table[name], name) for name in ("agent", "otlp", "files", "redact", "links")
-    ]
-    sections += [
         (Watch, table["agent"]["watch"][0], "agent.watch"),
         (Expect, table["agent"]["expect"][0], "agent.expect"),
         (RedactPattern, table["redact"]["patterns"][0], "redact.patterns"),
     ]
-    assert [key for section in sections for key in missing(*section)] == []
-    assert len(service_models()) == 2, "the built-in service types announce their options as tailspan.config.Options"
+    models += [
+        (type(getattr(Settings(), name)), table[name], name) for name in ("agent", "otlp", "files", "redact", "links")
+    ]
+    sections = [(set(model.model_fields), shown, path) for model, shown, path in models]
+    sections += [
+        (service_keys(kind, load_settings()), table["services"][kind], f"services.{kind}") for kind in service_types()
+    ]
+    missing = [
+        f"{path}.{name}"
+        for names, shown, path in sections
+        for name in names
+        if name not in shown and not re.search(rf"or(?: write it here)?: {name} = ", text)
+    ]
+    assert missing == []
+    assert set(service_types()) >= {"local", "fused"}
 
 
 def test_every_key_says_its_default_or_that_it_is_an_example() -> None:
@@ -116,7 +127,5 @@ def test_stated_defaults_are_the_defaults(tmp_path: Path) -> None:
     assert shown.otlp.dead_letter_max == defaults.otlp.dead_letter_max
     assert (shown.files, shown.redact, shown.links) == (defaults.files, defaults.redact, defaults.links)
     assert shown.default_service == defaults.default_service
-    for kind, model in service_models().items():
-        options = validate_options(model, f"services.{kind}", shown.services[kind])
-        for name in options.model_fields_set:
-            assert getattr(options, name) == model.model_fields[name].get_default(call_default_factory=True), name
+    for kind, service in service_types().items():
+        assert service.from_options(kind, shown.services[kind], shown).name == kind
