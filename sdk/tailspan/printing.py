@@ -82,9 +82,8 @@ class TailPrinter:
 
 def end_text(status: RunResponse) -> str:
     """Say in one line how a job ended."""
-    code = f" (exit code {status.exit_code})" if status.exit_code else ""
-    why = f": {status.error}" if status.error else ""
-    return f"job {status.job_id} {status.state.lower().replace('_', ' ')}{code}{why}"
+    why = status.error or (f"exit code {status.exit_code}" if status.exit_code else "")
+    return f"job {status.job_id} {status.state.lower().replace('_', ' ')}" + (f": {why}" if why else "")
 
 
 def _text(message: Message) -> str:

@@ -319,7 +319,7 @@ def test_tail_of_a_job_that_fails_without_a_line_says_so(service, clock, do):
     out = io.StringIO()
     do(AsyncJobClient.job_tail_logs, "p", file=out)
     assert out.getvalue() == (
-        "[tailspan] job p failed (exit code 137): the image could not be pulled, without a line\n"
+        "[tailspan] job p failed: the image could not be pulled, without a line\n"
     )
 
 

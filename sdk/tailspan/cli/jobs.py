@@ -78,18 +78,20 @@ def prune(ctx: click.Context, older_than: str, service: str | None, config_path:
     """  # noqa: D301 - click wants the backspace character itself
     from tailspan.cli.show import json_line, write
     from tailspan.config import parse_duration_s
+    from tailspan.services.local import LocalService
 
     assert ctx.parent is not None
     above = ctx.parent.params
-    age_s = parse_duration_s(older_than)
+    try:
+        age_s = parse_duration_s(older_than)
+    except ConfigError as error:
+        raise click.BadParameter(f"{older_than!r}: {error}", param_hint="--older-than") from None
 
     async def use(client: AsyncJobClient) -> list[str]:
         chosen = client.service(service or above["service"])
-        remove = getattr(chosen, "prune", None)
-        if remove is None:
+        if not isinstance(chosen, LocalService):
             raise ConfigError(f"the service {chosen.name!r} keeps its jobs itself: only local jobs can be pruned")
-        pruned: list[str] = await remove(age_s)
-        return pruned
+        return chosen.prune(age_s)
 
     pruned = with_client(config_path or above["config_path"], None, use)
     if as_json or above["as_json"]:

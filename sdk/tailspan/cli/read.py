@@ -95,7 +95,8 @@ def tail(
                     else:
                         printer.messages(update.messages)
                 silent = silent and not update.messages
-                line.show(update.status)
+                if not update.complete:
+                    line.show(update.status)
                 last = update
         if last is not None and last.complete:
             say(end_text(last.status) + (", without a line" if silent else ""))

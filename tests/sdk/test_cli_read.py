@@ -1,0 +1,188 @@
+"""The commands over a job API: what they print for people, pipes and programs, and what they exit with."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+
+import pytest
+from click.testing import CliRunner
+
+from tailspan.cli import main
+from tests.fakes.job_api import HTML, FakeJobApi, status_fault
+
+
+@pytest.fixture
+def api(monkeypatch, tmp_path):
+    """Return a running job API that is the default service of the command line."""
+    with FakeJobApi() as api:
+        config = tmp_path / "config.toml"
+        config.write_text(
+            'default_service = "far"\n'
+            f'[services.far]\ntype = "fused"\nbase_url = "{api.base_url}"\ntoken = "of-the-test"\n'
+            '[services.gone]\ntype = "fused"\nbase_url = "http://127.0.0.1:9/v1"\ntoken = "of-the-test"\n'
+            '[links]\ntrace = "http://jaeger/trace/{trace_id}"\n'
+        )
+        monkeypatch.setenv("TAILSPAN_CONFIG", str(config))
+        yield api
+
+
+@pytest.fixture
+def job(api):
+    """Return an ended job, ``j``, of three lines."""
+    job = api.add_job("j", name="etl", job_status="Done", job_status_date="2026-01-01T00:00:10+00:00")
+    for number, text in enumerate(["one", "  two", "\x1b[31mthree"]):
+        job.line(text, 1000 + 500 * number)
+    return job
+
+
+def invoke(*arguments: str):
+    """Run a command in this process."""
+    return CliRunner().invoke(main, arguments)
+
+
+def test_logs_are_printed_as_they_are(job):
+    """In a pipe the text stays; with --json each line is an object; --since-ms is inclusive."""
+    assert invoke("logs", "j").stdout == "one\n  two\n\x1b[31mthree\n"
+    rows = [json.loads(line) for line in invoke("logs", "j", "--json", "--since-ms", "1500").stdout.splitlines()]
+    assert [(row["message"], row["timestamp"]) for row in rows] == [("  two", 1500), ("\x1b[31mthree", 2000)]
+
+
+def test_status_is_plain_in_a_pipe(job):
+    """One field a line, without colours, with the trace id and where to see it."""
+    result = invoke("status", "j")
+    fields = dict(line.split(":", 1) for line in result.stdout.splitlines())
+    assert {key: value.strip() for key, value in fields.items()}.items() >= {
+        ("job", "j"),
+        ("name", "etl"),
+        ("state", "SUCCEEDED"),
+        ("service", "far"),
+    }
+    trace_id = fields["trace id"].strip()
+    assert len(trace_id) == 32
+    assert fields["trace"].strip() == f"http://jaeger/trace/{trace_id}"
+    assert "\x1b" not in result.stdout
+
+
+def test_status_as_json_has_every_field(job):
+    """The twelve fields of Fused, and ours; times are ISO 8601."""
+    answer = json.loads(invoke("status", "j", "--json").stdout)
+    assert {"job_id", "job_name", "status", "terminal_status", "job_status", "finished_job_status"} <= set(answer)
+    assert (answer["state"], answer["exit_code"], answer["attributes"]) == ("SUCCEEDED", None, {})
+    assert datetime.fromisoformat(answer["job_status_date"]) == datetime(2026, 1, 1, 0, 0, 10, tzinfo=UTC)
+    assert "origin" not in answer
+
+
+@pytest.mark.parametrize(("job_status", "code"), [("Done", 0), ("Failed", 1), ("Canceled", 1)])
+def test_wait_and_tail_exit_by_the_jobs_state(api, job_status, code):
+    """0 succeeded, 1 failed or canceled; both say how it ended."""
+    job = api.add_job("j", job_status_date="2026-01-01T00:00:00+00:00")
+    job.becomes(job_status, from_status=2)
+    word = {"Done": "succeeded", "Failed": "failed", "Canceled": "canceled"}[job_status]
+    waited = invoke("wait", "j", "--poll", "0.01")
+    assert (waited.exit_code, waited.stdout, waited.stderr) == (code, f"job j {word}\n", "")
+    job.line("last words", 1000)
+    tailed = invoke("tail", "j", "--refresh", "0.01")
+    assert (tailed.exit_code, tailed.stdout, tailed.stderr) == (code, "last words\n", f"tailspan: job j {word}\n")
+
+
+def test_wait_and_tail_give_up_with_124(api):
+    """A timeout of the command is an exit code of its own, and says what the job does."""
+    api.add_job("j")
+    waited = invoke("wait", "j", "--poll", "0.01", "--timeout", "0.05")
+    assert waited.exit_code == 124
+    assert "job j had not ended after 0.05 s: it is RUNNING" in waited.stderr
+    tailed = invoke("tail", "j", "--refresh", "0.01", "--timeout", "0.05")
+    assert tailed.exit_code == 124
+    assert "job j has not ended after 0.05 s" in tailed.stderr
+
+
+def test_tail_samples_and_speaks_json(job):
+    """--sample prints the newest line and says beside the data what it left out; --json prints lines of JSON."""
+    sampled = invoke("tail", "j", "--sample", "--refresh", "0.01", "--json")
+    assert [json.loads(line)["timestamp"] for line in sampled.stdout.splitlines()] == [2000]
+    assert "tailspan: 2 lines left out\n" in sampled.stderr
+
+
+def test_cancel(api):
+    """A running job is cancelled; a second time changes nothing and is no error."""
+    job = api.add_job("j")
+    for _ in range(2):
+        result = invoke("cancel", "j")
+        assert (result.exit_code, result.stdout) == (0, "job j canceled\n")
+    assert job.cancels == 1
+    assert json.loads(invoke("cancel", "j", "--json").stdout)["state"] == "CANCELED"
+
+
+def test_exec_time(job, api):
+    """From the first to the last line; for a running job so far, and it says so."""
+    assert invoke("exec-time", "j").stdout == "0:00:01\n"
+    assert json.loads(invoke("exec-time", "j", "--json").stdout) == {
+        "job_id": "j",
+        "exec_time_s": 1.0,
+        "in_progress": False,
+    }
+    api.add_job("r")
+    running = invoke("exec-time", "r")
+    assert (running.exit_code, running.stdout) == (0, "0:00:00\n")
+    assert "job r is RUNNING: this is its execution time so far" in running.stderr
+
+
+def test_jobs_are_columns_in_a_pipe_and_an_array_for_programs(api):
+    """Newest first, limited, filtered; the columns line up and the job comes first."""
+    for number in range(5):
+        api.add_job(f"job-{number}", job_status="Failed" if number % 2 else "Done")
+    head, *rows = invoke("jobs").stdout.splitlines()
+    assert head.split() == ["JOB", "STATE", "CREATED", "LINES", "NAME"]
+    assert [row.split()[:2] for row in rows[:2]] == [["job-4", "SUCCEEDED"], ["job-3", "FAILED"]]
+    assert {row.index("2026-") for row in rows} == {head.index("CREATED")}
+    limited = invoke("jobs", "--limit", "2")
+    assert len(limited.stdout.splitlines()) == 3
+    assert "these are the newest 2; --all shows the others" in limited.stderr
+    listed = json.loads(invoke("jobs", "--state", "failed", "--all", "--json").stdout)
+    assert [row["job_id"] for row in listed] == ["job-3", "job-1"]
+    assert "no jobs match" in invoke("jobs", "--name", "nothing*").stderr
+
+
+def test_only_local_jobs_can_be_pruned(api):
+    """A service that keeps its jobs itself says so."""
+    result = invoke("jobs", "prune", "--older-than", "1d")
+    assert result.exit_code == 2
+    assert "only local jobs can be pruned" in result.stderr
+
+
+@pytest.mark.parametrize("job_id", ["unknown", "a/b", "..", "../../etc/passwd", "a?b=c#d", "%2e%2e"])
+def test_an_unknown_job_is_exit_code_4(api, job_id):
+    """Whatever its id: it is escaped, asked for, and not found."""
+    result = invoke("status", job_id)
+    assert result.exit_code == 4
+    assert result.stderr.startswith("tailspan: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert {request.job_id for request in api.requests} <= {job_id}
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "words"),
+    [
+        (HTML, 3, ""),
+        (status_fault(403, "not your job"), 2, "not your job"),
+        (status_fault(400, "no such thing"), 3, "no such thing"),
+    ],
+    ids=["HTML", "403", "400"],
+)
+def test_a_service_that_answers_oddly_is_one_line(job, api, fault, code, words):
+    """A clear message with the server's words, and the exit code of the contract."""
+    api.fault(fault, times=None)
+    for command in ("status", "logs", "tail", "wait", "cancel", "exec-time"):
+        result = invoke(command, "j")
+        assert result.exit_code == code, command
+        assert words in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+        assert isinstance(result.exception, SystemExit)
+
+
+def test_an_unreachable_service_is_exit_code_3(api):
+    """Nobody listens there."""
+    result = invoke("status", "j", "--service", "gone")
+    assert result.exit_code == 3
+    assert "127.0.0.1:9" in result.stderr
