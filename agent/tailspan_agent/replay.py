@@ -94,7 +94,14 @@ async def replay(
     """
     result = ReplayResult()
     senders = {
-        signal: Sender(signal, exporter, _NotKept(), retry_server_errors=retry_server_errors, patience_s=patience_s)
+        signal: Sender(
+            signal,
+            exporter,
+            _NotKept(),
+            retry_server_errors=retry_server_errors,
+            patience_s=patience_s,
+            clock=clock,
+        )
         for signal, exporter in exporters.items()
     }
     for path in paths:
