@@ -18,7 +18,7 @@ MAX_BODY_BYTES = 256 * 1024
 _ESCAPE = re.compile(
     # Strings (OSC, DCS, SOS, PM, APC, screen titles) up to their end. One that never ends loses its introducer only:
     # a terminal would swallow the text behind it, a log must not.
-    r"(?:\x1b[\]PX^_k]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c\r\n]*+(?:\x07|\x1b\\|\x9c)"
+    r"(?:\x1b[\]PX^_k]|[\x90\x98\x9d-\x9f])[^\x07\r\n\x1b\x90\x98\x9b-\x9f]*+(?:\x07|\x1b\\|\x9c)"
     r"|(?:\x1b\[|\x9b)[0-?]*+[ -/]*+[@-~]?"  # CSI, possibly cut off by the end of the line
     r"|\x1b[ -/]++[0-~]?"  # character sets and the like
     r"|\x1b[0-~]?"  # two-character sequences, and ESC alone
