@@ -266,7 +266,7 @@ class LocalService:
                         await anyio.sleep(0.01)
         return self.status(job_id)
 
-    async def prune(self, older_than_s: float) -> list[str]:
+    def prune(self, older_than_s: float) -> list[str]:
         """Delete jobs that ended longer ago, with their logs.
 
         Args:
@@ -276,7 +276,7 @@ class LocalService:
             The ids of the deleted jobs, oldest first.
         """
         with self._translated():
-            return await anyio.to_thread.run_sync(self._prune, older_than_s)
+            return list(self._store.prune(older_than_s, time.time()))
 
     async def aclose(self) -> None:
         """Do nothing: nothing is held open."""
@@ -289,10 +289,7 @@ class LocalService:
                 if time.time() - mark.stat().st_mtime < _PRUNE_EVERY_S:
                     return
             mark.touch(mode=0o600)
-            self._prune(self._keep_finished_s)
-
-    def _prune(self, older_than_s: float) -> list[str]:
-        return list(self._store.prune(older_than_s, time.time()))
+            self.prune(self._keep_finished_s)
 
     def _row(self, job_id: str) -> ListedJob | None:
         """Return a job's row; None when it was pruned meanwhile."""
