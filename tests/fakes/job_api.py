@@ -170,6 +170,7 @@ class FakeJobApi:
         requests: All requests so far, oldest first.
         authorizations: Accepted ``Authorization`` values; None accepts every request.
         jobs: The jobs by id, oldest first.
+        connections: How many connections were opened so far.
         max_limit: Rows that a list reply has at most, whatever was asked for.
         on_list: Called with the number of each list request before it is answered.
     """
@@ -186,6 +187,7 @@ class FakeJobApi:
         self.authorizations = None if authorizations is None else set(authorizations)
         self.jobs: dict[str, FakeJob] = {}
         self.oauth_reply: dict[str, Any] = {"access_token": "new-token", "expires_in": 3600, "token_type": "Bearer"}
+        self.connections = 0
         self.max_limit = 1000
         self.on_list: Callable[[int], object] = lambda number: None
         self._inclusive = inclusive
@@ -300,6 +302,7 @@ class _Handler(BaseHTTPRequestHandler):
         super().setup()
         with self.fake._lock:
             self.fake._connections.add(self.connection)
+            self.fake.connections += 1
         if self.fake._closed.is_set():
             self.close_connection = True
 

@@ -143,7 +143,7 @@ class ArraySplitter(Generic[T]):
         if len(text) > MAX_ELEMENT_BYTES:
             raise ReplyError(f"an element is larger than {MAX_ELEMENT_BYTES >> 20} MiB, or it is not JSON")
         # Looking again after each piece would be quadratic.
-        self._want_bytes = 2 * len(text)
+        self._want_bytes = min(2 * len(text), MAX_ELEMENT_BYTES + 1)
         return []
 
     def _decode(self, text: bytes) -> list[T]:
