@@ -16,6 +16,7 @@ import gzip
 import ssl
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
@@ -217,9 +218,15 @@ def read_pem(path: Path, key: str) -> bytes:
         raise ConfigError(f"otlp.{key}: cannot read {path}: {error.strerror}", key=f"otlp.{key}") from error
 
 
-def _tls_context(settings: SignalSettings) -> ssl.SSLContext | bool:
+@cache
+def _default_tls_context() -> ssl.SSLContext:
+    # Reading the system's authorities takes 50 ms: once for all signals.
+    return httpx.create_ssl_context()
+
+
+def _tls_context(settings: SignalSettings) -> ssl.SSLContext:
     if settings.ca_file is None and settings.client_cert is None:
-        return True
+        return _default_tls_context()
     if settings.ca_file is not None:
         read_pem(settings.ca_file, "ca_file")
     try:

@@ -335,6 +335,34 @@ def test_split_of_spans_and_metrics() -> None:
     assert split_request("metrics", metrics_payload()) == [(metrics_payload(), 1)]
 
 
+@pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
+def test_a_collector_that_comes_back_gets_everything(protocol: str) -> None:
+    """The same exporter finds it again, in real time, after the connection was lost and refused."""
+    grpc = protocol == "grpc"
+    with Collector() as before:
+        url = before.grpc_url if grpc else before.http_url
+        port = int(url.rpartition(":")[2])
+
+        async def run() -> Sender:
+            exporter = exporter_to(url, protocol=protocol)
+            sender = Sender("logs", exporter, FakeDeadLetter())
+            await sender.send(logs_payload(1, job="before"), 1)
+            await asyncio.to_thread(before.stop)
+            task = asyncio.ensure_future(sender.send(logs_payload(1, job="after"), 1))
+            while not sender.last_error:
+                await asyncio.sleep(0.01)
+            with Collector(**{"grpc_port" if grpc else "http_port": port}) as after:
+                assert not grpc or after.grpc_url == url
+                await task
+                assert [row.body for row in after.log_records()] == ["after 0"]
+            await sender.aclose()
+            return sender
+
+        sender = asyncio.run(run())
+        assert (sender.delivered, sender.last_error) == (2, None)
+        assert sender.retries > 0
+
+
 def refusing(share: Iterable[bool]) -> Callable[[Request], Reply]:
     """Refuse requests as the booleans say."""
     refuse = iter(share)

@@ -21,7 +21,8 @@ What it answers: success, unless scripted. Signals are ``logs``, ``traces`` and 
 `Reply` lists all that can go wrong. `Collector.stop` (or leaving the ``with``) ends every thread and connection,
 hanging ones too; `Collector.connections` counts HTTP connections accepted so far (keep-alive).
 ``Collector(tls=Tls(...))`` speaks TLS on both, and asks for client certificates where `Tls.client_ca_pem` is given.
-``Collector(http_port=N)`` comes back on a known port, for a collector that was away. The rows are in `otlp_rows`.
+``Collector(http_port=N, grpc_port=M)`` comes back on known ports, for a collector that was away. The rows are in
+`otlp_rows`.
 """
 
 from __future__ import annotations
@@ -143,9 +144,10 @@ Answer = Reply | Callable[[Request], Reply]
 class Collector:
     """See the module's docstring."""
 
-    def __init__(self, *, tls: Tls | None = None, http_port: int = 0) -> None:
+    def __init__(self, *, tls: Tls | None = None, http_port: int = 0, grpc_port: int = 0) -> None:
         self._tls = tls
         self._http_port = http_port
+        self._wanted_grpc_port = grpc_port
         self._scripts: dict[str, deque[Answer]] = {signal: deque() for signal in SIGNALS}
         self._always: dict[str, Answer] = {signal: Reply() for signal in SIGNALS}
         self._arrived = threading.Condition()
@@ -199,7 +201,7 @@ class Collector:
     def grpc_url(self) -> str:
         """Base URL for ``otlp.endpoint`` over gRPC."""
         if self._grpc is None:
-            self._grpc, self._grpc_port = _start_grpc(self, self._tls, self._grpc_threads)
+            self._grpc, self._grpc_port = _start_grpc(self, self._tls, self._grpc_threads, self._wanted_grpc_port)
         return f"{'https' if self._tls else 'http'}://127.0.0.1:{self._grpc_port}"
 
     @property
@@ -442,7 +444,9 @@ def _server_context(tls: Tls) -> ssl.SSLContext:
     return context
 
 
-def _start_grpc(collector: Collector, tls: Tls | None, threads: ThreadPoolExecutor) -> tuple[Any, int]:
+def _start_grpc(
+    collector: Collector, tls: Tls | None, threads: ThreadPoolExecutor, wanted_port: int
+) -> tuple[Any, int]:
     import grpc
     from google.protobuf.duration_pb2 import Duration
     from google.rpc.error_details_pb2 import RetryInfo
@@ -486,13 +490,13 @@ def _start_grpc(collector: Collector, tls: Tls | None, threads: ThreadPoolExecut
         options=[("grpc.max_receive_message_length", 64 << 20), ("grpc.so_reuseport", 0)],
     )
     if tls is None:
-        port = server.add_insecure_port("127.0.0.1:0")
+        port = server.add_insecure_port(f"127.0.0.1:{wanted_port}")
     else:
         credentials = grpc.ssl_server_credentials(
             [(tls.key_pem, tls.cert_pem)],
             root_certificates=tls.client_ca_pem,
             require_client_auth=tls.client_ca_pem is not None,
         )
-        port = server.add_secure_port("127.0.0.1:0", credentials)
+        port = server.add_secure_port(f"127.0.0.1:{wanted_port}", credentials)
     server.start()
     return server, port
