@@ -32,6 +32,11 @@ MINIMAL = {
     "finished_tasks": 0,
 }
 
+OUR_KEYS = [
+    *("state", "identity", "trace_id", "attempt", "submitted_at", "finished_at", "exit_code", "error", "attributes"),
+    *("details", "url", "logs_complete", "first_line_ms", "last_line_ms", "parent"),
+]
+
 
 def status(**fields):
     """Decode a status reply of the required fields and these."""
