@@ -45,6 +45,7 @@ __all__ = [
     "Rejected",
     "Retry",
     "TooLarge",
+    "header_values",
     "make_exporter",
     "public_url",
     "read_pem",
@@ -54,6 +55,7 @@ __all__ = [
 
 _MAX_ANSWER_BYTES = 256 << 10
 _THREAD_FROM_BYTES = 64 << 10
+_SECRET_CHARS = 6
 
 
 class Exporter(Protocol):
@@ -120,14 +122,13 @@ class HttpExporter:
         self._url = url
         self._timeout_s = settings.timeout
         self._compress = _compressor(settings.compression)
-        self._secrets = [value.get_secret_value() for value in settings.headers.values()]
+        custom = header_values(settings)
+        self._secrets = list(custom.values())
         headers = {"User-Agent": user_agent(), "Content-Type": "application/x-protobuf"}
         if settings.compression != "none":
             headers["Content-Encoding"] = settings.compression
-        for name, value in settings.headers.items():
-            headers[name] = value.get_secret_value()
         self._client = httpx.AsyncClient(
-            headers=headers,
+            headers={**headers, **custom},
             verify=_tls_context(settings),
             timeout=settings.timeout,
             follow_redirects=False,
@@ -175,6 +176,11 @@ class HttpExporter:
         return scrub(EndpointFault(reason) if fault else Retry(reason), self._secrets)
 
 
+def header_values(settings: SignalSettings) -> dict[str, str]:
+    """Return the configured headers; spaces around a value are no part of it (RFC 9110, 5.5)."""
+    return {name: value.get_secret_value().strip() for name, value in settings.headers.items()}
+
+
 def public_url(url: str) -> str:
     """Return the URL without user, password, query and fragment."""
     parts = urlsplit(url)
@@ -189,9 +195,10 @@ def user_agent() -> str:
 def scrub(outcome: Outcome, secrets: list[str]) -> Outcome:
     """Return the outcome without header values that an endpoint repeated in its error message."""
     text = (outcome.warning if isinstance(outcome, Delivered) else outcome.reason) or ""
-    if not any(secret and secret in text for secret in secrets):
+    found = [secret for secret in secrets if len(secret) >= _SECRET_CHARS and secret in text]
+    if not found:
         return outcome
-    for secret in filter(None, secrets):
+    for secret in found:
         text = text.replace(secret, "***")
     match outcome:
         case Delivered():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -10,9 +11,9 @@ import grpc.aio
 
 from tailspan.config import SignalSettings
 from tailspan.errors import ConfigError
-from tailspan_agent.export import public_url, read_pem, scrub, user_agent
+from tailspan_agent.export import header_values, public_url, read_pem, scrub, user_agent
 from tailspan_agent.otlp_request import SIGNALS
-from tailspan_agent.outcome import Outcome, classify_grpc, classify_success
+from tailspan_agent.outcome import EndpointFault, Outcome, classify_grpc, classify_success
 
 __all__ = ["GrpcExporter"]
 
@@ -23,6 +24,8 @@ _OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2000),
 )
+
+_METADATA_NAME = re.compile(r"[a-z0-9_.-]+")
 
 
 class GrpcExporter:
@@ -41,9 +44,9 @@ class GrpcExporter:
         self.endpoint = public_url(url)
         self._signal = signal
         self._timeout_s = settings.timeout
-        self._secrets = [value.get_secret_value() for value in settings.headers.values()]
-        # gRPC refuses upper-case metadata names.
-        self._metadata = tuple((name.lower(), value.get_secret_value()) for name, value in settings.headers.items())
+        custom = header_values(settings)
+        self._secrets = list(custom.values())
+        self._metadata = tuple((_metadata_name(name), value) for name, value in custom.items())
         self._target = _target(url)
         if settings.compression == "zstd":
             raise ConfigError(
@@ -65,6 +68,9 @@ class GrpcExporter:
             )
         except grpc.aio.AioRpcError as error:
             return scrub(self._failed(error), self._secrets)
+        except grpc.aio.InternalError:
+            # gRPC says why only on stderr; the metadata is all that a configuration can make unfit to send.
+            return EndpointFault(f"{self.endpoint}: gRPC cannot send the request: look at otlp.headers")
         return scrub(classify_success(self._signal, body, count), self._secrets)
 
     async def aclose(self) -> None:
@@ -86,6 +92,18 @@ class GrpcExporter:
         details = dict(error.trailing_metadata() or ()).get("grpc-status-details-bin")
         message = error.details() or ""
         return classify_grpc(error.code().name, message, details if isinstance(details, bytes) else None)
+
+
+def _metadata_name(name: str) -> str:
+    # gRPC refuses upper case.
+    lower = name.lower()
+    if not _METADATA_NAME.fullmatch(lower) or lower.startswith("grpc-") or lower.endswith("-bin"):
+        raise ConfigError(
+            f"otlp.headers.{name} cannot be sent over gRPC, which needs a name of letters, digits, '-', '_' and '.',"
+            " not beginning with grpc- and not ending with -bin",
+            key=f"otlp.headers.{name}",
+        )
+    return lower
 
 
 def _target(url: str) -> str:

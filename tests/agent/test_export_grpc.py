@@ -127,6 +127,20 @@ def test_cancelled_export_leaves_the_exporter_usable(collector: Collector) -> No
     assert asyncio.run(run()) == Delivered()
 
 
+@pytest.mark.parametrize("name", ["x y", "x!", "grpc-timeout", "trace-bin", "ü"])
+def test_names_that_grpc_cannot_send_are_a_configuration_error(name: str) -> None:
+    """HTTP takes more names than gRPC does."""
+    with pytest.raises(ConfigError, match=r"otlp\.headers"):
+        exporter_to("http://127.0.0.1:4317", protocol="grpc", headers={name: SecretStr("s3cret-t0ken")})
+
+
+def test_value_that_grpc_cannot_send_is_an_endpoint_fault(collector: Collector) -> None:
+    """An exporter never raises for what it is told to send."""
+    (outcome,) = export(collector.grpc_url, headers={"x-a": SecretStr("s3cret\nt0ken")})
+    assert isinstance(outcome, EndpointFault)
+    assert "s3cret" not in outcome.reason
+
+
 @pytest.mark.parametrize("url", ["ftp://127.0.0.1:4317", "http://user:secret@127.0.0.1:4317", "http://"])
 def test_address_that_grpc_cannot_use_is_a_configuration_error(url: str) -> None:
     """Said at the start, without the password."""

@@ -178,6 +178,12 @@ def test_credentials_are_not_shown(collector: Collector) -> None:
     asyncio.run(exporter.aclose())
 
 
+def test_spaces_around_a_header_value_are_no_part_of_it(collector: Collector) -> None:
+    """A token file often ends with a line break, which HTTP would refuse."""
+    assert export(collector.http_url, headers={"Authorization": SecretStr(" Bearer x\n")}) == [Delivered()]
+    assert collector.requests[0].headers["authorization"] == "Bearer x"
+
+
 def test_cancelled_export_leaves_the_exporter_usable(collector: Collector) -> None:
     """Shutdown and reload cancel sends in the middle."""
     collector.script("logs", Reply(hang=True))
