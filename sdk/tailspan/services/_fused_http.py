@@ -70,7 +70,10 @@ class Retries:
         """
         delay_s = backoff_s(self._failed, random.random(), retry_after_s=error.retry_after_s)
         self._failed += 1
-        if self._failed >= self._tries or time.monotonic() + delay_s > self._started_s + _RETRY_FOR_S:
+        # A caller whose time will be up by then is better served by the service's words than by a bare timeout.
+        left_s = anyio.current_effective_deadline() - anyio.current_time()
+        tired = time.monotonic() + delay_s > self._started_s + _RETRY_FOR_S
+        if self._failed >= self._tries or tired or delay_s >= left_s:
             raise error
         await anyio.sleep(delay_s)
 
