@@ -1,7 +1,7 @@
 """The published `fused` clients against our server: their own requests, and their own strict types.
 
 `fused_exchanges.json` holds the requests of four published versions as they were recorded; every run replays them.
-With TAILSPAN_FUSED_PYTHONS (interpreters that have `fused`, joined by colons) the clients themselves are driven, and
+With TEST_FUSED_PYTHONS (interpreters that have `fused`, joined by colons) the clients themselves are driven, and
 must still send what was recorded: `tests/fused_clients.sh` does all of that.
 """
 
@@ -24,7 +24,7 @@ TOKEN = "the-token"
 LINES = ["one", "  two", "three", "vier ä", "five, 0 ERRORS"]
 JOB_IDS = ["done", "forever", "größe 1", "growing", "growing too", "waited"]
 EXCHANGES = json.loads(Path(__file__).with_name("fused_exchanges.json").read_text(encoding="utf-8"))
-PYTHONS = [path for path in os.environ.get("TAILSPAN_FUSED_PYTHONS", "").split(":") if path]
+PYTHONS = [path for path in os.environ.get("TEST_FUSED_PYTHONS", "").split(":") if path]
 
 
 class OldestStatus(BaseModel):
