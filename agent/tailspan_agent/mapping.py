@@ -32,6 +32,7 @@ __all__ = ["JobFacts", "error_type", "failure_record", "failure_text", "resource
 _BACKFILL = "backfill"
 _SUBMITTED_NS = NANOS_PER_MS
 _MAX_STATUS_CHARS = 1000
+_MAX_MESSAGE_CHARS = 2000
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?")
 _EPOCH = datetime.fromisoformat("1970-01-01T00:00:00+00:00")
 _SIGNALLED = 128
@@ -249,7 +250,7 @@ def _exception(job: RunResponse, digest: Digest | None) -> dict[str, AttributeVa
     attributes: dict[str, AttributeValue] = {"exception.type": error_type(job, digest) or ""}
     if digest and digest.stacktrace:
         return {**attributes, "exception.message": digest.message, "exception.stacktrace": digest.stacktrace}
-    return {**attributes, "exception.message": failure_text(job, digest)}
+    return {**attributes, "exception.message": failure_text(job, digest)[:_MAX_MESSAGE_CHARS]}
 
 
 def failure_text(job: RunResponse, digest: Digest | None) -> str:

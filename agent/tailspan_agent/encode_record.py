@@ -1,0 +1,69 @@
+"""One log record as OTLP bytes. Pure; field numbers are listed in `tailspan_agent.encode`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tailspan_agent.encode_span import SAMPLED
+from tailspan_agent.severity import SEVERITIES, UNSPECIFIED, Severity
+from tailspan_agent.wire import (
+    AttributeValue,
+    attributes_fields,
+    bytes_field,
+    fixed32_field,
+    fixed64_field,
+    string_field,
+    varint_field,
+)
+
+__all__ = ["LogRecordData", "encode_log_record", "origin_fields", "severity_fields"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogRecordData:
+    """One log record.
+
+    Attributes:
+        time_unix_nano: When it happened, in ns since the epoch.
+        observed_unix_nano: When the agent read it, in ns since the epoch.
+        severity: How bad it is.
+        body: Its text.
+        attributes: Facts about it.
+        trace_id: 16 bytes.
+        span_id: 8 bytes.
+        event_name: The name of the kind of event that it is; empty for a line.
+    """
+
+    time_unix_nano: int
+    observed_unix_nano: int
+    severity: Severity = SEVERITIES[UNSPECIFIED]
+    body: str
+    attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
+    trace_id: bytes
+    span_id: bytes
+    event_name: str = ""
+
+
+def encode_log_record(record: LogRecordData) -> bytes:
+    """Return one record as a ``ScopeLogs.log_records`` field, ready for `logs_request`."""
+    parts = (
+        severity_fields(record.severity),
+        bytes_field(5, string_field(1, record.body)),
+        attributes_fields(6, record.attributes),
+        origin_fields(record.trace_id, record.span_id, record.observed_unix_nano),
+        string_field(12, record.event_name) if record.event_name else b"",
+        fixed64_field(1, record.time_unix_nano),
+    )
+    return bytes_field(2, b"".join(parts))
+
+
+def severity_fields(severity: Severity) -> bytes:
+    """Return the two fields of a severity; none if it is unspecified."""
+    return varint_field(2, severity.number) + string_field(3, severity.text) if severity.number else b""
+
+
+def origin_fields(trace_id: bytes, span_id: bytes, observed_unix_nano: int) -> bytes:
+    """Return the fields that all records of one job and read have in common."""
+    ids = bytes_field(9, trace_id) + bytes_field(10, span_id)
+    return fixed32_field(8, SAMPLED) + ids + fixed64_field(11, observed_unix_nano)
