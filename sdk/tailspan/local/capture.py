@@ -40,39 +40,40 @@ class Piece(NamedTuple):
     flags: int = 0
 
 
-def pieces_of(text: bytes) -> Iterator[Piece]:
+def pieces_of(text: bytes, *, max_bytes: int = MAX_ENTRY_BYTES, max_lines: int = MAX_ENTRY_LINES) -> Iterator[Piece]:
     """Cut text into pieces that fit an entry.
 
-    A line of more than 1 MiB becomes several; where it is cut depends on its bytes alone, never on how it was read.
+    Where a line that is too long is cut depends on its bytes alone, never on how it was read.
 
     Args:
         text: Whole lines; the last may lack its newline.
+        max_bytes: Of a piece, and of a line, both without the last newline.
+        max_lines: Of a piece.
     """
     position = 0
     while position < len(text):
-        newline = text.rfind(b"\n", position, position + MAX_ENTRY_BYTES + 1)
+        newline = text.rfind(b"\n", position, position + max_bytes + 1)
         if newline >= 0:
             end = newline + 1
-            yield from _by_lines(text[position:end])
+            yield from _by_lines(text[position:end], max_lines)
         else:
-            end = len(text) if len(text) - position <= MAX_ENTRY_BYTES else _cut(text, position)
+            end = len(text) if len(text) - position <= max_bytes else _cut(text, position + max_bytes)
             yield Piece(text[position:end], 1, NO_NEWLINE)
         position = end
 
 
-def _cut(text: bytes, position: int) -> int:
-    """Return where to cut the long line that starts at a position: not within a character, if it is UTF-8."""
-    end = position + MAX_ENTRY_BYTES
+def _cut(text: bytes, end: int) -> int:
+    """Return where to cut a long line, at an offset or just before: not within a character, if it is UTF-8."""
     return next((end - back for back in range(4) if text[end - back] & 0xC0 != 0x80), end)
 
 
-def _by_lines(text: bytes) -> Iterator[Piece]:
+def _by_lines(text: bytes, max_lines: int) -> Iterator[Piece]:
     lines = text.count(b"\n")
-    while lines > MAX_ENTRY_LINES:
-        rest = text.split(b"\n", MAX_ENTRY_LINES)[-1]
-        yield Piece(text[: len(text) - len(rest)], MAX_ENTRY_LINES)
+    while lines > max_lines:
+        rest = text.split(b"\n", max_lines)[-1]
+        yield Piece(text[: len(text) - len(rest)], max_lines)
         text = rest
-        lines -= MAX_ENTRY_LINES
+        lines -= max_lines
     yield Piece(text, lines)
 
 
@@ -84,7 +85,10 @@ class LineBuffer:
             newline comes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, max_bytes: int = MAX_ENTRY_BYTES, max_lines: int = MAX_ENTRY_LINES) -> None:
+        """Start without text; see `pieces_of` for the limits."""
+        self._max_bytes = max_bytes
+        self._max_lines = max_lines
         self._partial = bytearray()
         self.progress_is_waiting = False
 
@@ -93,10 +97,10 @@ class LineBuffer:
         cut = data.rfind(b"\n") + 1
         pieces: list[Piece] = []
         if cut:
-            pieces.extend(pieces_of(self._take() + data[:cut]))
+            pieces.extend(self._pieces(self._take() + data[:cut]))
         self._keep(data[cut:])
-        if len(self._partial) > MAX_ENTRY_BYTES:
-            *whole, rest = pieces_of(self._take())
+        if len(self._partial) > self._max_bytes:
+            *whole, rest = self._pieces(self._take())
             pieces.extend(whole)
             self._keep(rest.text)
         return pieces
@@ -109,11 +113,14 @@ class LineBuffer:
         text = self._take()
         cut = text.rfind(b"\r", 0, -1) + 1
         self._keep(text[cut:])
-        return list(pieces_of(text[:cut]))
+        return list(self._pieces(text[:cut]))
 
     def finish(self) -> list[Piece]:
         """Return what is left without a newline."""
-        return list(pieces_of(self._take()))
+        return list(self._pieces(self._take()))
+
+    def _pieces(self, text: bytes) -> Iterator[Piece]:
+        return pieces_of(text, max_bytes=self._max_bytes, max_lines=self._max_lines)
 
     def _keep(self, data: bytes) -> None:
         self._partial += data

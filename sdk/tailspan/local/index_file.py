@@ -48,7 +48,7 @@ class IndexFile:
         self._fd = open_file(path)
         self.count = 0
         header = read_at(self._fd, 0, HEADER_BYTES)
-        if header[:8] == HEADER[:8] and header != HEADER:
+        if len(header) == HEADER_BYTES and header[:8] == HEADER[:8] and header != HEADER:
             self.close()
             raise ProtocolError(f"{path} was written by a newer version of Tailspan; upgrade this one")
         if header == HEADER and self._fd is not None:
