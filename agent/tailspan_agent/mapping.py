@@ -162,9 +162,8 @@ class _Times:
 
     @classmethod
     def of(cls, job: RunResponse, facts: JobFacts) -> _Times:
-        started = _first(_ns(job.started_at), facts.first_line_ns)
-        if started is not None and facts.first_line_ns is not None:
-            started = min(started, facts.first_line_ns)
+        starts = [time for time in (_ns(job.started_at), facts.first_line_ns) if time is not None]
+        started = min(starts, default=None)
         submitted = _first(_ns(job.submitted_at), facts.first_seen_ns)
         if started is not None:
             submitted = min(submitted, started)
@@ -250,15 +249,17 @@ def _exception(job: RunResponse, digest: Digest | None) -> dict[str, AttributeVa
     attributes: dict[str, AttributeValue] = {"exception.type": error_type(job, digest) or ""}
     if digest and digest.stacktrace:
         return {**attributes, "exception.message": digest.message, "exception.stacktrace": digest.stacktrace}
-    return {**attributes, "exception.message": failure_text(job, digest)[:_MAX_MESSAGE_CHARS]}
+    return {**attributes, "exception.message": failure_text(job, digest)}
 
 
 def failure_text(job: RunResponse, digest: Digest | None) -> str:
-    """Return in a line or a few why a job did not succeed."""
+    """Return in a line or a few, at most 2,000 characters, why a job did not succeed."""
     if job.state is JobState.FAILED and digest and digest.exception_type:
-        return f"{digest.exception_type}: {digest.message}" if digest.message else digest.exception_type
-    # What the service says of the end is surer than a last line, which may be about anything.
-    return job.error or (digest.message if digest else f"the job ended as {job.state}")
+        text = f"{digest.exception_type}: {digest.message}" if digest.message else digest.exception_type
+    else:
+        # What the service says of the end is surer than a last line, which may be about anything.
+        text = job.error or (digest.message if digest else f"the job ended as {job.state}")
+    return text[:_MAX_MESSAGE_CHARS]
 
 
 def _links(traceparent: str | None) -> tuple[SpanLink, ...]:
