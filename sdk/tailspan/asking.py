@@ -10,12 +10,18 @@ from typing import Any, TypeVar
 import anyio
 
 from tailspan.clock import Clock
-from tailspan.errors import CursorExpiredError, ProtocolError, ServiceError, ServiceUnavailableError
+from tailspan.errors import (
+    CursorExpiredError,
+    ProtocolError,
+    ServiceError,
+    ServiceUnavailableError,
+    WaitTimeoutError,
+)
 from tailspan.models import ListedJob, RunResponse
-from tailspan.page import LogPage
+from tailspan.page import NANOS_PER_MS, LogPage, Message, Stream
 from tailspan.services import JobService
 
-__all__ = ["UNANSWERED_S", "LogReader", "StatusPoll", "closing", "stamped"]
+__all__ = ["UNANSWERED_S", "LogReader", "StatusPoll", "closing", "newer", "newest_of", "stamped"]
 
 T = TypeVar("T")
 Answer = TypeVar("Answer", RunResponse, ListedJob)
@@ -76,6 +82,17 @@ class StatusPoll:
                 self._answered_s = self._clock.monotonic_s()
                 return self.last
         return None if self.last is None else dataclasses.replace(self.last, stale=True)
+
+    def timeout_error(self, timeout_s: float) -> WaitTimeoutError:
+        """Return what to raise when the job did not end in time, with all that is known of it."""
+        seen = f"it is {self.last.state}" if self.last else "its status was not answered"
+        fault = f"; the last request failed: {self.last_error}" if self.last_error else ""
+        return WaitTimeoutError(
+            f"job {self._job_id} had not ended after {timeout_s:g} s: {seen}{fault}",
+            last_status=self.last,
+            service=self._service.name,
+            job_id=self._job_id,
+        )
 
 
 class LogReader:
@@ -162,3 +179,22 @@ def stamped(answer: Answer, service: JobService) -> Answer:
     if answer.origin is not None and answer.service is not None:
         return answer
     return dataclasses.replace(answer, origin=answer.origin or service, service=answer.service or service.name)
+
+
+def newest_of(page: LogPage) -> Message:
+    """Return a page's newest line; of several with one time the last."""
+    best_nano, best_line, best_stream, position = -1, 0, Stream.NONE, 0
+    for run in page.runs:
+        position += run.count
+        nano = run.time_unix_nano + run.count - 1
+        if nano >= best_nano:
+            best_nano, best_line, best_stream = nano, position - 1, run.stream
+    message = Message(message=page.lines[best_line].decode("utf-8", "replace"), timestamp=best_nano // NANOS_PER_MS)
+    if best_stream:
+        message["stream"] = Stream.NAMES[best_stream]
+    return message
+
+
+def newer(one: Message | None, other: Message) -> Message:
+    """Return the newer of two lines; of equally old ones the other."""
+    return other if one is None or other["timestamp"] >= one["timestamp"] else one

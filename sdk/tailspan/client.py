@@ -8,7 +8,6 @@ import math
 import os
 import sys
 import warnings
-import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
@@ -16,13 +15,14 @@ from typing import IO, TYPE_CHECKING, Self
 
 import anyio
 
-from tailspan.asking import LogReader, StatusPoll, closing, stamped
+from tailspan.asking import LogReader, StatusPoll, closing, newer, newest_of, stamped
 from tailspan.clock import Clock
-from tailspan.errors import ConfigError, InProgressWarning, RequestRejectedError, WaitTimeoutError
+from tailspan.errors import ConfigError, InProgressWarning, RequestRejectedError
 from tailspan.follow import SETTLE_S, Follower, TailUpdate
-from tailspan.models import CoerceableToJobId, JobState, ListedJob, RunResponse, job_id_of
-from tailspan.page import NANOS_PER_MS, LogPage, Message, Stream
-from tailspan.services import JobService, SubmitService, open_service
+from tailspan.models import CoerceableToJobId, JobState, ListedJob, RunResponse
+from tailspan.page import Message
+from tailspan.services import JobService, SubmitService
+from tailspan.services.opened import OpenedServices
 
 if TYPE_CHECKING:
     from tailspan.config import Settings
@@ -33,8 +33,6 @@ LAST_ASK_S = 0.5
 """How long after a deadline a request that is on its way may still be answered, in seconds."""
 
 _NAME_REQUESTS = 8
-
-_opened_by_name: weakref.WeakSet[JobService] = weakref.WeakSet()
 
 
 class AsyncJobClient:
@@ -62,13 +60,8 @@ class AsyncJobClient:
             service: What to ask when a call does not say; None is ``default_service`` of the configuration.
             clock: What tells the time and waits; None is real time.
         """
-        self._settings = settings
-        self._loads_settings = settings is None
-        self._loaded_from: tuple[tuple[str, str], ...] = ()
-        self._default = service
+        self._opened = OpenedServices(settings, service)
         self._clock = clock or Clock()
-        self._services: dict[str, JobService] = {}
-        self._retired: list[JobService] = []
 
     async def __aenter__(self) -> Self:
         return self
@@ -80,10 +73,7 @@ class AsyncJobClient:
 
     async def aclose(self) -> None:
         """Close the services that this client opened. Service objects given by the caller stay open."""
-        services, self._services = [*self._services.values(), *self._retired], {}
-        self._retired = []
-        for service in services:
-            await service.aclose()
+        await self._opened.aclose()
 
     @property
     def settings(self) -> Settings:
@@ -92,17 +82,7 @@ class AsyncJobClient:
         Raises:
             ConfigError: It cannot be read, or a key is wrong.
         """
-        if self._loads_settings:
-            found = tuple(sorted((key, value) for key, value in os.environ.items() if key.startswith("TAILSPAN_")))
-            if self._settings is None or found != self._loaded_from:
-                from tailspan.config import load_settings
-
-                # A notebook sets TAILSPAN_CONFIG after its first call: that must count.
-                self._settings, self._loaded_from = load_settings(), found
-                self._retired.extend(self._services.values())
-                self._services = {}
-        assert self._settings is not None
-        return self._settings
+        return self._opened.settings
 
     def service(self, which: str | JobService | None = None) -> JobService:
         """Return the service of that name, opening it if need be; an object is returned as it is.
@@ -110,40 +90,13 @@ class AsyncJobClient:
         Raises:
             ConfigError: No such service is configured, or its options are wrong.
         """
-        if which is None:
-            which = self._default
-        if which is not None and not isinstance(which, str):
-            return which
-        settings = self.settings
-        name = which or settings.default_service
-        if name not in self._services:
-            self._services[name] = open_service(name, settings)
-            _opened_by_name.add(self._services[name])
-        return self._services[name]
-
-    def _find(self, job: CoerceableToJobId, service: str | JobService | None) -> tuple[JobService, str]:
-        job_id = job_id_of(job)
-        if service is not None or isinstance(job, str):
-            return self.service(service), job_id
-        if job.origin is None:
-            return self.service(job.service), job_id
-        return self._own(job.origin), job_id
-
-    def _own(self, origin: JobService) -> JobService:
-        # What another client opened by name belongs to that client's loop, which may be closed or, after a fork, gone.
-        if origin not in _opened_by_name or origin in self._services.values():
-            return origin
-        try:
-            ours = self.service(origin.name)
-        except ConfigError:
-            return origin
-        return ours if ours.identity == origin.identity else origin
+        return self._opened.service(which)
 
     async def job_get_logs(
         self, job: CoerceableToJobId, since_ms: int | None = None, *, service: str | JobService | None = None
     ) -> list[Message]:
         """Return the job's lines; see `tailspan.job_get_logs`."""
-        asked, job_id = self._find(job, service)
+        asked, job_id = self._opened.find(job, service)
         messages: list[Message] = []
         async with closing(asked.read_messages(job_id, since_ms)) as pages:
             async for page in pages:
@@ -199,12 +152,12 @@ class AsyncJobClient:
 
     async def job_get_status(self, job: CoerceableToJobId, *, service: str | JobService | None = None) -> RunResponse:
         """Return the job's status; see `tailspan.job_get_status`."""
-        asked, job_id = self._find(job, service)
+        asked, job_id = self._opened.find(job, service)
         return stamped(await asked.get_job(job_id), asked)
 
     async def job_cancel(self, job: CoerceableToJobId, *, service: str | JobService | None = None) -> RunResponse:
         """Cancel the job; see `tailspan.job_cancel`."""
-        asked, job_id = self._find(job, service)
+        asked, job_id = self._opened.find(job, service)
         status = await asked.get_job(job_id)
         if not status.state.is_terminal:
             try:
@@ -242,7 +195,7 @@ class AsyncJobClient:
             on_status: Called with each status on the way, to show progress.
         """
         _check_seconds("poll_interval_seconds", poll_interval_seconds, minimum=0.001)
-        asked, job_id = self._find(job, service)
+        asked, job_id = self._opened.find(job, service)
         deadline = self._deadline(timeout)
         poll = StatusPoll(asked, job_id, self._clock, deadline, grace_s=LAST_ASK_S)
         while True:
@@ -251,7 +204,7 @@ class AsyncJobClient:
                 return status
             now = self._clock.monotonic_s()
             if status is None or now >= deadline:
-                raise _wait_timeout(job_id, asked, poll, timeout or 0.0) from poll.last_error
+                raise poll.timeout_error(timeout or 0.0) from poll.last_error
             if on_status is not None:
                 on_status(status)
             await self._clock.sleep(min(poll_interval_seconds, deadline - now))
@@ -270,7 +223,7 @@ class AsyncJobClient:
             JobNotFoundError: The service knows no such job.
             ServiceError: The service did not answer as it should.
         """
-        asked, job_id = self._find(job, service)
+        asked, job_id = self._opened.find(job, service)
         async with closing(asked.read_messages(job_id, since_ms)) as pages:
             async for page in pages:
                 yield page
@@ -294,7 +247,7 @@ class AsyncJobClient:
             At least one update a refresh, with or without lines; the last one is ``complete`` unless time was up.
         """
         _check_seconds("refresh_seconds", refresh_seconds, minimum=0.001)
-        asked, job_id = self._find(job, service)
+        asked, job_id = self._opened.find(job, service)
         clock, deadline = self._clock, self._deadline(timeout)
         poll = StatusPoll(asked, job_id, clock, deadline)
         follower = Follower(poll_min_s=refresh_seconds, poll_max_s=refresh_seconds, settle_s=settle_seconds)
@@ -312,7 +265,7 @@ class AsyncJobClient:
                 async for page in pages:
                     lines += len(page.lines)
                     if sample_logs:
-                        newest = _newer(newest, _newest(page))
+                        newest = newer(newest, newest_of(page))
                     else:
                         yield TailUpdate(status=status, messages=list(page.messages()), gap=reader.take_gap())
             if reader.time_is_up:
@@ -339,7 +292,7 @@ class AsyncJobClient:
             JobNotFoundError: The service knows no such job.
             ServiceError: The service did not answer as it should.
         """
-        asked, job_id = self._find(job, service)
+        asked, job_id = self._opened.find(job, service)
         status = stamped(await asked.get_job(job_id), asked)
         times = await asked.log_times_ms(job_id)
         first, last = times or (0, 0)
@@ -410,24 +363,6 @@ def _timestamp(message: Message) -> int:
     return message.get("timestamp", 0)
 
 
-def _newest(page: LogPage) -> Message:
-    """Return a page's newest line; of several with one time the last."""
-    best_nano, best_line, best_stream, position = -1, 0, Stream.NONE, 0
-    for run in page.runs:
-        position += run.count
-        nano = run.time_unix_nano + run.count - 1
-        if nano >= best_nano:
-            best_nano, best_line, best_stream = nano, position - 1, run.stream
-    message = Message(message=page.lines[best_line].decode("utf-8", "replace"), timestamp=best_nano // NANOS_PER_MS)
-    if best_stream:
-        message["stream"] = Stream.NAMES[best_stream]
-    return message
-
-
-def _newer(one: Message | None, other: Message) -> Message:
-    return other if one is None or _timestamp(other) >= _timestamp(one) else one
-
-
 def _state(state: JobState | str) -> JobState:
     try:
         return JobState(state.upper())
@@ -439,17 +374,6 @@ def _state(state: JobState | str) -> JobState:
 def _check_seconds(name: str, seconds: float, *, minimum: float) -> None:
     if not seconds >= minimum:
         raise ConfigError(f"{name} is {seconds!r}: expected seconds, {minimum:g} or more", key=name)
-
-
-def _wait_timeout(job_id: str, service: JobService, poll: StatusPoll, timeout_s: float) -> WaitTimeoutError:
-    seen = f"it is {poll.last.state}" if poll.last else "its status was not answered"
-    fault = f"; the last request failed: {poll.last_error}" if poll.last_error else ""
-    return WaitTimeoutError(
-        f"job {job_id} had not ended after {timeout_s:g} s: {seen}{fault}",
-        last_status=poll.last,
-        service=service.name,
-        job_id=job_id,
-    )
 
 
 async def _named(rows: Sequence[ListedJob], service: JobService) -> list[ListedJob]:

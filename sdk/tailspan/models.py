@@ -12,6 +12,7 @@ from tailspan.errors import ConfigError
 from tailspan.identity import check_job_id
 
 if TYPE_CHECKING:
+    from tailspan.page import Message
     from tailspan.services import JobService
 
 __all__ = ["CoerceableToJobId", "JobState", "ListedJob", "RunResponse", "fused_state", "job_id_of"]
@@ -158,6 +159,9 @@ class RunResponse:
     stale: bool = False
     origin: JobService | None = dataclasses.field(default=None, repr=False, compare=False)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _without_origin(self)
+
     @classmethod
     def from_state(cls, state: JobState, **fields: Any) -> RunResponse:
         """Build a status from our state, filling the Fused status fields to match it.
@@ -192,7 +196,7 @@ class RunResponse:
 
         return jobs.job_get_status(self)
 
-    def get_logs(self, since_ms: int | None = None) -> list[dict[str, Any]]:
+    def get_logs(self, since_ms: int | None = None) -> list[Message]:
         """Fetch this job's lines; see `tailspan.job_get_logs`."""
         from tailspan import jobs
 
@@ -255,6 +259,19 @@ class ListedJob:
     service: str | None = None
     lines: int | None = None
     origin: JobService | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _without_origin(self)
+
+
+def _without_origin(job: RunResponse | ListedJob) -> tuple[Any, ...]:
+    """Pickle a job for another process: the service holds connections, but its name leads back to it there."""
+    fields = {one.name: getattr(job, one.name) for one in dataclasses.fields(job) if one.name != "origin"}
+    return _unpickle, (type(job), fields)
+
+
+def _unpickle(kind: type[RunResponse | ListedJob], fields: Mapping[str, Any]) -> RunResponse | ListedJob:
+    return kind(**fields)
 
 
 CoerceableToJobId: TypeAlias = str | RunResponse | ListedJob

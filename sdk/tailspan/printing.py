@@ -14,10 +14,10 @@ from tailspan.page import Message
 __all__ = ["LinePrinter", "TailPrinter", "end_text", "is_terminal"]
 
 
-def is_terminal(file: IO[str]) -> bool:
+def is_terminal(file: IO[str] | None) -> bool:
     """Return whether a person looks at this file."""
     try:
-        return file.isatty()
+        return file is not None and file.isatty()
     except (AttributeError, ValueError):
         return False
 
@@ -29,8 +29,8 @@ class LinePrinter:
     Elsewhere the text stays as the job wrote it.
     """
 
-    def __init__(self, file: IO[str]) -> None:
-        """Print to this text file."""
+    def __init__(self, file: IO[str] | None) -> None:
+        """Print to this text file; None, as sys.stdout is without a standard output, prints nowhere."""
         self._file = file
         self._terminal = is_terminal(file)
         self._colours = not os.environ.get("NO_COLOR")
@@ -50,6 +50,8 @@ class LinePrinter:
 
     def write(self, text: str) -> None:
         """Write text and flush; a character that the file's encoding lacks becomes a question mark."""
+        if self._file is None:
+            return
         try:
             self._file.write(text)
         except UnicodeEncodeError:
@@ -63,8 +65,8 @@ class LinePrinter:
 class TailPrinter:
     """Prints what `tailspan.AsyncJobClient.follow_logs` yields."""
 
-    def __init__(self, file: IO[str]) -> None:
-        """Print to this text file."""
+    def __init__(self, file: IO[str] | None) -> None:
+        """Print to this text file, or nowhere."""
         self._printer = LinePrinter(file)
         self._silent = True
 

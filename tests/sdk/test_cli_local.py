@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -184,3 +185,17 @@ def test_people_get_tables_that_no_job_can_garble(tailspan, environment):
         assert "\x1b]0;" not in shown
         assert "\x1b[2J" not in shown
     assert "[bold]" in on_terminal(environment, "jobs")[1]
+
+
+def test_output_that_cannot_be_written_is_one_line(tailspan, environment):
+    """A full disk is said once; a standard output that is closed is nobody's problem."""
+    job = tailspan("run", "--detach", "--", "echo", "hi").stdout.strip()
+    tailspan("wait", job, "--poll", "0.05")
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "w") as full:
+            done = tailspan("logs", job, capture_output=False, stdout=full, stderr=subprocess.PIPE)
+        assert done.returncode == 1
+        assert re.fullmatch(r"tailspan: .*No space left on device\n", done.stderr)
+    shell = f"{' '.join(map(shlex.quote, TAILSPAN))} logs {job} >&-"
+    closed = subprocess.run(["sh", "-c", shell], env=environment, capture_output=True, text=True, timeout=60)
+    assert (closed.returncode, closed.stderr) == (0, "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import io
+import pickle
 import warnings
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -122,6 +123,14 @@ def test_status_knows_its_service(service, do):
         do(AsyncJobClient.job_get_status, status, service=other)
     (row,) = do(AsyncJobClient.job_list)
     assert row.origin is service
+
+
+def test_answers_can_be_sent_to_another_process(service, do):
+    """Pickling leaves the service object behind, as connections cannot be sent; its name goes along."""
+    for answer in (do(AsyncJobClient.job_get_status, "j"), *do(AsyncJobClient.job_list)):
+        received = pickle.loads(pickle.dumps(answer))
+        assert received == answer
+        assert (received.origin, received.service) == (None, "fake")
 
 
 def test_cancel_asks_once_and_leaves_ended_jobs_alone(service, do):
@@ -318,9 +327,7 @@ def test_tail_of_a_job_that_fails_without_a_line_says_so(service, clock, do):
     clock.at(3.5, lambda: service.set_state("p", "FAILED", exit_code=137, error="the image could not be pulled"))
     out = io.StringIO()
     do(AsyncJobClient.job_tail_logs, "p", file=out)
-    assert out.getvalue() == (
-        "[tailspan] job p failed: the image could not be pulled, without a line\n"
-    )
+    assert out.getvalue() == ("[tailspan] job p failed: the image could not be pulled, without a line\n")
 
 
 def test_tail_returns_on_timeout(service, clock, do):
@@ -483,7 +490,7 @@ def test_a_status_of_another_client_is_asked_for_through_our_own_service(monkeyp
             theirs = one.service("local")
             status = FakeService().add_job("j")
             async with AsyncJobClient() as two:
-                found, _ = two._find(dataclasses.replace(status, origin=theirs), None)
+                found, _ = two._opened.find(dataclasses.replace(status, origin=theirs), None)
                 return theirs, found
 
     theirs, found = anyio.run(run)

@@ -5,8 +5,10 @@ Nothing here imports what only some commands need: ``tailspan --help`` and shell
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,6 +104,13 @@ class LazyGroup(click.Group):
             ctx.exit(exit_code_of(error))
         except KeyboardInterrupt:
             ctx.exit(EXIT_INTERRUPTED)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # click ends quietly then
+            click.echo(f"tailspan: {error}", err=True)
+            # Where standard output cannot be written, the flush at exit would fail once more, and say so at length.
+            sys.stdout = None
+            ctx.exit(EXIT_ERROR)
 
 
 def exit_code_of(error: TailspanError) -> int:

@@ -138,7 +138,6 @@ def exec_time(job: str, service: str | None, config_path: Path | None, as_json: 
 
 
 def _json_lines(messages: Sequence[Message]) -> None:
-    from tailspan.cli.show import json_line
+    from tailspan.cli.show import json_lines
 
-    for message in messages:
-        json_line(message)
+    json_lines(messages)

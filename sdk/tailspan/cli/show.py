@@ -13,7 +13,7 @@ from tailspan.clean import printable
 from tailspan.models import JobState, ListedJob, RunResponse
 from tailspan.printing import LinePrinter, end_text, is_terminal
 
-__all__ = ["ended", "jobs_table", "json_line", "json_of", "seconds_text", "status_fields", "write"]
+__all__ = ["ended", "jobs_table", "json_line", "json_lines", "json_of", "seconds_text", "status_fields", "write"]
 
 _COLOURS = {
     JobState.SUCCEEDED: "green",
@@ -45,6 +45,13 @@ def json_of(answer: RunResponse | ListedJob) -> dict[str, Any]:
 def json_line(value: Any) -> None:
     """Write a value as one line of JSON (ASCII, so that no encoding can harm it)."""
     write(json.dumps(value))
+
+
+def json_lines(values: Iterable[Any]) -> None:
+    """Write each value as one line of JSON, all at once."""
+    text = "".join(f"{json.dumps(value)}\n" for value in values)
+    if text:
+        LinePrinter(sys.stdout).write(text)
 
 
 def ended(status: RunResponse) -> None:

@@ -1,0 +1,101 @@
+"""The services that one client has opened, and which of them a job belongs to."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from typing import TYPE_CHECKING
+
+from tailspan.errors import ConfigError
+from tailspan.models import CoerceableToJobId, job_id_of
+from tailspan.services import JobService, open_service
+
+if TYPE_CHECKING:
+    from tailspan.config import Settings
+
+__all__ = ["OpenedServices"]
+
+_opened_by_name: weakref.WeakSet[JobService] = weakref.WeakSet()
+
+
+class OpenedServices:
+    """Opens configured services at first use, keeps them, and closes them in the end."""
+
+    def __init__(self, settings: Settings | None, default: str | JobService | None) -> None:
+        """Open nothing yet.
+
+        Args:
+            settings: The configuration; None loads it at first use, and again when ``TAILSPAN_*`` has changed.
+            default: The service to ask when nobody says; None is ``default_service`` of the configuration.
+        """
+        self._settings = settings
+        self._loads_settings = settings is None
+        self._loaded_from: list[tuple[str, str]] = []
+        self._default = default
+        self._services: dict[str, JobService] = {}
+        self._retired: list[JobService] = []
+
+    @property
+    def settings(self) -> Settings:
+        """The configuration.
+
+        Raises:
+            ConfigError: It cannot be read, or a key is wrong.
+        """
+        if self._loads_settings:
+            found = sorted((key, value) for key, value in os.environ.items() if key.startswith("TAILSPAN_"))
+            if self._settings is None or found != self._loaded_from:
+                from tailspan.config import load_settings
+
+                # A notebook sets TAILSPAN_CONFIG after its first call: that must count.
+                self._settings, self._loaded_from = load_settings(), found
+                self._retired.extend(self._services.values())
+                self._services = {}
+        assert self._settings is not None
+        return self._settings
+
+    def service(self, which: str | JobService | None) -> JobService:
+        """Return the service of that name, opening it if need be; an object is returned as it is.
+
+        Raises:
+            ConfigError: No such service is configured, or its options are wrong.
+        """
+        if which is None:
+            which = self._default
+        if which is not None and not isinstance(which, str):
+            return which
+        settings = self.settings
+        name = which or settings.default_service
+        if name not in self._services:
+            self._services[name] = open_service(name, settings)
+            _opened_by_name.add(self._services[name])
+        return self._services[name]
+
+    def find(self, job: CoerceableToJobId, service: str | JobService | None) -> tuple[JobService, str]:
+        """Return the service to ask about a job, and the job's id there.
+
+        Raises:
+            ConfigError: It is no job, or there is no such service.
+        """
+        job_id = job_id_of(job)
+        if service is not None or isinstance(job, str):
+            return self.service(service), job_id
+        if job.origin is None:
+            return self.service(job.service), job_id
+        return self._own(job.origin), job_id
+
+    async def aclose(self) -> None:
+        """Close what was opened here; service objects given by the caller stay open."""
+        services, self._services, self._retired = [*self._services.values(), *self._retired], {}, []
+        for service in services:
+            await service.aclose()
+
+    def _own(self, origin: JobService) -> JobService:
+        # What another client opened by name belongs to that client's loop, which may be closed or, after a fork, gone.
+        if origin not in _opened_by_name or origin in self._services.values():
+            return origin
+        try:
+            ours = self.service(origin.name)
+        except ConfigError:
+            return origin
+        return ours if ours.identity == origin.identity else origin
