@@ -19,12 +19,12 @@ import msgspec
 from tailspan.page import CLEAN, MAX_PAGE_BYTES, MAX_PAGE_LINES, NANOS_PER_MS, LogPage, Run, Stream
 from tailspan.window import Window
 
-__all__ = ["ArraySplitter", "Entry", "ReplyError", "decode_json", "lines", "messages", "pages"]
+__all__ = ["STEP_BYTES", "ArraySplitter", "Entry", "ReplyError", "decode_json", "lines", "messages", "pages"]
 
 T = TypeVar("T")
 
 MAX_ELEMENT_BYTES = 64 << 20
-_STEP_BYTES = 512 << 10
+STEP_BYTES = 512 << 10
 _SEARCH_BYTES = 64 << 10
 _MAX_CANDIDATES = 16
 # A time that fits into 64 bits of ns: until the year 2262.
@@ -85,7 +85,7 @@ def _whole_pair(escape: re.Match[bytes]) -> bytes:
 class ArraySplitter(Generic[T]):
     """Takes the pieces of one JSON array of objects and gives lists of its elements; holds a bounded buffer."""
 
-    def __init__(self, decoder: msgspec.json.Decoder[list[T]], step_bytes: int = _STEP_BYTES) -> None:
+    def __init__(self, decoder: msgspec.json.Decoder[list[T]], step_bytes: int = STEP_BYTES) -> None:
         """Begin a reply.
 
         Args:

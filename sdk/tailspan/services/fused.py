@@ -5,6 +5,7 @@ Lines are known by time and text only, and may become visible late: see `tailspa
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime
@@ -20,7 +21,8 @@ from tailspan.page import LogPage, Message
 from tailspan.services import LATE_WINDOW_S
 from tailspan.services._fused_auth import DEFAULT_SCHEME, Credentials
 from tailspan.services._fused_http import FusedHttp, Retries
-from tailspan.services._fused_stream import ArraySplitter, ReplyError, decode_json, lines, messages, pages
+from tailspan.services._fused_stream import STEP_BYTES, ArraySplitter, ReplyError, decode_json, lines, messages, pages
+from tailspan.services._fused_times import Look, find_times
 from tailspan.services._fused_wire import (
     DEFAULT_BASE_URL,
     decode_row,
@@ -41,9 +43,8 @@ T = TypeVar("T")
 _TRIES = 4
 _ROWS = 100
 _OVERLAP_ROWS = 10
-_READ_WHOLE_LINES = 10_000
-_FIRST_PROBE_MS = 2_000
-_PROBE_GROWTH = 8
+_LOOK_LINES = 5_000
+_LOOK_BYTES = 64 << 10
 
 _any_json = msgspec.json.Decoder()
 
@@ -207,61 +208,45 @@ class FusedService:
     async def log_times_ms(self, job_id: str) -> tuple[int, int] | None:
         """Return the times of the first and the last line in ms since the epoch, or None without lines.
 
-        Our own server tells them in the status. Elsewhere the log's begin is read; of a long log the rest is left
-        unread, and its end is looked for backwards from the end of the job, or from now, in growing steps. Of a long
-        log that is out of order, the oldest line may be older than the first.
+        Our own server tells them in the status. Of another, a short log is read, and of a long one a small part: its
+        begin, and what is needed to find its end; see `tailspan.services._fused_times`.
         """
         path = _status_path(job_id)
         job, reply = self._status(f"GET {path}", await self._http.get(path, job_id=job_id), job_id)
         told, times = line_times(reply)
         if told:
             return times
-        first_ms = last_ms = -1
-        count = 0
-        async with aclosing(self._times(job_id, None)) as parts:
-            async for part in parts:
-                first_ms = (
-                    min(part) if first_ms < 0 else first_ms if count > _READ_WHOLE_LINES else min(first_ms, *part)
-                )
-                last_ms = max(last_ms, *part)
-                count += len(part)
-                if count > _READ_WHOLE_LINES:
-                    break
-            else:
-                return None if first_ms < 0 else (first_ms, last_ms)
-        end = job.job_status_date if job.state.is_terminal and job.job_status_date else datetime.now(UTC)
-        end_ms = int(end.timestamp() * 1000)
-        back_ms = _FIRST_PROBE_MS
-        while end_ms - back_ms > last_ms:
-            newest_ms = await self._newest_ms(job_id, end_ms - back_ms)
-            if newest_ms is not None:
-                return first_ms, max(last_ms, newest_ms)
-            back_ms *= _PROBE_GROWTH
-        newest_ms = await self._newest_ms(job_id, last_ms)
-        return first_ms, max(last_ms, newest_ms or 0)
+
+        async def look(since_ms: int | None, most_lines: float = _LOOK_LINES) -> Look:
+            first_ms, last_ms, count = -1, -1, 0
+            ask_ms = None if since_ms is None else since_ms - 1
+            async with aclosing(self._elements(job_id, ask_ms, lines, step_bytes=_LOOK_BYTES)) as parts:
+                async for entries in parts:
+                    found = [entry.timestamp for entry in entries if entry.timestamp >= (since_ms or 0)]
+                    first_ms = min(found + [first_ms] * (first_ms >= 0), default=-1)
+                    last_ms = max(last_ms, *found, -1)
+                    count += len(found)
+                    if count > most_lines:
+                        return Look(first_ms, last_ms, whole=False)
+            return Look(first_ms, last_ms, whole=True)
+
+        async def read_newest_ms(since_ms: int) -> int:
+            return (await look(since_ms, math.inf)).last_ms
+
+        now = datetime.now(UTC)
+        end = job.job_status_date if job.state.is_terminal and job.job_status_date else now
+        return await find_times(look, read_newest_ms, end_ms=_ms(end), now_ms=_ms(now))
 
     async def aclose(self) -> None:
         """Close the connections."""
         await self._http.aclose()
-
-    async def _newest_ms(self, job_id: str, since_ms: int) -> int | None:
-        newest_ms = -1
-        async with aclosing(self._times(job_id, since_ms - 1)) as parts:
-            async for part in parts:
-                newest_ms = max(newest_ms, *part)
-        return newest_ms if newest_ms >= 0 else None
-
-    async def _times(self, job_id: str, since_ms: int | None) -> AsyncGenerator[list[int], None]:
-        async with aclosing(self._elements(job_id, since_ms, lines, step_bytes=64 << 10)) as parts:
-            async for entries in parts:
-                yield [entry.timestamp for entry in entries]
 
     async def _elements(
         self,
         job_id: str,
         since_ms: int | None,
         decoder: msgspec.json.Decoder[list[T]],
-        **splitting: int,
+        step_bytes: int = STEP_BYTES,
     ) -> AsyncGenerator[list[T], None]:
         """Yield the elements of a log reply as they come in. Tries again as long as nothing was yielded."""
         path = f"/logs/{path_segment(check_job_id(job_id))}"
@@ -269,7 +254,7 @@ class FusedService:
         retries = Retries(self._http.tries)
         begun = False
         while True:
-            splitter = ArraySplitter(decoder, **splitting)
+            splitter = ArraySplitter(decoder, step_bytes)
             try:
                 async with self._http.stream(path, params, job_id=job_id) as pieces:
                     async for piece in pieces:
@@ -320,3 +305,7 @@ def _status_path(job_id: str) -> str:
 def _timestamp(message: Mapping[str, Any]) -> int:
     timestamp: int = message["timestamp"]
     return timestamp
+
+
+def _ms(moment: datetime) -> int:
+    return int(moment.timestamp() * 1000)
