@@ -18,6 +18,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests/typing_api.py
 	$(BIN)/pytest -n auto --maxprocesses 4
 
 format: $(VENV)/.installed-dev
