@@ -97,6 +97,26 @@ def test_what_was_learned_holds_for_lines_that_go_on_differently(start: bytes, e
         assert learner.find(line) == find_severity(line)
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [b"ERR: x", b"ERROR", b"ERRORS happened"],
+        [b"12:00 INFO x", b"12:00 INFORM", b"12:00 INFO2"],
+        [b"x INFO - a", b"x INFO b", b"x INFO -b"],
+        [b"[info  ] a", b"[info b"],
+        [b'{"level": "info"}', b'{"level": "info": 1}', b'{"level": "information"}'],
+        [b"I0512 12:00:00.1 glog", b"I0512 12:00:0x"],
+        [b"level=info msg", b"level=information"],
+    ],
+)
+def test_near_misses_of_what_was_learned(lines: list[bytes]) -> None:
+    """The evidence for a level is remembered to its last byte: a line that lacks it is not taken for one that has it."""
+    learner = SeverityLearner()
+    for _ in range(2):
+        assert [learner.find(line) for line in lines] == [find_severity(line) for line in lines]
+        assert learner.find_all(lines) == [find_severity(line) for line in lines]
+
+
 def test_the_learner_is_bounded() -> None:
     """A job whose level never stands in the same place twice does not make it grow without end."""
     learner = SeverityLearner()
