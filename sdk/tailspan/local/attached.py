@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from tailspan.local.launch import Launched, Request
+from tailspan.local.launch import Launched, Request, standard_fds_taken
 from tailspan.local.stdin import Stdin
 from tailspan.models import JobState, RunResponse
 
@@ -65,9 +65,11 @@ def run_attached(
         ConfigError: The command or an option is not usable.
         ServiceUnavailableError: It could not be started.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with _signals() as signals_fd, Stdin() as stdin:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    show = _if_open(1), _if_open(2)
+    with standard_fds_taken(), _signals() as signals_fd, Stdin() as stdin:
         launched = service.start(
             Request(
                 command=command,
@@ -75,7 +77,7 @@ def run_attached(
                 attributes=attributes,
                 timeout_s=timeout_s,
                 stdin_fd=stdin.for_job,
-                show=(_if_open(1), _if_open(2)),
+                show=show,
             )
         )
         stdin.hand_over()

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from tailspan.local.environment import job_environment, parent_of
 from tailspan.local.state import iso_time, write_state
 from tailspan.local.store import JobStore, new_job_id
 
-__all__ = ["Launched", "Request", "launch"]
+__all__ = ["Launched", "Request", "launch", "standard_fds_taken"]
 
 _START_TIMEOUT_S = 60.0
 _MAX_NAME_CHARS = 200
@@ -159,6 +159,7 @@ def launch(store: JobStore, request: Request, *, otlp: Mapping[str, str], grace_
         "file_mode": store.file_mode,
     }
     with contextlib.ExitStack() as stack:
+        stack.enter_context(standard_fds_taken())
         show = [None if fd is None else _closing(stack, os.dup(fd)) for fd in request.show]
         with _no_fork:
             process, spec_fd, status_fd = _spawn(store, job, request, show)
@@ -211,6 +212,20 @@ def _spawn(
             write_state(job_fd, {"state": "FAILED", "name": job["name"], "error": reason, **end}, store.file_mode)
             raise
     return process, spec_fd, status_fd
+
+
+@contextlib.contextmanager
+def standard_fds_taken() -> Iterator[None]:
+    """Where 0, 1 or 2 are closed, keep files of ours from getting these numbers: a child has others under them."""
+    taken: list[int] = []
+    try:
+        while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
+            taken.append(fd)
+        os.close(fd)
+        yield
+    finally:
+        for fd in taken:
+            os.close(fd)
 
 
 def _closing(stack: contextlib.ExitStack, fd: int) -> int:
