@@ -8,7 +8,7 @@ ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 INSTALL := $(if $(UV),VIRTUAL_ENV=$(VENV) $(UV) pip install --quiet,$(BIN)/python -m pip install -qq --disable-pip-version-check)
 INSTALL += --constraint requirements.lock
 
-.PHONY: demo test format lock clean
+.PHONY: demo test test-fused-client format lock clean
 .NOTPARALLEL: # two installs into one environment would fight
 
 demo: $(VENV)/.installed-agent
@@ -20,6 +20,10 @@ test: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/mypy tests/typing_api.py
 	$(BIN)/pytest -n auto --maxprocesses 4
+
+# Published `fused` clients, each in an environment of its own (2.5 GB), against `tailspan serve`.
+test-fused-client: $(VENV)/.installed-dev
+	PYTEST=$(BIN)/pytest tests/fused_clients.sh
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
