@@ -262,7 +262,7 @@ class _Heads(dict[int, bytes]):
 _MAX_TABLE_LENGTH = 1024
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _heads(index: int, rest: int) -> _Heads:
     return _Heads(severity_fields(SEVERITIES[index]), rest)
 

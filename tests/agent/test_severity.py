@@ -110,7 +110,7 @@ def test_what_was_learned_holds_for_lines_that_go_on_differently(start: bytes, e
     ],
 )
 def test_near_misses_of_what_was_learned(lines: list[bytes]) -> None:
-    """The evidence for a level is remembered to its last byte: a line that lacks it is not taken for one that has it."""
+    """The evidence for a level is remembered to its last byte: a line without it does not pass."""
     learner = SeverityLearner()
     for _ in range(2):
         assert [learner.find(line) for line in lines] == [find_severity(line) for line in lines]
