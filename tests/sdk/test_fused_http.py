@@ -1,6 +1,7 @@
 """Requests of the Fused service: what goes over the wire, what is tried again, and what each fault becomes."""
 
 import asyncio
+import ssl
 import time
 from pathlib import Path
 
@@ -353,8 +354,6 @@ def test_requests_are_paced():
 def test_a_private_authority(tmp_path):
     """A server with a certificate of one's own is verified by ca_file, and refused without, saying so."""
     authority = trustme.CA()
-    import ssl
-
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(context)
     ca_file = tmp_path / "ca.pem"
