@@ -247,7 +247,7 @@ def _report(settings: Settings, home: Path, agent: Agent, samples: Mapping[str, 
         f"  OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4318 TAILSPAN_OTLP__SIGNALS=traces {program} demo",
         "",
         "Run a job of your own, and relay it:",
-        f"  {config} {program} run -- python -m compileall -q .",
+        f"  {config} {program} run -- python3 -m compileall .",
         f"  {config} {program} agent run --once",
     ]
     return "\n".join(lines)
