@@ -63,7 +63,7 @@ _INDEX = {severity.text.encode(): index for index, severity in enumerate(SEVERIT
 
 _UPPER = sorted(_NUMBERS, key=len, reverse=True)
 _ANY_CASE = "|".join(case for word in _UPPER for case in (word, word.lower(), word.title()))
-_START = re.compile(rf"(?P<glog>[IWEF])\d{{4}} \d\d:\d\d:\d\d|\s*(?P<word>{_ANY_CASE}):".encode())
+_START = re.compile(rf"(?P<glog>[IWEF])\d{{4}} \d\d:\d\d:\d\d|\s{{0,40}}(?P<word>{_ANY_CASE}):".encode())
 _OPENERS = "[=\"'"
 _NOT_OF_WORD = f"{_OPENERS} ".encode()
 # Each alternative starts with a literal: only then the search skips, at the speed of memchr, what cannot match.
@@ -71,7 +71,9 @@ _WORD = re.compile(
     "|".join((*(rf"{word}\b" for word in _UPPER), *(rf"\{opener} *(?:{_ANY_CASE})\b" for opener in _OPENERS))).encode()
 )
 _AFTER_TIME = re.compile(rb"\d\d:\d\d(?::\d\d)?[\d.,:+Z-]*\s+(?:[\w.:$/@-]+\s+)?\Z")
-_AFTER_STRUCTURE = re.compile(rb"(?:[\]})|]:?|\s-)\s*\Z")
+_STRUCTURE_ENDS = (b"]", b"}", b")", b"|", b"]:", b"}:", b"):", b"|:", b" -")
+_KEY_ENDS = (b"=", b'"', b"'")
+_KEY_BYTES = 24
 _AFTER_KEY = re.compile(rb"(?:^|\s)(?:level|lvl|severity)=[\"']?\Z")
 _AFTER_JSON_KEY = re.compile(rb"\"(?:level|severity|levelname|lvl|log\.level|log_level)\"\s{0,4}:\s{0,4}\"\Z")
 _BEFORE_STRUCTURE = re.compile(rb"\s*[:\]|]|\s+[-|]\s|/")
@@ -121,7 +123,8 @@ def _find(line: bytes) -> tuple[int, int]:
 
 
 def _json_end(head: bytes, start: int, end: int) -> int:
-    return end if head[end : end + 1] == b'"' and _AFTER_JSON_KEY.search(head, max(0, start - 24), start) else 0
+    is_value = head[end : end + 1] == b'"' and _AFTER_JSON_KEY.search(head, max(0, start - _KEY_BYTES), start)
+    return end if is_value else 0
 
 
 def _text_end(head: bytes, start: int, end: int) -> int:
@@ -129,14 +132,16 @@ def _text_end(head: bytes, start: int, end: int) -> int:
     left = head[:start]
     before = left.rstrip()
     is_upper = head[start:end].isupper()
-    closer = _BRACKETS.get(before[-1:])
+    opener = before[-1:]
+    # Names[error] is code.
+    closer = None if opener == b"[" and before[-2:-1].isalnum() else _BRACKETS.get(opener)
     if closer == b"]" or (closer and is_upper):
         inner = end
         while head[inner : inner + 1] == b" ":
             inner += 1
         if head[inner : inner + 1] == closer:
             return inner + 1
-    if _AFTER_KEY.search(left):
+    if opener in _KEY_ENDS and _AFTER_KEY.search(head, max(0, start - _KEY_BYTES), start):
         return end
     if not is_upper:
         return 0
@@ -145,7 +150,7 @@ def _text_end(head: bytes, start: int, end: int) -> int:
     if left[-1:].isspace() or left[-1:] in (b"[", b"|", b":"):
         if right := _BEFORE_STRUCTURE.match(head, end):
             return right.end()
-        if _AFTER_STRUCTURE.search(left) or _AFTER_TIME.search(left):
+        if before.endswith(_STRUCTURE_ENDS) or _AFTER_TIME.search(left):
             return end
     return 0
 

@@ -53,6 +53,7 @@ UNSPECIFIED_LINES = [
     '{"level": 30}',
     '{"level": "beginner"}',
     "<error>xml</error>",
+    "code: type[Warning] = None",
     "I0512 is a part number",
     "x" * 500 + " [ERROR] too far right to be a prefix",
 ]
@@ -110,7 +111,7 @@ def test_what_was_learned_holds_for_lines_that_go_on_differently(start: bytes, e
     ],
 )
 def test_near_misses_of_what_was_learned(lines: list[bytes]) -> None:
-    """The evidence for a level is remembered to its last byte: a line without it does not pass."""
+    """Evidence is remembered to its last byte: a line that lacks it does not pass for one that has it."""
     learner = SeverityLearner()
     for _ in range(2):
         assert [learner.find(line) for line in lines] == [find_severity(line) for line in lines]
