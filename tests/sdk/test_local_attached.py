@@ -25,9 +25,13 @@ from tailspan.services.local import LocalService
 service = LocalService(state_dir=Path(sys.argv[1]), cancel_grace_s=600)
 sys.exit(exit_code_of(run_attached(service, sys.argv[2:])))
 """
-IGNORE = (
-    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(600)"
-)
+REFUSE = """
+import signal, time
+signal.signal(signal.SIGTERM, lambda *_: print("no", flush=True))
+print("ready", flush=True)
+while True:
+    time.sleep(600)
+"""
 
 
 @pytest.fixture
@@ -88,10 +92,10 @@ def test_a_signal_cancels_the_job_and_its_end_is_reported(runner, local, number)
 
 def test_a_second_signal_kills(runner, local):
     """Whoever presses Ctrl-C twice does not want to wait for the grace time."""
-    running = runner(sys.executable, "-c", IGNORE)
+    running = runner(sys.executable, "-c", REFUSE)
     assert running.stdout.readline() == b"ready\n"
     running.send_signal(signal.SIGINT)
-    until((local.directory(the_job(local)) / "log").read_bytes)
+    assert running.stdout.readline() == b"no\n"
     running.send_signal(signal.SIGINT)
     assert running.wait(60) == 137
     assert local.complete(the_job(local)).state is JobState.CANCELED

@@ -128,7 +128,7 @@ def test_exit_codes_and_signals(local):
 
 def test_commands_that_cannot_be_executed_are_failed_jobs(local, tmp_path):
     """Whoever watches the pipeline sees that it failed, and why."""
-    job = local.run("no-such-command-here")
+    job = anyio.run(lambda: local.service.submit(["no-such-command-here"]))
     assert (job.state, job.exit_code, job.logs_complete) == (JobState.FAILED, 127, True)
     assert job.error.startswith("no-such-command-here: command not found")
     job = local.run(str(tmp_path))

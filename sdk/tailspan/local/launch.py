@@ -166,7 +166,7 @@ def launch(store: JobStore, request: Request, *, otlp: Mapping[str, str], grace_
         try:
             # More than a pipe holds; the supervisor's death ends it.
             with open(spec_fd, "wb") as pipe:
-                pipe.write(marshal.dumps({**spec, "tee": show}))
+                pipe.write(marshal.dumps({**spec, "show": show}))
         except BrokenPipeError:
             # What it said before it died stands in the status pipe.
             pass

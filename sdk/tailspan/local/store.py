@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tailspan.directories import make_private
 from tailspan.errors import ConfigError, JobNotFoundError, ProtocolError
 from tailspan.local.index import HEADER
 from tailspan.models import JobState
@@ -267,11 +268,7 @@ class JobStore:
                 shutil.rmtree(entry.path, ignore_errors=True)
 
     def _make_directories(self) -> None:
-        if not self.state_dir.is_dir():
-            self.state_dir.parent.mkdir(parents=True, exist_ok=True)
-            self._make_directory(self.state_dir)
-        if not self._jobs.is_dir():
-            self._make_directory(self._jobs)
+        make_private(self._jobs, self._make_directory)
 
     def _make_directory(self, path: Path) -> None:
         path.mkdir(mode=0o700, exist_ok=True)

@@ -12,7 +12,6 @@ Standard library only, and little of that: a supervisor lives as long as its job
 from __future__ import annotations
 
 import errno
-import fcntl
 import marshal
 import os
 import select
@@ -21,13 +20,13 @@ import time
 import traceback
 from typing import Any
 
-from tailspan.local.capture import LineBuffer, LogWriter, Piece
+from tailspan.local.capture import LogWriter, Piece
 from tailspan.local.command_process import NotStartedError, start
+from tailspan.local.output_stream import READ_BYTES, OutputStream
 from tailspan.local.state import iso_time, state_line, write_state
 
 __all__ = ["main"]
 
-_PIPE_BYTES = 256 * 1024
 _NAP_S = 0.001
 _PROGRESS_S = 5.0
 _HEARTBEAT_S = 30.0
@@ -51,54 +50,16 @@ def main(job_fd: int, spec_fd: int, lock_fd: int) -> None:
         spec = marshal.load(pipe)  # noqa: S302 - written by our own launcher, in the same interpreter
     # Until here standard error is the status pipe, so that the submitter learns why an interpreter did not start.
     status_fd = os.dup(2)
-    for fd in (job_fd, lock_fd, *spec["tee"]):
+    for fd in (job_fd, lock_fd, *spec["show"]):
         if fd is not None:
             os.set_inheritable(fd, False)
+    file_mode: int = spec["file_mode"]
     try:
         _Supervisor(job_fd, lock_fd, status_fd, spec).run()
     except BaseException:
-        fd = os.open("supervisor.err", os.O_WRONLY | os.O_CREAT, spec["file_mode"], dir_fd=job_fd)
+        fd = os.open("supervisor.err", os.O_WRONLY | os.O_CREAT, file_mode, dir_fd=job_fd)
         os.write(fd, traceback.format_exc().encode("utf-8", "replace"))
         raise
-
-
-class _Stream:
-    """One output stream of the job: its pipe, its unfinished line, and where it is shown."""
-
-    def __init__(self, number: int, fd: int, tee_fd: int | None) -> None:
-        self.number = number
-        self.fd = fd
-        self.lines = LineBuffer()
-        self.capacity = _enlarge(fd)
-        self._tee_fd = tee_fd
-        os.set_blocking(fd, False)
-
-    def show(self, data: bytes) -> None:
-        """Show output at once to the person who typed the command; a terminal that is gone ends only the showing."""
-        view = memoryview(data)
-        while view and self._tee_fd is not None:
-            try:
-                view = view[os.write(self._tee_fd, view) :]
-            except BlockingIOError:
-                poller = select.poll()
-                poller.register(self._tee_fd, select.POLLOUT)
-                poller.poll()
-            except OSError:
-                self.stop_showing()
-
-    def stop_showing(self) -> None:
-        if self._tee_fd is not None:
-            os.close(self._tee_fd)
-            self._tee_fd = None
-
-
-def _enlarge(fd: int) -> int:
-    """Make room in a pipe, so that a job need not wait for us; return how many bytes it holds."""
-    try:
-        return fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-    except (AttributeError, OSError):
-        # Not Linux, or this user's pipes are at their limit: at most what a pipe has by default.
-        return 64 * 1024
 
 
 def _wait_for_disk(error: OSError) -> None:
@@ -141,7 +102,7 @@ class _Supervisor:
         self._reason: str | None = None
         self._give_up = False
         self._deadlines: dict[str, float] = {}
-        self._streams: dict[int, _Stream] = {}
+        self._streams: dict[int, OutputStream] = {}
         self._last_read_s = 0.0
         self._progress_s = 0.0
         self._wake_fd, waker_fd = os.pipe()
@@ -163,16 +124,18 @@ class _Supervisor:
         try:
             started = start(self._spec["argv"], self._spec["env"])
         except NotStartedError as error:
+            moment = iso_time(now)
+            self._state.update(state="FAILED", started_at=moment, finished_at=moment, end=moment)
+            self._state.update(exit_code=error.exit_code, error=str(error))
+            self._write_state()
             self._tell({"started": True, "supervisor_pid": os.getpid()})
-            self._state["started_at"] = iso_time(now)
-            self._write_terminal("FAILED", now, exit_code=error.exit_code, error=str(error))
-            self._write_end()
+            self._tell({"ended": True})
             return
         self._pid = started.pid
-        tee = self._spec["tee"]
+        show = self._spec["show"]
         self._streams = {
             stream.fd: stream
-            for stream in (_Stream(1, started.stdout_fd, tee[0]), _Stream(2, started.stderr_fd, tee[1]))
+            for stream in (OutputStream(1, started.stdout_fd, show[0]), OutputStream(2, started.stderr_fd, show[1]))
         }
         # The environment is not needed any more, and it may hold secrets.
         self._spec.clear()
@@ -232,13 +195,13 @@ class _Supervisor:
             return max(0.0, self._progress_s - time.monotonic()) * 1000
         return None
 
-    def _read(self, stream: _Stream, at_unix_nano: int | None = None) -> int | None:
+    def _read(self, stream: OutputStream, at_unix_nano: int | None = None) -> int | None:
         """Read what a pipe holds; return how many bytes: 0 at its end, None when there is nothing now."""
         if time.monotonic() - self._last_read_s < 2 * _NAP_S:
             # Let a chatty job fill its pipe: a thousand reads a second are enough, and cheaper for both.
             time.sleep(_NAP_S)
         try:
-            data = os.read(stream.fd, _PIPE_BYTES)
+            data = os.read(stream.fd, READ_BYTES)
         except BlockingIOError:
             return None
         now_s = time.monotonic()
@@ -263,7 +226,7 @@ class _Supervisor:
                 self._progress_s = time.monotonic() + _PROGRESS_S
                 self._append(stream, stream.lines.progress())
 
-    def _append(self, stream: _Stream, pieces: list[Piece], at_unix_nano: int | None = None) -> None:
+    def _append(self, stream: OutputStream, pieces: list[Piece], at_unix_nano: int | None = None) -> None:
         for piece in pieces:
             self._writer.append(piece, stream.number, at_unix_nano or time.time_ns())
 
@@ -297,16 +260,13 @@ class _Supervisor:
             error = f"ran longer than its timeout of {self._timeout_s:g} s"
         elif self._reason:
             error = "canceled"
-        self._write_terminal(
-            self._reason or ("FAILED" if error else "SUCCEEDED"),
-            now_unix_nano,
+        self._state.update(
+            state=self._reason or ("FAILED" if error else "SUCCEEDED"),
+            finished_at=iso_time(now_unix_nano),
             exit_code=exit_code if exit_code >= 0 else 128 - exit_code,
             signal=signal_name,
             error=error,
         )
-
-    def _write_terminal(self, state: str, now_unix_nano: int, **facts: Any) -> None:
-        self._state.update(state=state, finished_at=iso_time(now_unix_nano), **facts)
         self._write_state()
         self._tell({"ended": True})
 
