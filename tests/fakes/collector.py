@@ -36,7 +36,7 @@ import tempfile
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -95,6 +95,7 @@ class Reply:
         hang: Never answer (until the collector stops).
         cut: ``request``: close the connection without an answer, nothing taken; ``answer``: take the request, send
             half of the answer's header and drop the connection (HTTP only).
+        sent: Called once the answer is written (HTTP only).
     """
 
     status: int = 200
@@ -107,6 +108,7 @@ class Reply:
     delay_s: float = 0.0
     hang: bool = False
     cut: str = ""
+    sent: Callable[[], object] | None = None
 
     @property
     def takes(self) -> bool:
@@ -142,7 +144,12 @@ Answer = Reply | Callable[[Request], Reply]
 
 
 class Collector:
-    """See the module's docstring."""
+    """See the module's docstring.
+
+    Attributes:
+        open_requests: HTTP requests whose head has come and whose answer is not written.
+        on_begin: Called with the signal when the head of an HTTP request has come, before its body is read.
+    """
 
     def __init__(self, *, tls: Tls | None = None, http_port: int = 0, grpc_port: int = 0) -> None:
         self._tls = tls
@@ -153,6 +160,8 @@ class Collector:
         self._arrived = threading.Condition()
         self.stopping = threading.Event()
         self._requests: list[Request] = []
+        self.open_requests = 0
+        self.on_begin: Callable[[str], object] = lambda signal: None
         self._http: _HttpServer | None = None
         self._http_thread: threading.Thread | None = None
         self._grpc: Any = None
@@ -244,8 +253,26 @@ class Collector:
 
     def clear(self) -> None:
         """Forget what came; scripts stay."""
+        self.drain()
+
+    def drain(self) -> list[Request]:
+        """Return what came since the last time, and forget it; scripts stay."""
         with self._arrived:
-            self._requests.clear()
+            came, self._requests = self._requests, []
+            return came
+
+    @contextlib.contextmanager
+    def receiving(self, signal: str) -> Iterator[None]:
+        """Count a request as open. For the HTTP server below."""
+        with self._arrived:
+            self.open_requests += 1
+        try:
+            self.on_begin(signal)
+            yield
+        finally:
+            with self._arrived:
+                self.open_requests -= 1
+                self._arrived.notify_all()
 
     def log_records(self) -> list[LogRow]:
         """Every log record taken so far, in order of arrival."""
@@ -348,6 +375,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         signal = next((name for name in SIGNALS if self.path.split("?")[0].endswith(f"/v1/{name}")), None)
+        with self.server.collector.receiving(signal or ""):
+            self._answer(signal)
+
+    do_GET = do_POST  # noqa: N815 (the name that http.server calls)
+
+    def _answer(self, signal: str | None) -> None:
         wire = self._read_body()
         if signal is None:
             self._send(404, {}, b"404 page not found\n")
@@ -383,8 +416,8 @@ class _Handler(BaseHTTPRequestHandler):
             body = json_format.MessageToJson(response).encode() if is_json else response.SerializeToString()
             more.setdefault("Content-Type", "application/json" if is_json else "application/x-protobuf")
         self._send(reply.status, more, body if body is not None else reply.message.encode())
-
-    do_GET = do_POST  # noqa: N815 (the name that http.server calls)
+        if reply.sent is not None:
+            reply.sent()
 
     def _read_body(self) -> bytes:
         if (self.headers.get("Transfer-Encoding") or "").lower() != "chunked":

@@ -11,7 +11,8 @@
 
 A line's visibility is decided when a log request comes in; `since_ms` is inclusive or exclusive as the fake was made.
 Replies are sorted by timestamp (stable) unless ``sort=False``. Anything else is a hook: ``job.on_read`` and
-``job.on_status`` are called with the number of the request (from 1) before it is answered, ``api.on_list`` likewise.
+``job.on_status`` are called with the number of the request (from 1) before it is answered, ``api.on_list`` likewise;
+``job.on_answered`` is called with the number of a log request when its answer is written.
 ``job.body`` replaces a job's log by chunks of bytes (any callable), for replies too large to hold.
 
 Faults are taken in the order they were added, each for ``times`` requests of its kind; see `Fault`. All requests are
@@ -112,6 +113,7 @@ class FakeJob:
     statuses: int = 0
     cancels: int = 0
     on_read: Callable[[int], object] = lambda number: None
+    on_answered: Callable[[int], object] = lambda number: None
     on_status: Callable[[int], object] = lambda number: None
     body: Callable[[int | None], Iterable[bytes]] | None = None
     _lines: list[_Line] = field(default_factory=list)
@@ -388,6 +390,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._stream(job.body(since_ms))
             else:
                 self._json(fake._lines(job, since_ms), truncate=truncate)
+            job.on_answered(job.reads)
         elif request.verb == "cancel":
             job.cancels += 1
             if not job.status["finished_job_status"]:
@@ -424,6 +427,7 @@ class _Handler(BaseHTTPRequestHandler):
             if self.fake._closed.is_set():
                 break
             self.wfile.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+            self.wfile.flush()
         else:
             self.wfile.write(b"0\r\n\r\n")
         self.wfile.flush()
