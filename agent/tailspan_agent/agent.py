@@ -8,33 +8,36 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from tailspan.config import Settings, Watch
-from tailspan.errors import ConfigError, ServiceError, TailspanError
+from tailspan.config import Settings
+from tailspan.errors import ConfigError, JobNotFoundError, TailspanError
 from tailspan.services import JobService, open_service
 from tailspan_agent.agent_metrics import AgentMetrics, agent_resource
 from tailspan_agent.backlog import Backlog
 from tailspan_agent.checkpoint import Store
+from tailspan_agent.errors import CheckpointError
+from tailspan_agent.following import Following
 from tailspan_agent.job_metrics import FollowedJob
 from tailspan_agent.lanes import Lane, SpanLane
-from tailspan_agent.outlets import Outlets
+from tailspan_agent.outlets import SIGNALS, Outlets
 from tailspan_agent.redact import Redactor
-from tailspan_agent.relay import Relay, Source
+from tailspan_agent.relay import Relay
 from tailspan_agent.runs import PipelineNames
 from tailspan_agent.status_server import StatusServer
 from tailspan_agent.tailer import Tailer
+from tailspan_agent.tasks import cancelled
 from tailspan_agent.telemetry import MetricsPush, Telemetry, export_interval_s
-from tailspan_agent.watcher import Watcher, match
+from tailspan_agent.watcher import Watcher
 
 __all__ = ["Agent", "OnceResult"]
 
 _LANES = 8
-_CRASH_PAUSE_S = 30.0
 _FORGET_S = 30 * 86400.0
 _HOUSEKEEPING_S = 3600.0
+_LAST_PUSH_S = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +57,7 @@ class OnceResult:
     jobs: int
     acked: int
     rejected: int
-    failures: tuple[ServiceError, ...]
+    failures: tuple[TailspanError, ...]
     delivered: bool
 
 
@@ -71,13 +74,23 @@ class Agent:
     """
 
     def __init__(self, settings: Settings, opener: Callable[[str, Settings], JobService] = open_service) -> None:
-        if settings.otlp.disabled:
-            raise ConfigError("OTEL_SDK_DISABLED is set: unset it to let the agent relay", key="OTEL_SDK_DISABLED")
+        _check_enabled(settings)
         self.settings = settings
-        self._opener = opener
-        self.store = Store(settings.agent.state_dir)
-        if self.store.recovered:
-            _log.warning("the checkpoint store was damaged (%s)", self.store.recovered)
+        with contextlib.ExitStack() as undo:
+            self.store = Store(settings.agent.state_dir)
+            undo.callback(self.store.close)
+            if self.store.recovered:
+                _log.warning("the checkpoint store was damaged (%s)", self.store.recovered)
+            self._make_parts(settings)
+            undo.pop_all()
+        self._following = Following(self._relay, opener)
+        self._pumps: list[asyncio.Task[None]] = []
+        self._pushing: asyncio.Task[None] | None = None
+        self.server: StatusServer | None = None
+        self._stopping = asyncio.Event()
+        self._skip_drain = asyncio.Event()
+
+    def _make_parts(self, settings: Settings) -> None:
         self.metrics = AgentMetrics(
             agent_resource(settings.agent.service_name, self.store.instance_id, settings.otlp.resource)
         )
@@ -98,40 +111,36 @@ class Agent:
         self.telemetry = Telemetry(
             self.metrics,
             runs=lambda: list(self._relay.totals.values()),
-            jobs=lambda: list(self._followed()),
+            jobs=self._followed,
             names=self._relay.names,
             start_unix_nano=self.store.start_unix_nano,
             run_id_on_metrics=settings.agent.run_id_on_metrics,
         )
-        self._sources: dict[str, Source] = {}
-        self._watchers: dict[str, Watcher] = {}
-        self._watcher_tasks: dict[str, asyncio.Task[None]] = {}
-        self._tailers: dict[Tailer, asyncio.Task[None]] = {}
-        self._pumps: list[asyncio.Task[None]] = []
-        self._pushing: MetricsPush | None = None
-        self.server: StatusServer | None = None
-        self._stopping = asyncio.Event()
-        self._skip_drain = asyncio.Event()
 
     @property
     def tailers(self) -> list[Tailer]:
         """The tailers that run now."""
-        return list(self._tailers)
+        return list(self._following.tailers)
 
     @property
     def watchers(self) -> list[Watcher]:
         """The watchers, one per watched service."""
-        return list(self._watchers.values())
+        return list(self._following.watchers.values())
 
     def problems(self) -> list[str]:
         """Return short words for what keeps the agent from relaying; empty when it is ready."""
         found = [f"endpoint_{signal}_paused" for signal in self.outlets.paused()]
-        found += [f"service_{watcher.name}_unreachable" for watcher in self._watchers.values() if watcher.failure]
-        return found
+        return found + [f"service_{name}_unreachable" for name in self._following.unreachable]
 
-    def _followed(self) -> Iterator[FollowedJob]:
-        jobs = [tailer.followed for tailer in self._tailers]
-        yield from (job for job in jobs if job is not None)
+    def _followed(self) -> list[FollowedJob]:
+        self.outlets.paused()  # asked with each snapshot, so that the metrics say it too
+        jobs = [tailer.followed for tailer in self.tailers]
+        return [job for job in jobs if job is not None]
+
+    @property
+    def stopping(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopping.is_set()
 
     def stop(self) -> None:
         """Ask `run` to stop reading, finish what is in flight, and return; a second call skips the drain."""
@@ -161,20 +170,19 @@ class Agent:
                     allowed_hosts=self.settings.agent.allowed_hosts,
                 )
                 await stack.enter_async_context(self.server)
-            push = self._pushing = self._push()
-            if push is not None:
-                self._pumps.append(asyncio.create_task(push.run(asyncio.Event())))
-            self._watch(self.settings)
+            self._start_pushing()
+            self._following.watch(await self._following.open(self.settings, {}), self.settings)
             self._pumps.append(asyncio.create_task(self._housekeep()))
-            _log.info("the agent follows %s", ", ".join(sorted(self._watchers)) or "nothing")
+            _log.info("the agent follows %s", ", ".join(sorted(self._following.watchers)) or "nothing")
             on_ready()
-            await self._stopping.wait()
+            await self._first_of(self._stopping.wait())
             on_stop()
             _log.info("stopping: what was read is sent, for up to %g s", self.settings.agent.drain_timeout)
-            await self._stop_reading()
-            drained = await self._drain(self.settings.agent.drain_timeout)
+            await self._following.stop_reading()
+            drained = await self._within(self._flush(), self.settings.agent.drain_timeout)
+            push = self._push()
             if push is not None and not self._skip_drain.is_set():
-                await self._within(push.export(), 5.0)
+                await self._within(push.export(), _LAST_PUSH_S)
             if not drained:
                 _log.warning("stopped before all was acked; the next start goes on from the last checkpoint")
 
@@ -187,40 +195,36 @@ class Agent:
         Returns:
             What was relayed, and whether all of it is acked.
         """
-        failures: list[ServiceError] = []
+        failures: list[TailspanError] = []
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(self._close)
             self._start_pumps()
-            self._watch(self.settings, once=True)
-            everything: list[Tailer] = []
+            following = self._following
+            following.watch(await following.open(self.settings, {}), self.settings, once=True)
 
             async def relay() -> None:
-                for watcher in self._watchers.values():
+                for watcher in self.watchers:
                     try:
                         await watcher.scan()
-                    except ServiceError as error:
+                    except TailspanError as error:
                         failures.append(error)
-                everything.extend(self._tailers)
-                while self._tailers:
-                    await asyncio.wait(self._tailers.values())
+                    failures.extend(watcher.skipped.values())
+                while following.tailers:
+                    await asyncio.wait(following.tailers.values())
                 await self._flush()
                 push = self._push()
                 if push is not None:
                     await push.export()
 
-            stopped = asyncio.create_task(self._stopping.wait())
-            relaying = asyncio.create_task(relay())
-            await asyncio.wait({stopped, relaying}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-            delivered = relaying.done()
-            for task in (stopped, relaying):
-                task.cancel()
-            await asyncio.gather(stopped, relaying, return_exceptions=True)
-            if delivered:
-                relaying.result()
-            failures += [tailer.failure for tailer in everything if tailer.failure is not None]
-            await self._stop_reading()
+            delivered = await self._first_of(self._stopping.wait(), relay(), timeout_s=timeout_s) == 1
+            await following.stop_reading()
+            named = {job_id for watch in self.settings.agent.watch for job_id in watch.jobs}
+            for tailer in following.started:
+                # A job that was listed and deleted before it was read is not one that somebody misspelt.
+                if not isinstance(tailer.failure, JobNotFoundError) or tailer.job_id in named:
+                    failures += [tailer.failure] if tailer.failure is not None else []
             return OnceResult(
-                jobs=len(everything),
+                jobs=len(following.started),
                 acked=logs.delivered if (logs := self.outlets.get("logs")) else 0,
                 rejected=self.outlets.rejected,
                 failures=tuple(failures),
@@ -232,88 +236,30 @@ class Agent:
         """Go over to a changed configuration: stop what is gone, start what is new, leave the rest running.
 
         Args:
-            settings: The newly loaded configuration. ``agent.state_dir``, ``agent.listen`` and the set of signals are
-                taken up at the next start only.
+            settings: The newly loaded configuration. ``agent.state_dir``, ``agent.listen``, the limits of metrics and
+                the set of relayed signals are taken up at the next start only.
+
+        Raises:
+            ConfigError: The configuration asks for what cannot be; nothing was changed.
         """
-        old = self.settings
-        for key in ("state_dir", "listen"):
-            if getattr(settings.agent, key) != getattr(old.agent, key):
-                _log.warning("agent.%s changed: it takes effect when the agent is started anew", key)
-        await self.outlets.reload(settings)
+        _check_enabled(settings)
+        redactor = Redactor.from_settings(settings.redact)
+        kept = self._following.kept(self.settings, settings)
+        async with contextlib.AsyncExitStack() as undo:
+            sources = await self._following.open(settings, kept)
+            for source in sources.values():
+                undo.push_async_callback(source.service.aclose)
+            await self._stop_pushing()
+            try:
+                await self.outlets.reload(settings)
+            finally:
+                self._start_pushing()
+            undo.pop_all()
+        _warn_of_what_waits(self.settings, settings)
         self.settings = settings
-        if self._pushing is not None and self.outlets.metrics_exporter is not None:
-            self._pushing.use(self.outlets.metrics_exporter)
-        changed = {name for name in self._watchers if settings.services.get(name) != old.services.get(name)}
-        by_service = _watches_by_service(settings)
-        for name in [name for name in self._watchers if name in changed or name not in by_service]:
-            await self._unwatch(name)
-        for name, watcher in self._watchers.items():
-            await self._rematch(watcher, by_service[name])
-        self._watch(settings)
+        self._relay.redactor, self._relay.otlp_resource = redactor, settings.otlp.resource
+        await self._following.go_over(kept, sources, settings)
         _log.info("the configuration was reloaded")
-
-    async def _rematch(self, watcher: Watcher, watches: list[Watch]) -> None:
-        if watcher.watches == watches:
-            return
-        for tailer in list(watcher.tailers.values()):
-            if match(watches, tailer.job_id, tailer.job_name) != tailer.watch:
-                await self._cancel(tailer)
-        watcher.use(watches)
-
-    def _watch(self, settings: Settings, *, once: bool = False) -> None:
-        """Start a watcher for every watched service that has none."""
-        for name, watches in _watches_by_service(settings).items():
-            if name in self._watchers:
-                continue
-            source = Source(self._opener(name, settings))
-            self._check_identity(source)
-            self._sources[name] = source
-            self.metrics.know_service(name)
-            watcher = Watcher(self._relay, source, watches, once=once, start=lambda tailer: self._start(tailer))
-            self._watchers[name] = watcher
-            if not once:
-                self._watcher_tasks[name] = asyncio.create_task(watcher.run())
-
-    def _check_identity(self, source: Source) -> None:
-        for other in self._sources.values():
-            if other.service.identity == source.service.identity:
-                names = f"services.{other.service.name} and services.{source.service.name}"
-                raise ConfigError(f"{names} are one and the same service: watch one of them", key=names)
-
-    async def _unwatch(self, name: str) -> None:
-        task = self._watcher_tasks.pop(name, None)
-        if task is not None:
-            await _cancelled(task)
-        for tailer in list(self._watchers.pop(name).tailers.values()):
-            await self._cancel(tailer)
-        await self._sources.pop(name).service.aclose()
-
-    def _start(self, tailer: Tailer) -> None:
-        self._tailers[tailer] = asyncio.create_task(self._run_tailer(tailer))
-
-    async def _run_tailer(self, tailer: Tailer) -> None:
-        try:
-            await tailer.run()
-        except TailspanError as error:
-            _log.error("job %s: %s", tailer.job_id, error)
-            await self._pause_after(tailer)
-        except Exception:
-            _log.exception("job %s: a fault of the agent; the job is taken up again later", tailer.job_id)
-            await self._pause_after(tailer)
-        finally:
-            self._tailers.pop(tailer, None)
-            watcher = self._watchers.get(tailer.service_name)
-            if watcher is not None:
-                watcher.forget(tailer)
-
-    async def _pause_after(self, tailer: Tailer) -> None:
-        if not tailer.once:
-            await asyncio.sleep(_CRASH_PAUSE_S)
-
-    async def _cancel(self, tailer: Tailer) -> None:
-        task = self._tailers.get(tailer)
-        if task is not None:
-            await _cancelled(task)
 
     def _start_pumps(self) -> None:
         self._pumps += [asyncio.create_task(lane.run()) for lane in self._relay.lanes]
@@ -326,55 +272,78 @@ class Agent:
             return None
         return MetricsPush(self.telemetry, self.metrics, exporter, interval_s=export_interval_s())
 
+    def _start_pushing(self) -> None:
+        push = self._push()
+        if push is not None:
+            self._pushing = asyncio.create_task(push.run(asyncio.Event()))
+
+    async def _stop_pushing(self) -> None:
+        if self._pushing is not None:
+            await cancelled(self._pushing)
+
     async def _housekeep(self) -> None:
         while True:
-            lookback = max((watch.lookback for watch in self.settings.agent.watch), default=0.0)
-            forgotten = self.store.forget(max(_FORGET_S, 2 * lookback))
-            if forgotten:
-                _log.info("%d jobs without change for 30 days were forgotten", forgotten)
+            watches = self.settings.agent.watch
+            lookback = max((watch.lookback for watch in watches), default=0.0)
+            keep = {tailer.job_id for tailer in self.tailers} | {job for watch in watches for job in watch.jobs}
+            sends_spans = self._relay.spans is not None
+            try:
+                forgotten = self.store.forget(max(_FORGET_S, 2 * lookback), keep=keep, keep_unsent=sends_spans)
+            except CheckpointError as error:
+                _log.warning("old jobs are not forgotten: %s", error)
+            else:
+                if forgotten:
+                    _log.info("%d jobs without change for 30 days were forgotten", forgotten)
             await asyncio.sleep(_HOUSEKEEPING_S)
 
-    async def _stop_reading(self) -> None:
-        for task in self._watcher_tasks.values():
-            await _cancelled(task)
-        for task in list(self._tailers.values()):
-            await _cancelled(task)
+    async def _first_of(self, *work: Coroutine[Any, Any, object], timeout_s: float | None = None) -> int | None:
+        """Wait for the first of these, or for a pump to fail: what it had in hand is sent again by the next process.
+
+        Returns:
+            Which one it was; None when the time was up.
+        """
+        tasks = [asyncio.create_task(coroutine) for coroutine in work]
+        try:
+            await asyncio.wait([*tasks, *self._pumps], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            for pump in self._pumps:
+                if pump.done():
+                    pump.result()
+            first = next((number for number, task in enumerate(tasks) if task.done()), None)
+            if first is not None:
+                tasks.pop(first).result()
+            return first
+        finally:
+            for task in tasks:
+                await cancelled(task)
 
     async def _flush(self) -> None:
         await asyncio.gather(*(lane.flush() for lane in self._relay.lanes))
         if self._relay.spans is not None:
             await self._relay.spans.flush()
 
-    async def _drain(self, timeout_s: float) -> bool:
-        return await self._within(self._flush(), timeout_s)
-
     async def _within(self, work: Coroutine[Any, Any, object], timeout_s: float) -> bool:
-        task = asyncio.create_task(work)
-        skip = asyncio.create_task(self._skip_drain.wait())
-        await asyncio.wait({task, skip}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        done = task.done()
-        await _cancelled(task)
-        await _cancelled(skip)
-        return done
+        return await self._first_of(work, self._skip_drain.wait(), timeout_s=timeout_s) == 0
 
     async def _close(self) -> None:
-        await self._stop_reading()
-        for task in self._pumps:
-            await _cancelled(task)
-        for source in self._sources.values():
-            await source.service.aclose()
-        await self.outlets.aclose()
-        self.store.close()
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(self.store.close)
+            stack.push_async_callback(self.outlets.aclose)
+            stack.push_async_callback(self._following.aclose)
+            await self._following.stop_reading()
+            await self._stop_pushing()
+            for task in self._pumps:
+                await cancelled(task)
 
 
-async def _cancelled(task: asyncio.Task[Any]) -> None:
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+def _check_enabled(settings: Settings) -> None:
+    if settings.otlp.disabled:
+        raise ConfigError("OTEL_SDK_DISABLED is set: unset it to let the agent relay", key="OTEL_SDK_DISABLED")
 
 
-def _watches_by_service(settings: Settings) -> dict[str, list[Watch]]:
-    by_service: dict[str, list[Watch]] = {}
-    for watch in settings.agent.watch:
-        by_service.setdefault(watch.service, []).append(watch)
-    return by_service
+def _warn_of_what_waits(old: Settings, new: Settings) -> None:
+    keys = ("state_dir", "listen", "token", "token_file", "max_pipeline_names", "run_id_on_metrics", "service_name")
+    waiting = [f"agent.{key}" for key in keys if getattr(new.agent, key) != getattr(old.agent, key)]
+    if any((new.otlp.for_signal(name) is None) != (old.otlp.for_signal(name) is None) for name in SIGNALS):
+        waiting.append("otlp.signals")
+    for key in waiting:
+        _log.warning("%s changed: it takes effect when the agent is started anew", key)

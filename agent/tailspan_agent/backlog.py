@@ -7,7 +7,6 @@ stream. So while several of them have a backlog, one whose next lines are much n
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
 
 __all__ = ["Backlog"]
 
@@ -19,24 +18,27 @@ class Backlog:
     """Who is behind, by stream. A member joins with the time that it is at, and leaves when it has caught up."""
 
     def __init__(self) -> None:
-        self._streams: defaultdict[str, dict[object, int]] = defaultdict(dict)
+        self._streams: dict[str, dict[object, int]] = {}
         self._changed = asyncio.Condition()
 
-    def join(self, stream: str, member: object, position_ns: int) -> None:
-        """Say that a member has lines to relay from this time on.
+    async def join(self, stream: str, member: object, position_ns: int) -> None:
+        """Say that a member has lines to relay from this time on; joining again moves it there.
 
         Args:
             stream: What the store makes one stream of.
             member: Who is behind.
             position_ns: The time of its next lines, as well as it is known, in ns since the epoch.
         """
-        self._streams[stream][member] = position_ns
+        self._streams.setdefault(stream, {})[member] = position_ns
+        async with self._changed:
+            self._changed.notify_all()
 
     async def leave(self, stream: str, member: object) -> None:
         """Say that a member has caught up, or gave up for now; leaving twice is fine."""
-        if self._streams[stream].pop(member, None) is None:
+        members = self._streams.get(stream, {})
+        if members.pop(member, None) is None:
             return
-        if not self._streams[stream]:
+        if not members:
             del self._streams[stream]
         async with self._changed:
             self._changed.notify_all()
@@ -47,6 +49,6 @@ class Backlog:
             await self._changed.wait_for(lambda: self._is_next(stream, member))
 
     def _is_next(self, stream: str, member: object) -> bool:
-        members = self._streams[stream]
+        members = self._streams.get(stream, {})
         position_ns = members.get(member)
         return position_ns is None or position_ns <= min(members.values()) + _WINDOW_NS

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import cast
 
 from tailspan.config import Settings, Watch
-from tailspan.errors import ConfigError, JobNotFoundError, ServiceError, TailspanError
+from tailspan.errors import AuthError, ConfigError, JobNotFoundError, ServiceError, TailspanError
+from tailspan.models import ListedJob
 from tailspan.services import JobService, open_service
 from tailspan_agent.export import make_exporter
 from tailspan_agent.outcome import Delivered, Rejected
@@ -38,11 +40,14 @@ class Finding:
     warning: bool = False
 
 
-async def check(settings: Settings) -> AsyncIterator[Finding]:
+async def check(
+    settings: Settings, opener: Callable[[str, Settings], JobService] = open_service
+) -> AsyncIterator[Finding]:
     """Look at everything that the agent would use, and yield what was found as it is found.
 
     Args:
         settings: The loaded configuration (loading it is the first check).
+        opener: Makes the configured service of a name.
 
     Yields:
         A finding for each watched service, watch, named job and signal.
@@ -53,7 +58,7 @@ async def check(settings: Settings) -> AsyncIterator[Finding]:
     for name in dict.fromkeys(watch.service for watch in settings.agent.watch):
         subject = f"services.{name}"
         try:
-            service = open_service(name, settings)
+            service = opener(name, settings)
         except ConfigError as error:
             yield Finding(subject, str(error), _CONFIG)
             continue
@@ -97,12 +102,13 @@ async def _service(service: JobService, watches: list[Watch]) -> AsyncIterator[F
     jobs = [job_id for watch in watches for job_id in watch.jobs]
     try:
         async with asyncio.timeout(_TIMEOUT_S):
-            async for rows in service.list_jobs():
-                yield Finding(subject, f"answers; its newest job is {rows[0].job_id}")
-                break
-            else:
-                yield Finding(subject, "answers; it has no jobs yet")
-            for job_id in jobs:
+            listing = cast("AsyncGenerator[Sequence[ListedJob], None]", service.list_jobs())
+            async with aclosing(listing):
+                rows = await anext(listing, ())
+            yield Finding(
+                subject, f"answers; its newest job is {rows[0].job_id}" if rows else "answers; has no jobs yet"
+            )
+            for job_id in dict.fromkeys(jobs):
                 try:
                     job = await service.get_job(job_id)
                 except JobNotFoundError as error:
@@ -112,7 +118,7 @@ async def _service(service: JobService, watches: list[Watch]) -> AsyncIterator[F
     except TimeoutError:
         yield Finding(subject, f"did not answer within {_TIMEOUT_S:g} s", _UNREACHABLE)
     except ServiceError as error:
-        yield Finding(subject, str(error), _UNREACHABLE)
+        yield Finding(subject, str(error), _CONFIG if isinstance(error, AuthError) else _UNREACHABLE)
 
 
 async def _signal(signal: Signal, settings: Settings) -> Finding:

@@ -7,7 +7,7 @@ and the job's id, never by a configuration section's name, so renaming a section
     jobs      one row a job: the acked cursor and the facts that go with it
     seconds   per job and second of source time: how many lines were acked and the sum of their uids
               (services that know only times: lets the final read find what was never relayed)
-    spans     finished spans exactly as first sent, until and after they are acked
+    spans     finished spans exactly as first sent; they stay after their ack, so that none is made anew
     runs      cumulative run totals per pipeline, so that metrics survive restarts
     names     names of listed jobs, so that a list without names costs one request a job, once
 
@@ -16,15 +16,18 @@ All methods are quick and synchronous; the agent calls them from its event loop 
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from tailspan.directories import make_private
 from tailspan_agent.checkpoint_file import connect, lock, salvage
 from tailspan_agent.errors import CheckpointError
 from tailspan_agent.runs import RunTotals
@@ -32,6 +35,9 @@ from tailspan_agent.runs import RunTotals
 __all__ = ["Ack", "Checkpoint", "OutboxSpan", "Store", "read_checkpoint"]
 
 _UINT64 = 1 << 64
+_SMALLEST_BYTES = 512
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,16 +106,15 @@ def read_checkpoint(state_dir: Path, identity: str, job_id: str) -> Checkpoint |
         return None
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
-            return _checkpoint(db, identity, job_id)
+            return _checkpoint(db.execute(_CHECKPOINT, (identity, job_id)).fetchall())
     except sqlite3.Error as error:
         raise CheckpointError(f"cannot read the checkpoint store {path}: {error}") from error
 
 
-def _checkpoint(db: sqlite3.Connection, identity: str, job_id: str) -> Checkpoint | None:
-    row = db.execute(_CHECKPOINT, (identity, job_id)).fetchone()
-    if row is None:
+def _checkpoint(rows: list[Any]) -> Checkpoint | None:
+    if not rows:
         return None
-    key, name, backfill, cursor, facts, logs_complete, ended = row
+    key, name, backfill, cursor, facts, logs_complete, ended = rows[0]
     return Checkpoint(key, name, bool(backfill), cursor, facts, bool(logs_complete), bool(ended))
 
 
@@ -132,26 +137,29 @@ class Store:
         self.path = state_dir / "checkpoints.db"
         self.recovered: str | None = None
         try:
-            state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private(state_dir)
             self._lock_fd = lock(state_dir)
         except OSError as error:
             raise CheckpointError(f"cannot use agent.state_dir {state_dir}: {error.strerror}") from error
-        try:
+        with ExitStack() as undo:
+            undo.callback(os.close, self._lock_fd)
             self._db = self._open()
-        except BaseException:
-            os.close(self._lock_fd)
-            raise
-        self.instance_id = self._meta("instance_id", str(uuid.uuid4()))
-        self.start_unix_nano = int(self._meta("start_unix_nano", str(time.time_ns())))
+            undo.callback(self._db.close)
+            self.instance_id = self._meta("instance_id", str(uuid.uuid4()))
+            self.start_unix_nano = int(self._meta("start_unix_nano", str(time.time_ns())))
+            undo.pop_all()
         self.acked_at_s = time.time()
 
     def _open(self) -> sqlite3.Connection:
         try:
+            if self.path.exists() and self.path.stat().st_size < _SMALLEST_BYTES:
+                self.recovered = "it was empty"
             return connect(self.path)
-        except sqlite3.OperationalError as error:
+        except (OSError, sqlite3.OperationalError) as error:
             raise CheckpointError(f"cannot open the checkpoint store {self.path}: {error}") from error
-        except sqlite3.DatabaseError as error:
-            self.recovered = str(error)
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+            # SQLite quotes what is damaged in its messages, as it finds it.
+            self.recovered = " ".join(str(error).split())
         aside = self.path.with_name(f"checkpoints.corrupt-{time.time_ns()}.db")
         for suffix in ("", "-wal", "-shm"):
             part = self.path.with_name(self.path.name + suffix)
@@ -186,9 +194,15 @@ class Store:
         except sqlite3.Error as error:
             raise CheckpointError(f"cannot write the checkpoint store {self.path}: {error}") from error
 
+    def _select(self, query: str, *values: object) -> list[Any]:
+        try:
+            return self._db.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise CheckpointError(f"cannot read the checkpoint store {self.path}: {error}") from error
+
     def job(self, identity: str, job_id: str) -> Checkpoint | None:
         """Return what is known of a job."""
-        return _checkpoint(self._db, identity, job_id)
+        return _checkpoint(self._select(_CHECKPOINT, identity, job_id))
 
     def add_job(self, identity: str, job_id: str, name: str, *, backfill: bool, facts: str) -> Checkpoint:
         """Remember a job that is seen for the first time; a job that is known stays as it is."""
@@ -204,17 +218,15 @@ class Store:
 
     def finished_jobs(self, identity: str) -> set[str]:
         """Return the ids of all jobs of a service that need no more work for any signal."""
-        rows = self._db.execute(
-            "SELECT job_id FROM jobs WHERE identity = ? AND ended = 1 AND logs_complete = 1", (identity,)
-        )
-        return {job_id for (job_id,) in rows}
+        query = "SELECT job_id FROM jobs WHERE identity = ? AND ended = 1 AND logs_complete = 1"
+        return {job_id for (job_id,) in self._select(query, identity)}
 
     def unfinished_jobs(self, identity: str) -> list[tuple[str, str]]:
         """Return id and name of all jobs of a service that were seen and are not finished, oldest first."""
-        return self._db.execute(
+        return self._select(
             "SELECT job_id, name FROM jobs WHERE identity = ? AND (ended = 0 OR logs_complete = 0) ORDER BY key",
-            (identity,),
-        ).fetchall()
+            identity,
+        )
 
     def ack(self, acks: Iterable[Ack]) -> None:
         """Advance cursors, in one transaction."""
@@ -240,7 +252,7 @@ class Store:
 
     def seconds(self, key: int) -> dict[int, tuple[int, int]]:
         """Return per second of source time the count and the uid sum (mod 2^64) of a job's acked lines."""
-        rows = self._db.execute("SELECT second, lines, uid_sum FROM seconds WHERE job = ?", (key,))
+        rows = self._select("SELECT second, lines, uid_sum FROM seconds WHERE job = ?", key)
         return {second: (lines, int(uid_sum)) for second, lines, uid_sum in rows}
 
     def update_facts(self, key: int, facts: str) -> None:
@@ -268,11 +280,6 @@ class Store:
             )
             return db.total_changes - before
 
-    def has_span(self, key: int, span_id: str) -> bool:
-        """Return whether a span was written before."""
-        row = self._db.execute("SELECT 1 FROM spans WHERE job = ? AND span_id = ?", (key, span_id)).fetchone()
-        return row is not None
-
     def end_job(self, key: int, spans: Sequence[OutboxSpan], totals: RunTotals) -> bool:
         """Write a job's last spans and count its run, in one transaction, once.
 
@@ -299,15 +306,19 @@ class Store:
 
     def runs(self) -> list[RunTotals]:
         """Return the totals of all ended runs."""
-        return [
-            RunTotals.from_row(row)
-            for row in self._db.execute("SELECT pipeline, result, error_type, sum_s, buckets, exemplars FROM runs")
-        ]
+        rows = self._select("SELECT pipeline, result, error_type, sum_s, buckets, exemplars FROM runs")
+        totals = []
+        for row in rows:
+            try:
+                totals.append(RunTotals.from_row(row))
+            except ValueError as error:
+                _log.warning("run totals in %s are damaged and left out: %s", self.path, error)
+        return totals
 
     def unsent_spans(self, limit: int) -> list[OutboxSpan]:
         """Return spans that are not acked, oldest jobs first."""
-        rows = self._db.execute(
-            "SELECT job, span_id, resource, span FROM spans WHERE acked = 0 ORDER BY job LIMIT ?", (limit,)
+        rows = self._select(
+            "SELECT job, span_id, resource, span FROM spans WHERE acked = 0 ORDER BY job LIMIT ?", limit
         )
         return [OutboxSpan(*row) for row in rows]
 
@@ -320,26 +331,34 @@ class Store:
 
     def names(self, identity: str) -> dict[str, str]:
         """Return the cached names of a service's listed jobs by id."""
-        return dict(self._db.execute("SELECT job_id, name FROM names WHERE identity = ?", (identity,)))
+        return dict(self._select("SELECT job_id, name FROM names WHERE identity = ?", identity))
 
     def add_name(self, identity: str, job_id: str, name: str) -> None:
         """Cache the name of a listed job."""
         with self._transaction() as db:
             db.execute("REPLACE INTO names VALUES (?, ?, ?)", (identity, job_id, name))
 
-    def forget(self, older_than_s: float) -> int:
-        """Delete jobs that saw no change for so long, in seconds; returns how many.
+    def forget(self, older_than_s: float, *, keep: Collection[str] = (), keep_unsent: bool = True) -> int:
+        """Delete jobs that saw no change for a long time.
 
-        Unsent spans keep their job. A job that its service still lists within `lookback` must not be forgotten:
-        the caller's limit is 30 days or the largest lookback, whichever is longer.
+        Args:
+            older_than_s: For how long, in seconds. A job that its service still lists within `lookback` must not be
+                forgotten: at least the largest lookback.
+            keep: Ids of jobs to keep all the same: those that are followed now, however silent, or named by a watch.
+            keep_unsent: Whether unsent spans keep their job; where traces are not sent they would keep it for ever.
+
+        Returns:
+            How many were deleted.
         """
         with self._transaction() as db:
             db.execute("CREATE TEMP TABLE IF NOT EXISTS forgotten (job INTEGER PRIMARY KEY)")
             db.execute("DELETE FROM forgotten")
-            db.execute(
-                "INSERT INTO forgotten SELECT key FROM jobs WHERE updated_s < ?"
-                " AND key NOT IN (SELECT job FROM spans WHERE acked = 0)",
-                (time.time() - older_than_s,),
+            db.execute("INSERT INTO forgotten SELECT key FROM jobs WHERE updated_s < ?", (time.time() - older_than_s,))
+            if keep_unsent:
+                db.execute("DELETE FROM forgotten WHERE job IN (SELECT job FROM spans WHERE acked = 0)")
+            db.executemany(
+                "DELETE FROM forgotten WHERE job IN (SELECT key FROM jobs WHERE job_id = ?)",
+                [(job_id,) for job_id in keep],
             )
             db.execute(
                 "DELETE FROM names WHERE (identity, job_id) IN"

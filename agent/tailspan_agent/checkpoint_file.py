@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
 import socket
 import sqlite3
 import time
+from contextlib import closing
+from itertools import product
 from pathlib import Path
 
 from tailspan_agent.errors import CheckpointError
@@ -50,6 +53,9 @@ CREATE TABLE names (
 ) WITHOUT ROWID;
 """
 TABLES = ("meta", "jobs", "seconds", "spans", "runs", "names")
+# Nobody else writes the store; whoever does all the same must not stop the agent's event loop for long.
+_BUSY_S = 0.2
+_MAX_FILLED_BYTES = 1 << 36  # a damaged header may say anything
 
 
 def lock(state_dir: Path) -> int:
@@ -102,14 +108,15 @@ def connect(path: Path) -> sqlite3.Connection:
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     os.close(fd)
-    db = sqlite3.connect(path, isolation_level=None)
+    version = _version(path)
+    if version > SCHEMA_VERSION:
+        raise CheckpointError(
+            f"the checkpoint store {path} is of version {version}, made by a newer Tailspan;"
+            f" this one knows up to {SCHEMA_VERSION}: upgrade, or use another agent.state_dir"
+        )
+    db = sqlite3.connect(path, isolation_level=None, timeout=_BUSY_S)
+    db.text_factory = _text
     try:
-        (version,) = db.execute("PRAGMA user_version").fetchone()
-        if version > SCHEMA_VERSION:
-            raise CheckpointError(
-                f"the checkpoint store {path} is of version {version}, made by a newer Tailspan;"
-                f" this one knows up to {SCHEMA_VERSION}: upgrade, or use another agent.state_dir"
-            )
         (answer,) = db.execute("PRAGMA quick_check(1)").fetchone()
         if answer != "ok":
             raise sqlite3.DatabaseError(answer)
@@ -125,19 +132,52 @@ def connect(path: Path) -> sqlite3.Connection:
     return db
 
 
+def _version(path: Path) -> int:
+    # Read-only: even to close a file that was opened for writing can change it.
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+        version: int = db.execute("PRAGMA user_version").fetchone()[0]
+        return version
+
+
 def salvage(aside: Path, into: sqlite3.Connection) -> int:
-    """Copy every row that can still be read; what cannot resumes by `lookback`."""
+    """Copy every row that can still be read; what cannot resumes by `lookback`.
+
+    Args:
+        aside: The damaged file; one that was cut off is filled up with zeros.
+        into: The new store.
+
+    Returns:
+        How many rows were copied.
+    """
+    _fill_up(aside)
     rows = 0
-    source = sqlite3.connect(f"file:{aside}?mode=ro", uri=True)
-    try:
-        for table in TABLES:
-            try:
+    with closing(sqlite3.connect(aside)) as source:
+        source.text_factory = _text
+        # A scan ends at the first page that is damaged; one from the other end finds what lies behind it.
+        for table, backwards in product(TABLES, (0, 1)):
+            with contextlib.suppress(sqlite3.DatabaseError):
+                source.execute(f"PRAGMA reverse_unordered_selects = {backwards}")
                 for row in source.execute(f"SELECT * FROM {table}"):  # noqa: S608 - constants
                     marks = ", ".join("?" * len(row))
-                    with_row = into.execute(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", row)  # noqa: S608
-                    rows += with_row.rowcount
-            except sqlite3.DatabaseError:
-                continue
-    finally:
-        source.close()
+                    with contextlib.suppress(sqlite3.IntegrityError):
+                        rows += into.execute(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", row).rowcount  # noqa: S608
     return rows
+
+
+def _fill_up(path: Path) -> None:
+    """Give a file that was cut off the size that its header says: SQLite reads no page of it otherwise.
+
+    Source: SQLite's database file format, the database header.
+    """
+    with path.open("r+b") as file:
+        header = file.read(100)
+        if len(header) == 100 and header.startswith(b"SQLite format 3\0"):
+            page_size = int.from_bytes(header[16:18], "big")
+            size = int.from_bytes(header[28:32], "big") * (65536 if page_size == 1 else page_size)
+            if file.seek(0, os.SEEK_END) < size <= _MAX_FILLED_BYTES:
+                file.truncate(size)
+
+
+def _text(raw: bytes) -> str:
+    # One flipped bit in a text must not make its whole table unreadable.
+    return raw.decode("utf-8", "replace")

@@ -104,10 +104,8 @@ async def _run_once(settings: Settings, timeout_s: float) -> int:
         f"{result.jobs} jobs: {result.acked} log records acked, {result.rejected} rejected ({targets})", err=True
     )
     if not result.delivered:
-        click.echo(
-            f"tailspan: not everything was acked within {timeout_s:g} s; the next run goes on from the last ack",
-            err=True,
-        )
+        when = "before it was stopped" if relay.stopping else f"within {timeout_s:g} s"
+        click.echo(f"tailspan: not everything was acked {when}; the next run goes on from the last ack", err=True)
         return _UNDELIVERED
     if result.failures:
         from tailspan.cli.group import exit_code_of

@@ -61,6 +61,8 @@ def add_seconds(total: Seconds, more: Mapping[int, tuple[int, int]], sign: int =
     for second, (lines, uid_sum) in more.items():
         known_lines, known_sum = total.get(second, (0, 0))
         total[second] = (known_lines + sign * lines, known_sum + sign * uid_sum & _MASK)
+        if total[second] == (0, 0):
+            del total[second]
 
 
 def missing_lines(uids: list[int], relayed_lines: int, relayed_sum: int) -> list[int]:

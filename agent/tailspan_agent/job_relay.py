@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import time
 
 from tailspan.config import Watch
@@ -24,6 +25,8 @@ from tailspan_agent.relay import Relay
 from tailspan_agent.runs import RunTotals
 
 __all__ = ["BACKFILL_S", "JobRelay"]
+
+_log = logging.getLogger(__name__)
 
 BACKFILL_S = 1800.0
 """A job whose newest line is older than this when it is first seen is backfill: in Loki a stream of its own."""
@@ -54,18 +57,12 @@ class JobRelay:
         known = relay.store.job(service.identity, job.job_id)
         self.checkpoint = known or self._first_checkpoint(first_seen_ns)
         self.cursor = self.checkpoint.cursor
-        self.facts = JobFacts.from_json(self.checkpoint.facts)
-        self.stream = f"{job.job_name}/backfill" if self.checkpoint.backfill else job.job_name
+        self.facts = self._acked_facts = self._stored_facts(first_seen_ns)
+        self.stream = f"{service.name}/{job.job_name}" + ("/backfill" if self.checkpoint.backfill else "")
+        self._watch = watch
         self._context = LogContext.for_job(job, min_severity=watch.min_severity, redactor=relay.redactor)
-        self._resource = encode_resource(
-            resource_attributes(
-                job,
-                service_name=service.name,
-                watch_attributes=watch.attributes,
-                otlp_resource=relay.otlp_resource,
-                backfill=self.checkpoint.backfill,
-            )
-        )
+        self._resource = self._make_resource()
+        relay.sending[service.identity, job.job_id] = self
         self._unacked = 0
         self._unacked_seconds: Seconds = {}
         self._all_acked = asyncio.Event()
@@ -80,6 +77,32 @@ class JobRelay:
             backfill=newest_ns is not None and first_seen_ns - newest_ns > BACKFILL_S * 1e9,
             facts=JobFacts(first_seen_ns=first_seen_ns).to_json(),
         )
+
+    def _stored_facts(self, first_seen_ns: int) -> JobFacts:
+        try:
+            return JobFacts.from_json(self.checkpoint.facts)
+        except ValueError as error:
+            _log.warning("job %s: what was stored of it is damaged, its cursor holds: %s", self.job.job_id, error)
+            return JobFacts(first_seen_ns=first_seen_ns)
+
+    def _make_resource(self) -> bytes:
+        return encode_resource(
+            resource_attributes(
+                self.job,
+                service_name=self._service.name,
+                watch_attributes=self._watch.attributes,
+                otlp_resource=self._relay.otlp_resource,
+                backfill=self.checkpoint.backfill,
+            )
+        )
+
+    def use(self, watch: Watch) -> None:
+        """Go over to a changed watch; what is on its way goes as it is."""
+        learner = self._context.learner
+        self._watch = watch
+        self._context = LogContext.for_job(self.job, min_severity=watch.min_severity, redactor=self._relay.redactor)
+        self._context.learner = learner
+        self._resource = self._make_resource()
 
     @property
     def ended_ns(self) -> int | None:
@@ -108,6 +131,9 @@ class JobRelay:
         facts = self.facts.with_state(time.time_ns(), job.state)
         if facts is not self.facts:
             self.facts = facts
+            self._resource = self._make_resource()  # a machine is known only when one runs the job
+            known = dataclasses.replace(self._acked_facts, states=facts.states)
+            self._relay.store.update_facts(self.checkpoint.key, known.to_json())
             self.write_spans()
 
     async def send_page(self, page: LogPage, *, late: bool = False) -> None:
@@ -136,26 +162,42 @@ class JobRelay:
         assert self._lane is not None
         facts = self.facts
 
+        health = self._relay.health
+
         def ack() -> Ack:
             # What a restart at this cursor must know: the lines up to this page, the states seen up to now.
             known = dataclasses.replace(facts, states=self.facts.states)
             return Ack(self.checkpoint.key, cursor, known.to_json(), seconds)
 
         def done(rejected: int, reason: str) -> None:
-            self._unacked -= 1
-            add_seconds(self._unacked_seconds, seconds, -1)
-            health = self._relay.health
+            self._acked_facts = facts
+            self._off_the_way(seconds)
             health.records_acked(self._service.name, count - rejected, newest_ns)
             if rejected:
                 health.records_rejected(self._service.name, rejected, reason)
             health.checkpointed()
-            if not self._unacked:
-                self._all_acked.set()
 
         self._unacked += 1
         add_seconds(self._unacked_seconds, seconds)
         self._all_acked.clear()
-        await self._lane.put(Chunk(self._resource, records, count, ack, done))
+        try:
+            await self._lane.put(Chunk(self._resource, records, count, ack, done))
+        except BaseException:
+            # Cancelled while the lane was full: the next tailer of this job reads these lines again.
+            self._off_the_way(seconds)
+            health.records_abandoned(self._service.name, count)
+            raise
+
+    def _off_the_way(self, seconds: Seconds) -> None:
+        self._unacked -= 1
+        add_seconds(self._unacked_seconds, seconds, -1)
+        if not self._unacked:
+            self._all_acked.set()
+
+    @property
+    def nothing_in_flight(self) -> bool:
+        """Whether everything that was put into the lane needs no more work."""
+        return not self._unacked
 
     async def all_acked(self) -> None:
         """Wait until everything that was put into the lane needs no more work."""
@@ -166,6 +208,19 @@ class JobRelay:
         seconds = self._relay.store.seconds(self.checkpoint.key)
         add_seconds(seconds, self._unacked_seconds)
         return seconds
+
+    async def take_back(self, repeated: Seconds) -> None:
+        """Count lines once that were sent twice: the sums say what the service has, not what was sent.
+
+        Args:
+            repeated: The sums of the lines that were sent again.
+        """
+        lines, uid_sum = (sum(column) for column in zip(*repeated.values(), strict=True))
+        stream_hash = (self.facts.stream_hash - uid_sum) % (1 << 64)
+        self.facts = dataclasses.replace(self.facts, lines=self.facts.lines - lines, stream_hash=stream_hash)
+        negative: Seconds = {}
+        add_seconds(negative, repeated, -1)
+        await self._put(b"", 0, None, negative, 0)
 
     def redact(self, text: str) -> str:
         """Return the text without the configured secrets."""

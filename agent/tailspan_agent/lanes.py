@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from tailspan_agent.checkpoint import Ack, OutboxSpan, Store
 from tailspan_agent.encode import logs_request, traces_request
@@ -32,8 +33,10 @@ _LINGER_S = 0.1
 _LINGER_LINES = 500
 _RETRY_STORE_S = 1.0
 _SPANS_A_REQUEST = 500
+_CHUNK_BYTES = 1024  # of a chunk itself: one whose lines were all dropped takes room too
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,7 @@ class Chunk:
         records: Framed log records; empty when every line of the page was dropped on purpose.
         count: How many records.
         ack: Makes what to write when they need no more work.
-        done: Called once after that, with how many of the records were dead-lettered and why.
+        done: Called once after that, with how many of the records were dead-lettered and why, in one of a few words.
     """
 
     resource: bytes
@@ -54,20 +57,23 @@ class Chunk:
     ack: Callable[[], Ack]
     done: Callable[[int, str], None]
 
+    @property
+    def size(self) -> int:
+        """How much room it takes, in bytes."""
+        return len(self.records) + _CHUNK_BYTES
 
-async def _persist(write: Callable[[], None], what: str) -> None:
-    """Write to the store, however long the disk refuses: giving up would repeat, going on would skip."""
+
+async def _insist(use_store: Callable[[], T], what: str) -> T:
+    """Use the store, however long the disk refuses: giving up would repeat, going on would skip."""
     complained = False
     while True:
         try:
-            write()
+            return use_store()
         except CheckpointError as error:
             if not complained:
-                _log.error("%s waits until the disk takes it: %s", what, error)
+                _log.error("%s: waiting until the disk is usable: %s", what, error)
                 complained = True
             await asyncio.sleep(_RETRY_STORE_S)
-        else:
-            return
 
 
 class Lane:
@@ -97,7 +103,7 @@ class Lane:
         async with self._changed:
             await self._changed.wait_for(lambda: self._queued_bytes < _QUEUE_BYTES)
             self._queue.append(chunk)
-            self._queued_bytes += len(chunk.records)
+            self._queued_bytes += chunk.size
             self._changed.notify_all()
 
     async def flush(self) -> None:
@@ -133,7 +139,7 @@ class Lane:
                 if size > BATCH_BYTES:
                     break
                 batch.append(self._queue.popleft())
-            self._queued_bytes -= sum(len(chunk.records) for chunk in batch)
+            self._queued_bytes -= sum(chunk.size for chunk in batch)
             self._busy = True
             self._changed.notify_all()
             return batch
@@ -147,8 +153,8 @@ class Lane:
         if count:
             payload = logs_request(_by_resource((chunk.resource, chunk.records) for chunk in batch if chunk.count))
             result = await self._outlet.send(payload, count)
-            rejected, reason = result.rejected, result.reason or ""
-        await _persist(lambda: self._store.ack(chunk.ack() for chunk in batch), "the checkpoint of sent lines")
+            rejected, reason = result.rejected, result.kind or ""
+        await _insist(lambda: self._store.ack(chunk.ack() for chunk in batch), "the checkpoint of sent lines")
         for chunk in batch:
             # A partial success says only how many: the count is right, whose they were is not known.
             here = min(rejected, chunk.count)
@@ -186,12 +192,15 @@ class SpanLane:
         while True:
             await self._news.wait()
             self._news.clear()
-            while spans := _first_bytes(self._store.unsent_spans(_SPANS_A_REQUEST)):
+            while spans := _first_bytes(await _insist(self._unsent, "reading the spans to send")):
                 payload = traces_request(_by_resource((span.resource, span.span) for span in spans))
                 await self._outlet.send(payload, len(spans))
-                await _persist(partial(self._store.ack_spans, spans), "the checkpoint of sent spans")
+                await _insist(partial(self._store.ack_spans, spans), "the checkpoint of sent spans")
             if not self._news.is_set():
                 self._idle.set()
+
+    def _unsent(self) -> list[OutboxSpan]:
+        return self._store.unsent_spans(_SPANS_A_REQUEST)
 
 
 def _by_resource(items: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, list[bytes]]]:

@@ -7,6 +7,7 @@ import contextlib
 from typing import Literal
 
 from tailspan.config import Settings
+from tailspan.errors import ConfigError
 from tailspan_agent.agent_metrics import AgentMetrics
 from tailspan_agent.deadletter import DeadLetter
 from tailspan_agent.export import Exporter, make_exporter
@@ -32,11 +33,14 @@ class Outlet:
         self.rejected = 0
         self._sending: set[asyncio.Future[SendResult]] = set()
 
-    def use(self, sender: Sender) -> None:
+    async def use(self, sender: Sender) -> None:
         """Go on with another sender; what is in flight is sent again by it, byte for byte the same."""
-        self.sender = sender
-        for task in self._sending:
+        old, self.sender = self.sender, sender
+        sending = list(self._sending)
+        for task in sending:
             task.cancel()
+        await asyncio.gather(*sending, return_exceptions=True)
+        await old.aclose()
 
     async def send(self, payload: bytes, count: int) -> SendResult:
         """Return when the payload needs no more work: delivered, or dead-lettered."""
@@ -47,7 +51,8 @@ class Outlet:
             try:
                 result = await asyncio.shield(task)
             except asyncio.CancelledError:
-                if task.cancelled() and sender is not self.sender:
+                current = asyncio.current_task()
+                if task.cancelled() and sender is not self.sender and not (current and current.cancelling()):
                     continue
                 task.cancel()
                 raise
@@ -73,11 +78,7 @@ class Outlets:
     """
 
     def __init__(self, settings: Settings, metrics: AgentMetrics) -> None:
-        self.dead_letter = DeadLetter(
-            settings.agent.state_dir / "dead-letter",
-            max_bytes=settings.otlp.dead_letter_max,
-            max_size=settings.files.max_size,
-        )
+        self.dead_letter = _dead_letter(settings)
         self._metrics = metrics
         self._settings = settings
         self.metrics_exporter = self._exporter("metrics", settings)
@@ -121,20 +122,29 @@ class Outlets:
         Raises:
             ConfigError: The new endpoint or certificate cannot be used; nothing was changed.
         """
+        old = self._settings
+        shared = (settings.files, settings.otlp.dead_letter_max, settings.otlp.retry_server_errors)
+        all_changed = shared != (old.files, old.otlp.dead_letter_max, old.otlp.retry_server_errors)
         changed = {
             signal
             for signal in SIGNALS
-            if settings.otlp.for_signal(signal) != self._settings.otlp.for_signal(signal)
-            or settings.files != self._settings.files
+            if all_changed or settings.otlp.for_signal(signal) != old.otlp.for_signal(signal)
         }
-        senders = {signal: self._sender(signal, settings) for signal in self._outlets if signal in changed}
-        exporter = self._exporter("metrics", settings) if "metrics" in changed else self.metrics_exporter
+        old_dead_letter = self.dead_letter
+        try:
+            if all_changed:
+                self.dead_letter = _dead_letter(settings)
+            senders = {signal: self._sender(signal, settings) for signal in self._outlets if signal in changed}
+            exporter = self._exporter("metrics", settings) if "metrics" in changed else self.metrics_exporter
+        except ConfigError:
+            self.dead_letter = old_dead_letter
+            raise
         self._settings = settings
         for signal, sender in senders.items():
             if sender is not None:
-                old = self._outlets[signal].sender
-                self._outlets[signal].use(sender)
-                await old.aclose()
+                await self._outlets[signal].use(sender)
+        if old_dead_letter is not self.dead_letter:
+            old_dead_letter.close()
         if exporter is not self.metrics_exporter:
             old_exporter, self.metrics_exporter = self.metrics_exporter, exporter
             if old_exporter is not None:
@@ -161,3 +171,11 @@ class Outlets:
             return None
         retries = settings.otlp.retry_server_errors
         return Sender(signal, exporter, self.dead_letter, retry_server_errors=retries)
+
+
+def _dead_letter(settings: Settings) -> DeadLetter:
+    return DeadLetter(
+        settings.agent.state_dir / "dead-letter",
+        max_bytes=settings.otlp.dead_letter_max,
+        max_size=settings.files.max_size,
+    )

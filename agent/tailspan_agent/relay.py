@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 from zlib import crc32
 
 from tailspan.services import JobService
@@ -14,6 +16,9 @@ from tailspan_agent.checkpoint import Store
 from tailspan_agent.lanes import Lane, SpanLane
 from tailspan_agent.redact import Redactor
 from tailspan_agent.runs import PipelineNames, RunTotals
+
+if TYPE_CHECKING:
+    from tailspan_agent.job_relay import JobRelay
 
 __all__ = ["Relay", "Source"]
 
@@ -32,7 +37,7 @@ class Source:
         self.readers = asyncio.Semaphore(_READERS)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Relay:
     """What all tailers share.
 
@@ -42,10 +47,11 @@ class Relay:
         spans: The lane of spans; None when traces are not among the signals (spans are kept in the store).
         backlog: Who is behind.
         health: The agent's own health.
-        redactor: Takes secrets out of lines.
-        otlp_resource: Attributes for all telemetry, from the configuration.
+        redactor: Takes secrets out of lines; exchanged by a reload.
+        otlp_resource: Attributes for all telemetry, from the configuration; exchanged by a reload.
         names: Which pipelines have metrics of their own.
         totals: Run totals by their key, as in the store.
+        sending: What has lines on their way, by service identity and job id; also when its tailer is gone.
     """
 
     store: Store
@@ -57,7 +63,15 @@ class Relay:
     otlp_resource: Mapping[str, str]
     names: PipelineNames
     totals: dict[tuple[str, str, str], RunTotals] = field(default_factory=dict)
+    sending: WeakValueDictionary[tuple[str, str], JobRelay] = field(default_factory=WeakValueDictionary)
 
     def lane(self, identity: str, job_id: str) -> Lane | None:
         """Return the lane of a job: always the same one, so that order holds within the job."""
-        return self.lanes[crc32(f"{identity}\0{job_id}".encode()) % len(self.lanes)] if self.lanes else None
+        key = f"{identity}\0{job_id}".encode(errors="surrogatepass")
+        return self.lanes[crc32(key) % len(self.lanes)] if self.lanes else None
+
+    async def nothing_in_flight(self, identity: str, job_id: str) -> None:
+        """Wait until what an earlier tailer of the job has sent is acked: only then the checkpoint is its end."""
+        earlier = self.sending.get((identity, job_id))
+        if earlier is not None:
+            await earlier.all_acked()

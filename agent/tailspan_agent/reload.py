@@ -37,6 +37,8 @@ def reload_on_hangup(agent: Agent, config_path: Path | None) -> Iterator[None]:
                 await agent.reload(load_settings(config_path))
             except TailspanError as error:
                 _log.error("the configuration was not reloaded, the agent goes on with the old one: %s", error)
+            except Exception:
+                _log.exception("the configuration was not reloaded: a fault of the agent")
 
     task = asyncio.create_task(reload())
     loop.add_signal_handler(signal.SIGHUP, asked.set)

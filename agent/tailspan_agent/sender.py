@@ -18,7 +18,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from tailspan.backoff import backoff_s
@@ -44,15 +44,22 @@ class SendResult:
         delivered: Records that the endpoint has.
         rejected: Records that it refused; their batch is in the dead letter.
         reason: Why, in the endpoint's words; None when nothing was refused.
+        kind: Why, as one of a few words, for counting; see `tailspan_agent.outcome.Rejected`.
     """
 
     delivered: int
     rejected: int = 0
     reason: str | None = None
+    kind: str | None = field(default=None, compare=False)
 
     def __add__(self, other: SendResult) -> SendResult:
         """Return both parts of a halved request together."""
-        return SendResult(self.delivered + other.delivered, self.rejected + other.rejected, self.reason or other.reason)
+        return SendResult(
+            self.delivered + other.delivered,
+            self.rejected + other.rejected,
+            self.reason or other.reason,
+            self.kind or other.kind,
+        )
 
 
 class RejectSink(Protocol):
@@ -219,7 +226,7 @@ class Sender:
         _log.warning(
             "%s: %d of %d records rejected, the batch is in the dead letter: %s", self.signal, rejected, count, reason
         )
-        return SendResult(count - rejected, rejected, reason)
+        return SendResult(count - rejected, rejected, reason, kind)
 
     def _answered(self, warning: str | None) -> None:
         if self._endpoint_faults:

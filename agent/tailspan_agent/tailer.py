@@ -12,14 +12,25 @@ import logging
 import random
 import time
 from collections import deque
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any, cast
 
 from tailspan.backoff import backoff_s
 from tailspan.clean import clean
 from tailspan.config import Watch
-from tailspan.errors import AuthError, CursorExpiredError, JobNotFoundError, ServiceError, ServiceUnavailableError
+from tailspan.errors import (
+    AuthError,
+    CursorExpiredError,
+    JobNotFoundError,
+    ServiceError,
+    ServiceUnavailableError,
+    TailspanError,
+)
 from tailspan.follow import Follower
-from tailspan.models import JobState, ListedJob
-from tailspan.page import NANOS_PER_MS
+from tailspan.identity import trace_id
+from tailspan.models import JobState, ListedJob, RunResponse
+from tailspan.page import NANOS_PER_MS, LogPage
 from tailspan_agent.digest import digest_of
 from tailspan_agent.final_read import (
     Seconds,
@@ -56,12 +67,12 @@ class Tailer:
 
     Attributes:
         finished: Whether the job has ended and everything of it was relayed and acked.
-        failure: Why the last attempt to ask the service failed; None after one that succeeded.
+        failure: Why the last attempt failed; None after one that succeeded.
     """
 
     def __init__(self, relay: Relay, source: Source, watch: Watch, job_id: str, *, once: bool = False) -> None:
         self.finished = False
-        self.failure: ServiceError | None = None
+        self.failure: TailspanError | None = None
         self.watch = watch
         self.job_id = job_id
         self.once = once
@@ -82,6 +93,7 @@ class Tailer:
         self._row_at_s = float("-inf")
         self._row_news = False
         self._errors = 0
+        self._behind = True
 
     @property
     def service_name(self) -> str:
@@ -110,11 +122,21 @@ class Tailer:
         """Take in the job's row of a listing: the bulk status that saves a request per silent job."""
         known, self._row = self._row, row
         self._row_at_s = time.monotonic()
-        if known is None or (row.state is known.state and row.lines == known.lines):
+        if self._sent is None:
             return
-        self._row_news = row.state is not known.state
+        state = known.state if known is not None else self._sent.job.state
+        if row.state is state and (known is None or row.lines == known.lines):
+            return
+        self._row_news = self._row_news or row.state is not state
         self._follower.wake()
         self._wake.set()
+
+    def use(self, watch: Watch) -> None:
+        """Go over to a changed watch; cursor and what is in flight stay."""
+        self.watch = watch
+        self._follower.settle_s = watch.settle
+        if self._sent is not None:
+            self._sent.use(watch)
 
     async def run(self) -> None:
         """Follow the job to its end; returns when nothing is left to do for it."""
@@ -123,20 +145,24 @@ class Tailer:
                 try:
                     delay_s = await self._turn()
                     self.failure, self._errors = None, 0
-                except JobNotFoundError as error:
-                    self.failure = error
-                    await self._gone()
-                    return
                 except ServiceError as error:
+                    if isinstance(error, JobNotFoundError) and await self._is_gone():
+                        await self._gone(error)
+                        return
                     delay_s = self._after(error)
                     if self.once:
                         return
+                    # Others of its stream must not wait for a job that cannot be read.
+                    await self._leave_backlog()
                 if delay_s is None:
                     return
                 await self._sleep(delay_s)
         finally:
-            if self._sent is not None:
-                await self._relay.backlog.leave(self._sent.stream, self)
+            await self._leave_backlog()
+
+    async def _leave_backlog(self) -> None:
+        if self._sent is not None:
+            await self._relay.backlog.leave(self._sent.stream, self)
 
     async def _turn(self) -> float | None:
         """Ask, read and relay once; return how long to wait for the next time, or None when all is done."""
@@ -162,13 +188,15 @@ class Tailer:
         if sent is not None and not self._status_is_due():
             return sent
         self._relay.health.polled(self._service.name)
+        self._row_news = False
         job = await self._service.get_job(self.job_id)
         now_s = time.monotonic()
-        self._status_at_s, self._row_news = now_s, False
+        self._status_at_s = now_s
         if sent is None:
+            await self._relay.nothing_in_flight(self._service.identity, self.job_id)
             sent = self._sent = JobRelay(self._relay, self._service, self.watch, job, self._first_seen_ns)
-            if sent.sends_logs and not sent.done:
-                self._relay.backlog.join(sent.stream, self, sent.position_ns)
+            if sent.done:
+                return sent
         self._follower.on_status(job, now_s, time.time())
         sent.see(job)
         return sent
@@ -183,33 +211,48 @@ class Tailer:
 
     async def _read(self, sent: JobRelay) -> int:
         """Relay the lines that are readable now; return how many."""
-        await self._relay.backlog.turn(sent.stream, self)
+        if self._behind and sent.sends_logs:
+            await self._relay.backlog.join(sent.stream, self, sent.position_ns)
+            await self._relay.backlog.turn(sent.stream, self)
         lines = 0
         self._relay.health.polled(self._service.name)
         async with self._source.readers:
             try:
-                pages = self._service.read_logs(self.job_id, sent.cursor, late_window_s=self.watch.late_window)
-                async for page in pages:
-                    lines += len(page.lines)
-                    await sent.send_page(page)
+                async with aclosing(self._pages(sent.cursor, late_window_s=self.watch.late_window)) as pages:
+                    async for page in pages:
+                        lines += len(page.lines)
+                        await sent.send_page(page)
             except CursorExpiredError as error:
                 _log.warning("job %s of service %s: lines are lost: %s", self.job_id, self._service.name, error)
                 self._relay.health.gap(self._service.name)
                 sent.cursor = error.resume_cursor
-        if not lines:
-            await sent.all_acked()
-            await self._relay.backlog.leave(sent.stream, self)
+                # Not quiet: what is left has still to be read.
+                return max(lines, 1)
+        if not lines and sent.nothing_in_flight:
+            self._behind = False
+            await self._leave_backlog()
         return lines
+
+    async def _pages(self, cursor: bytes | None = None, **keys: Any) -> AsyncGenerator[LogPage, None]:
+        pages = cast("AsyncGenerator[LogPage, None]", self._service.read_logs(self.job_id, cursor, **keys))
+        # Closed at whatever page this task is cancelled, so that its connection is free at once.
+        async with aclosing(pages):
+            try:
+                async for page in pages:
+                    yield page
+            except JobNotFoundError:
+                # A job that wrote nothing may have no log; whether the job is gone only its own status says.
+                await self._service.get_job(self.job_id)
 
     async def _finish(self, sent: JobRelay) -> None:
         """The job has ended and its log was read to the end: relay what came late, write its spans, count its run."""
-        await self._relay.backlog.leave(sent.stream, self)
         if self._service.final_read and self.watch.final_read and sent.sends_logs:
             await self._final_read(sent)
         if sent.job.state is not JobState.SUCCEEDED and sent.facts.digest is None:
             sent.facts = dataclasses.replace(sent.facts, digest=digest_of(await self._last_lines(sent)))
-        await sent.send_failure()
+        # First the spans: they do not wait for the logs endpoint.
         sent.end(logs_complete=True)
+        await sent.send_failure()
         await sent.complete()
         self.finished = True
 
@@ -217,48 +260,88 @@ class Tailer:
         """Compare the whole log with what was relayed, and relay what became visible too late for any window."""
         relayed = sent.relayed_seconds()
         found: Seconds = {}
-        async for page in self._service.read_logs(self.job_id):
-            add_seconds(found, page_seconds(page))
+        async with aclosing(self._pages()) as pages:
+            async for page in pages:
+                add_seconds(found, page_seconds(page))
         differing = {second for second, sums in found.items() if sums != relayed.get(second, (0, 0))}
         if not differing:
             return
         uids: dict[int, list[int]] = {second: [] for second in differing}
-        async for page in self._service.read_logs(self.job_id):
-            for second, uid in page_uids_by_second(page):
-                if second in uids:
-                    uids[second].append(uid)
-        late = {
-            found_uids[index]
-            for second, found_uids in uids.items()
-            for index in missing_lines(found_uids, *relayed.get(second, (0, 0)))
-        }
-        async for page in self._service.read_logs(self.job_id):
-            selected = select_lines(page, late)
-            if selected is not None:
-                await sent.send_page(selected, late=True)
+        async with aclosing(self._pages()) as pages:
+            async for page in pages:
+                for second, uid in page_uids_by_second(page):
+                    if second in uids:
+                        uids[second].append(uid)
+        late: set[int] = set()
+        repeated: Seconds = {}
+        for second, found_uids in uids.items():
+            missing = missing_lines(found_uids, *relayed.get(second, (0, 0)))
+            late.update(found_uids[index] for index in missing)
+            if len(missing) == len(found_uids) and second in relayed:
+                repeated[second] = relayed[second]
+        async with aclosing(self._pages()) as pages:
+            async for page in pages:
+                selected = select_lines(page, late)
+                if selected is not None:
+                    await sent.send_page(selected, late=True)
+        if repeated:
+            await sent.take_back(repeated)
 
     async def _last_lines(self, sent: JobRelay) -> list[str]:
         """Return the job's last lines, for the failure digest."""
         lines: deque[str] = deque(maxlen=_DIGEST_LINES)
         if sent.facts.last_line_ns is not None:
             since_ms = sent.facts.last_line_ns // NANOS_PER_MS - _DIGEST_MS
-            async for page in self._service.read_logs(self.job_id, since_ms=since_ms):
-                lines.extend(sent.redact(clean(line)) for line in page.lines[-_DIGEST_LINES:])
+            async with aclosing(self._pages(since_ms=since_ms)) as pages:
+                async for page in pages:
+                    lines.extend(sent.redact(clean(line)) for line in page.lines[-_DIGEST_LINES:])
         return list(lines)
 
-    async def _gone(self) -> None:
-        """The service deleted the job in mid-follow: what was read stays true, and its trace gets its root."""
+    async def _is_gone(self) -> bool:
+        """Return whether the service has deleted the job: only a 404 on its own status says so, one on its log not."""
+        try:
+            await self._service.get_job(self.job_id)
+        except JobNotFoundError:
+            return True
+        except ServiceError:
+            return False
+        return False
+
+    async def _gone(self, error: JobNotFoundError) -> None:
+        """The service deleted a job that was followed: what was read stays true, and its trace gets its root."""
+        if self._sent is None:
+            self._sent = self._remembered()
         sent = self._sent
-        if sent is None or sent.done:
+        if sent is None:
+            self.failure = error
             return
         _log.warning("job %s is gone at service %s before its end was relayed", self.job_id, self._service.name)
         self._relay.health.gap(self._service.name)
         if not sent.job.state.is_terminal:
-            error = "the job was deleted at its service while it was followed"
-            sent.see(dataclasses.replace(sent.job, state=JobState.LOST, error=error))
+            reason = "the job was deleted at its service while it was followed"
+            sent.see(dataclasses.replace(sent.job, state=JobState.LOST, error=reason))
         sent.end(logs_complete=False)
         await sent.complete()
-        self.finished = True
+        self.failure, self.finished = None, True
+
+    def _remembered(self) -> JobRelay | None:
+        """Return a job that the service has forgotten and the store has not."""
+        identity = self._service.identity
+        known = self._relay.store.job(identity, self.job_id)
+        if known is None:
+            return None
+        job = RunResponse.from_state(
+            JobState.UNKNOWN,
+            job_id=self.job_id,
+            job_name=known.name,
+            identity=identity,
+            trace_id=trace_id(identity, self.job_id),
+            service=self._service.name,
+        )
+        sent = JobRelay(self._relay, self._service, self.watch, job, self._first_seen_ns)
+        if sent.facts.states and sent.facts.states[-1][1].is_terminal:
+            sent.job = dataclasses.replace(job, state=sent.facts.states[-1][1])
+        return sent
 
     def _after(self, error: ServiceError) -> float:
         """Say what went wrong, once, and return how long to wait before the next try."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Literal
 
 from tailspan.config import Settings
 from tailspan.errors import CursorExpiredError
-from tailspan.services import open_service
+from tailspan.services import JobService, open_service
 from tailspan_agent.checkpoint import read_checkpoint
 from tailspan_agent.facts import JobFacts
 
@@ -35,7 +36,12 @@ class Report:
     lines_now: int = 0
 
 
-async def verify(settings: Settings, service_name: str, job_id: str) -> Report:
+async def verify(
+    settings: Settings,
+    service_name: str,
+    job_id: str,
+    opener: Callable[[str, Settings], JobService] = open_service,
+) -> Report:
     """Read a job's log again and compare count and hash of its lines with what was acked.
 
     It guards against accidents, not against forgers.
@@ -44,12 +50,13 @@ async def verify(settings: Settings, service_name: str, job_id: str) -> Report:
         settings: The agent's configuration.
         service_name: The configured service of the job.
         job_id: The job.
+        opener: Makes the configured service of a name.
 
     Raises:
         ServiceError: The service could not be asked, or knows no such job.
         CheckpointError: The store cannot be read.
     """
-    async with aclosing(open_service(service_name, settings)) as service:
+    async with aclosing(opener(service_name, settings)) as service:
         await service.get_job(job_id)
         checkpoint = read_checkpoint(settings.agent.state_dir, service.identity, job_id)
         if checkpoint is None:

@@ -6,12 +6,14 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from fnmatch import fnmatchcase
+from typing import cast
 
 from tailspan.backoff import backoff_s
 from tailspan.config import Watch
-from tailspan.errors import JobNotFoundError, ServiceError
+from tailspan.errors import JobNotFoundError, ProtocolError, RequestRejectedError, ServiceError, TailspanError
 from tailspan.models import ListedJob
 from tailspan_agent.relay import Relay, Source
 from tailspan_agent.tailer import Tailer
@@ -59,6 +61,7 @@ class Watcher:
     Attributes:
         tailers: The tailers of this service by job id, running ones only.
         failure: Why the service could not be asked the last time; None after an answer.
+        skipped: Listed jobs whose name could not be asked for, and why.
     """
 
     def __init__(
@@ -72,7 +75,8 @@ class Watcher:
     ) -> None:
         self.tailers: dict[str, Tailer] = {}
         self.watches = watches
-        self.failure: ServiceError | None = None
+        self.failure: TailspanError | None = None
+        self.skipped: dict[str, ServiceError] = {}
         self._relay = relay
         self._source = source
         self._service = source.service
@@ -80,6 +84,8 @@ class Watcher:
         self._start = start
         self._names = relay.store.names(self._service.identity)
         self._settled = relay.store.finished_jobs(self._service.identity)
+        self._missing: set[str] = set()
+        self._unlisted: set[str] = set()
         self._full_scan_at_s = float("-inf")
 
     @property
@@ -93,7 +99,7 @@ class Watcher:
         while True:
             try:
                 await self.scan()
-            except ServiceError as error:
+            except TailspanError as error:
                 self._relay.health.poll_failed(self.name, error)
                 if self.failure is None:
                     _log.warning("service %s: %s", self.name, error)
@@ -112,41 +118,47 @@ class Watcher:
 
         Raises:
             ServiceError: The service could not be asked.
+            CheckpointError: The store could not be used.
         """
+        now_s = time.monotonic()
+        full = now_s - self._full_scan_at_s >= _FULL_SCAN_S
+        discover = any(watch.discover for watch in self.watches)
+        if full:
+            self._settled -= self._missing
+            self._missing.clear()
+            # However old they are: what the store knows as unfinished gets its end.
+            for job_id, name in self._relay.store.unfinished_jobs(self._service.identity):
+                self._follow(job_id, name)
         for job_id in dict.fromkeys(job_id for watch in self.watches for job_id in watch.jobs):
-            self._follow(job_id, "")
-        if any(watch.discover for watch in self.watches):
-            await self._resume()
-            await self._discover()
+            if job_id not in self.tailers and job_id not in self._settled:
+                # An earlier watch may discover it by its name.
+                self._follow(job_id, await self._name_of(job_id) if discover else "")
+        if discover:
+            await self._discover(full)
+        if full:
+            self._full_scan_at_s = now_s
 
     @property
     def _lists_cheaply(self) -> bool:
         # A service that may be asked each two seconds for each job is one whose list costs no request either.
         return self._service.poll_max_s <= 2.0
 
-    async def _resume(self) -> None:
-        """Take up the jobs that the store knows as unfinished, however old they are."""
-        for job_id, name in self._relay.store.unfinished_jobs(self._service.identity):
-            self._follow(job_id, name)
-
-    async def _discover(self) -> None:
-        """Read the list, newest first, as far as it can hold news."""
-        now_s = time.monotonic()
-        full = now_s - self._full_scan_at_s >= _FULL_SCAN_S
-        unseen = set(self.tailers)
+    async def _discover(self, full: bool) -> None:
+        """Read the list, newest first, as far as it can hold news; a full scan as far as `lookback` reaches."""
+        unseen = set(self.tailers) - self._unlisted if not self._lists_cheaply else set()
         self._relay.health.polled(self.name)
-        async for rows in self._service.list_jobs():
-            news = False
-            for row in rows:
-                unseen.discard(row.job_id)
-                news = await self._take_up(row) or news
-            if unseen and not self._lists_cheaply:
-                # The list is these jobs' status: one request for many.
-                continue
-            if not news and (not full or self._too_old(rows[-1])):
-                break
-        if full:
-            self._full_scan_at_s = now_s
+        listing = cast("AsyncGenerator[Sequence[ListedJob], None]", self._service.list_jobs())
+        async with aclosing(listing):
+            async for rows in listing:
+                news = False
+                for row in rows:
+                    unseen.discard(row.job_id)
+                    news = await self._take_up(row) or news
+                # The list is the followed jobs' status, one request for many: it is read until all were seen.
+                if not unseen and (self._too_old(rows[-1]) if full else not news):
+                    return
+        # Jobs of somebody else: looking for them again would read the whole list each time.
+        self._unlisted |= unseen
 
     async def _take_up(self, row: ListedJob) -> bool:
         """Deal with one row; return whether it was news."""
@@ -156,31 +168,48 @@ class Watcher:
             return False
         if row.job_id in self._settled:
             return False
-        name = await self._name(row)
-        watch = match(self.watches, row.job_id, name) if name is not None else None
-        if watch is None or (row.state.is_terminal and _age_s(row) > watch.lookback and not self._known(row.job_id)):
+        if self._ended_before(row, self._lookback_s):
+            self._settled.add(row.job_id)
+            return True
+        try:
+            name = row.job_name or await self._name_of(row.job_id)
+        except (ProtocolError, RequestRejectedError) as error:
+            # One job that cannot be asked must not hide all others.
+            _log.warning("job %s of service %s: %s", row.job_id, self.name, error)
+            self.skipped[row.job_id] = error
+            return False
+        self.skipped.pop(row.job_id, None)
+        watch = match(self.watches, row.job_id, name)
+        if watch is None or self._ended_before(row, watch.lookback):
             self._settled.add(row.job_id)
         else:
-            self._follow(row.job_id, name or "")
+            self._follow(row.job_id, name)
         return True
 
-    async def _name(self, row: ListedJob) -> str | None:
-        name = row.job_name or self._names.get(row.job_id)
+    async def _name_of(self, job_id: str) -> str:
+        """Return a job's name, asked for once; empty where there is no such job."""
+        name = self._names.get(job_id)
         if name is None:
             try:
-                name = (await self._service.get_job(row.job_id)).job_name
+                name = (await self._service.get_job(job_id)).job_name
             except JobNotFoundError:
-                return None
-            self._names[row.job_id] = name
-            self._relay.store.add_name(self._service.identity, row.job_id, name)
+                return ""
+            self._names[job_id] = name
+            self._relay.store.add_name(self._service.identity, job_id, name)
         return name
 
-    def _known(self, job_id: str) -> bool:
-        return self._relay.store.job(self._service.identity, job_id) is not None
+    def _ended_before(self, row: ListedJob, lookback_s: float) -> bool:
+        """Return whether the job ended too long ago to be taken up; one that was begun is finished."""
+        if not row.state.is_terminal or _age_s(row) <= lookback_s:
+            return False
+        return self._relay.store.job(self._service.identity, row.job_id) is None
+
+    @property
+    def _lookback_s(self) -> float:
+        return max(watch.lookback for watch in self.watches)
 
     def _too_old(self, row: ListedJob) -> bool:
-        lookback_s = max((watch.lookback for watch in self.watches if watch.discover), default=0.0)
-        return not self._lists_cheaply and row.created_at is not None and _age_s(row) > lookback_s
+        return not self._lists_cheaply and row.created_at is not None and _age_s(row) > self._lookback_s
 
     def _follow(self, job_id: str, name: str) -> None:
         if job_id in self.tailers or job_id in self._settled:
@@ -195,13 +224,18 @@ class Watcher:
         """Go over to other watches: every job is matched anew."""
         self.watches = watches
         self._settled = self._relay.store.finished_jobs(self._service.identity)
+        self._missing.clear()
+        self._unlisted.clear()
         self._full_scan_at_s = float("-inf")
 
     def forget(self, tailer: Tailer) -> None:
-        """Take a tailer that has ended off the list; a job that is done is not looked at again."""
+        """Take a tailer that has ended off the list; a job that is done is not looked at again, a missing one later."""
         self.tailers.pop(tailer.job_id, None)
-        if tailer.finished or isinstance(tailer.failure, JobNotFoundError):
+        missing = isinstance(tailer.failure, JobNotFoundError)
+        if tailer.finished or missing:
             self._settled.add(tailer.job_id)
+        if missing:
+            self._missing.add(tailer.job_id)
 
 
 def _age_s(row: ListedJob) -> float:

@@ -1,0 +1,175 @@
+"""`Following`: the services that are watched, their watchers, and the tailers of their jobs, as tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack
+
+from tailspan.config import Settings, Watch
+from tailspan.errors import AuthError, ConfigError, ServiceUnavailableError, TailspanError
+from tailspan.services import JobService
+from tailspan_agent.errors import AgentError
+from tailspan_agent.relay import Relay, Source
+from tailspan_agent.tailer import Tailer
+from tailspan_agent.tasks import cancelled
+from tailspan_agent.watcher import Watcher, match
+
+__all__ = ["Following"]
+
+_CRASH_PAUSE_S = 30.0
+
+_log = logging.getLogger(__name__)
+
+
+class Following:
+    """Who follows what now.
+
+    Args:
+        relay: What all tailers share.
+        opener: Makes the configured service of a name.
+
+    Attributes:
+        tailers: The tailers that run, with their tasks.
+        watchers: The watchers by the configured name of their service.
+        started: Every tailer of a single pass (`once`), also those that have ended.
+    """
+
+    def __init__(self, relay: Relay, opener: Callable[[str, Settings], JobService]) -> None:
+        self.tailers: dict[Tailer, asyncio.Task[None]] = {}
+        self.watchers: dict[str, Watcher] = {}
+        self.started: list[Tailer] = []
+        self._relay = relay
+        self._opener = opener
+        self._sources: dict[str, Source] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    @property
+    def unreachable(self) -> list[str]:
+        """The services that cannot be asked now, by name."""
+        found = {name for name, watcher in self.watchers.items() if watcher.failure}
+        troubles = (AuthError, ServiceUnavailableError)
+        return sorted(found | {one.service_name for one in self.tailers if isinstance(one.failure, troubles)})
+
+    def kept(self, old: Settings, new: Settings) -> dict[str, Source]:
+        """Return the services that a changed configuration leaves as they are."""
+        return {
+            name: source
+            for name, source in self._sources.items()
+            if name in _by_service(new) and new.services.get(name) == old.services.get(name)
+        }
+
+    async def open(self, settings: Settings, kept: Mapping[str, Source]) -> dict[str, Source]:
+        """Open the watched services that are not kept: all, or with an error none.
+
+        Raises:
+            ConfigError: Options that do not fit, or two services that are one and the same.
+        """
+        opened: dict[str, Source] = {}
+        async with AsyncExitStack() as undo:
+            for name in _by_service(settings):
+                if name not in kept:
+                    source = Source(self._opener(name, settings))
+                    undo.push_async_callback(source.service.aclose)
+                    _check_identity(source, [*kept.values(), *opened.values()])
+                    opened[name] = source
+            undo.pop_all()
+        return opened
+
+    def watch(self, sources: Mapping[str, Source], settings: Settings, *, once: bool = False) -> None:
+        """Watch opened services; with `once` they are not looked at before somebody scans."""
+        watches = _by_service(settings)
+        for name, source in sources.items():
+            self._sources[name] = source
+            self._relay.health.know_service(name)
+            watcher = self.watchers[name] = Watcher(self._relay, source, watches[name], once=once, start=self._start)
+            if not once:
+                self._tasks[name] = asyncio.create_task(watcher.run())
+
+    async def go_over(self, kept: Mapping[str, Source], sources: Mapping[str, Source], settings: Settings) -> None:
+        """Go over to a changed configuration: end what is gone, begin what is new, leave the rest running.
+
+        Args:
+            kept: From `kept`.
+            sources: From `open`.
+            settings: The new configuration.
+        """
+        for name in [name for name in self.watchers if name not in kept]:
+            await self._unwatch(name)
+        watches = _by_service(settings)
+        for name, watcher in self.watchers.items():
+            await self._rematch(watcher, watches[name])
+        self.watch(sources, settings)
+
+    async def stop_reading(self) -> None:
+        """End all watchers and tailers; what they have read is on its way."""
+        for task in [*self._tasks.values(), *self.tailers.values()]:
+            await cancelled(task)
+
+    async def aclose(self) -> None:
+        """End everything and close the services."""
+        async with AsyncExitStack() as stack:
+            for source in self._sources.values():
+                stack.push_async_callback(source.service.aclose)
+            await self.stop_reading()
+
+    async def _unwatch(self, name: str) -> None:
+        await cancelled(self._tasks.pop(name))
+        for tailer in list(self.watchers.pop(name).tailers.values()):
+            await self._end(tailer)
+        await self._sources.pop(name).service.aclose()
+
+    async def _rematch(self, watcher: Watcher, watches: Sequence[Watch]) -> None:
+        for tailer in list(watcher.tailers.values()):
+            watch = match(watches, tailer.job_id, tailer.job_name)
+            if watch is None:
+                await self._end(tailer)
+            else:
+                tailer.use(watch)
+        if watcher.watches != watches:
+            watcher.use(watches)
+
+    def _start(self, tailer: Tailer) -> None:
+        if tailer.once:
+            self.started.append(tailer)
+        watcher = self.watchers[tailer.service_name]
+        task = self.tailers[tailer] = asyncio.create_task(self._run(tailer))
+
+        def ended(_: asyncio.Task[None]) -> None:
+            del self.tailers[tailer]
+            watcher.forget(tailer)
+
+        task.add_done_callback(ended)
+
+    async def _run(self, tailer: Tailer) -> None:
+        try:
+            await tailer.run()
+            return
+        except TailspanError as error:
+            _log.error("job %s: %s", tailer.job_id, error)
+            tailer.failure = error
+        except Exception as error:
+            _log.exception("job %s: a fault of the agent; the job is taken up again later", tailer.job_id)
+            tailer.failure = AgentError(f"job {tailer.job_id}: a fault of the agent: {error!r}")
+        if not tailer.once:
+            await asyncio.sleep(_CRASH_PAUSE_S)
+
+    async def _end(self, tailer: Tailer) -> None:
+        task = self.tailers.get(tailer)
+        if task is not None:
+            await cancelled(task)
+
+
+def _check_identity(source: Source, others: Iterable[Source]) -> None:
+    for other in others:
+        if other.service.identity == source.service.identity:
+            names = f"services.{other.service.name} and services.{source.service.name}"
+            raise ConfigError(f"{names} are one and the same service: watch one of them", key=names)
+
+
+def _by_service(settings: Settings) -> dict[str, list[Watch]]:
+    watches: dict[str, list[Watch]] = {}
+    for watch in settings.agent.watch:
+        watches.setdefault(watch.service, []).append(watch)
+    return watches
