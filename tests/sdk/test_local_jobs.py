@@ -312,6 +312,17 @@ def test_a_background_process_keeps_the_log_open_not_the_job(local, tmp_path):
     assert local.lines(job_id) == [b"early", b"late"]
 
 
+def test_a_supervisor_that_is_told_to_go_ends_the_log(local, tmp_path):
+    """At a shutdown only background processes may be left to it: it writes the end and goes."""
+    os.mkfifo(tmp_path / "go")
+    job_id = local.start("sh", "-c", f"(read x < {tmp_path}/go) & echo early")
+    local.ended(job_id)
+    os.kill(local.state(job_id)["supervisor_pid"], signal.SIGTERM)
+    job = local.complete(job_id)
+    assert (job.state, local.state(job_id)["end"] is not None) == (JobState.SUCCEEDED, True)
+    (tmp_path / "go").write_text("\n")
+
+
 def test_a_partial_line_is_read_when_the_main_process_ends(local, tmp_path):
     """The last words of the main process do not wait for a background process."""
     os.mkfifo(tmp_path / "go")

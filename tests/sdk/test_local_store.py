@@ -18,7 +18,14 @@ import anyio
 import pytest
 
 from tailspan.config import Settings
-from tailspan.errors import AuthError, ConfigError, JobNotFoundError, ProtocolError, ServiceUnavailableError
+from tailspan.errors import (
+    AuthError,
+    ConfigError,
+    JobNotFoundError,
+    ProtocolError,
+    RequestRejectedError,
+    ServiceUnavailableError,
+)
 from tailspan.local.index import HEADER
 from tailspan.local.state import iso_time
 from tailspan.local.store import JobStore, new_job_id, submitted_at_of
@@ -288,14 +295,23 @@ def test_a_state_dir_that_is_a_file(tmp_path):
         anyio.run(lambda: service.submit(["true"]))
 
 
-def test_a_job_of_another_machine_is_not_canceled_here(local):
-    """On a shared directory a process id means something else on each machine."""
+def test_a_process_that_is_not_the_supervisor_is_not_signalled(local):
+    """On a shared directory a process id means something else on each machine: an error, and no stranger is killed."""
     job_id = local.start("sleep", "600")
-    path = local.directory(job_id) / "job.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "host": "elsewhere"}))
-    with pytest.raises(Exception, match="runs on elsewhere; cancel it there"):
-        local.cancel(job_id)
-    assert local.service.status(job_id).state is JobState.RUNNING
+    stranger = subprocess.Popen(["sleep", "600"])
+    try:
+        state = local.state(job_id)
+        path = local.directory(job_id) / "state.json"
+        path.write_text(json.dumps({**state, "supervisor_pid": stranger.pid}))
+        with pytest.raises(RequestRejectedError, match="in another machine or container: cancel it there"):
+            local.cancel(job_id)
+        assert stranger.poll() is None
+        assert local.service.status(job_id).state is JobState.RUNNING
+        path.write_text(json.dumps(state))
+        assert local.cancel(job_id).state is JobState.CANCELED
+    finally:
+        stranger.kill()
+        stranger.wait()
 
 
 def test_options_come_from_the_configuration(tmp_path):

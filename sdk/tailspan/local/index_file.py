@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,11 +17,20 @@ _ENTRIES_PER_READ = 256
 
 
 def open_file(path: Path) -> int | None:
-    """Return a file descriptor for reading, or None when there is no such file."""
+    """Return a file descriptor for reading, or None when there is no such file.
+
+    A link or a FIFO under its name is none: a reader with more rights than the job must not be led elsewhere.
+    """
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
+            return None
+        raise
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    return None
 
 
 def read_at(fd: int | None, offset: int, size: int) -> bytes:

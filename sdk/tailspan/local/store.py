@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from tailspan.directories import make_private
 from tailspan.errors import ConfigError, JobNotFoundError, ProtocolError
 from tailspan.local.index import HEADER
+from tailspan.local.index_file import open_file, read_at
 from tailspan.models import JobState
 
 __all__ = ["JobStore", "StoredJob", "new_job_id", "submitted_at_of", "time_of"]
@@ -29,6 +30,15 @@ __all__ = ["JobStore", "StoredJob", "new_job_id", "submitted_at_of", "time_of"]
 _JOB_ID = re.compile(r"[0-9]{8}-[0-9]{9}-[a-z0-9]{6}", re.ASCII)
 _LETTERS = "abcdefghijkmnpqrstuvwxyz23456789"
 _ABANDONED_S = 3600.0
+_MAX_JSON_BYTES = 16 << 20
+# What has another type than it was written with is as good as missing.
+_TYPES = {
+    **dict.fromkeys(("state", "name", "started_at", "finished_at", "error", "end"), str),
+    **dict.fromkeys(("cwd", "host", "user", "submitted_at", "identity", "trace_id", "parent"), str),
+    **dict.fromkeys(("exit_code", "supervisor_pid", "lines"), int),
+    "command": list,
+    "attributes": dict,
+}
 
 
 class StoredJob(NamedTuple):
@@ -51,7 +61,8 @@ class StoredJob(NamedTuple):
     @property
     def state(self) -> JobState:
         """The job's state; LOST when its supervisor is gone without having written an end."""
-        state = JobState(self.recorded.get("state", "PENDING"))
+        written = self.recorded.get("state", "PENDING")
+        state = JobState(written) if written in JobState.__members__ else JobState.UNKNOWN
         return state if self.supervised or state.is_terminal else JobState.LOST
 
     @property
@@ -68,8 +79,8 @@ class StoredJob(NamedTuple):
     def last_sign_of_life(self) -> datetime | None:
         """When the supervisor last said that it lives."""
         try:
-            return datetime.fromtimestamp((self.directory / "lock").stat().st_mtime, UTC)
-        except FileNotFoundError:
+            return datetime.fromtimestamp((self.directory / "lock").lstat().st_mtime, UTC)
+        except (FileNotFoundError, ValueError, OverflowError):
             return None
 
 
@@ -95,8 +106,9 @@ def submitted_at_of(job_id: str) -> datetime | None:
 def time_of(text: object) -> datetime | None:
     """Return the time that a job's file has; None for what is not a time."""
     try:
-        return datetime.fromisoformat(text) if isinstance(text, str) else None
-    except ValueError:
+        time = datetime.fromisoformat(text) if isinstance(text, str) else None
+        return time and (time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC))
+    except (ValueError, OverflowError):
         return None
 
 
@@ -156,7 +168,10 @@ class JobStore:
         """
         if not _JOB_ID.fullmatch(job_id):
             raise JobNotFoundError(f"there is no local job {job_id[:80]!r}", job_id=job_id)
-        return self._jobs / job_id
+        directory = self._jobs / job_id
+        if directory.is_symlink():
+            raise JobNotFoundError(f"{directory} is a link, not a job of this store", job_id=job_id)
+        return directory
 
     def job_ids(self) -> list[str]:
         """Return the ids of all jobs, newest first."""
@@ -304,20 +319,26 @@ def _gid(group: str) -> int:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """Return a file's object; None when it is missing or was damaged by a power failure."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    """Return what is usable of a file's object; None when it is missing or was damaged by a power failure."""
+    fd = open_file(path)
+    if fd is None:
         return None
-    return value if isinstance(value, dict) else None
+    try:
+        value = json.loads(read_at(fd, 0, _MAX_JSON_BYTES))
+    except (ValueError, RecursionError):
+        return None
+    finally:
+        os.close(fd)
+    if not isinstance(value, dict):
+        return None
+    return {key: item for key, item in value.items() if isinstance(item, _TYPES.get(key, object))}
 
 
 def _is_locked(path: Path) -> bool:
     import fcntl
 
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
+    fd = open_file(path)
+    if fd is None:
         return False
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)

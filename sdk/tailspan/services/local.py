@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
+import re
 import shlex
 import signal
 import sys
@@ -32,6 +32,7 @@ from tailspan.errors import (
 from tailspan.identity import trace_id
 from tailspan.local.launch import Launched, Request, launch
 from tailspan.local.reader import LogReader, Totals
+from tailspan.local.signalling import signal_supervisor
 from tailspan.local.stdin import inherited_stdin
 from tailspan.local.store import JobStore, StoredJob, submitted_at_of, time_of
 from tailspan.models import JobState, ListedJob, RunResponse
@@ -47,6 +48,7 @@ KEEP_FINISHED_S = 30 * 86400.0
 _LIST_PAGE = 200
 _PRUNE_EVERY_S = 3600.0
 _CANCEL_WAIT_S = 1.0
+_TRACE_ID = re.compile(r"(?!0{32})[0-9a-f]{32}")
 
 
 class LocalService:
@@ -252,17 +254,16 @@ class LocalService:
         with self._translated(job_id):
             job = self._store.load(job_id)
             if not job.state.is_terminal:
-                if job.spec.get("host") not in {None, os.uname().nodename}:
-                    # A shared directory: its process id means another process here.
-                    raise RequestRejectedError(f"job {job_id} runs on {job.spec['host']}; cancel it there")
                 self._store.mark_canceled(job_id)
                 recorded, supervised = self._store.state(job_id)
-                # Without a state yet, the supervisor finds the mark.
-                if supervised and "supervisor_pid" in recorded:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(recorded["supervisor_pid"], signal.SIGTERM)
+                pid = recorded.get("supervisor_pid")
+                # Without a process id yet, the supervisor finds the mark.
+                if supervised and pid and not signal_supervisor(pid, job_id, signal.SIGTERM) and self._runs(job_id):
+                    raise RequestRejectedError(
+                        f"job {job_id} runs on {job.spec.get('host')}, in another machine or container: cancel it there"
+                    )
                 with anyio.move_on_after(_CANCEL_WAIT_S):
-                    while not self._store.load(job_id).state.is_terminal:  # noqa: ASYNC110 - another process ends it
+                    while self._runs(job_id):  # noqa: ASYNC110 - another process ends it
                         await anyio.sleep(0.01)
         return self.status(job_id)
 
@@ -280,6 +281,9 @@ class LocalService:
 
     async def aclose(self) -> None:
         """Do nothing: nothing is held open."""
+
+    def _runs(self, job_id: str) -> bool:
+        return not self._store.load(job_id).state.is_terminal
 
     def _prune_sometimes(self) -> None:
         """Delete what need not be kept; a job must not fail because that fails."""
@@ -308,7 +312,7 @@ class LocalService:
             state_since=time_of(job.recorded.get("finished_at") or job.recorded.get("started_at")),
             service=self.name,
             # What a supervisor wrote down at the end of the log is cheaper than the index.
-            lines=job.recorded["lines"] if job.recorded.get("end") else _totals(job).lines,
+            lines=job.recorded.get("lines", 0) if {"end", "lines"} <= job.recorded.keys() else _totals(job).lines,
             origin=self,
         )
         if final:
@@ -322,6 +326,7 @@ class LocalService:
         if state is JobState.LOST:
             finished, error = _lost(job, alive)
         identity = spec.get("identity") or self.identity
+        stored_trace = spec.get("trace_id", "")
         return RunResponse.from_state(
             state,
             job_id=job.job_id,
@@ -333,12 +338,12 @@ class LocalService:
             finished_at=finished,
             exit_code=recorded.get("exit_code"),
             error=error,
-            attributes=spec.get("attributes") or {},
+            attributes={key: value for key, value in spec.get("attributes", {}).items() if isinstance(value, str)},
             details=_details(spec),
             parent=spec.get("parent"),
             service=self.name,
             identity=identity,
-            trace_id=spec.get("trace_id") or trace_id(identity, job.job_id),
+            trace_id=stored_trace if _TRACE_ID.fullmatch(stored_trace) else trace_id(identity, job.job_id),
             logs_complete=job.logs_complete,
             origin=self,
         )
@@ -384,7 +389,7 @@ def _details(spec: Mapping[str, Any]) -> dict[str, str]:
 
     Source: OpenTelemetry semantic conventions 1.44.0, process and host attributes.
     """
-    command = spec.get("command") or []
+    command = [str(argument) for argument in spec.get("command", [])]
     details = {
         "process.command": command[0] if command else "",
         "process.command_line": shlex.join(command),
