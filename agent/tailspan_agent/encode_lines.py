@@ -189,18 +189,18 @@ def _columns(page: LogPage, context: LogContext, origin: bytes) -> _Lines:
         lines.uids = [digits[start : start + _DIGEST_DIGITS] for start in range(0, len(digits), _DIGEST_DIGITS)]
         # Services with times make a run per millisecond; if all are of one stream, what follows is one run to us.
         if len({run.stream for run in runs}) == 1:
-            runs = [runs[0]._replace(count=len(bodies))]
+            runs = [runs[0]._replace(lines=len(bodies))]
     for run in runs:
         if page.digests:
             uid_head, uid_bytes = _uid_head(_DIGEST_DIGITS), _DIGEST_DIGITS
         else:
             prefix = run.uid_prefix.encode()
             uid_head, uid_bytes = _uid_head(len(prefix) + _ORDINAL_DIGITS) + prefix, _ORDINAL_DIGITS
-            lines.uids += _ORDINALS[: run.count]
+            lines.uids += _ORDINALS[: run.lines]
         tail = tails[run.stream]
-        lines.uid_heads += [uid_head] * run.count
-        lines.tails += [tail] * run.count
-        lines.rests += [len(uid_head) + uid_bytes + len(tail) + _TIME_BYTES] * run.count
+        lines.uid_heads += [uid_head] * run.lines
+        lines.tails += [tail] * run.lines
+        lines.rests += [len(uid_head) + uid_bytes + len(tail) + _TIME_BYTES] * run.lines
     too_low = {index for index in set(severities) if 0 < SEVERITIES[index].number < context.min_severity}
     return lines.without(too_low) if too_low else lines
 

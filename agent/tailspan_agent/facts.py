@@ -59,7 +59,7 @@ class JobFacts:
     def with_page(self, page: LogPage) -> JobFacts:
         """Return the facts with the lines of one more page."""
         first_ns = min(run.time_unix_nano for run in page.runs)
-        last_ns = max(run.time_unix_nano + run.count - 1 for run in page.runs)
+        last_ns = max(run.time_unix_nano + run.lines - 1 for run in page.runs)
         if page.digests:
             stream_hash = self.stream_hash + sum(page_uids(page)) & _MASK
         else:

@@ -41,9 +41,9 @@ def page_seconds(page: LogPage) -> Seconds:
     uids = page_uids(page)
     position = 0
     for run in page.runs if uids else ():
-        end = position + run.count
+        end = position + run.lines
         lines, uid_sum = seconds.get(run.time_unix_nano // _NANOS, (0, 0))
-        seconds[run.time_unix_nano // _NANOS] = (lines + run.count, uid_sum + sum(uids[position:end]) & _MASK)
+        seconds[run.time_unix_nano // _NANOS] = (lines + run.lines, uid_sum + sum(uids[position:end]) & _MASK)
         position = end
     return seconds
 
@@ -52,7 +52,7 @@ def page_uids_by_second(page: LogPage) -> Iterator[tuple[int, int]]:
     """Yield second of source time and uid of each line."""
     uids = iter(page_uids(page))
     for run in page.runs:
-        for uid in islice(uids, run.count):
+        for uid in islice(uids, run.lines):
             yield run.time_unix_nano // _NANOS, uid
 
 
@@ -107,10 +107,10 @@ def select_lines(page: LogPage, keep: set[int]) -> LogPage | None:
     uids = page_uids(page)
     position = 0
     for run in page.runs:
-        for index in range(run.count):
+        for index in range(run.lines):
             if uids[position] in keep:
                 lines.append(page.lines[position])
                 digests.append(page.digests[8 * position : 8 * position + 8])
-                runs.append(run._replace(count=1, time_unix_nano=run.time_unix_nano + index))
+                runs.append(run._replace(lines=1, time_unix_nano=run.time_unix_nano + index))
             position += 1
     return LogPage(lines, runs, page.cursor, b"".join(digests)) if lines else None

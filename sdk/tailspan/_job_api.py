@@ -78,10 +78,10 @@ def encode_lines(page: LogPage) -> bytes:
     for run in page.runs:
         tail = _TAILS[run.stream]
         ms, past_ms = divmod(run.time_unix_nano, NANOS_PER_MS)
-        if past_ms + run.count <= NANOS_PER_MS:
-            tails += [tail % ms] * run.count
+        if past_ms + run.lines <= NANOS_PER_MS:
+            tails += [tail % ms] * run.lines
         else:
-            tails += [tail % ((run.time_unix_nano + index) // NANOS_PER_MS) for index in range(run.count)]
+            tails += [tail % ((run.time_unix_nano + index) // NANOS_PER_MS) for index in range(run.lines)]
     parts = [b""] * (2 * len(bodies))
     parts[0::2] = bodies
     parts[1::2] = tails

@@ -185,8 +185,8 @@ def newest_of(page: LogPage) -> Message:
     """Return a page's newest line; of several with one time the last."""
     best_nano, best_line, best_stream, position = -1, 0, Stream.NONE, 0
     for run in page.runs:
-        position += run.count
-        nano = run.time_unix_nano + run.count - 1
+        position += run.lines
+        nano = run.time_unix_nano + run.lines - 1
         if nano >= best_nano:
             best_nano, best_line, best_stream = nano, position - 1, run.stream
     message = Message(message=page.lines[best_line].decode("utf-8", "replace"), timestamp=best_nano // NANOS_PER_MS)

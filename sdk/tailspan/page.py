@@ -72,14 +72,14 @@ class Run(NamedTuple):
     """Consecutive lines of one instant and one stream.
 
     Attributes:
-        count: How many lines.
+        lines: How many.
         time_unix_nano: The time of the first; each further line is 1 ns later.
         stream: One of `Stream`.
         flags: `CLEAN` or 0.
         uid_prefix: Start of each line's uid for services with offsets; empty where the page has digests.
     """
 
-    count: int
+    lines: int
     time_unix_nano: int
     stream: int = Stream.NONE
     flags: int = 0
@@ -106,7 +106,7 @@ class LogPage:
 
     Attributes:
         lines: Each line as read, without its line ending, in the order in which the service returned them.
-        runs: Times, streams and flags of those lines; the counts add up to ``len(lines)``.
+        runs: Times, streams and flags of those lines; their numbers of lines add up to ``len(lines)``.
         cursor: Where to resume once all these lines are acked; opaque, the service's own.
         digests: 8 bytes a line for services that know only times; empty where runs have a uid prefix.
     """
@@ -145,8 +145,8 @@ class LogPage:
             stream = Stream.NAMES.index(line.stream)
             nano = line.time_unix_nano + min(ordinal, NANOS_PER_MS - 1)
             last = runs[-1] if runs else None
-            if last and last.stream == stream and last.time_unix_nano + last.count == nano:
-                runs[-1] = last._replace(count=last.count + 1)
+            if last and last.stream == stream and last.time_unix_nano + last.lines == nano:
+                runs[-1] = last._replace(lines=last.lines + 1)
             else:
                 runs.append(Run(1, nano, stream))
         return cls(bodies, runs, cursor, b"".join(digests))
@@ -155,7 +155,7 @@ class LogPage:
         """Return the time of each line, in ns since the epoch."""
         times: list[int] = []
         for run in self.runs:
-            times.extend(range(run.time_unix_nano, run.time_unix_nano + run.count))
+            times.extend(range(run.time_unix_nano, run.time_unix_nano + run.lines))
         return times
 
     def uids(self) -> list[str]:
@@ -163,14 +163,14 @@ class LogPage:
         if self.digests:
             text = self.digests.hex()
             return [text[start : start + 16] for start in range(0, len(text), 16)]
-        return [f"{run.uid_prefix}{index:04x}" for run in self.runs for index in range(run.count)]
+        return [f"{run.uid_prefix}{index:04x}" for run in self.runs for index in range(run.lines)]
 
     def messages(self) -> Iterator[Message]:
         """Yield each line as `tailspan.job_get_logs` returns it."""
         position = 0
         for run in self.runs:
             stream = Stream.NAMES[run.stream]
-            for index in range(run.count):
+            for index in range(run.lines):
                 message = Message(
                     message=self.lines[position].decode("utf-8", "replace"),
                     timestamp=(run.time_unix_nano + index) // NANOS_PER_MS,

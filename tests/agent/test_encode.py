@@ -73,7 +73,7 @@ def pages(draw: st.DrawFn) -> LogPage:
 
 def expected(page: LogPage, min_severity: int = 0, redactor: Redactor | None = None) -> list[LogRecord]:
     """What a page's records must be, made line by line with OpenTelemetry's own messages."""
-    streams = [Stream.NAMES[run.stream] for run in page.runs for _ in range(run.count)]
+    streams = [Stream.NAMES[run.stream] for run in page.runs for _ in range(run.lines)]
     records = []
     for line, time, uid, stream in zip(page.lines, page.times_unix_nano(), page.uids(), streams, strict=True):
         text = clean(line)

@@ -86,8 +86,8 @@ def test_both_streams_are_told_apart_and_never_torn(local):
     for page in local.pages(job.job_id):
         position = 0
         for run in page.runs:
-            seen[run.stream] += page.lines[position : position + run.count]
-            position += run.count
+            seen[run.stream] += page.lines[position : position + run.lines]
+            position += run.lines
     assert seen[Stream.STDOUT] == [b"out %d" % i for i in range(2000)]
     assert seen[Stream.STDERR] == [b"err %d" % i for i in range(2000)]
     assert sorted((local.directory(job.job_id) / "log").read_bytes().splitlines()) == sorted(

@@ -111,7 +111,7 @@ def test_every_cursor_resumes_exactly(reads):
         assert len(set(uids)) == len(uids)
         ends = [int(run.uid_prefix.split("-")[1], 16) for page in whole for run in page.runs]
         before = 0
-        counts = [run.count for page in whole for run in page.runs]
+        counts = [run.lines for page in whole for run in page.runs]
         for start, count in zip(ends, counts, strict=True):
             rest = [uid for page in pages(path, str(start).encode()) for uid in page.uids()]
             assert rest == uids[before:]
@@ -149,7 +149,7 @@ def test_a_log_cut_short_is_a_gap_that_is_told(reads, keep):
         size = (path / "log").stat().st_size
         runs = [run for page in pages(path) for run in page.runs]
         ends = [int(run.uid_prefix.split("-")[1], 16) for run in runs[1:]] + [size]
-        left = sum(run.count for run, end in zip(runs, ends, strict=False) if end <= keep)
+        left = sum(run.lines for run, end in zip(runs, ends, strict=False) if end <= keep)
         os.truncate(path / "log", min(keep, size))
         if keep >= size:
             assert lines(path) == whole
@@ -250,4 +250,4 @@ def test_pages_are_bounded(counts):
         found = pages(path)
         assert all(len(page.lines) <= MAX_PAGE_LINES and sum(map(len, page.lines)) <= 1 << 20 for page in found)
         assert sum(len(page.lines) for page in found) == sum(counts)
-        assert all(sum(run.count for run in page.runs) == len(page.lines) for page in found)
+        assert all(sum(run.lines for run in page.runs) == len(page.lines) for page in found)
