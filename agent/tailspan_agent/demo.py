@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tailspan.directories import make_private
 from tailspan.errors import ConfigError, ServiceUnavailableError
 
 if TYPE_CHECKING:
@@ -88,7 +89,8 @@ def _write_config(home: Path) -> Path:
     """Write the configuration that the demo runs with, for the user to go on with."""
     path = home / "config.toml"
     try:
-        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(home)
+        path.touch(mode=0o600)
         path.write_text(
             f"# Written by 'tailspan demo'.\n"
             f"[services.local]\n"

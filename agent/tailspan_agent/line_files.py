@@ -16,6 +16,8 @@ import re
 import threading
 from pathlib import Path
 
+from tailspan.directories import make_private
+
 __all__ = ["LineFiles", "existing_files"]
 
 _sync = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
@@ -88,7 +90,7 @@ class LineFiles:
             # Somebody moved or removed the file: go on with a new one instead of writing where nobody looks.
             self._close()
         if self._file is None:
-            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private(self._directory)
             file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 size = _whole_lines_size(file)

@@ -24,10 +24,12 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from tailspan.errors import ConfigError
+from tailspan.http_limits import LimitedHttp
 
 __all__ = ["Guard", "StatusServer"]
 
 _STOP_GRACE_S = 1
+_MAX_CONNECTIONS = 100
 _INDEX = """<!doctype html>
 <meta charset="utf-8">
 <title>tailspan agent</title>
@@ -129,7 +131,9 @@ class StatusServer:
                 lifespan="off",
                 server_header=False,
                 timeout_graceful_shutdown=_STOP_GRACE_S,
+                http=LimitedHttp,
                 ws="none",
+                limit_concurrency=_MAX_CONNECTIONS,
             )
         )
         self._serving: asyncio.Task[None] | None = None

@@ -39,6 +39,7 @@ try:
         on_http_exception,
         on_tailspan_error,
     )
+    from tailspan.http_limits import LimitedHttp
 except ModuleNotFoundError as missing:
     package = (missing.name or "").partition(".")[0]
     raise ModuleNotFoundError(
@@ -161,7 +162,7 @@ def make_server(app: ASGIApp) -> uvicorn.Server:
     config = uvicorn.Config(
         app,
         loop="asyncio",
-        http="h11",
+        http=LimitedHttp,
         ws="none",
         lifespan="off",
         # Errors are logged by the application, in a line each; uvicorn adds a traceback to each reply that is cut off.
@@ -210,7 +211,7 @@ class _Guard:
         if method not in ("GET", "POST"):
             return error_reply(405, f"{method} is not allowed here", {"Allow": "GET, POST"})
         length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length) > _MAX_REQUEST_BYTES:
+        if not length.isdecimal() or int(length) > _MAX_REQUEST_BYTES or "transfer-encoding" in headers:
             return error_reply(413, "requests of the job API have no body", {"Connection": "close"})
         return None
 

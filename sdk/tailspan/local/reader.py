@@ -9,10 +9,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from tailspan.errors import CursorExpiredError
+from tailspan.errors import CursorExpiredError, ProtocolError
 from tailspan.identity import job_hash
 from tailspan.local.capture import LineBuffer, Piece
 from tailspan.local.index import (
+    MAX_ENTRY_BYTES,
     MAX_ENTRY_LINES,
     NO_NEWLINE,
     NUL,
@@ -24,11 +25,12 @@ from tailspan.local.index import (
     text_flags,
 )
 from tailspan.local.index_file import IndexFile, open_file, read_at
-from tailspan.page import CLEAN, MAX_PAGE_BYTES, MAX_PAGE_LINES, NANOS_PER_MS, LogPage, Run
+from tailspan.page import CLEAN, MAX_PAGE_BYTES, MAX_PAGE_LINES, NANOS_PER_MS, LogPage, Run, Stream
 
 __all__ = ["LogReader", "Totals"]
 
 _READ_BYTES = 1 << 20
+_STREAMS = range(len(Stream.NAMES))
 
 
 class Totals(NamedTuple):
@@ -51,6 +53,12 @@ class _Span(NamedTuple):
     start: int
     lines: int
     entry: Entry
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether our capture can have made it: the checksum tells damage, but not who wrote it."""
+        size = self.entry.end - self.start
+        return 0 < size <= MAX_ENTRY_BYTES + 1 and 0 < self.lines <= MAX_ENTRY_LINES and self.entry.stream in _STREAMS
 
 
 class LogReader:
@@ -203,7 +211,10 @@ class LogReader:
             if before is None or entry is None:
                 found = self._index.whole_at(position)[1]
                 raise self._expired(f"its index is damaged before byte {found.end} of the log", found.end)
-            yield _Span(before.end, entry.lines_end - before.lines_end, entry)
+            span = _Span(before.end, entry.lines_end - before.lines_end, entry)
+            if not span.is_possible:
+                raise ProtocolError(f"job {self._job_id}: the index of its log is not one that Tailspan wrote")
+            yield span
             before = entry
         yield from self._recovered()
 

@@ -25,6 +25,7 @@ from tailspan.errors import (
     AuthError,
     ConfigError,
     JobNotFoundError,
+    ProtocolError,
     RequestRejectedError,
     ServiceUnavailableError,
     TailspanError,
@@ -311,8 +312,7 @@ class LocalService:
             created_at=submitted_at_of(job_id),
             state_since=time_of(job.recorded.get("finished_at") or job.recorded.get("started_at")),
             service=self.name,
-            # What a supervisor wrote down at the end of the log is cheaper than the index.
-            lines=job.recorded.get("lines", 0) if {"end", "lines"} <= job.recorded.keys() else _totals(job).lines,
+            lines=_lines(job),
             origin=self,
         )
         if final:
@@ -372,6 +372,17 @@ class LocalService:
 def _totals(job: StoredJob) -> Totals:
     with LogReader(job.directory, job.job_id, ended=job.logs_complete) as reader:
         return reader.totals()
+
+
+def _lines(job: StoredJob) -> int | None:
+    """Return how many lines a job has; None when that cannot be read, which must not hide the other jobs."""
+    # What a supervisor wrote down at the end of the log is cheaper than the index.
+    if {"end", "lines"} <= job.recorded.keys():
+        return int(job.recorded["lines"])
+    try:
+        return _totals(job).lines
+    except (ProtocolError, PermissionError):
+        return None
 
 
 def _lost(job: StoredJob, alive: datetime | None) -> tuple[datetime | None, str]:
