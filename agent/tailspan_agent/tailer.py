@@ -214,23 +214,27 @@ class Tailer:
         if self._behind and sent.sends_logs:
             await self._relay.backlog.join(sent.stream, self, sent.position_ns)
             await self._relay.backlog.turn(sent.stream, self)
-        lines = 0
-        self._relay.health.polled(self._service.name)
         async with self._source.readers:
             try:
-                async with aclosing(self._pages(sent.cursor, late_window_s=self.watch.late_window)) as pages:
-                    async for page in pages:
-                        lines += len(page.lines)
-                        await sent.send_page(page)
+                lines = await self._read_from(sent)
             except CursorExpiredError as error:
                 _log.warning("job %s of service %s: lines are lost: %s", self.job_id, self._service.name, error)
                 self._relay.health.gap(self._service.name)
                 sent.cursor = error.resume_cursor
-                # Not quiet: what is left has still to be read.
-                return max(lines, 1)
+                # At once: a read that ended at a gap does not say that the log has ended.
+                lines = await self._read_from(sent)
         if not lines and sent.nothing_in_flight:
             self._behind = False
             await self._leave_backlog()
+        return lines
+
+    async def _read_from(self, sent: JobRelay) -> int:
+        self._relay.health.polled(self._service.name)
+        lines = 0
+        async with aclosing(self._pages(sent.cursor, late_window_s=self.watch.late_window)) as pages:
+            async for page in pages:
+                lines += len(page.lines)
+                await sent.send_page(page)
         return lines
 
     async def _pages(self, cursor: bytes | None = None, **keys: Any) -> AsyncGenerator[LogPage, None]:

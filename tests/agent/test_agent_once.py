@@ -1,0 +1,525 @@
+"""`agent run --once`: what is readable now is relayed, each line once, and what came of it is said."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from tailspan.errors import (
+    AuthError,
+    ConfigError,
+    JobNotFoundError,
+    ProtocolError,
+    ServiceUnavailableError,
+)
+from tailspan.testing import FakeService
+from tailspan_agent.agent import Agent
+from tailspan_agent.errors import AgentError, CheckpointError
+from tests.fakes.agents import Bench, OddService
+from tests.fakes.collector import Reply
+
+
+def ago(**delta: float) -> datetime:
+    return datetime.now(UTC) - timedelta(**delta)
+
+
+def ended(service: FakeService, job_id: str, *lines: str, state: str = "SUCCEEDED", **fields: object) -> None:
+    """Add a job that has ended, with its lines."""
+    service.add_job(job_id)
+    service.add_lines(job_id, *lines)
+    service.set_state(job_id, state, **fields)
+
+
+def test_an_ended_job_is_relayed_completely(bench: Bench) -> None:
+    """Each line once and in order, the four spans of one trace, the run counted."""
+    ended(bench.fake, "j1", "a", "b", "a", job_name="etl")
+    result = bench.once()
+    assert (result.jobs, result.acked, result.rejected, result.failures, result.delivered) == (1, 3, 0, (), True)
+    assert bench.bodies() == ["a", "b", "a"]
+    spans = bench.spans()
+    assert sorted(spans) == ["executing", "queued", "run", "submitted"]
+    assert {span.trace_id for span in spans.values()} == {row.trace_id for row in bench.collector.log_records()}
+    assert spans["run"].attributes["cicd.pipeline.result"] == "success"
+    assert bench.metric("cicd.pipeline.run.duration").count == 1
+
+
+def test_a_second_pass_repeats_nothing(bench: Bench) -> None:
+    """What is acked is not sent again: neither lines nor spans, and the run stays counted once."""
+    ended(bench.fake, "j1", "a", "b")
+    bench.once()
+    lines, spans = bench.bodies(), len(bench.collector.spans())
+    result = bench.once()
+    assert (result.acked, result.delivered) == (0, True)
+    assert bench.bodies() == lines
+    assert len(bench.collector.spans()) == spans
+    assert bench.metric("cicd.pipeline.run.duration").count == 1
+
+
+def test_before_during_and_after_a_job(bench: Bench) -> None:
+    """Passes while a job is pending, runs and has ended add up to each line once, with one run span at the end."""
+    bench.fake.add_job("j1", state="PENDING", started_at=None)
+    bench.once()
+    assert list(bench.spans()) == ["submitted"]
+    bench.fake.set_state("j1", "RUNNING", started_at=datetime.now(UTC))
+    bench.fake.add_lines("j1", "a", "b")
+    bench.once()
+    assert bench.bodies() == ["a", "b"]
+    assert "run" not in bench.spans()
+    bench.fake.add_lines("j1", "c")
+    bench.fake.set_state("j1", "FAILED")
+    bench.once()
+    assert bench.bodies() == ["a", "b", "c"]
+    names = [span.name for span in bench.collector.spans()]
+    assert sorted(names) == ["RUN j1", "executing", "queued", "submitted"]
+    root = bench.spans()["run"]
+    assert [event.attributes.get("tailspan.job.state") for event in root.events][:3] == ["PENDING", "RUNNING", "FAILED"]
+
+
+def test_identical_lines_are_as_many_as_they_are(bench: Bench) -> None:
+    """Equal text at equal times: repeats are lines of their own, told apart by uid and time."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", *["same"] * 5, timestamp_ms=1_700_000_000_000)
+    bench.fake.set_state("j1", "SUCCEEDED")
+    bench.once()
+    assert bench.bodies() == ["same"] * 5
+    records = bench.collector.log_records()
+    assert len({record.attributes["log.record.uid"] for record in records}) == 5
+    assert [record.time_unix_nano for record in records] == [1_700_000_000_000_000_000 + n for n in range(5)]
+
+
+def test_lookback_bounds_how_old_an_ended_job_may_be(bench: Bench) -> None:
+    """Jobs that ended within it are backfilled, older ones are not, running ones always are."""
+    ended(bench.fake, "old", "x", finished_at=ago(hours=3), job_status_date=ago(hours=3))
+    ended(bench.fake, "recent", "y", finished_at=ago(minutes=30), job_status_date=ago(minutes=30))
+    bench.fake.add_job("running", submitted_at=ago(days=9), started_at=ago(days=9))
+    bench.fake.add_lines("running", "z")
+    bench.once({"discover": True, "lookback": "1h"})
+    assert sorted(bench.bodies()) == ["y", "z"]
+
+
+def test_a_job_taken_up_once_is_finished_however_old(bench: Bench) -> None:
+    """A job that ended out of lookback, but was followed before, still gets its last lines and its root span."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    bench.once({"discover": True, "lookback": "1h"})
+    bench.fake.add_lines("j1", "b")
+    bench.fake.set_state("j1", "SUCCEEDED", finished_at=ago(hours=5), job_status_date=ago(hours=5))
+    bench.once({"discover": True, "lookback": "1h"})
+    assert bench.bodies() == ["a", "b"]
+    assert "run" in bench.spans()
+
+
+def test_named_jobs_need_no_discovery(bench: Bench) -> None:
+    """Only what is named is relayed, however old it is, and the list is not asked."""
+    ended(bench.fake, "mine", "a", finished_at=ago(days=9), job_status_date=ago(days=9))
+    ended(bench.fake, "other", "b")
+    bench.once({"jobs": ["mine"]})
+    assert bench.bodies() == ["a"]
+    assert ("list_jobs", "") not in bench.fake.calls
+
+
+def test_the_first_watch_that_matches_wins(bench: Bench) -> None:
+    """A job of several watches is relayed once, with the attributes of the first, also where a later one names it."""
+    ended(bench.fake, "j1", "a", job_name="etl-1")
+    bench.once(
+        {"discover": True, "name": "etl-*", "attributes": {"team": "geo"}},
+        {"jobs": ["j1"], "attributes": {"team": "ops"}},
+        {"discover": True, "attributes": {"team": "all"}},
+    )
+    assert bench.bodies() == ["a"]
+    assert bench.collector.log_records()[0].resource["team"] == "geo"
+
+
+def test_min_severity_drops_and_counts(bench: Bench) -> None:
+    """Lines below it are not sent, unknown ones are; the run span still knows how many were read."""
+    ended(bench.fake, "j1", "[INFO] fine", "plain", "[ERROR] bad")
+    bench.once({"discover": True, "min_severity": "WARN"})
+    assert bench.bodies() == ["plain", "[ERROR] bad"]
+    assert bench.spans()["run"].attributes["tailspan.lines.read"] == 3
+    assert bench.once().acked == 0
+
+
+def test_a_job_whose_lines_are_all_dropped_is_done(bench: Bench) -> None:
+    """Nothing to send is no reason to wait, and the next pass does not read the job again."""
+    ended(bench.fake, "j1", "[INFO] fine")
+    assert bench.once({"discover": True, "min_severity": "ERROR"}).delivered
+    bench.fake.calls.clear()
+    bench.once({"discover": True, "min_severity": "ERROR"})
+    assert ("read_logs", "j1") not in bench.fake.calls
+
+
+def test_old_jobs_are_a_stream_of_their_own_and_stay_so(bench: Bench) -> None:
+    """Whether a job is backfill is decided when it is first seen, and kept with it."""
+    ended(bench.fake, "old", "a", finished_at=ago(hours=2), job_status_date=ago(hours=2))
+    ended(bench.fake, "new", "b")
+    bench.collector.always("logs", Reply(503))
+    bench.once(timeout_s=0.3)
+    bench.collector.always("logs", Reply())
+    bench.fake.set_state("old", "SUCCEEDED")
+    bench.once()
+    streams = {row.body: row.resource.get("service.instance.id") for row in bench.collector.log_records()}
+    assert streams == {"a": "backfill", "b": None}
+
+
+def test_settle_waits_for_lines_that_come_after_the_end(bench: Bench) -> None:
+    """A service that does not mark the end of a log is read until quiet: lines seen after the status are not lost."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    bench.fake.set_state("j1", "SUCCEEDED", logs_complete=None)
+    bench.fake.before_next(
+        "read_logs", lambda: None, lambda: bench.fake.add_lines("j1", "b"), lambda: bench.fake.add_lines("j1", "c")
+    )
+    bench.once({"discover": True, "settle": 0.2})
+    assert bench.bodies() == ["a", "b", "c"]
+
+
+def test_lines_that_nobody_saw_are_found_by_the_final_read(bench: Bench) -> None:
+    """A service that knows only times is read once more in full: what was missed is relayed, and counted as late."""
+    bench.services["fake"] = service = OddService("fake")
+    service.final_read = True
+    service.add_job("j1")
+    service.add_lines("j1", "a", "b", timestamp_ms=1_700_000_000_000, step_ms=400)
+    bench.once()
+    service.add_late("j1", "between", timestamp_ms=1_700_000_000_100)
+    service.add_lines("j1", "c", timestamp_ms=1_700_000_009_000)
+    service.set_state("j1", "SUCCEEDED")
+    bench.once()
+    assert bench.bodies() == ["a", "b", "c", "between"]
+    assert bench.metric("tailspan.agent.lines.late", service="fake") == 1
+    assert bench.spans()["run"].attributes["tailspan.lines.read"] == 4
+
+
+def test_many_missed_lines_of_one_second_are_all_found(bench: Bench) -> None:
+    """Where the sums cannot tell which lines are missing, the second is repeated: nothing lost, all counted once."""
+    bench.services["fake"] = service = OddService("fake")
+    service.final_read = True
+    service.add_job("j1")
+    service.add_lines("j1", "a", "b", timestamp_ms=1_700_000_000_000, step_ms=100)
+    bench.once()
+    for number in range(4):
+        service.add_late("j1", f"late {number}", timestamp_ms=1_700_000_000_050 + number)
+    service.add_lines("j1", "end", timestamp_ms=1_700_000_003_000)
+    service.set_state("j1", "SUCCEEDED")
+    bench.once()
+    assert set(bench.bodies()) == {"a", "b", "late 0", "late 1", "late 2", "late 3", "end"}
+    uids = {row.attributes["log.record.uid"] for row in bench.collector.log_records()}
+    assert len(uids) == 7
+    assert bench.spans()["run"].attributes["tailspan.lines.read"] == 7
+
+
+@pytest.mark.parametrize(("watch", "offsets"), [({"final_read": False}, False), ({}, True)])
+def test_no_final_read_where_there_is_none(bench: Bench, watch: dict[str, object], offsets: bool) -> None:
+    """Switched off, or a service that needs none: the log is read once."""
+    bench.services["fake"] = service = OddService("fake")
+    service.final_read = True
+    service.final_read = not offsets
+    ended(service, "j1", "a")
+    bench.once({"discover": True, **watch})
+    assert service.calls.count(("read_logs", "j1")) == 1
+
+
+def test_a_job_without_a_log_has_a_trace(bench: Bench) -> None:
+    """A service that answers 404 for the log of a job that never wrote has not lost the job."""
+    bench.fake.add_job("j1", state="CANCELED", started_at=None)
+    bench.fake.fail_next("read_logs", *[JobNotFoundError("no log")] * 9)
+    result = bench.once()
+    assert (result.failures, result.delivered) == ((), True)
+    assert bench.spans()["run"].attributes["cicd.pipeline.result"] == "cancellation"
+
+
+def test_what_was_rejected_is_said(bench: Bench) -> None:
+    """Refused records need no more work: they are counted, in the dead letter, and not sent again."""
+    ended(bench.fake, "j1", "a", "b", "c")
+    bench.collector.script("logs", Reply(rejected=2, message="too old"))
+    result = bench.once()
+    assert (result.acked, result.rejected, result.delivered) == (1, 2, True)
+    assert list((bench.state_dir / "dead-letter").glob("logs*.jsonl"))
+    assert bench.metric("tailspan.agent.records.rejected", reason="partial") == 2
+    assert bench.once().acked == 0
+
+
+def test_an_endpoint_that_is_away_is_not_waited_for_beyond_the_timeout(bench: Bench) -> None:
+    """What is not acked is said to be undelivered, and the next pass sends it: each line once."""
+    ended(bench.fake, "j1", "a", "b")
+    bench.collector.always("logs", Reply(503))
+    bench.collector.always("traces", Reply(503))
+    result = bench.once(timeout_s=0.3)
+    assert (result.acked, result.delivered) == (0, False)
+    bench.collector.always("logs", Reply())
+    bench.collector.always("traces", Reply())
+    assert bench.once().delivered
+    assert bench.bodies() == ["a", "b"]
+    assert len(bench.collector.spans()) == 4
+
+
+def test_spans_do_not_wait_for_the_logs_endpoint(bench: Bench) -> None:
+    """With a dead logs endpoint the whole trace of an ended job is sent all the same."""
+    ended(bench.fake, "j1", "a", state="FAILED")
+    bench.collector.always("logs", Reply(503))
+    assert not bench.once(timeout_s=1.0).delivered
+    assert sorted(bench.spans()) == ["executing", "queued", "run", "submitted"]
+    bench.collector.always("logs", Reply())
+    assert bench.once().delivered
+    assert bench.bodies() == ["a"]
+    assert len(bench.collector.spans()) == 4
+
+
+def test_logs_do_not_wait_for_the_traces_endpoint(bench: Bench) -> None:
+    """With a dead traces endpoint all lines are acked; the spans are sent later, byte for byte the same."""
+    ended(bench.fake, "j1", "a")
+    bench.collector.always("traces", Reply(503))
+    assert not bench.once(timeout_s=1.0).delivered
+    assert bench.bodies() == ["a"]
+    refused = bench.collector.requests
+    bench.collector.always("traces", Reply())
+    assert bench.once().delivered
+    assert bench.bodies() == ["a"]
+
+    def spans(requests: list[object]) -> set[bytes]:
+        return {
+            span.SerializeToString()
+            for request in requests
+            if request.signal == "traces"
+            for resource in request.message.resource_spans
+            for scope in resource.scope_spans
+            for span in scope.spans
+        }
+
+    assert spans(refused) <= spans(bench.collector.requests)
+    assert len(spans(bench.collector.requests)) == 4
+
+
+def test_traces_switched_on_later_get_all_that_was_kept(bench: Bench) -> None:
+    """Spans are kept in the store while traces are not sent."""
+    ended(bench.fake, "j1", "a")
+    bench.once(otlp={"signals": ["logs"]})
+    assert bench.collector.spans() == []
+    bench.once()
+    assert sorted(bench.spans()) == ["executing", "queued", "run", "submitted"]
+    assert bench.bodies() == ["a"]
+
+
+def test_logs_switched_on_later_backfill_from_their_own_cursor(bench: Bench) -> None:
+    """Traces of a job are done; its lines are then sent from the first, and its run is not counted twice."""
+    ended(bench.fake, "j1", "a", "b")
+    for _ in range(2):
+        assert bench.once(otlp={"signals": ["traces", "metrics"]}).delivered
+    assert bench.bodies() == []
+    bench.once()
+    bench.once()
+    assert bench.bodies() == ["a", "b"]
+    assert len(bench.collector.spans()) == 4
+    assert bench.spans()["run"].attributes["tailspan.lines.read"] == 2
+    assert bench.metric("cicd.pipeline.run.duration").count == 1
+
+
+def test_run_counts_survive_restarts(bench: Bench) -> None:
+    """Each ended run counts once, whichever agent saw it end."""
+    for number in range(3):
+        ended(bench.fake, f"j{number}", "a", job_name="etl")
+        bench.once()
+        bench.once()
+    assert bench.metric("cicd.pipeline.run.duration", **{"cicd.pipeline.name": "etl"}).count == 3
+
+
+def test_an_unreachable_service_fails_the_pass(bench: Bench) -> None:
+    """Nothing is relayed of it, it is said, and nothing becomes LOST."""
+    bench.fake.add_job("j1")
+    bench.fake.fail_next("list_jobs", ServiceUnavailableError("away", service="fake"))
+    result = bench.once()
+    assert [type(failure) for failure in result.failures] == [ServiceUnavailableError]
+    assert bench.spans() == {}
+
+
+def test_one_service_that_is_away_does_not_keep_another(bench: Bench) -> None:
+    """Jobs of the other service are relayed in the same pass."""
+    bench.services["other"] = other = FakeService("other", identity="other")
+    bench.fake.fail_next("list_jobs", AuthError("who?", service="fake"))
+    ended(other, "j1", "a")
+    result = bench.once({"discover": True}, {"service": "other", "discover": True})
+    assert bench.bodies() == ["a"]
+    assert [type(failure) for failure in result.failures] == [AuthError]
+
+
+def test_a_tailer_that_fails_in_between_is_a_failure_of_the_pass(bench: Bench) -> None:
+    """What was read before is acked, the failure is said, and the next pass goes on from there."""
+    bench.services["fake"] = service = OddService("fake", page_lines=2)
+    ended(service, "j1", "a", "b", "c", "d")
+    ended(service, "j2", "x")
+    service.cut = ("j1", 1, ServiceUnavailableError("cut"))
+    result = bench.once()
+    assert [str(failure) for failure in result.failures] == ["cut"]
+    assert result.delivered
+    assert sorted(bench.bodies()) == ["a", "b", "x"]
+    service.cut = None
+    assert bench.once().failures == ()
+    assert bench.bodies("j1") == ["a", "b", "c", "d"]
+
+
+def test_a_fault_of_the_agent_is_no_success(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """A service that breaks its promises is not mistaken for one without lines."""
+    ended(bench.fake, "j1", "a")
+    bench.fake.fail_next("read_logs", ZeroDivisionError("bug"))
+    result = bench.once()
+    assert [type(failure) for failure in result.failures] == [AgentError]
+    assert "bug" in str(result.failures[0])
+
+
+def test_one_job_that_cannot_be_asked_does_not_hide_the_others(bench: Bench) -> None:
+    """A listed job whose status is no status is left out, with its reason, and the rest is relayed."""
+    bench.services["fake"] = service = OddService("fake")
+    service.lists_names = False
+    ended(service, "good", "a")
+    ended(service, "bad", "b")
+    service.fail_next("get_job", ProtocolError("no status"))
+    result = bench.once()
+    assert bench.bodies() == ["a"]
+    assert [type(failure) for failure in result.failures] == [ProtocolError]
+
+
+def test_a_named_job_that_does_not_exist_is_a_failure(bench: Bench) -> None:
+    """Whoever misspelt an id is told; a listed job that was deleted in passing is not one."""
+    ended(bench.fake, "j1", "a")
+    result = bench.once({"jobs": ["j1", "typo"]})
+    assert [failure.job_id for failure in result.failures] == ["typo"]
+    assert isinstance(result.failures[0], JobNotFoundError)
+    assert bench.bodies() == ["a"]
+
+
+def test_a_job_deleted_after_it_was_taken_up_gets_its_root_span(bench: Bench) -> None:
+    """Its trace has no orphans: the next pass writes its end, says that lines may be lost, and forgets it."""
+    bench.fake.add_job("j1", job_name="etl")
+    bench.fake.add_lines("j1", "a")
+    bench.once()
+    bench.services["fake"] = FakeService("fake")
+    result = bench.once()
+    assert (result.failures, result.delivered) == ((), True)
+    root = bench.spans()["run"]
+    assert (root.name, root.attributes["cicd.pipeline.result"]) == ("RUN etl", "error")
+    assert root.attributes["tailspan.logs.complete"] is False
+    assert {span.parent_span_id for span in bench.collector.spans()} == {"", root.span_id}
+    assert bench.metric("tailspan.agent.gaps", service="fake") == 1
+    assert bench.once().jobs == 0
+
+
+def test_expired_lines_are_a_gap_and_the_rest_is_read(bench: Bench) -> None:
+    """A service that dropped lines behind the cursor: the job ends with all that is left, and the gap is counted."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a", "b")
+    bench.once()
+    bench.fake.add_lines("j1", "gone", "c", "d")
+    bench.fake.expire("j1", 3)
+    bench.fake.set_state("j1", "SUCCEEDED")
+    assert bench.once().delivered
+    assert bench.bodies() == ["a", "b", "c", "d"]
+    assert bench.metric("tailspan.agent.gaps", service="fake") == 1
+
+
+def test_two_services_of_one_identity_are_refused(bench: Bench) -> None:
+    """One job would be relayed twice; the message names both, and the state directory is free again."""
+    bench.services["twin"] = FakeService("twin")
+    with pytest.raises(ConfigError, match=r"services\.fake and services\.twin"):
+        bench.once({"discover": True}, {"service": "twin", "discover": True})
+    bench.once()
+
+
+def test_an_agent_that_cannot_be_made_leaves_the_directory_free(bench: Bench) -> None:
+    """A wrong certificate, then a right configuration in the same process."""
+    with pytest.raises(ConfigError):
+        bench.agent(otlp={"ca_file": str(bench.directory / "missing.pem")})
+    bench.once()
+
+
+def test_a_second_agent_is_refused_and_told_who_holds_the_directory(bench: Bench) -> None:
+    """Two agents on one state directory would each relay everything."""
+    first = bench.agent()
+    with pytest.raises(CheckpointError, match=r"in use by agent pid \d+ on .*another state_dir"):
+        bench.agent()
+    asyncio.run(first.run_once(5))
+    bench.once()
+
+
+def test_the_sdk_switched_off_means_no_relay(bench: Bench) -> None:
+    """OTEL_SDK_DISABLED is for everything that speaks OTLP: the agent refuses rather than does nothing."""
+    settings = bench.settings()
+    off = settings.model_copy(update={"otlp": settings.otlp.model_copy(update={"disabled": True})})
+    with pytest.raises(ConfigError, match="OTEL_SDK_DISABLED"):
+        Agent(off, bench.open)
+
+
+def test_a_store_that_takes_no_writes_is_waited_for(bench: Bench) -> None:
+    """A disk that refuses for a while costs neither lines nor repeats."""
+    ended(bench.fake, "j1", "a", "b")
+    agent = bench.agent()
+    with closing(sqlite3.connect(agent.store.path, isolation_level=None, check_same_thread=False)) as other:
+
+        def refuse(_: object) -> Reply:
+            other.execute("BEGIN IMMEDIATE")
+            asyncio.run_coroutine_threadsafe(release(), loop[0])
+            return Reply()
+
+        async def release() -> None:
+            await asyncio.sleep(0.5)
+            other.execute("ROLLBACK")
+
+        loop: list[asyncio.AbstractEventLoop] = []
+
+        async def relay() -> object:
+            loop.append(asyncio.get_running_loop())
+            return await agent.run_once(15)
+
+        bench.collector.script("logs", refuse)
+        result = asyncio.run(relay())
+    assert result.delivered
+    assert bench.once().acked == 0
+    assert bench.bodies() == ["a", "b"]
+
+
+def test_a_store_that_refuses_to_take_up_a_job_is_a_failure_of_the_pass(bench: Bench) -> None:
+    """A job whose checkpoint cannot be made is not read: what cannot be remembered would be repeated."""
+    ended(bench.fake, "j1", "a")
+    agent = bench.agent()
+    with closing(sqlite3.connect(agent.store.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        result = asyncio.run(agent.run_once(10))
+    assert [type(failure) for failure in result.failures] == [CheckpointError]
+    assert bench.bodies() == []
+    assert bench.once().acked == 1
+
+
+def test_a_damaged_store_heals(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """The agent starts, says so, and relays by lookback what it cannot remember: the same lines have the same uids."""
+    ended(bench.fake, "j1", "a")
+    bench.once()
+    (bench.state_dir / "checkpoints.db").write_bytes(b"not a database, whatever it was")
+    assert bench.once().delivered
+    assert "the checkpoint store was damaged" in caplog.text
+    assert bench.bodies() == ["a", "a"]
+    assert len({row.attributes["log.record.uid"] for row in bench.collector.log_records()}) == 1
+
+
+def test_without_an_endpoint_everything_goes_to_files(bench: Bench) -> None:
+    """The files mode acks what is on the disk."""
+    ended(bench.fake, "j1", "a")
+    result = bench.once(otlp={"endpoint": None})
+    assert (result.acked, result.delivered) == (1, True)
+    assert {path.name for path in (bench.state_dir / "otlp").iterdir()} == {
+        "logs.jsonl",
+        "traces.jsonl",
+        "metrics.jsonl",
+    }
+
+
+def test_a_long_backlog_is_read_no_further_than_the_queue_holds(bench: Bench) -> None:
+    """An endpoint that hangs pauses the reader: memory stays bounded, however long the log is."""
+    bench.services["fake"] = service = OddService("fake", page_lines=1000)
+    service.add_job("j1")
+    service.add_lines("j1", *["x" * 1000] * 20_000)
+    bench.collector.always("logs", Reply(hang=True))
+    assert not bench.once(timeout_s=2.0).delivered
+    assert 0 < service.pages < 12
+    assert service.open_reads == 0
