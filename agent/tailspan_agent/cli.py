@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tailspan.cli.options import config_option, job_argument, json_option, service_option, settings_for
+from tailspan.cli.show import write
+from tailspan.cli.watch import say
 from tailspan.errors import ConfigError
 from tailspan_agent.checkpoint_file import lock_holder
 
@@ -98,7 +100,7 @@ async def _run_once(settings: Settings, timeout_s: float) -> int:
         loop.add_signal_handler(number, relay.stop)
     result = await relay.run_once(timeout_s)
     for failure in result.failures:
-        click.echo(f"tailspan: {failure}", err=True)
+        say(str(failure))
     targets = ", ".join(dict.fromkeys(relay.outlets.targets.values()))
     click.echo(
         f"{result.jobs} jobs: {result.acked} log records acked, {result.rejected} rejected ({targets})", err=True
@@ -138,7 +140,7 @@ def check(config_path: Path | None, as_json: bool) -> None:
                 click.echo(json.dumps(asdict(finding)))
             else:
                 word = "problem" if finding.exit_code else "warning" if finding.warning else "ok"
-                click.echo(f"{word:8}{finding.subject}: {finding.text}")
+                write(f"{word:8}{finding.subject}: {finding.text}")
         return code
 
     sys.exit(asyncio.run(look()))
@@ -207,7 +209,7 @@ async def _replay(files: tuple[Path, ...], settings: Settings) -> int:
             stack.push_async_callback(exporters[name].aclose)
         result = await send_files(files, exporters)
     for problem in result.problems:
-        click.echo(f"tailspan: {problem}", err=True)
+        say(problem)
     click.echo(
         f"{result.lines} lines of {result.files} files: {result.delivered} records delivered,"
         f" {result.rejected} rejected, {result.skipped} skipped, {result.bad_lines} lines unreadable"
@@ -236,7 +238,7 @@ def dead_letter(config_path: Path | None, as_json: bool) -> None:
         click.echo(f"nothing was refused ({directory} is empty)")
         return
     for group in groups:
-        click.echo(
+        write(
             f"{group.signal}: {group.rejected} of {group.records} records in {group.batches} batches"
             f" ({group.first} to {group.last}): {group.kind}: {group.reason}"
         )
@@ -262,5 +264,8 @@ def verify(job: str, service: str | None, config_path: Path | None, as_json: boo
     settings = settings_for(config_path)
     report = asyncio.run(compare(settings, service or settings.default_service, job))
     shown: dict[str, Any] = asdict(report)
-    click.echo(json.dumps(shown) if as_json else f"{report.verdict}: {report.text}")
+    if as_json:
+        click.echo(json.dumps(shown))
+    else:
+        write(f"{report.verdict}: {report.text}")
     sys.exit(0 if report.verdict == "verified" else 1)

@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Self
 import anyio
 
 from tailspan.asking import LogReader, StatusPoll, closing, newer, newest_of, stamped
+from tailspan.clean import printable
 from tailspan.clock import Clock
 from tailspan.errors import ConfigError, InProgressWarning, RequestRejectedError
 from tailspan.follow import SETTLE_S, Follower, TailUpdate
@@ -356,7 +357,7 @@ class AsyncJobClient:
 
 def in_progress_text(status: RunResponse) -> str:
     """Say that an execution time is not the whole."""
-    return f"job {status.job_id} is {status.state}: this is its execution time so far"
+    return f"job {printable(status.job_id, colours=False)} is {status.state}: this is its execution time so far"
 
 
 def _timestamp(message: Message) -> int:

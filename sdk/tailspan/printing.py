@@ -45,8 +45,8 @@ class LinePrinter:
             self.write(text)
 
     def note(self, text: str) -> None:
-        """Print a remark of our own."""
-        self.write(f"[tailspan] {text}\n")
+        """Print a remark of our own; names and errors in it are not our own."""
+        self.write(f"[tailspan] {printable(' '.join(text.split()), colours=False)}\n")
 
     def write(self, text: str) -> None:
         """Write text and flush; a character that the file's encoding lacks becomes a question mark."""

@@ -46,12 +46,14 @@ def _complete_job(ctx: click.Context, param: click.Parameter, incomplete: str) -
     async def ids(client: AsyncJobClient) -> list[CompletionItem]:
         import anyio
 
+        from tailspan.clean import printable
+
         with anyio.move_on_after(_COMPLETION_S):
             rows = await client.job_list(_COMPLETED_JOBS)
             return [
-                CompletionItem(row.job_id, help=f"{row.state} {row.job_name or ''}".strip())
+                CompletionItem(row.job_id, help=printable(f"{row.state} {row.job_name or ''}".strip(), colours=False))
                 for row in rows
-                if row.job_id.startswith(incomplete)
+                if row.job_id.startswith(incomplete) and row.job_id.isprintable()
             ]
         return []
 

@@ -26,8 +26,8 @@ _COLOURS = {
 
 
 def write(text: str) -> None:
-    """Write a line of data to standard output."""
-    LinePrinter(sys.stdout).write(text + "\n")
+    """Write a line of data to standard output; what would act on a terminal is taken out."""
+    LinePrinter(sys.stdout).write(_safe(text) + "\n")
 
 
 def json_of(answer: RunResponse | ListedJob) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def json_of(answer: RunResponse | ListedJob) -> dict[str, Any]:
 
 def json_line(value: Any) -> None:
     """Write a value as one line of JSON (ASCII, so that no encoding can harm it)."""
-    write(json.dumps(value))
+    json_lines([value])
 
 
 def json_lines(values: Iterable[Any]) -> None:

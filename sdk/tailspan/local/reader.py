@@ -226,9 +226,12 @@ class LogReader:
         if not self._ended or self._log_fd is None:
             return
         last = self._index.last() or Entry(0, 0, 0, 0, 0)
+        log = os.fstat(self._log_fd)
+        if last.end >= log.st_size:
+            return
         start, lines = last.end, last.lines_end
         sticky = last.flags & STEPPED_BACK | RECOVERED
-        written = os.fstat(self._log_fd).st_mtime_ns
+        written = log.st_mtime_ns
         # How many lines the last entry has does not matter: none has as many as this.
         floor = last.time_unix_nano + MAX_ENTRY_LINES
         for piece in self._pieces(start):

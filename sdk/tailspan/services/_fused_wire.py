@@ -16,6 +16,7 @@ from urllib.parse import quote, urlsplit
 
 import msgspec
 
+from tailspan.clean import printable
 from tailspan.errors import ConfigError
 from tailspan.identity import trace_id
 from tailspan.models import JobState, ListedJob, RunResponse, fused_state
@@ -189,7 +190,8 @@ def error_text(body: bytes) -> str:
         found = next((reply[key] for key in ("message", "detail", "error") if reply.get(key)), "")
     if isinstance(found, list):
         found = "; ".join(_finding(item) for item in found)
-    text = " ".join(str(found).split()) if isinstance(found, str | dict) else ""
+    # An exception's text ends on a terminal as it is, in a traceback for example.
+    text = printable(" ".join(str(found).split()), colours=False) if isinstance(found, str | dict) else ""
     return text if len(text) <= _MAX_ERROR_CHARS else text[:_MAX_ERROR_CHARS] + "..."
 
 
