@@ -10,7 +10,7 @@ from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import anyio
 import anyio.lowlevel
@@ -29,7 +29,7 @@ from tailspan.errors import (
 from tailspan.services._fused_auth import Authorization, Credentials
 from tailspan.services._fused_wire import error_text
 
-__all__ = ["FusedHttp", "Pace", "Retries"]
+__all__ = ["FusedHttp", "Pace", "Retries", "Tls"]
 
 _RETRY_FOR_S = 5.0
 _MAX_REPLY_BYTES = 64 << 20
@@ -78,6 +78,20 @@ class Retries:
         await anyio.sleep(delay_s)
 
 
+class Tls(NamedTuple):
+    """Files in PEM for TLS; verification is always on.
+
+    Attributes:
+        ca_file: Certificates to trust instead of the system's.
+        client_cert: Certificate to show to the server.
+        client_key: Its key, where it is not in the same file.
+    """
+
+    ca_file: Path | None = None
+    client_cert: Path | None = None
+    client_key: Path | None = None
+
+
 class FusedHttp:
     """One API at one base URL, over one pool of kept-alive connections.
 
@@ -93,7 +107,7 @@ class FusedHttp:
         credentials: Credentials,
         *,
         timeout_s: float,
-        ca_file: Path | None,
+        tls: Tls,
         requests_per_second: float,
         tries: int,
     ) -> None:
@@ -102,7 +116,7 @@ class FusedHttp:
         self._base_url = base_url
         self._credentials = credentials
         self._timeout_s = timeout_s
-        self._ca_file = ca_file
+        self._tls_files = tls
         self._pace = Pace(requests_per_second)
         self._client: httpx.AsyncClient | None = None
         self._client_loop: object = None
@@ -313,13 +327,20 @@ class FusedHttp:
         if self._base_url.startswith("http:"):
             # Never used then, and loading the authorities would take longer than the first request.
             return False
-        if self._ca_file is None:
+        ca_file, client_cert, client_key = self._tls_files
+        if ca_file is None and client_cert is None:
             return True
+        key, path = "ca_file", ca_file
         try:
-            return ssl.create_default_context(cafile=self._ca_file.expanduser())
+            context = ssl.create_default_context(cafile=ca_file and ca_file.expanduser())
+            if client_cert is not None:
+                key, path = "client_cert", client_cert
+                # An empty passphrase instead of OpenSSL's question on the terminal.
+                context.load_cert_chain(client_cert.expanduser(), client_key and client_key.expanduser(), password="")
         except (OSError, ssl.SSLError) as error:
-            key = f"services.{self._service}.ca_file"
-            raise ConfigError(f"{key} {self._ca_file} cannot be used: {error}", key=key) from None
+            key = f"services.{self._service}.{key}"
+            raise ConfigError(f"{key} {path} cannot be used: {error}", key=key) from None
+        return context
 
 
 def _raw(response: httpx.Response) -> AsyncGenerator[bytes, None]:

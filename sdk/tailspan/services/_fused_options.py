@@ -25,11 +25,15 @@ class FusedOptions(Options):
     requests_per_second: float = Field(default=20.0, gt=0)
     timeout: PositiveDuration = 10.0
     ca_file: UserPath | None = None
+    client_cert: UserPath | None = None
+    client_key: UserPath | None = None
 
     @model_validator(mode="after")
-    def _one_token(self) -> FusedOptions:
+    def _fits(self) -> FusedOptions:
         if self.token is not None and self.token_file is not None:
             raise ConfigError("has both token and token_file; give one of them")
+        if self.client_key is not None and self.client_cert is None:
+            raise ConfigError("has client_key without client_cert")
         return self
 
     @classmethod
@@ -48,4 +52,6 @@ class FusedOptions(Options):
             "requests_per_second": found.requests_per_second,
             "timeout_s": found.timeout,
             "ca_file": found.ca_file,
+            "client_cert": found.client_cert,
+            "client_key": found.client_key,
         }

@@ -20,7 +20,7 @@ from tailspan.models import ListedJob, RunResponse
 from tailspan.page import LogPage, Message
 from tailspan.services import LATE_WINDOW_S
 from tailspan.services._fused_auth import DEFAULT_SCHEME, Credentials
-from tailspan.services._fused_http import FusedHttp, Retries
+from tailspan.services._fused_http import FusedHttp, Retries, Tls
 from tailspan.services._fused_stream import STEP_BYTES, ArraySplitter, ReplyError, decode_json, lines, messages, pages
 from tailspan.services._fused_times import Look, find_times
 from tailspan.services._fused_wire import (
@@ -75,6 +75,8 @@ class FusedService:
         requests_per_second: float = 20.0,
         timeout_s: float = 10.0,
         ca_file: Path | None = None,
+        client_cert: Path | None = None,
+        client_key: Path | None = None,
         tries: int = _TRIES,
         credentials: Credentials | None = None,
     ) -> None:
@@ -89,6 +91,8 @@ class FusedService:
             requests_per_second: How many requests this service sends at most, on average.
             timeout_s: For connecting, and for each silence of the server, in seconds.
             ca_file: PEM certificates to trust instead of the system's.
+            client_cert: PEM certificate to show to the server, for mutual TLS.
+            client_key: Its key, where it is not in the same file.
             tries: How often a request that only reads is sent before its error is raised; 1 for callers with a pace
                 of their own. All tries together take at most about 5 s and one timeout.
             credentials: Instead of token, token_file and scheme.
@@ -103,7 +107,7 @@ class FusedService:
             self.identity,
             credentials or Credentials(name, self.identity, token=token, token_file=token_file, scheme=scheme),
             timeout_s=timeout_s,
-            ca_file=ca_file,
+            tls=Tls(ca_file, client_cert, client_key),
             requests_per_second=requests_per_second,
             tries=tries,
         )
