@@ -46,7 +46,6 @@ class JobRelay:
         job: The last status.
         facts: What is known of its lines and states as read; the store has them as acked.
         cursor: Where the lines end that were put into the lane.
-        stream: What a store makes one stream of: jobs of one stream catch up oldest first.
     """
 
     def __init__(self, relay: Relay, service: JobService, watch: Watch, job: RunResponse, first_seen_ns: int) -> None:
@@ -58,7 +57,6 @@ class JobRelay:
         self.checkpoint = known or self._first_checkpoint(first_seen_ns)
         self.cursor = self.checkpoint.cursor
         self.facts = self._acked_facts = self._stored_facts(first_seen_ns)
-        self.stream = f"{service.name}/{job.job_name}" + ("/backfill" if self.checkpoint.backfill else "")
         self._watch = watch
         self._context = LogContext.for_job(job, min_severity=watch.min_severity, redactor=relay.redactor)
         self._resource = self._make_resource()
@@ -88,13 +86,18 @@ class JobRelay:
     def _make_resource(self) -> bytes:
         return encode_resource(
             resource_attributes(
-                self.job,
+                self._told,
                 service_name=self._service.name,
                 watch_attributes=self._watch.attributes,
                 otlp_resource=self._relay.otlp_resource,
                 backfill=self.checkpoint.backfill,
             )
         )
+
+    @property
+    def _told(self) -> RunResponse:
+        """The status as it may leave this machine."""
+        return self.job if self._relay.redactor is None else self._relay.redactor.redact_job(self.job)
 
     def use(self, watch: Watch) -> None:
         """Go over to a changed watch; what is on its way goes as it is."""
@@ -228,14 +231,14 @@ class JobRelay:
 
     async def send_failure(self) -> None:
         """Put the record that says why the job failed behind its lines; a job that did not fail has none."""
-        record = failure_record(self.job, self.facts, observed_unix_nano=time.time_ns())
+        record = failure_record(self._told, self.facts, observed_unix_nano=time.time_ns())
         if record is not None and self._lane is not None:
             self._relay.health.records_read(self._service.name, 1)
             await self._put(encode_log_record(record), 1, None, {}, record.time_unix_nano)
 
     def write_spans(self) -> None:
         """Write the spans that have ended by now; a span that was written before stays as it was."""
-        if self._relay.store.add_spans(self.checkpoint.key, self._outbox(spans_of(self.job, self.facts))):
+        if self._relay.store.add_spans(self.checkpoint.key, self._outbox(spans_of(self._told, self.facts))):
             self._wake_spans()
 
     def end(self, *, logs_complete: bool) -> None:
@@ -245,7 +248,7 @@ class JobRelay:
             logs_complete: Whether its log was read to its end.
         """
         self.facts = dataclasses.replace(self.facts, logs_complete=logs_complete)
-        spans = spans_of(self.job, self.facts)
+        spans = spans_of(self._told, self.facts)
         run = spans[-1]
         name = self._relay.names.label(self.job.job_name)
         empty = RunTotals(name, self.job.state.result or "error", error_type(self.job, self.facts.digest))

@@ -6,6 +6,7 @@ pattern (a literal that every match contains is searched first, the regular expr
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from tailspan.config import RedactSettings
 from tailspan.errors import ConfigError
+from tailspan.models import RunResponse
 
 __all__ = ["MIN_SECRET_CHARS", "REDACTED", "Redactor"]
 
@@ -89,6 +91,24 @@ class Redactor:
             parts += (text[kept_from:start], REDACTED)
             kept_from = stop
         return "".join((*parts, text[kept_from:])), len(merged)
+
+    def redact_job(self, job: RunResponse) -> RunResponse:
+        """Return a status without secrets in what it quotes: its error, command, attributes, page; names and ids stay.
+
+        Args:
+            job: As its service told it.
+        """
+
+        def hide(texts: Mapping[str, str]) -> dict[str, str]:
+            return {key: self.redact(text)[0] for key, text in texts.items()}
+
+        return dataclasses.replace(
+            job,
+            error=job.error and self.redact(job.error)[0],
+            url=job.url and self.redact(job.url)[0],
+            attributes=hide(job.attributes),
+            details=hide(job.details),
+        )
 
     def redact_lines(self, lines: list[bytes]) -> tuple[list[bytes], int]:
         """Return lines without secrets, and how many were taken out.
