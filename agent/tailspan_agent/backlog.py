@@ -19,36 +19,38 @@ class Backlog:
 
     def __init__(self) -> None:
         self._streams: dict[str, dict[object, int]] = {}
-        self._changed = asyncio.Condition()
+        self._changed = asyncio.Event()
 
-    async def join(self, stream: str, member: object, position_ns: int) -> None:
+    def join(self, stream: str, member: object, position_ns: int = 0) -> None:
         """Say that a member has lines to relay from this time on; joining again moves it there.
 
         Args:
             stream: What the store makes one stream of.
             member: Who is behind.
-            position_ns: The time of its next lines, as well as it is known, in ns since the epoch.
+            position_ns: The time of its next lines, as well as it is known, in ns since the epoch. 0, while it is not
+                known, lets all others wait.
         """
         self._streams.setdefault(stream, {})[member] = position_ns
-        async with self._changed:
-            self._changed.notify_all()
+        self._wake()
 
-    async def leave(self, stream: str, member: object) -> None:
+    def leave(self, stream: str, member: object) -> None:
         """Say that a member has caught up, or gave up for now; leaving twice is fine."""
         members = self._streams.get(stream, {})
-        if members.pop(member, None) is None:
-            return
-        if not members:
-            del self._streams[stream]
-        async with self._changed:
-            self._changed.notify_all()
+        if members.pop(member, None) is not None:
+            if not members:
+                del self._streams[stream]
+            self._wake()
 
     async def turn(self, stream: str, member: object) -> None:
         """Wait until nobody in the stream is so far behind that this member's lines would lock it out."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._is_next(stream, member))
+        while not self._is_next(stream, member):
+            await self._changed.wait()
 
     def _is_next(self, stream: str, member: object) -> bool:
         members = self._streams.get(stream, {})
         position_ns = members.get(member)
         return position_ns is None or position_ns <= min(members.values()) + _WINDOW_NS
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()

@@ -138,6 +138,7 @@ class Following:
 
         def ended(_: asyncio.Task[None]) -> None:
             del self.tailers[tailer]
+            tailer.leave_backlog()  # a task that was cancelled before it began has not
             watcher.forget(tailer)
 
         task.add_done_callback(ended)

@@ -63,6 +63,7 @@ class Tailer:
         source: The service that has the job.
         watch: The watch that matched it.
         job_id: The job.
+        name: Its name, where it is known before its first status.
         once: Relay what is readable now, then stop; an ended job completely.
 
     Attributes:
@@ -70,7 +71,9 @@ class Tailer:
         failure: Why the last attempt failed; None after one that succeeded.
     """
 
-    def __init__(self, relay: Relay, source: Source, watch: Watch, job_id: str, *, once: bool = False) -> None:
+    def __init__(
+        self, relay: Relay, source: Source, watch: Watch, job_id: str, name: str = "", *, once: bool = False
+    ) -> None:
         self.finished = False
         self.failure: TailspanError | None = None
         self.watch = watch
@@ -94,6 +97,10 @@ class Tailer:
         self._row_news = False
         self._errors = 0
         self._behind = True
+        self._stream = self._stream_of(name)
+        if name:
+            # Before anybody reads: who is the oldest of a pipeline is known only when all have said where they are.
+            relay.backlog.join(self._stream, self)
 
     @property
     def service_name(self) -> str:
@@ -153,16 +160,19 @@ class Tailer:
                     if self.once:
                         return
                     # Others of its stream must not wait for a job that cannot be read.
-                    await self._leave_backlog()
+                    self.leave_backlog()
                 if delay_s is None:
                     return
                 await self._sleep(delay_s)
         finally:
-            await self._leave_backlog()
+            self.leave_backlog()
 
-    async def _leave_backlog(self) -> None:
-        if self._sent is not None:
-            await self._relay.backlog.leave(self._sent.stream, self)
+    def leave_backlog(self) -> None:
+        """Let the others of its stream go on."""
+        self._relay.backlog.leave(self._stream, self)
+
+    def _stream_of(self, name: str) -> str:
+        return f"{self._service.name}/{name}"
 
     async def _turn(self) -> float | None:
         """Ask, read and relay once; return how long to wait for the next time, or None when all is done."""
@@ -195,6 +205,8 @@ class Tailer:
         if sent is None:
             await self._relay.nothing_in_flight(self._service.identity, self.job_id)
             sent = self._sent = JobRelay(self._relay, self._service, self.watch, job, self._first_seen_ns)
+            self.leave_backlog()
+            self._stream = self._stream_of(job.job_name)
             if sent.done:
                 return sent
         self._follower.on_status(job, now_s, time.time())
@@ -212,8 +224,8 @@ class Tailer:
     async def _read(self, sent: JobRelay) -> int:
         """Relay the lines that are readable now; return how many."""
         if self._behind and sent.sends_logs:
-            await self._relay.backlog.join(sent.stream, self, sent.position_ns)
-            await self._relay.backlog.turn(sent.stream, self)
+            self._relay.backlog.join(self._stream, self, sent.position_ns)
+            await self._relay.backlog.turn(self._stream, self)
         async with self._source.readers:
             try:
                 lines = await self._read_from(sent)
@@ -225,7 +237,7 @@ class Tailer:
                 lines = await self._read_from(sent)
         if not lines and sent.nothing_in_flight:
             self._behind = False
-            await self._leave_backlog()
+            self.leave_backlog()
         return lines
 
     async def _read_from(self, sent: JobRelay) -> int:

@@ -86,6 +86,7 @@ class Watcher:
         self._settled = relay.store.finished_jobs(self._service.identity)
         self._missing: set[str] = set()
         self._unlisted: set[str] = set()
+        self._found: list[Tailer] = []
         self._full_scan_at_s = float("-inf")
 
     @property
@@ -122,6 +123,14 @@ class Watcher:
         """
         now_s = time.monotonic()
         full = now_s - self._full_scan_at_s >= _FULL_SCAN_S
+        try:
+            await self._scan(full)
+        finally:
+            self._start_found()
+        if full:
+            self._full_scan_at_s = now_s
+
+    async def _scan(self, full: bool) -> None:
         discover = any(watch.discover for watch in self.watches)
         if full:
             self._settled -= self._missing
@@ -135,8 +144,6 @@ class Watcher:
                 self._follow(job_id, await self._name_of(job_id) if discover else "")
         if discover:
             await self._discover(full)
-        if full:
-            self._full_scan_at_s = now_s
 
     @property
     def _lists_cheaply(self) -> bool:
@@ -154,6 +161,9 @@ class Watcher:
                 for row in rows:
                     unseen.discard(row.job_id)
                     news = await self._take_up(row) or news
+                if not all(row.job_name for row in rows):
+                    # Each name was a request: the rest of the list may be minutes away.
+                    self._start_found()
                 # The list is the followed jobs' status, one request for many: it is read until all were seen.
                 if not unseen and (self._too_old(rows[-1]) if full else not news):
                     return
@@ -216,9 +226,15 @@ class Watcher:
             return
         watch = match(self.watches, job_id, name)
         if watch is not None:
-            tailer = Tailer(self._relay, self._source, watch, job_id, once=self._once)
+            tailer = Tailer(self._relay, self._source, watch, job_id, name, once=self._once)
             self.tailers[job_id] = tailer
+            self._found.append(tailer)
+
+    def _start_found(self) -> None:
+        # Only now: the list is newest first, and the oldest of a pipeline has to be known before the first is read.
+        for tailer in reversed(self._found):
             self._start(tailer)
+        self._found.clear()
 
     def use(self, watches: Sequence[Watch]) -> None:
         """Go over to other watches: every job is matched anew."""

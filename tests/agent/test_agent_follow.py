@@ -1,0 +1,349 @@
+"""`agent run`: jobs are followed while they run, through restarts, outages and drains."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+
+import httpx
+import pytest
+
+from tailspan.errors import CursorExpiredError, JobNotFoundError, ServiceUnavailableError
+from tailspan_agent.outcome import Delivered
+from tests.fakes.agents import Bench, OddService, looped, until
+from tests.fakes.collector import Collector, Reply, Request
+
+
+@looped
+async def test_a_job_is_followed_from_its_start_to_its_end(bench: Bench) -> None:
+    """Found by discovery while the agent runs; its lines come as they are written, its spans as they end."""
+    async with bench.running():
+        bench.fake.add_job("j1", job_name="etl")
+        bench.fake.add_lines("j1", "a")
+        await bench.received(lambda: bench.bodies() == ["a"])
+        bench.fake.add_lines("j1", "b", "c")
+        await bench.received(lambda: bench.bodies() == ["a", "b", "c"])
+        bench.fake.set_state("j1", "SUCCEEDED")
+        await bench.received(lambda: "run" in bench.spans())
+    spans = bench.collector.spans()
+    assert sorted(span.name for span in spans) == ["RUN etl", "executing", "queued", "submitted"]
+    root = bench.spans()["run"]
+    assert all(span.parent_span_id in ("", root.span_id) for span in spans)
+    assert root.start_unix_nano <= bench.collector.log_records()[0].time_unix_nano
+    assert root.end_unix_nano >= bench.collector.log_records()[-1].time_unix_nano
+
+
+@looped
+async def test_a_running_job_is_visible_at_once(bench: Bench) -> None:
+    """The trace of a job without a line and without an end is there while it runs."""
+    bench.fake.add_job("j1")
+    async with bench.running() as agent:
+        await bench.received(lambda: {"submitted", "queued"} <= set(bench.spans()))
+        assert [tailer.job_id for tailer in agent.tailers] == ["j1"]
+        assert "run" not in bench.spans()
+        bench.fake.set_state("j1", "SUCCEEDED")
+        await bench.received(lambda: "run" in bench.spans())
+
+
+@looped
+async def test_stopped_and_started_in_the_middle(bench: Bench) -> None:
+    """The next agent goes on behind the last acked line: nothing twice, nothing lost, one trace."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a", "b")
+    async with bench.running():
+        await bench.received(lambda: len(bench.bodies()) == 2)
+    bench.fake.add_lines("j1", "c")
+    async with bench.running():
+        await bench.received(lambda: len(bench.bodies()) == 3)
+        bench.fake.add_lines("j1", "d")
+        bench.fake.set_state("j1", "FAILED")
+        await bench.received(lambda: "run" in bench.spans())
+    assert bench.bodies() == ["a", "b", "c", "d"]
+    assert len(bench.collector.spans()) == 4
+    assert len({row.trace_id for row in bench.collector.log_records()}) == 1
+
+
+@looped
+async def test_the_drain_acks_what_was_read(bench: Bench) -> None:
+    """What is in flight when the agent is told to stop is waited for, and is not sent again."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a", "b")
+    bench.collector.script("logs", Reply(503, retry_after_s=0.3))
+    async with bench.running():
+        await bench.received(lambda: any(request.signal == "logs" for request in bench.collector.requests))
+    assert bench.bodies() == ["a", "b"]
+    assert (await bench.agent().run_once(10)).acked == 0
+
+
+@looped
+async def test_the_drain_has_an_end(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """An endpoint that takes nothing does not keep the agent beyond its drain timeout; the lines come later."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    bench.collector.always("logs", Reply(503))
+    async with bench.running(drain_timeout=0.1):
+        await bench.received(lambda: any(request.signal == "logs" for request in bench.collector.requests))
+    assert "stopped before all was acked" in caplog.text
+    bench.collector.always("logs", Reply())
+    assert (await bench.agent().run_once(10)).acked == 1
+    assert bench.bodies() == ["a"]
+
+
+@looped
+async def test_a_second_stop_skips_the_drain(bench: Bench) -> None:
+    """Whoever asks twice is in a hurry."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    bench.collector.always("logs", Reply(hang=True))
+    agent = bench.agent(drain_timeout=1000)
+    draining = asyncio.Event()
+    task = asyncio.create_task(agent.run(on_stop=draining.set))
+    await bench.received(lambda: any(request.signal == "logs" for request in bench.collector.requests))
+    agent.stop()
+    await draining.wait()
+    agent.stop()
+    await task
+    assert bench.agent().store.job("fake", "j1") is not None
+
+
+@looped
+async def test_an_end_that_is_taken_back_is_none(bench: Bench) -> None:
+    """A status that flaps to a terminal state and back ends nothing: the end is the one that stays."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    async with bench.running():
+        await bench.received(lambda: len(bench.bodies()) == 1)
+        bench.fake.set_state("j1", "FAILED", logs_complete=None)
+        bench.fake.before_next("get_job", lambda: None, lambda: bench.fake.set_state("j1", "RUNNING", finished_at=None))
+        bench.fake.add_lines("j1", "b")
+        await bench.received(lambda: len(bench.bodies()) == 2)
+        await until(lambda: len([call for call in bench.fake.calls if call == ("get_job", "j1")]) > 10)
+        assert "run" not in bench.spans()
+        bench.fake.add_lines("j1", "c")
+        bench.fake.set_state("j1", "SUCCEEDED")
+        await bench.received(lambda: "run" in bench.spans())
+    assert bench.bodies() == ["a", "b", "c"]
+    assert bench.spans()["run"].attributes["cicd.pipeline.result"] == "success"
+    assert bench.metric("cicd.pipeline.run.duration").count == 1
+
+
+@looped
+async def test_a_status_that_is_ahead_of_the_lines(bench: Bench) -> None:
+    """The end is seen before the last lines are: they are relayed, and lie within the run span."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    async with bench.running({"discover": True, "settle": 0.3}):
+        await bench.received(lambda: len(bench.bodies()) == 1)
+        bench.fake.set_state("j1", "SUCCEEDED", logs_complete=None)
+        reads = bench.fake.calls.count(("read_logs", "j1"))
+        await until(lambda: bench.fake.calls.count(("read_logs", "j1")) > reads + 2)
+        bench.fake.add_lines("j1", "last")
+        await bench.received(lambda: "run" in bench.spans())
+    assert bench.bodies() == ["a", "last"]
+    assert bench.spans()["run"].end_unix_nano >= bench.collector.log_records()[-1].time_unix_nano
+
+
+@looped
+async def test_a_job_deleted_while_it_is_followed(bench: Bench) -> None:
+    """Its trace gets its root, its lines stay what they are, and one hiccup is no deletion."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    async with bench.running() as agent:
+        await bench.received(lambda: len(bench.bodies()) == 1)
+        bench.fake.fail_next("get_job", JobNotFoundError("hiccup"))
+        bench.fake.fail_next("read_logs", JobNotFoundError("hiccup"))
+        bench.fake.add_lines("j1", "b")
+        await bench.received(lambda: len(bench.bodies()) == 2)
+        assert "run" not in bench.spans()
+        bench.fake.fail_next("get_job", *[JobNotFoundError("gone")] * 9)
+        bench.fake.fail_next("read_logs", *[JobNotFoundError("gone")] * 9)
+        await bench.received(lambda: "run" in bench.spans())
+        await until(lambda: not agent.tailers)
+    root = bench.spans()["run"]
+    assert bench.fake.calls.count(("get_job", "j1")) < 12
+    assert (root.attributes["cicd.pipeline.result"], root.attributes["tailspan.logs.complete"]) == ("error", False)
+
+
+@looped
+async def test_a_service_that_is_away_for_a_while(bench: Bench) -> None:
+    """The job keeps its state, nobody calls it lost, readiness says what is wrong, and its lines come afterwards."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    async with bench.running() as agent:
+        await bench.received(lambda: len(bench.bodies()) == 1)
+        away = ServiceUnavailableError("away", retry_after_s=0.2)
+        bench.fake.fail_next("get_job", away)
+        bench.fake.fail_next("read_logs", away)
+        await until(lambda: agent.problems() == ["service_fake_unreachable"])
+        bench.fake.add_lines("j1", "b")
+        await bench.received(lambda: len(bench.bodies()) == 2)
+        await until(lambda: agent.problems() == [])
+        bench.fake.set_state("j1", "SUCCEEDED")
+        await bench.received(lambda: "run" in bench.spans())
+    root = bench.spans()["run"]
+    states = [event.attributes["tailspan.job.state"] for event in root.events]
+    assert states == ["RUNNING", "SUCCEEDED"]
+
+
+@looped
+async def test_an_endpoint_that_heals(bench: Bench) -> None:
+    """While it takes nothing the job is read on; when it answers again each line arrives once, in order."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", *[f"line {number}" for number in range(20)])
+    bench.collector.script("logs", Reply(503), Reply(cut="request"), Reply(429, retry_after_s=0.1))
+    async with bench.running():
+        bench.fake.add_lines("j1", "more")
+        await bench.received(lambda: len(bench.bodies()) == 21)
+    assert bench.bodies() == [f"line {number}" for number in range(20)] + ["more"]
+
+
+@looped
+async def test_a_hanging_endpoint_pauses_the_reader_of_its_lane(bench: Bench) -> None:
+    """The log is not read further than the bounded queue, and goes on from there when the endpoint answers."""
+    bench.services["fake"] = service = OddService("fake", page_lines=500)
+    service.add_job("j1")
+    service.add_lines("j1", *["x" * 1000] * 10_000)
+    service.set_state("j1", "SUCCEEDED")
+    bench.collector.script("logs", Reply(503, retry_after_s=1.0))
+    async with bench.running():
+        await bench.received(lambda: any(request.signal == "logs" for request in bench.collector.requests))
+        await until(lambda: service.pages > 3)
+        await asyncio.sleep(0.2)
+        assert service.pages < 16
+        await bench.received(lambda: "run" in bench.spans())
+    assert len(bench.bodies()) == 10_000
+    assert service.open_reads == 0
+
+
+@looped
+async def test_expired_lines_are_counted_and_the_job_goes_on(bench: Bench) -> None:
+    """A gap is a fact, not an end."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    async with bench.running():
+        await bench.received(lambda: len(bench.bodies()) == 1)
+        bench.fake.fail_next("read_logs", CursorExpiredError("gone", resume_cursor=b"2"))
+        bench.fake.add_lines("j1", "lost", "c")
+        await bench.received(lambda: len(bench.bodies()) >= 2)
+    assert bench.bodies() in (["a", "c"], ["a", "lost", "c"])
+    assert bench.metric("tailspan.agent.gaps", service="fake") == 1
+
+
+@looped
+async def test_the_oldest_job_of_a_pipeline_goes_first(bench: Bench) -> None:
+    """A fresh sibling does not push the window of their common stream past an old backlog; strangers do not wait."""
+    for hours, name in ((3, "etl"), (1, "etl"), (0, "etl"), (0, "other")):
+        began = datetime.now(UTC) - timedelta(hours=hours)
+        job_id = f"{name} {hours}"
+        bench.fake.add_job(job_id, job_name=name, submitted_at=began, started_at=began)
+        bench.fake.add_lines(job_id, job_id, timestamp_ms=int(began.timestamp() * 1000))
+        bench.fake.set_state(job_id, "SUCCEEDED", finished_at=began, job_status_date=began)
+    bench.collector.script("logs", Reply(503), Reply(503))
+    async with bench.running():
+        await bench.received(lambda: len(bench.bodies()) == 4)
+    assert [body for body in bench.bodies() if body != "other 0"] == ["etl 3", "etl 1", "etl 0"]
+
+
+@looped
+async def test_a_job_that_cannot_be_read_keeps_no_sibling_waiting(bench: Bench) -> None:
+    """Its pipeline's other jobs are relayed all the same."""
+    bench.services["fake"] = service = OddService("fake")
+    hours_ago = datetime.now(UTC) - timedelta(hours=3)
+    for job_id, ended in (("broken", hours_ago - timedelta(hours=2)), ("fine", hours_ago)):
+        service.add_job(job_id, job_name="etl")
+        service.add_lines(job_id, f"of {job_id}")
+        service.set_state(job_id, "SUCCEEDED", finished_at=ended, job_status_date=ended)
+    service.cut = ("broken", 0, ServiceUnavailableError("cannot read this one"))
+    async with bench.running():
+        await bench.received(lambda: bench.bodies() == ["of fine"])
+
+
+@looped
+async def test_health_and_metrics_are_served_while_it_runs(bench: Bench) -> None:
+    """Probes and Prometheus find the agent, and a run is in its text."""
+    bench.fake.add_job("j1", job_name="etl")
+    bench.fake.set_state("j1", "SUCCEEDED")
+    async with bench.running(listen="127.0.0.1:0") as agent:
+        await bench.received(lambda: "run" in bench.spans())
+        assert agent.server is not None
+        async with httpx.AsyncClient(base_url=agent.server.url) as client:
+            assert (await client.get("/readyz")).status_code == 200
+            text = (await client.get("/metrics")).text
+    assert 'cicd_pipeline_run_duration_seconds_count{cicd_pipeline_name="etl"' in text
+
+
+@looped
+async def test_a_lane_that_fails_ends_the_agent(bench: Bench) -> None:
+    """Going on behind a batch that is in nobody's hands would skip its lines: the next process sends them."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    agent = bench.agent()
+
+    class Broken:
+        endpoint = "nowhere"
+
+        async def export(self, payload: bytes, count: int) -> Delivered:
+            raise ZeroDivisionError("bug")
+
+        async def aclose(self) -> None:
+            """Nothing to close."""
+
+    logs = agent.outlets.get("logs")
+    assert logs is not None
+    logs.sender.exporter = Broken()
+    with pytest.raises(ZeroDivisionError):
+        await agent.run()
+    assert (await bench.agent().run_once(10)).acked == 1
+
+
+@looped
+async def test_a_job_that_is_named_before_it_exists_is_not_asked_for_all_the_time(bench: Bench) -> None:
+    """A missing job costs two requests, not one a turn."""
+    async with bench.running({"jobs": ["soon"]}) as agent:
+        await until(lambda: bench.fake.calls.count(("get_job", "soon")) == 2)
+        await until(lambda: not agent.tailers)
+        await asyncio.sleep(0.7)
+        assert bench.fake.calls.count(("get_job", "soon")) == 2
+
+
+@looped
+async def test_one_dead_endpoint_does_not_keep_the_other_signal(bench: Bench) -> None:
+    """Traces go on with their own endpoint while logs have none that answers, and the other way round."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    with Collector() as second:
+        bench.collector.always("logs", Reply(503))
+        second.always("traces", Reply(503))
+        more = f'[otlp.traces]\nendpoint = "{second.http_url}/v1/traces"'
+        async with bench.running(more=more, drain_timeout=0):
+            bench.fake.set_state("j1", "SUCCEEDED")
+            await asyncio.to_thread(second.wait_until, lambda: any(r.signal == "traces" for r in second.requests))
+            second.always("traces", Reply())
+            await asyncio.to_thread(second.wait_until, lambda: any(span.name == "RUN j1" for span in second.spans()))
+            assert bench.bodies() == []
+            bench.collector.always("logs", Reply())
+            await bench.received(lambda: bench.bodies() == ["a"])
+
+
+@looped
+async def test_lines_come_in_the_order_of_the_service(bench: Bench) -> None:
+    """Many jobs at once, an endpoint that is slow and refuses now and then: order holds within each job."""
+    answered = iter(range(10**6))
+
+    def unsteady(request: Request) -> Reply:
+        return Reply(503) if next(answered) % 5 == 2 else Reply()
+
+    bench.collector.always("logs", unsteady)
+    names = [f"j{number}" for number in range(12)]
+    for name in names:
+        bench.fake.add_job(name)
+    async with bench.running():
+        for turn in range(5):
+            for name in names:
+                bench.fake.add_lines(name, *[f"{name} {turn} {number}" for number in range(10)])
+            await asyncio.sleep(0.02)
+        for name in names:
+            bench.fake.set_state(name, "SUCCEEDED")
+        await bench.received(lambda: len(bench.bodies()) >= 600)
+    for name in names:
+        assert bench.bodies(name) == [f"{name} {turn} {number}" for turn in range(5) for number in range(10)]
