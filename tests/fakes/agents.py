@@ -126,8 +126,11 @@ class Bench:
     async def running(self, *watches: dict[str, Any], **keys: Any) -> AsyncIterator[Agent]:
         """Run an agent until the block ends, then stop it with its drain."""
         agent = self.agent(*watches, **keys)
-        task = asyncio.create_task(agent.run())
+        ready = asyncio.Event()
+        task = asyncio.create_task(agent.run(on_ready=ready.set))
+        task.add_done_callback(lambda _: ready.set())
         try:
+            await ready.wait()
             yield agent
         finally:
             agent.stop()

@@ -1,0 +1,207 @@
+"""Reload goes by difference: what a changed file leaves alone goes on undisturbed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+import pytest
+
+from tailspan.config import load_settings
+from tailspan.errors import ConfigError
+from tailspan.testing import FakeService
+from tailspan_agent.reload import reload_on_hangup
+from tests.fakes.agents import Bench, looped, until
+from tests.fakes.collector import Collector, Reply
+
+
+async def relayed(bench: Bench, *bodies: str) -> None:
+    await bench.received(lambda: bench.bodies() == list(bodies))
+
+
+@looped
+async def test_a_changed_watch_keeps_its_jobs(bench: Bench) -> None:
+    """Severity, attributes and settling change for the next lines; tailer, cursor and what is in flight stay."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "[INFO] a")
+    async with bench.running() as agent:
+        await relayed(bench, "[INFO] a")
+        before = agent.tailers
+        await agent.reload(bench.settings({"discover": True, "min_severity": "ERROR", "attributes": {"team": "geo"}}))
+        assert agent.tailers == before
+        bench.fake.add_lines("j1", "[INFO] b", "[ERROR] c")
+        await relayed(bench, "[INFO] a", "[ERROR] c")
+    assert [row.resource.get("team") for row in bench.collector.log_records()] == [None, "geo"]
+
+
+@looped
+async def test_a_renamed_service_keeps_its_cursors(bench: Bench) -> None:
+    """Checkpoints are keyed by the service's identity, never by the section's name."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    async with bench.running() as agent:
+        await relayed(bench, "a")
+        renamed = FakeService("renamed", identity="fake")
+        renamed.add_job("j1")
+        renamed.add_lines("j1", "a", "b")
+        bench.services["renamed"] = renamed
+        await agent.reload(bench.settings({"service": "renamed", "discover": True}))
+        await relayed(bench, "a", "b")
+        assert [watcher.name for watcher in agent.watchers] == ["renamed"]
+        renamed.set_state("j1", "SUCCEEDED")
+        await bench.received(lambda: "run" in bench.spans())
+    assert bench.collector.log_records()[-1].resource["service.namespace"] == "renamed"
+    assert ("aclose", "") in bench.fake.calls
+
+
+@looped
+async def test_a_changed_endpoint_gets_what_the_old_one_did_not_take(bench: Bench) -> None:
+    """A batch that is in flight to an endpoint that hangs is sent to the new one, byte for byte."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    bench.collector.always("logs", Reply(hang=True))
+    with Collector() as second:
+        async with bench.running() as agent:
+            await bench.received(lambda: any(request.signal == "logs" for request in bench.collector.requests))
+            await agent.reload(bench.settings(otlp={"endpoint": second.http_url}))
+            await asyncio.to_thread(second.wait_until, lambda: len(second.log_records()) == 1)
+            bench.fake.add_lines("j1", "b")
+            await asyncio.to_thread(second.wait_until, lambda: len(second.log_records()) == 2)
+        first = [request.payload for request in bench.collector.requests if request.signal == "logs"]
+        assert first == [next(request.payload for request in second.requests if request.signal == "logs")]
+        assert second.metrics() != []
+
+
+@looped
+async def test_a_watch_that_is_removed_and_added_again(bench: Bench) -> None:
+    """Lines that were in flight meanwhile are not read again: the job goes on behind them."""
+    bench.services["other"] = FakeService("other", identity="other")
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a", "b")
+    bench.collector.always("logs", Reply(503))
+    everything = ({"discover": True}, {"service": "other", "discover": True})
+    async with bench.running(*everything) as agent:
+        await bench.received(lambda: any(request.signal == "logs" for request in bench.collector.requests))
+        await agent.reload(bench.settings({"service": "other", "discover": True}))
+        assert agent.tailers == []
+        bench.fake.add_lines("j1", "c")
+        await agent.reload(bench.settings(*everything))
+        await until(lambda: agent.tailers)
+        bench.collector.always("logs", Reply())
+        await relayed(bench, "a", "b", "c")
+        await asyncio.sleep(0.1)
+    assert bench.bodies() == ["a", "b", "c"]
+
+
+@looped
+async def test_a_full_lane_and_a_reload(bench: Bench) -> None:
+    """A tailer that is ended while it waits for room in its lane has not sent that page: the next one does, once."""
+    bench.services["other"] = FakeService("other", identity="other")
+    bench.services["fake"] = FakeService("fake", page_lines=500)
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", *[f"{number} {'x' * 1500}" for number in range(6000)])
+    bench.collector.always("logs", Reply(503))
+    everything = ({"discover": True}, {"service": "other", "discover": True})
+    async with bench.running(*everything) as agent:
+        await bench.received(lambda: any(request.signal == "logs" for request in bench.collector.requests))
+        await agent.reload(bench.settings({"service": "other", "discover": True}))
+        await agent.reload(bench.settings(*everything))
+        bench.collector.always("logs", Reply())
+        await bench.received(lambda: len(bench.bodies()) >= 6000)
+        await asyncio.sleep(0.1)
+    assert [int(body.split()[0]) for body in bench.bodies()] == list(range(6000))
+
+
+@looped
+async def test_a_watch_that_no_longer_matches(bench: Bench) -> None:
+    """Its jobs are let go, the others stay; a wider one takes up what it left out before."""
+    for name in ("etl", "web"):
+        bench.fake.add_job(name)
+        bench.fake.add_lines(name, f"{name} 1")
+    async with bench.running({"discover": True, "name": "etl"}) as agent:
+        await relayed(bench, "etl 1")
+        await agent.reload(bench.settings({"discover": True, "name": "web"}))
+        await bench.received(lambda: bench.bodies("web") == ["web 1"])
+        assert [tailer.job_id for tailer in agent.tailers] == ["web"]
+        bench.fake.add_lines("etl", "etl 2")
+        await agent.reload(bench.settings({"discover": True}))
+        await bench.received(lambda: bench.bodies("etl") == ["etl 1", "etl 2"])
+    assert bench.bodies("web") == ["web 1"]
+
+
+@looped
+async def test_secrets_are_redacted_from_the_reload_on(bench: Bench) -> None:
+    """A pattern that was forgotten is added without a restart."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "token=abc")
+    async with bench.running() as agent:
+        await relayed(bench, "token=abc")
+        more = '[redact]\npatterns = [{ literal = "token=", regex = "token=\\\\w+" }]'
+        await agent.reload(bench.settings(more=more))
+        bench.fake.add_lines("j1", "token=def")
+        await bench.received(lambda: len(bench.bodies()) == 2)
+    assert "def" not in bench.bodies()[1]
+
+
+@pytest.mark.parametrize("fault", ["identity", "service", "endpoint"])
+@looped
+async def test_a_configuration_that_cannot_be_changes_nothing(bench: Bench, fault: str) -> None:
+    """The agent goes on with the old one: same watchers, same endpoint, and new lines still arrive."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    async with bench.running() as agent:
+        await relayed(bench, "a")
+        watchers, settings = agent.watchers, agent.settings
+        bench.services["twin"] = FakeService("twin", identity="fake" if fault == "identity" else "twin")
+        otlp = {"ca_file": str(bench.directory / "missing.pem")} if fault == "endpoint" else {}
+        changed = bench.settings({"discover": True}, {"service": "twin", "discover": True}, otlp=otlp)
+        if fault == "service":
+            del bench.services["twin"]
+        with pytest.raises((ConfigError, KeyError)):
+            await agent.reload(changed)
+        assert (agent.watchers, agent.settings) == (watchers, settings)
+        bench.fake.add_lines("j1", "b")
+        await relayed(bench, "a", "b")
+
+
+@looped
+async def test_hangup_reads_the_file_again(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """SIGHUP goes over to the changed file; a broken one is said and changes nothing; both as often as asked."""
+    caplog.set_level("INFO")
+    bench.fake.add_job("j1")
+    path = bench.config()
+    async with bench.running() as agent:
+        with reload_on_hangup(agent, path):
+            good = path.read_text()
+            path.write_text("what = ")
+            os.kill(os.getpid(), signal.SIGHUP)
+            await until(lambda: "was not reloaded" in caplog.text)
+            path.write_text(good.replace("settle = 0", "settle = 7"))
+            os.kill(os.getpid(), signal.SIGHUP)
+            await until(lambda: "the configuration was reloaded" in caplog.text)
+            assert [watch.settle for watch in agent.settings.agent.watch] == [7.0]
+        await asyncio.sleep(0)
+
+
+@looped
+async def test_what_waits_for_the_next_start_is_said(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """Keys that a running agent cannot take up are named."""
+    async with bench.running() as agent:
+        await agent.reload(bench.settings(listen="127.0.0.1:0", otlp={"signals": ["logs"]}))
+    assert "agent.listen changed" in caplog.text
+    assert "otlp.signals changed" in caplog.text
+
+
+@looped
+async def test_nothing_changed(bench: Bench) -> None:
+    """The same file again touches no tailer, no service and no endpoint."""
+    bench.fake.add_job("j1")
+    async with bench.running() as agent:
+        await until(lambda: agent.tailers)
+        sender = agent.outlets.get("logs")
+        assert sender is not None
+        before = (agent.tailers, agent.watchers, sender.sender)
+        await agent.reload(load_settings(bench.directory / "config.toml"))
+        assert (agent.tailers, agent.watchers, sender.sender) == before
+    assert bench.fake.calls.count(("aclose", "")) == 1
