@@ -104,7 +104,7 @@ async def _service(service: JobService, watches: list[Watch]) -> AsyncIterator[F
         async with asyncio.timeout(_TIMEOUT_S):
             listing = cast("AsyncGenerator[Sequence[ListedJob], None]", service.list_jobs())
             async with aclosing(listing):
-                rows = await anext(listing, ())
+                rows = await anext(listing, None)  # an empty tuple here breaks anext of Python 3.11
             yield Finding(
                 subject, f"answers; its newest job is {rows[0].job_id}" if rows else "answers; has no jobs yet"
             )
