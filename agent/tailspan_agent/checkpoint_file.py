@@ -117,7 +117,7 @@ def connect(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(path, isolation_level=None, timeout=_BUSY_S)
     db.text_factory = _text
     try:
-        (answer,) = db.execute("PRAGMA quick_check(1)").fetchone()
+        (answer,) = db.execute("PRAGMA integrity_check(1)").fetchone()
         if answer != "ok":
             raise sqlite3.DatabaseError(answer)
         db.execute("PRAGMA journal_mode = WAL")
