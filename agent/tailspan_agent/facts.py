@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -13,9 +14,56 @@ from tailspan.page import LogPage
 from tailspan_agent.digest import Digest
 from tailspan_agent.final_read import page_uids
 
-__all__ = ["JobFacts"]
+__all__ = ["Delivery", "Fate", "JobFacts"]
 
 _MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Fate:
+    """What became of the records of one chunk.
+
+    Attributes:
+        rejected: How many were refused, and are in the dead letter.
+        kind: Why, in one of a few words; empty when none was.
+        identified: Whether these are exactly this job's: of a batch of several jobs an endpoint says only how many
+            records it refused.
+        resent: How many were sent again because an earlier try was not answered well.
+    """
+
+    rejected: int = 0
+    kind: str = ""
+    identified: bool = True
+    resent: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """What became of a job's records so far.
+
+    Attributes:
+        acked: Records that the endpoint took.
+        rejected: Records that it refused, by kind.
+        identified: False once a refusal could not be told apart from those of other jobs in the same batch.
+        resent: Records that were sent more than once, each further time counted.
+    """
+
+    acked: int = 0
+    rejected: Mapping[str, int] = field(default_factory=dict)
+    identified: bool = True
+    resent: int = 0
+
+    def after(self, records: int, fate: Fate) -> Delivery:
+        """Return the delivery with the records of one more chunk."""
+        rejected = dict(self.rejected)
+        if fate.rejected:
+            rejected[fate.kind] = rejected.get(fate.kind, 0) + fate.rejected
+        return Delivery(
+            acked=self.acked + records - fate.rejected,
+            rejected=rejected,
+            identified=self.identified and fate.identified,
+            resent=self.resent + fate.resent,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +79,7 @@ class JobFacts:
         stream_hash: Of all lines as read: the sum of their uids mod 2^64 where the service knows only times, else the
             crc32 of their bytes, a newline after each.
         digest: Why it failed.
+        delivery: What became of its records.
         logs_complete: None while its log is still followed; then whether it was read to its end.
     """
 
@@ -41,6 +90,7 @@ class JobFacts:
     states: tuple[tuple[int, JobState], ...] = ()
     stream_hash: int = 0
     digest: Digest | None = None
+    delivery: Delivery = Delivery()
     logs_complete: bool | None = None
 
     @classmethod

@@ -16,11 +16,19 @@ from tailspan.models import RunResponse
 from tailspan.page import LogPage
 from tailspan.services import JobService
 from tailspan_agent.checkpoint import Ack, Checkpoint, OutboxSpan
-from tailspan_agent.encode import LogContext, SpanData, encode_lines, encode_log_record, encode_resource, encode_span
-from tailspan_agent.facts import JobFacts
+from tailspan_agent.encode import (
+    LogContext,
+    LogRecordData,
+    SpanData,
+    encode_lines,
+    encode_log_record,
+    encode_resource,
+    encode_span,
+)
+from tailspan_agent.facts import Fate, JobFacts
 from tailspan_agent.final_read import Seconds, add_seconds, page_seconds
 from tailspan_agent.lanes import Chunk
-from tailspan_agent.mapping import error_type, failure_record, resource_attributes, spans_of
+from tailspan_agent.mapping import error_type, failure_record, receipt_record, resource_attributes, spans_of
 from tailspan_agent.relay import Relay
 from tailspan_agent.runs import RunTotals
 
@@ -163,28 +171,26 @@ class JobRelay:
 
     async def _put(self, records: bytes, count: int, cursor: bytes | None, seconds: Seconds, newest_ns: int) -> None:
         assert self._lane is not None
-        facts = self.facts
+        facts, health = self.facts, self._relay.health
 
-        health = self._relay.health
-
-        def ack() -> Ack:
+        def settle(fate: Fate) -> Ack:
             # What a restart at this cursor must know: the lines up to this page, the states seen up to now.
-            known = dataclasses.replace(facts, states=self.facts.states)
-            return Ack(self.checkpoint.key, cursor, known.to_json(), seconds)
+            delivery = self._acked_facts.delivery.after(count, fate)
+            self._acked_facts = dataclasses.replace(facts, states=self.facts.states, delivery=delivery)
+            health.records_acked(self._service.name, count - fate.rejected, newest_ns)
+            if fate.rejected:
+                health.records_rejected(self._service.name, fate.rejected, fate.kind)
+            return Ack(self.checkpoint.key, cursor, self._acked_facts.to_json(), seconds)
 
-        def done(rejected: int, reason: str) -> None:
-            self._acked_facts = facts
+        def done() -> None:
             self._off_the_way(seconds)
-            health.records_acked(self._service.name, count - rejected, newest_ns)
-            if rejected:
-                health.records_rejected(self._service.name, rejected, reason)
             health.checkpointed()
 
         self._unacked += 1
         add_seconds(self._unacked_seconds, seconds)
         self._all_acked.clear()
         try:
-            await self._lane.put(Chunk(self._resource, records, count, ack, done))
+            await self._lane.put(Chunk(self._resource, records, count, settle, done))
         except BaseException:
             # Cancelled while the lane was full: the next tailer of this job reads these lines again.
             self._off_the_way(seconds)
@@ -231,7 +237,9 @@ class JobRelay:
 
     async def send_failure(self) -> None:
         """Put the record that says why the job failed behind its lines; a job that did not fail has none."""
-        record = failure_record(self._told, self.facts, observed_unix_nano=time.time_ns())
+        await self._send_event(failure_record(self._told, self.facts, observed_unix_nano=time.time_ns()))
+
+    async def _send_event(self, record: LogRecordData | None) -> None:
         if record is not None and self._lane is not None:
             self._relay.health.records_read(self._service.name, 1)
             await self._put(encode_log_record(record), 1, None, {}, record.time_unix_nano)
@@ -247,7 +255,8 @@ class JobRelay:
         Args:
             logs_complete: Whether its log was read to its end.
         """
-        self.facts = dataclasses.replace(self.facts, logs_complete=logs_complete)
+        complete = logs_complete and self.nothing_in_flight
+        self.facts = dataclasses.replace(self.facts, logs_complete=complete, delivery=self._acked_facts.delivery)
         spans = spans_of(self._told, self.facts)
         run = spans[-1]
         name = self._relay.names.label(self.job.job_name)
@@ -262,10 +271,17 @@ class JobRelay:
             self._relay.totals[totals.key] = totals
         self._wake_spans()
 
-    async def complete(self) -> None:
-        """Wait for the last ack, and note that nothing is left to do."""
+    async def complete(self, *, logs_complete: bool) -> None:
+        """Wait for the last ack, write the receipt, and note that nothing is left to do.
+
+        Args:
+            logs_complete: Whether its log was read to its end.
+        """
         await self.all_acked()
         if self.sends_logs:
+            self.facts = dataclasses.replace(self._acked_facts, logs_complete=logs_complete)
+            await self._send_event(receipt_record(self._told, self.facts, observed_unix_nano=time.time_ns()))
+            await self.all_acked()
             self._relay.store.complete_logs(self.checkpoint.key)
 
     def _outbox(self, spans: list[SpanData]) -> list[OutboxSpan]:

@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -21,7 +21,9 @@ from typing import TypeVar
 from tailspan_agent.checkpoint import Ack, OutboxSpan, Store
 from tailspan_agent.encode import logs_request, traces_request
 from tailspan_agent.errors import CheckpointError
+from tailspan_agent.facts import Fate
 from tailspan_agent.outlets import Outlet
+from tailspan_agent.sender import SendResult
 
 __all__ = ["BATCH_BYTES", "Chunk", "Lane", "SpanLane"]
 
@@ -47,15 +49,15 @@ class Chunk:
         resource: The job's encoded resource.
         records: Framed log records; empty when every line of the page was dropped on purpose.
         count: How many records.
-        ack: Makes what to write when they need no more work.
-        done: Called once after that, with how many of the records were dead-lettered and why, in one of a few words.
+        settle: Called once when they need no more work, with what became of them; returns what to write.
+        done: Called once after that was written.
     """
 
     resource: bytes
     records: bytes
     count: int
-    ack: Callable[[], Ack]
-    done: Callable[[int, str], None]
+    settle: Callable[[Fate], Ack]
+    done: Callable[[], None]
 
     @property
     def size(self) -> int:
@@ -149,17 +151,26 @@ class Lane:
 
     async def _deliver(self, batch: list[Chunk]) -> None:
         count = sum(chunk.count for chunk in batch)
-        rejected, reason = 0, ""
+        result = SendResult(0)
         if count:
             payload = logs_request(_by_resource((chunk.resource, chunk.records) for chunk in batch if chunk.count))
             result = await self._outlet.send(payload, count)
-            rejected, reason = result.rejected, result.kind or ""
-        await _insist(lambda: self._store.ack(chunk.ack() for chunk in batch), "the checkpoint of sent lines")
+        acks = [chunk.settle(fate) for chunk, fate in zip(batch, _fates(batch, result), strict=True)]
+        await _insist(lambda: self._store.ack(acks), "the checkpoint of sent lines")
         for chunk in batch:
-            # A partial success says only how many: the count is right, whose they were is not known.
-            here = min(rejected, chunk.count)
-            rejected -= here
-            chunk.done(here, reason)
+            chunk.done()
+
+
+def _fates(batch: Sequence[Chunk], result: SendResult) -> Iterator[Fate]:
+    """Yield what became of each chunk of a batch."""
+    # A partial success says only how many: the count is right, whose they were is known if there is one job only.
+    all_of_them = result.delivered == 0 or len({chunk.resource for chunk in batch}) == 1
+    left = result.rejected
+    for chunk in batch:
+        rejected = min(left, chunk.count)
+        left -= rejected
+        identified = all_of_them or not result.rejected
+        yield Fate(rejected, result.kind or "", identified, chunk.count * result.retries)
 
 
 class SpanLane:

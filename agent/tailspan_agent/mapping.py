@@ -27,7 +27,15 @@ from tailspan_agent.facts import JobFacts
 from tailspan_agent.severity import Severity
 from tailspan_agent.wire import AttributeValue
 
-__all__ = ["JobFacts", "error_type", "failure_record", "failure_text", "resource_attributes", "spans_of"]
+__all__ = [
+    "JobFacts",
+    "error_type",
+    "failure_record",
+    "failure_text",
+    "receipt_record",
+    "resource_attributes",
+    "spans_of",
+]
 
 _BACKFILL = "backfill"
 _SUBMITTED_NS = NANOS_PER_MS
@@ -149,6 +157,46 @@ def failure_record(job: RunResponse, facts: JobFacts, *, observed_unix_nano: int
     )
 
 
+def receipt_record(job: RunResponse, facts: JobFacts, *, observed_unix_nano: int) -> LogRecordData:
+    """Return a job's delivery receipt: what was read of its log, and what became of it.
+
+    Args:
+        job: Its last status.
+        facts: What was seen of it, as acked.
+        observed_unix_nano: When the last record was acked, in ns since the epoch.
+    """
+    refused = sum(facts.delivery.rejected.values())
+    return LogRecordData(
+        time_unix_nano=_Times.of(job, facts).finished_ns,
+        observed_unix_nano=observed_unix_nano,
+        severity=Severity(13, "WARN") if refused or not facts.logs_complete else Severity(9, "INFO"),
+        body=f"{job.job_name}: {facts.lines} lines read, {facts.delivery.acked} records acked, {refused} rejected",
+        attributes={
+            "log.record.uid": f"{job_hash(job.identity, job.job_id)}.receipt.{job.attempt}",
+            **{key: value for key, value in _receipt(facts).items() if value is not None},
+        },
+        trace_id=bytes.fromhex(job.trace_id),
+        span_id=bytes.fromhex(_id(job, "run")),
+        event_name="tailspan.receipt",
+    )
+
+
+def _receipt(facts: JobFacts) -> dict[str, AttributeValue | None]:
+    delivery = facts.delivery
+    return {
+        "tailspan.logs.complete": facts.logs_complete,
+        "tailspan.lines.read": facts.lines,
+        "tailspan.lines.first_unix_nano": facts.first_line_ns,
+        "tailspan.lines.last_unix_nano": facts.last_line_ns,
+        "tailspan.lines.hash": f"{facts.stream_hash:016x}",
+        "tailspan.records.acked": delivery.acked,
+        "tailspan.records.rejected": sum(delivery.rejected.values()),
+        **{f"tailspan.records.rejected.{kind}": count for kind, count in sorted(delivery.rejected.items())},
+        "tailspan.records.rejected.unidentified": None if delivery.identified else True,
+        "tailspan.records.resent": delivery.resent,
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class _Times:
     """A job's times in ns since the epoch: each from the service, or else from what was seen, and in order.
@@ -210,8 +258,7 @@ def _run_span(job: RunResponse, facts: JobFacts, times: _Times) -> SpanData:
         "process.exit.code": job.exit_code,
         "tailspan.job.tasks.total": job.total_tasks or None,
         "tailspan.job.tasks.finished": job.finished_tasks if job.total_tasks else None,
-        "tailspan.lines.read": facts.lines,
-        "tailspan.logs.complete": facts.logs_complete,
+        **_receipt(facts),
     }
     return SpanData(
         trace_id=job.trace_id,

@@ -45,12 +45,14 @@ class SendResult:
         rejected: Records that it refused; their batch is in the dead letter.
         reason: Why, in the endpoint's words; None when nothing was refused.
         kind: Why, as one of a few words, for counting; see `tailspan_agent.outcome.Rejected`.
+        retries: How often the whole request was sent again.
     """
 
     delivered: int
     rejected: int = 0
     reason: str | None = None
     kind: str | None = field(default=None, compare=False)
+    retries: int = field(default=0, compare=False)
 
     def __add__(self, other: SendResult) -> SendResult:
         """Return both parts of a halved request together."""
@@ -59,6 +61,7 @@ class SendResult:
             self.rejected + other.rejected,
             self.reason or other.reason,
             self.kind or other.kind,
+            self.retries + other.retries,
         )
 
 
@@ -159,6 +162,7 @@ class Sender:
         await self.exporter.aclose()
 
     async def _send(self, payload: bytes, count: int) -> SendResult:
+        again = SendResult(0)
         failures = server_errors = 0
         started_s = self._clock.monotonic_s()
         while True:
@@ -168,13 +172,14 @@ class Sender:
                 case Delivered(warning):
                     self._answered(warning)
                     self._count_delivered(count)
-                    return SendResult(count)
+                    return again + SendResult(count)
                 case Rejected(rejected, reason, kind):
                     self._answered(None)
-                    return await self._reject(payload, count, count if rejected is None else rejected, kind, reason)
+                    refused = count if rejected is None else rejected
+                    return again + await self._reject(payload, count, refused, kind, reason)
                 case TooLarge(reason):
                     self._answered(None)
-                    return await self._halve(payload, count, reason)
+                    return again + await self._halve(payload, count, reason)
                 case EndpointFault(reason):
                     self._fault(reason)
                     await self._pause()
@@ -182,7 +187,7 @@ class Sender:
                     server_errors = server_errors + 1 if server_error else 0
                     if server_errors and server_errors >= self._retry_server_errors:
                         reason = f"{reason} ({server_errors} times in a row)"
-                        return await self._reject(payload, count, count, "server_error", reason)
+                        return again + await self._reject(payload, count, count, "server_error", reason)
                     self._retrying(reason, failures)
                     delay_s = backoff_s(failures, self._jitter(), retry_after_s=after_s)
                     waited_s = self._clock.monotonic_s() + delay_s - started_s
@@ -191,6 +196,7 @@ class Sender:
                     await self._clock.sleep(delay_s)
                     failures += 1
             self.retries += 1
+            again += SendResult(0, retries=1)
 
     async def _halve(self, payload: bytes, count: int, reason: str) -> SendResult:
         try:

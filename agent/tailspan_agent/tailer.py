@@ -49,6 +49,7 @@ __all__ = ["Tailer"]
 _FOLLOW_TO_END_S = 3600.0
 _AUTH_RETRY_S = 30.0
 _LISTED_STATUS_S = 30.0
+_RUN_SPAN_WAIT_S = 2.0
 _DIGEST_LINES = 400
 _DIGEST_MS = 5000
 
@@ -266,10 +267,13 @@ class Tailer:
             await self._final_read(sent)
         if sent.job.state is not JobState.SUCCEEDED and sent.facts.digest is None:
             sent.facts = dataclasses.replace(sent.facts, digest=digest_of(await self._last_lines(sent)))
-        # First the spans: they do not wait for the logs endpoint.
-        sent.end(logs_complete=True)
         await sent.send_failure()
-        await sent.complete()
+        # The run span says what was acked, but it does not wait for a logs endpoint that is away.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_RUN_SPAN_WAIT_S):
+                await sent.all_acked()
+        sent.end(logs_complete=True)
+        await sent.complete(logs_complete=True)
         self.finished = True
 
     async def _final_read(self, sent: JobRelay) -> None:
@@ -337,7 +341,7 @@ class Tailer:
             reason = "the job was deleted at its service while it was followed"
             sent.see(dataclasses.replace(sent.job, state=JobState.LOST, error=reason))
         sent.end(logs_complete=False)
-        await sent.complete()
+        await sent.complete(logs_complete=False)
         self.failure, self.finished = None, True
 
     def _remembered(self) -> JobRelay | None:

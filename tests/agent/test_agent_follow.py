@@ -29,8 +29,8 @@ async def test_a_job_is_followed_from_its_start_to_its_end(bench: Bench) -> None
     assert sorted(span.name for span in spans) == ["RUN etl", "executing", "queued", "submitted"]
     root = bench.spans()["run"]
     assert all(span.parent_span_id in ("", root.span_id) for span in spans)
-    assert root.start_unix_nano <= bench.collector.log_records()[0].time_unix_nano
-    assert root.end_unix_nano >= bench.collector.log_records()[-1].time_unix_nano
+    assert root.start_unix_nano <= bench.lines()[0].time_unix_nano
+    assert root.end_unix_nano >= bench.lines()[-1].time_unix_nano
 
 
 @looped
@@ -60,7 +60,7 @@ async def test_stopped_and_started_in_the_middle(bench: Bench) -> None:
         await bench.received(lambda: "run" in bench.spans())
     assert bench.bodies() == ["a", "b", "c", "d"]
     assert len(bench.collector.spans()) == 4
-    assert len({row.trace_id for row in bench.collector.log_records()}) == 1
+    assert len({row.trace_id for row in bench.lines()}) == 1
 
 
 @looped
@@ -140,7 +140,7 @@ async def test_a_status_that_is_ahead_of_the_lines(bench: Bench) -> None:
         bench.fake.add_lines("j1", "last")
         await bench.received(lambda: "run" in bench.spans())
     assert bench.bodies() == ["a", "last"]
-    assert bench.spans()["run"].end_unix_nano >= bench.collector.log_records()[-1].time_unix_nano
+    assert bench.spans()["run"].end_unix_nano >= bench.lines()[-1].time_unix_nano
 
 
 @looped

@@ -38,11 +38,11 @@ def test_an_ended_job_is_relayed_completely(bench: Bench) -> None:
     """Each line once and in order, the four spans of one trace, the run counted."""
     ended(bench.fake, "j1", "a", "b", "a", job_name="etl")
     result = bench.once()
-    assert (result.jobs, result.acked, result.rejected, result.failures, result.delivered) == (1, 3, 0, (), True)
+    assert (result.jobs, result.acked, result.rejected, result.failures, result.delivered) == (1, 4, 0, (), True)
     assert bench.bodies() == ["a", "b", "a"]
     spans = bench.spans()
     assert sorted(spans) == ["executing", "queued", "run", "submitted"]
-    assert {span.trace_id for span in spans.values()} == {row.trace_id for row in bench.collector.log_records()}
+    assert {span.trace_id for span in spans.values()} == {row.trace_id for row in bench.lines()}
     assert spans["run"].attributes["cicd.pipeline.result"] == "success"
     assert bench.metric("cicd.pipeline.run.duration").count == 1
 
@@ -86,7 +86,7 @@ def test_identical_lines_are_as_many_as_they_are(bench: Bench) -> None:
     bench.fake.set_state("j1", "SUCCEEDED")
     bench.once()
     assert bench.bodies() == ["same"] * 5
-    records = bench.collector.log_records()
+    records = bench.lines()
     assert len({record.attributes["log.record.uid"] for record in records}) == 5
     assert [record.time_unix_nano for record in records] == [1_700_000_000_000_000_000 + n for n in range(5)]
 
@@ -131,7 +131,7 @@ def test_the_first_watch_that_matches_wins(bench: Bench) -> None:
         {"discover": True, "attributes": {"team": "all"}},
     )
     assert bench.bodies() == ["a"]
-    assert bench.collector.log_records()[0].resource["team"] == "geo"
+    assert bench.lines()[0].resource["team"] == "geo"
 
 
 def test_min_severity_drops_and_counts(bench: Bench) -> None:
@@ -161,7 +161,7 @@ def test_old_jobs_are_a_stream_of_their_own_and_stay_so(bench: Bench) -> None:
     bench.collector.always("logs", Reply())
     bench.fake.set_state("old", "SUCCEEDED")
     bench.once()
-    streams = {row.body: row.resource.get("service.instance.id") for row in bench.collector.log_records()}
+    streams = {row.body: row.resource.get("service.instance.id") for row in bench.lines()}
     assert streams == {"a": "backfill", "b": None}
 
 
@@ -206,7 +206,7 @@ def test_many_missed_lines_of_one_second_are_all_found(bench: Bench) -> None:
     service.set_state("j1", "SUCCEEDED")
     bench.once()
     assert set(bench.bodies()) == {"a", "b", "late 0", "late 1", "late 2", "late 3", "end"}
-    uids = {row.attributes["log.record.uid"] for row in bench.collector.log_records()}
+    uids = {row.attributes["log.record.uid"] for row in bench.lines()}
     assert len(uids) == 7
     assert bench.spans()["run"].attributes["tailspan.lines.read"] == 7
 
@@ -236,7 +236,7 @@ def test_what_was_rejected_is_said(bench: Bench) -> None:
     ended(bench.fake, "j1", "a", "b", "c")
     bench.collector.script("logs", Reply(rejected=2, message="too old"))
     result = bench.once()
-    assert (result.acked, result.rejected, result.delivered) == (1, 2, True)
+    assert (result.acked, result.rejected, result.delivered) == (2, 2, True)
     assert list((bench.state_dir / "dead-letter").glob("logs*.jsonl"))
     assert bench.metric("tailspan.agent.records.rejected", reason="partial") == 2
     assert bench.once().acked == 0
@@ -260,7 +260,7 @@ def test_spans_do_not_wait_for_the_logs_endpoint(bench: Bench) -> None:
     """With a dead logs endpoint the whole trace of an ended job is sent all the same."""
     ended(bench.fake, "j1", "a", state="FAILED")
     bench.collector.always("logs", Reply(503))
-    assert not bench.once(timeout_s=1.0).delivered
+    assert not bench.once(timeout_s=4.0).delivered
     assert sorted(bench.spans()) == ["executing", "queued", "run", "submitted"]
     bench.collector.always("logs", Reply())
     assert bench.once().delivered
@@ -488,7 +488,7 @@ def test_a_store_that_refuses_to_take_up_a_job_is_a_failure_of_the_pass(bench: B
         result = asyncio.run(agent.run_once(10))
     assert [type(failure) for failure in result.failures] == [CheckpointError]
     assert bench.bodies() == []
-    assert bench.once().acked == 1
+    assert bench.once().acked == 2
 
 
 def test_a_damaged_store_heals(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
@@ -499,14 +499,14 @@ def test_a_damaged_store_heals(bench: Bench, caplog: pytest.LogCaptureFixture) -
     assert bench.once().delivered
     assert "the checkpoint store was damaged" in caplog.text
     assert bench.bodies() == ["a", "a"]
-    assert len({row.attributes["log.record.uid"] for row in bench.collector.log_records()}) == 1
+    assert len({row.attributes["log.record.uid"] for row in bench.lines()}) == 1
 
 
 def test_without_an_endpoint_everything_goes_to_files(bench: Bench) -> None:
     """The files mode acks what is on the disk."""
     ended(bench.fake, "j1", "a")
     result = bench.once(otlp={"endpoint": None})
-    assert (result.acked, result.delivered) == (1, True)
+    assert (result.acked, result.delivered) == (2, True)
     assert {path.name for path in (bench.state_dir / "otlp").iterdir()} == {
         "logs.jsonl",
         "traces.jsonl",
@@ -523,3 +523,55 @@ def test_a_long_backlog_is_read_no_further_than_the_queue_holds(bench: Bench) ->
     assert not bench.once(timeout_s=2.0).delivered
     assert 0 < service.pages < 12
     assert service.open_reads == 0
+
+
+def receipt(bench: Bench, job_id: str) -> dict[str, object]:
+    """The attributes of a job's receipt without their common prefix, and without times and ids."""
+    row = bench.receipts()[job_id]
+    names = {name.removeprefix("tailspan."): value for name, value in row.attributes.items()}
+    return {name: value for name, value in names.items() if not name.endswith(("uid", "unix_nano", "hash"))}
+
+
+def test_a_receipt_says_what_became_of_each_line(bench: Bench) -> None:
+    """Read, acked, rejected by reason, sent again; the run span says the same."""
+    ended(bench.fake, "j1", "a", "b", "c")
+    bench.collector.script("logs", Reply(503), Reply(503), Reply(rejected=2, message="too old"))
+    bench.once()
+    assert receipt(bench, "j1") == {
+        "logs.complete": True,
+        "lines.read": 3,
+        "records.acked": 1,
+        "records.rejected": 2,
+        "records.rejected.partial": 2,
+        "records.resent": 6,
+    }
+    assert bench.receipts()["j1"].severity_text == "WARN"
+    root = bench.spans()["run"].attributes
+    assert {name: root[name] for name in ("tailspan.records.acked", "tailspan.records.rejected")} == {
+        "tailspan.records.acked": 1,
+        "tailspan.records.rejected": 2,
+    }
+
+
+def test_a_receipt_adds_up_over_restarts(bench: Bench) -> None:
+    """What an earlier agent acked counts too."""
+    bench.fake.add_job("j1", state="RUNNING")
+    bench.fake.add_lines("j1", "a", "b")
+    bench.once()
+    bench.fake.add_lines("j1", "c")
+    bench.fake.set_state("j1", "SUCCEEDED")
+    bench.once()
+    told = receipt(bench, "j1")
+    assert (told["lines.read"], told["records.acked"], told["records.resent"]) == (3, 3, 0)
+
+
+def test_a_receipt_says_when_refused_records_cannot_be_told_apart(bench: Bench) -> None:
+    """Of a batch of several jobs an endpoint says only how many records it refused."""
+    for job_id in map(str, range(20)):
+        ended(bench.fake, job_id, "a")
+    bench.collector.script("logs", Reply(rejected=1, message="too old"))
+    bench.once()
+    receipts = [receipt(bench, job_id) for job_id in map(str, range(20))]
+    assert sum(int(str(told["records.rejected"])) for told in receipts) == 1
+    refused = [told for told in receipts if told.get("records.rejected.unidentified")]
+    assert len(refused) > 1

@@ -32,7 +32,7 @@ async def test_a_changed_watch_keeps_its_jobs(bench: Bench) -> None:
         assert agent.tailers == before
         bench.fake.add_lines("j1", "[INFO] b", "[ERROR] c")
         await relayed(bench, "[INFO] a", "[ERROR] c")
-    assert [row.resource.get("team") for row in bench.collector.log_records()] == [None, "geo"]
+    assert [row.resource.get("team") for row in bench.lines()] == [None, "geo"]
 
 
 @looped
@@ -51,7 +51,7 @@ async def test_a_renamed_service_keeps_its_cursors(bench: Bench) -> None:
         assert [watcher.name for watcher in agent.watchers] == ["renamed"]
         renamed.set_state("j1", "SUCCEEDED")
         await bench.received(lambda: "run" in bench.spans())
-    assert bench.collector.log_records()[-1].resource["service.namespace"] == "renamed"
+    assert bench.lines()[-1].resource["service.namespace"] == "renamed"
     assert ("aclose", "") in bench.fake.calls
 
 

@@ -151,6 +151,12 @@ def test_the_spans_of_a_job_that_succeeded() -> None:
         "tailspan.job.tasks.total": 8,
         "tailspan.job.tasks.finished": 8,
         "tailspan.lines.read": 7,
+        "tailspan.lines.first_unix_nano": 1715515203123456000,
+        "tailspan.lines.last_unix_nano": 1715515209123456000,
+        "tailspan.lines.hash": "0000000000000000",
+        "tailspan.records.acked": 0,
+        "tailspan.records.rejected": 0,
+        "tailspan.records.resent": 0,
         "tailspan.logs.complete": True,
     }
     assert executing.attributes == {}

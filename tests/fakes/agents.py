@@ -27,7 +27,7 @@ from tailspan.services import JobService
 from tailspan.testing import FakeService
 from tailspan_agent.agent import Agent, OnceResult
 from tests.fakes.collector import Collector
-from tests.fakes.otlp_rows import SpanRow
+from tests.fakes.otlp_rows import LogRow, SpanRow
 
 PATIENCE_S = 30.0
 
@@ -141,12 +141,24 @@ class Bench:
         await asyncio.to_thread(self.collector.wait_until, lambda: bool(condition()))
 
     def bodies(self, job_id: str | None = None) -> list[str]:
-        """Return the text of all lines received, in order; records of failures are none."""
+        """Return the text of all lines received, in order."""
+        return [row.body for row in self.lines(job_id)]
+
+    def lines(self, job_id: str | None = None) -> list[LogRow]:
+        """Return the records of all lines received, in order; failures and receipts are none."""
         return [
-            row.body
+            row
             for row in self.collector.log_records()
             if not row.event_name and job_id in (None, row.resource["cicd.pipeline.run.id"])
         ]
+
+    def receipts(self) -> dict[str, LogRow]:
+        """Return the delivery receipts received, by job id."""
+        return {
+            row.resource["cicd.pipeline.run.id"]: row
+            for row in self.collector.log_records()
+            if row.event_name == "tailspan.receipt"
+        }
 
     def spans(self, job_id: str | None = None) -> dict[str, SpanRow]:
         """Return the spans received by name; the run span as ``run``."""
