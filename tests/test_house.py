@@ -22,7 +22,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 LAYERS = (
     ("errors", "models", "identity", "page", "clean", "clock", "directories", "http_limits"),
     ("config",),
-    ("services", "local", "follow", "window", "backoff", "_job_api"),
+    ("services", "local", "follow", "window", "backoff", "delivery", "_job_api"),
     ("client", "asking", "printing", "server", "testing", "_portal"),
     ("jobs",),
     ("cli",),

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from tailspan.config import Settings
@@ -19,6 +19,7 @@ from tailspan_agent.agent_metrics import AgentMetrics, agent_resource
 from tailspan_agent.backlog import Backlog
 from tailspan_agent.checkpoint import Store
 from tailspan_agent.errors import CheckpointError
+from tailspan_agent.facts import JobFacts
 from tailspan_agent.following import Following
 from tailspan_agent.job_metrics import FollowedJob
 from tailspan_agent.lanes import Lane, SpanLane
@@ -132,6 +133,19 @@ class Agent:
         found = [f"endpoint_{signal}_paused" for signal in self.outlets.paused()]
         return found + [f"service_{name}_unreachable" for name in self._following.unreachable]
 
+    def delivery(self, identity: str, job_id: str) -> dict[str, object]:
+        """Return what became of a job's lines, for ``tailspan wait --delivered``.
+
+        Args:
+            identity: The identity of the job's service.
+            job_id: The job; a job that the agent does not know is not complete.
+        """
+        known = self.store.job(identity, job_id)
+        if known is None:
+            return {"known": False, "logs_complete": False}
+        facts = JobFacts.from_json(known.facts)
+        return {"known": True, "logs_complete": known.logs_complete, "lines": facts.lines, **asdict(facts.delivery)}
+
     def _followed(self) -> list[FollowedJob]:
         self.outlets.paused()  # asked with each snapshot, so that the metrics say it too
         jobs = [tailer.followed for tailer in self.tailers]
@@ -166,6 +180,7 @@ class Agent:
                     address,
                     metrics=self.telemetry.prometheus_text,
                     readiness=self.problems,
+                    delivery=self.delivery,
                     token=self.settings.agent.read_token(),
                     allowed_hosts=self.settings.agent.allowed_hosts,
                 )

@@ -13,14 +13,14 @@ import hmac
 import ipaddress
 import os
 import socket
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from typing import Self
 from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from tailspan.errors import ConfigError
@@ -94,6 +94,7 @@ class StatusServer:
         address: Host and port to listen on; port 0 takes a free one.
         metrics: Returns the text for Prometheus and its content type, from the request's Accept header.
         readiness: Returns what keeps the agent from relaying, as short codes without anything private; empty: ready.
+        delivery: Returns what became of a job's lines, from the service's identity and the job's id, as plain values.
         token: What the guarded pages ask for; None: nothing.
         allowed_hosts: Further names in the Host header to answer to.
 
@@ -107,16 +108,19 @@ class StatusServer:
         *,
         metrics: Callable[[str], tuple[bytes, str]],
         readiness: Callable[[], Sequence[str]],
+        delivery: Callable[[str, str], Mapping[str, object]],
         token: str | None = None,
         allowed_hosts: Collection[str] = (),
     ) -> None:
         self._metrics = metrics
         self._readiness = readiness
+        self._delivery = delivery
         guard = Guard(token, [address[0], *allowed_hosts])
         app = Starlette(
             routes=[
                 Route("/", guard.protect(self._index)),
                 Route("/metrics", guard.protect(self._get_metrics)),
+                Route("/delivery", guard.protect(self._get_delivery)),
                 Route("/healthz", self._healthz),
                 Route("/readyz", self._readyz),
             ]
@@ -175,6 +179,10 @@ class StatusServer:
     async def _get_metrics(self, request: Request) -> Response:
         text, content_type = self._metrics(request.headers.get("accept", ""))
         return Response(text, headers={"content-type": content_type})
+
+    async def _get_delivery(self, request: Request) -> Response:
+        asked = request.query_params
+        return JSONResponse(self._delivery(asked.get("identity", ""), asked.get("job_id", "")))
 
 
 class _Server(uvicorn.Server):

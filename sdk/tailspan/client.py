@@ -184,6 +184,7 @@ class AsyncJobClient:
         timeout: float | None = None,
         *,
         service: str | JobService | None = None,
+        delivered: bool = False,
         on_status: Callable[[RunResponse], None] | None = None,
     ) -> RunResponse:
         """Wait until the job has ended; see `tailspan.job_wait_for_job`.
@@ -193,6 +194,7 @@ class AsyncJobClient:
             poll_interval_seconds: Seconds between two status requests.
             timeout: Seconds after which to give up; None never does.
             service: The service's name, or the service; None: the job's own, or the default one.
+            delivered: Wait also until the agent has acked its last line.
             on_status: Called with each status on the way, to show progress.
         """
         _check_seconds("poll_interval_seconds", poll_interval_seconds, minimum=0.001)
@@ -202,6 +204,10 @@ class AsyncJobClient:
         while True:
             status = await poll.ask()
             if status is not None and status.state.is_terminal:
+                if delivered:
+                    from tailspan.delivery import wait_until_delivered  # brings an HTTP client
+
+                    await wait_until_delivered(self.settings, asked, status, self._clock, deadline)
                 return status
             now = self._clock.monotonic_s()
             if status is None or now >= deadline:

@@ -191,6 +191,7 @@ def job_wait_for_job(
     timeout: float | None = None,
     *,
     service: str | JobService | None = None,
+    delivered: bool = False,
 ) -> RunResponse:
     """Block until a job has ended.
 
@@ -199,6 +200,7 @@ def job_wait_for_job(
         poll_interval_seconds: How often to ask, in seconds.
         timeout: After how many seconds to give up. None: never.
         service: A service's name or a `JobService`; see `job_get_logs`.
+        delivered: Wait also until the agent has acked the job's last line; the agent is asked on ``agent.listen``.
 
     Returns:
         The final status, whether the job succeeded or not: a failed job is a state, not an exception.
@@ -208,7 +210,9 @@ def job_wait_for_job(
         JobNotFoundError: The service knows no such job.
         ServiceError: The service did not answer the first time, or stopped answering for a minute.
     """
-    return _PORTAL.call(AsyncJobClient.job_wait_for_job, job, poll_interval_seconds, timeout, service=service)
+    return _PORTAL.call(
+        AsyncJobClient.job_wait_for_job, job, poll_interval_seconds, timeout, service=service, delivered=delivered
+    )
 
 
 def job_list(

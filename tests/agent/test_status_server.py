@@ -30,6 +30,7 @@ def served(
         server = StatusServer(
             ("127.0.0.1", 0),
             metrics=lambda accept: (f"accept {accept}\n".encode(), "text/plain; version=0.0.4; charset=utf-8"),
+            delivery=lambda identity, job_id: {"identity": identity, "job_id": job_id},
             readiness=lambda: problems or [],
             **options,
         )
@@ -37,6 +38,11 @@ def served(
             return await visit(client, server)
 
     return asyncio.run(main())
+
+
+def no_delivery(identity: str, job_id: str) -> dict[str, object]:
+    """Knows no job."""
+    return {}
 
 
 def got(path: str, headers: dict[str, str] | None = None, **options) -> httpx.Response:
@@ -152,7 +158,7 @@ def test_a_busy_port_is_an_error_that_names_the_key():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = taken.getsockname()
         with pytest.raises(ConfigError, match=rf"agent\.listen.*127\.0\.0\.1:{address[1]}.*in use") as caught:
-            StatusServer(address, metrics=lambda _: (b"", ""), readiness=list)
+            StatusServer(address, metrics=lambda _: (b"", ""), readiness=list, delivery=no_delivery)
     assert caught.value.key == "agent.listen"
 
 
@@ -163,7 +169,7 @@ def test_a_busy_port_is_an_error_that_names_the_key():
 def test_an_address_that_is_not_ours_is_an_error(address, reason):
     """What cannot be listened on is a configuration error with its reason, not a traceback."""
     with pytest.raises(ConfigError, match=rf"agent\.listen: cannot listen on .*: {reason}"):
-        StatusServer(address, metrics=lambda _: (b"", ""), readiness=list)
+        StatusServer(address, metrics=lambda _: (b"", ""), readiness=list, delivery=no_delivery)
 
 
 def test_signals_are_left_to_the_agent():
@@ -181,12 +187,19 @@ def test_stopping_frees_the_port_although_a_connection_is_open():
     """A kept-alive connection does not hold up the end, and the next agent can listen there."""
 
     async def main() -> None:
-        server = StatusServer(("127.0.0.1", 0), metrics=lambda _: (b"", "text/plain"), readiness=list)
+        server = StatusServer(
+            ("127.0.0.1", 0),
+            metrics=lambda _: (b"", "text/plain"),
+            readiness=list,
+            delivery=no_delivery,
+        )
         address = server.address
         async with httpx.AsyncClient(base_url=server.url, trust_env=False) as client:
             async with server:
                 assert (await client.get("/healthz")).status_code == 200
-            async with StatusServer(address, metrics=lambda _: (b"", "text/plain"), readiness=lambda: ["new"]):
+            async with StatusServer(
+                address, metrics=lambda _: (b"", "text/plain"), readiness=lambda: ["new"], delivery=no_delivery
+            ):
                 assert (await client.get("/readyz")).text == "new\n"
 
     asyncio.run(main())
@@ -196,7 +209,9 @@ def test_stopping_a_server_that_never_served_is_quick():
     """An agent that fails while starting leaves no socket behind."""
 
     async def main() -> tuple[str, int]:
-        async with StatusServer(("127.0.0.1", 0), metrics=lambda _: (b"", ""), readiness=list) as server:
+        async with StatusServer(
+            ("127.0.0.1", 0), metrics=lambda _: (b"", ""), readiness=list, delivery=no_delivery
+        ) as server:
             return server.address
 
     with pytest.raises(ConnectionRefusedError):

@@ -73,6 +73,7 @@ def cancel(job: str, service: str | None, config_path: Path | None, as_json: boo
 @job_argument
 @click.option("--poll", default=1.0, show_default=True, metavar="S", help="How often to ask, in seconds.")
 @click.option("--timeout", type=float, metavar="S", help="Give up after so many seconds, with exit code 124.")
+@click.option("--delivered", is_flag=True, help="Wait also until the agent has acked the job's last line.")
 @service_option
 @config_option
 @json_option
@@ -82,6 +83,7 @@ def wait(
     job: str,
     poll: float,
     timeout: float | None,
+    delivered: bool,
     service: str | None,
     config_path: Path | None,
     as_json: bool,
@@ -99,7 +101,7 @@ def wait(
 
     async def use(client: AsyncJobClient) -> RunResponse:
         with StateLine() as line:
-            return await client.job_wait_for_job(job, poll, timeout, on_status=line.show)
+            return await client.job_wait_for_job(job, poll, timeout, delivered=delivered, on_status=line.show)
 
     answer = with_client(config_path, service, use)
     if as_json:
