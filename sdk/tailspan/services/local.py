@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import re
-import shlex
 import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,18 +22,17 @@ from tailspan.errors import (
     AuthError,
     ConfigError,
     JobNotFoundError,
-    ProtocolError,
     RequestRejectedError,
     ServiceUnavailableError,
     TailspanError,
 )
-from tailspan.identity import trace_id
 from tailspan.local.launch import Launched, Request, launch
-from tailspan.local.reader import LogReader, Totals
+from tailspan.local.reader import LogReader
 from tailspan.local.signalling import signal_supervisor
+from tailspan.local.status import row_of, status_of, totals_of
 from tailspan.local.stdin import inherited_stdin
-from tailspan.local.store import JobStore, StoredJob, submitted_at_of, time_of
-from tailspan.models import JobState, ListedJob, RunResponse
+from tailspan.local.store import JobStore
+from tailspan.models import ListedJob, RunResponse
 from tailspan.page import NANOS_PER_MS, LogPage, Message
 from tailspan.services import LATE_WINDOW_S
 
@@ -49,7 +45,6 @@ KEEP_FINISHED_S = 30 * 86400.0
 _LIST_PAGE = 200
 _PRUNE_EVERY_S = 3600.0
 _CANCEL_WAIT_S = 1.0
-_TRACE_ID = re.compile(r"(?!0{32})[0-9a-f]{32}")
 
 
 class LocalService:
@@ -147,7 +142,7 @@ class LocalService:
             JobNotFoundError: There is no such job.
         """
         with self._translated(job_id):
-            return self._response(self._store.load(job_id))
+            return status_of(self._store.load(job_id), self)
 
     async def read_logs(
         self,
@@ -177,7 +172,7 @@ class LocalService:
     async def log_times_ms(self, job_id: str) -> tuple[int, int] | None:
         """Return the times of the first and the last line; see `tailspan.services.JobService`."""
         with self._translated(job_id):
-            totals = _totals(self._store.load(job_id))
+            totals = totals_of(self._store.load(job_id))
         return (totals.first_unix_nano // NANOS_PER_MS, totals.last_unix_nano // NANOS_PER_MS) if totals.lines else None
 
     async def list_jobs(self) -> AsyncIterator[Sequence[ListedJob]]:
@@ -304,49 +299,10 @@ class LocalService:
             job = self._store.glance(job_id)
         except JobNotFoundError:
             return None
-        final = job.logs_complete
-        row = ListedJob(
-            job_id=job_id,
-            job_name=job.name,
-            state=job.state,
-            created_at=submitted_at_of(job_id),
-            state_since=time_of(job.recorded.get("finished_at") or job.recorded.get("started_at")),
-            service=self.name,
-            lines=_lines(job),
-            origin=self,
-        )
-        if final:
+        row = row_of(job, self)
+        if job.logs_complete:
             self._final_rows[job_id] = row
         return row
-
-    def _response(self, job: StoredJob) -> RunResponse:
-        spec, recorded, state = job.spec, job.recorded, job.state
-        finished, error = time_of(recorded.get("finished_at")), recorded.get("error")
-        alive = job.last_sign_of_life
-        if state is JobState.LOST:
-            finished, error = _lost(job, alive)
-        identity = spec.get("identity") or self.identity
-        stored_trace = spec.get("trace_id", "")
-        return RunResponse.from_state(
-            state,
-            job_id=job.job_id,
-            job_name=job.name,
-            instance_id=spec.get("host"),
-            last_heartbeat=alive,
-            submitted_at=time_of(spec.get("submitted_at")) or submitted_at_of(job.job_id),
-            started_at=time_of(recorded.get("started_at")),
-            finished_at=finished,
-            exit_code=recorded.get("exit_code"),
-            error=error,
-            attributes={key: value for key, value in spec.get("attributes", {}).items() if isinstance(value, str)},
-            details=_details(spec),
-            parent=spec.get("parent"),
-            service=self.name,
-            identity=identity,
-            trace_id=stored_trace if _TRACE_ID.fullmatch(stored_trace) else trace_id(identity, job.job_id),
-            logs_complete=job.logs_complete,
-            origin=self,
-        )
 
     @contextlib.contextmanager
     def _translated(self, job_id: str | None = None) -> Iterator[None]:
@@ -367,45 +323,3 @@ class LocalService:
             raise ServiceUnavailableError(
                 f"the jobs in {self.state_dir} cannot be used now: {error}", service=self.name, job_id=job_id
             ) from error
-
-
-def _totals(job: StoredJob) -> Totals:
-    with LogReader(job.directory, job.job_id, ended=job.logs_complete) as reader:
-        return reader.totals()
-
-
-def _lines(job: StoredJob) -> int | None:
-    """Return how many lines a job has; None when that cannot be read, which must not hide the other jobs."""
-    # What a supervisor wrote down at the end of the log is cheaper than the index.
-    if {"end", "lines"} <= job.recorded.keys():
-        return int(job.recorded["lines"])
-    try:
-        return _totals(job).lines
-    except (ProtocolError, PermissionError):
-        return None
-
-
-def _lost(job: StoredJob, alive: datetime | None) -> tuple[datetime | None, str]:
-    """Return when a lost job was last seen alive, and what is known of its end."""
-    last_ns = _totals(job).last_unix_nano
-    last_line = datetime.fromtimestamp(last_ns / 1e9, UTC) if last_ns else None
-    seen = max((moment for moment in (alive, last_line) if moment), default=None)
-    if (job.directory / "supervisor.err").exists():
-        return seen, f"its supervisor failed; see {job.directory / 'supervisor.err'}"
-    return seen, "its supervisor was killed, or the machine went down: how the command ended is not known"
-
-
-def _details(spec: Mapping[str, Any]) -> dict[str, str]:
-    """Return facts for the run span.
-
-    Source: OpenTelemetry semantic conventions 1.44.0, process and host attributes.
-    """
-    command = [str(argument) for argument in spec.get("command", [])]
-    details = {
-        "process.command": command[0] if command else "",
-        "process.command_line": shlex.join(command),
-        "process.working_directory": spec.get("cwd") or "",
-        "process.owner": spec.get("user") or "",
-        "host.name": spec.get("host") or "",
-    }
-    return {key: value for key, value in details.items() if value}

@@ -1,0 +1,113 @@
+"""What a job's files say of it, as status and as row of a listing."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from tailspan.errors import ProtocolError
+from tailspan.identity import trace_id
+from tailspan.local.reader import LogReader, Totals
+from tailspan.local.store import StoredJob, submitted_at_of, time_of
+from tailspan.models import JobState, ListedJob, RunResponse
+from tailspan.services import JobService
+
+__all__ = ["row_of", "status_of", "totals_of"]
+
+_TRACE_ID = re.compile(r"(?!0{32})[0-9a-f]{32}")
+
+
+def status_of(job: StoredJob, service: JobService) -> RunResponse:
+    """Return the status that a job's files tell.
+
+    Args:
+        job: What its files say.
+        service: The service that has it.
+    """
+    spec, recorded, state = job.spec, job.recorded, job.state
+    finished, error = time_of(recorded.get("finished_at")), recorded.get("error")
+    alive = job.last_sign_of_life
+    if state is JobState.LOST:
+        finished, error = _lost(job, alive)
+    identity = spec.get("identity") or service.identity
+    stored_trace = spec.get("trace_id", "")
+    return RunResponse.from_state(
+        state,
+        job_id=job.job_id,
+        job_name=job.name,
+        instance_id=spec.get("host"),
+        last_heartbeat=alive,
+        submitted_at=time_of(spec.get("submitted_at")) or submitted_at_of(job.job_id),
+        started_at=time_of(recorded.get("started_at")),
+        finished_at=finished,
+        exit_code=recorded.get("exit_code"),
+        error=error,
+        attributes={key: value for key, value in spec.get("attributes", {}).items() if isinstance(value, str)},
+        details=_details(spec),
+        parent=spec.get("parent"),
+        service=service.name,
+        identity=identity,
+        trace_id=stored_trace if _TRACE_ID.fullmatch(stored_trace) else trace_id(identity, job.job_id),
+        logs_complete=job.logs_complete,
+        origin=service,
+    )
+
+
+def row_of(job: StoredJob, service: JobService) -> ListedJob:
+    """Return the row of a listing that a job's files tell; see `status_of`."""
+    return ListedJob(
+        job_id=job.job_id,
+        job_name=job.name,
+        state=job.state,
+        created_at=submitted_at_of(job.job_id),
+        state_since=time_of(job.recorded.get("finished_at") or job.recorded.get("started_at")),
+        service=service.name,
+        lines=_lines(job),
+        origin=service,
+    )
+
+
+def totals_of(job: StoredJob) -> Totals:
+    """Return count and times of a job's lines, from its index."""
+    with LogReader(job.directory, job.job_id, ended=job.logs_complete) as reader:
+        return reader.totals()
+
+
+def _lines(job: StoredJob) -> int | None:
+    """Return how many lines a job has; None when that cannot be read, which must not hide the other jobs."""
+    # What a supervisor wrote down at the end of the log is cheaper than the index.
+    if {"end", "lines"} <= job.recorded.keys():
+        return int(job.recorded["lines"])
+    try:
+        return totals_of(job).lines
+    except (ProtocolError, PermissionError):
+        return None
+
+
+def _lost(job: StoredJob, alive: datetime | None) -> tuple[datetime | None, str]:
+    """Return when a lost job was last seen alive, and what is known of its end."""
+    last_ns = totals_of(job).last_unix_nano
+    last_line = datetime.fromtimestamp(last_ns / 1e9, UTC) if last_ns else None
+    seen = max((moment for moment in (alive, last_line) if moment), default=None)
+    if (job.directory / "supervisor.err").exists():
+        return seen, f"its supervisor failed; see {job.directory / 'supervisor.err'}"
+    return seen, "its supervisor was killed, or the machine went down: how the command ended is not known"
+
+
+def _details(spec: Mapping[str, Any]) -> dict[str, str]:
+    """Return facts for the run span.
+
+    Source: OpenTelemetry semantic conventions 1.44.0, process and host attributes.
+    """
+    command = [str(argument) for argument in spec.get("command", [])]
+    details = {
+        "process.command": command[0] if command else "",
+        "process.command_line": shlex.join(command),
+        "process.working_directory": spec.get("cwd") or "",
+        "process.owner": spec.get("user") or "",
+        "host.name": spec.get("host") or "",
+    }
+    return {key: value for key, value in details.items() if value}
