@@ -38,8 +38,8 @@ class SteppedJob:
 
 
 def bodies(collector: Collector) -> list[object]:
-    """The text of all records, in order of arrival."""
-    return [row.body for row in collector.log_records()]
+    """The text of all lines, in order of arrival."""
+    return [row.body for row in collector.log_records() if not row.event_name]
 
 
 def stop(agent: subprocess.Popen[str]) -> None:
