@@ -37,7 +37,10 @@ async def with_job_api(use: Callable[[int], Awaitable[None]]) -> None:
 
 async def with_status_page(use: Callable[[int], Awaitable[None]]) -> None:
     async with StatusServer(
-        ("127.0.0.1", 0), metrics=lambda _: (b"", "text/plain"), readiness=lambda: ["endpoint_logs_paused"]
+        ("127.0.0.1", 0),
+        metrics=lambda _: (b"", "text/plain"),
+        readiness=lambda: ["endpoint_logs_paused"],
+        delivery=lambda identity, job_id: {},
     ) as server:
         await use(server.address[1])
 
