@@ -267,12 +267,12 @@ class Tailer:
             await self._final_read(sent)
         if sent.job.state is not JobState.SUCCEEDED and sent.facts.digest is None:
             sent.facts = dataclasses.replace(sent.facts, digest=digest_of(await self._last_lines(sent)))
-        await sent.send_failure()
-        # The run span says what was acked, but it does not wait for a logs endpoint that is away.
+        # The run span says what was acked, but it does not wait for a logs endpoint that is away, nor for room there.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_RUN_SPAN_WAIT_S):
                 await sent.all_acked()
         sent.end(logs_complete=True)
+        await sent.send_failure()
         await sent.complete(logs_complete=True)
         self.finished = True
 
