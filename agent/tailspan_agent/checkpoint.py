@@ -107,7 +107,7 @@ def read_checkpoint(state_dir: Path, identity: str, job_id: str) -> Checkpoint |
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
             return _checkpoint(db.execute(_CHECKPOINT, (identity, job_id)).fetchall())
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         raise CheckpointError(f"cannot read the checkpoint store {path}: {error}") from error
 
 
@@ -191,13 +191,13 @@ class Store:
                 self._db.execute("ROLLBACK")
                 raise
             self._db.execute("COMMIT")
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             raise CheckpointError(f"cannot write the checkpoint store {self.path}: {error}") from error
 
     def _select(self, query: str, *values: object) -> list[Any]:
         try:
             return self._db.execute(query, values).fetchall()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             raise CheckpointError(f"cannot read the checkpoint store {self.path}: {error}") from error
 
     def job(self, identity: str, job_id: str) -> Checkpoint | None:

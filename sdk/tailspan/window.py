@@ -252,7 +252,7 @@ class Window:
             listed = sum(count for count in saved.counts if count <= self._max_lines)
             if len(saved.steps_ms) != len(saved.counts) or len(saved.digests) != listed * _DIGEST_BYTES:
                 raise msgspec.DecodeError
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError):
             raise ConfigError("the cursor is not one of a service that knows lines by time", job_id=job_id) from None
         self._kept_from_ms = saved.start_ms
         instants = list(accumulate(saved.steps_ms, initial=saved.start_ms))[1:]

@@ -179,6 +179,9 @@ class LogReader:
             job_id=self._job_id,
         )
 
+    def _forged(self) -> ProtocolError:
+        return ProtocolError(f"job {self._job_id}: the index of its log is not one that Tailspan wrote")
+
     def _after(self, cursor: bytes) -> Iterator[_Span]:
         if not cursor.isdigit():
             raise self._expired(f"{cursor[:40]!r} is not a cursor of its log", None)
@@ -209,11 +212,13 @@ class LogReader:
         before = self._index.entry(number - 1) if number else Entry(0, 0, 0, 0, 0)
         for position, entry in enumerate(self._index.entries(number), number):
             if before is None or entry is None:
-                found = self._index.whole_at(position)[1]
+                found, last = self._index.whole_at(position)[1], self._index.last()
+                if last is None or found.end > last.end:
+                    raise self._forged()
                 raise self._expired(f"its index is damaged before byte {found.end} of the log", found.end)
             span = _Span(before.end, entry.lines_end - before.lines_end, entry)
             if not span.is_possible:
-                raise ProtocolError(f"job {self._job_id}: the index of its log is not one that Tailspan wrote")
+                raise self._forged()
             yield span
             before = entry
         yield from self._recovered()

@@ -139,10 +139,11 @@ class Credentials:
         return self._with_scheme(self._scheme, token, f"the file {path}")
 
     def _with_scheme(self, scheme: str, token: str, source: str) -> Authorization:
-        if not token or not token.isascii() or not token.isprintable():
+        header = f"{scheme} {token}"
+        if not token or not header.isascii() or not header.isprintable():
             wrong = "has characters that no token has" if token else "is empty"
             raise AuthError(f"the token of service {self._service} from {source} {wrong}", service=self._service)
-        return Authorization(f"{scheme} {token}", source)
+        return Authorization(header, source)
 
     def _from_login(self, login: Mapping[str, Any]) -> Authorization:
         scheme = login.get("auth_scheme") or "Bearer"
@@ -177,7 +178,7 @@ class Credentials:
             return self._unsaved[1]
         try:
             login = msgspec.json.decode(content)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
         return login if isinstance(login, dict) and isinstance(login.get("access_token"), str) else None
 

@@ -64,6 +64,8 @@ def decode_json(decoder: msgspec.json.Decoder[T], text: bytes) -> T:
         return decoder.decode(text)
     except msgspec.ValidationError:
         raise
+    except RecursionError:
+        raise msgspec.DecodeError("it is nested too deeply") from None
     except (msgspec.DecodeError, UnicodeDecodeError):
         repaired = _repair(text)
         if repaired == text:

@@ -183,7 +183,7 @@ def error_text(body: bytes) -> str:
     """
     try:
         reply = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return ""
     found = reply
     if isinstance(reply, dict):
@@ -211,7 +211,11 @@ def _told_state(reply: Mapping[str, Any]) -> JobState | None:
 
 def _aware(moment: datetime | None) -> datetime | None:
     # Python servers write naive UTC.
-    return moment.replace(tzinfo=UTC) if moment is not None and moment.tzinfo is None else moment
+    try:
+        return moment and (moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC))
+    except OverflowError:
+        # At the ends of the calendar not every offset has a UTC.
+        return None
 
 
 def _moment(reply: Mapping[str, Any], key: str) -> datetime | None:
