@@ -11,6 +11,7 @@ from tailspan.config import Settings
 from tailspan.errors import CursorExpiredError
 from tailspan.services import JobService, open_service
 from tailspan_agent.checkpoint import read_checkpoint
+from tailspan_agent.errors import CheckpointError
 from tailspan_agent.facts import JobFacts
 
 __all__ = ["Report", "verify"]
@@ -61,7 +62,10 @@ async def verify(
         checkpoint = read_checkpoint(settings.agent.state_dir, service.identity, job_id)
         if checkpoint is None:
             return Report("not_relayed", f"the agent's store knows no job {job_id} of service {service_name}", job_id)
-        relayed = JobFacts.from_json(checkpoint.facts)
+        try:
+            relayed = JobFacts.from_json(checkpoint.facts)
+        except ValueError as error:
+            raise CheckpointError(f"what the store knows of job {job_id} is damaged: {error}") from error
         now = JobFacts(first_seen_ns=relayed.first_seen_ns)
         try:
             async for page in service.read_logs(job_id):

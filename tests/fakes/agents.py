@@ -195,6 +195,8 @@ class OddService(FakeService):
     Attributes:
         cut: A job whose log breaks off: its id, after how many pages of each read, and with which error.
         lists_names: Whether rows of the list have names and line counts, as those of our own server do.
+        unlisted: Jobs that the list does not show.
+        list_pages: Pages of the list handed out so far.
         pages: Pages of lines handed out so far.
         open_reads: Reads of logs that were begun and neither ended nor closed.
     """
@@ -203,6 +205,8 @@ class OddService(FakeService):
         super().__init__(name, **keys)
         self.cut: tuple[str, int, Exception] | None = None
         self.lists_names = True
+        self.unlisted: set[str] = set()
+        self.list_pages = 0
         self.pages = 0
         self.open_reads = 0
         self._late: dict[str, list[Line]] = {}
@@ -230,7 +234,12 @@ class OddService(FakeService):
         """Yield the rows; see the class."""
         async with aclosing(super().list_jobs()) as pages:
             async for rows in pages:
-                yield [row if self.lists_names else dataclasses.replace(row, job_name=None, lines=None) for row in rows]
+                self.list_pages += 1
+                listed = [row for row in rows if row.job_id not in self.unlisted]
+                if not self.lists_names:
+                    listed = [dataclasses.replace(row, job_name=None, lines=None) for row in listed]
+                if listed:
+                    yield listed
 
     def _with_late(self, job_id: str, page: LogPage) -> LogPage:
         if job_id not in self._late:
