@@ -1,0 +1,69 @@
+"""``python -m tests.prove`` runs the whole proof, or some of its rows, and prints the table: ``make prove``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from tests.prove.kills import sweep, sweep_of_mutant
+from tests.prove.mutant import CHECKPOINT_BEFORE_ACK
+from tests.prove.scenarios import Scenario, select
+from tests.prove.table import Row, render
+
+LEAST_HITS = 10
+_TOGETHER = 3
+
+
+def scenarios(kills: int) -> list[Scenario]:
+    """Return all rows, in the table's order."""
+    return [
+        Scenario("SIGKILL at every step", partial(sweep, kills=kills, least_hits=LEAST_HITS), alone=True),
+        Scenario(
+            "SIGKILL, a build that checkpoints before the ack",
+            partial(sweep_of_mutant, mutant=CHECKPOINT_BEFORE_ACK, kills=20),
+            alone=True,
+        ),
+    ]
+
+
+def main() -> int:
+    """Run, print, and return 1 if a row failed."""
+    parser = argparse.ArgumentParser(prog="python -m tests.prove", description="Prove the delivery guarantee.")
+    parser.add_argument("--seed", type=int, default=0, help="repeats a run's choices; 0 takes a new one")
+    parser.add_argument("--kills", type=int, default=200, help="SIGKILLs at least")
+    parser.add_argument("--only", default="", help="globs on rows, with commas between them")
+    parser.add_argument("--json", type=Path, help="write the table there, too")
+    given = parser.parse_args()
+    seed = given.seed or int(time.time())
+    chosen = list(select(scenarios(given.kills), given.only))
+    print(f"seed {seed}, {len(chosen)} rows, Python {platform.python_version()}", file=sys.stderr)
+    rows = {}
+    with ProcessPoolExecutor(_TOGETHER) as pool:
+        waiting = {scenario.name: pool.submit(scenario.row, seed) for scenario in chosen if not scenario.alone}
+        for name, future in waiting.items():
+            rows[name] = future.result()
+            _say(rows[name])
+    for scenario in chosen:
+        if scenario.alone:
+            rows[scenario.name] = scenario.row(seed)
+            _say(rows[scenario.name])
+    table = [rows[scenario.name] for scenario in chosen]
+    when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    print(f"\n{when}, seed {seed}\n\n{render(table)}")
+    if given.json is not None:
+        given.json.write_text(json.dumps({"time": when, "seed": seed, "rows": [row.to_json() for row in table]}))
+    return 0 if table and all(row.ok for row in table) else 1
+
+
+def _say(row: Row) -> None:
+    print(f"{'ok    ' if row.ok else 'FAILED'} {row.seconds:5.0f} s  {row.fault}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

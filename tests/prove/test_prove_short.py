@@ -1,0 +1,40 @@
+"""The short form of ``make prove``: fewer kills, fewer faults, the same oracle."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from tests.prove.evidence import STEPS, Step
+from tests.prove.kills import sweep_world
+from tests.prove.mutant import CHECKPOINT_BEFORE_ACK
+from tests.prove.table import Row, render
+from tests.prove.world import Found
+
+
+def test_killed_at_each_step_the_agent_loses_nothing() -> None:
+    """Killed seven times and started again: no line missing, none repeated that was acked, each span once as it was."""
+    hits = Counter[Step]()
+    found = sweep_world("short", len(STEPS) + 1, hits)
+    assert hits.total() == len(STEPS) + 1
+    assert found.complaints() == []
+    assert found.lines.records >= found.lines.expected > 0
+
+
+def test_the_sweep_finds_a_build_that_checkpoints_before_the_ack(tmp_path: Path) -> None:
+    """Killed while it sends, such a build has lost lines: the proof would notice."""
+    hits = Counter({step: 100 for step in Step if step is not Step.SENDING})
+    found = sweep_world("short", 4, hits, path=CHECKPOINT_BEFORE_ACK.build(tmp_path / "agent"))
+    assert found.lines.missing > 0
+    assert any("missing" in complaint for complaint in found.complaints())
+
+
+def test_the_table_says_what_failed_and_how_to_see_it_again() -> None:
+    """A row that failed has the reason and the command with its seed below the table."""
+    bad = Found(1, exit_code=0)
+    bad.lines.missing = 3
+    row = Row("endpoint hangs", [bad], reproduce="make prove PROVE_SEED=7")
+    text = render([Row("fine", [Found(2, exit_code=0)]), row])
+    assert "FAILED: 3 missing" in text
+    assert "again: make prove PROVE_SEED=7" in text
+    assert [row.ok, row.to_json()["missing"], row.to_json()["verdict"]] == [False, "3", "3 missing"]

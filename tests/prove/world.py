@@ -1,0 +1,374 @@
+"""A world: a job service, real local jobs, an OTLP receiver, and the real agent as a process between them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tailspan_agent.checkpoint import Checkpoint, read_checkpoint
+from tests.fakes.collector import Collector
+from tests.fakes.job_api import FakeJobApi
+from tests.fakes.local_jobs import LocalJobs
+from tests.fakes.otlp_rows import log_rows, metric_rows, parse_json, plain_attributes
+from tests.prove.jobs import LocalNumberedJob, NumberedJob
+from tests.prove.tally import JobCount, Span, SpanCount, count_spans
+
+TAILSPAN = str(Path(sys.executable).with_name("tailspan"))
+PATIENCE_S = 60.0
+_RUN_DURATION = "cicd.pipeline.run.duration"
+
+Job = NumberedJob | LocalNumberedJob
+
+
+@dataclass
+class Settings:
+    """What differs between worlds.
+
+    Attributes:
+        protocol: Of the endpoint: ``http/protobuf`` or ``grpc``.
+        otlp: More lines of the section ``[otlp]``.
+        fused: More lines of the section ``[services.fused]``.
+        watch: More lines of each ``[[agent.watch]]``.
+        path: A directory with another ``tailspan_agent``; None: the project's own.
+        page: Whether the agent serves its page, from which /metrics are read.
+        endpoint: Where to send instead of the receiver.
+    """
+
+    protocol: str = "http/protobuf"
+    otlp: str = ""
+    fused: str = 'token = "t"'
+    watch: str = ""
+    path: Path | None = None
+    page: bool = False
+    endpoint: str | None = None
+
+
+@dataclass
+class Found:
+    """What the oracle found in a world.
+
+    Attributes:
+        jobs: How many there were.
+        lines: All jobs' lines together.
+        spans: All jobs' spans.
+        dead_lettered: Log records that are in the dead letter.
+        wrong_runs: Pipelines whose count of runs in the last metrics is not what it must be, and what else is wrong.
+        exit_code: Of the last agent, told to stop.
+        peak_rss: Bytes of memory, at most, of any agent of this world.
+    """
+
+    jobs: int = 0
+    lines: JobCount = field(default_factory=JobCount)
+    spans: SpanCount = field(default_factory=SpanCount)
+    dead_lettered: int = 0
+    wrong_runs: list[str] = field(default_factory=list)
+    exit_code: int | None = None
+    peak_rss: int = 0
+
+    def complaints(self) -> list[str]:
+        """Return in words what breaks the guarantee."""
+        counts = {**vars(self.lines), **{f"spans {name}": count for name, count in vars(self.spans).items()}}
+        harmless = {"expected", "records", "repeated", "spans repeated"}
+        wrong = [
+            f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count and name not in harmless
+        ]
+        wrong += self.wrong_runs
+        return wrong if self.exit_code == 0 else [*wrong, f"the agent's exit code is {self.exit_code}"]
+
+    @classmethod
+    def total(cls, all_found: Iterable[Found]) -> Found:
+        """Return the counts of several worlds together."""
+        total = cls(exit_code=0)
+        for found in all_found:
+            total.jobs += found.jobs
+            total.lines += found.lines
+            total.spans += found.spans
+            total.dead_lettered += found.dead_lettered
+            total.peak_rss = max(total.peak_rss, found.peak_rss)
+        return total
+
+
+class World:
+    """See the module. A context manager: ends every process and thread.
+
+    Attributes:
+        random: The world's own source of randomness, from the seed.
+        collector: The receiver.
+        api: The job service.
+        jobs: All jobs of this world.
+        agent: The agent's process; None while there is none.
+    """
+
+    def __init__(self, seed: int | str, settings: Settings | None = None) -> None:
+        self.random = random.Random(seed)
+        self.settings = settings or Settings()
+        self.jobs: list[Job] = []
+        self.agent: subprocess.Popen[bytes] | None = None
+        self.restarts = 0
+        self._peak_rss = 0
+        self._spans: list[Span] = []
+        self._runs: dict[str, int] = {}
+        self._stack = contextlib.ExitStack()
+        self._page_port = 0
+        self._folded_dead: Counter[Path] = Counter()
+        self.dead_lettered = 0
+
+    def __enter__(self) -> World:
+        self.home = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="prove-")))
+        self.collector = self._stack.enter_context(Collector())
+        self.api = self._stack.enter_context(FakeJobApi())
+        self.local = self._stack.enter_context(LocalJobs(self.home / "jobs"))
+        self._stack.callback(self._end_agent)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    @property
+    def state_dir(self) -> Path:
+        """The agent's directory."""
+        return self.home / "agent"
+
+    @property
+    def database(self) -> Path:
+        """The checkpoint store's file."""
+        return self.state_dir / "checkpoints.db"
+
+    @property
+    def page_url(self) -> str:
+        """Where the agent's page is."""
+        return f"http://127.0.0.1:{self._page_port}"
+
+    @property
+    def log(self) -> str:
+        """What the agents of this world said of themselves."""
+        path = self.home / "agent.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def fused_job(self, name: str, **options: Any) -> NumberedJob:
+        """Add a job to the job service."""
+        job = NumberedJob(self.api, name, **options)
+        self.jobs.append(job)
+        return job
+
+    def local_job(self, name: str, **options: Any) -> LocalNumberedJob:
+        """Start a real job on this machine."""
+        job = LocalNumberedJob(self.local, name, **options)
+        self.jobs.append(job)
+        return job
+
+    def configure(self, text: str | None = None) -> None:
+        """Write the configuration: as the settings say, or this text."""
+        settings = self.settings
+        if settings.page:
+            self._page_port = _free_port()
+        endpoint = settings.endpoint or (
+            self.collector.grpc_url if settings.protocol == "grpc" else self.collector.http_url
+        )
+        watch = f'discover = true\nsettle = "0.3s"\n{settings.watch}\n'
+        default = f"""
+[services.local]
+state_dir = "{self.home}/jobs"
+[services.fused]
+base_url = "{self.api.base_url}"
+requests_per_second = 1000
+{settings.fused}
+[agent]
+state_dir = "{self.state_dir}"
+listen = "{f"127.0.0.1:{self._page_port}" if settings.page else ""}"
+[[agent.watch]]
+service = "local"
+{watch}
+[[agent.watch]]
+service = "fused"
+{watch}
+[otlp]
+endpoint = "{endpoint}"
+protocol = "{settings.protocol}"
+{settings.otlp}
+"""
+        (self.home / "config.toml").write_text(default if text is None else text)
+
+    def start(self, *, strict: bool = False) -> None:
+        """Start the agent; what comes from now on counts as coming after a restart.
+
+        Args:
+            strict: Whether until the next restart no line may come twice.
+        """
+        self.settle_receiver()
+        self.fold()
+        for job in self.jobs:
+            job.restarted(self.acked(job), strict=strict)
+        env = {key: value for key, value in os.environ.items() if not key.startswith(("TAILSPAN_", "OTEL_"))}
+        env |= {"OTEL_METRIC_EXPORT_INTERVAL": "1000", "HOME": str(self.home)}
+        if self.settings.path is not None:
+            env["PYTHONPATH"] = str(self.settings.path)
+        with (self.home / "agent.log").open("ab") as log:
+            self.agent = subprocess.Popen(
+                [TAILSPAN, "agent", "run", "--config", str(self.home / "config.toml")],
+                env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.home,
+            )  # fmt: skip
+        self.restarts += 1
+
+    def kill(self) -> None:
+        """Kill the agent at once. Does not wait for its end."""
+        agent = self.agent
+        if agent is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(agent.pid, signal.SIGKILL)
+
+    def ended(self) -> int:
+        """Wait until the agent has ended; return its exit code, negative for a signal."""
+        assert self.agent is not None
+        if self.agent.returncode is None:
+            _, status, usage = os.wait4(self.agent.pid, 0)
+            self.agent.returncode = os.waitstatus_to_exitcode(status)
+            self._peak_rss = max(self._peak_rss, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+        code, self.agent = self.agent.returncode, None
+        return code
+
+    def terminate(self) -> None:
+        """Tell the agent to stop: it drains."""
+        assert self.agent is not None
+        self.agent.send_signal(signal.SIGTERM)
+
+    def until(self, holds: Callable[[], Any], what: str, timeout_s: float = PATIENCE_S) -> Any:
+        """Return the first true value; fails where there is none in time, or where the agent ends."""
+        deadline = time.monotonic() + timeout_s
+        while not (value := holds()):
+            if self.agent is not None and self.agent.poll() is not None:
+                raise AssertionError(f"the agent ended with {self.agent.returncode}: {self.log[-1500:]}")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{what}: not within {timeout_s:g} s; the agent says: {self.log[-1500:]}")
+            time.sleep(0.02)
+        return value
+
+    def checkpoint(self, job: Job, state_dir: Path | None = None) -> Checkpoint | None:
+        """Return what the store has of a job."""
+        job_id = job.job_id if isinstance(job, LocalNumberedJob) else job.name
+        return read_checkpoint(state_dir or self.state_dir, job.identity, job_id)
+
+    def acked(self, job: Job, state_dir: Path | None = None) -> int:
+        """Return how many lines of a job the store has as acked."""
+        found = self.checkpoint(job, state_dir)
+        return int(json.loads(found.facts)["lines"]) if found is not None else 0
+
+    def all_done(self) -> bool:
+        """Whether the store says of each job that nothing is left to do."""
+        found = [self.checkpoint(job) for job in self.jobs]
+        return all(item is not None and item.ended and item.logs_complete for item in found)
+
+    def settle_receiver(self) -> None:
+        """Wait until the receiver has dealt with everything that was sent."""
+        self.collector.wait_until(lambda: not self.collector.open_requests)
+
+    def finish(self, timeout_s: float = PATIENCE_S) -> Found:
+        """End all jobs, wait until everything of them is relayed, stop the agent, and count."""
+        for job in self.jobs:
+            if not job.ended:
+                job.end()
+        if self.agent is None:
+            self.start()
+        problem = None
+        try:
+            self.until(self.all_done, "the end of all jobs", timeout_s)
+        except TimeoutError as error:
+            problem = str(error)
+        self.terminate()
+        found = self.count(self.ended())
+        if problem is not None:
+            found.wrong_runs.append(problem)
+        return found
+
+    def count(self, exit_code: int | None = None) -> Found:
+        """Count what has arrived up to now."""
+        self.settle_receiver()
+        self.fold()
+        found = Found(len(self.jobs), dead_lettered=self.dead_lettered, exit_code=exit_code, peak_rss=self._peak_rss)
+        for job in self.jobs:
+            found.lines += job.tally.count(job.written)
+        found.spans = count_spans(self._spans, {job.trace_id: job.spans for job in self.jobs if job.ended})
+        expected = Counter(job.name for job in self.jobs if job.ended)
+        found.wrong_runs = [
+            f"{name}: {self._runs.get(name, 0)} runs instead of {expected[name]}"
+            for name in {*expected, *self._runs}
+            if self._runs.get(name, 0) != expected[name]
+        ]
+        return found
+
+    def fold(self) -> None:
+        """Take in what has arrived since the last time, and forget it: memory stays small."""
+        for request in self.collector.drain():
+            if request.taken:
+                self._take(request.signal, request.message)
+        for path in sorted(self.state_dir.glob("dead-letter/*.jsonl")):
+            entries = path.read_bytes().splitlines()
+            for line in entries[self._folded_dead[path] :]:
+                entry = json.loads(line)
+                note = entry.pop("tailspan")
+                self.dead_lettered += note["rejected"]
+                signal_ = "logs" if "resourceLogs" in entry else "traces"
+                self._take(signal_, parse_json(signal_, json.dumps(entry)))
+            self._folded_dead[path] = len(entries)
+
+    def _take(self, signal_: str, message: Any) -> None:
+        tallies = {job.name: job.tally for job in self.jobs}
+        if signal_ == "logs":
+            for row in log_rows(message):
+                if not row.event_name:
+                    tally = tallies[row.resource["cicd.pipeline.name"]]
+                    tally.take(row.body, row.time_unix_nano, row.attributes.get("log.record.uid", ""))
+        elif signal_ == "traces":
+            self._spans += spans_in(message)
+        else:
+            points = [row for row in metric_rows(message) if row.name == _RUN_DURATION]
+            if points:
+                self._runs = Counter()
+                for row in points:
+                    self._runs[row.attributes["cicd.pipeline.name"]] += row.value.count
+
+    def _end_agent(self) -> None:
+        if self.agent is not None:
+            self.kill()
+            self.ended()
+
+
+def spans_in(message: Any) -> Iterator[Span]:
+    """Yield the spans of a request with all of their bytes."""
+    for group in message.resource_spans:
+        resource = plain_attributes(group.resource.attributes)
+        for scope in group.scope_spans:
+            for span in scope.spans:
+                name = "RUN" if span.name == f"RUN {resource['cicd.pipeline.name']}" else span.name
+                yield Span(span.trace_id.hex(), name, span.span_id.hex(), span.SerializeToString(deterministic=True))
+
+
+def copy_store(state_dir: Path, to: Path) -> Path:
+    """Copy the checkpoint store of a dead agent, so that looking at it changes nothing."""
+    target = to / "store"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    for path in state_dir.glob("checkpoints.db*"):
+        shutil.copy(path, target)
+    return target
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
