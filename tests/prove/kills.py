@@ -17,7 +17,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -109,7 +109,7 @@ class Killer:
             case Step.ENCODED:
                 self._in_background(self._watch_metrics)
             case Step.SENDING if chance.random() < 0.5:
-                self._on_begin = self._at_one_of_the_first(self._kill)
+                self._on_begin = self._at_one_of_the_first(self._kill_and_take_nothing)
             case Step.SENDING:
                 self._on_request = self._at_one_of_the_first(self._kill)
             case Step.ANSWERED:
@@ -157,6 +157,10 @@ class Killer:
             wait()
             self.world.kill()
             life.over.set()
+
+    def _kill_and_take_nothing(self) -> None:
+        self._kill()
+        raise ConnectionAbortedError  # else the receiver would take what is in the socket's buffer
 
     def _begin(self, signal_: str) -> None:
         if signal_ == "logs":
@@ -218,7 +222,9 @@ def _nothing() -> None:
     """Not aimed."""
 
 
-def sweep_world(seed: str, kills: int, hits: Counter[Step], *, path: Path | None = None) -> Found:
+def sweep_world(
+    seed: str, kills: int, hits: Counter[Step], *, path: Path | None = None, aims: Sequence[Step] = tuple(Step)
+) -> Found:
     """Kill the agent of one world so often, then let it finish, and count.
 
     Args:
@@ -226,6 +232,7 @@ def sweep_world(seed: str, kills: int, hits: Counter[Step], *, path: Path | None
         kills: How many.
         hits: How often each step was hit so far, to be added to; rare ones are aimed at more.
         path: A directory with another ``tailspan_agent``.
+        aims: What to aim at.
     """
     with World(seed, Settings(page=True, path=path)) as world:
         chance = world.random
@@ -242,8 +249,8 @@ def sweep_world(seed: str, kills: int, hits: Counter[Step], *, path: Path | None
                 running.append(world.fused_job(f"fused-{kill + 4}"))
             for job in running:
                 job.write(chance.choice((1, 20, 150, 700)), chance)
-            aim = min(Step, key=lambda step: (hits[step], chance.random())) if chance.random() < 0.7 else None
-            hits[killer.run(aim or chance.choice(list(Step)))] += 1
+            rarest = min(aims, key=lambda step: (hits[step], chance.random()))
+            hits[killer.run(rarest if chance.random() < 0.7 else chance.choice(aims))] += 1
         killer.disarm()
         return world.finish()
 

@@ -23,8 +23,8 @@ def test_killed_at_each_step_the_agent_loses_nothing() -> None:
 
 def test_the_sweep_finds_a_build_that_checkpoints_before_the_ack(tmp_path: Path) -> None:
     """Killed while it sends, such a build has lost lines: the proof would notice."""
-    hits = Counter({step: 100 for step in Step if step is not Step.SENDING})
-    found = sweep_world("short", 4, hits, path=CHECKPOINT_BEFORE_ACK.build(tmp_path / "agent"))
+    build = CHECKPOINT_BEFORE_ACK.build(tmp_path / "agent")
+    found = sweep_world("short", 5, Counter(), path=build, aims=[Step.SENDING])
     assert found.lines.missing > 0
     assert any("missing" in complaint for complaint in found.complaints())
 
