@@ -213,6 +213,8 @@ class Agent:
         failures: list[TailspanError] = []
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(self._close)
+            for lane in self._relay.lanes:
+                lane.linger = False  # nothing more will come that would be worth to wait for
             self._start_pumps()
             following = self._following
             following.watch(await following.open(self.settings, {}), self.settings, once=True)

@@ -15,6 +15,7 @@ from tailspan.backoff import backoff_s
 from tailspan.config import Watch
 from tailspan.errors import JobNotFoundError, ProtocolError, RequestRejectedError, ServiceError, TailspanError
 from tailspan.models import ListedJob
+from tailspan_agent.errors import AgentError
 from tailspan_agent.relay import Relay, Source
 from tailspan_agent.tailer import Tailer
 
@@ -119,12 +120,17 @@ class Watcher:
 
         Raises:
             ServiceError: The service could not be asked.
-            CheckpointError: The store could not be used.
+            AgentError: The store could not be used, or the service broke its promises.
         """
         now_s = time.monotonic()
         full = now_s - self._full_scan_at_s >= _FULL_SCAN_S
         try:
             await self._scan(full)
+        except TailspanError:
+            raise
+        except Exception as error:
+            _log.exception("service %s: a fault of its class or of the agent", self.name)
+            raise AgentError(f"service {self.name}: a fault of its class or of the agent: {error!r}") from error
         finally:
             self._start_found()
         if full:
@@ -194,6 +200,7 @@ class Watcher:
             self._settled.add(row.job_id)
         else:
             self._follow(row.job_id, name)
+            self.tailers[row.job_id].on_row(row)
         return True
 
     async def _name_of(self, job_id: str) -> str:

@@ -520,7 +520,7 @@ def test_a_long_backlog_is_read_no_further_than_the_queue_holds(bench: Bench) ->
     service.add_job("j1")
     service.add_lines("j1", *["x" * 1000] * 20_000)
     bench.collector.always("logs", Reply(hang=True))
-    assert not bench.once(timeout_s=2.0).delivered
+    assert not bench.once(timeout_s=0.8).delivered
     assert 0 < service.pages < 12
     assert service.open_reads == 0
 

@@ -14,6 +14,7 @@ from tailspan.errors import JobNotFoundError, ProtocolError, ServiceUnavailableE
 from tailspan_agent.agent_metrics import AgentMetrics, agent_resource
 from tailspan_agent.backlog import Backlog
 from tailspan_agent.checkpoint import Store
+from tailspan_agent.errors import AgentError
 from tailspan_agent.relay import Relay, Source
 from tailspan_agent.runs import PipelineNames, RunTotals
 from tailspan_agent.tailer import Tailer
@@ -239,6 +240,18 @@ async def test_a_list_that_breaks_off_loses_nothing(scene: Scene) -> None:
 
 
 _AWAY = ServiceUnavailableError("away")
+
+
+@looped
+async def test_a_service_that_breaks_its_promises(scene: Scene) -> None:
+    """A fault in a service's class is an error like others: looking goes on with the next turn."""
+    scene.add("j1")
+    scene.service.fail_next("list_jobs", KeyError("bug"))
+    watcher = scene.watcher()
+    with pytest.raises(AgentError, match="bug"):
+        await watcher.scan()
+    await watcher.scan()
+    assert scene.ids() == ["j1"]
 
 
 @looped
