@@ -106,6 +106,8 @@ def read_checkpoint(state_dir: Path, identity: str, job_id: str) -> Checkpoint |
         return None
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+            if db.execute("PRAGMA user_version").fetchone() == (0,):
+                return None  # its agent is about to make it
             return _checkpoint(db.execute(_CHECKPOINT, (identity, job_id)).fetchall())
     except (sqlite3.Error, UnicodeDecodeError) as error:
         raise CheckpointError(f"cannot read the checkpoint store {path}: {error}") from error

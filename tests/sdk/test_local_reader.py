@@ -176,16 +176,55 @@ def test_lines_after_a_truncation_are_read(tmp_path):
     assert lines(tmp_path, caught.value.resume_cursor) == [b"three"]
 
 
-def test_a_damaged_entry_is_a_gap_that_is_told(tmp_path):
-    """An entry with a wrong checksum hides its lines and the next ones; those before and after it are read."""
+def test_a_damaged_entry_loses_no_line(tmp_path):
+    """The log itself says what lies between the entries that are whole: once for each cursor, and always the same."""
     write(tmp_path, [(1, b"one\n", 0), (1, b"two\n", 1), (1, b"three\n", 2), (1, b"four\n", 3)])
+    whole = pages(tmp_path)[0]
     with open(tmp_path / "log.idx", "r+b") as file:
         file.seek(HEADER_BYTES + ENTRY_BYTES + 3)
         file.write(b"\xff")
-    seen, resume = until_gap(tmp_path)
-    assert seen == [b"one"]
-    assert lines(tmp_path, resume) == [b"four"]
+    (page,) = pages(tmp_path)
+    assert page.lines == whole.lines
+    assert page.uids()[:2] == whole.uids()[:2]
+    assert page.times_unix_nano() == [T0, T0 + 2 * MS, T0 + 2 * MS + 1, T0 + 3 * MS]
+    assert [lines(tmp_path, cursor) for cursor in (b"4", b"8", b"14")] == [
+        [b"two", b"three", b"four"],
+        [b"three", b"four"],
+        [b"four"],
+    ]
     assert lines(tmp_path, since_ms=T0 // MS + 3) == [b"four"]
+
+
+def test_an_index_that_was_emptied_loses_no_line(tmp_path):
+    """Somebody empties the index of a running job: with its next entry all lines are there, after any cursor."""
+    log, index = tmp_path / "log", tmp_path / "log.idx"
+    index.write_bytes(HEADER)
+    log.touch()
+    writer = LogWriter(os.open(log, os.O_WRONLY), os.open(index, os.O_WRONLY), lambda error: None)
+    buffer = LineBuffer()
+    for data in (b"one\n", b"two\n"):
+        writer.append(buffer.feed(data)[0], 1)
+    index.write_bytes(b"")
+    assert lines(tmp_path) == []
+    assert lines(tmp_path, b"4") == []
+    assert lines(tmp_path, b"4", ended=True) == [b"two"]
+    for data in (b"three\n", b"four\n"):
+        writer.append(buffer.feed(data)[0], 1)
+    assert lines(tmp_path) == [b"one", b"two", b"three", b"four"]
+    assert lines(tmp_path, b"4") == [b"two", b"three", b"four"]
+    with pytest.raises(CursorExpiredError, match="not the one that the cursor was made with"):
+        lines(tmp_path, b"5")
+
+
+def test_text_that_has_neither_entry_nor_bytes_is_a_gap(tmp_path):
+    """An entry is damaged and its text cut off: what follows can be read from the error's cursor."""
+    write(tmp_path, [(1, b"one\n", 0), (1, b"two\n", 1), (1, b"three\n", 2)])
+    with open(tmp_path / "log.idx", "r+b") as file:
+        file.seek(HEADER_BYTES + ENTRY_BYTES + 3)
+        file.write(b"\xff")
+    os.truncate(tmp_path / "log", 6)
+    seen, resume = until_gap(tmp_path)
+    assert (seen, resume) == ([b"one"], b"14")
 
 
 def test_files_that_are_gone(tmp_path):

@@ -25,6 +25,7 @@ __all__ = [
     "MAX_ENTRY_BYTES",
     "MAX_ENTRY_LINES",
     "NON_ASCII",
+    "NOTHING",
     "NO_NEWLINE",
     "NUL",
     "RECOVERED",
@@ -80,6 +81,10 @@ class Entry(NamedTuple):
     lines_end: int
     stream: int
     flags: int
+
+
+NOTHING = Entry(0, 0, 0, 0, 0)
+"""What precedes the first entry."""
 
 
 def pack_entry(entry: Entry) -> bytes:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tailspan.errors import ProtocolError
-from tailspan.local.index import ENTRY_BYTES, HEADER, HEADER_BYTES, Entry, unpack_entry
+from tailspan.local.index import ENTRY_BYTES, HEADER, HEADER_BYTES, NOTHING, Entry, unpack_entry
 
 __all__ = ["IndexFile", "open_file", "read_at"]
 
@@ -46,6 +46,8 @@ def read_at(fd: int | None, offset: int, size: int) -> bytes:
 class IndexFile:
     """The entries that the index has now.
 
+    The checksum of each entry says whether it is one; a header that was lost is not missed.
+
     Attributes:
         count: How many entries there are up to the last that is whole. Some before it may be damaged.
     """
@@ -62,8 +64,8 @@ class IndexFile:
         if len(header) == HEADER_BYTES and header[:8] == HEADER[:8] and header != HEADER:
             self.close()
             raise ProtocolError(f"{path} was written by a newer version of Tailspan; upgrade this one")
-        if header == HEADER and self._fd is not None:
-            self.count = (os.fstat(self._fd).st_size - HEADER_BYTES) // ENTRY_BYTES
+        if self._fd is not None:
+            self.count = max(0, os.fstat(self._fd).st_size - HEADER_BYTES) // ENTRY_BYTES
             while self.count and self.entry(self.count - 1) is None:
                 self.count -= 1
 
@@ -79,10 +81,17 @@ class IndexFile:
 
     def whole_at(self, number: int) -> tuple[int, Entry]:
         """Return the first entry from a number on that is not damaged, and its number."""
-        for candidate in range(number, self.count):
-            if entry := self.entry(candidate):
+        for candidate, entry in enumerate(self.entries(number), number):
+            if entry is not None:
                 return candidate, entry
         raise ProtocolError("the index of the log has been changed while it was read")
+
+    def whole_before(self, number: int) -> Entry:
+        """Return the last entry before a number that is not damaged; `NOTHING` when there is none."""
+        for candidate in range(number - 1, -1, -1):
+            if entry := self.entry(candidate):
+                return entry
+        return NOTHING
 
     def last(self) -> Entry | None:
         """Return the last entry; None when there is none."""

@@ -16,6 +16,7 @@ from tailspan.local.index import (
     MAX_ENTRY_BYTES,
     MAX_ENTRY_LINES,
     NO_NEWLINE,
+    NOTHING,
     NUL,
     RECOVERED,
     STEPPED_BACK,
@@ -188,14 +189,15 @@ class LogReader:
         offset = int(cursor)
         last = self._index.last()
         end = last.end if last else 0
-        for span in self._spans(self._index.first_where(lambda entry: entry.end > offset)):
+        for span in self._spans(self._index.first_where(lambda entry: entry.end > offset), offset):
             end = span.entry.end
             if span.start < offset < end:
                 # Entries that this cursor knew are gone: better some lines twice than never.
                 raise self._expired("its index is not the one that the cursor was made with", span.start)
             if span.start >= offset:
                 yield span
-        if offset > end:
+        # An index that was emptied says nothing until its next entry; the log itself tells whether the cursor is of it.
+        if offset > max(end, self._log_size()):
             raise self._expired("its log is shorter than when the cursor was made", end)
 
     def _since(self, least_unix_nano: int) -> Iterator[_Span]:
@@ -207,52 +209,87 @@ class LogReader:
             first = self._index.first_where(lambda entry: entry.time_unix_nano >= least_unix_nano)
         return (span for span in self._spans(first) if span.entry.time_unix_nano >= least_unix_nano)
 
-    def _spans(self, number: int) -> Iterator[_Span]:
-        """Yield what the index has from an entry's number on, and then what the supervisor could not enter."""
-        before = self._index.entry(number - 1) if number else Entry(0, 0, 0, 0, 0)
-        for position, entry in enumerate(self._index.entries(number), number):
-            if before is None or entry is None:
-                found, last = self._index.whole_at(position)[1], self._index.last()
-                if last is None or found.end > last.end:
-                    raise self._forged()
-                raise self._expired(f"its index is damaged before byte {found.end} of the log", found.end)
-            span = _Span(before.end, entry.lines_end - before.lines_end, entry)
-            if not span.is_possible:
-                raise self._forged()
-            yield span
-            before = entry
-        yield from self._recovered()
+    def _spans(self, number: int, offset: int = 0) -> Iterator[_Span]:
+        """Yield what the index has from an entry's number on, and then what the supervisor could not enter.
 
-    def _recovered(self) -> Iterator[_Span]:
-        """Yield entries for the text behind the last entry, once nobody can enter it any more.
-
-        They are not written down, because a reader may not be allowed to; but they are the same each time.
+        Text whose entries are damaged is entered anew: see `_rebuilt`.
         """
+        before = self._index.whole_before(number)
+        damaged = number > 0 and self._index.entry(number - 1) is None
+        for entry in self._index.entries(number):
+            if entry is None:
+                damaged = True
+                continue
+            if damaged:
+                yield from self._rebuilt(before, entry.end, entry.time_unix_nano, offset)
+            else:
+                span = _Span(before.end, entry.lines_end - before.lines_end, entry)
+                if not span.is_possible:
+                    raise self._forged()
+                yield span
+            before, damaged = entry, False
+        yield from self._recovered(offset)
+
+    def _recovered(self, offset: int = 0) -> Iterator[_Span]:
+        """Yield entries for the text behind the last entry, once nobody can enter it any more."""
         if not self._ended or self._log_fd is None:
             return
-        last = self._index.last() or Entry(0, 0, 0, 0, 0)
+        last = self._index.last() or NOTHING
         log = os.fstat(self._log_fd)
-        if last.end >= log.st_size:
-            return
-        start, lines = last.end, last.lines_end
-        sticky = last.flags & STEPPED_BACK | RECOVERED
-        written = log.st_mtime_ns
-        # How many lines the last entry has does not matter: none has as many as this.
-        floor = last.time_unix_nano + MAX_ENTRY_LINES
-        for piece in self._pieces(start):
-            time, stepped_back = entry_time(floor, written, piece.lines)
+        if last.end < log.st_size:
+            yield from self._rebuilt(last, log.st_size, log.st_mtime_ns, offset)
+
+    def _rebuilt(self, before: Entry, end: int, written_unix_nano: int, offset: int) -> Iterator[_Span]:
+        """Yield entries for text that has none.
+
+        They are not written down, because a reader may not be allowed to; but they are the same each time.
+
+        Args:
+            before: The last entry before that text.
+            end: Where the text ends.
+            written_unix_nano: When it had been written.
+            offset: A cursor that knows the lines up to there, perhaps from entries that were lost.
+
+        Raises:
+            CursorExpiredError: The text is gone, too.
+        """
+        last = self._index.last()
+        if end <= before.end or (last is not None and end > max(last.end, self._log_size())):
+            raise self._forged()
+        start = before.end
+        if start < offset < end and self._begins_line(offset):
+            ends = (position for position, _ in self._pieces(start, end))
+            if next(itertools.dropwhile(lambda position: position < offset, ends), None) != offset:
+                start = offset
+        lines = before.lines_end
+        sticky = before.flags & STEPPED_BACK | RECOVERED
+        # How many lines the entry before has does not matter: none has as many as this.
+        floor = before.time_unix_nano + MAX_ENTRY_LINES
+        done = start
+        for position, piece in self._pieces(start, end):
+            time, stepped_back = entry_time(floor, written_unix_nano, piece.lines)
             sticky |= STEPPED_BACK if stepped_back else 0
             flags = text_flags(piece.text) | piece.flags | sticky
-            entry = Entry(start + len(piece.text), time, lines + piece.lines, 0, flags)
-            yield _Span(start, piece.lines, entry)
-            start, lines, floor = entry.end, entry.lines_end, time + piece.lines
+            yield _Span(done, piece.lines, Entry(position, time, lines + piece.lines, 0, flags))
+            done, lines, floor = position, lines + piece.lines, time + piece.lines
+        if done != end:
+            raise self._expired(f"the bytes {done} to {end} of its log are gone", end)
 
-    def _pieces(self, offset: int) -> Iterator[Piece]:
+    def _pieces(self, start: int, end: int) -> Iterator[tuple[int, Piece]]:
+        """Yield the text between two offsets in pieces, each with where it ends; no more than there is of it."""
         buffer = LineBuffer()
-        while text := read_at(self._log_fd, offset, _READ_BYTES):
-            offset += len(text)
-            yield from buffer.feed(text)
-        yield from buffer.finish()
+        position = read = start
+        while text := read_at(self._log_fd, read, min(_READ_BYTES, end - read)):
+            read += len(text)
+            for piece in itertools.chain(buffer.feed(text), buffer.finish() if read == end else ()):
+                position += len(piece.text)
+                yield position, piece
+
+    def _begins_line(self, offset: int) -> bool:
+        return read_at(self._log_fd, offset - 1, 1) == b"\n"
+
+    def _log_size(self) -> int:
+        return os.fstat(self._log_fd).st_size if self._log_fd is not None else 0
 
 
 def _batches(spans: Iterable[_Span]) -> Iterator[list[_Span]]:
