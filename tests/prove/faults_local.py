@@ -1,0 +1,289 @@
+"""Faults of jobs on this machine. Steps of the clock are not among them: nobody may set this machine's clock.
+
+Each fault is a generator with three halts, and goes on when its world has come so far:
+
+    1  its jobs run, and the agent is not started yet
+    2  the agent follows them, and has them relayed up to here
+    3  the agent was killed
+
+So each of them happens also across a restart. Several faults can share a world, and do in the short form.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+from tailspan.local.index import ENTRY_BYTES, HEADER_BYTES
+from tailspan.models import JobState
+from tests.fakes.local_jobs import until
+from tests.prove.scenarios import Scenario
+from tests.prove.table import Row
+from tests.prove.told_jobs import ToldJob, told_job
+from tests.prove.world import Settings, World
+
+Fault = Callable[[World, Row], Iterator[None]]
+
+FEW, MANY = 120, 20_000
+
+
+def supervisor_killed(world: World, row: Row) -> Iterator[None]:
+    """One supervisor is killed under the agent's eyes, one while the agent is dead: what they captured is relayed."""
+    one, other = told_job(world, "bereft"), told_job(world, "bereft-unseen")
+    one.put(FEW)
+    other.put(FEW)
+    yield
+    _relayed(world, one)
+    one.tell(f"write({MANY})")
+    until(lambda: one.written < len(one.captured))
+    one.kill()
+    yield
+    other.tell(f"write({MANY})")
+    until(lambda: other.written < len(other.captured))
+    other.kill()
+    yield
+    _expect(row, [job.status.state for job in (one, other)] == [JobState.LOST] * 2, "a job without supervisor is LOST")
+
+
+def rebooted(world: World, row: Row) -> Iterator[None]:
+    """The agent was killed, then all processes of jobs; of one job the index lacks its last bytes: power went."""
+    jobs = [told_job(world, f"rebooted-{number}") for number in range(3)]
+    for job in jobs:
+        job.put(FEW)
+    yield
+    for job in jobs:
+        job.put(FEW)
+        _relayed(world, job)
+        job.tell(f"write({MANY})")
+    yield
+    for job in jobs:
+        job.kill(command_too=True)
+    index = jobs[0].directory / "log.idx"
+    os.truncate(index, index.stat().st_size - 7)
+    jobs.append(told_job(world, "after-reboot"))
+    jobs[-1].put(FEW)
+    yield
+    _expect(row, [job.status.state for job in jobs[:3]] == [JobState.LOST] * 3, "a job of before the reboot is LOST")
+
+
+def log_truncated(world: World, row: Row) -> Iterator[None]:
+    """Somebody empties the log of a running job: first what was relayed, then also what nobody had read yet."""
+    job = told_job(world, "emptied")
+    job.put(FEW)
+    yield
+    _relayed(world, job)
+    os.truncate(job.directory / "log", 0)
+    job.put(FEW)
+    _relayed(world, job)
+    yield
+    first = job.written
+    job.put(FEW)
+    os.truncate(job.directory / "log", 0)
+    job.destroyed(first, job.written)
+    job.put(FEW)
+    yield
+    _relayed(world, job)
+    _expect(row, _told_gaps(world, job) == 1, f"one gap is told, not {_told_gaps(world, job)}")
+    _expect(row, gaps(world) >= 1, "the gap is counted")
+    job.put(FEW)
+
+
+def log_removed(world: World, row: Row) -> Iterator[None]:
+    """Somebody removes the log of a running job: what was not read by then is a gap, and the job's end is relayed."""
+    job = told_job(world, "removed")
+    job.put(FEW)
+    yield
+    _relayed(world, job)
+    (job.directory / "log").unlink()
+    first = job.written
+    job.do(f"write({FEW})")
+    yield
+    job.destroyed(first, job.written)
+    yield
+    world.until(lambda: gaps(world), "the gap in the metrics")
+
+
+def index_damaged(world: World, row: Row) -> Iterator[None]:
+    """The index of one running job is emptied, of another an entry is damaged: lines come, at the end if not before."""
+    emptied, damaged = told_job(world, "index-emptied"), told_job(world, "index-damaged")
+    for job in (emptied, damaged):
+        job.put(FEW)
+    yield
+    for job in (emptied, damaged):
+        _relayed(world, job)
+    os.truncate(emptied.directory / "log.idx", 0)
+    emptied.put(FEW)
+    yield
+    last = (damaged.directory / "log.idx").stat().st_size
+    damaged.put(FEW)
+    _damage(damaged, (last - HEADER_BYTES) // ENTRY_BYTES)
+    damaged.put(FEW)
+    yield
+    emptied.put(FEW)
+    damaged.put(FEW)
+
+
+def full_speed(world: World, row: Row, lines: int = 20_000) -> Iterator[None]:
+    """Two jobs write as fast as they can, and the agent is killed meanwhile."""
+    jobs = [told_job(world, f"fast-{number}") for number in range(2)]
+    yield
+    for job in jobs:
+        job.tell(f"write({lines})")
+    until(lambda: all(world.acked(job) for job in jobs))
+    yield
+    for job in jobs:
+        job.tell(f"write({lines})")
+    yield
+
+
+def children_go_on(world: World, row: Row) -> Iterator[None]:
+    """A job's main process ends, its children write on: the state is the main process's, and their lines come."""
+    job = told_job(world, "parent")
+    job.put(FEW)
+    yield
+    job.put(FEW)
+    job.do("if os.fork(): os._exit(0)")
+    until(lambda: job.status.state.is_terminal)
+    _expect(row, job.status.state is JobState.SUCCEEDED, f"the job is {job.status.state}")
+    job.put(FEW)
+    _relayed(world, job)
+    job.do("if os.fork(): os._exit(1)")
+    yield
+    job.put(FEW)
+    _expect(row, not job.status.logs_complete, "the log is not complete while a child writes")
+    yield
+    job.put(FEW)
+    _relayed(world, job)
+
+
+def stdout_closed(world: World, row: Row) -> Iterator[None]:
+    """A job closes its stdout, later its stderr, too, and goes on."""
+    job = told_job(world, "silenced")
+    job.put(FEW)
+    yield
+    job.do("os.close(1)")
+    job.put(FEW, out=2)
+    _relayed(world, job)
+    yield
+    job.put(FEW, out=2)
+    job.do("os.close(2)")
+    yield
+    _relayed(world, job)
+    _expect(row, job.status.state is JobState.RUNNING, f"a silent job is {job.status.state}")
+
+
+def cancelled(world: World, row: Row) -> Iterator[None]:
+    """Two jobs are cancelled while they write, one of them while the agent is dead."""
+    one, other = told_job(world, "cancelled"), told_job(world, "cancelled-unseen")
+    for job in (one, other):
+        job.put(FEW)
+    yield
+    for job in (one, other):
+        job.tell("while True: write(50); time.sleep(0.001)")
+    until(lambda: world.acked(one) > FEW)
+    one.cancel()
+    yield
+    other.cancel()
+    yield
+    _expect(row, {one.status.state, other.status.state} == {JobState.CANCELED}, "a cancelled job is CANCELED")
+
+
+def supervisors_disk_full(world: World, row: Row) -> Iterator[None]:
+    """No byte more fits into a job's files for a while: the job waits in its write, and loses nothing."""
+    job = told_job(world, "cramped")
+    job.put(FEW)
+    yield
+    _relayed(world, job)
+    supervisor: int = world.local.state(job.job_id)["supervisor_pid"]
+    _, most = resource.prlimit(supervisor, resource.RLIMIT_FSIZE)
+    resource.prlimit(supervisor, resource.RLIMIT_FSIZE, ((job.directory / "log").stat().st_size + 1000, most))
+    job.tell(f"write({MANY})")
+    until(lambda: world.acked(job) > FEW or len(job.captured) > FEW)
+    yield
+    stuck = len(job.captured)
+    _expect(row, stuck < 2 * FEW, f"{stuck} lines in the log of a full disk")
+    resource.prlimit(supervisor, resource.RLIMIT_FSIZE, (most, most))
+    until(lambda: job.written == FEW + MANY)
+    yield
+
+
+_FAST = "two jobs at full speed"
+FAULTS: dict[str, Fault] = {
+    "supervisor killed": supervisor_killed,
+    "machine rebooted, index torn": rebooted,
+    "log truncated by somebody": log_truncated,
+    "log removed by somebody": log_removed,
+    "index emptied, and damaged": index_damaged,
+    _FAST: partial(full_speed, lines=400_000),
+    "children write on after the end": children_go_on,
+    "job closes its stdout": stdout_closed,
+    "job cancelled while it writes": cancelled,
+    "disk full under a job's log": supervisors_disk_full,
+}
+
+
+def run(seed: str, faults: Sequence[Fault]) -> Row:
+    """Let these faults happen in one world, and count."""
+    row = Row("")
+    with World(seed, Settings(page=True)) as world:
+        halts = [fault(world, row) for fault in faults]
+        _go_on(halts)
+        world.configure()
+        world.start(strict=True)
+        _go_on(halts)
+        world.kill()
+        world.ended()
+        _go_on(halts)
+        world.start(strict=True)
+        _go_on(halts)
+        row.found.append(world.finish())
+        row.problems += [line for line in world.log.splitlines() if "a fault of the agent" in line]
+    return row
+
+
+def run_together(seed: str) -> Row:
+    """Let all faults happen in one world, fewer lines to each."""
+    return run(seed, [*(fault for name, fault in FAULTS.items() if name != _FAST), full_speed])
+
+
+def scenarios() -> list[Scenario]:
+    """Return the rows."""
+    return [Scenario(f"local: {name}", partial(run, faults=[fault])) for name, fault in FAULTS.items()]
+
+
+def gaps(world: World) -> int:
+    """Return how many gaps the running agent has counted."""
+    try:
+        with urllib.request.urlopen(f"{world.page_url}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+    except OSError:
+        return 0  # the agent has only just been started
+    found = [line for line in lines if line.startswith("tailspan_agent_gaps") and 'service="local"' in line]
+    return int(float(found[0].split()[-1])) if found else 0
+
+
+def _go_on(halts: Sequence[Iterator[None]]) -> None:
+    for fault in halts:
+        next(fault, None)
+
+
+def _relayed(world: World, job: ToldJob) -> None:
+    world.until(lambda: world.acked(job) >= job.relayable, f"{job.relayable} lines of {job.name}")
+
+
+def _told_gaps(world: World, job: ToldJob) -> int:
+    return world.log.count(f"job {job.job_id} of service local: lines are lost")
+
+
+def _damage(job: ToldJob, number: int) -> None:
+    with (job.directory / "log.idx").open("r+b") as file:
+        file.seek(HEADER_BYTES + number * ENTRY_BYTES + 3)
+        file.write(b"\xff")
+
+
+def _expect(row: Row, holds: bool, what: str) -> None:
+    if not holds:
+        row.problems.append(f"not so: {what}")

@@ -1,0 +1,30 @@
+"""The short form of the faults of local jobs: all of them at once."""
+
+from __future__ import annotations
+
+from tests.prove.faults_local import FAULTS, run_together
+from tests.prove.table import Row
+from tests.prove.told_jobs import told_job
+from tests.prove.world import Found, World
+
+
+def test_no_captured_line_is_lost_whatever_happens_to_local_jobs() -> None:
+    """Supervisors die, files are damaged, jobs and the agent are killed: what was captured arrives, nothing twice."""
+    row = run_together("short")
+    assert row.verdict == "ok"
+    found = Found.total(row.found)
+    assert found.jobs > len(FAULTS)
+    assert found.lines.expected > 20_000
+
+
+def test_a_line_that_was_not_relayed_is_seen() -> None:
+    """The proof of the proof: a line that was captured and did not come is missing, one that was destroyed is not."""
+    with World("short") as world:
+        job = told_job(world, "j")
+        job.put(3)
+        for text in job.captured[:2]:
+            job.tally.take(text, int(text.rpartition(" ")[2]), text)
+        job.end()
+        assert Row("", [world.count(0)]).verdict.startswith("1 missing")
+        job.destroyed(2, 3)
+        assert job.tally.count(job.written).missing == 0
