@@ -196,10 +196,14 @@ def test_an_endless_log_is_held_in_little_memory() -> None:
     assert peak < 30 << 20
 
 
-LOGINS = st.binary() | JSON.map(lambda value: json.dumps(value).encode()) | st.fixed_dictionaries(
-    {"access_token": JSON | st.text()},
-    optional={"auth_scheme": JSON, "expires_at": MOMENTS | JSON, "refresh_token": JSON},
-).map(lambda value: json.dumps(value).encode())  # fmt: skip
+LOGINS = (
+    st.binary()
+    | JSON.map(lambda value: json.dumps(value).encode())
+    | st.fixed_dictionaries(
+        {"access_token": JSON | st.text()},
+        optional={"auth_scheme": JSON, "expires_at": MOMENTS | JSON, "refresh_token": JSON},
+    ).map(lambda value: json.dumps(value).encode())
+)
 
 
 @fuzz(150)

@@ -27,13 +27,34 @@ from tests.fuzz.effort import fuzz
 JOB = "20260101-000000000-aaaaaa"
 GOOD = "20260101-000000000-bbbbbb"
 KEYS = (
-    "state", "name", "started_at", "finished_at", "exit_code", "error", "supervisor_pid", "lines", "end", "command",
-    "cwd", "host", "user", "attributes", "submitted_at", "identity", "trace_id", "parent", "version",
-)  # fmt: skip
+    "state",
+    "name",
+    "started_at",
+    "finished_at",
+    "exit_code",
+    "error",
+    "supervisor_pid",
+    "lines",
+    "end",
+    "command",
+    "cwd",
+    "host",
+    "user",
+    "attributes",
+    "submitted_at",
+    "identity",
+    "trace_id",
+    "parent",
+    "version",
+)
 SCALARS = (
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
     | st.sampled_from(["RUNNING", "FAILED", "2026-01-01T00:00:00", "0001-01-01T00:00:00+23:59", "\udcff", "0" * 32])
-)  # fmt: skip
+)
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
 )

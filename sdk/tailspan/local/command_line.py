@@ -11,20 +11,21 @@ __all__ = ["default_name", "redact_command"]
 _HIDDEN = "***"
 _INTERPRETERS = re.compile(r"(?:python|pypy|ruby|perl|node|Rscript|php|bash|sh|zsh|dash|ksh|fish|uv|java)[0-9.]*")
 _SCRIPT = re.compile(r"\.(?:py|sh|bash|rb|pl|js|mjs|ts|R|r|php|jar)$")
+# An argument may be 128 KB long: whatever repeats is bounded, or the search would be quadratic in its length.
 _NAME = (
-    r"[\w.-]*(?:passw(?:or)?d|passphrase|pwd|secret|token|api[_-]?key|access[_-]?key|private[_-]?key|credential"
-    r"|authorization|cookie)[\w.-]*"
+    r"(?:passw(?:or)?d|passphrase|pwd|secret|token|api[_-]?key|access[_-]?key|private[_-]?key|credential"
+    r"|authorization|cookie)[\w.-]{0,64}+"
 )
-_SECRET_OPTION = re.compile(rf"--?{_NAME}", re.IGNORECASE)
+_SECRET_OPTION = re.compile(rf"--?[\w.-]{{0,64}}?{_NAME}", re.IGNORECASE)
 _SECRET_VALUE = re.compile(
     rf"""(?P<name>{_NAME}["']?\s*[=:]\s*)(?P<quote>["']?)(?:(?:Bearer|Basic|Token)\s+)?[^\s"'&]+""",
     re.IGNORECASE,
 )
 _SECRET_WORD = re.compile(
     r"\b(?:gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|xox[abprs]-[\w-]{10,}|sk-[\w-]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}"
-    r"|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*)|(?<=Bearer )\S+",
+    r"|eyJ[\w-]{10,4096}+\.[\w-]{10,8192}+\.[\w-]*)|(?<=Bearer )\S+",
 )
-_URL_USER = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)[^\s/@:]*(?P<password>:[^\s/@]*)?@", re.IGNORECASE)
+_URL_USER = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]{0,30}+://)[^\s/@:]*+(?P<password>:[^\s/@]*)?@", re.IGNORECASE)
 
 
 def default_name(command: Sequence[str]) -> str:
