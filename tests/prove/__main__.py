@@ -8,28 +8,13 @@ import platform
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
-from tests.prove.kills import sweep, sweep_of_mutant
-from tests.prove.mutant import CHECKPOINT_BEFORE_ACK
-from tests.prove.scenarios import Scenario, select
+from tests.prove.rows import run, scenarios
+from tests.prove.scenarios import select
 from tests.prove.table import Row, render
 
-LEAST_HITS = 10
 _TOGETHER = 3
-
-
-def scenarios(kills: int) -> list[Scenario]:
-    """Return all rows, in the table's order."""
-    return [
-        Scenario("SIGKILL at every step", partial(sweep, kills=kills, least_hits=LEAST_HITS), alone=True),
-        Scenario(
-            "SIGKILL, a build that checkpoints before the ack",
-            partial(sweep_of_mutant, mutant=CHECKPOINT_BEFORE_ACK, kills=20),
-            alone=True,
-        ),
-    ]
 
 
 def main() -> int:
@@ -45,13 +30,14 @@ def main() -> int:
     print(f"seed {seed}, {len(chosen)} rows, Python {platform.python_version()}", file=sys.stderr)
     rows = {}
     with ProcessPoolExecutor(_TOGETHER) as pool:
-        waiting = {scenario.name: pool.submit(scenario.row, seed) for scenario in chosen if not scenario.alone}
+        together = [scenario.name for scenario in chosen if not scenario.alone]
+        waiting = {name: pool.submit(run, name, given.kills, seed) for name in together}
         for name, future in waiting.items():
             rows[name] = future.result()
             _say(rows[name])
     for scenario in chosen:
         if scenario.alone:
-            rows[scenario.name] = scenario.row(seed)
+            rows[scenario.name] = run(scenario.name, given.kills, seed)
             _say(rows[scenario.name])
     table = [rows[scenario.name] for scenario in chosen]
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())

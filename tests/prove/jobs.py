@@ -92,8 +92,13 @@ class NumberedJob:
 
     def end(self, state: str = "Done") -> None:
         """End now."""
-        self.fake.becomes(state, from_status=0)
+        self.becomes(state)
         self.ended = True
+
+    def becomes(self, state: str) -> None:
+        """Have this state from now on, in the list too."""
+        self.fake.becomes(state, from_status=0)
+        self.fake._status()
 
     def cut_next_reply(self, then: Callable[[], object]) -> None:
         """Hand out all lines in the next reply, call something, and only then end the reply."""

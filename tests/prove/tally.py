@@ -104,8 +104,15 @@ class JobTally:
         """How many different lines arrived."""
         return sum(1 for uid in self._uids if uid) + sum(map(len, self._more.values()))
 
-    def take(self, text: str, time_unix_nano: int, uid: str) -> None:
-        """Take in a record: its text, its time in ns since the epoch, its ``log.record.uid``."""
+    def take(self, text: str, time_unix_nano: int, uid: str, *, in_order: bool = True) -> None:
+        """Take in a record.
+
+        Args:
+            text: Its body.
+            time_unix_nano: Its time in ns since the epoch.
+            uid: Its ``log.record.uid``.
+            in_order: Whether it has a place in the order; what is kept in a dead letter has none.
+        """
         self.records += 1
         match = LINE.fullmatch(text)
         number = int(match["number"]) if match is not None and match["job"] == self.job else -1
@@ -114,9 +121,14 @@ class JobTally:
             self._found.foreign += 1
             return
         wrong_time = not times[0] <= time_unix_nano <= times[1]
-        self._take_uid(number, hash(uid) % ((1 << 64) - 1) + 1, time_unix_nano, wrong_time)
+        uid_hash = hash(uid) % ((1 << 64) - 1) + 1
+        is_new = self._take_uid(number, uid_hash, time_unix_nano, wrong_time)
+        self._found.needless += self._is_needless(number, uid_hash) and not is_new
+        if in_order and number not in self._late:
+            self._found.out_of_order += is_new and number < self._newest
+            self._newest = max(self._newest, number)
 
-    def _take_uid(self, number: int, uid: int, nanos: int, wrong_time: bool) -> None:
+    def _take_uid(self, number: int, uid: int, nanos: int, wrong_time: bool) -> bool:
         if number >= len(self._uids):
             grow = max(1024, number + 1 - len(self._uids))
             self._uids.extend([0] * grow)
@@ -125,17 +137,13 @@ class JobTally:
         if known is not None:
             self._found.repeated += 1
             self._found.wrong_time += wrong_time or known != nanos
-            self._found.needless += self._is_needless(number, uid)
-            return
+            return False
         self._found.wrong_time += wrong_time
         if not self._uids[number]:
             self._uids[number], self._nanos[number] = uid, nanos
-            if number < self._newest and number not in self._late:
-                self._found.out_of_order += 1
-            self._newest = max(self._newest, number) if number not in self._late else self._newest
         else:
             self._more[number][uid] = nanos
-        self._is_needless(number, uid)
+        return True
 
     def _is_needless(self, number: int, uid: int) -> bool:
         again = self._since_start is not None and uid in self._since_start

@@ -9,18 +9,20 @@ import random
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tailspan_agent.checkpoint import Checkpoint, read_checkpoint
-from tests.fakes.collector import Collector
+from tests.fakes.collector import Collector, Reply, Request
 from tests.fakes.job_api import FakeJobApi
 from tests.fakes.local_jobs import LocalJobs
 from tests.fakes.otlp_rows import log_rows, metric_rows, parse_json, plain_attributes
@@ -120,6 +122,7 @@ class World:
         self.agent: subprocess.Popen[bytes] | None = None
         self.restarts = 0
         self._peak_rss = 0
+        self._refused: list[Any] = []
         self._spans: list[Span] = []
         self._runs: dict[str, int] = {}
         self._stack = contextlib.ExitStack()
@@ -268,13 +271,34 @@ protocol = "{settings.protocol}"
         return int(json.loads(found.facts)["lines"]) if found is not None else 0
 
     def all_done(self) -> bool:
-        """Whether the store says of each job that nothing is left to do."""
+        """Whether the store says that nothing is left to do for any job, nor a span to be sent."""
         found = [self.checkpoint(job) for job in self.jobs]
-        return all(item is not None and item.ended and item.logs_complete for item in found)
+        return all(item is not None and item.ended and item.logs_complete for item in found) and not self.unsent_spans()
+
+    def unsent_spans(self) -> int:
+        """Return how many spans the store has that are not acked."""
+        with contextlib.closing(sqlite3.connect(f"{self.database.as_uri()}?mode=ro", uri=True)) as db:
+            (count,) = db.execute("SELECT count(*) FROM spans WHERE acked = 0").fetchone()
+            return int(count)
 
     def settle_receiver(self) -> None:
         """Wait until the receiver has dealt with everything that was sent."""
         self.collector.wait_until(lambda: not self.collector.open_requests)
+
+    def refuse(self, request: Request, reply: Reply) -> Reply:
+        """Return an answer by which the receiver keeps nothing of a request, whatever its status says."""
+        self._refused.append(request.message)
+        return reply
+
+    def away(self, seconds: float, what: AbstractContextManager[object] | None = None) -> None:
+        """Take the receiver away for a time, in seconds; something else may be at its address meanwhile."""
+        port = self.collector.http_port
+        self.collector.stop()
+        self.fold()
+        with what or contextlib.nullcontext():
+            time.sleep(seconds)
+        self.collector = Collector(http_port=port)
+        self._stack.enter_context(self.collector)
 
     def finish(self, timeout_s: float = PATIENCE_S) -> Found:
         """End all jobs, wait until everything of them is relayed, stop the agent, and count."""
@@ -313,7 +337,7 @@ protocol = "{settings.protocol}"
     def fold(self) -> None:
         """Take in what has arrived since the last time, and forget it: memory stays small."""
         for request in self.collector.drain():
-            if request.taken:
+            if request.taken and not any(message is request.message for message in self._refused):
                 self._take(request.signal, request.message)
         for path in sorted(self.state_dir.glob("dead-letter/*.jsonl")):
             entries = path.read_bytes().splitlines()
@@ -322,16 +346,17 @@ protocol = "{settings.protocol}"
                 note = entry.pop("tailspan")
                 self.dead_lettered += note["rejected"]
                 signal_ = "logs" if "resourceLogs" in entry else "traces"
-                self._take(signal_, parse_json(signal_, json.dumps(entry)))
+                self._take(signal_, parse_json(signal_, json.dumps(entry)), in_order=False)
             self._folded_dead[path] = len(entries)
 
-    def _take(self, signal_: str, message: Any) -> None:
+    def _take(self, signal_: str, message: Any, *, in_order: bool = True) -> None:
         tallies = {job.name: job.tally for job in self.jobs}
         if signal_ == "logs":
             for row in log_rows(message):
                 if not row.event_name:
                     tally = tallies[row.resource["cicd.pipeline.name"]]
-                    tally.take(row.body, row.time_unix_nano, row.attributes.get("log.record.uid", ""))
+                    uid = row.attributes.get("log.record.uid", "")
+                    tally.take(row.body, row.time_unix_nano, uid, in_order=in_order)
         elif signal_ == "traces":
             self._spans += spans_in(message)
         else:
