@@ -28,7 +28,14 @@ from tailspan_agent.encode import (
 from tailspan_agent.facts import Fate, JobFacts
 from tailspan_agent.final_read import Seconds, add_seconds, page_seconds
 from tailspan_agent.lanes import Chunk
-from tailspan_agent.mapping import error_type, failure_record, receipt_record, resource_attributes, spans_of
+from tailspan_agent.mapping import (
+    error_type,
+    failure_record,
+    receipt_record,
+    resource_attributes,
+    run_duration_s,
+    spans_of,
+)
 from tailspan_agent.relay import Relay
 from tailspan_agent.runs import RunTotals
 
@@ -262,7 +269,7 @@ class JobRelay:
         name = self._relay.names.label(self.job.job_name)
         empty = RunTotals(name, self.job.state.result or "error", error_type(self.job, self.facts.digest))
         totals = self._relay.totals.get(empty.key, empty).add(
-            (run.end_unix_nano - run.start_unix_nano) / 1e9,
+            run_duration_s(self.job, self.facts),
             trace_id=run.trace_id,
             span_id=run.span_id,
             time_unix_nano=run.end_unix_nano,

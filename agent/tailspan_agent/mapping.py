@@ -34,6 +34,7 @@ __all__ = [
     "failure_text",
     "receipt_record",
     "resource_attributes",
+    "run_duration_s",
     "spans_of",
 ]
 
@@ -110,6 +111,22 @@ def spans_of(job: RunResponse, facts: JobFacts) -> list[SpanData]:
     if ended:
         spans.append(_run_span(job, facts, times))
     return spans
+
+
+def run_duration_s(job: RunResponse, facts: JobFacts) -> float:
+    """Return how long an ended job ran, in seconds: `RunResponse.duration`, without the time in a queue.
+
+    Args:
+        job: Its last status.
+        facts: What was seen of it: its lines, where the service does not say when it started or ended.
+
+    Returns:
+        0 for a job that never started.
+    """
+    if job.duration is not None and job.finished_at is not None:
+        return job.duration.total_seconds()
+    times = _Times.of(job, facts)
+    return 0.0 if times.started_ns is None else (times.finished_ns - times.started_ns) / 1e9
 
 
 def error_type(job: RunResponse, digest: Digest | None) -> str | None:

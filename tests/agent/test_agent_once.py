@@ -326,6 +326,16 @@ def test_run_counts_survive_restarts(bench: Bench) -> None:
     assert bench.metric("cicd.pipeline.run.duration", **{"cicd.pipeline.name": "etl"}).count == 3
 
 
+def test_a_run_counts_with_the_time_it_ran(bench: Bench) -> None:
+    """The run span begins at submission; its duration in metrics does not have the time in the queue."""
+    start = ago(minutes=5).replace(microsecond=0)
+    bench.fake.add_job("j1", submitted_at=start - timedelta(minutes=10), started_at=start)
+    bench.fake.set_state("j1", "SUCCEEDED", finished_at=start + timedelta(seconds=5))
+    bench.once()
+    assert bench.metric("cicd.pipeline.run.duration").sum == 5.0
+    assert bench.spans()["run"].end_unix_nano - bench.spans()["run"].start_unix_nano == 605 * 10**9
+
+
 def test_an_unreachable_service_fails_the_pass(bench: Bench) -> None:
     """Nothing is relayed of it, it is said, and nothing becomes LOST."""
     bench.fake.add_job("j1")

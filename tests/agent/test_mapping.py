@@ -13,7 +13,14 @@ from tailspan.models import JobState, RunResponse
 from tailspan_agent.digest import Digest, digest_of
 from tailspan_agent.encode import SpanData, SpanKind, SpanLink, StatusCode, encode_log_record, encode_span
 from tailspan_agent.facts import JobFacts
-from tailspan_agent.mapping import error_type, failure_record, failure_text, resource_attributes, spans_of
+from tailspan_agent.mapping import (
+    error_type,
+    failure_record,
+    failure_text,
+    resource_attributes,
+    run_duration_s,
+    spans_of,
+)
 
 T0 = datetime(2024, 5, 12, 12, 0, 0, 123456, tzinfo=UTC)
 NS0 = 1_715_515_200_123_456_000
@@ -321,3 +328,19 @@ def test_the_text_of_a_failure_without_message() -> None:
     """An exception without message is told by its type."""
     digest = Digest(exception_type="KeyboardInterrupt", message="", stacktrace="x", last_lines=("x",))
     assert failure_text(job(JobState.FAILED), digest) == "KeyboardInterrupt"
+
+
+@pytest.mark.parametrize(
+    ("fields", "seen", "seconds"),
+    [
+        ({}, {}, 8.0),
+        ({}, {"last_line_ns": NS0 + 60 * S}, 8.0),
+        ({"started_at": None}, {}, 7.0),
+        ({"finished_at": None}, {}, 7.0),
+        ({"started_at": None}, {"first_line_ns": None, "last_line_ns": None}, 0.0),
+    ],
+    ids=["as the service says", "late lines", "from the first line", "to the last line", "never started"],
+)
+def test_a_run_lasts_from_its_start(fields: dict[str, Any], seen: dict[str, Any], seconds: float) -> None:
+    """Without the time in the queue, as `RunResponse.duration`; what a service does not say, lines tell."""
+    assert run_duration_s(job(**fields), facts(**seen)) == seconds
