@@ -171,7 +171,7 @@ class Watcher:
                     # Each name was a request: the rest of the list may be minutes away.
                     self._start_found()
                 # The list is the followed jobs' status, one request for many: it is read until all were seen.
-                if not unseen and (self._too_old(rows[-1]) if full else not news):
+                if rows and not unseen and (self._too_old(rows[-1]) if full else not news):
                     return
         # Jobs of somebody else: looking for them again would read the whole list each time.
         self._unlisted |= unseen

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import pytest
 
 from tailspan.config import Watch
 from tailspan.errors import JobNotFoundError, ProtocolError, ServiceUnavailableError
+from tailspan.models import ListedJob
 from tailspan_agent.agent_metrics import AgentMetrics, agent_resource
 from tailspan_agent.backlog import Backlog
 from tailspan_agent.checkpoint import Store
@@ -252,6 +253,26 @@ async def test_a_service_that_breaks_its_promises(scene: Scene) -> None:
         await watcher.scan()
     await watcher.scan()
     assert scene.ids() == ["j1"]
+
+
+class _Sparse(OddService):
+    async def list_jobs(self) -> AsyncIterator[Sequence[ListedJob]]:
+        yield []
+        async for page in super().list_jobs():
+            yield page
+
+
+@looped
+async def test_a_page_of_the_list_may_be_empty(scene: Scene) -> None:
+    """It is neither a fault nor the list's end: the jobs of a page may all be gone when it is made."""
+    scene.service = _Sparse("fake", page_lines=10, poll_max_s=30.0)
+    scene.add("j1")
+    watcher = scene.watcher()
+    await watcher.scan()
+    assert scene.ids() == ["j1"]
+    scene.add("j2")
+    await watcher.scan()
+    assert scene.ids() == ["j2"]
 
 
 @looped
