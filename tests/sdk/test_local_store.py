@@ -275,6 +275,33 @@ def test_another_user_is_told_what_to_do(local):
     assert "set services.local.group" in done.stdout
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="needs to become another user")
+def test_a_job_of_another_user_hides_no_other(local):
+    """What was once run by sudo in this user's directory is listed as unknown; the user's own jobs go on as ever."""
+    mine, theirs = put(local, 40), put(local, 40)
+    local.directory(theirs).chmod(0o700)
+    for path in (local.state_dir, *local.state_dir.parents):
+        if path.name.startswith("pytest-") or path == local.state_dir.parent:
+            path.chmod(0o755)
+    for path in (local.state_dir, *local.state_dir.rglob("*")):
+        if theirs not in path.parts:
+            os.chown(path, 65534, 65534)
+    program = (
+        "import fcntl, os, sys, anyio; from pathlib import Path; from tailspan.services.local import LocalService\n"
+        "anyio.run(anyio.sleep, 0)\n"  # imports what this user may not
+        "os.setgid(65534); os.setuid(65534)\n"
+        "service = LocalService(state_dir=Path(sys.argv[1]))\n"
+        "async def look():\n"
+        "    print(sorted([(row.job_id, row.state.value) async for page in service.list_jobs() for row in page]))\n"
+        "anyio.run(look)\n"
+        "print(service.prune(0))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(local.state_dir)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [str(sorted([(mine, "SUCCEEDED"), (theirs, "UNKNOWN")])), str([mine])]
+
+
 def test_files_that_a_power_failure_has_emptied(local):
     """An empty job.json or state.json does not break the list; the job is LOST, with ids that can be computed."""
     job_id = put(local, 1)

@@ -271,8 +271,8 @@ class JobStore:
                     job.directory.rename(gone)
                     shutil.rmtree(gone)
                     yield job_id
-            except (FileNotFoundError, JobNotFoundError):
-                # Somebody else prunes too.
+            except (FileNotFoundError, JobNotFoundError, PermissionError):
+                # Somebody else prunes too, or the job is another user's.
                 continue
         self._sweep(now_s)
 

@@ -31,7 +31,7 @@ from tailspan.local.reader import LogReader
 from tailspan.local.signalling import signal_supervisor
 from tailspan.local.status import row_of, status_of, totals_of
 from tailspan.local.stdin import inherited_stdin
-from tailspan.local.store import JobStore
+from tailspan.local.store import JobStore, submitted_at_of
 from tailspan.models import ListedJob, RunResponse
 from tailspan.page import NANOS_PER_MS, LogPage, Message
 from tailspan.services import LATE_WINDOW_S
@@ -299,6 +299,11 @@ class LocalService:
             job = self._store.glance(job_id)
         except JobNotFoundError:
             return None
+        except PermissionError:
+            # Of another user, say of root by sudo: it must not hide the jobs of this one. Asked for, it says so itself.
+            return ListedJob(
+                job_id=job_id, job_name="unknown", created_at=submitted_at_of(job_id), service=self.name, origin=self
+            )
         row = row_of(job, self)
         if job.logs_complete:
             self._final_rows[job_id] = row
