@@ -21,6 +21,7 @@ from tailspan.directories import make_private
 from tailspan.errors import ConfigError, ServiceUnavailableError
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from tailspan.config import Settings
@@ -135,7 +136,6 @@ class _Sample:
 
 async def _demo(settings: Settings, home: Path, timeout_s: float) -> None:
     from rich.console import Console
-    from rich.live import Live
 
     from tailspan.services.local import LocalService
     from tailspan_agent.agent import Agent
@@ -147,20 +147,16 @@ async def _demo(settings: Settings, home: Path, timeout_s: float) -> None:
     async with aclosing(LocalService.from_options("local", settings.services["local"], settings)) as service:
         agent = Agent(settings)
         running = asyncio.create_task(agent.run())
-        samples = {name: _Sample(await _submit(service, name, module)) for name, module in _PIPELINES.items()}
-        deadline_s = time.monotonic() + timeout_s
-        with Live(_table(samples), console=console, transient=True, auto_refresh=False) as live:
-            while not all(sample.relayed for sample in samples.values()):
-                if running.done() or time.monotonic() > deadline_s:
-                    break
-                await asyncio.sleep(_REFRESH_S)
-                await _refresh(service, agent, samples)
-                live.update(_table(samples), refresh=console.is_terminal)
-                canceled = samples[_CANCELED].job
-                if not canceled.state.is_terminal and _others_ended(samples):
-                    started = canceled.started_at or canceled.submitted_at
-                    if started is None or time.time() - started.timestamp() > _CANCEL_AFTER_S:
-                        await service.cancel(canceled.job_id)
+        samples: dict[str, _Sample] = {}
+        try:
+            for name, module in _PIPELINES.items():
+                samples[name] = _Sample(await _submit(service, name, module))
+            await _follow(service, agent, running, samples, console, time.monotonic() + timeout_s)
+        finally:
+            # The long one would go on for an hour after a demonstration that was stopped.
+            for sample in samples.values():
+                if not sample.job.state.is_terminal:
+                    await service.cancel(sample.job.job_id)
         agent.stop()
         await running
     console.print(_table(samples))
@@ -172,6 +168,31 @@ async def _demo(settings: Settings, home: Path, timeout_s: float) -> None:
             f"within {timeout_s:g} s {target} did not take all telemetry of {', '.join(late)}; nothing is lost:"
             f" tailspan agent run --config {shlex.quote(str(home / 'config.toml'))} --once goes on"
         )
+
+
+async def _follow(
+    service: LocalService,
+    agent: Agent,
+    running: asyncio.Task[None],
+    samples: Mapping[str, _Sample],
+    console: Console,
+    deadline_s: float,
+) -> None:
+    """Show what happens until all is relayed, the time is up or the agent has ended; cancel the long one meanwhile."""
+    from rich.live import Live
+
+    with Live(_table(samples), console=console, transient=True, auto_refresh=False) as live:
+        while not all(sample.relayed for sample in samples.values()):
+            if running.done() or time.monotonic() > deadline_s:
+                return
+            await asyncio.sleep(_REFRESH_S)
+            await _refresh(service, agent, samples)
+            live.update(_table(samples), refresh=console.is_terminal)
+            canceled = samples[_CANCELED].job
+            if not canceled.state.is_terminal and _others_ended(samples):
+                started = canceled.started_at or canceled.submitted_at
+                if started is None or time.time() - started.timestamp() > _CANCEL_AFTER_S:
+                    await service.cancel(canceled.job_id)
 
 
 async def _submit(service: LocalService, name: str, module: str) -> RunResponse:

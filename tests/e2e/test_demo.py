@@ -1,0 +1,64 @@
+"""`tailspan demo`: what it promises on the terminal is what the endpoint has; stopped, it leaves nothing running."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from pathlib import Path
+
+from tests.e2e.conftest import Machine
+from tests.fakes.collector import Collector
+from tests.fakes.local_jobs import until
+
+RESULTS = {
+    "RUN weather-etl": "success",
+    "RUN invoice-import": "failure",
+    "RUN tile-render": "success",
+    "RUN backfill-year": "cancellation",
+}
+
+
+def results(collector: Collector) -> dict[str, object]:
+    runs = [span for span in collector.spans() if span.name.startswith("RUN ")]
+    return {span.name: span.attributes["cicd.pipeline.result"] for span in runs}
+
+
+def states(home: Path) -> list[str]:
+    """Return the states of all jobs of a demo that have begun."""
+    return [json.loads(path.read_text())["state"] for path in home.glob("jobs/jobs/*/state.json")]
+
+
+def test_the_demo_without_a_collector_and_the_commands_that_it_tells(machine: Machine, collector: Collector) -> None:
+    """Four pipelines end as told, all goes to files, and the replay that is shown next delivers just that."""
+    home = machine.home / "demo"
+    told = machine.tailspan("demo", "--dir", str(home)).stdout
+    assert sorted(states(home)) == ["CANCELED", "FAILED", "SUCCEEDED", "SUCCEEDED"]
+    assert "InvoiceError" in told
+    count = {
+        name: int(found.replace(",", "")) for found, name in re.findall(r"([\d,]+) (log records|spans) +to /", told)
+    }
+    files = sorted(map(str, home.glob("agent/otlp/*.jsonl")))
+    machine.tailspan("agent", "replay", *files, "--endpoint", collector.http_url)
+    assert results(collector) == RESULTS
+    assert count == {"log records": len(collector.log_records()), "spans": len(collector.spans())}
+
+
+def test_the_demo_sends_to_the_endpoint_of_the_environment(machine: Machine, collector: Collector) -> None:
+    """Logs, spans and metrics are there when it says so."""
+    endpoint = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.http_url}
+    told = machine.tailspan("demo", "--dir", str(machine.home / "demo"), env=endpoint).stdout
+    assert results(collector) == RESULTS
+    assert f"{len(collector.log_records()):,} log records" in told
+    assert "cicd.pipeline.run.duration" in {metric.name for metric in collector.metrics()}
+
+
+def test_a_demo_that_is_stopped_leaves_no_job_running(machine: Machine) -> None:
+    """Its long pipeline would go on for an hour."""
+    home = machine.home / "demo"
+    demo = machine.start("demo", "--dir", str(home))
+    until(lambda: len(states(home)) == 4)
+    demo.send_signal(signal.SIGINT)
+    _, stderr = demo.communicate(timeout=60)
+    assert (demo.returncode, "Traceback" in stderr) == (130, False)
+    assert "RUNNING" not in states(home)
