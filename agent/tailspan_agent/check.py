@@ -143,4 +143,6 @@ async def _signal(signal: Signal, settings: Settings) -> Finding:
                 subject, f"{exporter.endpoint} answers, but refuses an empty request: {reason}", warning=True
             )
         case _:
-            return Finding(subject, f"{exporter.endpoint}: {outcome.reason}", _UNREACHABLE)
+            # Some reasons name the endpoint themselves.
+            reason = outcome.reason.removeprefix(f"{exporter.endpoint}: ")
+            return Finding(subject, f"{exporter.endpoint}: {reason}", _UNREACHABLE)

@@ -84,8 +84,9 @@ class TailPrinter:
 
 def end_text(status: RunResponse) -> str:
     """Say in one line how a job ended."""
+    how = status.state.lower().replace("_", " ")
     why = status.error or (f"exit code {status.exit_code}" if status.exit_code else "")
-    return f"job {status.job_id} {status.state.lower().replace('_', ' ')}" + (f": {why}" if why else "")
+    return f"job {status.job_id} {how}" + (f": {why}" if why and why != how else "")
 
 
 def _text(message: Message) -> str:

@@ -69,6 +69,8 @@ def test_an_endpoint_that_is_wrong(bench: Bench) -> None:
     found = findings(bench)
     assert about(found, "otlp logs").exit_code == 3
     assert (about(found, "otlp traces").exit_code, about(found, "otlp traces").warning) == (0, True)
+    away = about(findings(bench, otlp={"endpoint": "http://127.0.0.1:1"}), "otlp logs")
+    assert (away.exit_code, away.text.count("127.0.0.1:1")) == (3, 1)
     missing = findings(bench, otlp={"ca_file": str(bench.directory / "missing.pem")})
     assert about(missing, "otlp logs").exit_code == 2
 
