@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from tailspan.directories import make_private
-from tailspan_agent.checkpoint_file import connect, lock, salvage
+from tailspan_agent.checkpoint_file import connect, is_damage, lock, salvage
 from tailspan_agent.errors import CheckpointError
 from tailspan_agent.runs import RunTotals
 
@@ -130,6 +130,7 @@ class Store:
         instance_id: UUID of this state directory; ``service.instance.id`` of the agent's metrics.
         start_unix_nano: When counting of runs began in this store.
         recovered: What was wrong with the file when it was opened and set aside, or None.
+        refused: Whether the last write failed: the disk is full, or worse.
 
     Raises:
         CheckpointError: Another agent holds the directory, the file is from a newer version, or the disk refuses.
@@ -138,6 +139,7 @@ class Store:
     def __init__(self, state_dir: Path) -> None:
         self.path = state_dir / "checkpoints.db"
         self.recovered: str | None = None
+        self.refused = False
         try:
             make_private(state_dir)
             self._lock_fd = lock(state_dir)
@@ -157,9 +159,9 @@ class Store:
             if self.path.exists() and self.path.stat().st_size < _SMALLEST_BYTES:
                 self.recovered = "it was empty"
             return connect(self.path)
-        except (OSError, sqlite3.OperationalError) as error:
-            raise CheckpointError(f"cannot open the checkpoint store {self.path}: {error}") from error
-        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        except (OSError, sqlite3.DatabaseError, UnicodeDecodeError) as error:
+            if not is_damage(error):
+                raise CheckpointError(f"cannot open the checkpoint store {self.path}: {error}") from error
             # SQLite quotes what is damaged in its messages, as it finds it.
             self.recovered = " ".join(str(error).split())
         aside = self.path.with_name(f"checkpoints.corrupt-{time.time_ns()}.db")
@@ -193,7 +195,9 @@ class Store:
                 self._db.execute("ROLLBACK")
                 raise
             self._db.execute("COMMIT")
+            self.refused = False
         except (sqlite3.Error, UnicodeDecodeError) as error:
+            self.refused = True
             raise CheckpointError(f"cannot write the checkpoint store {self.path}: {error}") from error
 
     def _select(self, query: str, *values: object) -> list[Any]:

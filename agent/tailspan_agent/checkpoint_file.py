@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tailspan_agent.errors import CheckpointError
 
-__all__ = ["SCHEMA_VERSION", "connect", "lock", "lock_holder", "salvage"]
+__all__ = ["SCHEMA_VERSION", "connect", "is_damage", "lock", "lock_holder", "salvage"]
 
 SCHEMA_VERSION = 1
 # The checks find damage that leaves the file a database: `connect` asks for them, and `salvage` leaves such rows out.
@@ -65,6 +65,7 @@ CREATE TABLE names (
 TABLES = ("meta", "jobs", "seconds", "spans", "runs", "names")
 # Nobody else writes the store; whoever does all the same must not stop the agent's event loop for long.
 _BUSY_S = 0.2
+_FILE_FORMAT = 2  # the newest that there is
 _MAX_FILLED_BYTES = 1 << 36  # a damaged header may say anything
 
 
@@ -117,6 +118,7 @@ def connect(path: Path) -> sqlite3.Connection:
         sqlite3.DatabaseError: The file is damaged.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    header = os.pread(fd, 20, 0)
     os.close(fd)
     version = _version(path)
     if version > SCHEMA_VERSION:
@@ -127,6 +129,9 @@ def connect(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(path, isolation_level=None, timeout=_BUSY_S)
     db.text_factory = _text
     try:
+        # SQLite takes other numbers for a future format, which it would not write.
+        if max(header[18:20], default=0) > _FILE_FORMAT:
+            raise sqlite3.DatabaseError("its header is damaged")
         (answer,) = db.execute("PRAGMA integrity_check(1)").fetchone()
         if answer != "ok":
             raise sqlite3.DatabaseError(answer)
@@ -140,6 +145,14 @@ def connect(path: Path) -> sqlite3.Connection:
         db.close()
         raise
     return db
+
+
+def is_damage(error: Exception) -> bool:
+    """Return whether an error of `connect` is about the file's content, and not about the disk or another process."""
+    if isinstance(error, sqlite3.OperationalError):
+        # The generic code: our statements are right, so what they meet is not.
+        return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_ERROR
+    return isinstance(error, sqlite3.DatabaseError | UnicodeDecodeError)
 
 
 def _version(path: Path) -> int:
