@@ -81,6 +81,7 @@ class JobFacts:
         digest: Why it failed.
         delivery: What became of its records.
         logs_complete: None while its log is still followed; then whether it was read to its end.
+        failure_told: Whether the record that says why it failed was sent.
     """
 
     first_seen_ns: int
@@ -92,6 +93,7 @@ class JobFacts:
     digest: Digest | None = None
     delivery: Delivery = Delivery()
     logs_complete: bool | None = None
+    failure_told: bool = False
 
     @classmethod
     def from_json(cls, text: str) -> JobFacts:

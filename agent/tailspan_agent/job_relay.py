@@ -243,11 +243,14 @@ class JobRelay:
         return self._relay.redactor.redact(text)[0] if self._relay.redactor is not None else text
 
     async def send_failure(self) -> None:
-        """Put the record that says why the job failed behind its lines; a job that did not fail has none."""
-        await self._send_event(failure_record(self._told, self.facts, observed_unix_nano=time.time_ns()))
+        """Put the record that says why the job failed behind its lines, once; a job that did not fail has none."""
+        record = failure_record(self._told, self.facts, observed_unix_nano=time.time_ns())
+        if record is not None and not self.facts.failure_told:
+            self.facts = dataclasses.replace(self.facts, failure_told=True)
+            await self._send_event(record)
 
-    async def _send_event(self, record: LogRecordData | None) -> None:
-        if record is not None and self._lane is not None:
+    async def _send_event(self, record: LogRecordData) -> None:
+        if self._lane is not None:
             self._relay.health.records_read(self._service.name, 1)
             await self._put(encode_log_record(record), 1, None, {}, record.time_unix_nano)
 

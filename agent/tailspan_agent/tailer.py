@@ -98,6 +98,7 @@ class Tailer:
         self._row_news = False
         self._errors = 0
         self._behind = True
+        self._end_told = False
         self._stream = self._stream_of(name)
         if name:
             # Before anybody reads: who is the oldest of a pipeline is known only when all have said where they are.
@@ -187,9 +188,13 @@ class Tailer:
         if lines:
             sent.write_spans()
         if self._follower.complete:
-            await self._finish(sent)
-            return None
-        if self.once and not self._follower.state.is_terminal:
+            # Something outlives the job and may still write. Its trace is whole now, its log is followed on.
+            still_open = sent.job.logs_complete is False and sent.sends_logs
+            if not (still_open and self._end_told):
+                await self._finish(sent, logs_complete=not still_open)
+            if self.finished:
+                return None
+        if self.once and (self._follower.complete or not self._follower.state.is_terminal):
             await sent.all_acked()
             return None
         return self._follower.delay_s(time.monotonic(), random.random())
@@ -261,8 +266,13 @@ class Tailer:
                 # A job that wrote nothing may have no log; whether the job is gone only its own status says.
                 await self._service.get_job(self.job_id)
 
-    async def _finish(self, sent: JobRelay) -> None:
-        """The job has ended and its log was read to the end: relay what came late, write its spans, count its run."""
+    async def _finish(self, sent: JobRelay, *, logs_complete: bool) -> None:
+        """The job has ended and its log was read to the end: relay what came late, write its spans, count its run.
+
+        Args:
+            sent: The job.
+            logs_complete: Whether no further line can come.
+        """
         if self._service.final_read and self.watch.final_read and sent.sends_logs:
             await self._final_read(sent)
         if sent.job.state is not JobState.SUCCEEDED and sent.facts.digest is None:
@@ -271,10 +281,12 @@ class Tailer:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_RUN_SPAN_WAIT_S):
                 await sent.all_acked()
-        sent.end(logs_complete=True)
+        sent.end(logs_complete=logs_complete)
+        self._end_told = True
         await sent.send_failure()
-        await sent.complete(logs_complete=True)
-        self.finished = True
+        if logs_complete:
+            await sent.complete(logs_complete=True)
+            self.finished = True
 
     async def _final_read(self, sent: JobRelay) -> None:
         """Compare the whole log with what was relayed, and relay what became visible too late for any window."""

@@ -156,6 +156,25 @@ async def test_a_status_that_is_ahead_of_the_lines(bench: Bench) -> None:
 
 
 @looped
+async def test_a_log_that_stays_open_is_followed_on(bench: Bench) -> None:
+    """An hour after the job's end its trace is whole, and what a background process prints is still relayed."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    bench.fake.set_state("j1", "SUCCEEDED", finished_at=datetime.now(UTC) - timedelta(hours=2), logs_complete=False)
+    async with bench.running():
+        await bench.received(lambda: "run" in bench.spans())
+        bench.fake.add_lines("j1", "b")
+        await bench.received(lambda: bench.bodies() == ["a", "b"])
+        assert not bench.receipts()
+        bench.fake.add_lines("j1", "c")
+        bench.fake.set_state("j1", "SUCCEEDED", logs_complete=True)
+        await bench.received(lambda: bool(bench.receipts()))
+    assert bench.bodies() == ["a", "b", "c"]
+    assert len(bench.collector.spans()) == 4
+    assert bench.receipts()["j1"].attributes["tailspan.lines.read"] == 3
+
+
+@looped
 async def test_a_job_deleted_while_it_is_followed(bench: Bench) -> None:
     """Its trace gets its root, its lines stay what they are, and one hiccup is no deletion."""
     bench.fake.add_job("j1")

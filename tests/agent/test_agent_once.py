@@ -326,6 +326,25 @@ def test_run_counts_survive_restarts(bench: Bench) -> None:
     assert bench.metric("cicd.pipeline.run.duration", **{"cicd.pipeline.name": "etl"}).count == 3
 
 
+def test_what_outlives_a_job_is_relayed_by_later_passes(bench: Bench) -> None:
+    """The trace is whole with the first pass; lines of a background process come with later ones, as the receipt."""
+    ended(bench.fake, "j1", "a", state="FAILED", exit_code=3, finished_at=ago(minutes=5), logs_complete=False)
+    assert bench.once().acked == 2
+    assert bench.spans()["run"].attributes["tailspan.logs.complete"] is False
+    bench.fake.add_lines("j1", "b")
+    bench.once()
+    bench.once()
+    assert [row.event_name for row in bench.collector.log_records()] == ["", "exception", ""]
+    bench.fake.add_lines("j1", "c")
+    bench.fake.set_state("j1", "FAILED", logs_complete=True)
+    bench.once()
+    assert bench.once().jobs == 0
+    assert receipt(bench, "j1")["lines.read"] == 3
+    assert bench.bodies() == ["a", "b", "c"]
+    assert len(bench.collector.spans()) == 4
+    assert bench.metric("cicd.pipeline.run.duration").count == 1
+
+
 def test_a_run_counts_with_the_time_it_ran(bench: Bench) -> None:
     """The run span begins at submission; its duration in metrics does not have the time in the queue."""
     start = ago(minutes=5).replace(microsecond=0)
