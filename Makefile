@@ -8,7 +8,7 @@ ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 INSTALL := $(if $(UV),VIRTUAL_ENV=$(VENV) $(UV) pip install --quiet,$(BIN)/python -m pip install -qq --disable-pip-version-check)
 INSTALL += --constraint requirements.lock
 
-.PHONY: demo test test-fused-client format lock clean
+.PHONY: demo test test-fused-client bench format lock clean
 .NOTPARALLEL: # two installs into one environment would fight
 
 demo: $(VENV)/.installed-agent
@@ -34,6 +34,14 @@ PROVE_JSON :=
 prove: $(VENV)/.installed-dev
 	@$(BIN)/python -m tests.prove --seed $(PROVE_SEED) --kills $(PROVE_KILLS) --only '$(PROVE_ONLY)' \
 	  $(if $(PROVE_JSON),--json '$(PROVE_JSON)')
+
+# What Tailspan costs, beside its baselines, about half an hour: BENCH_ONLY=W1,W5 takes some, BENCH_SCALE=0.1 is a
+# quick look, BENCH_JSON=FILE keeps the table for machines. Fails if a ratio is much worse than tests/bench/expected.json.
+BENCH_ONLY :=
+BENCH_SCALE := 1
+BENCH_JSON :=
+bench: $(VENV)/.installed-dev
+	@$(BIN)/python -m tests.bench --only '$(BENCH_ONLY)' --scale $(BENCH_SCALE) $(if $(BENCH_JSON),--json '$(BENCH_JSON)')
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

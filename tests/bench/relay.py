@@ -1,0 +1,190 @@
+"""W1, W2, W7: what it costs to relay the lines of ended jobs, locally and over the job API."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.bench.agents import Plan, relay_once
+from tests.bench.folders import add_real, make_store, text_bytes
+from tests.bench.measure import Usage, alternate, cpu_of, run, started, tailspan
+from tests.bench.receiver import Receiver, receiving
+from tests.bench.scale import Scale
+from tests.bench.table import MIB, Goal, Row
+
+__all__ = ["growth", "local", "over_http"]
+
+_LINES = 10_000
+_USUAL_SHARE = 20
+_COMPRESSIONS = ("none", "gzip", "zstd")
+_SLOPE_GOAL = {"none": Goal(1.1), "gzip": Goal(2.5)}
+_WHOLE_GOAL = {"none": Goal(1.6), "gzip": Goal(3.0)}
+
+
+class _Counted:
+    """Runs whose records are counted: a run that lost or repeated lines is no measurement."""
+
+    def __init__(self, receiver: Receiver) -> None:
+        self._receiver = receiver
+        self.requests: dict[str, tuple[int, int]] = {}
+
+    def relay(self, plan: Plan, lines: int, case: str) -> Usage:
+        """Relay once."""
+        usage = relay_once(plan)
+        self.check(lines, case)
+        return usage
+
+    def usual(self, files: list[Path], lines: int, compression: str, case: str) -> Usage:
+        """Send the lines of files in the usual way."""
+        command = [sys.executable, "-m", "tests.bench.usual_way", self._receiver.http_url, compression]
+        usage = run([*command, *map(str, files)])
+        self.check(lines, case)
+        return usage
+
+    def check(self, lines: int, case: str) -> None:
+        """Take what was received, and compare."""
+        counts = self._receiver.counts()
+        self.requests[case] = counts["requests"], counts["bytes"]
+        if counts["records"] != lines:
+            raise RuntimeError(f"{case}: {counts['records']} records came of {lines} lines")
+
+
+def local(scale: Scale, directory: Path) -> Iterator[Row]:
+    """W1: 100 ended local jobs x 10,000 lines, once and four times; the usual Python way in the same run."""
+    jobs, lines = scale.of(100), _LINES
+    one, four = make_store(directory / "one", jobs, lines), make_store(directory / "four", 4 * jobs, lines)
+    each = make_store(directory / "each", jobs, lines // 10, how="each")
+    usual_files = sorted(one.glob("jobs/*/log"))[: max(1, jobs // _USUAL_SHARE)]
+    usual_lines = len(usual_files) * lines
+    with receiving(directory) as receiver:
+        counted = _Counted(receiver)
+        for kind in (*_COMPRESSIONS, "gRPC"):
+            keys = {
+                "protocol": "grpc" if kind == "gRPC" else "http/protobuf",
+                "compression": "none" if kind == "gRPC" else kind,
+                "endpoint": receiver.grpc_url if kind == "gRPC" else receiver.http_url,
+            }
+            small = Plan(directory=directory / f"{kind}-1", store=one, **keys)
+            large = Plan(directory=directory / f"{kind}-4", store=four, **keys)
+            name, name4 = f"W1 {kind}", f"W1 {kind}, four times"
+            cases = {
+                name: lambda p=small, n=name: counted.relay(p, jobs * lines, n),
+                name4: lambda p=large, n=name4: counted.relay(p, 4 * jobs * lines, n),
+            }
+            usual = f"W1 {kind}, usual Python way"
+            if kind in ("none", "gzip"):
+                cases[usual] = lambda k=kind, n=usual: counted.usual(usual_files, usual_lines, k, n)
+                cases[f"{usual}, no lines"] = lambda k=kind: counted.usual([], 0, k, "start")
+            found = alternate(cases, scale.times)
+            whole = found[name].cpu_s / (jobs * lines) * 1e6
+            slope = (found[name4].cpu_s - found[name].cpu_s) / (3 * jobs * lines) * 1e6
+            yield _cost(name, jobs * lines, found[name], counted, whole, _WHOLE_GOAL.get(kind))
+            yield _cost(name4, 4 * jobs * lines, found[name4], counted)
+            yield Row(case=f"{name}, slope", figure=slope, unit="us", goal=_SLOPE_GOAL.get(kind))
+            peak = max(found[name].rss, found[name4].rss) / MIB
+            yield Row(case=f"{name}, peak memory", figure=peak, unit="MiB", goal=Goal(120))
+            if usual in found:
+                # It sends fewer lines, so its start is taken off; ours stays in.
+                per_line = (found[usual].cpu_s - found[f"{usual}, no lines"].cpu_s) / usual_lines * 1e6
+                yield _cost(usual, usual_lines, found[usual], counted)
+                yield Row(
+                    case=f"{name}, times cheaper", figure=per_line / whole, unit="x", goal=Goal(60, at_least=True)
+                )
+        plan = Plan(directory=directory / "each-agent", store=each, endpoint=receiver.http_url)
+        name = "W1 none, jobs wrote line by line"
+        found = alternate({name: lambda: counted.relay(plan, jobs * (lines // 10), name)}, scale.times)
+        yield _cost(name, jobs * (lines // 10), found[name], counted)
+    for how, store in (("whole", one), ("each", each)):
+        text, files = text_bytes(store)
+        yield Row(case=f"W1 disk, written {how}", figure=files / text, unit="x", goal=Goal(1.3))
+        noted = []
+        count = scale.of(1_000_000)
+        for number in range(scale.times):
+            note = directory / f"{how}-{number}.json"
+            add_real(directory / "supervised", count, how=how, note=note)
+            noted.append(json.loads(note.read_text())["cpu_ns"] / count / 1000)
+        noted.sort()
+        yield Row(case=f"W1 supervisor, written {how}", figure=noted[len(noted) // 2], unit="us", goal=Goal(0.3))
+    for unused in (four, directory / "supervised"):
+        shutil.rmtree(unused)
+
+
+def over_http(scale: Scale, directory: Path) -> Iterator[Row]:
+    """W2: the same jobs over the job API (`tailspan serve`) and the Fused service."""
+    jobs, lines = scale.of(100), _LINES
+    store = make_store(directory / "jobs", jobs, lines)
+    serve = tailspan("serve", "--port", "0")
+    with (
+        receiving(directory) as receiver,
+        started(serve, log=directory / "serve.log", env={"TAILSPAN_STATE_DIR": str(store)}, says="http") as (
+            server,
+            said,
+        ),
+    ):
+        counted = _Counted(receiver)
+        base_url = said[said.index("http") :].split()[0]
+        server_s: list[float] = []
+
+        def relay(plan: Plan, case: str) -> Usage:
+            before = cpu_of(server)
+            usage = counted.relay(plan, jobs * lines, case)
+            server_s.append(cpu_of(server) - before)
+            return usage
+
+        beside = Plan(directory=directory / "local", store=store, endpoint=receiver.http_url)
+        cases = {"W2 beside it: local, none": lambda: counted.relay(beside, jobs * lines, "W2 beside it: local, none")}
+        for kind in ("none", "gzip"):
+            plan = Plan(
+                directory=directory / kind,
+                base_url=base_url,
+                endpoint=receiver.http_url,
+                compression=kind,
+                requests_per_second=1000,
+            )
+            cases[f"W2 {kind}"] = lambda p=plan, n=f"W2 {kind}": relay(p, n)
+        found = alternate(cases, scale.times)
+        goals = {"W2 none": Goal(3.0), "W2 gzip": Goal(5.0)}
+        for case, usage in found.items():
+            per_line = usage.cpu_s / (jobs * lines) * 1e6
+            yield _cost(case, jobs * lines, usage, counted, per_line, goals.get(case))
+        share = sorted(server_s)[len(server_s) // 2] / (jobs * lines) * 1e6
+        yield Row(case="W2 server's share", figure=share, unit="us", goal=Goal(0.5))
+        ratio = found["W2 none"].cpu_s / found["W2 beside it: local, none"].cpu_s
+        yield Row(case="W2 none, against local", figure=ratio, unit="x")
+
+
+def growth(scale: Scale, directory: Path) -> Iterator[Row]:
+    """W7: more jobs, and more lines in each: the cost of a further line and the memory should stay."""
+    shapes = [(1, 10_000), (1, 1_000_000), (10, 100_000), (100, 10_000), (100, 100_000), (1000, 1_000), (1000, 10_000)]
+    with receiving(directory) as receiver:
+        counted = _Counted(receiver)
+        found: dict[int, Usage] = {}
+        slopes, peaks = [], []
+        for number, (jobs, full) in enumerate(shapes):
+            lines = scale.of(full)
+            store = make_store(directory / f"jobs-{number}", jobs, lines)
+            plan = Plan(directory=directory / f"agent-{number}", store=store, endpoint=receiver.http_url)
+            case = f"W7 {jobs:,} x {lines:,}"
+            found[number] = alternate(
+                {case: lambda p=plan, n=jobs * lines, c=case: counted.relay(p, n, c)}, scale.times
+            )[case]
+            shutil.rmtree(store)
+            yield _cost(case, jobs * lines, found[number], counted)
+            peaks.append(found[number].rss / MIB)
+        for small, large in ((0, 1), (3, 4), (5, 6)):
+            more = shapes[large][0] * scale.of(shapes[large][1]) - shapes[small][0] * scale.of(shapes[small][1])
+            slopes.append((found[large].cpu_s - found[small].cpu_s) / more * 1e6)
+            yield Row(case=f"W7 slope, {shapes[small][0]:,} jobs", figure=slopes[-1], unit="us")
+        yield Row(case="W7 slopes, largest to smallest", figure=max(slopes) / min(slopes), unit="x", goal=Goal(1.2))
+        yield Row(case="W7 memory, largest to smallest", figure=max(peaks) / min(peaks), unit="x", goal=Goal(1.5))
+
+
+def _cost(
+    case: str, lines: int, usage: Usage, counted: _Counted, figure: float | None = None, goal: Goal | None = None
+) -> Row:
+    requests, sent = counted.requests[case]
+    unit = "us" if figure is not None else ""
+    return Row(case=case, lines=lines, usage=usage, requests=requests, sent=sent, figure=figure, unit=unit, goal=goal)
