@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from tests.prove import endpoint
+from tests.prove import endpoint, jobservice
 from tests.prove.kills import sweep, sweep_of_mutant
 from tests.prove.mutant import CHECKPOINT_BEFORE_ACK
 from tests.prove.scenarios import Scenario
@@ -24,6 +24,7 @@ def scenarios(kills: int) -> list[Scenario]:
             alone=True,
         ),
         *(fault.scenario() for fault in endpoint.FAULTS),
+        *(fault.scenario() for fault in jobservice.FAULTS),
     ]
 
 

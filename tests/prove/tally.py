@@ -79,7 +79,7 @@ class JobTally:
         self.job = job
         self.records = 0
         self._written = written
-        self._copies = copies or {}
+        self._copies = {} if copies is None else copies
         self._late = late
         self._uids = array("Q")
         self._nanos = array("Q")

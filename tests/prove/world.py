@@ -52,7 +52,7 @@ class Settings:
 
     protocol: str = "http/protobuf"
     otlp: str = ""
-    fused: str = 'token = "t"'
+    fused: str = ""
     watch: str = ""
     path: Path | None = None
     page: bool = False
@@ -136,6 +136,7 @@ class World:
         self.api = self._stack.enter_context(FakeJobApi())
         self.local = self._stack.enter_context(LocalJobs(self.home / "jobs"))
         self._stack.callback(self._end_agent)
+        (self.home / "token").write_text("old\n")
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -189,6 +190,7 @@ state_dir = "{self.home}/jobs"
 [services.fused]
 base_url = "{self.api.base_url}"
 requests_per_second = 1000
+token_file = "{self.home}/token"
 {settings.fused}
 [agent]
 state_dir = "{self.state_dir}"
