@@ -197,7 +197,15 @@ async def _follow(
 
 async def _submit(service: LocalService, name: str, module: str) -> RunResponse:
     command = [sys.executable, "-m", f"tailspan_agent.pipelines.{module}"]
-    return await service.submit(command, name=name, attributes={"demo": "true"}, env={"PYTHONUNBUFFERED": "1"})
+    submitting = asyncio.ensure_future(
+        service.submit(command, name=name, attributes={"demo": "true"}, env={"PYTHONUNBUFFERED": "1"})
+    )
+    try:
+        return await asyncio.shield(submitting)
+    except asyncio.CancelledError:
+        # Stopped at the very moment of its start: nobody else knows this job.
+        await service.cancel((await submitting).job_id)
+        raise
 
 
 async def _refresh(service: LocalService, agent: Agent, samples: Mapping[str, _Sample]) -> None:

@@ -58,7 +58,7 @@ class Portal(Generic[R]):
         async def task() -> T:
             return await function(running.resource, *args, **kwargs)
 
-        return _result(running.portal.start_task_soon(task))
+        return _result(lambda: running.portal.start_task_soon(task))
 
     def iterate(
         self, function: Callable[Concatenate[R, P], AsyncIterator[T]], *args: P.args, **kwargs: P.kwargs
@@ -80,11 +80,11 @@ class Portal(Generic[R]):
         try:
             while True:
                 try:
-                    item = _result(portal.start_task_soon(receive.receive))
+                    item = _result(lambda: portal.start_task_soon(receive.receive))
                 except anyio.EndOfStream:
                     break
                 yield item
-            _result(pumping)
+            _result(lambda: pumping)
         finally:
             pumping.cancel()
             portal.start_task_soon(receive.aclose)
@@ -135,13 +135,15 @@ class _Running(Generic[R]):
         self.thread = thread
 
 
-def _result(future: concurrent.futures.Future[T]) -> T:
+def _result(start: Callable[[], concurrent.futures.Future[T]]) -> T:
+    # Under asyncio.run, Ctrl-C does not raise here: it asks the main task to cancel, which we keep from noticing. How
+    # often it was asked before is looked at before anything starts: Ctrl-C may come at any moment from then on.
+    task = _task_of_this_thread()
+    requests = task.cancelling() if task is not None else 0
+    future = start()
     try:
-        task = _task_of_this_thread()
         if task is None:
             return future.result()
-        # Under asyncio.run, Ctrl-C does not raise here: it asks the main task to cancel, which we keep from noticing.
-        requests = task.cancelling()
         while not concurrent.futures.wait([future], _CANCEL_CHECK_S).done:
             if task.cancelling() > requests:
                 raise asyncio.CancelledError

@@ -61,4 +61,4 @@ def test_a_demo_that_is_stopped_leaves_no_job_running(machine: Machine) -> None:
     demo.send_signal(signal.SIGINT)
     _, stderr = demo.communicate(timeout=60)
     assert (demo.returncode, "Traceback" in stderr) == (130, False)
-    assert "RUNNING" not in states(home)
+    until(lambda: "RUNNING" not in states(home))
