@@ -73,7 +73,7 @@ def run(config_path: Path | None, once: bool, timeout_s: float, log_level: str) 
     from tailspan_agent.logs import set_up_logging
 
     set_up_logging(log_level)
-    settings = settings_for(config_path)
+    settings = settings_for(config_path, telemetry=True)
     sys.exit(asyncio.run(_run_once(settings, timeout_s) if once else _run(settings, config_path)))
 
 
@@ -128,7 +128,7 @@ def check(config_path: Path | None, as_json: bool) -> None:
     Example:
       tailspan agent check --config config.toml
     """  # noqa: D301 - click wants the backspace character itself
-    settings = settings_for(config_path)
+    settings = settings_for(config_path, telemetry=True)
 
     async def look() -> int:
         from tailspan_agent.check import check as findings_of

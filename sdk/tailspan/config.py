@@ -221,12 +221,16 @@ class _LayerSource(PydanticBaseSettingsSource):
 _LAYERS: contextvars.ContextVar[Sequence[Layer]] = contextvars.ContextVar("layers", default=())
 
 
-def load_settings(path: Path | None = None, *, overrides: Mapping[str, Any] | None = None) -> Settings:
+def load_settings(
+    path: Path | None = None, *, overrides: Mapping[str, Any] | None = None, telemetry: bool = True
+) -> Settings:
     """Load the configuration.
 
     Args:
         path: The TOML file; None: the file that ``TAILSPAN_CONFIG`` names, and without that, none.
         overrides: What the command line says, shaped like the TOML file; wins over everything.
+        telemetry: Whether the ``OTEL_*`` variables count. What only runs and reads jobs sends nothing, and must not
+            fail because of a variable that is meant for other programs.
 
     Returns:
         The settings, with every default filled in; the service tables are as written.
@@ -244,7 +248,7 @@ def load_settings(path: Path | None = None, *, overrides: Mapping[str, Any] | No
         environ, list(Settings.model_fields), list(services) if isinstance(services, dict) else []
     )
     given = Layer(dict(overrides or {}), {(key,): "command line" for key in overrides or {}})
-    layers = (given, in_environment, in_file, otel_layer(environ))
+    layers = (given, in_environment, in_file, otel_layer(environ if telemetry else {}))
 
     def where(loc: Loc) -> str | None:
         for length in range(len(loc), 0, -1):

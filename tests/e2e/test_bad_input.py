@@ -142,3 +142,22 @@ def test_second_agent_refuses_and_names_the_first(machine: Machine) -> None:
     assert agent.stderr is not None
     agent.stderr.readline()
     assert f"pid {agent.pid}" in complaint(machine, "agent", "run", "--once", exit_code=2)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json"),
+        ("OTEL_EXPORTER_OTLP_TIMEOUT", "1.5"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "localhost:4317"),
+        ("OTEL_RESOURCE_ATTRIBUTES", "no pairs"),
+    ],
+)
+def test_variables_for_other_programs_stop_only_the_agent(machine: Machine, variable: str, value: str) -> None:
+    """A job runs, with the variable passed on, although the agent could not send with it."""
+    odd = {variable: value}
+    shown = machine.tailspan("run", "--", "sh", "-c", "echo $OTEL_EXPORTER_OTLP_PROTOCOL ran", env=odd).stdout
+    assert shown.split()[-1] == "ran"
+    assert "SUCCEEDED" in machine.tailspan("jobs", env=odd).stdout
+    done = machine.tailspan("agent", "run", "--once", exit_code=2, env=odd)
+    assert variable in done.stderr

@@ -22,11 +22,11 @@ _COMPLETED_JOBS = 50
 _COMPLETION_S = 2.0
 
 
-def settings_for(config_path: Path | None) -> Settings:
-    """Load the configuration that a command was told to use."""
+def settings_for(config_path: Path | None, *, telemetry: bool = False) -> Settings:
+    """Load the configuration that a command was told to use; ``OTEL_*`` count only for what sends telemetry."""
     from tailspan.config import load_settings
 
-    return load_settings(config_path)
+    return load_settings(config_path, telemetry=telemetry)
 
 
 def with_client(config_path: Path | None, service: str | None, use: Callable[[AsyncJobClient], Awaitable[T]]) -> T:

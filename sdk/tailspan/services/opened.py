@@ -48,7 +48,7 @@ class OpenedServices:
                 from tailspan.config import load_settings
 
                 # A notebook sets TAILSPAN_CONFIG after its first call: that must count.
-                self._settings, self._loaded_from = load_settings(), found
+                self._settings, self._loaded_from = load_settings(telemetry=False), found
                 self._retired.extend(self._services.values())
                 self._services = {}
         assert self._settings is not None
