@@ -128,7 +128,9 @@ def plain_attributes(attributes: Iterable[KeyValue]) -> dict[str, Any]:
 
 def count_records(signal: str, message: Any) -> int:
     """Return how many log records, spans or metric data points a request has."""
-    rows = {"logs": log_rows, "traces": span_rows, "metrics": metric_rows}[signal]
+    if signal == "logs":
+        return sum(len(scope.log_records) for group in message.resource_logs for scope in group.scope_logs)
+    rows = {"traces": span_rows, "metrics": metric_rows}[signal]
     return sum(1 for _ in rows(message))
 
 

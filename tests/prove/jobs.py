@@ -146,15 +146,16 @@ class NumberedJob:
 
 PROGRAM = """
 import os, sys, time
-name, stop, burst, pause_s = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
-number = 0
+name, stop, burst, pause_s, paced = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), sys.argv[5:]
+number, due = 0, time.monotonic()
 write = sys.stdout.write
 while not os.path.exists(stop):
     for number in range(number, number + burst):
         write(f"{name} #{number:07d} {time.time_ns()}\\n")
     number += 1
     sys.stdout.flush()
-    time.sleep(pause_s)
+    due += pause_s
+    time.sleep(max(0.0, due - time.monotonic()) if paced else pause_s)
 with open(stop, "w") as file:
     file.write(str(number))
 """
@@ -176,13 +177,15 @@ class LocalNumberedJob:
     spans = SPANS
     handed = 0
 
-    def __init__(self, jobs: LocalJobs, name: str, *, burst: int = 5, pause_s: float = 0.01) -> None:
+    def __init__(
+        self, jobs: LocalJobs, name: str, *, burst: int = 5, pause_s: float = 0.01, paced: bool = False
+    ) -> None:
         self.name = name
         self.ended = False
         self._jobs = jobs
         self._stop = Path(jobs.state_dir.parent, f"{name}.stop")
         command = [sys.executable, "-S", "-E", "-c", PROGRAM, name, str(self._stop), str(burst), str(pause_s)]
-        self.job_id = jobs.start(*command, name=name)
+        self.job_id = jobs.start(*command, *(["paced"] if paced else []), name=name)
         self.identity = jobs.service.identity
         self.tally = JobTally(name, self._find)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from tests.prove import endpoint, jobservice
+from tests.prove import configuration, endpoint, faults_disk, faults_local, jobservice, load
 from tests.prove.kills import sweep, sweep_of_mutant
 from tests.prove.mutant import CHECKPOINT_BEFORE_ACK
 from tests.prove.scenarios import Scenario
@@ -25,6 +25,10 @@ def scenarios(kills: int) -> list[Scenario]:
         ),
         *(fault.scenario() for fault in endpoint.FAULTS),
         *(fault.scenario() for fault in jobservice.FAULTS),
+        *faults_disk.scenarios(),
+        *faults_local.scenarios(),
+        *(change.scenario() for change in configuration.FAULTS),
+        *(row.scenario() for row in load.FAULTS),
     ]
 
 

@@ -15,9 +15,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ from tailspan_agent.checkpoint import Checkpoint, read_checkpoint
 from tests.fakes.collector import Collector, Reply, Request
 from tests.fakes.job_api import FakeJobApi
 from tests.fakes.local_jobs import LocalJobs
-from tests.fakes.otlp_rows import log_rows, metric_rows, parse_json, plain_attributes
+from tests.fakes.otlp_rows import metric_rows, parse_json, plain_attributes
+from tests.prove.found import Found
 from tests.prove.jobs import LocalNumberedJob, NumberedJob
-from tests.prove.tally import JobCount, Span, SpanCount, count_spans
+from tests.prove.tally import Span, count_spans
 
 TAILSPAN = str(Path(sys.executable).with_name("tailspan"))
 PATIENCE_S = 60.0
+_RELOADED = "the configuration was"
 _RUN_DURATION = "cicd.pipeline.run.duration"
 
 Job = NumberedJob | LocalNumberedJob
@@ -57,51 +59,6 @@ class Settings:
     path: Path | None = None
     page: bool = False
     endpoint: str | None = None
-
-
-@dataclass
-class Found:
-    """What the oracle found in a world.
-
-    Attributes:
-        jobs: How many there were.
-        lines: All jobs' lines together.
-        spans: All jobs' spans.
-        dead_lettered: Log records that are in the dead letter.
-        wrong_runs: Pipelines whose count of runs in the last metrics is not what it must be, and what else is wrong.
-        exit_code: Of the last agent, told to stop.
-        peak_rss: Bytes of memory, at most, of any agent of this world.
-    """
-
-    jobs: int = 0
-    lines: JobCount = field(default_factory=JobCount)
-    spans: SpanCount = field(default_factory=SpanCount)
-    dead_lettered: int = 0
-    wrong_runs: list[str] = field(default_factory=list)
-    exit_code: int | None = None
-    peak_rss: int = 0
-
-    def complaints(self) -> list[str]:
-        """Return in words what breaks the guarantee."""
-        counts = {**vars(self.lines), **{f"spans {name}": count for name, count in vars(self.spans).items()}}
-        harmless = {"expected", "records", "repeated", "spans repeated"}
-        wrong = [
-            f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count and name not in harmless
-        ]
-        wrong += self.wrong_runs
-        return wrong if self.exit_code == 0 else [*wrong, f"the agent's exit code is {self.exit_code}"]
-
-    @classmethod
-    def total(cls, all_found: Iterable[Found]) -> Found:
-        """Return the counts of several worlds together."""
-        total = cls(exit_code=0)
-        for found in all_found:
-            total.jobs += found.jobs
-            total.lines += found.lines
-            total.spans += found.spans
-            total.dead_lettered += found.dead_lettered
-            total.peak_rss = max(total.peak_rss, found.peak_rss)
-        return total
 
 
 class World:
@@ -175,16 +132,27 @@ class World:
         self.jobs.append(job)
         return job
 
-    def configure(self, text: str | None = None) -> None:
-        """Write the configuration: as the settings say, or this text."""
+    def configure(self, change: Callable[[str], str] = str) -> None:
+        """Write the configuration as the settings say, with a change to its text."""
+        (self.home / "config.toml").write_text(change(self._config()))
+
+    def reload(self, change: Callable[[str], str] = str) -> None:
+        """Write the configuration with a change, and let the running agent go over to it."""
+        assert self.agent is not None
+        said = self.log.count(_RELOADED)
+        self.configure(change)
+        self.agent.send_signal(signal.SIGHUP)
+        self.until(lambda: self.log.count(_RELOADED) > said, "the reload")
+
+    def _config(self) -> str:
         settings = self.settings
-        if settings.page:
+        if settings.page and not self._page_port:
             self._page_port = _free_port()
         endpoint = settings.endpoint or (
             self.collector.grpc_url if settings.protocol == "grpc" else self.collector.http_url
         )
         watch = f'discover = true\nsettle = "0.3s"\n{settings.watch}\n'
-        default = f"""
+        return f"""
 [services.local]
 state_dir = "{self.home}/jobs"
 [services.fused]
@@ -206,7 +174,6 @@ endpoint = "{endpoint}"
 protocol = "{settings.protocol}"
 {settings.otlp}
 """
-        (self.home / "config.toml").write_text(default if text is None else text)
 
     def start(self, *, strict: bool = False) -> None:
         """Start the agent; what comes from now on counts as coming after a restart.
@@ -299,8 +266,11 @@ protocol = "{settings.protocol}"
         self.fold()
         with what or contextlib.nullcontext():
             time.sleep(seconds)
-        self.collector = Collector(http_port=port)
-        self._stack.enter_context(self.collector)
+        self.use(Collector(http_port=port))
+
+    def use(self, collector: Collector) -> None:
+        """Go over to another receiver."""
+        self.collector = self._stack.enter_context(collector)
 
     def finish(self, timeout_s: float = PATIENCE_S) -> Found:
         """End all jobs, wait until everything of them is relayed, stop the agent, and count."""
@@ -354,11 +324,8 @@ protocol = "{settings.protocol}"
     def _take(self, signal_: str, message: Any, *, in_order: bool = True) -> None:
         tallies = {job.name: job.tally for job in self.jobs}
         if signal_ == "logs":
-            for row in log_rows(message):
-                if not row.event_name:
-                    tally = tallies[row.resource["cicd.pipeline.name"]]
-                    uid = row.attributes.get("log.record.uid", "")
-                    tally.take(row.body, row.time_unix_nano, uid, in_order=in_order)
+            for name, text, nanos, uid in lines_in(message):
+                tallies[name].take(text, nanos, uid, in_order=in_order)
         elif signal_ == "traces":
             self._spans += spans_in(message)
         else:
@@ -372,6 +339,17 @@ protocol = "{settings.protocol}"
         if self.agent is not None:
             self.kill()
             self.ended()
+
+
+def lines_in(message: Any) -> Iterator[tuple[str, str, int, str]]:
+    """Yield the pipeline's name, the text, the time and the uid of each record that is a line."""
+    for group in message.resource_logs:
+        name = plain_attributes(group.resource.attributes)["cicd.pipeline.name"]
+        for scope in group.scope_logs:
+            for record in scope.log_records:
+                if not record.event_name:
+                    uids = [item.value.string_value for item in record.attributes if item.key == "log.record.uid"]
+                    yield name, record.body.string_value, record.time_unix_nano, "".join(uids)
 
 
 def spans_in(message: Any) -> Iterator[Span]:
