@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shlex
 import signal
 import sys
 from contextlib import AsyncExitStack
@@ -174,7 +175,10 @@ def reload(config_path: Path | None) -> None:
 @click.option("--endpoint", metavar="URL", help="Where to send. [default: otlp.endpoint]")
 @click.option("--protocol", type=click.Choice(["http/protobuf", "grpc"]), help="[default: otlp.protocol]")
 @config_option
-def replay(files: tuple[Path, ...], endpoint: str | None, protocol: str | None, config_path: Path | None) -> None:
+@json_option
+def replay(
+    files: tuple[Path, ...], endpoint: str | None, protocol: str | None, config_path: Path | None, as_json: bool
+) -> None:
     """Send files of OTLP JSON lines (the agent's own, or its dead letter), in the order given.
 
     The files stay as they are. Replaying twice is safe: repeated records carry the same log.record.uid.
@@ -189,10 +193,10 @@ def replay(files: tuple[Path, ...], endpoint: str | None, protocol: str | None, 
 
     overrides = {key: value for key, value in (("endpoint", endpoint), ("protocol", protocol)) if value is not None}
     settings = load_settings(config_path, overrides={"otlp": overrides} if overrides else None)
-    sys.exit(asyncio.run(_replay(files, settings)))
+    sys.exit(asyncio.run(_replay(files, settings, as_json)))
 
 
-async def _replay(files: tuple[Path, ...], settings: Settings) -> int:
+async def _replay(files: tuple[Path, ...], settings: Settings, as_json: bool) -> int:
     from tailspan_agent.export import Exporter, make_exporter
     from tailspan_agent.outlets import SIGNALS
     from tailspan_agent.replay import replay as send_files
@@ -208,6 +212,9 @@ async def _replay(files: tuple[Path, ...], settings: Settings) -> int:
             exporters[name] = make_exporter(name, keys, state_dir=settings.agent.state_dir, files=settings.files)
             stack.push_async_callback(exporters[name].aclose)
         result = await send_files(files, exporters)
+    if as_json:
+        click.echo(json.dumps(asdict(result)))
+        return 0 if result.ok else 1
     for problem in result.problems:
         say(problem)
     click.echo(
@@ -242,7 +249,7 @@ def dead_letter(config_path: Path | None, as_json: bool) -> None:
             f"{group.signal}: {group.rejected} of {group.records} records in {group.batches} batches"
             f" ({group.first} to {group.last}): {group.kind}: {group.reason}"
         )
-    click.echo(f"send it again: tailspan agent replay {directory}/*.jsonl --endpoint URL")
+    click.echo(f"send it again: tailspan agent replay {shlex.quote(str(directory))}/*.jsonl --endpoint URL")
 
 
 @agent.command()

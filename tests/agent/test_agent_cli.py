@@ -117,7 +117,9 @@ def test_once_with_rejected_records(bench: Bench, config: Path) -> None:
     replayed = agent("replay", *files, "--endpoint", bench.collector.http_url)
     assert replayed.exit_code == 0
     assert "2 records delivered" in replayed.output
-    assert bench.bodies() == ["first", "second"]
+    told = json.loads(agent("replay", *files, "--endpoint", bench.collector.http_url, "--json").output)
+    assert (told["delivered"], told["rejected"], told["problems"]) == (2, 0, [])
+    assert bench.bodies() == ["first", "second"] * 2
 
 
 def test_once_with_an_endpoint_that_is_away(bench: Bench, config: Path) -> None:
