@@ -10,6 +10,7 @@ import socket
 import sqlite3
 import time
 from contextlib import closing
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -139,12 +140,23 @@ def connect(path: Path) -> sqlite3.Connection:
         db.execute("PRAGMA synchronous = NORMAL")
         if version == 0:
             db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-        for table in TABLES:
-            db.execute(f"SELECT * FROM {table} LIMIT 1")  # noqa: S608 - constants
+        if _schema_of(db) != _schema():
+            raise sqlite3.DatabaseError("its schema is damaged")
     except BaseException:
         db.close()
         raise
     return db
+
+
+@cache
+def _schema() -> set[str]:
+    with closing(sqlite3.connect(":memory:")) as db:
+        db.executescript(SCHEMA)
+        return _schema_of(db)
+
+
+def _schema_of(db: sqlite3.Connection) -> set[str]:
+    return {sql for (sql,) in db.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")}
 
 
 def is_damage(error: Exception) -> bool:
