@@ -42,10 +42,14 @@ class AgentMetrics:
     Args:
         resource: From `agent_resource`.
         clock_s: Seconds since the epoch.
+
+    Attributes:
+        metrics_fault: Whether the endpoint of metrics has to be mended, as of their last export.
     """
 
     def __init__(self, resource: Resource, *, clock_s: Callable[[], float] = time.time) -> None:
         self.resource = resource
+        self.metrics_fault = False
         self._clock_s = clock_s
         self._followed: dict[str, int] = {}
         self._newest_acked_s: dict[str, float] = {}

@@ -96,6 +96,8 @@ class Outlets:
         paused = [signal for signal, outlet in self._outlets.items() if outlet.sender.state == "paused"]
         for signal in self._outlets:
             self._metrics.endpoint(signal, signal not in paused)
+        if self.metrics_exporter is not None and self._metrics.metrics_fault:
+            paused.append("metrics")
         return paused
 
     @property

@@ -145,12 +145,14 @@ class MetricsPush:
             outcome = await self._exporter.export(payload, count)
         kind, reason = _kind(outcome), outcome.warning if isinstance(outcome, Delivered) else outcome.reason
         self._agent.endpoint("metrics", not isinstance(outcome, Retry | EndpointFault))
+        fault = self._agent.metrics_fault = isinstance(outcome, EndpointFault)
         if kind:
             self._agent.export_failed("metrics", kind)
         problem = reason if kind else None
         if problem != self._problem:
             if problem:
-                _log.warning("metrics were not taken; the next export carries them: %s", problem)
+                level = logging.ERROR if fault else logging.WARNING
+                _log.log(level, "metrics were not taken; the next export carries them: %s", problem)
             else:
                 _log.info("metrics are taken again")
         elif reason and not kind:

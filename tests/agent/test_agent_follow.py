@@ -303,6 +303,17 @@ async def test_health_and_metrics_are_served_while_it_runs(bench: Bench) -> None
 
 
 @looped
+async def test_an_endpoint_that_is_wrong_for_metrics_is_a_problem(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing of it is lost by waiting, but nobody would ever see a metric: readiness and the log say so."""
+    bench.collector.always("metrics", Reply(404))
+    async with bench.running() as agent:
+        await until(lambda: agent.problems() == ["endpoint_metrics_paused"])
+    assert any(record.levelname == "ERROR" and "metrics" in record.message for record in caplog.records)
+
+
+@looped
 async def test_a_lane_that_fails_ends_the_agent(bench: Bench) -> None:
     """Going on behind a batch that is in nobody's hands would skip its lines: the next process sends them."""
     bench.fake.add_job("j1")
