@@ -49,6 +49,7 @@ __all__ = ["Tailer"]
 _FOLLOW_TO_END_S = 3600.0
 _AUTH_RETRY_S = 30.0
 _LISTED_STATUS_S = 30.0
+_LISTED_SILENCE_S = 60.0
 _RUN_SPAN_WAIT_S = 2.0
 _DIGEST_LINES = 400
 _DIGEST_MS = 5000
@@ -131,6 +132,9 @@ class Tailer:
         """Take in the job's row of a listing: the bulk status that saves a request per silent job."""
         known, self._row = self._row, row
         self._row_at_s = time.monotonic()
+        # A listing that counts lines tells when there are new ones: a silent job need not be read to know that.
+        counted = row.lines is not None
+        self._follower.poll_max_s = max(self._service.poll_max_s, _LISTED_SILENCE_S if counted else 0.0)
         if self._sent is None:
             return
         state = known.state if known is not None else self._sent.job.state

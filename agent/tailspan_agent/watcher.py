@@ -24,6 +24,8 @@ __all__ = ["Watcher", "match"]
 _FULL_SCAN_S = 60.0
 _DISCOVER_S = 5.0
 _CHEAP_DISCOVER_S = 0.5
+_SHARE_OF_A_CORE = 0.03
+_LONGEST_PAUSE_S = 10.0
 
 _log = logging.getLogger(__name__)
 
@@ -99,6 +101,7 @@ class Watcher:
         """Look for jobs until cancelled."""
         errors = 0
         while True:
+            begun_s = time.thread_time()
             try:
                 await self.scan()
             except TailspanError as error:
@@ -111,9 +114,10 @@ class Watcher:
                 if self.failure is not None:
                     _log.info("service %s answers again", self.name)
                 self.failure, errors = None, 0
-                await asyncio.sleep(
-                    (_CHEAP_DISCOVER_S if self._lists_cheaply else _DISCOVER_S) * random.uniform(0.9, 1.1)
-                )
+                # Thousands of running jobs: looking at all of them must not be felt.
+                share_s = min((time.thread_time() - begun_s) / _SHARE_OF_A_CORE, _LONGEST_PAUSE_S)
+                pause_s = max(share_s, _CHEAP_DISCOVER_S if self._lists_cheaply else _DISCOVER_S)
+                await asyncio.sleep(pause_s * random.uniform(0.9, 1.1))
 
     async def scan(self) -> None:
         """Look once: start a tailer for each job that is watched and has none.

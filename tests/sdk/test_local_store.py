@@ -367,3 +367,22 @@ def test_windows_is_told_clearly(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(ConfigError, match="local jobs need Linux or macOS"):
         LocalService(state_dir=tmp_path)
+
+
+def test_a_running_job_is_listed_as_it_is_now(local, tmp_path):
+    """Rows of running jobs are kept between two lists; a new line and the end are seen all the same."""
+    wait = "while [ ! -e {0} ]; do sleep 0.01; done; "
+    script = "echo one; " + wait.format(tmp_path / "go") + "echo two; " + wait.format(tmp_path / "stop")
+    local.start("sh", "-c", script)
+
+    def row():
+        async def read():
+            return [(row.state, row.lines) async for rows in local.service.list_jobs() for row in rows]
+
+        return anyio.run(read)[0]
+
+    until(lambda: row() == (JobState.RUNNING, 1))
+    (tmp_path / "go").touch()
+    until(lambda: row() == (JobState.RUNNING, 2))
+    (tmp_path / "stop").touch()
+    until(lambda: row() == (JobState.SUCCEEDED, 2))

@@ -216,6 +216,20 @@ class JobStore:
         # Its last words may have been written between our two looks.
         return _read_json(directory / "state.json") or {}, False
 
+    def running_mark(self, job_id: str) -> tuple[int, ...] | None:
+        """Return what changes with each line and each state of a running job; None when it does not run.
+
+        Costs a tenth of `glance`, for whoever looks at thousands of silent jobs again and again.
+        """
+        directory = f"{self._jobs}/{job_id}"
+        try:
+            state, index = os.lstat(f"{directory}/state.json"), os.lstat(f"{directory}/log.idx")
+            if not _is_locked(Path(directory, "lock")):
+                return None
+        except OSError:
+            return None  # whoever looks closer says why
+        return state.st_ino, state.st_mtime_ns, state.st_size, index.st_ino, index.st_mtime_ns, index.st_size
+
     def create(self, job_id: str, spec: Mapping[str, Any]) -> int:
         """Make a job's directory, which appears as a whole and locked.
 

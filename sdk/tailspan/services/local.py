@@ -92,6 +92,7 @@ class LocalService:
         self._otlp = dict(otlp or {})
         self._cancel_grace_s = cancel_grace_s
         self._final_rows: dict[str, ListedJob] = {}
+        self._running_rows: dict[str, tuple[tuple[int, ...], ListedJob]] = {}
 
     @classmethod
     def from_options(cls, name: str, options: Mapping[str, Any], settings: Settings) -> Self:
@@ -181,6 +182,7 @@ class LocalService:
             ids = self._store.job_ids()
         # An agent lists every few seconds: what has ended for good is not read again.
         self._final_rows = {job_id: self._final_rows[job_id] for job_id in ids if job_id in self._final_rows}
+        self._running_rows = {job_id: self._running_rows[job_id] for job_id in ids if job_id in self._running_rows}
         for start in range(0, len(ids), _LIST_PAGE):
             with self._translated():
                 rows = [self._row(job_id) for job_id in ids[start : start + _LIST_PAGE]]
@@ -295,6 +297,12 @@ class LocalService:
         """Return a job's row; None when it was pruned meanwhile."""
         if job_id in self._final_rows:
             return self._final_rows[job_id]
+        # Taken before the row is: what changes in between is seen the next time.
+        mark = self._store.running_mark(job_id)
+        known = self._running_rows.pop(job_id, None)
+        if known is not None and known[0] == mark:
+            self._running_rows[job_id] = known
+            return known[1]
         try:
             job = self._store.glance(job_id)
         except JobNotFoundError:
@@ -307,6 +315,8 @@ class LocalService:
         row = row_of(job, self)
         if job.logs_complete:
             self._final_rows[job_id] = row
+        elif mark is not None:
+            self._running_rows[job_id] = mark, row
         return row
 
     @contextlib.contextmanager
