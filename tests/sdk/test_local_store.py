@@ -259,7 +259,7 @@ def test_another_user_is_told_what_to_do(local):
     """A reader without rights gets an error that names the option, not a traceback."""
     job = local.run("echo", "hi")
     for path in (local.state_dir, *local.state_dir.parents):
-        if path.name.startswith("pytest-") or path == local.state_dir.parent:
+        if path.name.startswith(("pytest-", "popen-")) or path == local.state_dir.parent:
             path.chmod(0o755)
     program = (
         "import os, sys, anyio; from pathlib import Path; from tailspan.services.local import LocalService\n"
@@ -281,7 +281,7 @@ def test_a_job_of_another_user_hides_no_other(local):
     mine, theirs = put(local, 40), put(local, 40)
     local.directory(theirs).chmod(0o700)
     for path in (local.state_dir, *local.state_dir.parents):
-        if path.name.startswith("pytest-") or path == local.state_dir.parent:
+        if path.name.startswith(("pytest-", "popen-")) or path == local.state_dir.parent:
             path.chmod(0o755)
     for path in (local.state_dir, *local.state_dir.rglob("*")):
         if theirs not in path.parts:
