@@ -148,15 +148,16 @@ async def _demo(settings: Settings, home: Path, timeout_s: float) -> None:
         agent = Agent(settings)
         running = asyncio.create_task(agent.run())
         samples: dict[str, _Sample] = {}
+        submitted: list[asyncio.Task[RunResponse]] = []
         try:
             for name, module in _PIPELINES.items():
-                samples[name] = _Sample(await _submit(service, name, module))
+                submitted.append(asyncio.create_task(_submit(service, name, module)))
+                samples[name] = _Sample(await asyncio.shield(submitted[-1]))
             await _follow(service, agent, running, samples, console, time.monotonic() + timeout_s)
         finally:
-            # The long one would go on for an hour after a demonstration that was stopped.
-            for sample in samples.values():
-                if not sample.job.state.is_terminal:
-                    await service.cancel(sample.job.job_id)
+            # The long one would go on for an hour after a demonstration that was stopped, even while it began.
+            for task in submitted:
+                await service.cancel((await task).job_id)
         agent.stop()
         await running
     console.print(_table(samples))
