@@ -131,6 +131,7 @@ class Agent:
     def problems(self) -> list[str]:
         """Return short words for what keeps the agent from relaying; empty when it is ready."""
         found = [f"endpoint_{signal}_paused" for signal in self.outlets.paused()]
+        found += ["checkpoint_store_unwritable"] if self.store.refused else []
         return found + [f"service_{name}_unreachable" for name in self._following.unreachable]
 
     def delivery(self, identity: str, job_id: str) -> dict[str, object]:

@@ -1,0 +1,40 @@
+"""The short form of the faults of the agent's disk."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+
+from tests.prove.faults_disk import (
+    SizeLimit,
+    dead_letter_full,
+    files_full,
+    full_at_start,
+    full_while_relaying,
+    held_by_another,
+    newer_version,
+    store_truncated,
+)
+
+LIMIT = SizeLimit()
+CUTS = 4
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(partial(full_while_relaying, disk=LIMIT, ending=False), id="full"),
+        pytest.param(partial(full_at_start, disk=LIMIT), id="full at start"),
+        pytest.param(partial(dead_letter_full, disk=LIMIT, patient=False), id="dead letter full"),
+        pytest.param(partial(files_full, disk=LIMIT), id="OTLP files full"),
+        pytest.param(partial(held_by_another, tries=1), id="held by another agent"),
+        pytest.param(newer_version, id="of a newer version"),
+        pytest.param(partial(store_truncated, cuts=CUTS), id="cut off"),
+    ],
+)
+def test_no_line_is_lost_whatever_the_disk_does(fault) -> None:
+    """Full, damaged, foreign or taken: the agent waits, heals or refuses, and every line arrives in the end."""
+    row = fault("short")
+    assert row.verdict == "ok"
+    assert row.found[0].lines.expected > 0
