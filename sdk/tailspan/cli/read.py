@@ -51,7 +51,9 @@ def logs(job: str, since_ms: int | None, service: str | None, config_path: Path 
 @job_argument
 @click.option("--sample", is_flag=True, help="Print at most one line, the newest, a refresh.")
 @click.option("--refresh", default=1.0, show_default=True, metavar="S", help="How often to look, in seconds.")
-@click.option("--timeout", type=click.FloatRange(min=0), metavar="S", help="Stop after so many seconds, with exit code 124.")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0), metavar="S", help="Stop after so many seconds, with exit code 124."
+)
 @service_option
 @config_option
 @json_option

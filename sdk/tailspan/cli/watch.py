@@ -72,7 +72,9 @@ def cancel(job: str, service: str | None, config_path: Path | None, as_json: boo
 @click.command()
 @job_argument
 @click.option("--poll", default=1.0, show_default=True, metavar="S", help="How often to ask, in seconds.")
-@click.option("--timeout", type=click.FloatRange(min=0), metavar="S", help="Give up after so many seconds, with exit code 124.")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0), metavar="S", help="Give up after so many seconds, with exit code 124."
+)
 @click.option("--delivered", is_flag=True, help="Wait also until the agent has acked the job's last line.")
 @service_option
 @config_option
