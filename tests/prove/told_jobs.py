@@ -60,7 +60,7 @@ class ToldJob(LocalNumberedJob):
         self.directory = jobs.directory(self.job_id)
         self.identity = jobs.service.identity
         self._lines: list[str] | None = None
-        self._copies = {-1: 0}  # not empty, or the tally would take another one
+        self._copies: dict[int, int] = {}
         self.gone = range(0)
         self.tally = JobTally(name, self._find, copies=self._copies)
 
