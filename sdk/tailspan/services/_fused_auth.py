@@ -9,6 +9,7 @@ Source: ``fused`` 2.9.5, ``_auth.py`` and ``_options.py``.
 from __future__ import annotations
 
 import os
+import ssl
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -201,7 +202,7 @@ class Credentials:
             # Not the job API's client: that one may trust a private authority only.
             async with httpx.AsyncClient() as client:
                 response = await client.post(self._oauth_url, json=body)
-        except httpx.TransportError as error:
+        except (httpx.TransportError, ssl.SSLError) as error:
             raise ServiceUnavailableError(
                 f"the login in {self._login_file} has expired and {self._oauth_url} cannot be reached to renew it: "
                 f"{type(error).__name__}",

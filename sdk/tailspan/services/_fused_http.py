@@ -35,6 +35,8 @@ _RETRY_FOR_S = 5.0
 _MAX_REPLY_BYTES = 64 << 20
 _MAX_ERROR_BYTES = 64 << 10
 _KEEP_ALIVE_S = 90.0
+# What a server says of a missing client certificate comes while its answer is read, and past httpx.
+_BROKEN = (httpx.TransportError, ssl.SSLError)
 _NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
 
 
@@ -227,7 +229,7 @@ class FusedHttp:
         try:
             request = client.build_request(method, self._base_url + path, params=params, headers=headers)
             return await client.send(request, stream=True)
-        except httpx.TransportError as error:
+        except _BROKEN as error:
             raise self._unavailable(f"{method} {self._base_url}{path}: {self._reason(error)}", job_id) from error
         except (httpx.InvalidURL, UnicodeError):
             raise ConfigError(
@@ -241,7 +243,7 @@ class FusedHttp:
             async with aclosing(_raw(response)) as pieces:
                 async for piece in pieces:
                     yield piece
-        except httpx.TransportError as error:
+        except _BROKEN as error:
             text = f"{response.request.method} {path}: the reply broke off: {self._reason(error)}"
             raise self._unavailable(text, job_id) from error
         except httpx.DecodingError:
@@ -284,7 +286,7 @@ class FusedHttp:
                     body += piece
                     if len(body) > _MAX_ERROR_BYTES:
                         break
-        except (httpx.TransportError, httpx.DecodingError):
+        except (*_BROKEN, httpx.DecodingError):
             # The status alone says enough.
             return ""
         told = error_text(body)
@@ -296,13 +298,15 @@ class FusedHttp:
     ) -> ServiceUnavailableError:
         return ServiceUnavailableError(text, retry_after_s=retry_after_s, service=self._service, job_id=job_id)
 
-    def _reason(self, error: httpx.TransportError) -> str:
+    def _reason(self, error: Exception) -> str:
         if isinstance(error, httpx.TimeoutException):
             what = "no connection" if isinstance(error, httpx.ConnectTimeout) else "no answer"
             return f"{what} within {self._timeout_s:g} s"
         text = str(error) or type(error).__name__
         if "CERTIFICATE_VERIFY_FAILED" in text:
             text += f"; for a private authority set services.{self._service}.ca_file"
+        elif "CERTIFICATE_REQUIRED" in text:
+            text += f"; set services.{self._service}.client_cert"
         return text
 
     def _open_client(self) -> httpx.AsyncClient:
