@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from tests.prove.tally import JobCount, SpanCount
 
+_SHOWN = 4
+
 
 @dataclass
 class Found:
@@ -37,7 +39,9 @@ class Found:
         wrong = [
             f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count and name not in harmless
         ]
-        wrong += self.wrong_runs
+        wrong += self.wrong_runs[:_SHOWN]
+        if len(self.wrong_runs) > _SHOWN:
+            wrong.append(f"and {len(self.wrong_runs) - _SHOWN} more")
         return wrong if self.exit_code == 0 else [*wrong, f"the agent's exit code is {self.exit_code}"]
 
     @classmethod

@@ -9,6 +9,7 @@ import sys
 import time
 from array import array
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 from tailspan.identity import trace_id
@@ -51,6 +52,7 @@ class NumberedJob:
         self._next_ms = start_ms or int(time.time() * 1000) - 60_000
         self._asked = 0
         self.fake: FakeJob = api.add_job(name, name=name)
+        self.fake.row["creation_date"] = datetime.now(UTC).isoformat()
         self.fake.on_read = self._on_read
         self.fake.on_answered = self._on_answered
         self.tally = JobTally(name, self._find, copies=self._copies, late=self._late)

@@ -66,10 +66,10 @@ class Load:
             _fold_until(world, lambda: world.all_done() or time.monotonic() - ended_s > self.timeout_s)
             caught_up_s = time.monotonic() - ended_s
             row = Row(self.name, [world.finish()])
-        row.notes.append(
-            f"{written} lines, {written / max(self.seconds, 1):.0f} a second; when the jobs ended {max(0, written - behind)}"
-            f" of them were left to relay, which took {caught_up_s:.0f} s"
-        )
+        left = max(0, written - behind)
+        if self.local_jobs:
+            row.notes.append(f"{written} lines, {written / self.seconds:.0f} a second")
+        row.notes.append(f"when the jobs ended {left} of them were left to relay, which took {caught_up_s:.0f} s")
         if row.found[0].peak_rss >= MAX_RSS:
             row.problems.append(f"the agent took {row.found[0].peak_rss >> 20} MiB")
         return row

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -33,6 +34,7 @@ from tests.prove.tally import Span, count_spans
 TAILSPAN = str(Path(sys.executable).with_name("tailspan"))
 PATIENCE_S = 60.0
 _RELOADED = "the configuration was"
+_HIGH_WATER = re.compile(r"^VmHWM:\s*(\d+) kB$", re.MULTILINE)
 _RUN_DURATION = "cicd.pipeline.run.duration"
 
 Job = NumberedJob | LocalNumberedJob
@@ -162,6 +164,7 @@ token_file = "{self.home}/token"
 {settings.fused}
 [agent]
 state_dir = "{self.state_dir}"
+max_pipeline_names = 2000
 listen = "{f"127.0.0.1:{self._page_port}" if settings.page else ""}"
 [[agent.watch]]
 service = "local"
@@ -207,15 +210,20 @@ protocol = "{settings.protocol}"
         """Wait until the agent has ended; return its exit code, negative for a signal."""
         assert self.agent is not None
         if self.agent.returncode is None:
-            _, status, usage = os.wait4(self.agent.pid, 0)
-            self.agent.returncode = os.waitstatus_to_exitcode(status)
-            self._peak_rss = max(self._peak_rss, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+            self.agent.wait()
         code, self.agent = self.agent.returncode, None
         return code
+
+    def _note_memory(self) -> None:
+        # Not the ru_maxrss of wait4: it has the memory of the process that forked it, which is ours.
+        status = Path(f"/proc/{self.agent.pid}/status") if self.agent is not None else None
+        if status is not None and status.exists() and (found := _HIGH_WATER.search(status.read_text())):
+            self._peak_rss = max(self._peak_rss, int(found[1]) * 1024)
 
     def terminate(self) -> None:
         """Tell the agent to stop: it drains."""
         assert self.agent is not None
+        self._note_memory()
         self.agent.send_signal(signal.SIGTERM)
 
     def until(self, holds: Callable[[], Any], what: str, timeout_s: float = PATIENCE_S) -> Any:
@@ -308,6 +316,7 @@ protocol = "{settings.protocol}"
 
     def fold(self) -> None:
         """Take in what has arrived since the last time, and forget it: memory stays small."""
+        self._note_memory()
         for request in self.collector.drain():
             if request.taken and not any(message is request.message for message in self._refused):
                 self._take(request.signal, request.message)
