@@ -25,8 +25,8 @@ test: $(VENV)/.installed-dev
 test-fused-client: $(VENV)/.installed-dev
 	PYTEST=$(BIN)/pytest tests/fused_clients.sh
 
-# The delivery guarantee under faults, about ten minutes: PROVE_SEED=N repeats a run's choices, PROVE_KILLS=N is the number
-# of SIGKILLs, PROVE_ONLY='GLOB,...' takes some rows, PROVE_JSON=FILE keeps the table for machines.
+# The delivery guarantee under faults, about a quarter of an hour: PROVE_SEED=N repeats a run's choices, PROVE_KILLS=N is the number
+# of SIGKILLs, PROVE_ONLY='GLOB|...' takes some rows, PROVE_JSON=FILE keeps the table for machines.
 PROVE_SEED := 0
 PROVE_KILLS := 200
 PROVE_ONLY :=

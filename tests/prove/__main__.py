@@ -14,7 +14,7 @@ from tests.prove.rows import run, scenarios
 from tests.prove.scenarios import select
 from tests.prove.table import Row, render
 
-_TOGETHER = 3
+_TOGETHER = 6
 
 
 def main() -> int:
@@ -22,7 +22,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.prove", description="Prove the delivery guarantee.")
     parser.add_argument("--seed", type=int, default=0, help="repeats a run's choices; 0 takes a new one")
     parser.add_argument("--kills", type=int, default=200, help="SIGKILLs at least")
-    parser.add_argument("--only", default="", help="globs on rows, with commas between them")
+    parser.add_argument("--only", default="", help="globs on rows, with | between them")
     parser.add_argument("--json", type=Path, help="write the table there, too")
     given = parser.parse_args()
     seed = given.seed or int(time.time())

@@ -42,8 +42,8 @@ class Scenario:
 
 
 def select(scenarios: list[Scenario], only: str) -> Iterator[Scenario]:
-    """Yield the scenarios whose name matches one of the globs, which have commas between them; all without globs."""
-    patterns = [pattern.strip() for pattern in only.split(",") if pattern.strip()] or ["*"]
+    """Yield the scenarios whose name matches one of the globs, which have ``|`` between them; all without globs."""
+    patterns = [pattern.strip() for pattern in only.split("|") if pattern.strip()] or ["*"]
     for scenario in scenarios:
         if any(fnmatch.fnmatchcase(scenario.name, pattern) for pattern in patterns):
             yield scenario

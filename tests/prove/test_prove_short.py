@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from tests.prove.evidence import STEPS, Step
+from tests.prove.found import Found
 from tests.prove.kills import sweep_world
+from tests.prove.load import Load
 from tests.prove.mutant import CHECKPOINT_BEFORE_ACK
+from tests.prove.rows import run, scenarios
+from tests.prove.scenarios import select
 from tests.prove.table import Row, render
-from tests.prove.world import Found
 
 
 def test_killed_at_each_step_the_agent_loses_nothing() -> None:
@@ -27,6 +32,34 @@ def test_the_sweep_finds_a_build_that_checkpoints_before_the_ack(tmp_path: Path)
     found = sweep_world("short", 5, Counter(), path=build, aims=[Step.SENDING])
     assert found.lines.missing > 0
     assert any("missing" in complaint for complaint in found.complaints())
+
+
+SHORT_ROWS = (
+    "partial_success, 7 rejected",
+    "gRPC: RESOURCE_EXHAUSTED without RetryInfo",
+    "job service: equal lines that are two",
+    "configuration: forty SIGHUPs",
+)
+
+
+@pytest.mark.parametrize("name", SHORT_ROWS)
+def test_a_fault_loses_nothing(name: str) -> None:
+    """One row of the long table from each group: all that was sent arrives or is in the dead letter."""
+    assert run(name, kills=0, seed=1).verdict == "ok"
+
+
+def test_a_hundred_jobs_at_once_lose_nothing() -> None:
+    """The scaled form of the load rows: every job's lines, spans and run."""
+    row = Load("load", fused_jobs=100).scenario().row(seed=1)
+    assert row.verdict == "ok"
+    assert Found.total(row.found).jobs == 100
+
+
+def test_rows_are_found_by_the_command_that_is_shown_for_them() -> None:
+    """The glob in ``again: make prove PROVE_ONLY=...`` selects that row and no other; names are unique."""
+    rows = scenarios(1)
+    assert [[row.name for row in select(rows, row.name)] for row in rows] == [[row.name] for row in rows]
+    assert len({row.name for row in rows}) == len(rows)
 
 
 def test_the_table_says_what_failed_and_how_to_see_it_again() -> None:
