@@ -15,6 +15,7 @@ from tests.prove.table import Row
 from tests.prove.world import World
 
 _LINES = 300
+_FOLLOWS = "the agent follows"
 _WATCH_FUSED = re.compile(r'\[\[agent\.watch\]\]\nservice = "fused"\n(?:.+\n)*')
 
 
