@@ -179,7 +179,7 @@ def shipped_texts() -> Iterator[tuple[Path, str]]:
     tops = ["sdk", "agent", "tests", "deploy", ".ci"]
     files = [path for top in tops for path in (ROOT / top).rglob("*") if "__pycache__" not in path.parts]
     for path in [*files, *ROOT.glob("*.*"), ROOT / "Makefile"]:
-        if path.is_file() and path != Path(__file__):
+        if path.is_file() and path != Path(__file__) and path.name != ".git":  # a file in a worktree
             try:
                 yield path.relative_to(ROOT), path.read_bytes().decode()
             except UnicodeDecodeError:
