@@ -80,6 +80,7 @@ def run(config_path: Path | None, once: bool, timeout_s: float, log_level: str) 
 
 async def _run(settings: Settings, config_path: Path | None) -> int:
     from tailspan_agent.agent import Agent
+    from tailspan_agent.last_errors import keep_last_errors
     from tailspan_agent.reload import reload_on_hangup
     from tailspan_agent.systemd import keep_watchdog, notify
 
@@ -87,19 +88,21 @@ async def _run(settings: Settings, config_path: Path | None) -> int:
     relay = Agent(settings)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, relay.stop)
-    with reload_on_hangup(relay, config_path), keep_watchdog():
+    with keep_last_errors(settings.agent.state_dir), reload_on_hangup(relay, config_path), keep_watchdog():
         await relay.run(on_ready=lambda: notify("READY=1"), on_stop=lambda: notify("STOPPING=1"))
     return 0
 
 
 async def _run_once(settings: Settings, timeout_s: float) -> int:
     from tailspan_agent.agent import Agent
+    from tailspan_agent.last_errors import keep_last_errors
 
     loop = asyncio.get_running_loop()
     relay = Agent(settings)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, relay.stop)
-    result = await relay.run_once(timeout_s)
+    with keep_last_errors(settings.agent.state_dir):
+        result = await relay.run_once(timeout_s)
     for failure in result.failures:
         say(str(failure))
     targets = ", ".join(dict.fromkeys(relay.outlets.targets.values()))

@@ -32,6 +32,7 @@ class Redactor:
 
     Attributes:
         ignored: What the settings name but cannot be searched for, with the reason; without the values.
+        patterns: The regular expressions that it was made with.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Redactor:
                 self.ignored.append(f"{source} holds no value of {MIN_SECRET_CHARS} characters or more")
             found |= usable
         self._secrets = tuple(sorted(found))
-        self._patterns = tuple(patterns)
+        self.patterns = tuple(patterns)
 
     @classmethod
     def from_settings(cls, settings: RedactSettings, environ: Mapping[str, str] | None = None) -> Redactor | None:
@@ -72,7 +73,7 @@ class Redactor:
         return cls(secrets, patterns) if secrets or patterns else None
 
     def __repr__(self) -> str:
-        return f"<Redactor of {len(self._secrets)} secrets and {len(self._patterns)} patterns>"
+        return f"<Redactor of {len(self._secrets)} secrets and {len(self.patterns)} patterns>"
 
     def redact(self, text: str) -> tuple[str, int]:
         """Return the text without secrets, and how many were taken out.
@@ -128,7 +129,7 @@ class Redactor:
 
     def _may_find(self, text: str) -> bool:
         return any(secret in text for secret in self._secrets) or any(
-            literal is None or literal in text for literal, _ in self._patterns
+            literal is None or literal in text for literal, _ in self.patterns
         )
 
     def _finds(self, text: str) -> Iterator[tuple[int, int]]:
@@ -137,7 +138,7 @@ class Redactor:
             while start >= 0:
                 yield start, start + len(secret)
                 start = text.find(secret, start + 1)
-        for literal, regex in self._patterns:
+        for literal, regex in self.patterns:
             if literal is None or literal in text:
                 yield from (match.span() for match in regex.finditer(text) if match[0])
 

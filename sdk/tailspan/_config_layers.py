@@ -43,6 +43,8 @@ class Layer:
         """Return the place of a key, or of the nearest key around it; None when this layer does not set the key."""
         inner: Any = self.table
         for part in loc:
+            if isinstance(inner, str):
+                break  # a variable that sets a whole list is the place of all that is in it
             try:
                 inner = inner[part]
             except (LookupError, TypeError):

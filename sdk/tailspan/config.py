@@ -157,11 +157,20 @@ class Settings(BaseSettings):
     redact: RedactSettings = RedactSettings()
     links: LinksSettings = LinksSettings()
     _path: Path | None = PrivateAttr(default=None)
+    _layers: Sequence[Layer] = PrivateAttr(default=())
 
     @property
     def path(self) -> Path | None:
         """The file that was loaded; None when there was none."""
         return self._path
+
+    def source_of(self, *loc: str | int) -> str | None:
+        """Return where a key was written: ``config.toml:12`` or a variable's name; None where it is a default.
+
+        Args:
+            *loc: The key's path, such as ``"agent", "watch", 0, "name"``.
+        """
+        return next((place for layer in self._layers if (place := layer.where(loc))), None)
 
     @classmethod
     def settings_customise_sources(
@@ -266,5 +275,5 @@ def load_settings(
         _LAYERS.reset(reset)
     for name, options in settings.services.items():
         settings.services[name] = OptionsTable(options, ("services", name), where)
-    settings._path = path
+    settings._path, settings._layers = path, layers
     return settings

@@ -51,6 +51,7 @@ _COMMANDS = {
     "exec-time": _Lazy("tailspan.cli.read", "exec_time", "Print the time from a job's first to its last line."),
     "serve": _Lazy("tailspan.cli.serve", "serve", "Serve jobs over HTTP."),
     "agent": _Lazy("tailspan_agent.cli", "agent", "Relay jobs' logs, status and run time as OTLP."),
+    "doctor": _Lazy("tailspan_agent.doctor", "doctor", "Say all that a bug report needs, and no secret."),
     "demo": _Lazy("tailspan_agent.demo", "demo", "See it work: sample pipelines, agent and page, no set-up."),
     "completion": _Lazy("tailspan.cli.completion", "completion", "Print the completion script of a shell."),
 }
