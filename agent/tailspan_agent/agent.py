@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,9 +20,11 @@ from tailspan_agent.agent_metrics import AgentMetrics, agent_resource
 from tailspan_agent.backlog import Backlog
 from tailspan_agent.checkpoint import Store
 from tailspan_agent.errors import CheckpointError
+from tailspan_agent.expectations import Expectations
 from tailspan_agent.facts import JobFacts
 from tailspan_agent.following import Following
-from tailspan_agent.job_metrics import FollowedJob
+from tailspan_agent.history import Histories
+from tailspan_agent.insight import FollowedJob, Insight, Insights, insight_of
 from tailspan_agent.lanes import Lane, SpanLane
 from tailspan_agent.outlets import SIGNALS, Outlets
 from tailspan_agent.redact import Redactor
@@ -69,6 +72,10 @@ class Agent:
         settings: The loaded configuration.
         opener: Makes the configured service of a name.
 
+    Attributes:
+        insights: What is known of pipelines from their past: ``insights.histories.of(label)`` is a `PipelineHistory`
+            with the last runs, the success rate and the usual durations; iterating ``insights.histories`` names them.
+
     Raises:
         ConfigError: The configuration asks for what cannot be.
         CheckpointError: The state directory cannot be used, or another agent holds it.
@@ -98,6 +105,11 @@ class Agent:
         self.outlets = Outlets(settings, self.metrics)
         logs, traces = self.outlets.get("logs"), self.outlets.get("traces")
         runs = self.store.runs()
+        # What is expected comes first: it must not share a name with what is not, however many names there are.
+        known = [*(expect.name for expect in settings.agent.expect), *(total.pipeline for total in runs)]
+        self.insights = Insights(
+            histories=Histories(self.store.history.past_runs()), too_fast=self.store.history.too_fast()
+        )
         self._relay = Relay(
             store=self.store,
             lanes=[Lane(self.store, logs) for _ in range(_LANES)] if logs else [],
@@ -106,8 +118,9 @@ class Agent:
             health=self.metrics,
             redactor=Redactor.from_settings(settings.redact),
             otlp_resource=settings.otlp.resource,
-            names=PipelineNames(settings.agent.max_pipeline_names, (total.pipeline for total in runs)),
+            names=PipelineNames(settings.agent.max_pipeline_names, known),
             totals={total.key: total for total in runs},
+            insights=self.insights,
         )
         self.telemetry = Telemetry(
             self.metrics,
@@ -115,6 +128,7 @@ class Agent:
             jobs=self._followed,
             names=self._relay.names,
             start_unix_nano=self.store.start_unix_nano,
+            insights=self.insights,
             run_id_on_metrics=settings.agent.run_id_on_metrics,
         )
 
@@ -147,8 +161,20 @@ class Agent:
         facts = JobFacts.from_json(known.facts)
         return {"known": True, "logs_complete": known.logs_complete, "lines": facts.lines, **asdict(facts.delivery)}
 
+    def followed_jobs(self) -> list[tuple[FollowedJob, Insight]]:
+        """Return the jobs that are followed now, each with what can be told of it: progress, time left, what is odd."""
+        now_ns, names = time.time_ns(), self._relay.names
+        histories = self.insights.histories
+        return [
+            (job, insight_of(job, histories.of(names.label(job.status.job_name)), now_ns))
+            for job in self._followed_now()
+        ]
+
     def _followed(self) -> list[FollowedJob]:
         self.outlets.paused()  # asked with each snapshot, so that the metrics say it too
+        return self._followed_now()
+
+    def _followed_now(self) -> list[FollowedJob]:
         jobs = [tailer.followed for tailer in self.tailers]
         return [job for job in jobs if job is not None]
 
@@ -189,6 +215,13 @@ class Agent:
             self._start_pushing()
             self._following.watch(await self._following.open(self.settings, {}), self.settings)
             self._pumps.append(asyncio.create_task(self._housekeep()))
+            expectations = Expectations(
+                self._relay,
+                jobs=self._followed_now,
+                settings=lambda: self.settings,
+                seen_all=lambda: self._following.has_seen_all,
+            )
+            self._pumps.append(asyncio.create_task(expectations.run()))
             _log.info("the agent follows %s", ", ".join(sorted(self._following.watchers)) or "nothing")
             on_ready()
             await self._first_of(self._stopping.wait())

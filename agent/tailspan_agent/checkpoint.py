@@ -9,6 +9,7 @@ and the job's id, never by a configuration section's name, so renaming a section
               (services that know only times: lets the final read find what was never relayed)
     spans     finished spans exactly as first sent; they stay after their ack, so that none is made anew
     runs      cumulative run totals per pipeline, so that metrics survive restarts
+    history   the last ended runs of each pipeline (`checkpoint_history`), with failures and too_fast
     names     names of listed jobs, so that a list without names costs one request a job, once
 
 All methods are quick and synchronous; the agent calls them from its event loop only.
@@ -29,7 +30,9 @@ from typing import Any
 
 from tailspan.directories import make_private
 from tailspan_agent.checkpoint_file import connect, is_damage, lock, salvage
+from tailspan_agent.checkpoint_history import StoredHistory
 from tailspan_agent.errors import CheckpointError
+from tailspan_agent.history import PastRun
 from tailspan_agent.runs import RunTotals
 
 __all__ = ["Ack", "Checkpoint", "OutboxSpan", "Store", "read_checkpoint"]
@@ -130,6 +133,7 @@ class Store:
         instance_id: UUID of this state directory; ``service.instance.id`` of the agent's metrics.
         start_unix_nano: When counting of runs began in this store.
         recovered: What was wrong with the file when it was opened and set aside, or None.
+        history: The last ended runs of each pipeline, to be read.
         refused: Whether the last write failed: the disk is full, or worse.
 
     Raises:
@@ -153,6 +157,7 @@ class Store:
             self.start_unix_nano = int(self._meta("start_unix_nano", str(time.time_ns())))
             undo.pop_all()
         self.acked_at_s = time.time()
+        self.history = StoredHistory(self._select)
 
     def _open(self) -> sqlite3.Connection:
         try:
@@ -286,7 +291,15 @@ class Store:
             )
             return db.total_changes - before
 
-    def end_job(self, key: int, spans: Sequence[OutboxSpan], totals: RunTotals) -> bool:
+    def end_job(
+        self,
+        key: int,
+        spans: Sequence[OutboxSpan],
+        totals: RunTotals,
+        *,
+        run: PastRun | None = None,
+        fingerprint: str | None = None,
+    ) -> bool:
         """Write a job's last spans and count its run, in one transaction, once.
 
         Counting goes with the writing of the run span, not with its ack: a run counts once whatever happens to the
@@ -296,6 +309,8 @@ class Store:
             key: The job.
             spans: Its spans that end now.
             totals: The totals of its pipeline, result and error type with this run added.
+            run: The run as its pipeline's history keeps it; None keeps none.
+            fingerprint: Of its failure, to be counted; None for a run without one.
 
         Returns:
             Whether this was the first time; if not, nothing was changed.
@@ -308,6 +323,8 @@ class Store:
                 [(key, span.span_id, span.resource, span.span) for span in spans],
             )
             db.execute("REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?)", totals.to_row())
+            if run is not None:
+                StoredHistory.add(db, run, fingerprint)
         return True
 
     def runs(self) -> list[RunTotals]:

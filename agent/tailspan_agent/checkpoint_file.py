@@ -18,9 +18,8 @@ from tailspan_agent.errors import CheckpointError
 
 __all__ = ["SCHEMA_VERSION", "connect", "is_damage", "lock", "lock_holder", "salvage"]
 
-SCHEMA_VERSION = 1
 # The checks find damage that leaves the file a database: `connect` asks for them, and `salvage` leaves such rows out.
-SCHEMA = """
+_VERSION_1 = """
 CREATE TABLE meta (
     key TEXT PRIMARY KEY, value TEXT NOT NULL CHECK (typeof(value) = 'text'),
     CHECK (key <> 'start_unix_nano' OR (value NOT GLOB '*[^0-9]*' AND length(value) BETWEEN 1 AND 19))
@@ -63,7 +62,27 @@ CREATE TABLE names (
     CHECK (typeof(identity) = 'text' AND typeof(job_id) = 'text' AND typeof(name) = 'text')
 ) WITHOUT ROWID;
 """
-TABLES = ("meta", "jobs", "seconds", "spans", "runs", "names")
+_VERSION_2 = """
+CREATE TABLE history (
+    run INTEGER PRIMARY KEY, pipeline TEXT NOT NULL, facts TEXT NOT NULL,
+    CHECK (typeof(pipeline) = 'text' AND typeof(facts) = 'text')
+);
+CREATE INDEX history_of_pipeline ON history (pipeline, run);
+CREATE TABLE failures (
+    pipeline TEXT NOT NULL, fingerprint TEXT NOT NULL, runs INTEGER NOT NULL,
+    first_unix_nano INTEGER NOT NULL, last_unix_nano INTEGER NOT NULL,
+    PRIMARY KEY (pipeline, fingerprint),
+    CHECK (typeof(pipeline) = 'text' AND typeof(fingerprint) = 'text'),
+    CHECK (typeof(runs) = 'integer' AND typeof(first_unix_nano) = 'integer' AND typeof(last_unix_nano) = 'integer')
+) WITHOUT ROWID;
+CREATE TABLE too_fast (
+    pipeline TEXT PRIMARY KEY, runs INTEGER NOT NULL CHECK (typeof(pipeline) = 'text' AND typeof(runs) = 'integer')
+) WITHOUT ROWID;
+"""
+# What each version added to the one before: a new store runs all of them, an older one those that it lacks.
+VERSIONS = (_VERSION_1, _VERSION_2)
+SCHEMA_VERSION = len(VERSIONS)
+TABLES = ("meta", "jobs", "seconds", "spans", "runs", "names", "history", "failures", "too_fast")
 # Nobody else writes the store; whoever does all the same must not stop the agent's event loop for long.
 _BUSY_S = 0.2
 _FILE_FORMAT = 2  # the newest that there is
@@ -138,8 +157,9 @@ def connect(path: Path) -> sqlite3.Connection:
             raise sqlite3.DatabaseError(answer)
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")
-        if version == 0:
-            db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        if version < SCHEMA_VERSION:
+            steps = "".join(VERSIONS[version:])
+            db.executescript(f"BEGIN; {steps} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
         if _schema_of(db) != _schema():
             raise sqlite3.DatabaseError("its schema is damaged")
     except BaseException:
@@ -151,7 +171,7 @@ def connect(path: Path) -> sqlite3.Connection:
 @cache
 def _schema() -> set[str]:
     with closing(sqlite3.connect(":memory:")) as db:
-        db.executescript(SCHEMA)
+        db.executescript("".join(VERSIONS))
         return _schema_of(db)
 
 

@@ -30,8 +30,8 @@ class LogRecordData:
         severity: How bad it is.
         body: Its text.
         attributes: Facts about it.
-        trace_id: 16 bytes.
-        span_id: 8 bytes.
+        trace_id: 16 bytes; empty for a record that is about no job.
+        span_id: 8 bytes; empty for a record that is about no job.
         event_name: The name of the kind of event that it is; empty for a line.
     """
 
@@ -40,8 +40,8 @@ class LogRecordData:
     severity: Severity = SEVERITIES[UNSPECIFIED]
     body: str
     attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
-    trace_id: bytes
-    span_id: bytes
+    trace_id: bytes = b""
+    span_id: bytes = b""
     event_name: str = ""
 
 
@@ -65,5 +65,5 @@ def severity_fields(severity: Severity) -> bytes:
 
 def origin_fields(trace_id: bytes, span_id: bytes, observed_unix_nano: int) -> bytes:
     """Return the fields that all records of one job and read have in common."""
-    ids = bytes_field(9, trace_id) + bytes_field(10, span_id)
-    return fixed32_field(8, SAMPLED) + ids + fixed64_field(11, observed_unix_nano)
+    ids = fixed32_field(8, SAMPLED) + bytes_field(9, trace_id) + bytes_field(10, span_id) if trace_id else b""
+    return ids + fixed64_field(11, observed_unix_nano)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -82,6 +83,9 @@ class JobFacts:
         delivery: What became of its records.
         logs_complete: None while its log is still followed; then whether it was read to its end.
         failure_told: Whether the record that says why it failed was sent.
+        quiet_ns: The longest time between two of its lines, in ns.
+        heartbeat_gap_s: The longest time between two of its heartbeats that were seen, in seconds.
+        alerts: What was odd about it and was told: (ns since the epoch, kind).
     """
 
     first_seen_ns: int
@@ -94,6 +98,9 @@ class JobFacts:
     delivery: Delivery = Delivery()
     logs_complete: bool | None = None
     failure_told: bool = False
+    quiet_ns: int = 0
+    heartbeat_gap_s: float = 0.0
+    alerts: tuple[tuple[int, str], ...] = ()
 
     @classmethod
     def from_json(cls, text: str) -> JobFacts:
@@ -122,7 +129,24 @@ class JobFacts:
             last_line_ns=last_ns if self.last_line_ns is None else max(self.last_line_ns, last_ns),
             lines=self.lines + len(page.lines),
             stream_hash=stream_hash,
+            quiet_ns=self._quiet_ns(page),
         )
+
+    def _quiet_ns(self, page: LogPage) -> int:
+        times = [run.time_unix_nano for run in page.runs]
+        last_ns = times[0] if self.last_line_ns is None else self.last_line_ns
+        # Lines that came late lie between others: what is between them is no pause.
+        if times[0] < last_ns:
+            return self.quiet_ns
+        return max(self.quiet_ns, times[0] - last_ns, max(map(operator.sub, times[1:], times), default=0))
+
+    def with_heartbeat(self, gap_s: float) -> JobFacts:
+        """Return the facts with the time between two heartbeats, if it is longer than those before."""
+        return self if gap_s <= self.heartbeat_gap_s else dataclasses.replace(self, heartbeat_gap_s=gap_s)
+
+    def with_alert(self, seen_ns: int, kind: str) -> JobFacts:
+        """Return the facts with something odd that is told."""
+        return dataclasses.replace(self, alerts=(*self.alerts, (seen_ns, kind)))
 
     def with_state(self, seen_ns: int, state: JobState) -> JobFacts:
         """Return the facts with a state that was seen, if it is not the last one seen."""

@@ -52,6 +52,11 @@ class Following:
         troubles = (AuthError, ServiceUnavailableError)
         return sorted(found | {one.service_name for one in self.tailers if isinstance(one.failure, troubles)})
 
+    @property
+    def has_seen_all(self) -> bool:
+        """Whether every watched service was looked at wholly, and answered the last time."""
+        return all(watcher.has_scanned and watcher.failure is None for watcher in self.watchers.values())
+
     def kept(self, old: Settings, new: Settings) -> dict[str, Source]:
         """Return the services that a changed configuration leaves as they are."""
         return {

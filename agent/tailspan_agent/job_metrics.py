@@ -21,38 +21,14 @@ from opentelemetry.sdk.metrics.export import (
     Sum,
 )
 
-from tailspan.models import JobState, RunResponse
+from tailspan_agent.insight import FollowedJob
 from tailspan_agent.runs import BOUNDS_S, PipelineNames, RunTotals
 
-__all__ = ["FollowedJob", "job_metrics"]
+__all__ = ["job_metrics"]
 
 _PHASES = ("pending", "executing", "finalizing")
 _MAX_TASKS = 1 << 53  # a service may say any number, OTLP cannot
 _Attributes = tuple[tuple[str, str], ...]
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class FollowedJob:
-    """A job that the agent follows now.
-
-    Attributes:
-        service: The configured name of its service.
-        status: Its newest status.
-        first_line_unix_nano: The time of its first line, if it has lines.
-        last_line_unix_nano: The time of its newest line.
-    """
-
-    service: str
-    status: RunResponse
-    first_line_unix_nano: int | None = None
-    last_line_unix_nano: int | None = None
-
-    @property
-    def phase(self) -> str:
-        """The ``cicd.pipeline.run.state``: an ended job whose last lines are still read is finalizing."""
-        if self.status.state.is_terminal:
-            return "finalizing"
-        return "pending" if self.status.state is JobState.PENDING else "executing"
 
 
 def job_metrics(

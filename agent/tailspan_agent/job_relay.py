@@ -15,6 +15,7 @@ from tailspan.config import Watch
 from tailspan.models import RunResponse
 from tailspan.page import LogPage
 from tailspan.services import JobService
+from tailspan_agent.alerts import alert_record, alert_text, new_alerts
 from tailspan_agent.checkpoint import Ack, Checkpoint, OutboxSpan
 from tailspan_agent.encode import (
     LogContext,
@@ -27,15 +28,11 @@ from tailspan_agent.encode import (
 )
 from tailspan_agent.facts import Fate, JobFacts
 from tailspan_agent.final_read import Seconds, add_seconds, page_seconds
+from tailspan_agent.history import PipelineHistory
+from tailspan_agent.insight import FollowedJob, insight_of
+from tailspan_agent.job_times import past_run
 from tailspan_agent.lanes import Chunk
-from tailspan_agent.mapping import (
-    error_type,
-    failure_record,
-    receipt_record,
-    resource_attributes,
-    run_duration_s,
-    spans_of,
-)
+from tailspan_agent.mapping import error_type, failure_record, receipt_record, resource_attributes, spans_of
 from tailspan_agent.relay import Relay
 from tailspan_agent.runs import RunTotals
 
@@ -76,6 +73,7 @@ class JobRelay:
         self._context = LogContext.for_job(job, min_severity=watch.min_severity, redactor=relay.redactor)
         self._resource = self._make_resource()
         relay.sending[service.identity, job.job_id] = self
+        self._too_fast: str | None = None
         self._unacked = 0
         self._unacked_seconds: Seconds = {}
         self._all_acked = asyncio.Event()
@@ -143,16 +141,48 @@ class JobRelay:
         """Whether nothing is left to relay, by this process or an earlier one."""
         return self.checkpoint.ended and (self.checkpoint.logs_complete or not self.sends_logs)
 
+    @property
+    def followed(self) -> FollowedJob:
+        """The job as metrics and page show it."""
+        return FollowedJob(
+            service=self._service.name,
+            status=self.job,
+            first_line_unix_nano=self.facts.first_line_ns,
+            last_line_unix_nano=self.facts.last_line_ns,
+        )
+
     def see(self, job: RunResponse) -> None:
         """Take in a status; spans that have ended with it are written."""
+        if job.last_heartbeat is not None and self.job.last_heartbeat is not None:
+            self.facts = self.facts.with_heartbeat((job.last_heartbeat - self.job.last_heartbeat).total_seconds())
         self.job = job
         facts = self.facts.with_state(time.time_ns(), job.state)
         if facts is not self.facts:
             self.facts = facts
             self._resource = self._make_resource()  # a machine is known only when one runs the job
-            known = dataclasses.replace(self._acked_facts, states=facts.states)
-            self._relay.store.update_facts(self.checkpoint.key, known.to_json())
+            self._keep_seen()
             self.write_spans()
+
+    def _keep_seen(self) -> None:
+        """Store what was seen of the job without a line; of its lines what is acked."""
+        known = dataclasses.replace(self._acked_facts, states=self.facts.states, alerts=self.facts.alerts)
+        self._relay.store.update_facts(self.checkpoint.key, known.to_json())
+
+    @property
+    def _history(self) -> PipelineHistory:
+        return self._relay.insights.histories.of(self._relay.names.label(self.job.job_name))
+
+    async def tell_what_is_odd(self) -> None:
+        """Tell once, in our log and in its own, that the job is silent or slow by its pipeline's own past."""
+        history, now_ns = self._history, time.time_ns()
+        insight = insight_of(self.followed, history, now_ns)
+        for kind in new_alerts(insight, self.facts):
+            duration_s, quiet_s = insight.running_s or 0.0, insight.quiet_s or 0.0
+            text = alert_text(kind, self._told, history, duration_s=duration_s, quiet_s=quiet_s)
+            _log.warning("job %s of service %s is %s: %s", self.job.job_id, self._service.name, kind, text)
+            self.facts = self.facts.with_alert(now_ns, kind)
+            self._keep_seen()
+            await self._send_event(alert_record(kind, text, self._told, self.facts, time_unix_nano=now_ns))
 
     async def send_page(self, page: LogPage, *, late: bool = False) -> None:
         """Encode a page and put it into the job's lane; waits while the lane is full.
@@ -183,7 +213,9 @@ class JobRelay:
         def settle(fate: Fate) -> Ack:
             # What a restart at this cursor must know: the lines up to this page, the states seen up to now.
             delivery = self._acked_facts.delivery.after(count, fate)
-            self._acked_facts = dataclasses.replace(facts, states=self.facts.states, delivery=delivery)
+            self._acked_facts = dataclasses.replace(
+                facts, states=self.facts.states, alerts=self.facts.alerts, delivery=delivery
+            )
             health.records_acked(self._service.name, count - fate.rejected, newest_ns)
             if fate.rejected:
                 health.records_rejected(self._service.name, fate.rejected, fate.kind)
@@ -243,11 +275,15 @@ class JobRelay:
         return self._relay.redactor.redact(text)[0] if self._relay.redactor is not None else text
 
     async def send_failure(self) -> None:
-        """Put the record that says why the job failed behind its lines, once; a job that did not fail has none."""
+        """Put the record that says why the job failed, or that it was too fast, behind its lines, once."""
         record = failure_record(self._told, self.facts, observed_unix_nano=time.time_ns())
         if record is not None and not self.facts.failure_told:
             self.facts = dataclasses.replace(self.facts, failure_told=True)
             await self._send_event(record)
+        if self._too_fast is not None:
+            text, self._too_fast = self._too_fast, None
+            ended_ns = self.facts.alerts[-1][0]
+            await self._send_event(alert_record("too_fast", text, self._told, self.facts, time_unix_nano=ended_ns))
 
     async def _send_event(self, record: LogRecordData) -> None:
         if self._lane is not None:
@@ -267,18 +303,26 @@ class JobRelay:
         """
         complete = logs_complete and self.nothing_in_flight
         self.facts = dataclasses.replace(self.facts, logs_complete=complete, delivery=self._acked_facts.delivery)
+        name, insights = self._relay.names.label(self.job.job_name), self._relay.insights
+        history = insights.histories.of(name)
+        ended = past_run(self.job, self.facts, name, history)
+        if ended.too_fast:
+            self.facts = self.facts.with_alert(ended.ended_unix_nano, "too_fast")
         spans = spans_of(self._told, self.facts)
-        run = spans[-1]
-        name = self._relay.names.label(self.job.job_name)
-        empty = RunTotals(name, self.job.state.result or "error", error_type(self.job, self.facts.digest))
+        empty = RunTotals(name, ended.result, error_type(self.job, self.facts.digest))
         totals = self._relay.totals.get(empty.key, empty).add(
-            run_duration_s(self.job, self.facts),
-            trace_id=run.trace_id,
-            span_id=run.span_id,
-            time_unix_nano=run.end_unix_nano,
+            ended.duration_s,
+            trace_id=spans[-1].trace_id,
+            span_id=spans[-1].span_id,
+            time_unix_nano=spans[-1].end_unix_nano,
         )
-        if self._relay.store.end_job(self.checkpoint.key, self._outbox(spans), totals):
+        if self._relay.store.end_job(self.checkpoint.key, self._outbox(spans), totals, run=ended):
             self._relay.totals[totals.key] = totals
+            insights.histories.add(ended)
+            if ended.too_fast:
+                insights.too_fast[name] = insights.too_fast.get(name, 0) + 1
+                self._too_fast = alert_text("too_fast", self._told, history, duration_s=ended.duration_s, quiet_s=0.0)
+                _log.warning("job %s of service %s: %s", self.job.job_id, self._service.name, self._too_fast)
         self._wake_spans()
 
     async def complete(self, *, logs_complete: bool) -> None:

@@ -49,14 +49,14 @@ class Chunk:
         resource: The job's encoded resource.
         records: Framed log records; empty when every line of the page was dropped on purpose.
         count: How many records.
-        settle: Called once when they need no more work, with what became of them; returns what to write.
+        settle: Called once when they need no more work, with what became of them; returns what to write, if anything.
         done: Called once after that was written.
     """
 
     resource: bytes
     records: bytes
     count: int
-    settle: Callable[[Fate], Ack]
+    settle: Callable[[Fate], Ack | None]
     done: Callable[[], None]
 
     @property
@@ -155,7 +155,8 @@ class Lane:
         if count:
             payload = logs_request(_by_resource((chunk.resource, chunk.records) for chunk in batch if chunk.count))
             result = await self._outlet.send(payload, count)
-        acks = [chunk.settle(fate) for chunk, fate in zip(batch, _fates(batch, result), strict=True)]
+        settled = [chunk.settle(fate) for chunk, fate in zip(batch, _fates(batch, result), strict=True)]
+        acks = [ack for ack in settled if ack is not None]
         await _insist(lambda: self._store.ack(acks), "the checkpoint of sent lines")
         for chunk in batch:
             chunk.done()

@@ -15,8 +15,6 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import datetime, timedelta
 
 from tailspan.identity import job_hash, span_id
 from tailspan.models import JobState, RunResponse
@@ -24,6 +22,7 @@ from tailspan.page import NANOS_PER_MS
 from tailspan_agent.digest import Digest
 from tailspan_agent.encode import LogRecordData, SpanData, SpanEvent, SpanKind, SpanLink, StatusCode
 from tailspan_agent.facts import JobFacts
+from tailspan_agent.job_times import JobTimes
 from tailspan_agent.severity import Severity
 from tailspan_agent.wire import AttributeValue
 
@@ -34,7 +33,6 @@ __all__ = [
     "failure_text",
     "receipt_record",
     "resource_attributes",
-    "run_duration_s",
     "spans_of",
 ]
 
@@ -43,7 +41,6 @@ _SUBMITTED_NS = NANOS_PER_MS
 _MAX_STATUS_CHARS = 1000
 _MAX_MESSAGE_CHARS = 2000
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?")
-_EPOCH = datetime.fromisoformat("1970-01-01T00:00:00+00:00")
 _SIGNALLED = 128
 
 
@@ -99,7 +96,7 @@ def spans_of(job: RunResponse, facts: JobFacts) -> list[SpanData]:
         Spans with ids that follow from the job's alone. Values of a span that was returned before may differ by what
         is known now: send what was stored first.
     """
-    times = _Times.of(job, facts)
+    times = JobTimes.of(job, facts)
     spans = [_child(job, "submitted", times.submitted_ns, times.submitted_ns + _SUBMITTED_NS)]
     ended = job.state.is_terminal and facts.logs_complete is not None
     if times.started_ns is not None:
@@ -111,22 +108,6 @@ def spans_of(job: RunResponse, facts: JobFacts) -> list[SpanData]:
     if ended:
         spans.append(_run_span(job, facts, times))
     return spans
-
-
-def run_duration_s(job: RunResponse, facts: JobFacts) -> float:
-    """Return how long an ended job ran, in seconds: `RunResponse.duration`, without the time in a queue.
-
-    Args:
-        job: Its last status.
-        facts: What was seen of it: its lines, where the service does not say when it started or ended.
-
-    Returns:
-        0 for a job that never started.
-    """
-    if job.duration is not None and job.finished_at is not None:
-        return job.duration.total_seconds()
-    times = _Times.of(job, facts)
-    return 0.0 if times.started_ns is None else (times.finished_ns - times.started_ns) / 1e9
 
 
 def error_type(job: RunResponse, digest: Digest | None) -> str | None:
@@ -160,7 +141,7 @@ def failure_record(job: RunResponse, facts: JobFacts, *, observed_unix_nano: int
         return None
     lines = facts.digest.last_lines if facts.digest else ()
     return LogRecordData(
-        time_unix_nano=_Times.of(job, facts).finished_ns,
+        time_unix_nano=JobTimes.of(job, facts).finished_ns,
         observed_unix_nano=observed_unix_nano,
         severity=Severity(17, "ERROR"),
         body="\n".join((f"{job.job_name}: {failure_text(job, facts.digest)}", *lines)),
@@ -184,7 +165,7 @@ def receipt_record(job: RunResponse, facts: JobFacts, *, observed_unix_nano: int
     """
     refused = sum(facts.delivery.rejected.values())
     return LogRecordData(
-        time_unix_nano=_Times.of(job, facts).finished_ns,
+        time_unix_nano=JobTimes.of(job, facts).finished_ns,
         observed_unix_nano=observed_unix_nano,
         severity=Severity(13, "WARN") if refused or not facts.logs_complete else Severity(9, "INFO"),
         body=f"{job.job_name}: {facts.lines} lines read, {facts.delivery.acked} records acked, {refused} rejected",
@@ -214,38 +195,6 @@ def _receipt(facts: JobFacts) -> dict[str, AttributeValue | None]:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class _Times:
-    """A job's times in ns since the epoch: each from the service, or else from what was seen, and in order.
-
-    The clocks of service, lines and agent differ: times are widened until spans contain what belongs to them.
-    """
-
-    submitted_ns: int
-    started_ns: int | None
-    finished_ns: int
-
-    @classmethod
-    def of(cls, job: RunResponse, facts: JobFacts) -> _Times:
-        starts = [time for time in (_ns(job.started_at), facts.first_line_ns) if time is not None]
-        started = min(starts, default=None)
-        submitted = _first(_ns(job.submitted_at), facts.first_seen_ns)
-        if started is not None:
-            submitted = min(submitted, started)
-        seen_ended = next((ns for ns, state in facts.states if state.is_terminal), facts.first_seen_ns)
-        finished = _first(_ns(job.finished_at), _ns(job.job_status_date), facts.last_line_ns, seen_ended)
-        return cls(submitted, started, max(finished, facts.last_line_ns or 0, started or 0, submitted))
-
-
-def _first(*times: int | None) -> int:
-    return next(time for time in times if time is not None)
-
-
-def _ns(time: datetime | None) -> int | None:
-    # Not by float: it has no room for nanoseconds since the epoch.
-    return None if time is None else (time - _EPOCH) // timedelta(microseconds=1) * 1000
-
-
 def _id(job: RunResponse, kind: str) -> str:
     return span_id(job.identity, job.job_id, kind, job.attempt)
 
@@ -261,7 +210,7 @@ def _child(job: RunResponse, kind: str, start_ns: int, end_ns: int) -> SpanData:
     )
 
 
-def _run_span(job: RunResponse, facts: JobFacts, times: _Times) -> SpanData:
+def _run_span(job: RunResponse, facts: JobFacts, times: JobTimes) -> SpanData:
     result = job.state.result
     failed = job.state is not JobState.SUCCEEDED
     attributes: dict[str, AttributeValue | None] = {
@@ -292,7 +241,7 @@ def _run_span(job: RunResponse, facts: JobFacts, times: _Times) -> SpanData:
     )
 
 
-def _events(job: RunResponse, facts: JobFacts, times: _Times) -> list[SpanEvent]:
+def _events(job: RunResponse, facts: JobFacts, times: JobTimes) -> list[SpanEvent]:
     events = [
         SpanEvent(
             # Seen by polling, so later than it was, even after the end.
@@ -301,6 +250,10 @@ def _events(job: RunResponse, facts: JobFacts, times: _Times) -> list[SpanEvent]
             attributes={"tailspan.job.state": str(state)},
         )
         for seen_ns, state in facts.states
+    ]
+    events += [
+        SpanEvent(time_unix_nano=min(max(told_ns, times.submitted_ns), times.finished_ns), name=f"tailspan.job.{kind}")
+        for told_ns, kind in facts.alerts
     ]
     if error_type(job, facts.digest) is not None:
         events.append(

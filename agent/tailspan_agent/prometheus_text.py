@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry.sdk.metrics import Exemplar
-from opentelemetry.sdk.metrics.export import Histogram, HistogramDataPoint, Metric, NumberDataPoint, Sum
+from opentelemetry.sdk.metrics.export import Gauge, Histogram, HistogramDataPoint, Metric, NumberDataPoint, Sum
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric as Family
@@ -65,6 +65,8 @@ def _family(metric: Metric) -> Family:
     if unit and not name.endswith(f"_{unit}"):
         name += f"_{unit}"
     data = metric.data
+    if metric.unit == "1" and isinstance(data, Gauge):
+        name += "_ratio"
     if isinstance(data, Histogram):
         family = Family(name, metric.description or "", "histogram", unit)
         for histogram in data.data_points:

@@ -13,6 +13,7 @@ from tailspan.services import JobService
 from tailspan_agent.agent_metrics import AgentMetrics
 from tailspan_agent.backlog import Backlog
 from tailspan_agent.checkpoint import Store
+from tailspan_agent.insight import Insights
 from tailspan_agent.lanes import Lane, SpanLane
 from tailspan_agent.redact import Redactor
 from tailspan_agent.runs import PipelineNames, RunTotals
@@ -51,6 +52,7 @@ class Relay:
         otlp_resource: Attributes for all telemetry, from the configuration; exchanged by a reload.
         names: Which pipelines have metrics of their own.
         totals: Run totals by their key, as in the store.
+        insights: What is known of pipelines from their past, as in the store.
         sending: What has lines on their way, by service identity and job id; also when its tailer is gone.
     """
 
@@ -63,6 +65,7 @@ class Relay:
     otlp_resource: Mapping[str, str]
     names: PipelineNames
     totals: dict[tuple[str, str, str], RunTotals] = field(default_factory=dict)
+    insights: Insights = field(default_factory=Insights)
     sending: WeakValueDictionary[tuple[str, str], JobRelay] = field(default_factory=WeakValueDictionary)
 
     def lane(self, identity: str, job_id: str) -> Lane | None:

@@ -40,7 +40,7 @@ from tailspan_agent.final_read import (
     page_uids_by_second,
     select_lines,
 )
-from tailspan_agent.job_metrics import FollowedJob
+from tailspan_agent.insight import FollowedJob
 from tailspan_agent.job_relay import JobRelay
 from tailspan_agent.relay import Relay, Source
 
@@ -118,15 +118,7 @@ class Tailer:
     @property
     def followed(self) -> FollowedJob | None:
         """What the metrics say of this job now; None before its first status and after its end."""
-        if self._sent is None or self.finished:
-            return None
-        facts = self._sent.facts
-        return FollowedJob(
-            service=self._service.name,
-            status=self._sent.job,
-            first_line_unix_nano=facts.first_line_ns,
-            last_line_unix_nano=facts.last_line_ns,
-        )
+        return None if self._sent is None or self.finished else self._sent.followed
 
     def on_row(self, row: ListedJob) -> None:
         """Take in the job's row of a listing: the bulk status that saves a request per silent job."""
@@ -191,6 +183,7 @@ class Tailer:
         self._follower.on_read(lines, started_s)
         if lines:
             sent.write_spans()
+        await sent.tell_what_is_odd()
         if self._follower.complete:
             # Something outlives the job and may still write. Its trace is whole now, its log is followed on.
             still_open = sent.job.logs_complete is False and sent.sends_logs

@@ -22,7 +22,9 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from tailspan.errors import ConfigError
 from tailspan_agent.agent_metrics import AgentMetrics, agent_resource
-from tailspan_agent.job_metrics import FollowedJob, job_metrics
+from tailspan_agent.insight import FollowedJob, Insights
+from tailspan_agent.insight_metrics import insight_metrics
+from tailspan_agent.job_metrics import job_metrics
 from tailspan_agent.outcome import Delivered, EndpointFault, Outcome, Rejected, Retry
 from tailspan_agent.prometheus_text import prometheus_text
 from tailspan_agent.runs import PipelineNames, RunTotals
@@ -43,6 +45,7 @@ class Telemetry:
         jobs: Returns the jobs that are followed now.
         names: Which pipelines have series of their own; the same object that names the store's runs.
         start_unix_nano: When the store began to count runs.
+        insights: What is known of pipelines from their past.
         run_id_on_metrics: ``agent.run_id_on_metrics``.
         clock_ns: Nanoseconds since the epoch.
     """
@@ -55,6 +58,7 @@ class Telemetry:
         jobs: Callable[[], Iterable[FollowedJob]],
         names: PipelineNames,
         start_unix_nano: int,
+        insights: Insights | None = None,
         run_id_on_metrics: bool = False,
         clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
@@ -63,19 +67,28 @@ class Telemetry:
         self._jobs = jobs
         self._names = names
         self._start_unix_nano = start_unix_nano
+        self._insights = insights or Insights()
         self._run_id_on_metrics = run_id_on_metrics
         self._clock_ns = clock_ns
 
     def snapshot(self) -> list[ScopeMetrics]:
         """Return all metrics with their present values: the agent's own, then the jobs'."""
-        jobs = list(self._jobs())
+        jobs, now_unix_nano = list(self._jobs()), self._clock_ns()
         self._agent.jobs_followed(job.service for job in jobs)
         of_jobs = job_metrics(
             runs=self._runs(),
             jobs=jobs,
             names=self._names,
             start_unix_nano=self._start_unix_nano,
-            now_unix_nano=self._clock_ns(),
+            now_unix_nano=now_unix_nano,
+            run_id_on_metrics=self._run_id_on_metrics,
+        )
+        of_jobs += insight_metrics(
+            jobs=jobs,
+            insights=self._insights,
+            names=self._names,
+            start_unix_nano=self._start_unix_nano,
+            now_unix_nano=now_unix_nano,
             run_id_on_metrics=self._run_id_on_metrics,
         )
         return [*self._agent.collect(), ScopeMetrics(InstrumentationScope("tailspan.jobs"), of_jobs, schema_url="")]

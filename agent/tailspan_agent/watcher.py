@@ -97,6 +97,11 @@ class Watcher:
         """The service's configured name."""
         return self._service.name
 
+    @property
+    def has_scanned(self) -> bool:
+        """Whether all that its service lists was looked at once."""
+        return self._full_scan_at_s > float("-inf")
+
     async def run(self) -> None:
         """Look for jobs until cancelled."""
         errors = 0

@@ -13,12 +13,12 @@ from tailspan.models import JobState, RunResponse
 from tailspan_agent.digest import Digest, digest_of
 from tailspan_agent.encode import SpanData, SpanKind, SpanLink, StatusCode, encode_log_record, encode_span
 from tailspan_agent.facts import JobFacts
+from tailspan_agent.job_times import run_duration_s
 from tailspan_agent.mapping import (
     error_type,
     failure_record,
     failure_text,
     resource_attributes,
-    run_duration_s,
     spans_of,
 )
 

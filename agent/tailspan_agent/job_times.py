@@ -1,0 +1,100 @@
+"""When a job was submitted, started and ended, and the run as its pipeline's history keeps it. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from tailspan.models import RunResponse
+from tailspan_agent.facts import JobFacts
+from tailspan_agent.history import PastRun, PipelineHistory
+
+__all__ = ["JobTimes", "past_run", "run_duration_s"]
+
+_EPOCH = datetime.fromisoformat("1970-01-01T00:00:00+00:00")
+
+
+@dataclass(frozen=True, slots=True)
+class JobTimes:
+    """A job's times in ns since the epoch: each from the service, or else from what was seen, and in order.
+
+    The clocks of service, lines and agent differ: times are widened until spans contain what belongs to them.
+
+    Attributes:
+        submitted_ns: When it was handed to its service.
+        started_ns: When it began to execute; None for a job that never did.
+        finished_ns: When it ended.
+    """
+
+    submitted_ns: int
+    started_ns: int | None
+    finished_ns: int
+
+    @classmethod
+    def of(cls, job: RunResponse, facts: JobFacts) -> JobTimes:
+        """Return the times of a job by its last status and by what was seen of it."""
+        starts = [time for time in (_ns(job.started_at), facts.first_line_ns) if time is not None]
+        started = min(starts, default=None)
+        submitted = _first(_ns(job.submitted_at), facts.first_seen_ns)
+        if started is not None:
+            submitted = min(submitted, started)
+        seen_ended = next((ns for ns, state in facts.states if state.is_terminal), facts.first_seen_ns)
+        finished = _first(_ns(job.finished_at), _ns(job.job_status_date), facts.last_line_ns, seen_ended)
+        return cls(submitted, started, max(finished, facts.last_line_ns or 0, started or 0, submitted))
+
+
+def _first(*times: int | None) -> int:
+    return next(time for time in times if time is not None)
+
+
+def _ns(time: datetime | None) -> int | None:
+    # Not by float: it has no room for nanoseconds since the epoch.
+    return None if time is None else (time - _EPOCH) // timedelta(microseconds=1) * 1000
+
+
+def run_duration_s(job: RunResponse, facts: JobFacts) -> float:
+    """Return how long an ended job ran, in seconds: `RunResponse.duration`, without the time in a queue.
+
+    Args:
+        job: Its last status.
+        facts: What was seen of it: its lines, where the service does not say when it started or ended.
+
+    Returns:
+        0 for a job that never started.
+    """
+    if job.duration is not None and job.finished_at is not None:
+        return job.duration.total_seconds()
+    times = JobTimes.of(job, facts)
+    return 0.0 if times.started_ns is None else (times.finished_ns - times.started_ns) / 1e9
+
+
+def past_run(job: RunResponse, facts: JobFacts, pipeline: str, history: PipelineHistory) -> PastRun:
+    """Return an ended job as its pipeline's history keeps it.
+
+    Args:
+        job: Its last status.
+        facts: What was seen of it.
+        pipeline: The label of its pipeline.
+        history: What that pipeline did before; it says whether this run was too fast.
+    """
+    times = JobTimes.of(job, facts)
+    duration_s = run_duration_s(job, facts)
+    result = job.state.result or "error"
+    quiet_ns = facts.quiet_ns
+    if times.started_ns is not None:
+        first_ns, last_ns = facts.first_line_ns or times.finished_ns, facts.last_line_ns or times.started_ns
+        quiet_ns = max(quiet_ns, first_ns - times.started_ns, times.finished_ns - last_ns)
+    return PastRun(
+        pipeline=pipeline,
+        job_id=job.job_id,
+        identity=job.identity,
+        trace_id=job.trace_id,
+        result=result,
+        started_unix_nano=times.started_ns,
+        ended_unix_nano=times.finished_ns,
+        duration_s=duration_s,
+        lines=facts.lines,
+        quiet_s=quiet_ns / 1e9,
+        heartbeat_gap_s=facts.heartbeat_gap_s,
+        too_fast=history.is_too_fast(result, duration_s),
+    )
