@@ -8,7 +8,7 @@ ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 INSTALL := $(if $(UV),VIRTUAL_ENV=$(VENV) $(UV) pip install --quiet,$(BIN)/python -m pip install -qq --disable-pip-version-check)
 INSTALL += --constraint requirements.lock
 
-.PHONY: demo test test-fused-client bench format lock clean
+.PHONY: demo test test-services test-fused-client bench format lock clean
 .NOTPARALLEL: # two installs into one environment would fight
 
 demo: $(VENV)/.installed-agent
@@ -20,6 +20,15 @@ test: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/mypy tests/typing_api.py
 	$(BIN)/pytest -n auto --maxprocesses 4
+
+# What is in deploy/ against the real things: Debian's prometheus (with promtool) and docker-compose, and npm for Grafana's grammars.
+GRAMMARS := @grafana/lezer-logql@0.4.2 @grafana/lezer-traceql@1.0.0
+test-services: $(VENV)/.installed-dev $(VENV)/node/node_modules
+	$(BIN)/pytest -m services
+
+$(VENV)/node/node_modules: Makefile | $(BIN)/python
+	npm install --silent --no-fund --no-audit --no-package-lock --prefix $(VENV)/node $(GRAMMARS)
+	@touch $@
 
 # Published `fused` clients, each in an environment of its own (2.5 GB), against `tailspan serve`.
 test-fused-client: $(VENV)/.installed-dev

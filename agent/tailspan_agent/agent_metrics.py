@@ -6,6 +6,7 @@ background, and values are collected when somebody asks (`AgentMetrics.collect`)
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
@@ -53,7 +54,7 @@ class AgentMetrics:
         self._clock_s = clock_s
         self._followed: dict[str, int] = {}
         self._newest_acked_s: dict[str, float] = {}
-        self._checkpoint_s = clock_s()
+        self._started_s = self._checkpoint_s = clock_s()
         self._endpoints: dict[str, bool] = {}
         self._reader = InMemoryMetricReader()
         # exemplars of the agent's own counters would need spans of the agent, and it makes none
@@ -78,6 +79,7 @@ class AgentMetrics:
         self._gaps = counter("tailspan.agent.gaps", "{gap}", "Times that a service lost lines before they were read.")
         self._export_errors = counter("tailspan.agent.export.errors", "{error}", "Exports that failed.")
         gauge = meter.create_observable_gauge
+        gauge("tailspan.agent.uptime", [self._observe_uptime], "s", "Time since the agent started.")
         gauge("tailspan.agent.jobs.followed", [self._observe_followed], "{job}", "Jobs that are followed now.")
         gauge("tailspan.agent.lag", [self._observe_lag], "s", "Age of the newest acked record of followed jobs.")
         gauge("tailspan.agent.checkpoint.age", [self._observe_checkpoint], "s", "Time since the last checkpoint.")
@@ -171,6 +173,15 @@ class AgentMetrics:
         """Return all values as they are now, cumulative since the agent started."""
         data = self._reader.get_metrics_data()
         return [scope for resource in (data.resource_metrics if data else ()) for scope in resource.scope_metrics]
+
+    def _observe_uptime(self, _: CallbackOptions) -> Iterator[Observation]:
+        # Who it is, on the series itself: `instance` is an address to a scrape, and target_info hard to join.
+        who = {
+            "tailspan.agent.id": str(self.resource.attributes["service.instance.id"]),
+            "tailspan.agent.version": version("tailspan"),
+            "host.name": socket.gethostname(),
+        }
+        yield Observation(max(0.0, self._clock_s() - self._started_s), who)
 
     def _observe_followed(self, _: CallbackOptions) -> Iterator[Observation]:
         for service, count in self._followed.items():

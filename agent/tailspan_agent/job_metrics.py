@@ -105,6 +105,12 @@ def job_metrics(
                 is_monotonic=False,
             ),
         ),
+        Metric(
+            "tailspan.pipeline.last_end.age",
+            "Time since a run of the pipeline last ended with this result.",
+            "s",
+            Gauge(_last_ends(totals.values(), now_unix_nano)),
+        ),
         *gauges.metrics(),
     ]
     return [metric for metric in metrics if metric.data.data_points]
@@ -134,6 +140,18 @@ def _duration(total: RunTotals, start_unix_nano: int, now_unix_nano: int) -> His
             if run
         ],
     )
+
+
+def _last_ends(totals: Iterable[RunTotals], now_unix_nano: int) -> list[NumberDataPoint]:
+    newest: dict[_Attributes, int] = defaultdict(int)
+    for total in totals:
+        key = ("cicd.pipeline.name", total.pipeline), ("cicd.pipeline.result", total.result)
+        newest[key] = max(newest[key], *(run.time_unix_nano for run in total.exemplars if run), 0)
+    return [
+        NumberDataPoint(dict(key), 0, now_unix_nano, max(0, now_unix_nano - ended_ns) / 1e9)
+        for key, ended_ns in newest.items()
+        if ended_ns
+    ]
 
 
 class _Gauges:

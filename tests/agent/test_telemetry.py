@@ -148,6 +148,20 @@ def test_errors_count_runs_that_have_an_error_type():
     assert world.metric("cicd.pipeline.run.errors").sum.is_monotonic
 
 
+def test_the_age_of_the_last_end_is_told_by_result():
+    """A run that ended is recent at once, whatever its counter said before; another's error type does not hide it."""
+    world = World()
+    ended = {"trace_id": TRACE, "span_id": SPAN}
+    world.runs = [
+        RunTotals("etl", "failure", "KeyError").add(3, **ended, time_unix_nano=NOW_NS - 90 * 10**9),
+        RunTotals("etl", "failure", "OSError").add(900, **ended, time_unix_nano=NOW_NS - 30 * 10**9),
+        RunTotals("etl", "success").add(3, **ended, time_unix_nano=NOW_NS + 10**9),
+        RunTotals("load", "success").add(3),
+    ]
+    ages = {("etl", "failure"): 30, ("etl", "success"): 0}
+    assert world.values("tailspan.pipeline.last_end.age") == ages
+
+
 def test_active_says_zero_for_known_names():
     """A pipeline that is idle is 0, not absent, also when it is known from the store only."""
     world = World()
@@ -251,6 +265,18 @@ def test_lag_and_checkpoint_age_grow_with_the_clock():
     assert world.values("tailspan.agent.checkpoint.age") == {(): 60.0}
     world.agent.checkpointed()
     assert world.values("tailspan.agent.checkpoint.age") == {(): 0.0}
+
+
+def test_the_agent_says_who_it_is_and_since_when():
+    """An alert that it is down needs its name on the series itself, the same after a restart elsewhere."""
+    world = World()
+    world.now_s += 60
+    (point,) = world.metric("tailspan.agent.uptime").gauge.data_points
+    labels = {each.key: each.value.string_value for each in point.attributes}
+    assert point.as_double == 60
+    assert labels["tailspan.agent.id"] == "c0ffee"
+    assert labels["host.name"]
+    assert labels["tailspan.agent.version"]
 
 
 def test_jobs_followed_falls_back_to_zero():
