@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import logging
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from tailspan.config import load_settings
 from tailspan.errors import TailspanError
 from tailspan_agent.agent import Agent
+from tailspan_agent.systemd import notify
 
 __all__ = ["reload_on_hangup"]
 
@@ -33,12 +35,14 @@ def reload_on_hangup(agent: Agent, config_path: Path | None) -> Iterator[None]:
         while True:
             await asked.wait()
             asked.clear()
+            notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
             try:
                 await agent.reload(load_settings(config_path))
             except TailspanError as error:
                 _log.error("the configuration was not reloaded, the agent goes on with the old one: %s", error)
             except Exception:
                 _log.exception("the configuration was not reloaded: a fault of the agent")
+            notify("READY=1")
 
     task = asyncio.create_task(reload())
     loop.add_signal_handler(signal.SIGHUP, asked.set)

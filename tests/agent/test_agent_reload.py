@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
+import tempfile
 
 import pytest
 
@@ -182,6 +184,26 @@ async def test_hangup_reads_the_file_again(bench: Bench, caplog: pytest.LogCaptu
             await until(lambda: "the configuration was reloaded" in caplog.text)
             assert [watch.settle for watch in agent.settings.agent.watch] == [7.0]
         await asyncio.sleep(0)
+
+
+@looped
+async def test_systemd_is_told_when_a_reload_begins_and_ends(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of one that fails: `systemctl reload` waits for the end, and the agent goes on in any case."""
+    # tmp_path can be longer than a socket's address may be
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
+        end.bind(f"{directory}/notify")
+        end.setblocking(False)
+        async with bench.running() as agent:
+            monkeypatch.setenv("NOTIFY_SOCKET", f"{directory}/notify")
+            path = bench.config()
+            path.write_text("what = ")
+            with reload_on_hangup(agent, path):
+                os.kill(os.getpid(), signal.SIGHUP)
+                begun = await asyncio.get_running_loop().sock_recv(end, 100)
+                ended = await asyncio.get_running_loop().sock_recv(end, 100)
+            await asyncio.sleep(0)
+    assert begun.startswith(b"RELOADING=1\nMONOTONIC_USEC=")
+    assert ended == b"READY=1"
 
 
 @looped
