@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from functools import partial
 from typing import Literal
 
 from tailspan.config import Settings
@@ -94,8 +95,9 @@ class Outlets:
     def paused(self) -> list[Signal]:
         """Return the signals that the endpoint does not take now, for a reason that somebody has to mend."""
         paused = [signal for signal, outlet in self._outlets.items() if outlet.sender.state == "paused"]
-        for signal in self._outlets:
-            self._metrics.endpoint(signal, signal not in paused)
+        for signal, outlet in self._outlets.items():
+            # An endpoint that is away mends itself, so that it pauses nothing; but it is not up.
+            self._metrics.endpoint(signal, outlet.sender.last_error is None)
         if self.metrics_exporter is not None and self._metrics.metrics_fault:
             paused.append("metrics")
         return paused
@@ -172,7 +174,8 @@ class Outlets:
         if exporter is None:
             return None
         retries = settings.otlp.retry_server_errors
-        return Sender(signal, exporter, self.dead_letter, retry_server_errors=retries)
+        failed = partial(self._metrics.export_failed, signal)
+        return Sender(signal, exporter, self.dead_letter, retry_server_errors=retries, on_failure=failed)
 
 
 def _dead_letter(settings: Settings) -> DeadLetter:

@@ -85,6 +85,8 @@ class Sender:
             None: for ever.
         clock: Waits; None: the real one.
         jitter: A random number in [0, 1).
+        on_failure: Told of each export that was not taken, with the reason as one of a few words: ``unavailable``,
+            ``endpoint_fault``, or the kind of a rejection.
 
     Attributes:
         state: ``paused`` while the endpoint faults or the dead letter has no room, else ``ok``. For /readyz.
@@ -109,6 +111,7 @@ class Sender:
         patience_s: float | None = None,
         clock: Clock | None = None,
         jitter: Callable[[], float] = random.random,
+        on_failure: Callable[[str], object] = lambda reason: None,
     ) -> None:
         self.signal = signal
         self.exporter = exporter
@@ -126,6 +129,7 @@ class Sender:
         self._retry_server_errors = retry_server_errors
         self._patience_s = patience_s
         self._jitter = jitter
+        self._on_failure = on_failure
         self._endpoint_faults = False
         self._dead_letter_full = False
 
@@ -211,6 +215,7 @@ class Sender:
         return result
 
     async def _reject(self, payload: bytes, count: int, rejected: int, kind: str, reason: str) -> SendResult:
+        self._on_failure(kind)
         # The endpoint is not asked again: after a partial success that would repeat what it took.
         while True:
             try:
@@ -250,6 +255,7 @@ class Sender:
             self.last_delivered = self._clock.wall_s()
 
     def _fault(self, reason: str) -> None:
+        self._on_failure("endpoint_fault")
         if self._patience_s is not None:
             raise ExportRejectedError(f"{self.endpoint} does not take {self.signal}: {reason}")
         self.last_error = reason
@@ -263,6 +269,7 @@ class Sender:
         )
 
     def _retrying(self, reason: str, failures: int) -> None:
+        self._on_failure("unavailable")
         if not self._endpoint_faults and not self._dead_letter_full:
             self.last_error = reason
         # One line at the first failure, and one about every five minutes of an outage.

@@ -94,6 +94,16 @@ def test_nothing_is_not_sent() -> None:
     assert bench.exporter.payloads == []
 
 
+def test_each_export_that_was_not_taken_is_told_with_its_reason() -> None:
+    """The agent's metrics count them, whether somebody has to mend something or not."""
+    told: list[str] = []
+    outcomes = [Retry("HTTP 503"), EndpointFault("HTTP 401"), Retry("HTTP 503"), Rejected(None, "HTTP 400")]
+    bench = Bench(*outcomes, on_failure=told.append)
+    assert bench.send() == SendResult(0, 3, "HTTP 400")
+    assert bench.send() == SendResult(3)
+    assert told == ["unavailable", "endpoint_fault", "unavailable", "invalid"]
+
+
 def test_retries_send_the_same_bytes_and_wait_ever_longer() -> None:
     """Identical bytes let a store recognise a repeat; the wait grows to half a minute and stays there."""
     bench = Bench(*[Retry("HTTP 503")] * 60)

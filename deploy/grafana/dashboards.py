@@ -1,0 +1,536 @@
+"""The dashboards as code: `python deploy/grafana/dashboards.py` writes dashboards/*.json anew.
+
+    jobs        what runs, what ended, what is odd; leads to one job
+    job         one run: its trace, lines, progress and receipt
+    pipelines   success, durations and errors over many runs
+    agent       the agent's own health
+
+Every number is asked for under a name that OTLP and a scrape of /metrics share.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from grafana_foundation_sdk.builders import (
+    bargauge,
+    common,
+    dashboard,
+    heatmap,
+    logs,
+    loki,
+    prometheus,
+    stat,
+    table,
+    tempo,
+    timeseries,
+)
+from grafana_foundation_sdk.cog.builder import Builder
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models import common as common_model
+from grafana_foundation_sdk.models import dashboard as model
+from grafana_foundation_sdk.models import prometheus as prometheus_model
+from grafana_foundation_sdk.models import tempo as tempo_model
+
+__all__ = ["DASHBOARDS", "as_json"]
+
+PROMETHEUS = model.DataSourceRef(type_val="prometheus", uid="${prometheus}")
+LOKI = model.DataSourceRef(type_val="loki", uid="${loki}")
+TEMPO = model.DataSourceRef(type_val="tempo", uid="${tempo}")
+
+PIPELINE = 'cicd_pipeline_name=~"$pipeline"'
+ONE_RUN = f'{PIPELINE}, cicd_pipeline_run_id=~"$run_id|"'  # the label is there only with run_id_on_metrics
+AGENT = 'instance=~"$agent"'
+SHOWN = "resource.service.name, resource.cicd.pipeline.run.id, span.cicd.pipeline.result, status, statusMessage"
+RUN_LINES = '{service_name=~"$pipeline"} | cicd_pipeline_run_id = "$run_id"'
+RESULT_COLOURS = {
+    "success": "green",
+    "failure": "red",
+    "error": "dark-red",
+    "timeout": "orange",
+    "cancellation": "gray",
+}
+
+Panel = Builder[model.Panel]
+
+
+def ended(metric: str, window: str, by: str = "", matchers: str = PIPELINE) -> str:
+    """Return PromQL for how many runs ended in a window.
+
+    increase() does not see a run that is its counter's first sample, and most pipelines run rarely; the agent's
+    counters survive its restarts, so a difference is right.
+
+    Args:
+        metric: A counter.
+        window: How long ago to compare with, as ``$__range``.
+        by: Labels to keep.
+        matchers: Which series.
+    """
+    series = f"{metric}{{{matchers}}}"
+    before = f"(last_over_time({series}[1h] offset {window}) or {series} * 0)"
+    return f"sum{f' by ({by}) ' if by else ''}(clamp_min({series} - {before}, 0))"
+
+
+RUNS = "cicd_pipeline_run_duration_seconds_count"
+FAILED = f'{PIPELINE}, cicd_pipeline_result=~"failure|error|timeout"'
+SUCCEEDED = f'{PIPELINE}, cicd_pipeline_result="success"'
+
+
+def promql(
+    expr: str,
+    legend: str = "",
+    *,
+    ref: str = "A",
+    instant: bool = False,
+    exemplar: bool = False,
+    form: str = "time_series",
+) -> prometheus.Dataquery:
+    """Return a query of Prometheus."""
+    query = prometheus.Dataquery().datasource(PROMETHEUS).expr(expr).ref_id(ref)
+    query = query.format(prometheus_model.PromQueryFormat(form)).exemplar(exemplar)
+    if legend:
+        query = query.legend_format(legend)
+    return query.instant() if instant else query.range()
+
+
+def traceql(query: str, limit: int = 50) -> tempo.TempoQuery:
+    """Return a search of Tempo that has a row for each span."""
+    search = tempo.TempoQuery().datasource(TEMPO).query_type("traceql").query(query).limit(limit).ref_id("A")
+    return search.filters([]).table_type(tempo_model.SearchTableType.SPANS)
+
+
+def number(title: str, expr: str, *, unit: str = "short", red_above: float | None = None, what: str = "") -> Panel:
+    """Return one number; red from the limit on, blue without one."""
+    panel = stat.Panel().title(title).description(what).datasource(PROMETHEUS).unit(unit).height(4).span(3)
+    panel = panel.with_target(promql(expr, instant=True)).no_value("0" if unit == "short" else "-")
+    if red_above is None:
+        steps = [model.Threshold(value=None, color="blue")]
+    else:
+        steps = [model.Threshold(value=None, color="green"), model.Threshold(value=red_above, color="red")]
+    thresholds = dashboard.ThresholdsConfig().mode(model.ThresholdsMode.ABSOLUTE).steps(steps)
+    return panel.thresholds(thresholds).decimals(0 if unit == "short" else 1)
+
+
+def lines(
+    title: str,
+    queries: Sequence[tuple[str, str]],
+    *,
+    unit: str = "short",
+    what: str = "",
+    bars: bool = False,
+    exemplar: bool = False,
+    width: int = 12,
+) -> Panel:
+    """Return values over time, by legend; as stacked bars for what is counted in each interval."""
+    panel = timeseries.Panel().title(title).description(what).datasource(PROMETHEUS).unit(unit).height(8).span(width)
+    for number_, (expr, legend) in enumerate(queries):
+        panel = panel.with_target(promql(expr, legend, ref=chr(ord("A") + number_), exemplar=exemplar))
+    panel = panel.min(0).show_points(common_model.VisibilityMode.AUTO)
+    if bars:
+        panel = panel.draw_style(common_model.GraphDrawStyle.BARS).fill_opacity(80).decimals(0)
+        panel = panel.stacking(common.StackingConfig().mode(common_model.StackingMode.NORMAL))
+        for result, colour in RESULT_COLOURS.items():
+            fixed = {"mode": "fixed", "fixedColor": colour}
+            panel = panel.override_by_name(result, [model.DynamicConfigValue(id_val="color", value=fixed)])
+    return panel
+
+
+def rows(
+    title: str,
+    columns: Sequence[tuple[str, str, str]],
+    *,
+    key: str = "cicd_pipeline_name",
+    what: str = "",
+    height: int = 8,
+) -> Panel:
+    """Return a table with one row for each value of a label.
+
+    Args:
+        title: Its title.
+        columns: Heading, PromQL that keeps only the label, and unit of each column.
+        key: The label.
+        what: Its description.
+        height: In grid rows.
+    """
+    panel = table.Panel().title(title).description(what).datasource(PROMETHEUS).height(height).span(24)
+    names = {key: "Pipeline" if key == "cicd_pipeline_name" else key}
+    for number_, (heading, expr, unit) in enumerate(columns):
+        ref = chr(ord("A") + number_)
+        panel = panel.with_target(promql(expr, ref=ref, instant=True, form="table"))
+        field = f"Value #{ref}" if len(columns) > 1 else "Value"
+        names[field] = heading
+        panel = panel.override_by_name(heading, [model.DynamicConfigValue(id_val="unit", value=unit)])
+    order = {name: number_ for number_, name in enumerate(names)}
+    organize = {"excludeByName": {"Time": True}, "indexByName": order, "renameByName": names}
+    panel = panel.with_transformation(model.DataTransformerConfig(id_val="merge", options={}))
+    return panel.with_transformation(model.DataTransformerConfig(id_val="organize", options=organize))
+
+
+def spans(title: str, query: str, *, what: str = "", height: int = 9, limit: int = 50) -> Panel:
+    """Return a table of spans whose run ids and trace ids lead to the dashboard of that one job."""
+    panel = table.Panel().title(title).description(what).datasource(TEMPO).height(height).span(24)
+    panel = panel.with_target(traceql(query, limit))
+    there = (
+        "/d/tailspan-job?${__url_time_range}&${prometheus:queryparam}&${loki:queryparam}&${tempo:queryparam}"
+        '&var-pipeline=${__data.fields["service.name"]}'
+        '&var-run_id=${__data.fields["cicd.pipeline.run.id"]}&var-trace_id=${__data.fields["traceIdHidden"]}'
+    )
+    link = {"title": "Open this job", "url": there}
+    linked = [model.DynamicConfigValue(id_val="links", value=[link])]
+    return panel.override_by_name("cicd.pipeline.run.id", linked)
+
+
+def records(title: str, expr: str, *, what: str = "", height: int = 10, width: int = 24) -> Panel:
+    """Return log records, oldest first."""
+    query = loki.Dataquery().datasource(LOKI).expr(expr).ref_id("A").query_type("range").max_lines(1000)
+    panel = logs.Panel().title(title).description(what).datasource(LOKI).height(height).span(width).with_target(query)
+    panel = panel.show_time(True).wrap_log_message(True).enable_log_details(True)
+    return panel.sort_order(common_model.LogsSortOrder.ASCENDING)
+
+
+def new(uid: str, title: str, what: str, variables: Iterable[Builder[model.VariableModel]]) -> dashboard.Dashboard:
+    """Return a dashboard without panels yet."""
+    made = dashboard.Dashboard(title).uid(f"tailspan-{uid}").description(what).tags(["tailspan"]).editable()
+    made = made.time("now-1h", "now").refresh("30s").tooltip(model.DashboardCursorSync.CROSSHAIR).timezone("browser")
+    others = dashboard.DashboardLink("Tailspan").type(model.DashboardLinkType.DASHBOARDS).tags(["tailspan"])
+    made = made.link(others.as_dropdown(True).keep_time(True))
+    for variable in variables:
+        made = made.with_variable(variable)
+    return made
+
+
+def source(kind: str) -> dashboard.DatasourceVariable:
+    """Return the variable that chooses the data source of a kind."""
+    return dashboard.DatasourceVariable(kind).label(kind.capitalize()).type(kind)
+
+
+def choice(name: str, label: str, query: str) -> dashboard.QueryVariable:
+    """Return a variable with the values of a Prometheus label, all of them at first."""
+    variable = dashboard.QueryVariable(name).label(label).datasource(PROMETHEUS).query(query)
+    variable = variable.refresh(model.VariableRefresh.ON_TIME_RANGE_CHANGED).sort(model.VariableSort.ALPHABETICAL_ASC)
+    everything = model.VariableOption(selected=True, text="All", value="$__all")
+    return variable.multi(True).include_all(True).all_value(".+").current(everything)
+
+
+def text(name: str, label: str, default: str = "") -> dashboard.TextBoxVariable:
+    """Return a variable to type into, or to be filled by a link."""
+    option = model.VariableOption(selected=True, text=default, value=default)
+    return dashboard.TextBoxVariable(name).label(label).default_value(default).current(option)
+
+
+PIPELINES = choice("pipeline", "Pipeline", "label_values(cicd_pipeline_run_active, cicd_pipeline_name)")
+
+
+def active(state: str, by: str = "") -> str:
+    """Return PromQL for runs that are in a state now."""
+    return (
+        f'sum{f" by ({by}) " if by else ""}(cicd_pipeline_run_active{{{PIPELINE}, cicd_pipeline_run_state="{state}"}})'
+    )
+
+
+def by_pipeline(metric: str, join: str = "max") -> str:
+    """Return PromQL for a gauge of pipelines."""
+    return f"{join} by (cicd_pipeline_name) ({metric}{{{PIPELINE}}})"
+
+
+def jobs() -> dashboard.Dashboard:
+    """What runs, what ended, what is odd."""
+    what = "What runs, what ended, what is odd. A run id leads to that one job."
+    board = new("jobs", "Tailspan: Jobs overview", what, [*map(source, ("prometheus", "loki", "tempo")), PIPELINES])
+    alerts = 'ALERTS{alertstate="firing", alertname=~"Job.+|Agent.+|ServiceErrors"}'
+    firing = rows(
+        "Firing alerts", [("Alerts", f"count by (alertname, cicd_pipeline_name, instance) ({alerts})", "short")]
+    )
+    seen = (
+        '{ resource.cicd.pipeline.name =~ "$pipeline" && name = "submitted" }'
+        " | select(resource.service.name, resource.cicd.pipeline.run.id)"
+    )
+    runs = (
+        '{ resource.cicd.pipeline.name =~ "$pipeline" && kind = server && span.cicd.pipeline.result =~ ".+" }'
+        f" | select({SHOWN})"
+    )
+    return (
+        board.with_panel(number("Running", active("executing")))
+        .with_panel(number("Pending", active("pending")))
+        .with_panel(number("Succeeded", ended(RUNS, "$__range", matchers=SUCCEEDED), what="In the time range."))
+        .with_panel(number("Failed", ended(RUNS, "$__range", matchers=FAILED), red_above=1, what="In the time range."))
+        .with_panel(number("Silent", f"sum(tailspan_job_silent{{{PIPELINE}}})", red_above=1))
+        .with_panel(number("Slow", f"sum(tailspan_job_slow{{{PIPELINE}}})", red_above=1))
+        .with_panel(number("Too fast", ended("tailspan_job_too_fast_total", "$__range"), red_above=1))
+        .with_panel(number("Missing", f"sum(tailspan_pipeline_missing{{{PIPELINE}}})", red_above=1))
+        .with_panel(
+            lines(
+                "Runs that ended",
+                [(ended(RUNS, "$__interval", "cicd_pipeline_result"), "{{cicd_pipeline_result}}")],
+                bars=True,
+            )
+        )
+        .with_panel(
+            lines(
+                "Runs that are active",
+                [
+                    (active("executing", "cicd_pipeline_name"), "{{cicd_pipeline_name}}"),
+                    (active("pending", "cicd_pipeline_name"), "{{cicd_pipeline_name}} (pending)"),
+                ],
+            )
+        )
+        .with_panel(
+            rows(
+                "Running now",
+                [
+                    ("Running", active("executing", "cicd_pipeline_name") + " > 0", "short"),
+                    ("Progress", by_pipeline("tailspan_job_progress_ratio", "min"), "percentunit"),
+                    ("Time left", by_pipeline("tailspan_job_eta_seconds"), "s"),
+                    ("Last line", by_pipeline("tailspan_job_last_line_age_seconds"), "s"),
+                    ("Last heartbeat", by_pipeline("tailspan_job_heartbeat_age_seconds"), "s"),
+                    ("So far", by_pipeline("tailspan_job_exec_time_seconds"), "s"),
+                ],
+            )
+        )
+        .with_panel(firing)
+        .with_panel(spans("Ended runs", runs, what="The newest 50 of the time range."))
+        .with_panel(
+            spans("Jobs that were seen", seen, what="Also those that still run: each is seen once, at its start.")
+        )
+        .with_panel(records("Failures", '{service_name=~"$pipeline"} | exception_type != ""'))
+    )
+
+
+def job() -> dashboard.Dashboard:
+    """One run."""
+    variables = [
+        *map(source, ("prometheus", "loki", "tempo")),
+        text("pipeline", "Pipeline", ".+"),
+        text("run_id", "Run id"),
+        text("trace_id", "Trace id"),
+    ]
+    what = "One run: open it from Jobs overview, or type its id (tailspan jobs) and its trace id (tailspan status JOB)."
+    board = new("job", "Tailspan: One job", what, variables)
+    its_trace = tempo.TempoQuery().datasource(TEMPO).query_type("traceql").query("$trace_id").ref_id("A").filters([])
+    trace = dashboard.Panel().type("traces").title("Trace").datasource(TEMPO).with_target(its_trace).height(12).span(24)
+    found = f'{{ resource.cicd.pipeline.run.id = "$run_id" }} | select({SHOWN})'
+    volume = f"sum by (detected_level) (count_over_time({RUN_LINES} [$__auto]))"
+    levels = loki.Dataquery().datasource(LOKI).expr(volume).legend_format("{{detected_level}}").query_type("range")
+    per_level = timeseries.Panel().title("Lines by level").datasource(LOKI).with_target(levels.ref_id("A"))
+    per_level = per_level.draw_style(common_model.GraphDrawStyle.BARS).fill_opacity(80).height(8).span(12)
+    per_level = per_level.stacking(common.StackingConfig().mode(common_model.StackingMode.NORMAL))
+    return (
+        board.with_panel(number("Progress", f"min(tailspan_job_progress_ratio{{{ONE_RUN}}})", unit="percentunit"))
+        .with_panel(number("Time left", f"max(tailspan_job_eta_seconds{{{ONE_RUN}}})", unit="s"))
+        .with_panel(number("Tasks done", f"sum(tailspan_job_tasks_finished{{{ONE_RUN}}})"))
+        .with_panel(number("Tasks", f"sum(tailspan_job_tasks_total{{{ONE_RUN}}})"))
+        .with_panel(number("Last line", f"max(tailspan_job_last_line_age_seconds{{{ONE_RUN}}})", unit="s"))
+        .with_panel(number("So far", f"max(tailspan_job_exec_time_seconds{{{ONE_RUN}}})", unit="s"))
+        .with_panel(number("Usually (p50)", f"max(tailspan_pipeline_duration_p50_seconds{{{PIPELINE}}})", unit="s"))
+        .with_panel(number("Rarely over (p95)", f"max(tailspan_pipeline_duration_p95_seconds{{{PIPELINE}}})", unit="s"))
+        .with_panel(
+            lines(
+                "Progress",
+                [(f"min by (cicd_pipeline_name) (tailspan_job_progress_ratio{{{ONE_RUN}}})", "{{cicd_pipeline_name}}")],
+                unit="percentunit",
+                what="Of the pipeline's running jobs the one that is least far, unless agent.run_id_on_metrics is set.",
+            )
+        )
+        .with_panel(per_level)
+        .with_panel(spans("Its spans", found, height=7, what="Click the run id to fill in the trace id.", limit=20))
+        .with_panel(trace)
+        .with_panel(records("Why it failed", f'{RUN_LINES} | exception_type != ""', height=8))
+        .with_panel(records("What was odd", f'{RUN_LINES} | tailspan_alert != ""', height=5, width=12))
+        .with_panel(records("Delivery receipt", f'{RUN_LINES} | tailspan_lines_read != ""', height=5, width=12))
+        .with_panel(records("Lines", RUN_LINES, height=20))
+    )
+
+
+def pipelines() -> dashboard.Dashboard:
+    """Many runs."""
+    what = "Success, durations and errors of pipelines over many runs."
+    board = new("pipelines", "Tailspan: Pipelines", what, [source("prometheus"), PIPELINES])
+    per = "cicd_pipeline_name"
+    bucket = "cicd_pipeline_run_duration_seconds_bucket"
+    successes = ended(RUNS, "$__range", per, SUCCEEDED)
+    all_runs = ended(RUNS, "$__range", per)
+    rate = f"({successes} or {all_runs} * 0) / ({all_runs} > 0)"
+    last_success = f"min by ({per}) (tailspan_pipeline_last_end_age_seconds{{{SUCCEEDED}}})"
+    quantile = f"histogram_quantile(0.95, sum by (le, {per}) (rate({bucket}{{{PIPELINE}}}[$__rate_interval]))) >= 0"
+    red_to_green = dashboard.ThresholdsConfig().steps(
+        [
+            model.Threshold(value=None, color="red"),
+            model.Threshold(value=0.9, color="orange"),
+            model.Threshold(value=0.99, color="green"),
+        ]
+    )
+    gauge = bargauge.Panel().title("Success rate").datasource(PROMETHEUS).unit("percentunit").min(0).max(1).height(8)
+    gauge = gauge.span(12).with_target(promql(rate, "{{cicd_pipeline_name}}", instant=True))
+    gauge = gauge.thresholds(red_to_green.mode(model.ThresholdsMode.ABSOLUTE)).decimals(1)
+    gauge = gauge.orientation(common_model.VizOrientation.HORIZONTAL)
+    cells = promql(ended(bucket, "$__interval", "le"), "{{le}}", form="heatmap", exemplar=True)
+    heat = heatmap.Panel().title("Durations").datasource(PROMETHEUS).with_target(cells).height(9).span(24)
+    heat = heat.description("Runs by how long they took; the dots lead to their traces.").calculate(False)
+    heat = heat.y_axis(heatmap.YAxisConfig().unit("s")).exemplars_color("rgba(255,0,255,0.7)")
+    return (
+        board.with_panel(gauge)
+        .with_panel(
+            lines(
+                "Runs that ended",
+                [(ended(RUNS, "$__interval", "cicd_pipeline_result"), "{{cicd_pipeline_result}}")],
+                bars=True,
+            )
+        )
+        .with_panel(
+            rows(
+                "Pipelines",
+                [
+                    ("Runs", all_runs, "short"),
+                    ("Success rate", rate, "percentunit"),
+                    ("Usually (p50)", by_pipeline("tailspan_pipeline_duration_p50_seconds"), "s"),
+                    ("Rarely over (p95)", by_pipeline("tailspan_pipeline_duration_p95_seconds"), "s"),
+                    ("Since last start", by_pipeline("tailspan_pipeline_last_start_age_seconds", "min"), "s"),
+                    ("Since last success", last_success, "s"),
+                    ("Oldest pending", by_pipeline("tailspan_job_pending_age_seconds"), "s"),
+                    ("Missing", by_pipeline("tailspan_pipeline_missing", "min"), "short"),
+                ],
+                what="Runs and success rate are of the time range, p50 and p95 of the last successful runs.",
+            )
+        )
+        .with_panel(heat)
+        .with_panel(
+            lines(
+                "Usual durations",
+                [
+                    (by_pipeline("tailspan_pipeline_duration_p50_seconds"), "{{cicd_pipeline_name}} p50"),
+                    (by_pipeline("tailspan_pipeline_duration_p95_seconds"), "{{cicd_pipeline_name}} p95"),
+                ],
+                unit="s",
+            )
+        )
+        .with_panel(
+            lines(
+                "95th percentile of runs that ended",
+                [(quantile, "{{cicd_pipeline_name}}")],
+                unit="s",
+                what="The dots are single runs and lead to their traces.",
+                exemplar=True,
+            )
+        )
+        .with_panel(
+            lines(
+                "Errors by type",
+                [
+                    (
+                        ended("cicd_pipeline_run_errors_total", "$__interval", f"{per}, error_type"),
+                        "{{cicd_pipeline_name}}: {{error_type}}",
+                    )
+                ],
+                bars=True,
+                width=24,
+            )
+        )
+    )
+
+
+def agent() -> dashboard.Dashboard:
+    """The agent's own health."""
+    agents = choice("agent", "Agent", "label_values(tailspan_agent_uptime_seconds, instance)")
+    board = new("agent", "Tailspan: Agent health", "Whether agents keep up.", [source("prometheus"), agents])
+
+    def rate(metric: str, by: str) -> str:
+        return f"sum by ({by}) (rate({metric}{{{AGENT}}}[$__rate_interval]))"
+
+    def level(metric: str, by: str, join: str = "max") -> str:
+        return f"{join} by ({by}) ({metric}{{{AGENT}}})"
+
+    who = "tailspan_agent_id, host_name, tailspan_agent_version, instance"
+    one = "{{instance}} {{service}}"
+    return (
+        board.with_panel(number("Agents", f"count(tailspan_agent_uptime_seconds{{{AGENT}}})"))
+        .with_panel(number("Jobs followed", f"sum(tailspan_agent_jobs_followed{{{AGENT}}})"))
+        .with_panel(number("In flight", f"sum(tailspan_agent_records_in_flight{{{AGENT}}})"))
+        .with_panel(
+            number("Signals not taken", f"count(tailspan_agent_endpoint_up{{{AGENT}}} == 0) or vector(0)", red_above=1)
+        )
+        .with_panel(number("Rejected", f"sum(tailspan_agent_records_rejected_total{{{AGENT}}})", red_above=1))
+        .with_panel(number("Gaps", f"sum(tailspan_agent_gaps_total{{{AGENT}}})", red_above=1))
+        .with_panel(number("Late lines", f"sum(tailspan_agent_lines_late_total{{{AGENT}}})"))
+        .with_panel(number("Secrets masked", f"sum(tailspan_agent_redactions_total{{{AGENT}}})"))
+        .with_panel(
+            lines(
+                "Records",
+                [
+                    (rate("tailspan_agent_records_read_total", "service"), "{{service}} read"),
+                    (rate("tailspan_agent_records_acked_total", "service"), "{{service}} acked"),
+                ],
+                unit="cps",
+            )
+        )
+        .with_panel(
+            lines(
+                "Records that were not delivered",
+                [
+                    (
+                        rate("tailspan_agent_records_rejected_total", "service, reason"),
+                        "{{service}} rejected: {{reason}}",
+                    ),
+                    (
+                        rate("tailspan_agent_records_dropped_total", "service, reason"),
+                        "{{service}} dropped: {{reason}}",
+                    ),
+                ],
+                unit="cps",
+                what="Rejected: refused by the endpoint, in the dead letter. Dropped: left out on purpose.",
+            )
+        )
+        .with_panel(lines("Lag", [(level("tailspan_agent_lag_seconds", "instance, service"), one)], unit="s"))
+        .with_panel(lines("In flight", [(level("tailspan_agent_records_in_flight", "instance, service", "sum"), one)]))
+        .with_panel(
+            lines(
+                "Endpoint",
+                [(level("tailspan_agent_endpoint_up", "instance, signal", "min"), "{{instance}} {{signal}}")],
+            )
+        )
+        .with_panel(
+            lines(
+                "Exports that failed",
+                [(rate("tailspan_agent_export_errors_total", "signal, error_type"), "{{signal}}: {{error_type}}")],
+                unit="cps",
+            )
+        )
+        .with_panel(
+            lines(
+                "Requests to services", [(rate("tailspan_agent_polls_total", "service"), "{{service}}")], unit="reqps"
+            )
+        )
+        .with_panel(
+            lines(
+                "Requests to services that failed",
+                [(rate("tailspan_agent_poll_errors_total", "service, error_type"), "{{service}}: {{error_type}}")],
+                unit="reqps",
+            )
+        )
+        .with_panel(
+            lines(
+                "Checkpoint age",
+                [(level("tailspan_agent_checkpoint_age_seconds", "instance"), "{{instance}}")],
+                unit="s",
+            )
+        )
+        .with_panel(lines("Jobs followed", [(level("tailspan_agent_jobs_followed", "instance, service", "sum"), one)]))
+        .with_panel(rows("Agents", [("Uptime", level("tailspan_agent_uptime_seconds", who), "s")], key="host_name"))
+    )
+
+
+DASHBOARDS = {"jobs": jobs, "job": job, "pipelines": pipelines, "agent": agent}
+
+
+def as_json(name: str) -> str:
+    """Return one dashboard as the text of its file."""
+    board = DASHBOARDS[name]().build()
+    for number_, panel in enumerate(board.panels or [], start=1):
+        panel.id_val = number_
+    return json.dumps(board, cls=JSONEncoder, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    for name in DASHBOARDS:
+        (Path(__file__).parent / "dashboards" / f"{name}.json").write_text(as_json(name), encoding="utf-8")
