@@ -15,6 +15,9 @@ from tailspan_agent.history import Histories, PipelineHistory
 __all__ = ["FollowedJob", "Insight", "Insights", "Progress", "insight_of", "last_starts", "missing_pipelines"]
 
 
+_FULL_BAR_NS = 10_000_000_000
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """How far a job said that it is.
@@ -129,6 +132,8 @@ def insight_of(job: FollowedJob, history: PipelineHistory, now_unix_nano: int) -
     heartbeat = job.status.last_heartbeat
     heartbeat_s = _seconds(now_unix_nano - int(heartbeat.timestamp() * 1e9)) if heartbeat is not None else 0.0
     progress = _of_tasks(job.status, running_s, now_unix_nano) or job.progress
+    if progress and progress.fraction >= 1 and now_unix_nano - progress.seen_unix_nano > _FULL_BAR_NS:
+        progress = None  # a bar that was full a while ago was not that of the whole job
     # A status or a log that cannot be read now says nothing of a silence.
     silent = not job.status.stale and (
         _exceeds(quiet_s, history.silent_after_s) or _exceeds(heartbeat_s, history.heartbeat_after_s)

@@ -33,6 +33,7 @@ from tailspan_agent.insight import FollowedJob, insight_of
 from tailspan_agent.job_times import past_run
 from tailspan_agent.lanes import Chunk
 from tailspan_agent.mapping import error_type, failure_record, receipt_record, resource_attributes, spans_of
+from tailspan_agent.progress import ProgressMeter
 from tailspan_agent.relay import Relay
 from tailspan_agent.runs import RunTotals
 
@@ -73,6 +74,7 @@ class JobRelay:
         self._context = LogContext.for_job(job, min_severity=watch.min_severity, redactor=relay.redactor)
         self._resource = self._make_resource()
         relay.sending[service.identity, job.job_id] = self
+        self._progress = ProgressMeter(self.redact)
         self._too_fast: str | None = None
         self._unacked = 0
         self._unacked_seconds: Seconds = {}
@@ -149,6 +151,7 @@ class JobRelay:
             status=self.job,
             first_line_unix_nano=self.facts.first_line_ns,
             last_line_unix_nano=self.facts.last_line_ns,
+            progress=self._progress.progress,
         )
 
     def see(self, job: RunResponse) -> None:
@@ -192,6 +195,8 @@ class JobRelay:
             late: Whether these lines became visible behind the cursor, which then stays where it is.
         """
         self.facts = self.facts.with_page(page)
+        if not late:
+            self._progress.see(page.lines, page.runs[-1].time_unix_nano, time.monotonic())
         cursor = None if late else page.cursor
         if self._lane is not None:
             encoded = encode_lines(page, context=self._context, observed_unix_nano=time.time_ns())
