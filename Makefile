@@ -8,7 +8,7 @@ ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 INSTALL := $(if $(UV),VIRTUAL_ENV=$(VENV) $(UV) pip install --quiet,$(BIN)/python -m pip install -qq --disable-pip-version-check)
 INSTALL += --constraint requirements.lock
 
-.PHONY: demo test test-services test-fused-client bench format lock clean
+.PHONY: demo test test-services test-fused-client prove audit bench format lock clean
 .NOTPARALLEL: # two installs into one environment would fight
 
 demo: $(VENV)/.installed-agent
@@ -35,14 +35,22 @@ test-fused-client: $(VENV)/.installed-dev
 	PYTEST=$(BIN)/pytest tests/fused_clients.sh
 
 # The delivery guarantee under faults, about a quarter of an hour: PROVE_SEED=N repeats a run's choices, PROVE_KILLS=N is the number
-# of SIGKILLs, PROVE_ONLY='GLOB|...' takes some rows, PROVE_JSON=FILE keeps the table for machines.
+# of SIGKILLs, PROVE_ONLY='GLOB|...' takes some rows, PROVE_JSON=FILE keeps the table for machines,
+# PROVE_README=1 writes the rows that ran into README's table.
 PROVE_SEED := 0
 PROVE_KILLS := 200
 PROVE_ONLY :=
 PROVE_JSON :=
+PROVE_README :=
 prove: $(VENV)/.installed-dev
 	@$(BIN)/python -m tests.prove --seed $(PROVE_SEED) --kills $(PROVE_KILLS) --only '$(PROVE_ONLY)' \
-	  $(if $(PROVE_JSON),--json '$(PROVE_JSON)')
+	  $(if $(PROVE_JSON),--json '$(PROVE_JSON)') $(if $(PROVE_README),--readme)
+
+# What is known against the pinned dependencies; ends with 3, and says so, where no source of that can be reached.
+audit: $(VENV)/.installed-dev
+	@test -x $(VENV)-audit/bin/pip-audit || { $(BIN)/python -m venv $(VENV)-audit && \
+	  $(VENV)-audit/bin/python -m pip install -qq --disable-pip-version-check pip-audit; }
+	@$(BIN)/python -m tests.audit $(VENV)-audit/bin/pip-audit
 
 # What Tailspan costs, beside its baselines, about half an hour: BENCH_ONLY=W1,W5 takes some, BENCH_SCALE=0.1 is a
 # quick look, BENCH_JSON=FILE keeps the table for machines. Fails if a ratio is much worse than tests/bench/expected.json.

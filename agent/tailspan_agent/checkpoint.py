@@ -22,15 +22,15 @@ import os
 import sqlite3
 import time
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from tailspan.directories import make_private
-from tailspan_agent.checkpoint_file import connect, is_damage, lock, salvage
+from tailspan_agent.checkpoint_file import connect, file_at, is_damage, lock, salvage
 from tailspan_agent.checkpoint_history import StoredHistory
+from tailspan_agent.checkpoint_rows import Ack, Checkpoint, OutboxSpan
 from tailspan_agent.errors import CheckpointError
 from tailspan_agent.history import PastRun
 from tailspan_agent.runs import RunTotals
@@ -43,58 +43,8 @@ _SMALLEST_BYTES = 512
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """What the store knows of one job.
-
-    Attributes:
-        key: The store's own number for the job.
-        name: The job's name.
-        backfill: Whether the job was old when it was first seen: decided once.
-        cursor: Where the acked lines end; None when none was acked.
-        facts: JSON of the job's facts as of that cursor.
-        logs_complete: Whether all lines of the ended job are acked.
-        ended: Whether the run span was written and the run counted.
-    """
-
-    key: int
-    name: str
-    backfill: bool
-    cursor: bytes | None
-    facts: str
-    logs_complete: bool
-    ended: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Ack:
-    """Lines of one job that need no more work.
-
-    Attributes:
-        key: The store's number for the job.
-        cursor: Where these lines end; None leaves the cursor as it is (lines found by the final read).
-        facts: JSON of the job's facts as of that cursor.
-        seconds: Second of source time to (lines, sum of uids), to be added; empty for services with offsets.
-    """
-
-    key: int
-    cursor: bytes | None
-    facts: str
-    seconds: Mapping[int, tuple[int, int]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class OutboxSpan:
-    """A span as it was first written, and as it is sent however often it is sent."""
-
-    job: int
-    span_id: str
-    resource: bytes
-    span: bytes
-
-
 _CHECKPOINT = (
-    "SELECT key, name, backfill, cursor, facts, logs_complete, ended FROM jobs WHERE identity = ? AND job_id = ?"
+    "SELECT key, name, backfill, cursor, facts, logs_complete, late, ended FROM jobs WHERE identity = ? AND job_id = ?"
 )
 
 
@@ -119,8 +69,8 @@ def read_checkpoint(state_dir: Path, identity: str, job_id: str) -> Checkpoint |
 def _checkpoint(rows: list[Any]) -> Checkpoint | None:
     if not rows:
         return None
-    key, name, backfill, cursor, facts, logs_complete, ended = rows[0]
-    return Checkpoint(key, name, bool(backfill), cursor, facts, bool(logs_complete), bool(ended))
+    key, name, backfill, cursor, facts, logs_complete, late, ended = rows[0]
+    return Checkpoint(key, name, bool(backfill), cursor, facts, bool(logs_complete), bool(late), bool(ended))
 
 
 class Store:
@@ -153,6 +103,7 @@ class Store:
             undo.callback(os.close, self._lock_fd)
             self._db = self._open()
             undo.callback(self._db.close)
+            self._file = file_at(self.path)
             self.instance_id = self._meta("instance_id", str(uuid.uuid4()))
             self.start_unix_nano = int(self._meta("start_unix_nano", str(time.time_ns())))
             undo.pop_all()
@@ -192,6 +143,13 @@ class Store:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
+        if file_at(self.path) != self._file:
+            # SQLite would go on writing into what nobody will find again.
+            self.refused = True
+            raise CheckpointError(
+                f"the checkpoint store {self.path} was removed or replaced under a running agent:"
+                " put it back, or start the agent anew"
+            )
         try:
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -229,13 +187,14 @@ class Store:
 
     def finished_jobs(self, identity: str) -> set[str]:
         """Return the ids of all jobs of a service that need no more work for any signal."""
-        query = "SELECT job_id FROM jobs WHERE identity = ? AND ended = 1 AND logs_complete = 1"
+        query = "SELECT job_id FROM jobs WHERE identity = ? AND ended = 1 AND logs_complete = 1 AND late = 0"
         return {job_id for (job_id,) in self._select(query, identity)}
 
     def unfinished_jobs(self, identity: str) -> list[tuple[str, str]]:
         """Return id and name of all jobs of a service that were seen and are not finished, oldest first."""
         return self._select(
-            "SELECT job_id, name FROM jobs WHERE identity = ? AND (ended = 0 OR logs_complete = 0) ORDER BY key",
+            "SELECT job_id, name FROM jobs WHERE identity = ? AND (ended = 0 OR logs_complete = 0 OR late = 1)"
+            " ORDER BY key",
             identity,
         )
 
@@ -266,16 +225,31 @@ class Store:
         rows = self._select("SELECT second, lines, uid_sum FROM seconds WHERE job = ?", key)
         return {second: (lines, int(uid_sum)) for second, lines, uid_sum in rows}
 
+    def usable(self) -> bool:
+        """Return whether the disk takes writes again; tries it if the last one failed."""
+        if self.refused:
+            with suppress(CheckpointError), self._transaction() as db:
+                db.execute("REPLACE INTO meta VALUES ('tried', ?)", (str(time.time_ns()),))
+        return not self.refused
+
     def update_facts(self, key: int, facts: str) -> None:
         """Store facts that changed without a line: states that were seen."""
         with self._transaction() as db:
             db.execute("UPDATE jobs SET facts = ?, updated_s = ? WHERE key = ?", (facts, time.time(), key))
 
-    def complete_logs(self, key: int) -> None:
-        """Note that all lines of an ended job are acked; the per-second sums have done their work."""
+    def complete_logs(self, key: int, *, late: bool = False) -> None:
+        """Note that all lines of an ended job are acked.
+
+        Args:
+            key: The job.
+            late: Whether more may become visible; if not, the per-second sums have done their work.
+        """
         with self._transaction() as db:
-            db.execute("UPDATE jobs SET logs_complete = 1, updated_s = ? WHERE key = ?", (time.time(), key))
-            db.execute("DELETE FROM seconds WHERE job = ?", (key,))
+            db.execute(
+                "UPDATE jobs SET logs_complete = 1, late = ?, updated_s = ? WHERE key = ?", (late, time.time(), key)
+            )
+            if not late:
+                db.execute("DELETE FROM seconds WHERE job = ?", (key,))
 
     def add_spans(self, key: int, spans: Sequence[OutboxSpan]) -> int:
         """Write spans that are not there yet; a span that is there stays byte for byte as it was first written.
@@ -359,10 +333,10 @@ class Store:
     def add_name(self, identity: str, job_id: str, name: str) -> None:
         """Cache the name of a listed job."""
         with self._transaction() as db:
-            db.execute("REPLACE INTO names VALUES (?, ?, ?)", (identity, job_id, name))
+            db.execute("REPLACE INTO names VALUES (?, ?, ?, ?)", (identity, job_id, name, time.time()))
 
     def forget(self, older_than_s: float, *, keep: Collection[str] = (), keep_unsent: bool = True) -> int:
-        """Delete jobs that saw no change for a long time.
+        """Delete jobs that saw no change for a long time, and names that were asked for as long ago.
 
         Args:
             older_than_s: For how long, in seconds. A job that its service still lists within `lookback` must not be
@@ -383,10 +357,8 @@ class Store:
                 "DELETE FROM forgotten WHERE job IN (SELECT key FROM jobs WHERE job_id = ?)",
                 [(job_id,) for job_id in keep],
             )
-            db.execute(
-                "DELETE FROM names WHERE (identity, job_id) IN"
-                " (SELECT identity, job_id FROM jobs WHERE key IN (SELECT job FROM forgotten))"
-            )
+            # Whoever still lists such a job is asked for its name once more.
+            db.execute("DELETE FROM names WHERE asked_s < ?", (time.time() - older_than_s,))
             for table in ("spans", "seconds"):
                 db.execute(f"DELETE FROM {table} WHERE job IN (SELECT job FROM forgotten)")  # noqa: S608 - constants
             return db.execute("DELETE FROM jobs WHERE key IN (SELECT job FROM forgotten)").rowcount

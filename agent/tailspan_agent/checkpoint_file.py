@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tailspan_agent.errors import CheckpointError
 
-__all__ = ["SCHEMA_VERSION", "connect", "is_damage", "lock", "lock_holder", "salvage"]
+__all__ = ["SCHEMA_VERSION", "connect", "file_at", "is_damage", "lock", "lock_holder", "salvage"]
 
 # The checks find damage that leaves the file a database: `connect` asks for them, and `salvage` leaves such rows out.
 _VERSION_1 = """
@@ -33,6 +33,7 @@ CREATE TABLE jobs (
     cursor BLOB CHECK (typeof(cursor) IN ('blob', 'null')),
     facts TEXT NOT NULL CHECK (typeof(facts) = 'text'),
     logs_complete INTEGER NOT NULL DEFAULT 0,
+    late INTEGER NOT NULL DEFAULT 0,
     ended INTEGER NOT NULL DEFAULT 0,
     updated_s REAL NOT NULL CHECK (typeof(updated_s) = 'real'),
     UNIQUE (identity, job_id),
@@ -58,7 +59,8 @@ CREATE TABLE runs (
     CHECK (typeof(pipeline) = 'text' AND typeof(result) = 'text' AND typeof(error_type) = 'text')
 ) WITHOUT ROWID;
 CREATE TABLE names (
-    identity TEXT NOT NULL, job_id TEXT NOT NULL, name TEXT NOT NULL, PRIMARY KEY (identity, job_id),
+    identity TEXT NOT NULL, job_id TEXT NOT NULL, name TEXT NOT NULL, asked_s REAL NOT NULL,
+    PRIMARY KEY (identity, job_id),
     CHECK (typeof(identity) = 'text' AND typeof(job_id) = 'text' AND typeof(name) = 'text')
 ) WITHOUT ROWID;
 """
@@ -128,6 +130,15 @@ def lock_holder(state_dir: Path) -> int | None:
     finally:
         os.close(fd)
     return None
+
+
+def file_at(path: Path) -> tuple[int, int] | None:
+    """Return which file is there now: device and inode; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def connect(path: Path) -> sqlite3.Connection:

@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -71,14 +72,19 @@ def run(config_path: Path | None, once: bool, timeout_s: float, log_level: str) 
     Example:
       tailspan agent run --config config.toml --once --timeout 60
     """  # noqa: D301 - click wants the backspace character itself
+    from tailspan_agent.early_signals import held, stop_in_good_order
     from tailspan_agent.logs import set_up_logging
 
-    set_up_logging(log_level)
-    settings = settings_for(config_path, telemetry=True)
-    sys.exit(asyncio.run(_run_once(settings, timeout_s) if once else _run(settings, config_path)))
+    with stop_in_good_order():
+        set_up_logging(log_level)
+        settings = settings_for(config_path, telemetry=True)
+    with held() as release:
+        work = _run_once(settings, timeout_s, release) if once else _run(settings, config_path, release)
+        code = asyncio.run(work)
+    sys.exit(code)
 
 
-async def _run(settings: Settings, config_path: Path | None) -> int:
+async def _run(settings: Settings, config_path: Path | None, release: Callable[[], None]) -> int:
     from tailspan_agent.agent import Agent
     from tailspan_agent.last_errors import keep_last_errors
     from tailspan_agent.reload import reload_on_hangup
@@ -89,11 +95,12 @@ async def _run(settings: Settings, config_path: Path | None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, relay.stop)
     with keep_last_errors(settings.agent.state_dir), reload_on_hangup(relay, config_path), keep_watchdog():
+        release()
         await relay.run(on_ready=lambda: notify("READY=1"), on_stop=lambda: notify("STOPPING=1"))
     return 0
 
 
-async def _run_once(settings: Settings, timeout_s: float) -> int:
+async def _run_once(settings: Settings, timeout_s: float, release: Callable[[], None]) -> int:
     from tailspan_agent.agent import Agent
     from tailspan_agent.last_errors import keep_last_errors
 
@@ -101,6 +108,7 @@ async def _run_once(settings: Settings, timeout_s: float) -> int:
     relay = Agent(settings)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, relay.stop)
+    release()
     with keep_last_errors(settings.agent.state_dir):
         result = await relay.run_once(timeout_s)
     for failure in result.failures:

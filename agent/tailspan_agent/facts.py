@@ -86,6 +86,7 @@ class JobFacts:
         quiet_ns: The longest time between two of its lines, in ns.
         heartbeat_gap_s: The longest time between two of its heartbeats that were seen, in seconds.
         alerts: What was odd about it and was told: (ns since the epoch, kind).
+        receipts: How many receipts were written: each further one amends the one before.
     """
 
     first_seen_ns: int
@@ -101,6 +102,7 @@ class JobFacts:
     quiet_ns: int = 0
     heartbeat_gap_s: float = 0.0
     alerts: tuple[tuple[int, str], ...] = ()
+    receipts: int = 0
 
     @classmethod
     def from_json(cls, text: str) -> JobFacts:

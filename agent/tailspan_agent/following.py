@@ -6,11 +6,13 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from typing import Protocol, runtime_checkable
 
 from tailspan.config import Settings, Watch
 from tailspan.errors import AuthError, ConfigError, ServiceUnavailableError, TailspanError
 from tailspan.services import JobService
-from tailspan_agent.errors import AgentError
+from tailspan_agent.errors import AgentError, CheckpointError
+from tailspan_agent.lanes import until_usable
 from tailspan_agent.relay import Relay, Source
 from tailspan_agent.tailer import Tailer
 from tailspan_agent.tasks import cancelled
@@ -21,6 +23,13 @@ __all__ = ["Following"]
 _CRASH_PAUSE_S = 30.0
 
 _log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Insistent(Protocol):
+    """A service that tries a request several times unless it is told not to."""
+
+    tries: int
 
 
 class Following:
@@ -75,7 +84,10 @@ class Following:
         async with AsyncExitStack() as undo:
             for name in _by_service(settings):
                 if name not in kept:
-                    source = Source(self._opener(name, settings))
+                    service = self._opener(name, settings)
+                    if isinstance(service, Insistent):
+                        service.tries = 1  # a tailer that tries again has a pace of its own
+                    source = Source(service)
                     undo.push_async_callback(source.service.aclose)
                     _check_identity(source, [*kept.values(), *opened.values()])
                     opened[name] = source
@@ -158,7 +170,12 @@ class Following:
         except Exception as error:
             _log.exception("job %s: a fault of the agent; the job is taken up again later", tailer.job_id)
             tailer.failure = AgentError(f"job {tailer.job_id}: a fault of the agent: {error!r}")
-        if not tailer.once:
+        if tailer.once:
+            return
+        if isinstance(tailer.failure, CheckpointError) and self._relay.store.refused:
+            # What this tailer holds may be ahead of the store: the next one begins where the store is.
+            await until_usable(self._relay.store)
+        else:
             await asyncio.sleep(_CRASH_PAUSE_S)
 
     async def _end(self, tailer: Tailer) -> None:

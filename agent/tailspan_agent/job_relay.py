@@ -59,6 +59,7 @@ class JobRelay:
         job: The last status.
         facts: What is known of its lines and states as read; the store has them as acked.
         cursor: Where the lines end that were put into the lane.
+        late: Whether all of it was relayed and lines may still become visible.
     """
 
     def __init__(self, relay: Relay, service: JobService, watch: Watch, job: RunResponse, first_seen_ns: int) -> None:
@@ -69,6 +70,7 @@ class JobRelay:
         known = relay.store.job(service.identity, job.job_id)
         self.checkpoint = known or self._first_checkpoint(first_seen_ns)
         self.cursor = self.checkpoint.cursor
+        self.late = self.checkpoint.late
         self.facts = self._acked_facts = self._stored_facts(first_seen_ns)
         self._watch = watch
         self._context = LogContext.for_job(job, min_severity=watch.min_severity, redactor=relay.redactor)
@@ -141,7 +143,7 @@ class JobRelay:
     @property
     def done(self) -> bool:
         """Whether nothing is left to relay, by this process or an earlier one."""
-        return self.checkpoint.ended and (self.checkpoint.logs_complete or not self.sends_logs)
+        return self.checkpoint.ended and not self.late and (self.checkpoint.logs_complete or not self.sends_logs)
 
     @property
     def followed(self) -> FollowedJob:
@@ -159,6 +161,7 @@ class JobRelay:
         if job.last_heartbeat is not None and self.job.last_heartbeat is not None:
             self.facts = self.facts.with_heartbeat((job.last_heartbeat - self.job.last_heartbeat).total_seconds())
         self.job = job
+        self.late = self.late and job.state.is_terminal  # it runs again
         facts = self.facts.with_state(time.time_ns(), job.state)
         if facts is not self.facts:
             self.facts = facts
@@ -330,18 +333,25 @@ class JobRelay:
                 _log.warning("job %s of service %s: %s", self.job.job_id, self._service.name, self._too_fast)
         self._wake_spans()
 
-    async def complete(self, *, logs_complete: bool) -> None:
-        """Wait for the last ack, write the receipt, and note that nothing is left to do.
+    async def complete(self, *, logs_complete: bool, late: bool = False) -> None:
+        """Wait for the last ack, write the receipt or, where there is one, an amended one, and note that all is done.
 
         Args:
             logs_complete: Whether its log was read to its end.
+            late: Whether lines may still become visible.
         """
         await self.all_acked()
         if self.sends_logs:
-            self.facts = dataclasses.replace(self._acked_facts, logs_complete=logs_complete)
+            told = self._acked_facts
+            self.facts = dataclasses.replace(told, logs_complete=logs_complete, receipts=told.receipts + 1)
             await self._send_event(receipt_record(self._told, self.facts, observed_unix_nano=time.time_ns()))
             await self.all_acked()
-            self._relay.store.complete_logs(self.checkpoint.key)
+            self.settle(late=late)
+
+    def settle(self, *, late: bool = False) -> None:
+        """Note that all lines are acked, and whether more may still become visible."""
+        self.late = late
+        self._relay.store.complete_logs(self.checkpoint.key, late=late)
 
     def _outbox(self, spans: list[SpanData]) -> list[OutboxSpan]:
         key = self.checkpoint.key

@@ -25,7 +25,7 @@ from tailspan_agent.facts import Fate
 from tailspan_agent.outlets import Outlet
 from tailspan_agent.sender import SendResult
 
-__all__ = ["BATCH_BYTES", "Chunk", "Lane", "SpanLane"]
+__all__ = ["BATCH_BYTES", "Chunk", "Lane", "SpanLane", "until_usable"]
 
 BATCH_BYTES = 3 << 20
 """A collector's gRPC server takes 4 MiB by default; the envelope is small."""
@@ -76,6 +76,14 @@ async def _insist(use_store: Callable[[], T], what: str) -> T:
                 _log.error("%s: waiting until the disk is usable: %s", what, error)
                 complained = True
             await asyncio.sleep(_RETRY_STORE_S)
+
+
+async def until_usable(store: Store) -> None:
+    """Wait until the disk takes writes again."""
+    while True:
+        await asyncio.sleep(_RETRY_STORE_S)
+        if store.usable():
+            return
 
 
 class Lane:

@@ -170,7 +170,9 @@ def receipt_record(job: RunResponse, facts: JobFacts, *, observed_unix_nano: int
         severity=Severity(13, "WARN") if refused or not facts.logs_complete else Severity(9, "INFO"),
         body=f"{job.job_name}: {facts.lines} lines read, {facts.delivery.acked} records acked, {refused} rejected",
         attributes={
-            "log.record.uid": f"{job_hash(job.identity, job.job_id)}.receipt.{job.attempt}",
+            "log.record.uid": f"{job_hash(job.identity, job.job_id)}.receipt.{job.attempt}"
+            + (f".{facts.receipts}" if facts.receipts > 1 else ""),
+            **({"tailspan.receipt.amends": facts.receipts - 1} if facts.receipts > 1 else {}),
             **{key: value for key, value in _receipt(facts).items() if value is not None},
         },
         trace_id=bytes.fromhex(job.trace_id),

@@ -107,8 +107,13 @@ _RETRYABLE_GRPC: Final = frozenset(
 )
 _SERVER_ERROR_GRPC: Final = frozenset({"INTERNAL", "UNKNOWN"})
 _FAULT_GRPC: Final = frozenset({"UNIMPLEMENTED", "UNAUTHENTICATED", "PERMISSION_DENIED"})
-# grpc-go and grpc-core answer RESOURCE_EXHAUSTED, tonic OUT_OF_RANGE; only the text tells it from a quota.
-_TOO_LARGE_TEXTS: Final = ("larger than max", "message length too large")
+# grpc-go, -core, -java and -dotnet answer RESOURCE_EXHAUSTED, tonic OUT_OF_RANGE; only the text tells it from a quota.
+_TOO_LARGE_TEXTS: Final = (
+    "larger than max",
+    "message length too large",
+    "message exceeds maximum size",
+    "exceeds the maximum configured message size",
+)
 _TLS_TEXTS: Final = ("ssl handshake", "tls handshake", "ssl_error", "certificate_verify_failed")
 
 _REJECTED_FIELDS: Final = ("rejected_log_records", "rejected_spans", "rejected_data_points")

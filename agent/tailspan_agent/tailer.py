@@ -32,17 +32,10 @@ from tailspan.identity import trace_id
 from tailspan.models import JobState, ListedJob, RunResponse
 from tailspan.page import NANOS_PER_MS, LogPage
 from tailspan_agent.digest import digest_of
-from tailspan_agent.final_read import (
-    Seconds,
-    add_seconds,
-    missing_lines,
-    page_seconds,
-    page_uids_by_second,
-    select_lines,
-)
 from tailspan_agent.insight import FollowedJob
 from tailspan_agent.job_relay import JobRelay
 from tailspan_agent.relay import Relay, Source
+from tailspan_agent.whole_read import relay_missing
 
 __all__ = ["Tailer"]
 
@@ -51,6 +44,7 @@ _AUTH_RETRY_S = 30.0
 _LISTED_STATUS_S = 30.0
 _LISTED_SILENCE_S = 60.0
 _RUN_SPAN_WAIT_S = 2.0
+_LATE_POLLS_S = (10.0, 600.0)
 _DIGEST_LINES = 400
 _DIGEST_MS = 5000
 
@@ -100,6 +94,7 @@ class Tailer:
         self._errors = 0
         self._behind = True
         self._end_told = False
+        self._came_late = False
         self._stream = self._stream_of(name)
         if name:
             # Before anybody reads: who is the oldest of a pipeline is known only when all have said where they are.
@@ -116,9 +111,14 @@ class Tailer:
         return self._sent.job.job_name if self._sent is not None else ""
 
     @property
+    def late(self) -> bool:
+        """Whether all of the job was relayed, and it is looked at for lines that become visible late."""
+        return self._sent is not None and self._sent.late
+
+    @property
     def followed(self) -> FollowedJob | None:
         """What the metrics say of this job now; None before its first status and after its end."""
-        return None if self._sent is None or self.finished else self._sent.followed
+        return None if self._sent is None or self.late or self.finished else self._sent.followed
 
     def on_row(self, row: ListedJob) -> None:
         """Take in the job's row of a listing: the bulk status that saves a request per silent job."""
@@ -178,6 +178,8 @@ class Tailer:
         if sent.done:
             self.finished = True
             return None
+        if sent.late:
+            return await self._look_again(sent)
         started_s = time.monotonic()
         lines = await self._read(sent)
         self._follower.on_read(lines, started_s)
@@ -219,6 +221,8 @@ class Tailer:
     def _status_is_due(self) -> bool:
         if self._row_news or self._follower.needs_status:
             return True
+        if self.late:
+            return False
         # A listing that shows this job has its state too; without one, each turn asks.
         now_s = time.monotonic()
         listed = now_s - self._row_at_s < _LISTED_STATUS_S
@@ -271,7 +275,7 @@ class Tailer:
             logs_complete: Whether no further line can come.
         """
         if self._service.final_read and self.watch.final_read and sent.sends_logs:
-            await self._final_read(sent)
+            await relay_missing(self._pages, sent)
         if sent.job.state is not JobState.SUCCEEDED and sent.facts.digest is None:
             sent.facts = dataclasses.replace(sent.facts, digest=digest_of(await self._last_lines(sent)))
         # The run span says what was acked, but it does not wait for a logs endpoint that is away, nor for room there.
@@ -282,39 +286,36 @@ class Tailer:
         self._end_told = True
         await sent.send_failure()
         if logs_complete:
-            await sent.complete(logs_complete=True)
-            self.finished = True
+            # A service that does not mark the end of a log may show a line of it whenever it likes.
+            late = sent.job.logs_complete is None and sent.sends_logs and self._ended_ago_s(sent) < _FOLLOW_TO_END_S
+            await sent.complete(logs_complete=True, late=late)
+            self.finished = self.once or not late
 
-    async def _final_read(self, sent: JobRelay) -> None:
-        """Compare the whole log with what was relayed, and relay what became visible too late for any window."""
-        relayed = sent.relayed_seconds()
-        found: Seconds = {}
-        async with aclosing(self._pages()) as pages:
-            async for page in pages:
-                add_seconds(found, page_seconds(page))
-        differing = {second for second, sums in found.items() if sums != relayed.get(second, (0, 0))}
-        if not differing:
-            return
-        uids: dict[int, list[int]] = {second: [] for second in differing}
-        async with aclosing(self._pages()) as pages:
-            async for page in pages:
-                for second, uid in page_uids_by_second(page):
-                    if second in uids:
-                        uids[second].append(uid)
-        late: set[int] = set()
-        repeated: Seconds = {}
-        for second, found_uids in uids.items():
-            missing = missing_lines(found_uids, *relayed.get(second, (0, 0)))
-            late.update(found_uids[index] for index in missing)
-            if len(missing) == len(found_uids) and second in relayed:
-                repeated[second] = relayed[second]
-        async with aclosing(self._pages()) as pages:
-            async for page in pages:
-                selected = select_lines(page, late)
-                if selected is not None:
-                    await sent.send_page(selected, late=True)
-        if repeated:
-            await sent.take_back(repeated)
+    async def _look_again(self, sent: JobRelay) -> float | None:
+        """All of it was relayed: relay what became visible since then, and say when to look again."""
+        ago_s = self._ended_ago_s(sent)
+        lines = await self._read(sent)
+        self._came_late = self._came_late or lines > 0
+        over = ago_s >= _FOLLOW_TO_END_S
+        if over and self._came_late and self._service.final_read and self.watch.final_read:
+            # It has shown that it is late, so what lies before the window may be missing, too.
+            lines += await relay_missing(self._pages, sent)
+        if lines:
+            await sent.complete(logs_complete=True, late=not over)
+        elif over:
+            sent.settle()
+        self.finished = over
+        if over or self.once:
+            return None
+        shortest_s, longest_s = _LATE_POLLS_S
+        return min(max(shortest_s, ago_s), longest_s) * random.uniform(0.9, 1.1)
+
+    @staticmethod
+    def _ended_ago_s(sent: JobRelay) -> float:
+        """Return how long ago the job ended, in seconds, as well as anybody knows."""
+        now_ns = time.time_ns()
+        seen_ns = sent.facts.states[-1][0] if sent.facts.states else now_ns
+        return (now_ns - min(seen_ns, sent.ended_ns or sent.facts.last_line_ns or seen_ns)) / 1e9
 
     async def _last_lines(self, sent: JobRelay) -> list[str]:
         """Return the job's last lines, for the failure digest."""
@@ -343,6 +344,10 @@ class Tailer:
         sent = self._sent
         if sent is None:
             self.failure = error
+            return
+        if sent.late:
+            sent.settle()
+            self.failure, self.finished = None, True
             return
         _log.warning("job %s is gone at service %s before its end was relayed", self.job_id, self._service.name)
         self._relay.health.gap(self._service.name)

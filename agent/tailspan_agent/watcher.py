@@ -167,7 +167,8 @@ class Watcher:
 
     async def _discover(self, full: bool) -> None:
         """Read the list, newest first, as far as it can hold news; a full scan as far as `lookback` reaches."""
-        unseen = set(self.tailers) - self._unlisted if not self._lists_cheaply else set()
+        running = {job_id for job_id, tailer in self.tailers.items() if not tailer.late}
+        unseen = running - self._unlisted if not self._lists_cheaply else set()
         self._relay.health.polled(self.name)
         listing = cast("AsyncGenerator[Sequence[ListedJob], None]", self._service.list_jobs())
         async with aclosing(listing):

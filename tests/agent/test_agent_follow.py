@@ -388,3 +388,37 @@ async def test_lines_come_in_the_order_of_the_service(bench: Bench) -> None:
         await bench.received(lambda: len(bench.bodies()) >= 600)
     for name in names:
         assert bench.bodies(name) == [f"{name} {turn} {number}" for turn in range(5) for number in range(10)]
+
+
+@looped
+async def test_a_job_that_runs_again_is_followed_again(bench: Bench) -> None:
+    """Done was not the end: the lines that it writes then are relayed, its receipt is amended, its run counts once."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    bench.fake.set_state("j1", "SUCCEEDED", finished_at=datetime.now(UTC), logs_complete=None)
+    async with bench.running():
+        await bench.received(lambda: bool(bench.receipts()))
+        bench.fake.set_state("j1", "RUNNING")
+        bench.fake.add_lines("j1", "b")
+        await bench.received(lambda: bench.bodies() == ["a", "b"])
+        bench.fake.add_lines("j1", "c")
+        bench.fake.set_state("j1", "SUCCEEDED", finished_at=datetime.now(UTC), logs_complete=None)
+        await bench.received(lambda: bench.receipts()["j1"].attributes["tailspan.lines.read"] == 3)
+    assert bench.bodies() == ["a", "b", "c"]
+    assert bench.metric("cicd.pipeline.run.duration").count == 1
+
+
+@looped
+async def test_a_job_that_is_deleted_after_its_receipt_is_done(bench: Bench) -> None:
+    """All of it was relayed: nothing is amended, and no gap is told."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    bench.fake.set_state("j1", "SUCCEEDED", finished_at=datetime.now(UTC), logs_complete=None)
+    async with bench.running() as agent:
+        await bench.received(lambda: bool(bench.receipts()))
+        (tailer,) = agent.tailers
+        bench.fake.add_lines("j1", "b")  # has it looked at soon
+        del bench.fake._jobs["j1"]
+        await until(lambda: tailer.finished)
+    assert bench.bodies() == ["a"]
+    assert len([row for row in bench.collector.log_records() if row.event_name == "tailspan.receipt"]) == 1

@@ -604,3 +604,43 @@ def test_a_receipt_says_when_refused_records_cannot_be_told_apart(bench: Bench) 
     assert sum(int(str(told["records.rejected"])) for told in receipts) == 1
     refused = [told for told in receipts if told.get("records.rejected.unidentified")]
     assert len(refused) > 1
+
+
+def test_lines_that_become_visible_after_the_receipt_amend_it(bench: Bench) -> None:
+    """A service that does not mark the end of a log is looked at again, by later passes too, for an hour."""
+    ended(bench.fake, "j1", "a", finished_at=ago(minutes=50), logs_complete=None)
+    bench.once()
+    assert (receipt(bench, "j1")["lines.read"], "amends" in receipt(bench, "j1")) == (1, False)
+    bench.fake.add_lines("j1", "b")
+    bench.once()
+    assert bench.bodies() == ["a", "b"]
+    assert (receipt(bench, "j1")["lines.read"], bench.receipts()["j1"].attributes["tailspan.receipt.amends"]) == (2, 1)
+    told = len(bench.collector.log_records())
+    bench.once()
+    assert len(bench.collector.log_records()) == told, "nothing came, so there is nothing to amend"
+    assert len(bench.collector.spans()) == 4
+    assert bench.metric("cicd.pipeline.run.duration").count == 1
+    uids = [row.attributes["log.record.uid"] for row in bench.collector.log_records()]
+    assert len(set(uids)) == len(uids)
+
+
+def test_a_job_that_ended_long_ago_is_done_at_once(bench: Bench) -> None:
+    """An hour after its end nothing becomes visible late: no request is spent on it."""
+    ended(bench.fake, "j1", "a", finished_at=ago(minutes=70), logs_complete=None)
+    bench.once()
+    assert bench.once().jobs == 0
+
+
+def test_a_late_service_is_compared_once_more_when_its_time_is_over(bench: Bench) -> None:
+    """It has shown that it is late, so what came behind the window is looked for, an hour after the end."""
+    bench.services["fake"] = odd = OddService("fake")
+    odd.final_read = True
+    ended(odd, "j1", "a", finished_at=ago(minutes=50), logs_complete=None)
+    bench.once()
+    odd.set_state("j1", "SUCCEEDED", finished_at=ago(minutes=61), logs_complete=None)
+    odd.add_lines("j1", "b")
+    odd.add_late("j1", "old", timestamp_ms=1_000)
+    bench.once()
+    assert bench.bodies() == ["a", "b", "old"]
+    assert receipt(bench, "j1")["lines.read"] == 3
+    assert bench.once().jobs == 0

@@ -53,7 +53,9 @@ def test_what_was_acked_survives(tmp_path: Path) -> None:
     store.ack([Ack(key, b"cursor 1", FACTS), Ack(key, b"cursor 2", '{"first_seen_ns":2}')])
     before = (store.instance_id, store.start_unix_nano)
     store = again(store)
-    assert store.job("id", "j1") == Checkpoint(key, "etl", False, b"cursor 2", '{"first_seen_ns":2}', False, False)
+    assert store.job("id", "j1") == Checkpoint(
+        key, "etl", False, b"cursor 2", '{"first_seen_ns":2}', False, False, False
+    )
     assert (store.instance_id, store.start_unix_nano, store.recovered) == (*before, None)
     store.close()
 
@@ -323,5 +325,46 @@ def test_a_disk_that_refuses_is_an_error_of_the_store(store: Store) -> None:
         ):
             with pytest.raises(CheckpointError, match="cannot write the checkpoint store"):
                 write()
-        assert store.job("id", "j1") == Checkpoint(key, "etl", False, None, FACTS, False, False)
+        assert store.job("id", "j1") == Checkpoint(key, "etl", False, None, FACTS, False, False, False)
+        assert (store.refused, store.usable()) == (True, False)
+    assert (store.usable(), store.refused) == (True, False)
     store.ack([Ack(key, b"x", FACTS)])
+
+
+def test_a_store_that_was_taken_away_is_said(store: Store) -> None:
+    """SQLite would write on into a file that nobody finds again; one that is put back is used again."""
+    key = add(store).key
+    aside = store.path.with_name("aside.db")
+    store.path.rename(aside)
+    for in_its_place in (lambda: None, store.path.touch):
+        in_its_place()
+        with pytest.raises(CheckpointError, match="was removed or replaced under a running agent: put it back"):
+            store.ack([Ack(key, b"x", FACTS)])
+        assert not store.usable()
+    aside.replace(store.path)
+    assert store.usable()
+    store.ack([Ack(key, b"x", FACTS)])
+    assert store.job("id", "j1").cursor == b"x"
+
+
+def test_a_job_that_may_still_be_late_is_not_finished(store: Store) -> None:
+    """Its lines are complete, and a restart looks at it again; when its time is over it needs no more work."""
+    key = add(store).key
+    store.end_job(key, [], RunTotals("etl", "success").add(1.0))
+    store.ack([Ack(key, b"x", FACTS, {7: (1, 5)})])
+    store.complete_logs(key, late=True)
+    assert (store.finished_jobs("id"), store.unfinished_jobs("id")) == (set(), [("j1", "etl")])
+    assert store.seconds(key) == {7: (1, 5)}
+    found = store.job("id", "j1")
+    assert (found.logs_complete, found.late, found.ended) == (True, True, True)
+    store.complete_logs(key)
+    assert (store.finished_jobs("id"), store.unfinished_jobs("id"), store.seconds(key)) == ({"j1"}, [], {})
+
+
+def test_names_are_forgotten_too(store: Store) -> None:
+    """Also those of jobs that were never followed, of a service that nobody watches any more."""
+    store.add_name("gone", "j1", "etl")
+    store.forget(3600)
+    assert store.names("gone") == {"j1": "etl"}
+    store.forget(-1)
+    assert store.names("gone") == {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from tailspan.errors import ConfigError
 from tailspan_agent.export import HttpExporter, user_agent
 from tailspan_agent.outcome import Delivered, EndpointFault, Outcome, Rejected, Retry, TooLarge
 from tests.agent.otlp_samples import exporter_to, logs_payload, payload_of
-from tests.fakes.collector import Collector, Reply
+from tests.fakes.collector import Collector, Reply, success_body
 from tests.fakes.otlp_rows import SIGNALS
 
 
@@ -165,6 +167,22 @@ def test_body_that_cannot_be_unpacked_does_not_undo_a_success(collector: Collect
     (outcome,) = export(collector.http_url)
     assert isinstance(outcome, Delivered)
     assert outcome.warning
+
+
+def test_an_answer_that_unpacks_to_far_more_is_not_unpacked(collector: Collector) -> None:
+    """A few hundred KB of gzip can be a gigabyte: memory stays bounded, and the next answer is read as ever."""
+    bomb = gzip.compress(bytes(256 << 20), compresslevel=1)
+    partial = gzip.compress(success_body("logs", Reply(rejected=1, message="too old")).SerializeToString())
+    packed = {"Content-Encoding": "gzip", "Content-Type": "application/x-protobuf"}
+    collector.script("logs", Reply(body=bomb, headers=packed), Reply(body=partial, headers=packed))
+    tracemalloc.start()
+    try:
+        first, second = export(collector.http_url, times=2)
+        assert tracemalloc.get_traced_memory()[1] < len(bomb) + (16 << 20)
+    finally:
+        tracemalloc.stop()
+    assert isinstance(first, Delivered)
+    assert second == Rejected(1, "too old", kind="partial")
 
 
 def test_credentials_are_not_shown(collector: Collector) -> None:

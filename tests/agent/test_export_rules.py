@@ -235,11 +235,13 @@ def test_unavailable_with_retry_info_waits_so_long() -> None:
     [
         ("RESOURCE_EXHAUSTED", "grpc: received message larger than max (6079900 vs. 4194304)"),
         ("RESOURCE_EXHAUSTED", "CLIENT: Received message larger than max (6079900 vs. 4194304)"),
+        ("RESOURCE_EXHAUSTED", "gRPC message exceeds maximum size 4194304: 6079900"),
+        ("RESOURCE_EXHAUSTED", "Received message exceeds the maximum configured message size."),
         ("OUT_OF_RANGE", "Error, decoded message length too large: found 6079900 bytes, the limit is: 4194304 bytes"),
     ],
 )
 def test_grpc_message_over_the_limit_is_too_large(code: str, message: str) -> None:
-    """What grpc-go, grpc-core and tonic (rotel) say: retrying it whole would never end."""
+    """What grpc-go, -core, -java, -dotnet and tonic (rotel) say: retrying it whole would never end."""
     assert isinstance(classify_grpc(code, message, None), TooLarge)
 
 

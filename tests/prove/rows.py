@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from tests.prove import configuration, endpoint, faults_disk, faults_local, jobservice, load
+from tests.prove import configuration, endpoint, faults_disk, faults_local, fuzz, jobservice, load
 from tests.prove.kills import sweep, sweep_of_mutant
 from tests.prove.mutant import CHECKPOINT_BEFORE_ACK
 from tests.prove.scenarios import Scenario
@@ -14,22 +14,35 @@ LEAST_HITS = 10
 _MUTANT_KILLS = 20
 
 
+def grouped(kills: int) -> dict[str, list[Scenario]]:
+    """Return all rows by group; so many kills are in the sweep."""
+    return {
+        "SIGKILL": [
+            Scenario("SIGKILL at every step", partial(sweep, kills=kills, least_hits=LEAST_HITS), alone=True),
+            Scenario(
+                "SIGKILL, a build that checkpoints before the ack",
+                partial(sweep_of_mutant, mutant=CHECKPOINT_BEFORE_ACK, kills=_MUTANT_KILLS),
+                alone=True,
+            ),
+        ],
+        "OTLP endpoint": [fault.scenario() for fault in endpoint.FAULTS],
+        "job service": [fault.scenario() for fault in jobservice.FAULTS],
+        "disk": faults_disk.scenarios(),
+        "local jobs": faults_local.scenarios(),
+        "configuration": [change.scenario() for change in configuration.FAULTS],
+        "load": [row.scenario() for row in load.FAULTS],
+        "input (fuzzed)": fuzz.scenarios(),
+    }
+
+
 def scenarios(kills: int) -> list[Scenario]:
-    """Return all rows; so many kills are in the sweep."""
-    return [
-        Scenario("SIGKILL at every step", partial(sweep, kills=kills, least_hits=LEAST_HITS), alone=True),
-        Scenario(
-            "SIGKILL, a build that checkpoints before the ack",
-            partial(sweep_of_mutant, mutant=CHECKPOINT_BEFORE_ACK, kills=_MUTANT_KILLS),
-            alone=True,
-        ),
-        *(fault.scenario() for fault in endpoint.FAULTS),
-        *(fault.scenario() for fault in jobservice.FAULTS),
-        *faults_disk.scenarios(),
-        *faults_local.scenarios(),
-        *(change.scenario() for change in configuration.FAULTS),
-        *(row.scenario() for row in load.FAULTS),
-    ]
+    """Return all rows, in the order of the table."""
+    return [scenario for group in grouped(kills).values() for scenario in group]
+
+
+def groups() -> dict[str, list[str]]:
+    """Return the names of all rows by group."""
+    return {title: [scenario.name for scenario in group] for title, group in grouped(0).items()}
 
 
 def run(name: str, kills: int, seed: int) -> Row:

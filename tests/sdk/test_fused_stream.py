@@ -208,3 +208,8 @@ def test_each_page_has_its_own_cursor():
     for page_number, page in enumerate(read(entries), 1):
         rest = read(entries, cursor=page.cursor)
         assert sum(len(p.lines) for p in rest) == max(0, 12_000 - 5_000 * page_number)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_reply():
+    """Some servers begin each reply with one."""
+    assert decode_json(msgspec.json.Decoder(dict[str, int]), b'\xef\xbb\xbf{"a": 1}') == {"a": 1}

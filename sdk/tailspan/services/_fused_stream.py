@@ -55,7 +55,7 @@ _objects = msgspec.json.Decoder(list[dict[str, Any]])
 
 
 def decode_json(decoder: msgspec.json.Decoder[T], text: bytes) -> T:
-    """Decode JSON; invalid UTF-8 and halves of surrogate pairs, which no text can hold, become U+FFFD.
+    """Decode JSON; invalid UTF-8 and halves of surrogate pairs, which no text can hold, become U+FFFD. A BOM goes.
 
     Raises:
         msgspec.DecodeError: It is not JSON, or (`msgspec.ValidationError`) not of the decoder's type.
@@ -74,7 +74,7 @@ def decode_json(decoder: msgspec.json.Decoder[T], text: bytes) -> T:
 
 
 def _repair(text: bytes) -> bytes:
-    text = text.decode("utf-8", "replace").encode()
+    text = text.removeprefix(_BOM).decode("utf-8", "replace").encode()
     return _ESCAPE.sub(_whole_pair, text) if b"\\ud" in text.lower() else text
 
 

@@ -1,0 +1,53 @@
+"""``python -m tests.audit PIP_AUDIT`` asks what is known against the pinned dependencies: ``make audit``.
+
+It ends with 0 where nothing is known, with 1 where something is, and with 3 where nobody could be asked.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+LOCK = Path(__file__).parent.parent / "requirements.lock"
+SOURCES = ("pypi", "osv")
+NOT_AUDITED = 3
+
+
+def audit(program: str, lock: Path = LOCK) -> int:
+    """Ask one source of known weaknesses after the other, until one answers; return the exit code."""
+    options = ["--no-deps", "--disable-pip", "--progress-spinner", "off", "--timeout", "15", "--format", "json"]
+    for source in SOURCES:
+        command = [program, "--requirement", str(lock), "--vulnerability-service", source, *options]
+        done = subprocess.run(command, capture_output=True, text=True)
+        try:
+            packages = json.loads(done.stdout)["dependencies"]
+        except (ValueError, KeyError):
+            why = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+            print(f"the source {source} does not answer: {why}", file=sys.stderr)
+            continue
+        if all(package.get("skip_reason") for package in packages):
+            print(f"the source {source} knows none of the packages: {packages[0]['skip_reason']}", file=sys.stderr)
+            continue
+        return _report(packages, source)
+    print("NOT AUDITED: no source could be asked. Run it where pypi.org or api.osv.dev is reachable.", file=sys.stderr)
+    return NOT_AUDITED
+
+
+def _report(packages: list[dict[str, object]], source: str) -> int:
+    known, skipped = 0, 0
+    for package in packages:
+        for weakness in package.get("vulns") or ():
+            known += 1
+            fixed = ", ".join(weakness["fix_versions"]) or "no version"
+            print(f"{package['name']} {package['version']}: {weakness['id']}, mended in {fixed}")
+        if reason := package.get("skip_reason"):
+            skipped += 1
+            print(f"{package['name']}: not looked at: {reason}")
+    print(f"{len(packages) - skipped} packages looked at by {source}, {known} weaknesses known")
+    return 1 if known else 0
+
+
+if __name__ == "__main__":
+    sys.exit(audit(sys.argv[1]))
