@@ -95,6 +95,8 @@ class Reply:
         hang: Never answer (until the collector stops).
         cut: ``request``: close the connection without an answer, nothing taken; ``answer``: take the request, send
             half of the answer's header and drop the connection (HTTP only).
+        raw: These bytes instead of an answer of ours (HTTP only).
+        close: Close the connection after the answer, without a word (HTTP only).
         sent: Called once the answer is written (HTTP only).
     """
 
@@ -108,6 +110,8 @@ class Reply:
     delay_s: float = 0.0
     hang: bool = False
     cut: str = ""
+    raw: bytes | None = None
+    close: bool = False
     sent: Callable[[], object] | None = None
 
     @property
@@ -212,6 +216,11 @@ class Collector:
         if self._grpc is None:
             self._grpc, self._grpc_port = _start_grpc(self, self._tls, self._grpc_threads, self._wanted_grpc_port)
         return f"{'https' if self._tls else 'http'}://127.0.0.1:{self._grpc_port}"
+
+    def close_connections(self) -> None:
+        """Close all HTTP connections that are open now."""
+        assert self._http is not None, "the collector is stopped"
+        self._http.close_connections()
 
     @property
     def connections(self) -> int:
@@ -406,6 +415,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if reply.cut == "answer":
             self._drop_in_answer()
+            return
+        self.close_connection = self.close_connection or reply.close
+        if reply.raw is not None:
+            self.wfile.write(reply.raw)
             return
         more = dict(reply.headers)
         if reply.retry_after_s is not None:

@@ -175,6 +175,8 @@ class FakeJobApi:
         connections: How many connections were opened so far.
         max_limit: Rows that a list reply has at most, whatever was asked for.
         on_list: Called with the number of each list request before it is answered.
+        change_rows: Changes the rows of the whole list, newest first, before a page of it is taken.
+        before_json: Bytes before each JSON reply.
     """
 
     def __init__(
@@ -192,6 +194,8 @@ class FakeJobApi:
         self.connections = 0
         self.max_limit = 1000
         self.on_list: Callable[[int], object] = lambda number: None
+        self.change_rows: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = lambda rows: rows
+        self.before_json = b""
         self._inclusive = inclusive
         self._sort = sort
         self._tls = tls
@@ -282,7 +286,7 @@ class FakeJobApi:
             }
             for job in reversed(list(self.jobs.values()))
         ]
-        return rows[skip : skip + limit]
+        return self.change_rows(rows)[skip : skip + limit]
 
     def _lines(self, job: FakeJob, since_ms: int | None) -> list[Mapping[str, Any]]:
         lines = job._visible()
@@ -402,7 +406,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._json(job._status(), truncate=truncate)
 
     def _json(self, value: Any, *, truncate: bool) -> None:
-        body = json.dumps(value).encode()
+        body = self.fake.before_json + json.dumps(value).encode()
         self._reply(200, body, cut=len(body) // 2 if truncate else None)
 
     def _reply(

@@ -133,6 +133,16 @@ def other_endpoint(world: World) -> None:
     assert not [request for request in old.requests if request.taken and request.signal != "metrics"]
 
 
+def unknown_host(world: World) -> None:
+    """The endpoint's name cannot be resolved for a while; a reload gives the right one."""
+    world.settings.endpoint = "http://nowhere.invalid:4318"
+    world.reload()
+    speak(world)
+    world.until(lambda: "nowhere.invalid" in world.log, "word of the unknown host")
+    world.settings.endpoint = None
+    world.reload()
+
+
 def storm(world: World) -> None:
     """Forty signals while lines are under way, some with a change, some with a file that is broken."""
     for number in range(40):
@@ -155,5 +165,6 @@ FAULTS = (
     Change("configuration: watches changed", other_attributes),
     Change("configuration: SIGHUP during an outage", outage),
     Change("configuration: SIGHUP to another endpoint during an outage", other_endpoint),
+    Change("configuration: endpoint of an unknown host, then mended", unknown_host),
     Change("configuration: forty SIGHUPs", storm),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import socket
 import threading
 import time
@@ -12,7 +13,8 @@ from dataclasses import dataclass, field
 from email.utils import formatdate
 from functools import partial
 
-from tests.fakes.collector import Answer, Reply, Request
+from tests.fakes.collector import Answer, Collector, Reply, Request
+from tests.prove.load import MAX_RSS
 from tests.prove.scenarios import Scenario
 from tests.prove.table import Row
 from tests.prove.world import Found, Settings, World
@@ -157,6 +159,31 @@ def repeats(world: World, found: Found) -> list[str]:
     return [] if found.lines.repeated else ["nothing was sent twice, so nothing was tested"]
 
 
+def little_memory(world: World, found: Found) -> list[str]:
+    """The agent must not have held what the answers unpack to."""
+    return [] if found.peak_rss < MAX_RSS else [f"the agent took {found.peak_rss >> 20} MiB"]
+
+
+def restarts(world: World) -> None:
+    """The gRPC server goes, with its connections, and comes back at once, four times."""
+    port = int(world.collector.grpc_url.rpartition(":")[2])
+    for _ in range(4):
+        for job in world.jobs:
+            job.write(_LINES, world.random)
+        time.sleep(0.5)
+        world.collector.stop()
+        world.fold()
+        world.use(Collector(grpc_port=port))
+        assert world.collector.grpc_url.endswith(f":{port}")
+
+
+_IN_PIECES = (
+    b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"
+    b"HTTP/1.1 200 OK\r\nContent-Type: application/x-protobuf\r\nTransfer-Encoding: chunked\r\n\r\n"
+    b"0\r\nX-Late: 1\r\n\r\n"
+)
+_PACKED = {"Content-Encoding": "gzip", "Content-Type": "application/x-protobuf"}
+
 GRPC = Settings(protocol="grpc", otlp=_SOON)
 
 FAULTS = (
@@ -194,6 +221,18 @@ FAULTS = (
     EndpointFault("reset in mid-answer", [Reply(cut="answer")] * 6, check=repeats),
     EndpointFault("slow, 1 s for each answer", always=lambda world: Reply(delay_s=1.0)),
     EndpointFault("answers garbage", [Reply(body=b"\xff<html>")] * 8),
+    EndpointFault("answers in pieces, after 100 and 103", always=lambda world: Reply(raw=_IN_PIECES)),
+    EndpointFault("connection closed after each answer", always=lambda world: Reply(close=True)),
+    EndpointFault(
+        "answers that unpack to 300 MB",
+        [Reply(body=gzip.compress(bytes(300 << 20), compresslevel=1), headers=_PACKED)] * 6,
+        check=little_memory,
+    ),
+    EndpointFault(
+        "partial_success, more rejected than were sent",
+        always=partial(keep_none_of, each=3, rejected=1 << 62, message="all of it, and more"),
+        dead=True,
+    ),
     EndpointFault("70% refused at random", always=refuse_most, timeout_s=300.0),
     EndpointFault("one dead signal (traces)", traces=Reply(503), act=traces_are_dead),
     EndpointFault("gRPC: UNAVAILABLE", [Reply(grpc="UNAVAILABLE")] * 6, settings=GRPC),
@@ -208,5 +247,6 @@ FAULTS = (
         settings=GRPC,
         dead=True,
     ),
+    EndpointFault("gRPC: server restarted four times", act=restarts, settings=GRPC),
     EndpointFault("gRPC: DEADLINE_EXCEEDED, slow answers", [Reply(grpc="DEADLINE_EXCEEDED")] * 4, settings=GRPC),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from tests.fakes.job_api import HANG, HTML, RESET, TRUNCATED, Fault, status_fault
 from tests.prove.jobs import NumberedJob
@@ -178,6 +179,55 @@ def flaps(world: World) -> None:
         time.sleep(0.5)
 
 
+def runs_again(world: World) -> None:
+    """The jobs are Done, their spans and receipts are written; then they run again and write on."""
+    for job in world.jobs:
+        assert isinstance(job, NumberedJob)
+        job.end()
+    world.until(world.all_done, "the first end of all jobs")
+    for job in world.jobs:
+        assert isinstance(job, NumberedJob)
+        job.becomes("Running")
+        job.write(_LINES, world.random)
+    _all_acked(world)
+
+
+def visible_after_the_receipt(world: World) -> None:
+    """All is relayed and receipted; lines become visible that the jobs had written at their end."""
+    for job in world.jobs:
+        assert isinstance(job, NumberedJob)
+        job.end()
+    world.until(world.all_done, "the end of all jobs")
+    for job in world.jobs:
+        job.write(_LINES, world.random)
+    _all_acked(world)
+
+
+def _all_acked(world: World) -> None:
+    world.until(lambda: all(world.acked(job) == job.written for job in world.jobs), "the lines that came later")
+
+
+def byte_order_marks(world: World, jobs: Sequence[NumberedJob]) -> None:
+    """Each reply begins with one."""
+    world.api.before_json = b"\xef\xbb\xbf"
+    _write(world, jobs)
+
+
+def odd_lists(world: World) -> None:
+    """The list shuffles its rows, shows some twice and others not, while jobs are added."""
+
+    def change(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        shown = [row for row in rows if world.random.random() > 0.2]
+        shown += world.random.sample(rows, min(2, len(rows)))
+        world.random.shuffle(shown)
+        return shown
+
+    world.api.change_rows = change
+    for number in range(6):
+        world.fused_job(f"added-{number}").write(_LINES, world.random)
+        time.sleep(0.5)
+
+
 def asked_again(fault: str, times: int) -> Callable[[World, Found], list[str]]:
     """The service must have been asked: else the fault was none."""
     return lambda world, found: [] if len(world.api.requests) > times else [f"{fault}: it was not asked often enough"]
@@ -207,4 +257,8 @@ FAULTS = (
     ServiceFault("job service: job deleted in mid-follow", act=deleted),
     ServiceFault("job service: terminal before the last lines", act=terminal_early),
     ServiceFault("job service: status that flaps", act=flaps),
+    ServiceFault("job service: runs again after its end", act=runs_again),
+    ServiceFault("job service: lines visible after the receipt", act=visible_after_the_receipt),
+    ServiceFault("job service: a byte order mark before each reply", write=byte_order_marks),
+    ServiceFault("job service: list that repeats and misses rows", act=odd_lists),
 )

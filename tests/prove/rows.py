@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from tests.prove import configuration, endpoint, faults_disk, faults_local, fuzz, jobservice, load
+from tests.prove import configuration, endpoint, faults_disk, faults_local, fuzz, jobservice, load, process
 from tests.prove.kills import sweep, sweep_of_mutant
 from tests.prove.mutant import CHECKPOINT_BEFORE_ACK
 from tests.prove.scenarios import Scenario
@@ -29,6 +29,7 @@ def grouped(kills: int) -> dict[str, list[Scenario]]:
         "job service": [fault.scenario() for fault in jobservice.FAULTS],
         "disk": faults_disk.scenarios(),
         "local jobs": faults_local.scenarios(),
+        "agent process": [change.scenario() for change in process.FAULTS],
         "configuration": [change.scenario() for change in configuration.FAULTS],
         "load": [row.scenario() for row in load.FAULTS],
         "input (fuzzed)": fuzz.scenarios(),
