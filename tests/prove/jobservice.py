@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from tests.fakes.job_api import HANG, HTML, RESET, TRUNCATED, Fault, status_faul
 from tests.prove.jobs import NumberedJob
 from tests.prove.scenarios import Scenario
 from tests.prove.table import Row
-from tests.prove.world import Found, Settings, World
+from tests.prove.world import Found, Job, Settings, World
 
 _LINES = 200
 _HOUR_MS = 3_600_000
@@ -190,6 +191,10 @@ def runs_again(world: World) -> None:
         job.becomes("Running")
         job.write(_LINES, world.random)
     _all_acked(world)
+    for job in world.jobs:
+        assert isinstance(job, NumberedJob)
+        job.becomes("Done")
+    world.until(lambda: all(_receipts(world, job) == 2 for job in world.jobs), "the second end of all jobs")
 
 
 def visible_after_the_receipt(world: World) -> None:
@@ -201,6 +206,11 @@ def visible_after_the_receipt(world: World) -> None:
     for job in world.jobs:
         job.write(_LINES, world.random)
     _all_acked(world)
+
+
+def _receipts(world: World, job: Job) -> int:
+    known = world.checkpoint(job)
+    return int(json.loads(known.facts)["receipts"]) if known is not None else 0
 
 
 def _all_acked(world: World) -> None:
@@ -250,6 +260,11 @@ FAULTS = (
     ServiceFault("job service: lines visible late (to 5 s)", write=visible_late),
     ServiceFault(
         "job service: lines visible after the window", write=visible_after_the_window, settings=Settings(watch=_LATE)
+    ),
+    ServiceFault(
+        "job service: lines visible late (to 5 s), without a final read",
+        write=visible_late,
+        settings=Settings(watch="final_read = false"),
     ),
     ServiceFault("job service: equal lines that are two", write=equal_lines),
     ServiceFault("job service: clock steps of an hour", write=clock_steps),

@@ -1,4 +1,4 @@
-"""The proof of the proof: builds of the agent that are wrong in one place. The sweep must find each of them."""
+"""The proof of the proof: builds that are wrong in one place. The proof must find each of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-AGENT = Path(__file__).parents[2] / "agent"
+ROOT = Path(__file__).parents[2]
+PACKAGES = {"tailspan_agent": ROOT / "agent", "tailspan": ROOT / "sdk"}
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class Mutant:
 
     Attributes:
         name: What is wrong with it.
-        module: The file that is changed, below ``tailspan_agent``.
+        module: The file that is changed, such as ``tailspan_agent/lanes.py``.
         before: A text that is there once.
         after: What stands there instead.
     """
@@ -25,24 +26,29 @@ class Mutant:
     before: str
     after: str
 
-    def build(self, into: Path) -> Path:
-        """Copy the agent with this change and return what to put into PYTHONPATH.
+    def changed(self) -> str:
+        """Return the module's text with the change.
 
         Raises:
             LookupError: The code has changed: the mutant has to be made anew.
         """
-        shutil.copytree(AGENT, into, ignore=shutil.ignore_patterns("__pycache__"))
-        path = into / "tailspan_agent" / self.module
-        text = path.read_text()
+        package, _, _ = self.module.partition("/")
+        text = (PACKAGES[package] / self.module).read_text(encoding="utf-8")
         if text.count(self.before) != 1:
             raise LookupError(f"{self.module} does not have {self.before!r} once: adapt the mutant {self.name!r}")
-        path.write_text(text.replace(self.before, self.after))
+        return text.replace(self.before, self.after)
+
+    def build(self, into: Path) -> Path:
+        """Copy both packages with this change and return what to put into PYTHONPATH."""
+        for package, place in PACKAGES.items():
+            shutil.copytree(place / package, into / package, ignore=shutil.ignore_patterns("__pycache__"))
+        (into / self.module).write_text(self.changed(), encoding="utf-8")
         return into
 
 
 CHECKPOINT_BEFORE_ACK = Mutant(
     "the checkpoint advances before the ack",
-    "lanes.py",
+    "tailspan_agent/lanes.py",
     """
             result = await self._outlet.send(payload, count)
 """,

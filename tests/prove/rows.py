@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from functools import partial
 
-from tests.prove import configuration, endpoint, faults_disk, faults_local, fuzz, jobservice, load, process
+from tests.prove import (
+    configuration,
+    endpoint,
+    faults_disk,
+    faults_local,
+    fuzz,
+    jobservice,
+    load,
+    process,
+    wrong_builds,
+)
 from tests.prove.kills import sweep, sweep_of_mutant
 from tests.prove.mutant import CHECKPOINT_BEFORE_ACK
 from tests.prove.scenarios import Scenario
@@ -32,6 +42,7 @@ def grouped(kills: int) -> dict[str, list[Scenario]]:
         "agent process": [change.scenario() for change in process.FAULTS],
         "configuration": [change.scenario() for change in configuration.FAULTS],
         "load": [row.scenario() for row in load.FAULTS],
+        "wrong builds": [build.scenario() for build in wrong_builds.BUILDS],
         "input (fuzzed)": fuzz.scenarios(),
     }
 

@@ -27,14 +27,19 @@ class Scenario:
     run: Callable[[str], Row]
     alone: bool = False
 
-    def row(self, seed: int) -> Row:
+    def row_of(self, seed: str) -> Row:
         """Run it; an error is a failed row."""
-        started_s = time.monotonic()
         try:
-            row = self.run(f"{seed}/{self.name}")
+            return self.run(seed)
         except Exception as error:
-            traceback.print_exc()
-            row = Row(self.name, problems=[f"{type(error).__name__}: {str(error)[-_MESSAGE_CHARS:]}"])
+            text = str(error)
+            shown = text if len(text) <= 2 * _MESSAGE_CHARS else f"{text[:_MESSAGE_CHARS]} ... {text[-_MESSAGE_CHARS:]}"
+            return Row(self.name, problems=[f"{type(error).__name__}: {shown}", traceback.format_exc(limit=-3)])
+
+    def row(self, seed: int) -> Row:
+        """Run it and say how to run it again."""
+        started_s = time.monotonic()
+        row = self.row_of(f"{seed}/{self.name}")
         row.fault = self.name
         row.seconds = time.monotonic() - started_s
         row.reproduce = f"make prove PROVE_SEED={seed} PROVE_ONLY='{self.name}'"
