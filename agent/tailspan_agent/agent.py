@@ -11,13 +11,14 @@ import logging
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tailspan.config import Settings
 from tailspan.errors import ConfigError, JobNotFoundError, TailspanError
 from tailspan.services import JobService, open_service
 from tailspan_agent.agent_metrics import AgentMetrics, agent_resource
 from tailspan_agent.backlog import Backlog
+from tailspan_agent.changes import changes_that_wait
 from tailspan_agent.checkpoint import Store
 from tailspan_agent.errors import CheckpointError
 from tailspan_agent.expectations import Expectations
@@ -26,19 +27,21 @@ from tailspan_agent.following import Following
 from tailspan_agent.history import Histories
 from tailspan_agent.insight import FollowedJob, Insight, Insights, insight_of
 from tailspan_agent.lanes import Lane, SpanLane
-from tailspan_agent.outlets import SIGNALS, Outlets
+from tailspan_agent.outlets import Outlets
 from tailspan_agent.redact import Redactor
 from tailspan_agent.relay import Relay
 from tailspan_agent.runs import PipelineNames
-from tailspan_agent.status_server import StatusServer
 from tailspan_agent.tailer import Tailer
 from tailspan_agent.tasks import cancelled
 from tailspan_agent.telemetry import MetricsPush, Telemetry, export_interval_s
 from tailspan_agent.watcher import Watcher
 
+if TYPE_CHECKING:
+    from tailspan_agent.status_server import StatusServer
+
 __all__ = ["Agent", "OnceResult"]
 
-_LANES = 8
+_LANES = 4
 _FORGET_S = 30 * 86400.0
 _HOUSEKEEPING_S = 3600.0
 _LAST_PUSH_S = 5.0
@@ -203,6 +206,9 @@ class Agent:
             self._start_pumps()
             address = self.settings.agent.listen_address
             if address is not None:
+                # Uvicorn and Starlette take 90 ms, which a single pass does without.
+                from tailspan_agent.status_server import StatusServer
+
                 self.server = StatusServer(
                     address,
                     metrics=self.telemetry.prometheus_text,
@@ -306,7 +312,8 @@ class Agent:
             finally:
                 self._start_pushing()
             undo.pop_all()
-        _warn_of_what_waits(self.settings, settings)
+        for key in changes_that_wait(self.settings, settings):
+            _log.warning("%s changed: it takes effect when the agent is started anew", key)
         self.settings = settings
         self._relay.redactor, self._relay.otlp_resource = redactor, settings.otlp.resource
         await self._following.go_over(kept, sources, settings)
@@ -389,12 +396,3 @@ class Agent:
 def _check_enabled(settings: Settings) -> None:
     if settings.otlp.disabled:
         raise ConfigError("OTEL_SDK_DISABLED is set: unset it to let the agent relay", key="OTEL_SDK_DISABLED")
-
-
-def _warn_of_what_waits(old: Settings, new: Settings) -> None:
-    keys = ("state_dir", "listen", "token", "token_file", "max_pipeline_names", "run_id_on_metrics", "service_name")
-    waiting = [f"agent.{key}" for key in keys if getattr(new.agent, key) != getattr(old.agent, key)]
-    if any((new.otlp.for_signal(name) is None) != (old.otlp.for_signal(name) is None) for name in SIGNALS):
-        waiting.append("otlp.signals")
-    for key in waiting:
-        _log.warning("%s changed: it takes effect when the agent is started anew", key)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from importlib.metadata import version
 
 from opentelemetry.metrics import CallbackOptions, Observation
@@ -37,6 +38,30 @@ def agent_resource(service_name: str, instance_id: str, otlp_resource: Mapping[s
     )
 
 
+class _Counter:
+    """A count that costs a dictionary's update; the SDK's own counter costs 15 us, many times a page.
+
+    Args:
+        create: A meter's method for observable counters.
+        name: The instrument's name.
+        unit: Its unit.
+        description: What it counts.
+    """
+
+    def __init__(self, create: Callable[..., object], name: str, unit: str, description: str) -> None:
+        self._counts: dict[tuple[tuple[str, str], ...], int] = {}
+        create(name, [self._observe], unit, description)
+
+    def add(self, n: int, attributes: Mapping[str, str]) -> None:
+        key = tuple(attributes.items())
+        self._counts[key] = self._counts.get(key, 0) + n
+
+    def _observe(self, _: CallbackOptions) -> Iterator[Observation]:
+        # A copy: /metrics may be asked for from another thread.
+        for attributes, count in list(self._counts.items()):
+            yield Observation(count, dict(attributes))
+
+
 class AgentMetrics:
     """What the agent does, as counters and gauges ``tailspan.agent.*``. Calls are meant once per page or batch.
 
@@ -62,7 +87,7 @@ class AgentMetrics:
             [self._reader], resource, exemplar_filter=AlwaysOffExemplarFilter(), shutdown_on_exit=False
         )
         meter = provider.get_meter("tailspan.agent", version("tailspan"))
-        counter = meter.create_counter
+        counter = partial(_Counter, meter.create_observable_counter)
         self._polls = counter("tailspan.agent.polls", "{poll}", "Requests to job services.")
         self._poll_errors = counter("tailspan.agent.poll.errors", "{error}", "Requests to job services that failed.")
         self._read = counter("tailspan.agent.records.read", "{record}", "Log records made of lines that were read.")
@@ -71,8 +96,11 @@ class AgentMetrics:
             "tailspan.agent.records.rejected", "{record}", "Records that the endpoint refused; see the dead letter."
         )
         self._dropped = counter("tailspan.agent.records.dropped", "{record}", "Lines left out on purpose.")
-        self._in_flight = meter.create_up_down_counter(
-            "tailspan.agent.records.in_flight", "{record}", "Log records that were read and are not acked yet."
+        self._in_flight = _Counter(
+            meter.create_observable_up_down_counter,
+            "tailspan.agent.records.in_flight",
+            "{record}",
+            "Log records that were read and are not acked yet.",
         )
         self._redactions = counter("tailspan.agent.redactions", "{redaction}", "Secrets masked in lines.")
         self._late = counter("tailspan.agent.lines.late", "{line}", "Lines that became visible late.")

@@ -23,7 +23,7 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +141,15 @@ class Store:
             row: tuple[str] = db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
             return row[0]
 
+    def together(self) -> AbstractContextManager[object]:
+        """Write what the block writes in one transaction: each costs more than what is in it."""
+        return self._transaction()
+
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
+        if self._db.in_transaction:
+            yield self._db
+            return
         if file_at(self.path) != self._file:
             # SQLite would go on writing into what nobody will find again.
             self.refused = True

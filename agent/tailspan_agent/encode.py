@@ -32,7 +32,7 @@ from importlib.metadata import version
 from tailspan_agent.encode_lines import EncodedLines, LogContext, encode_lines
 from tailspan_agent.encode_record import LogRecordData, encode_log_record
 from tailspan_agent.encode_span import SpanData, SpanEvent, SpanKind, SpanLink, StatusCode, encode_span
-from tailspan_agent.wire import AttributeValue, attributes_fields, bytes_field, string_field
+from tailspan_agent.wire import AttributeValue, attributes_fields, bytes_field, string_field, varint
 
 __all__ = [
     "SCHEMA_URL",
@@ -69,11 +69,16 @@ def logs_request(groups: Iterable[tuple[bytes, Sequence[bytes]]]) -> bytes:
         groups: Per job its resource (`encode_resource`) and its records (`encode_lines`, `encode_log_record`), each
             piece of bytes holding one or more, in order. A group without records is left out.
     """
-    return b"".join(
-        bytes_field(1, resource + bytes_field(2, b"".join((_SCOPE, *records, _SCHEMA))) + _SCHEMA)
-        for resource, records in groups
-        if any(records)
-    )
+    pieces: list[bytes] = []
+    for resource, records in groups:
+        records_bytes = sum(map(len, records))
+        if records_bytes:
+            # The lengths come first, so that the records, which are megabytes, are copied once.
+            scope_bytes = len(_SCOPE) + records_bytes + len(_SCHEMA)
+            scope = varint(2 << 3 | 2) + varint(scope_bytes) + _SCOPE
+            group_bytes = len(resource) + len(scope) - len(_SCOPE) + scope_bytes + len(_SCHEMA)
+            pieces += (varint(1 << 3 | 2), varint(group_bytes), resource, scope, *records, _SCHEMA, _SCHEMA)
+    return b"".join(pieces)
 
 
 def traces_request(groups: Iterable[tuple[bytes, Sequence[bytes]]]) -> bytes:

@@ -1,9 +1,15 @@
 """A page of lines as OTLP log records, column by column rather than line by line. Pure.
 
-A record is six pieces: its start up to the body's text (a table by severity and length), the body, its uid in two
-pieces (what a run's lines share, and the rest), what all lines of a stream share, and its time. Each piece is a list
-over all lines, made with slices and tables; one join makes the bytes. Fields come in the order that keeps what is
-constant together. Field numbers are listed in `tailspan_agent.encode`.
+A record is five pieces. Each piece is a column over all lines, made with slices and tables; one join makes the bytes:
+
+    head     tag and length of the record, its severity, tags and lengths of the body: a table by severity and length
+    body     the line's text
+    time     the time's tag and its low two bytes: a table, since the lines of a run are 1 ns apart
+    middle   what the lines of a run share: the time's high bytes, stream, ids, time of reading, the uid but for its end
+    uid      the end of the uid, the line's number in its run: a table
+
+For services that know only times, `time` and `uid` hold the whole of either. Fields come in the order that keeps what
+is constant together. Field numbers are listed in `tailspan_agent.encode`.
 """
 
 from __future__ import annotations
@@ -11,17 +17,19 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import compress, groupby
+from functools import cache, lru_cache
+from itertools import compress, groupby, repeat
+from operator import getitem
+from typing import Any, TypeAlias
 
 from tailspan.clean import MAX_BODY_BYTES, clean, is_clean, split_long
 from tailspan.identity import span_id
 from tailspan.models import RunResponse
-from tailspan.page import CLEAN, MAX_PAGE_LINES, LogPage, Stream
+from tailspan.page import CLEAN, MAX_PAGE_LINES, LogPage, Run, Stream
 from tailspan_agent.encode_record import origin_fields, severity_fields
 from tailspan_agent.redact import Redactor
 from tailspan_agent.severity import SEVERITIES, SeverityLearner, severity_number
-from tailspan_agent.wire import attributes_fields, bytes_field, varint
+from tailspan_agent.wire import attributes_fields, bytes_field, fixed64_field, varint
 
 __all__ = ["EncodedLines", "LogContext", "encode_lines"]
 
@@ -94,115 +102,135 @@ def encode_lines(page: LogPage, *, context: LogContext, observed_unix_nano: int)
         context: What the job's records share.
         observed_unix_nano: When the page was read, in ns since the epoch.
     """
-    lines = _columns(page, context, origin_fields(context.trace_id, context.span_id, observed_unix_nano))
+    origin = origin_fields(context.trace_id, context.span_id, observed_unix_nano)
+    bodies, text = _clean_bodies(page)
+    severities = context.learner.find_all(bodies)
+    ends = _ends_by_digest(page, origin) if page.digests else _ends_by_number(page, origin)
+    lines = _Lines(bodies, severities, range(len(bodies)), *ends)
+    too_low = {index for index in set(severities) if 0 < SEVERITIES[index].number < context.min_severity}
+    if too_low:
+        lines = lines.without(too_low)
     redactions = 0
     if context.redactor is not None:
-        lines.bodies, redactions = context.redactor.redact_lines(lines.bodies)
+        lines.bodies, redactions = context.redactor.redact_lines(lines.bodies, text)
     if max(map(len, lines.bodies), default=0) > MAX_BODY_BYTES:
         lines.rests = [
             _LONG if len(body) > MAX_BODY_BYTES else rest for body, rest in zip(lines.bodies, lines.rests, strict=True)
         ]
-    pieces: list[bytes] = []
+    records: list[bytes] = []
     count = start = 0
     for rest, stop in _stretches(lines.rests):
-        stretch = lines.stretch(start, stop)
+        stretch = lines if stop - start == len(lines.rests) else lines.stretch(start, stop)
         if rest == _LONG:
-            records = _frame_long(stretch, page.uids())
-            count += len(records)
+            parts = _frame_long(stretch, page, origin)
+            records += parts
+            count += len(parts)
         else:
-            records = _frame(stretch, rest)
+            records.append(_frame(stretch, rest))
             count += stop - start
-        pieces += records
         start = stop
-    return EncodedLines(b"".join(pieces), count, len(page.lines) - len(lines.bodies), redactions)
+    return EncodedLines(b"".join(records), count, len(page.lines) - len(lines.bodies), redactions)
 
 
-def _clean_bodies(page: LogPage) -> list[bytes]:
-    """Return the cleaned lines; the page's own, without a call per line, where there is nothing to clean."""
+def _clean_bodies(page: LogPage) -> tuple[list[bytes], bytes]:
+    """Return the cleaned lines, without a call per line where nothing is to be cleaned, and their text where known."""
     if all(run.flags & CLEAN for run in page.runs):
-        return page.lines
-    text = b"\n".join(page.lines)
-    if is_clean(text) and text.count(b"\n") == len(page.lines) - 1:
-        return page.lines
-    return [clean(line).encode() for line in page.lines]
+        return page.lines, page.text
+    text = page.joined()
+    if is_clean(text) and text.count(b"\n") == len(page.lines):
+        return page.lines, text
+    return [clean(line).encode() for line in page.lines], b""
 
 
 @dataclass(slots=True)
 class _Lines:
-    """What the records of lines are made of, a list per part: bodies, and then what comes behind them."""
+    """What the records of lines are made of: a column per part."""
 
     bodies: list[bytes]
     severities: list[int]  # places in `SEVERITIES`
     positions: Sequence[int]  # in the page
-    uid_heads: list[bytes]  # the uid attribute up to where the lines of a run differ
-    uids: list[bytes]  # the rest of the uid
-    tails: list[bytes]  # what is the same for all lines of a stream, ending in the tag of the time
     times: list[bytes]
+    middles: list[bytes]
+    uids: list[bytes]
     rests: list[int]  # how many bytes come behind the body
 
     def stretch(self, start: int, stop: int) -> _Lines:
         part = slice(start, stop)
-        return _Lines(
-            self.bodies[part],
-            self.severities[part],
-            self.positions[part],
-            self.uid_heads[part],
-            self.uids[part],
-            self.tails[part],
-            self.times[part],
-            self.rests[part],
-        )
+        return _Lines(*(column[part] for column in self._columns()))
 
     def without(self, severities: Set[int]) -> _Lines:
         keep = [index not in severities for index in self.severities]
-        return _Lines(
-            list(compress(self.bodies, keep)),
-            list(compress(self.severities, keep)),
-            list(compress(self.positions, keep)),
-            list(compress(self.uid_heads, keep)),
-            list(compress(self.uids, keep)),
-            list(compress(self.tails, keep)),
-            list(compress(self.times, keep)),
-            list(compress(self.rests, keep)),
-        )
+        return _Lines(*(list(compress(column, keep)) for column in self._columns()))
+
+    def _columns(self) -> tuple[Any, ...]:
+        return self.bodies, self.severities, self.positions, self.times, self.middles, self.uids, self.rests
 
 
 _LONG = -1
 _UID = "log.record.uid"
 _IOSTREAM = tuple(attributes_fields(6, {"log.iostream": name}) if name else b"" for name in Stream.NAMES)
 _TIME_TAG = b"\x09"
-_TIME_BYTES = 8
+_LOW_TIMES = 1 << 16
 _DIGEST_DIGITS = 16
-_ORDINAL_DIGITS = 4
 _ORDINALS = [b"%04x" % ordinal for ordinal in range(MAX_PAGE_LINES)]
-_pack_time = struct.Struct("<Q").pack
+_ORDINAL_DIGITS = 4
+_MAX_TIME = (1 << 64) - 1
+_pack_time = struct.Struct("<cQ").pack
+_pack_low = struct.Struct("<cH").pack
+_Ends: TypeAlias = tuple[list[bytes], list[bytes], list[bytes], list[int]]
 
 
-def _columns(page: LogPage, context: LogContext, origin: bytes) -> _Lines:
-    bodies = _clean_bodies(page)
-    severities = context.learner.find_all(bodies)
-    lines = _Lines(bodies, severities, range(len(bodies)), [], [], [], _pack_times(page.times_unix_nano()), [])
-    tails = [stream + origin + _TIME_TAG for stream in _IOSTREAM]
-    runs = page.runs
-    if page.digests:
-        digits = page.digests.hex().encode()
-        lines.uids = [digits[start : start + _DIGEST_DIGITS] for start in range(0, len(digits), _DIGEST_DIGITS)]
-        # Services with times make a run per millisecond; if all are of one stream, what follows is one run to us.
-        if len({run.stream for run in runs}) == 1:
-            runs = [runs[0]._replace(lines=len(bodies))]
-    for run in runs:
-        if page.digests:
-            uid_head, uid_bytes = _uid_head(_DIGEST_DIGITS), _DIGEST_DIGITS
-        else:
-            prefix = run.uid_prefix.encode()
-            uid_head, uid_bytes = _uid_head(len(prefix) + _ORDINAL_DIGITS) + prefix, _ORDINAL_DIGITS
-            lines.uids += _ORDINALS[: run.lines]
-        tail = tails[run.stream]
-        lines.uid_heads += [uid_head] * run.lines
-        lines.tails += [tail] * run.lines
-        lines.rests += [len(uid_head) + uid_bytes + len(tail) + _TIME_BYTES] * run.lines
-    too_low = {index for index in set(severities) if 0 < SEVERITIES[index].number < context.min_severity}
-    return lines.without(too_low) if too_low else lines
+def _ends_by_number(page: LogPage, origin: bytes) -> _Ends:
+    """Return the columns behind the bodies of lines that are told by their number in their run."""
+    times: list[bytes] = []
+    middles: list[bytes] = []
+    uids: list[bytes] = []
+    rests: list[int] = []
+    for run in page.runs:
+        prefix = run.uid_prefix.encode()
+        shared = _IOSTREAM[run.stream] + origin + _uid_head(len(prefix) + _ORDINAL_DIGITS) + prefix
+        uids += _ORDINALS[: run.lines]
+        for high, low, lines in _steps(run):
+            times += _low_times()[low : low + lines]
+            middle = high + shared
+            middles += [middle] * lines
+            rests += [len(_TIME_TAG) + 2 + len(middle) + _ORDINAL_DIGITS] * lines
+    return times, middles, uids, rests
+
+
+def _steps(run: Run) -> Iterator[tuple[bytes, int, int]]:
+    """Yield the high six bytes of lines' times, the low two of the first of them, and how many lines that holds for."""
+    done = 0
+    while done < run.lines:
+        # A source with a broken clock may say anything; its lines are relayed all the same.
+        time = min(max(run.time_unix_nano + done, 0), _MAX_TIME)
+        high, low = divmod(time, _LOW_TIMES)
+        lines = min(run.lines - done, _LOW_TIMES - low) if time == run.time_unix_nano + done else 1
+        yield high.to_bytes(6, "little"), low, lines
+        done += lines
+
+
+@cache
+def _low_times() -> list[bytes]:
+    """Return the tag of a time and its low two bytes, for each value of these."""
+    packed = b"".join(map(_pack_low, repeat(_TIME_TAG), range(_LOW_TIMES)))
+    return [packed[start : start + 3] for start in range(0, len(packed), 3)]
+
+
+def _ends_by_digest(page: LogPage, origin: bytes) -> _Ends:
+    """Return the columns behind the bodies of lines that are told by their digests."""
+    digits = page.digests.hex().encode()
+    uids = [digits[start : start + _DIGEST_DIGITS] for start in range(0, len(digits), _DIGEST_DIGITS)]
+    times = _pack_times(page.times_unix_nano())
+    uid_head = _uid_head(_DIGEST_DIGITS)
+    by_stream = [stream + origin + uid_head for stream in _IOSTREAM]
+    streams = {run.stream for run in page.runs}
+    if len(streams) == 1:  # These services make a run per millisecond.
+        middles = [by_stream[streams.pop()]] * len(uids)
+    else:
+        middles = [middle for run in page.runs for middle in repeat(by_stream[run.stream], run.lines)]
+    fixed = len(times[0]) + _DIGEST_DIGITS
+    return times, middles, uids, [fixed + len(middle) for middle in middles]
 
 
 @lru_cache(maxsize=64)
@@ -213,10 +241,10 @@ def _uid_head(digits: int) -> bytes:
 
 def _pack_times(times_unix_nano: list[int]) -> list[bytes]:
     try:
-        return list(map(_pack_time, times_unix_nano))
+        return list(map(_pack_time, repeat(_TIME_TAG), times_unix_nano))
     except struct.error:
         # A source with a broken clock may say anything; its lines are relayed all the same.
-        return [_pack_time(min(max(time, 0), (1 << 64) - 1)) for time in times_unix_nano]
+        return [_pack_time(_TIME_TAG, min(max(time, 0), _MAX_TIME)) for time in times_unix_nano]
 
 
 def _stretches(rests: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -230,17 +258,20 @@ def _stretches(rests: Sequence[int]) -> Iterator[tuple[int, int]]:
         yield rest, stop
 
 
-def _frame(lines: _Lines, rest: int) -> list[bytes]:
-    """Return the pieces of the records, six a line: no Python call per line, only slices and tables."""
-    heads = {index: _heads(index, rest) for index in set(lines.severities)}
-    pieces = [b""] * (6 * len(lines.bodies))
-    pieces[0::6] = [heads[index][len(body)] for index, body in zip(lines.severities, lines.bodies, strict=True)]
-    pieces[1::6] = lines.bodies
-    pieces[2::6] = lines.uid_heads
-    pieces[3::6] = lines.uids
-    pieces[4::6] = lines.tails
-    pieces[5::6] = lines.times
-    return pieces
+def _frame(lines: _Lines, rest: int) -> bytes:
+    """Return the records of lines: no Python call per line, only slices and tables."""
+    tables = {index: _heads(index, rest) for index in set(lines.severities)}
+    lengths = map(len, lines.bodies)
+    pieces = [b""] * (5 * len(lines.bodies))
+    if len(tables) == 1:
+        pieces[0::5] = map(tables[lines.severities[0]].__getitem__, lengths)
+    else:
+        pieces[0::5] = map(getitem, map(tables.__getitem__, lines.severities), lengths)
+    pieces[1::5] = lines.bodies
+    pieces[2::5] = lines.times
+    pieces[3::5] = lines.middles
+    pieces[4::5] = lines.uids
+    return b"".join(pieces)
 
 
 class _Heads(dict[int, bytes]):
@@ -267,14 +298,15 @@ def _heads(index: int, rest: int) -> _Heads:
     return _Heads(severity_fields(SEVERITIES[index]), rest)
 
 
-def _frame_long(lines: _Lines, uids: list[str]) -> list[bytes]:
+def _frame_long(lines: _Lines, page: LogPage, origin: bytes) -> list[bytes]:
     """Return one record per part of lines that are too long for one."""
+    uids, times = page.uids(), page.times_unix_nano()
+    streams = [run.stream for run in page.runs for _ in range(run.lines)]
     records = []
-    for number, body in enumerate(lines.bodies):
-        severity = severity_fields(SEVERITIES[lines.severities[number]])
-        uid = uids[lines.positions[number]]
+    for position, body, index in zip(lines.positions, lines.bodies, lines.severities, strict=True):
+        shared = severity_fields(SEVERITIES[index]) + _IOSTREAM[streams[position]] + origin
+        shared += fixed64_field(1, times[position])
         for part, text in enumerate(split_long(body)):
-            attributes = attributes_fields(6, {_UID: f"{uid}.{part}", "tailspan.line.part": part})
-            rest = lines.tails[number] + lines.times[number]
-            records.append(bytes_field(2, severity + bytes_field(5, bytes_field(1, text)) + attributes + rest))
+            attributes = attributes_fields(6, {_UID: f"{uids[position]}.{part}", "tailspan.line.part": part})
+            records.append(bytes_field(2, shared + attributes + bytes_field(5, bytes_field(1, text))))
     return records

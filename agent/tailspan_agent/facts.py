@@ -124,7 +124,7 @@ class JobFacts:
         if page.digests:
             stream_hash = self.stream_hash + sum(page_uids(page)) & _MASK
         else:
-            stream_hash = zlib.crc32(b"\n".join((*page.lines, b"")), self.stream_hash)
+            stream_hash = zlib.crc32(page.joined(), self.stream_hash)
         return dataclasses.replace(
             self,
             first_line_ns=first_ns if self.first_line_ns is None else min(self.first_line_ns, first_ns),

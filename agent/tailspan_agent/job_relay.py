@@ -197,6 +197,8 @@ class JobRelay:
             page: The next page; without a logs signal it is only learnt from.
             late: Whether these lines became visible behind the cursor, which then stays where it is.
         """
+        if self._lane is not None:
+            await self._lane.room()
         self.facts = self.facts.with_page(page)
         if not late:
             self._progress.see(page.lines, page.runs[-1].time_unix_nano, time.monotonic())

@@ -29,7 +29,7 @@ __all__ = ["BATCH_BYTES", "Chunk", "Lane", "SpanLane", "until_usable"]
 
 BATCH_BYTES = 3 << 20
 """A collector's gRPC server takes 4 MiB by default; the envelope is small."""
-_BATCH_LINES = 5000
+_BATCH_LINES = 15_000
 _QUEUE_BYTES = 2 << 20
 _LINGER_S = 0.1
 _LINGER_LINES = 500
@@ -41,7 +41,7 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Chunk:
     """Encoded records of one page of one job.
 
@@ -108,10 +108,19 @@ class Lane:
         """Whether nothing is queued or in flight."""
         return not self._queue and not self._busy
 
+    async def room(self) -> None:
+        """Wait while the lane is full; a page that waits is smaller than its records."""
+        if not self._has_room():
+            async with self._changed:
+                await self._changed.wait_for(self._has_room)
+
+    def _has_room(self) -> bool:
+        return self._queued_bytes < _QUEUE_BYTES
+
     async def put(self, chunk: Chunk) -> None:
         """Queue a chunk; waits while the lane is full."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self._queued_bytes < _QUEUE_BYTES)
+            await self._changed.wait_for(self._has_room)
             self._queue.append(chunk)
             self._queued_bytes += chunk.size
             self._changed.notify_all()
@@ -162,6 +171,8 @@ class Lane:
         result = SendResult(0)
         if count:
             payload = logs_request(_by_resource((chunk.resource, chunk.records) for chunk in batch if chunk.count))
+            for chunk in batch:
+                chunk.records = b""  # megabytes, which the payload has now
             result = await self._outlet.send(payload, count)
         settled = [chunk.settle(fate) for chunk, fate in zip(batch, _fates(batch, result), strict=True)]
         acks = [ack for ack in settled if ack is not None]

@@ -53,6 +53,9 @@ class Redactor:
             found |= usable
         self._secrets = tuple(sorted(found))
         self.patterns = tuple(patterns)
+        # An empty one, of a pattern without literal, is in every text.
+        literals = (*self._secrets, *(literal or "" for literal, _ in patterns))
+        self._literals = tuple(literal.encode("utf-8", "surrogatepass") for literal in literals)
 
     @classmethod
     def from_settings(cls, settings: RedactSettings, environ: Mapping[str, str] | None = None) -> Redactor | None:
@@ -111,26 +114,23 @@ class Redactor:
             details=hide(job.details),
         )
 
-    def redact_lines(self, lines: list[bytes]) -> tuple[list[bytes], int]:
+    def redact_lines(self, lines: list[bytes], text: bytes = b"") -> tuple[list[bytes], int]:
         """Return lines without secrets, and how many were taken out.
 
         Args:
             lines: UTF-8. All are searched at once, and one by one only if something is found.
+            text: All of them, with newlines between, where the caller has them so.
         """
-        if not self._may_find(b"\n".join(lines).decode("utf-8", "replace")):
+        text = text or b"\n".join(lines)
+        if not any(literal in text for literal in self._literals):
             return lines, 0
         redacted = []
         total = 0
         for line in lines:
-            text, count = self.redact(line.decode("utf-8", "replace"))
-            redacted.append(text.encode() if count else line)
+            kept, count = self.redact(line.decode("utf-8", "replace"))
+            redacted.append(kept.encode() if count else line)
             total += count
         return redacted, total
-
-    def _may_find(self, text: str) -> bool:
-        return any(secret in text for secret in self._secrets) or any(
-            literal is None or literal in text for literal, _ in self.patterns
-        )
 
     def _finds(self, text: str) -> Iterator[tuple[int, int]]:
         for secret in self._secrets:

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import repeat
+from operator import itemgetter
+from typing import NamedTuple, cast
 
 from tailspan.errors import ConfigError
 
@@ -160,36 +162,62 @@ _MAX_WIDTHS = 8
 _MAX_SHAPES = 512
 
 
+_SAMPLE_LINES = 64
+
+
 class SeverityLearner:
     """Finds severities as `find_severity` does, faster for one job: its lines carry their level in few places.
 
-    What it remembers are line starts up to the level, with all digits alike: most lines of a job share a handful.
+    What it remembers are line starts up to the level, with all digits alike: most lines of a job share a handful. A
+    page is looked up by starts of one width, the largest that was needed, so that one look does for every level.
     """
 
     def __init__(self) -> None:
         self._shapes: dict[bytes, int] = {}
         self._widths: list[int] = []
+        self._wide: dict[bytes, int] = {}
 
     def find_all(self, lines: Sequence[bytes]) -> list[int]:
         """Return the severity of each line, as its place in `SEVERITIES`."""
-        if not self._widths:
-            return list(map(self.find, lines))
-        known, width, same = self._shapes.get, self._widths[0], _SAME_DIGITS
-        found = [known(line[:width].translate(same)) for line in lines]
-        return [self.find(line) if index is None else index for index, line in zip(found, lines, strict=True)]
+        if not self._wide and len(lines) > _SAMPLE_LINES:
+            # Learnt from a few lines, it is known for the others.
+            return list(map(self._learn, lines[:_SAMPLE_LINES])) + self._find_all(lines[_SAMPLE_LINES:])
+        return self._find_all(lines)
 
     def find(self, line: bytes) -> int:
         """Return the severity of one line, as its place in `SEVERITIES`."""
+        return self._look(line)[0]
+
+    def _find_all(self, lines: Sequence[bytes]) -> list[int]:
+        width = max(self._widths, default=0)
+        starts = map(bytes.translate, map(itemgetter(slice(width)), lines), repeat(_SAME_DIGITS))
+        found = list(map(self._wide.get, starts))
+        if None in set(found):
+            return [self._learn(line) if index is None else index for index, line in zip(found, lines, strict=True)]
+        return cast("list[int]", found)
+
+    def _learn(self, line: bytes) -> int:
+        index, needed = self._look(line)
+        width = max(self._widths, default=0)
+        # The evidence lies within the start, so that what was found holds for all lines that start so.
+        if index != UNSPECIFIED and needed <= width <= len(line) and len(self._wide) < _MAX_SHAPES:
+            self._wide[line[:width].translate(_SAME_DIGITS)] = index
+        return index
+
+    def _look(self, line: bytes) -> tuple[int, int]:
+        """Return the severity and how many bytes of the line's start it follows from; see `_find`."""
         for width in self._widths:
             index = self._shapes.get(line[:width].translate(_SAME_DIGITS))
             if index is not None:
-                return index
+                return index, width
         index, width = _find(line)
         # A line shorter than the width says nothing about the lines that go on after it.
         if index != UNSPECIFIED and len(line) >= width and len(self._shapes) < _MAX_SHAPES:
             if width not in self._widths:
                 if len(self._widths) >= _MAX_WIDTHS:
-                    return index
+                    return index, width
+                if width > max(self._widths, default=0):
+                    self._wide.clear()
                 self._widths.append(width)
             self._shapes[line[:width].translate(_SAME_DIGITS)] = index
-        return index
+        return index, width

@@ -205,17 +205,19 @@ class Tailer:
         self._relay.health.polled(self._service.name)
         self._row_news = False
         job = await self._service.get_job(self.job_id)
-        now_s = time.monotonic()
-        self._status_at_s = now_s
+        self._status_at_s = now_s = time.monotonic()
         if sent is None:
             await self._relay.nothing_in_flight(self._service.identity, self.job_id)
-            sent = self._sent = JobRelay(self._relay, self._service, self.watch, job, self._first_seen_ns)
+            with self._relay.store.together():
+                sent = JobRelay(self._relay, self._service, self.watch, job, self._first_seen_ns)
+                if not sent.done:
+                    sent.see(job)
+            self._sent = sent
             self.leave_backlog()
             self._stream = self._stream_of(job.job_name)
-            if sent.done:
-                return sent
+        else:
+            sent.see(job)
         self._follower.on_status(job, now_s, time.time())
-        sent.see(job)
         return sent
 
     def _status_is_due(self) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypedDict
 
 __all__ = [
@@ -109,12 +109,14 @@ class LogPage:
         runs: Times, streams and flags of those lines; their numbers of lines add up to ``len(lines)``.
         cursor: Where to resume once all these lines are acked; opaque, the service's own.
         digests: 8 bytes a line for services that know only times; empty where runs have a uid prefix.
+        text: The lines with a newline after each, where the service has them so; empty otherwise. See `joined`.
     """
 
     lines: list[bytes]
     runs: list[Run]
     cursor: bytes
     digests: bytes = b""
+    text: bytes = field(default=b"", compare=False, repr=False)
 
     @classmethod
     def from_lines(cls, lines: Iterable[Line], *, cursor: bytes, identity: str, job_id: str) -> LogPage:
@@ -150,6 +152,10 @@ class LogPage:
             else:
                 runs.append(Run(1, nano, stream))
         return cls(bodies, runs, cursor, b"".join(digests))
+
+    def joined(self) -> bytes:
+        """Return all lines as one text, with a newline after each."""
+        return self.text or b"\n".join((*self.lines, b""))
 
     def times_unix_nano(self) -> list[int]:
         """Return the time of each line, in ns since the epoch."""

@@ -94,12 +94,12 @@ def expected(page: LogPage, min_severity: int = 0, redactor: Redactor | None = N
                 span_id=SPAN,
             )
             record.body.string_value = part.decode()
-            record.attributes.add(key="log.record.uid").value.string_value = uid
-            if len(parts) > 1:
-                record.attributes[0].value.string_value = f"{uid}.{number}"
-                record.attributes.add(key="tailspan.line.part").value.int_value = number
             if stream:
                 record.attributes.add(key="log.iostream").value.string_value = stream
+            uid_of_part = f"{uid}.{number}" if len(parts) > 1 else uid
+            record.attributes.add(key="log.record.uid").value.string_value = uid_of_part
+            if len(parts) > 1:
+                record.attributes.add(key="tailspan.line.part").value.int_value = number
             records.append(record)
     return records
 
@@ -140,14 +140,15 @@ def test_long_lines_are_split_in_place() -> None:
     records = parsed(encoded.records)
     assert records == expected(page, 9)
     assert (encoded.count, encoded.dropped) == (8, 1)
-    assert len({record.attributes[0].value.string_value for record in records}) == 8
+    assert len({attributes_of(record)["log.record.uid"] for record in records}) == 8
     assert "".join(record.body.string_value for record in records[3:7]) == lines[2].decode()
     assert all(len(record.body.string_value.encode()) <= MAX_BODY_BYTES for record in records)
 
 
-def test_a_full_page_of_one_run() -> None:
-    """The most lines that a page may have are numbered through in one run."""
-    page = LogPage([b"%d" % number for number in range(5000)], [Run(5000, 10**18, 1, CLEAN, "ff")], b"")
+@pytest.mark.parametrize("start", [10**18, (1 << 60) - 2500, (1 << 64) - 5000])
+def test_a_full_page_of_one_run(start: int) -> None:
+    """The most lines that a page may have are numbered through in one run, also where its times' low bytes overflow."""
+    page = LogPage([b"%d" % number for number in range(5000)], [Run(5000, start, 1, CLEAN, "ff")], b"")
     encoded = encode_lines(page, context=context(), observed_unix_nano=OBSERVED)
     assert parsed(encoded.records) == expected(page)
 
@@ -158,6 +159,9 @@ def test_times_out_of_range_are_relayed_all_the_same() -> None:
     page = LogPage.from_lines(lines, cursor=b"", identity="i", job_id="j")
     records = parsed(encode_lines(page, context=context(), observed_unix_nano=OBSERVED).records)
     assert [record.time_unix_nano for record in records] == [0, (1 << 64) - 1, 5]
+    page = LogPage([b"a", b"b", b"c"], [Run(3, -1, uid_prefix="x")], b"")
+    records = parsed(encode_lines(page, context=context(), observed_unix_nano=OBSERVED).records)
+    assert [record.time_unix_nano for record in records] == [0, 0, 1]
 
 
 def test_an_embedded_newline_does_not_shift_lines() -> None:

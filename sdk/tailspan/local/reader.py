@@ -150,19 +150,21 @@ class LogReader:
         lines: list[bytes] = []
         runs: list[Run] = []
         done = pending = 0
+        cut = False
         for span in batch:
             entry = span.entry
             flags = 0 if entry.flags & UNCLEAN else CLEAN
             runs.append(Run(span.lines, entry.time_unix_nano, entry.stream, flags, f"{prefix}-{span.start:012x}-"))
             pending += span.lines
             unfinished = entry.flags & NO_NEWLINE
+            cut = cut or bool(unfinished)
             if unfinished or entry.end == end:
                 found = text[done : entry.end - start].split(b"\n")
                 if (not unfinished and found.pop()) or len(found) != pending:
                     return None
                 lines += found
                 done, pending = entry.end - start, 0
-        return LogPage(lines, runs, str(end).encode())
+        return LogPage(lines, runs, str(end).encode(), text=b"" if cut else text)
 
     def _gap(self, start: int) -> CursorExpiredError:
         """Return the error for lines that are gone, with the first place after them that can be read."""
