@@ -61,12 +61,15 @@ audit: $(VENV)/.installed-dev
 	@$(BIN)/python -m tests.audit $(VENV)-audit/bin/pip-audit
 
 # What Tailspan costs, beside its baselines, about half an hour: BENCH_ONLY=W1,W5 takes some, BENCH_SCALE=0.1 is a
-# quick look, BENCH_JSON=FILE keeps the table for machines. Fails if a ratio is much worse than tests/bench/expected.json.
+# quick look, BENCH_JSON=FILE keeps the table for machines, BENCH_README=1 writes it into README. Fails if a ratio is much
+# worse than tests/bench/expected.json.
 BENCH_ONLY :=
 BENCH_SCALE := 1
 BENCH_JSON :=
+BENCH_README :=
 bench: $(VENV)/.installed-dev
-	@$(BIN)/python -m tests.bench --only '$(BENCH_ONLY)' --scale $(BENCH_SCALE) $(if $(BENCH_JSON),--json '$(BENCH_JSON)')
+	@$(BIN)/python -m tests.bench --only '$(BENCH_ONLY)' --scale $(BENCH_SCALE) $(if $(BENCH_JSON),--json '$(BENCH_JSON)') \
+	  $(if $(BENCH_README),--readme)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

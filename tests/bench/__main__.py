@@ -7,6 +7,7 @@ W6 capture, W7 growth, W8 start. What is guarded are ratios within one run (``ex
 from __future__ import annotations
 
 import argparse
+import compileall
 import json
 import os
 import platform
@@ -17,7 +18,10 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import tailspan
+import tailspan_agent
 from tests.bench import capture, relay, sdk, standing
+from tests.bench.readme import write
 from tests.bench.scale import Scale
 from tests.bench.table import Row, ratios, render, worse
 
@@ -34,6 +38,13 @@ WORKLOADS: dict[str, Callable[[Scale, Path], Iterator[Row]]] = {
 EXPECTED = Path(__file__).with_name("expected.json")
 
 
+def _compile() -> None:
+    """Compile what is measured, as an installation does: no start may find it uncompiled, nor the first one pay."""
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    for package in (tailspan, tailspan_agent):
+        compileall.compile_dir(Path(str(package.__file__)).parent, quiet=1)
+
+
 def main() -> int:
     """Measure, print, and return 1 if a ratio is much worse than expected or a workload failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description="Measure what Tailspan costs.")
@@ -41,10 +52,12 @@ def main() -> int:
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full size: 0.1 for a quick look")
     parser.add_argument("--times", type=int, default=3, help="how often each case runs")
     parser.add_argument("--json", type=Path, help="write the table there, too")
+    parser.add_argument("--readme", action="store_true", help="write the rows into README's table, too")
     given = parser.parse_args()
     chosen = [name for name in given.only.split(",") if name] or list(WORKLOADS)
     if unknown := set(chosen) - set(WORKLOADS):
         parser.error(f"there is no workload {', '.join(sorted(unknown))}")
+    _compile()
     scale = Scale(given.scale, given.times)
     rows: list[Row] = []
     failed = []
@@ -63,6 +76,8 @@ def main() -> int:
     if given.json is not None:
         table = {"time": when, "where": where, "scale": given.scale, "rows": [row.to_json() for row in rows]}
         given.json.write_text(json.dumps({**table, "ratios": ratios(rows)}, indent=1))
+    if given.readme:
+        write(rows, when=when, where=where, scale=given.scale)
     # At a small scale fixed costs count for too much.
     regressions = worse(rows, json.loads(EXPECTED.read_text())) if given.scale >= 1 else []
     for problem in [*failed, *(f"worse: {text}" for text in regressions)]:

@@ -87,12 +87,14 @@ def local(scale: Scale, directory: Path) -> Iterator[Row]:
             peak = max(found[name].rss, found[name4].rss) / MIB
             yield Row(case=f"{name}, peak memory", figure=peak, unit="MiB", goal=Goal(120))
             if usual in found:
-                # It sends fewer lines, so its start is taken off; ours stays in.
-                per_line = (found[usual].cpu_s - found[f"{usual}, no lines"].cpu_s) / usual_lines * 1e6
+                # It sends fewer lines, so that the run does not last for hours: its start is looked at apart.
+                begun_s = found[f"{usual}, no lines"].cpu_s
+                per_line = (found[usual].cpu_s - begun_s) / usual_lines * 1e6
                 yield _cost(usual, usual_lines, found[usual], counted)
-                yield Row(
-                    case=f"{name}, times cheaper", figure=per_line / whole, unit="x", goal=Goal(60, at_least=True)
-                )
+                cheaper = f"{name}, a further line: times cheaper"
+                yield Row(case=cheaper, figure=per_line / slope, unit="x", goal=Goal(60, at_least=True))
+                as_many = per_line + begun_s / (jobs * lines) * 1e6
+                yield Row(case=f"{name}, with the start: times cheaper", figure=as_many / whole, unit="x")
         plan = Plan(directory=directory / "each-agent", store=each, endpoint=receiver.http_url)
         name = "W1 none, jobs wrote line by line"
         found = alternate({name: lambda: counted.relay(plan, jobs * (lines // 10), name)}, scale.times)
