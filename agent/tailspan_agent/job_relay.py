@@ -200,7 +200,7 @@ class JobRelay:
         if self._lane is not None:
             await self._lane.room()
         self.facts = self.facts.with_page(page)
-        if not late:
+        if not late and not self.job.state.is_terminal:
             self._progress.see(page.lines, page.runs[-1].time_unix_nano, time.monotonic())
         cursor = None if late else page.cursor
         if self._lane is not None:

@@ -206,6 +206,7 @@ class SpanLane:
         self._outlet = outlet
         self._news = asyncio.Event()
         self._idle = asyncio.Event()
+        self._hurry = asyncio.Event()
         self._news.set()
 
     def wake(self) -> None:
@@ -215,6 +216,7 @@ class SpanLane:
 
     async def flush(self) -> None:
         """Wait until every span in the store is acked."""
+        self._hurry.set()
         self.wake()
         await self._idle.wait()
 
@@ -222,6 +224,10 @@ class SpanLane:
         """Send spans until cancelled."""
         while True:
             await self._news.wait()
+            # Jobs write their spans one by one; each request costs as much as a thousand lines.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LINGER_S):
+                    await self._hurry.wait()
             self._news.clear()
             while spans := _first_bytes(await _insist(self._unsent, "reading the spans to send")):
                 payload = traces_request(_by_resource((span.resource, span.span) for span in spans))
