@@ -353,7 +353,7 @@ def pipelines() -> dashboard.Dashboard:
     all_runs = ended(RUNS, "$__range", per)
     rate = f"({successes} or {all_runs} * 0) / ({all_runs} > 0)"
     last_success = f"min by ({per}) (tailspan_pipeline_last_end_age_seconds{{{SUCCEEDED}}})"
-    quantile = f"histogram_quantile(0.95, sum by (le, {per}) (rate({bucket}{{{PIPELINE}}}[$__rate_interval]))) >= 0"
+    quantile = f"histogram_quantile(0.95, {ended(bucket, '1h', f'le, {per}')}) >= 0"
     red_to_green = dashboard.ThresholdsConfig().steps(
         [
             model.Threshold(value=None, color="red"),
@@ -407,7 +407,7 @@ def pipelines() -> dashboard.Dashboard:
         )
         .with_panel(
             lines(
-                "95th percentile of runs that ended",
+                "95th percentile of the last hour's runs",
                 [(quantile, "{{cicd_pipeline_name}}")],
                 unit="s",
                 what="The dots are single runs and lead to their traces.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -27,16 +28,24 @@ class Fleet:
         collector: The endpoint.
         api: The remote job service ``remote``.
         address: Where the agent serves /metrics.
+        env: The environment of its commands.
     """
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, expected: str = "nightly") -> None:
+        """Prepare it in a directory; ``expected`` should start every second, or every hour where that is etl."""
+        self._expect = ("etl", "1h") if expected == "etl" else (expected, "1s")
         self.collector = Collector()
         self.api = FakeJobApi()
         self._home = home
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{probe.getsockname()[1]}"
-        self._env = os.environ | {"TAILSPAN_CONFIG": str(home / "config.toml"), "OTEL_METRIC_EXPORT_INTERVAL": "500"}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        self.env = (
+            os.environ
+            | {"PATH": path}
+            | {"TAILSPAN_CONFIG": str(home / "config.toml"), "OTEL_METRIC_EXPORT_INTERVAL": "500"}
+        )
         self._agent: subprocess.Popen[bytes] | None = None
         self._detached: list[str] = []
 
@@ -68,8 +77,8 @@ class Fleet:
             service = "remote"
             discover = true
             [[agent.expect]]
-            name = "nightly"
-            every = 1
+            name = "{self._expect[0]}"
+            every = "{self._expect[1]}"
             grace = 0
             [otlp]
             endpoint = "{self.collector.http_url}"
@@ -80,13 +89,13 @@ class Fleet:
     def __exit__(self, *exc_info: object) -> None:
         self.stop_agent()
         for job_id in self._detached:
-            subprocess.run([TAILSPAN, "cancel", job_id], env=self._env, capture_output=True, timeout=60)
+            subprocess.run([TAILSPAN, "cancel", job_id], env=self.env, capture_output=True, timeout=60)
         self.api.__exit__()
         self.collector.stop()
 
     def start_agent(self) -> None:
         """Start the agent and wait until it serves."""
-        self._agent = subprocess.Popen([TAILSPAN, "agent", "run"], env=self._env, stderr=subprocess.DEVNULL)
+        self._agent = subprocess.Popen([TAILSPAN, "agent", "run"], env=self.env, stderr=subprocess.DEVNULL)
         self.wait_for(lambda: bool(self.metrics()))
 
     def stop_agent(self) -> None:
@@ -98,16 +107,19 @@ class Fleet:
 
     def run(self, name: str, *command: str) -> None:
         """Run a job to its end, however it ends."""
-        subprocess.run(
-            [TAILSPAN, "run", "--name", name, "--", *command], env=self._env, capture_output=True, timeout=60
-        )
+        subprocess.run([TAILSPAN, "run", "--name", name, "--", *command], env=self.env, capture_output=True, timeout=60)
 
     def detach(self, name: str, *command: str) -> str:
         """Start a job that runs on, and return its id."""
         arguments = [TAILSPAN, "run", "--detach", "--name", name, "--", *command]
-        done = subprocess.run(arguments, env=self._env, capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(arguments, env=self.env, capture_output=True, text=True, timeout=60, check=True)
         self._detached.append(done.stdout.strip())
         return self._detached[-1]
+
+    def states(self) -> dict[str, str]:
+        """Return the state of the newest job of each name."""
+        done = subprocess.run([TAILSPAN, "jobs", "--json"], env=self.env, capture_output=True, timeout=60, check=True)
+        return {row["job_name"]: row["state"] for row in reversed(json.loads(done.stdout))}
 
     def metrics(self) -> str:
         """Return what is scraped now; empty while the agent does not serve."""
@@ -122,8 +134,6 @@ class Fleet:
     def trouble(self) -> None:
         """Have something of everything: failures, dropped lines, refused records, failed requests, odd remote jobs."""
         now = datetime.now(UTC)
-        self.collector.script("logs", Reply(503, retry_after_s=0.1), Reply(400, message="no"))
-        self.collector.script("metrics", Reply(503))
         remote = self.api.add_job(
             "r-1", name="remote", total_tasks=10, finished_tasks=4, last_heartbeat=now.isoformat()
         )
@@ -131,6 +141,10 @@ class Fleet:
         submitted = (now - timedelta(minutes=20)).isoformat()
         self.api.add_job("r-2", name="queued", job_status="Pending", submitted_at=submitted)
         self.wait_for(lambda: "tailspan_job_progress_ratio" in self.metrics())
+        self.wait_for(lambda: 'tailspan_pipeline_missing{cicd_pipeline_name="nightly"} 1' in self.metrics())
+        self.wait_for(lambda: len(self.collector.log_records()) == 2)  # r-1's line, and that nightly is missing
+        self.collector.script("logs", Reply(503, retry_after_s=0.1), Reply(400, message="no"))
+        self.collector.script("metrics", Reply(503))
         self.api.fault(status_fault(401), times=None)  # not retried, so it is counted at once
         self.run("noisy", sys.executable, "-c", "print('INFO nothing'); print('WARNING something')")
         self.run("broken", sys.executable, "-c", BROKEN)

@@ -8,7 +8,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["DASHBOARDS", "Query", "dashboard_queries", "logql_labels", "promql_selectors", "traceql_attributes"]
+import yaml
+
+__all__ = [
+    "DASHBOARDS",
+    "Query",
+    "dashboard_queries",
+    "datasource_queries",
+    "logql_labels",
+    "promql_selectors",
+    "traceql_attributes",
+]
 
 DASHBOARDS = Path(__file__).parents[2] / "deploy" / "grafana" / "dashboards"
 
@@ -45,6 +55,20 @@ def dashboard_queries(variables: Mapping[str, str]) -> Iterator[Query]:
                 written = target.get("expr") or target.get("query")
                 text = re.sub(r"\$(\w+)", lambda found: values[found[1]], written)
                 yield Query(f"{path.stem}: {panel['title']}", target["refId"], target["datasource"]["type"], text)
+
+
+def datasource_queries() -> Iterator[Query]:
+    """Yield the queries that lead from a trace to lines and numbers, as Grafana fills them in for one job."""
+    for source in yaml.safe_load((DASHBOARDS.parent / "provisioning" / "datasources.yaml").read_text())["datasources"]:
+        to_logs = source["jsonData"].get("tracesToLogsV2")
+        if to_logs:
+            tags = ", ".join(f'{tag["value"]}="etl"' for tag in to_logs["tags"])
+            text = to_logs["query"].replace("$${__tags}", tags).replace("$${__trace.traceId}", "0af7651916cd43dd")
+            yield Query("trace to logs", "A", to_logs["datasourceUid"], text)
+        to_metrics = source["jsonData"].get("tracesToMetrics", {"queries": []})
+        for query in to_metrics["queries"]:
+            tags = ", ".join(f'{tag["value"]}="etl"' for tag in to_metrics["tags"])
+            yield Query(query["name"], "A", to_metrics["datasourceUid"], query["query"].replace("$$__tags", tags))
 
 
 def promql_selectors(expr: str) -> Iterator[tuple[str, frozenset[str]]]:

@@ -1,0 +1,215 @@
+"""Every query against real things: a Prometheus that scrapes an agent in trouble and in quiet, Grafana's grammars."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.deploy.fleet import Fleet
+from tests.deploy.queries import DASHBOARDS, Query, dashboard_queries, datasource_queries
+from tests.fakes.collector import Reply
+from tests.fakes.job_api import status_fault
+
+pytestmark = pytest.mark.services
+
+PROMETHEUS = DASHBOARDS.parents[1] / "prometheus"
+NODE = DASHBOARDS.parents[2] / ".venv" / "node"
+RULES: dict[str, str] = {
+    rule["alert"]: rule["expr"]
+    for group in yaml.safe_load((PROMETHEUS / "rules.yaml").read_text())["groups"]
+    for rule in group["rules"]
+}
+
+
+class Prometheus:
+    """The answers of a server."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+
+    def get(self, path: str, **parameters: Any) -> Any:
+        """Ask its API."""
+        url = f"http://{self._address}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
+        try:
+            with urllib.request.urlopen(url, timeout=30) as answer:
+                return json.load(answer)["data"]
+        except urllib.error.HTTPError as error:
+            raise AssertionError(f"{parameters}: {error.read().decode()}") from error
+
+    def query(self, expr: str) -> list[tuple[dict[str, str], float]]:
+        """Return the series of an expression now, each with its labels and value."""
+        return [(one["metric"], float(one["value"][1])) for one in self.get("query", query=expr)["result"]]
+
+    def labels(self, expr: str, *names: str) -> list[tuple[str, ...]]:
+        """Return these labels of its series, in order."""
+        return sorted(tuple(labels.get(name, "") for name in names) for labels, _ in self.query(expr))
+
+    def ready(self) -> bool:
+        """Whether it answers."""
+        try:
+            urllib.request.urlopen(f"http://{self._address}/-/ready", timeout=30).close()
+        except OSError:
+            return False
+        return True
+
+
+@contextmanager
+def prometheus(home: Path, fleet: Fleet) -> Iterator[Prometheus]:
+    """Run Debian's Prometheus on our scrape configuration, only faster."""
+    config = yaml.safe_load((PROMETHEUS / "prometheus.scrape.yaml").read_text())
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["rule_files"] = [str(PROMETHEUS / "rules.yaml")]
+    config["scrape_configs"][0]["static_configs"] = [{"targets": [fleet.address]}]
+    (home / "prometheus.yaml").write_text(yaml.safe_dump(config))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    command = [
+        "prometheus",
+        f"--config.file={home}/prometheus.yaml",
+        f"--storage.tsdb.path={home}/tsdb",
+        f"--web.listen-address={address}",
+        "--enable-feature=exemplar-storage",
+    ]
+    with (home / "prometheus.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=home)
+    try:
+        server = Prometheus(address)
+        fleet.wait_for(server.ready)
+        yield server
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def promql(run_id: str) -> list[Query]:
+    """All PromQL of all dashboards."""
+    return [one for one in dashboard_queries({"run_id": run_id, "trace_id": ""}) if one.source == "prometheus"]
+
+
+def eventually(found: Callable[[], object], expected: object, timeout_s: float = 60) -> None:
+    """Wait until it is as expected, and say what it was if not."""
+    deadline_s = time.monotonic() + timeout_s
+    while (last := found()) != expected and time.monotonic() < deadline_s:
+        time.sleep(0.25)
+    assert last == expected
+
+
+def test_every_query_finds_trouble(tmp_path: Path) -> None:
+    """Jobs that fail, hang, wait, miss and hurry, refused records, a dead endpoint, service and agent: each is seen."""
+    home = tmp_path / "prometheus"
+    home.mkdir()
+    with Fleet(tmp_path) as fleet, prometheus(home, fleet) as server:
+        fleet.start_agent()
+        for _ in range(10):
+            fleet.detach("etl", "sh", "-c", "echo begin; sleep 2.2")
+        past = 'cicd_pipeline_run_duration_seconds_count{cicd_pipeline_name="etl"} == 10'
+        eventually(lambda: server.labels(past, "cicd_pipeline_result"), [("success",)])
+        hung = fleet.detach("etl", "sh", "-c", "echo begin; sleep 600")
+        fleet.run("etl", sys.executable, "-c", "print('nothing to do')")
+        fleet.trouble()
+
+        def pipelines(alert: str) -> list[tuple[str, ...]]:
+            return server.labels(RULES[alert], "cicd_pipeline_name")
+
+        eventually(
+            lambda: server.labels(RULES["JobFailed"], "cicd_pipeline_name", "cicd_pipeline_result"),
+            [("broken", "failure")],
+        )
+        eventually(lambda: pipelines("JobRunningTooLong"), [("etl",)])
+        eventually(lambda: pipelines("JobPendingTooLong"), [("queued",)])
+        eventually(lambda: pipelines("JobMissing"), [("nightly",)])
+        eventually(lambda: pipelines("JobFinishedTooFast"), [("etl",)])
+        eventually(lambda: server.labels(RULES["AgentRejectsLines"], "service", "reason"), [("local", "invalid")])
+        for quiet in ("AgentExportFailing", "AgentLagHigh", "AgentDown"):
+            eventually(lambda quiet=quiet: server.query(RULES[quiet]), [])
+        eventually(lambda: pipelines("JobSilent"), [("etl",)], timeout_s=120)
+        firing = 'ALERTS{alertstate="firing", alertname="JobFailed"}'
+        eventually(lambda: server.labels(firing, "cicd_pipeline_name"), [("broken",)])
+
+        def silent_panels() -> set[str]:
+            return {f"{one.panel} {one.ref}" for one in promql("r-1") if not server.query(one.text)}
+
+        eventually(silent_panels, set())
+        values = {one.panel: server.query(one.text)[0][1] for one in promql("r-1") if one.ref == "A"}
+        assert values["jobs: Failed"] == 2  # the very first runs of their pipeline
+        assert values["jobs: Succeeded"] == 12
+        assert (values["jobs: Running"], values["jobs: Pending"], values["jobs: Silent"], values["jobs: Slow"]) == (
+            2,
+            1,
+            1,
+            1,
+        )
+        assert (values["jobs: Too fast"], values["jobs: Missing"], values["job: Progress"]) == (1, 1, 0.4)
+        rates = {one.panel: server.query(one.text) for one in promql(hung)}["pipelines: Success rate"]
+        assert {labels["cicd_pipeline_name"]: value for labels, value in rates} == {"etl": 1, "noisy": 1, "broken": 0}
+        exemplars = server.get("query_exemplars", query="cicd_pipeline_run_duration_seconds_bucket", start=0, end=2**32)
+        assert {len(one["labels"]["trace_id"]) for series in exemplars for one in series["exemplars"]} == {32}
+
+        fleet.api.fault(status_fault(401), times=None)
+        eventually(lambda: server.labels(RULES["ServiceErrors"], "service"), [("remote",)], timeout_s=120)
+        fleet.api.clear_faults()
+        fleet.collector.always("logs", Reply(503))
+        fleet.api.jobs["r-1"].line("one more of long ago", int(datetime.now(UTC).timestamp() * 1000) - 900_000)
+        eventually(lambda: server.labels(RULES["AgentExportFailing"], "signal"), [("logs",)], timeout_s=120)
+        eventually(lambda: server.labels(RULES["AgentLagHigh"], "service"), [("remote",)], timeout_s=120)
+        fleet.stop_agent()
+        eventually(lambda: server.labels(RULES["AgentDown"], "host_name"), [(socket.gethostname(),)])
+
+
+def test_nothing_is_wrong_in_a_quiet_run(tmp_path: Path) -> None:
+    """Runs that succeed and one that goes on: no alert is true, and the overview says 0 where it is red."""
+    home = tmp_path / "prometheus"
+    home.mkdir()
+    with Fleet(tmp_path, expected="etl") as fleet, prometheus(home, fleet) as server:
+        fleet.start_agent()
+        for _ in range(12):
+            fleet.detach("etl", "sh", "-c", "echo begin; sleep 1.5")
+        done = 'cicd_pipeline_run_duration_seconds_count{cicd_pipeline_name="etl"} == 12'
+        eventually(lambda: server.labels(done, "cicd_pipeline_result"), [("success",)])
+        fleet.detach("chatty", "sh", "-c", "while echo tick; do sleep 0.2; done")
+        eventually(lambda: server.labels("tailspan_pipeline_missing == 0", "cicd_pipeline_name"), [("etl",)])
+        eventually(lambda: server.labels("tailspan_job_exec_time_seconds > 3", "cicd_pipeline_name"), [("chatty",)])
+        assert {alert: found for alert, expr in RULES.items() if (found := server.query(expr))} == {}
+        assert server.query("ALERTS") == []
+        values = {
+            one.panel: server.query(one.text)
+            for one in promql("x")
+            if one.panel.startswith("jobs: ") and one.ref == "A"
+        }
+        for title in ("Failed", "Silent", "Slow", "Too fast", "Missing", "Pending"):
+            assert sum(value for _, value in values[f"jobs: {title}"]) == 0, title
+        assert values["jobs: Succeeded"][0][1] == 12
+        assert values["jobs: Firing alerts"] == []
+
+
+def test_logql_and_traceql_parse() -> None:
+    """By the grammars that Grafana itself uses; and the check can fail."""
+    asked: dict[str, list[str]] = {"logql": [], "traceql": []}
+    for one in (*dashboard_queries({"run_id": "20261125-r-1", "trace_id": ""}), *datasource_queries()):
+        if one.source == "loki":
+            asked["logql"].append(one.text)
+        elif one.source == "tempo" and one.text:
+            asked["traceql"].append(one.text)
+    assert min(map(len, asked.values())) >= 3
+
+    def errors(queries: dict[str, list[str]]) -> str:
+        command = ["node", str(Path(__file__).with_name("parse.mjs")), str(NODE)]
+        return subprocess.run(command, input=json.dumps(queries), capture_output=True, text=True, check=True).stdout
+
+    assert errors(asked) == ""
+    assert errors({"logql": ['{a=~"b"} | c = '], "traceql": ["{ resource.a = "]}).count("\n") == 2
