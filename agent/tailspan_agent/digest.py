@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice, takewhile
 
-__all__ = ["Digest", "digest_of"]
+from tailspan_agent.stacks import last_stack
 
-_HEADER = "Traceback (most recent call last):"
-_GROUP_HEADER = "Exception Group Traceback (most recent call last):"
-_CHAINS = (
-    "During handling of the above exception, another exception occurred:",
-    "The above exception was the direct cause of the following exception:",
-)
-_FRAME = re.compile(r'  File "[^"]*", line \d+')
-_EXCEPTION = re.compile(r"((?:[^\W\d]\w*+|<locals>)(?:\.(?:[^\W\d]\w*+|<locals>))*+)(?:: (.*)|:?)\Z")
-_MARGIN = re.compile(r" *+[|+]")
-_GROUP_INDENT = "  + "
+__all__ = ["Digest", "digest_of", "fingerprint_of"]
+
 _MAX_TYPE_CHARS = 200
 _MAX_MESSAGE_CHARS = 2000
-_MAX_MESSAGE_LINES = 50
 _MAX_LINE_CHARS = 4000
 _MAX_LINES = 2000
 _LAST_LINES = 20
@@ -30,15 +21,20 @@ _LAST_LINE_CHARS = 1000
 _MAX_STACK_BYTES = 48 * 1024
 _STACK_HEAD_BYTES = 8 * 1024
 
+_NAMES_A_PLACE = re.compile(r'File "|at |\d++: |Caused by: |\[cause\]: ')
+_FOLDERS = re.compile(r"""(?<![\w/.@~+-])(?:[\w.@~+-]*+/)++(?=[^/\s])""")
+_ID = re.compile(r"(?i)\b(?:0x)?(?=[a-f]*+\d)[0-9a-f]{8,}+(?:-[0-9a-f]++)*+\b")
+_NUMBER = re.compile(r"\d++")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Digest:
     """Why a job failed, as far as its log says.
 
     Attributes:
-        exception_type: Of the exception that ended the last traceback; None without a traceback.
+        exception_type: Of the exception that ended the last stack trace; None without one.
         message: Its message, or the last line that is not empty.
-        stacktrace: The joined traceback with all that it is chained to, at most 48 KB; None without one.
+        stacktrace: The joined stack trace with all that it is chained to, at most 48 KB; None without one.
         last_lines: The last lines that are not empty, at most 20, oldest first.
     """
 
@@ -51,8 +47,8 @@ class Digest:
 def digest_of(lines: Sequence[str]) -> Digest | None:
     """Return why a job failed.
 
-    A traceback counts if it has a frame and an exception; text that only begins like one does not. Lines may have a
-    prefix of constant width (a worker's name), and the first line any (a logger's).
+    A stack trace counts if it has a frame and an exception; text that only begins like one does not. Lines may have a
+    prefix of constant width (a worker's name, with other workers between), and the first line any (a logger's).
 
     Args:
         lines: The last lines of its log, cleaned, oldest first; some hundreds are enough.
@@ -64,7 +60,7 @@ def digest_of(lines: Sequence[str]) -> Digest | None:
     last_lines = tuple(line[:_LAST_LINE_CHARS] for line in lines if line.strip())[-_LAST_LINES:]
     if not last_lines:
         return None
-    found = _last_traceback(lines)
+    found = last_stack(lines)
     if found is None:
         return Digest(
             exception_type=None, message=last_lines[-1][:_MAX_MESSAGE_CHARS], stacktrace=None, last_lines=last_lines
@@ -77,70 +73,30 @@ def digest_of(lines: Sequence[str]) -> Digest | None:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Traceback:
-    exception_type: str
-    message: str
-    lines: list[str]
-    end: int
+def fingerprint_of(error_type: str, message: str, digest: Digest | None) -> str:
+    """Return 16 hexadecimal digits that are the same for the same failure of another run.
+
+    With a stack it is made of the types and functions in it, else of the message. Line numbers, addresses, ids, counts
+    and folders do not matter, so it survives edits of other lines, other machines and other data.
+
+    Args:
+        error_type: The ``error.type``.
+        message: Why the job failed.
+        digest: From its log, if it has one.
+    """
+    stack = digest.stacktrace if digest is not None else None
+    parts = [error_type]
+    for line in stack.split("\n") if stack else ():
+        line = line.lstrip(" |+\t")
+        if _NAMES_A_PLACE.match(line):
+            parts.append(_stable(line))
+    if len(parts) == 1:
+        parts.append(_stable(message.split("\n")[0]))
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "replace")).hexdigest()[:16]
 
 
-def _last_traceback(lines: Sequence[str]) -> _Traceback | None:
-    last = None
-    position = 0
-    while position < len(lines):
-        found = _traceback_at(lines, position)
-        if found is None:
-            position += 1
-            continue
-        # Chained exceptions are one stack: what stands between two of its tracebacks belongs to it.
-        if last is not None and _is_chain(lines, last.end, position):
-            text = [*last.lines, *lines[last.end : position], *found.lines]
-            found = _Traceback(found.exception_type, found.message, text, found.end)
-        last = found
-        position = found.end
-    return last
-
-
-def _traceback_at(lines: Sequence[str], position: int) -> _Traceback | None:
-    """Return the traceback whose first line is at a position, or None if there is none."""
-    header = lines[position].rstrip()
-    if header.endswith(_GROUP_INDENT + _GROUP_HEADER):
-        start, margin, body_of = header.rindex(_GROUP_INDENT), "  | ", _group_body
-    elif header.endswith(_HEADER):
-        start, margin, body_of = header.rindex(_HEADER), "", _plain_body
-    else:
-        return None
-    following = lines[position + 1] if position + 1 < len(lines) else ""
-    for width in (0, start):
-        if following.startswith(margin, width) and _FRAME.match(following, width + len(margin)):
-            body, error = body_of(line[width:] for line in islice(lines, position + 1, None))
-            if error:
-                return _Traceback(error[1], error[2] or "", [header[start:], *body], position + 1 + len(body))
-    return None
-
-
-def _plain_body(lines: Iterable[str]) -> tuple[list[str], re.Match[str] | None]:
-    """Return all lines up to the one that names the exception, and what that says."""
-    body = []
-    for line in lines:
-        body.append(line)
-        if not line.startswith("  "):
-            return body, _EXCEPTION.match(line)
-    return body, None
-
-
-def _group_body(lines: Iterable[str]) -> tuple[list[str], re.Match[str] | None]:
-    """Return all lines with a margin, the group's own and its members', and what names the group."""
-    body = list(takewhile(_MARGIN.match, lines))
-    named = next((line for line in body if line.startswith("  | ") and line[4:5] != " "), "")
-    return body, _EXCEPTION.match(named[4:])
-
-
-def _is_chain(lines: Sequence[str], start: int, stop: int) -> bool:
-    """Return whether two tracebacks with these lines between them are one; messages may have several lines."""
-    between = [line.strip() for line in lines[start:stop] if line.strip()]
-    return len(between) <= _MAX_MESSAGE_LINES and bool(between) and between[-1].endswith(_CHAINS)
+def _stable(text: str) -> str:
+    return _NUMBER.sub("0", _ID.sub("0", _FOLDERS.sub("", text[:_MAX_LINE_CHARS])))
 
 
 def _shortened(text: str) -> str:

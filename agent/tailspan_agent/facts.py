@@ -80,6 +80,9 @@ class JobFacts:
         stream_hash: Of all lines as read: the sum of their uids mod 2^64 where the service knows only times, else the
             crc32 of their bytes, a newline after each.
         digest: Why it failed.
+        failures_before: How many earlier runs of its pipeline failed in the same way.
+        first_failed_ns: When the first of them did, in ns since the epoch; None when this is the first.
+        fingerprint: What tells this way of failing from others; empty for a job that did not fail.
         delivery: What became of its records.
         logs_complete: None while its log is still followed; then whether it was read to its end.
         failure_told: Whether the record that says why it failed was sent.
@@ -103,6 +106,9 @@ class JobFacts:
     heartbeat_gap_s: float = 0.0
     alerts: tuple[tuple[int, str], ...] = ()
     receipts: int = 0
+    failures_before: int = 0
+    first_failed_ns: int | None = None
+    fingerprint: str = ""
 
     @classmethod
     def from_json(cls, text: str) -> JobFacts:
@@ -141,6 +147,17 @@ class JobFacts:
         if times[0] < last_ns:
             return self.quiet_ns
         return max(self.quiet_ns, times[0] - last_ns, max(map(operator.sub, times[1:], times), default=0))
+
+    def with_seen(self, seen: JobFacts) -> JobFacts:
+        """Return these facts about lines with all that was seen of the job otherwise."""
+        return dataclasses.replace(
+            self,
+            states=seen.states,
+            alerts=seen.alerts,
+            fingerprint=seen.fingerprint,
+            failures_before=seen.failures_before,
+            first_failed_ns=seen.first_failed_ns,
+        )
 
     def with_heartbeat(self, gap_s: float) -> JobFacts:
         """Return the facts with the time between two heartbeats, if it is longer than those before."""

@@ -17,6 +17,7 @@ from tailspan.page import LogPage
 from tailspan.services import JobService
 from tailspan_agent.alerts import alert_record, alert_text, new_alerts
 from tailspan_agent.checkpoint import Ack, Checkpoint, OutboxSpan
+from tailspan_agent.digest import fingerprint_of
 from tailspan_agent.encode import (
     LogContext,
     LogRecordData,
@@ -26,13 +27,14 @@ from tailspan_agent.encode import (
     encode_resource,
     encode_span,
 )
+from tailspan_agent.exit_reason import error_type
 from tailspan_agent.facts import Fate, JobFacts
 from tailspan_agent.final_read import Seconds, add_seconds, page_seconds
 from tailspan_agent.history import PipelineHistory
 from tailspan_agent.insight import FollowedJob, insight_of
 from tailspan_agent.job_times import past_run
 from tailspan_agent.lanes import Chunk
-from tailspan_agent.mapping import error_type, failure_record, receipt_record, resource_attributes, spans_of
+from tailspan_agent.mapping import failure_record, failure_text, receipt_record, resource_attributes, spans_of
 from tailspan_agent.progress import ProgressMeter
 from tailspan_agent.relay import Relay
 from tailspan_agent.runs import RunTotals
@@ -171,8 +173,7 @@ class JobRelay:
 
     def _keep_seen(self) -> None:
         """Store what was seen of the job without a line; of its lines what is acked."""
-        known = dataclasses.replace(self._acked_facts, states=self.facts.states, alerts=self.facts.alerts)
-        self._relay.store.update_facts(self.checkpoint.key, known.to_json())
+        self._relay.store.update_facts(self.checkpoint.key, self._acked_facts.with_seen(self.facts).to_json())
 
     @property
     def _history(self) -> PipelineHistory:
@@ -223,9 +224,7 @@ class JobRelay:
         def settle(fate: Fate) -> Ack:
             # What a restart at this cursor must know: the lines up to this page, the states seen up to now.
             delivery = self._acked_facts.delivery.after(count, fate)
-            self._acked_facts = dataclasses.replace(
-                facts, states=self.facts.states, alerts=self.facts.alerts, delivery=delivery
-            )
+            self._acked_facts = dataclasses.replace(facts.with_seen(self.facts), delivery=delivery)
             health.records_acked(self._service.name, count - fate.rejected, newest_ns)
             if fate.rejected:
                 health.records_rejected(self._service.name, fate.rejected, fate.kind)
@@ -318,15 +317,21 @@ class JobRelay:
         ended = past_run(self.job, self.facts, name, history)
         if ended.too_fast:
             self.facts = self.facts.with_alert(ended.ended_unix_nano, "too_fast")
+        kind = error_type(self.job, self.facts.digest)
+        if kind is not None and not self.facts.fingerprint:
+            self._recognise(name, kind)
         spans = spans_of(self._told, self.facts)
-        empty = RunTotals(name, ended.result, error_type(self.job, self.facts.digest))
+        empty = RunTotals(name, ended.result, kind)
         totals = self._relay.totals.get(empty.key, empty).add(
             ended.duration_s,
             trace_id=spans[-1].trace_id,
             span_id=spans[-1].span_id,
             time_unix_nano=spans[-1].end_unix_nano,
         )
-        if self._relay.store.end_job(self.checkpoint.key, self._outbox(spans), totals, run=ended):
+        fingerprint = self.facts.fingerprint or None
+        if self._relay.store.end_job(
+            self.checkpoint.key, self._outbox(spans), totals, run=ended, fingerprint=fingerprint
+        ):
             self._relay.totals[totals.key] = totals
             insights.histories.add(ended)
             if ended.too_fast:
@@ -334,6 +339,15 @@ class JobRelay:
                 self._too_fast = alert_text("too_fast", self._told, history, duration_s=ended.duration_s, quiet_s=0.0)
                 _log.warning("job %s of service %s: %s", self.job.job_id, self._service.name, self._too_fast)
         self._wake_spans()
+
+    def _recognise(self, pipeline: str, kind: str) -> None:
+        """Note how often the pipeline failed in this way before."""
+        fingerprint = fingerprint_of(kind, failure_text(self._told, self.facts.digest), self.facts.digest)
+        count, first_ns = self._relay.store.history.earlier_failures(pipeline, fingerprint)
+        self.facts = dataclasses.replace(
+            self.facts, fingerprint=fingerprint, failures_before=count, first_failed_ns=first_ns
+        )
+        self._keep_seen()  # first: a run that is counted must not meet itself after a restart
 
     async def complete(self, *, logs_complete: bool, late: bool = False) -> None:
         """Wait for the last ack, write the receipt or, where there is one, an amended one, and note that all is done.

@@ -13,14 +13,15 @@ Source: OpenTelemetry semantic conventions 1.44.0, CICD spans and attributes, ex
 from __future__ import annotations
 
 import re
-import signal
 from collections.abc import Mapping
+from datetime import UTC, datetime
 
 from tailspan.identity import job_hash, span_id
 from tailspan.models import JobState, RunResponse
 from tailspan.page import NANOS_PER_MS
 from tailspan_agent.digest import Digest
 from tailspan_agent.encode import LogRecordData, SpanData, SpanEvent, SpanKind, SpanLink, StatusCode
+from tailspan_agent.exit_reason import error_type, exit_reason, out_of_memory_line
 from tailspan_agent.facts import JobFacts
 from tailspan_agent.job_times import JobTimes
 from tailspan_agent.severity import Severity
@@ -28,7 +29,6 @@ from tailspan_agent.wire import AttributeValue
 
 __all__ = [
     "JobFacts",
-    "error_type",
     "failure_record",
     "failure_text",
     "receipt_record",
@@ -41,7 +41,6 @@ _SUBMITTED_NS = NANOS_PER_MS
 _MAX_STATUS_CHARS = 1000
 _MAX_MESSAGE_CHARS = 2000
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?")
-_SIGNALLED = 128
 
 
 def resource_attributes(
@@ -110,25 +109,6 @@ def spans_of(job: RunResponse, facts: JobFacts) -> list[SpanData]:
     return spans
 
 
-def error_type(job: RunResponse, digest: Digest | None) -> str | None:
-    """Return the ``error.type`` of a job that failed, of low cardinality; None for all others.
-
-    ``lost``, else the exception's type, else ``SIGKILL`` and the like, else ``exit 3``, else ``_OTHER``.
-    """
-    if job.state is JobState.LOST:
-        return "lost"
-    if job.state is not JobState.FAILED:
-        return None
-    if digest and digest.exception_type:
-        return digest.exception_type
-    if job.exit_code is None:
-        return "_OTHER"
-    try:
-        return signal.Signals(job.exit_code - _SIGNALLED).name
-    except ValueError:
-        return f"exit {job.exit_code}"
-
-
 def failure_record(job: RunResponse, facts: JobFacts, *, observed_unix_nano: int) -> LogRecordData | None:
     """Return the record that says why a job failed; None if it did not, or has not ended.
 
@@ -144,10 +124,11 @@ def failure_record(job: RunResponse, facts: JobFacts, *, observed_unix_nano: int
         time_unix_nano=JobTimes.of(job, facts).finished_ns,
         observed_unix_nano=observed_unix_nano,
         severity=Severity(17, "ERROR"),
-        body="\n".join((f"{job.job_name}: {failure_text(job, facts.digest)}", *lines)),
+        body="\n".join((f"{job.job_name}: {failure_text(job, facts.digest)}", _recurrence(facts), *lines)),
         attributes={
             "log.record.uid": f"{job_hash(job.identity, job.job_id)}.failure.{job.attempt}",
             **_exception(job, facts.digest),
+            **_failure(job, facts),
         },
         trace_id=bytes.fromhex(job.trace_id),
         span_id=bytes.fromhex(_id(job, "run")),
@@ -224,6 +205,7 @@ def _run_span(job: RunResponse, facts: JobFacts, times: JobTimes) -> SpanData:
         "cicd.pipeline.result": result,
         "error.type": error_type(job, facts.digest),
         "process.exit.code": job.exit_code,
+        **_failure(job, facts),
         "tailspan.job.tasks.total": job.total_tasks or None,
         "tailspan.job.tasks.finished": job.finished_tasks if job.total_tasks else None,
         **_receipt(facts),
@@ -264,6 +246,28 @@ def _events(job: RunResponse, facts: JobFacts, times: JobTimes) -> list[SpanEven
     return events
 
 
+def _failure(job: RunResponse, facts: JobFacts) -> dict[str, AttributeValue]:
+    """Return why a job ended without success, and how often its pipeline failed in this way."""
+    reason = exit_reason(job, facts.digest)
+    attributes: dict[str, AttributeValue] = {} if reason is None else {"tailspan.exit.reason": reason}
+    if facts.fingerprint:
+        attributes["tailspan.failure.fingerprint"] = facts.fingerprint
+        attributes["tailspan.failure.count"] = facts.failures_before + 1
+        if facts.first_failed_ns is not None:
+            attributes["tailspan.failure.first_seen"] = _iso(facts.first_failed_ns)
+    return attributes
+
+
+def _recurrence(facts: JobFacts) -> str:
+    if facts.first_failed_ns is None:
+        return "first seen with this run"
+    return f"seen {facts.failures_before + 1} times since {_iso(facts.first_failed_ns)}"
+
+
+def _iso(unix_nano: int) -> str:
+    return datetime.fromtimestamp(unix_nano / 1e9, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
 def _exception(job: RunResponse, digest: Digest | None) -> dict[str, AttributeValue]:
     attributes: dict[str, AttributeValue] = {"exception.type": error_type(job, digest) or ""}
     if digest and digest.stacktrace:
@@ -278,6 +282,9 @@ def failure_text(job: RunResponse, digest: Digest | None) -> str:
     else:
         # What the service says of the end is surer than a last line, which may be about anything.
         text = job.error or (digest.message if digest else f"the job ended as {job.state}")
+        memory = out_of_memory_line(job, digest) if job.state is JobState.FAILED else None
+        if memory is not None and memory not in text:
+            text = f"{text} ({memory})"
     return text[:_MAX_MESSAGE_CHARS]
 
 

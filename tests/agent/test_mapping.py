@@ -12,10 +12,10 @@ from tailspan.identity import span_id, trace_id
 from tailspan.models import JobState, RunResponse
 from tailspan_agent.digest import Digest, digest_of
 from tailspan_agent.encode import SpanData, SpanKind, SpanLink, StatusCode, encode_log_record, encode_span
+from tailspan_agent.exit_reason import error_type
 from tailspan_agent.facts import JobFacts
 from tailspan_agent.job_times import run_duration_s
 from tailspan_agent.mapping import (
-    error_type,
     failure_record,
     failure_text,
     resource_attributes,
@@ -228,7 +228,9 @@ def test_the_failure_record() -> None:
     assert record.time_unix_nano == spans_of(run, seen)[-1].end_unix_nano
     assert record.span_id.hex() == span_id("id", "job-1", "run")
     assert (record.event_name, record.severity.text) == ("exception", "ERROR")
-    assert record.body.startswith("etl: ValueError: no tile\nTraceback (most recent call last):")
+    assert record.body.startswith(
+        "etl: ValueError: no tile\nfirst seen with this run\nTraceback (most recent call last):"
+    )
     assert record.attributes["exception.type"] == "ValueError"
     assert record.attributes["log.record.uid"]
     assert failure_record(run, seen, observed_unix_nano=5) == record
