@@ -36,6 +36,7 @@ from tailspan_agent.job_times import past_run
 from tailspan_agent.lanes import Chunk
 from tailspan_agent.mapping import failure_record, failure_text, receipt_record, resource_attributes, spans_of
 from tailspan_agent.progress import ProgressMeter
+from tailspan_agent.redact import Redactor
 from tailspan_agent.relay import Relay
 from tailspan_agent.runs import RunTotals
 
@@ -66,6 +67,7 @@ class JobRelay:
 
     def __init__(self, relay: Relay, service: JobService, watch: Watch, job: RunResponse, first_seen_ns: int) -> None:
         self.job = job
+        self._redacted: tuple[RunResponse, Redactor, RunResponse] | None = None
         self._relay = relay
         self._service = service
         self._lane = relay.lane(service.identity, job.job_id)
@@ -116,7 +118,12 @@ class JobRelay:
     @property
     def _told(self) -> RunResponse:
         """The status as it may leave this machine."""
-        return self.job if self._relay.redactor is None else self._relay.redactor.redact_job(self.job)
+        redactor = self._relay.redactor
+        if redactor is None:
+            return self.job
+        if self._redacted is None or self._redacted[0] is not self.job or self._redacted[1] is not redactor:
+            self._redacted = self.job, redactor, redactor.redact_job(self.job)
+        return self._redacted[2]
 
     def use(self, watch: Watch) -> None:
         """Go over to a changed watch; what is on its way goes as it is."""

@@ -183,7 +183,7 @@ class Tailer:
         started_s = time.monotonic()
         lines = await self._read(sent)
         self._follower.on_read(lines, started_s)
-        if lines:
+        if lines and not self._follower.state.is_terminal:  # the last ones are written at its end
             sent.write_spans()
         await sent.tell_what_is_odd()
         if self._follower.complete:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import TypeAlias
 
 __all__ = [
@@ -25,6 +26,7 @@ _MAX_U64 = (1 << 64) - 1
 _MAX_I64 = (1 << 63) - 1
 
 
+@lru_cache(maxsize=4096)  # of tags and lengths there are few
 def varint(number: int) -> bytes:
     """Return a number from 0 to 2**64 - 1 as a varint."""
     if number < 0x80:
