@@ -8,7 +8,7 @@ ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 INSTALL := $(if $(UV),VIRTUAL_ENV=$(VENV) $(UV) pip install --quiet,$(BIN)/python -m pip install -qq --disable-pip-version-check)
 INSTALL += --constraint requirements.lock
 
-.PHONY: demo test test-services test-fused-client prove audit bench format lock clean
+.PHONY: demo test test-services dist sbom test-fused-client prove audit bench format lock clean
 .NOTPARALLEL: # two installs into one environment would fight
 
 demo: $(VENV)/.installed-agent
@@ -37,6 +37,20 @@ $(VENV)/tools/.installed: Makefile | $(BIN)/python
 	@$(BIN)/python -m venv $(VENV)/tools
 	@$(VENV)/tools/bin/python -m pip install -qq --disable-pip-version-check $(TOOLS)
 	@touch $@
+
+# The source archive, and the wheel made from it: what a release uploads.
+DIST := dist
+dist: $(VENV)/tools/.installed
+	rm -rf $(DIST)/tailspan-*
+	$(VENV)/tools/bin/python -m build --outdir $(DIST) .
+
+# Beside them what a full installation consists of, as CycloneDX.
+sbom: dist
+	rm -rf $(VENV)/sbom
+	$(BIN)/python -m venv --without-pip $(VENV)/sbom
+	$(VENV)/tools/bin/python -m pip --python $(VENV)/sbom install -qq --constraint requirements.lock "$$(echo $(DIST)/*.whl)[agent,zstd]"
+	$(VENV)/tools/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type application --output-reproducible \
+	  --output-file "$$(echo $(DIST)/*.whl | sed 's/-py3.*/.cdx.json/')" $(VENV)/sbom/bin/python
 
 # Published `fused` clients, each in an environment of its own (2.5 GB), against `tailspan serve`.
 test-fused-client: $(VENV)/.installed-dev

@@ -1,0 +1,150 @@
+"""What a release uploads: complete, installable in each of its forms, and usable from there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.deploy.configured import DEPLOY
+
+ROOT = DEPLOY.parent
+pytestmark = pytest.mark.services
+
+
+def run(*command: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
+    """Run a command that must succeed, and return what it printed."""
+    done = subprocess.run(
+        [str(word) for word in command],
+        env={**os.environ, **(env or {})},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def dist(tools: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source archive, and the wheel made from it, as `make dist` makes them."""
+    made = tmp_path_factory.mktemp("dist")
+    run(tools / "python", "-m", "build", "--outdir", made, ROOT)
+    return made
+
+
+def only(dist: Path, pattern: str) -> Path:
+    (found,) = dist.glob(pattern)
+    return found
+
+
+@pytest.fixture
+def venv(tmp_path: Path) -> Path:
+    """The programs of an empty virtual environment."""
+    run(sys.executable, "-m", "venv", tmp_path / "venv")
+    return tmp_path / "venv" / "bin"
+
+
+def install(programs: Path, what: str) -> None:
+    run(
+        *(programs / "python", "-m", "pip", "install", "-qq", "--disable-pip-version-check"),
+        *("--constraint", ROOT / "requirements.lock", what),
+    )
+
+
+def test_the_wheel_holds_all_of_the_packages_and_nothing_else(dist: Path) -> None:
+    """Every tracked file of both, so that no data file is forgotten; the licence; the command."""
+    tracked = run("git", "ls-files", "sdk/tailspan", "agent/tailspan_agent", cwd=ROOT).split()
+    with zipfile.ZipFile(only(dist, "*.whl")) as wheel:
+        names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+        assert names == {name.partition("/")[2] for name in tracked}
+        (entries,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
+        assert "tailspan = tailspan.cli:main" in wheel.read(entries).decode()
+        assert any(name.endswith("/licenses/LICENSE") for name in wheel.namelist())
+
+
+def test_the_source_archive_can_be_tested_and_deployed(dist: Path) -> None:
+    """Whoever packages Tailspan finds its tests, its examples and what the Dockerfile copies."""
+    with tarfile.open(only(dist, "*.tar.gz")) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    tracked = set(run("git", "ls-files", cwd=ROOT).split())
+    assert {name for name in tracked if not name.startswith((".ci/", ".git"))} <= names
+    assert not [name for name in names if "__pycache__" in name or name.startswith(".venv")]
+
+
+def test_the_full_installation_works(dist: Path, venv: Path, tmp_path: Path) -> None:
+    """From the source archive, into an empty environment: version, demo and doctor."""
+    install(venv, f"{only(dist, '*.tar.gz')}[agent]")
+    assert run(venv / "tailspan", "--version").startswith("tailspan ")
+    said = run(venv / "tailspan", "demo", "--dir", tmp_path / "demo", "--timeout", "120", cwd=tmp_path)
+    assert "weather-etl" in said
+    report = json.loads(run(venv / "tailspan", "doctor", "--json", env={"XDG_STATE_HOME": str(tmp_path / "state")}))
+    assert report["problems"] == []
+    assert report["versions"]["zstandard"] == "not installed"
+
+
+def test_the_light_installation_works(dist: Path, venv: Path, tmp_path: Path) -> None:
+    """Without the agent's packages: jobs run, and what needs the agent says so, `doctor` within its report."""
+    install(venv, str(only(dist, "*.whl")))
+    env = {"XDG_STATE_HOME": str(tmp_path / "state")}
+    assert run(venv / "tailspan", "run", "--", "echo", "hi", env=env) == "hi\n"
+    report = json.loads(run(venv / "tailspan", "doctor", "--json", env=env))
+    assert report["versions"]["opentelemetry-sdk"] == "not installed"
+    assert "pip install 'tailspan[agent]'" in report["reach"]
+    assert report["store"]["checkpoints"] == "none yet"
+
+
+def test_pipx_installs_the_command(dist: Path, tools: Path, tmp_path: Path) -> None:
+    """With the agent, into an environment that pipx manages."""
+    env = {"PIPX_HOME": str(tmp_path / "home"), "PIPX_BIN_DIR": str(tmp_path / "bin")}
+    run(tools / "pipx", "install", "--quiet", f"{only(dist, '*.whl')}[agent]", env=env)
+    assert "agent run" in run(tmp_path / "bin" / "tailspan", "agent", "run", "--help")
+
+
+def test_the_bill_of_materials_is_of_a_full_installation(tmp_path: Path) -> None:
+    """`make sbom`: the packages by name, version and licence; no path of the machine that made it."""
+    run("make", "-s", "sbom", f"DIST={tmp_path}", cwd=ROOT)
+    text = only(tmp_path, "*.cdx.json").read_text()
+    bom = json.loads(text)
+    versions = {part["name"]: part["version"] for part in bom["components"]}
+    locked = dict(
+        line.split("==") for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")
+    )
+    assert bom["metadata"]["component"]["name"] == "tailspan"
+    assert {"grpcio", "msgspec", "opentelemetry-sdk", "starlette", "zstandard"} <= set(versions)
+    assert "pytest" not in versions
+    assert {name: version for name, version in versions.items() if locked[name] != version} == {}
+    assert str(tmp_path) not in text
+    assert str(ROOT) not in text
+
+
+@pytest.mark.parametrize(
+    ("shell", "asks"),
+    [
+        (
+            "bash",
+            'eval "$(tailspan completion bash)"; COMP_WORDS=(tailspan agent re); COMP_CWORD=2;'
+            ' _tailspan_completion tailspan re agent; printf "%s\\n" "${COMPREPLY[@]}"',
+        ),
+        ("fish", 'tailspan completion fish | source; complete -C "tailspan agent re"'),
+        (
+            "zsh",
+            'autoload -U compinit; compinit -u -D; eval "$(tailspan completion zsh)"; '
+            " _describe() { print -l ${${(P)3}%%:*}; }; words=(tailspan agent re); CURRENT=3; _tailspan_completion",
+        ),
+    ],
+)
+def test_shells_complete(shell: str, asks: str) -> None:
+    """The real shells read the scripts, and complete a command of a group."""
+    env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    said = run(shell, "-c", asks, env=env)
+    assert [line.split()[0] for line in said.splitlines()] == ["reload", "replay"]
