@@ -12,7 +12,7 @@ import logging
 import time
 
 from tailspan.config import Watch
-from tailspan.models import RunResponse
+from tailspan.models import JobState, RunResponse
 from tailspan.page import LogPage
 from tailspan.services import JobService
 from tailspan_agent.alerts import alert_record, alert_text, new_alerts
@@ -169,14 +169,28 @@ class JobRelay:
         """Take in a status; spans that have ended with it are written."""
         if job.last_heartbeat is not None and self.job.last_heartbeat is not None:
             self.facts = self.facts.with_heartbeat((job.last_heartbeat - self.job.last_heartbeat).total_seconds())
+        if job.attempt > self.job.attempt:
+            self._end_attempt()
         self.job = job
         self.late = self.late and job.state.is_terminal  # it runs again
         facts = self.facts.with_state(time.time_ns(), job.state)
         if facts is not self.facts:
             self.facts = facts
-            self._resource = self._make_resource()  # a machine is known only when one runs the job
+            self.use(self._watch)  # a machine is known only when one runs the job; an attempt has its own trace
             self._keep_seen()
             self.write_spans()
+
+    def _end_attempt(self) -> None:
+        """Write the spans of an attempt that is over: the next one is a trace of its own, linked to this one."""
+        if not self.job.state.is_terminal:
+            self.job = dataclasses.replace(self.job, state=JobState.FAILED, error="it failed and was tried again")
+        now_ns = time.time_ns()
+        self.facts = dataclasses.replace(self.facts.with_state(now_ns, self.job.state), logs_complete=False)
+        self.write_spans()
+        # What follows belongs to the next attempt: times anew, the count of all lines goes on.
+        self.facts = dataclasses.replace(
+            self.facts, first_seen_ns=now_ns, first_line_ns=None, last_line_ns=None, states=(), logs_complete=None
+        )
 
     def _keep_seen(self) -> None:
         """Store what was seen of the job without a line; of its lines what is acked."""

@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 
-from tailspan.identity import job_hash, span_id
+from tailspan.identity import job_hash, span_id, trace_id
 from tailspan.models import JobState, RunResponse
 from tailspan.page import NANOS_PER_MS
 from tailspan_agent.digest import Digest
@@ -219,7 +219,7 @@ def _run_span(job: RunResponse, facts: JobFacts, times: JobTimes) -> SpanData:
         end_unix_nano=times.finished_ns,
         attributes={key: value for key, value in attributes.items() if value is not None},
         events=tuple(_events(job, facts, times)),
-        links=_links(job.parent),
+        links=(*_links(job.parent), *_earlier_attempt(job)),
         status=StatusCode.ERROR if failed else StatusCode.UNSET,
         status_message=failure_text(job, facts.digest)[:_MAX_STATUS_CHARS] if failed else "",
     )
@@ -294,3 +294,12 @@ def _links(traceparent: str | None) -> tuple[SpanLink, ...]:
     if not match or not int(match[1], 16) or not int(match[2], 16):
         return ()
     return (SpanLink(trace_id=match[1], span_id=match[2], flags=int(match[3], 16)),)
+
+
+def _earlier_attempt(job: RunResponse) -> tuple[SpanLink, ...]:
+    """Return a link to the run span of the attempt before, which has a trace of its own."""
+    if job.attempt <= 1:
+        return ()
+    earlier = job.attempt - 1
+    span = span_id(job.identity, job.job_id, "run", earlier)
+    return (SpanLink(trace_id=trace_id(job.identity, job.job_id, earlier), span_id=span),)

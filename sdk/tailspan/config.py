@@ -11,7 +11,8 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
+from urllib.parse import quote
 
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -34,6 +35,9 @@ from tailspan._config_units import (
     platform_state_dir,
 )
 from tailspan.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tailspan.models import RunResponse
 
 __all__ = [
     "AgentSettings",
@@ -59,6 +63,10 @@ __all__ = [
     "read_secret_file",
     "validate_options",
 ]
+
+
+_PLACEHOLDER = re.compile(r"\{(trace_id|job_id|job_name|service|start_ms|end_ms)\}")
+_AROUND_MS = 300_000
 
 
 class FilesSettings(Options):
@@ -123,15 +131,41 @@ def _check_link(value: object) -> object:
 
 
 class LinksSettings(Options):
-    """Where people look at telemetry.
+    """Where people look at telemetry: URLs with placeholders that `of` fills in.
 
     Attributes:
-        trace: URL of a trace, with ``{trace_id}``.
-        logs: URL of a trace's logs, with ``{trace_id}``.
+        trace: URL of a job's trace.
+        logs: URL of a job's lines.
     """
 
     trace: Annotated[str | None, BeforeValidator(_check_link)] = None
     logs: Annotated[str | None, BeforeValidator(_check_link)] = None
+
+    def of(self, job: RunResponse) -> dict[str, str]:
+        """Return the configured links of one job, by ``trace`` and ``logs``.
+
+        Filled in, escaped for a URL: ``{trace_id}``, ``{job_id}``, ``{job_name}``, ``{service}``, ``{start_ms}`` and
+        ``{end_ms}``: five minutes around the job in ms since the epoch (``now`` while it runs), as Grafana's time
+        ranges take them. Other braces stay as they are: Grafana's own URLs have some.
+
+        Args:
+            job: Its status.
+        """
+        begun, ended = job.submitted_at or job.started_at, job.finished_at
+        values = {
+            "trace_id": job.trace_id,
+            "job_id": job.job_id,
+            "job_name": job.job_name,
+            "service": job.service or "",
+            "start_ms": str(int(begun.timestamp() * 1000) - _AROUND_MS) if begun is not None else "now-24h",
+            "end_ms": str(int(ended.timestamp() * 1000) + _AROUND_MS) if ended is not None else "now",
+        }
+
+        def fill(found: re.Match[str]) -> str:
+            return quote(values[found[1]], safe="", errors="replace")
+
+        templates = {"trace": self.trace, "logs": self.logs}
+        return {name: _PLACEHOLDER.sub(fill, template) for name, template in templates.items() if template}
 
 
 class Settings(BaseSettings):

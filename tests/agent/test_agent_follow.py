@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from tailspan.errors import CursorExpiredError, JobNotFoundError, ServiceUnavailableError
+from tailspan.identity import trace_id
 from tailspan_agent.outcome import Delivered
 from tests.fakes.agents import Bench, OddService, looped, until
 from tests.fakes.collector import Collector, Reply, Request
@@ -422,3 +423,27 @@ async def test_a_job_that_is_deleted_after_its_receipt_is_done(bench: Bench) -> 
         await until(lambda: tailer.finished)
     assert bench.bodies() == ["a"]
     assert len([row for row in bench.collector.log_records() if row.event_name == "tailspan.receipt"]) == 1
+
+
+@looped
+async def test_a_retry_is_a_new_trace_linked_to_the_one_before(bench: Bench) -> None:
+    """A service that reports attempts: each has a whole trace and its own lines; the second leads back to the first."""
+    first, second = (trace_id("fake", "j1", attempt) for attempt in (1, 2))
+    bench.fake.add_job("j1", job_name="etl", trace_id=first)
+    async with bench.running():
+        bench.fake.add_lines("j1", "a")
+        await bench.received(lambda: bench.bodies() == ["a"])
+        bench.fake.set_state("j1", "PENDING", attempt=2, trace_id=second)
+        await bench.received(lambda: any(span.name == "RUN etl" for span in bench.collector.spans()))
+        bench.fake.add_lines("j1", "b")
+        await bench.received(lambda: bench.bodies() == ["a", "b"])
+        bench.fake.set_state("j1", "SUCCEEDED")
+        await bench.received(lambda: len([span for span in bench.collector.spans() if span.name == "RUN etl"]) == 2)
+    runs = {span.trace_id: span for span in bench.collector.spans() if span.name == "RUN etl"}
+    assert set(runs) == {first, second}
+    assert [row.trace_id for row in bench.lines()] == [first, second]
+    assert (runs[first].attributes["cicd.pipeline.result"], runs[first].links) == ("failure", [])
+    assert runs[second].attributes["cicd.pipeline.result"] == "success"
+    assert runs[second].links == [(first, runs[first].span_id)]
+    for span in bench.collector.spans():
+        assert span.parent_span_id in ("", runs[span.trace_id].span_id)

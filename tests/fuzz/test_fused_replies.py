@@ -17,6 +17,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tailspan.cli.show import jobs_table, json_of, status_fields
+from tailspan.config import LinksSettings
 from tailspan.errors import AuthError, ConfigError, ServiceUnavailableError
 from tailspan.page import LogPage
 from tailspan.printing import end_text
@@ -77,7 +78,7 @@ def test_a_status_of_any_content(reply: dict[str, Any]) -> None:
         LogContext.for_job(job)
         end_text(job)
         json.dumps(json_of(job))
-        status_fields(job, {"trace": "http://x/{trace_id}"})
+        status_fields(job, LinksSettings(trace="http://x/{trace_id}?job={job_name}&to={end_ms}").of(job))
         assert job.duration is None or job.duration.total_seconds() >= 0
 
 

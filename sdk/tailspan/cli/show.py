@@ -71,12 +71,12 @@ def seconds_text(duration: timedelta) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
-def status_fields(status: RunResponse, links: Mapping[str, str | None]) -> None:
+def status_fields(status: RunResponse, links: Mapping[str, str]) -> None:
     """Show a status, one field a line.
 
     Args:
         status: What to show.
-        links: Labelled URL templates with ``{trace_id}``; None is left out.
+        links: URLs of it by label.
     """
     shown: list[tuple[str, str | None]] = [
         ("job", status.job_id),
@@ -93,7 +93,7 @@ def status_fields(status: RunResponse, links: Mapping[str, str | None]) -> None:
         ("attributes", " ".join(f"{key}={value}" for key, value in status.attributes.items()) or None),
         ("service", status.service),
         ("trace id", status.trace_id),
-        *((name, url.replace("{trace_id}", status.trace_id) if url else None) for name, url in links.items()),
+        *links.items(),
         ("page", status.url),
     ]
     rows = [(name, _safe(value)) for name, value in shown if value]

@@ -42,8 +42,7 @@ def status(job: str, service: str | None, config_path: Path | None, as_json: boo
     if as_json:
         json_line(json_of(answer))
     else:
-        links = settings_for(config_path).links
-        status_fields(answer, {"trace": links.trace, "logs": links.logs})
+        status_fields(answer, settings_for(config_path).links.of(answer))
 
 
 @click.command()
