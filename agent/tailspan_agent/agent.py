@@ -28,6 +28,7 @@ from tailspan_agent.history import Histories
 from tailspan_agent.insight import FollowedJob, Insight, Insights, insight_of
 from tailspan_agent.lanes import Lane, SpanLane
 from tailspan_agent.outlets import Outlets
+from tailspan_agent.page.shown import Shown
 from tailspan_agent.redact import Redactor
 from tailspan_agent.relay import Relay
 from tailspan_agent.runs import PipelineNames
@@ -166,20 +167,13 @@ class Agent:
 
     def followed_jobs(self) -> list[tuple[FollowedJob, Insight]]:
         """Return the jobs that are followed now, each with what can be told of it: progress, time left, what is odd."""
-        now_ns, names = time.time_ns(), self._relay.names
-        histories = self.insights.histories
-        return [
-            (job, insight_of(job, histories.of(names.label(job.status.job_name)), now_ns))
-            for job in self._followed_now()
-        ]
+        now_ns, label, histories = time.time_ns(), self._relay.names.label, self.insights.histories
+        jobs = self._following.followed
+        return [(job, insight_of(job, histories.of(label(job.status.job_name)), now_ns)) for job in jobs]
 
     def _followed(self) -> list[FollowedJob]:
         self.outlets.paused()  # asked with each snapshot, so that the metrics say it too
-        return self._followed_now()
-
-    def _followed_now(self) -> list[FollowedJob]:
-        jobs = [tailer.followed for tailer in self.tailers]
-        return [job for job in jobs if job is not None]
+        return self._following.followed
 
     @property
     def stopping(self) -> bool:
@@ -214,6 +208,13 @@ class Agent:
                     metrics=self.telemetry.prometheus_text,
                     readiness=self.problems,
                     delivery=self.delivery,
+                    shown=Shown(
+                        relay=self._relay,
+                        following=self._following,
+                        settings=lambda: self.settings,
+                        outlets=self.outlets,
+                        problems=self.problems,
+                    ),
                     token=self.settings.agent.read_token(),
                     allowed_hosts=self.settings.agent.allowed_hosts,
                 )
@@ -223,7 +224,7 @@ class Agent:
             self._pumps.append(asyncio.create_task(self._housekeep()))
             expectations = Expectations(
                 self._relay,
-                jobs=self._followed_now,
+                jobs=lambda: self._following.followed,
                 settings=lambda: self.settings,
                 seen_all=lambda: self._following.has_seen_all,
             )

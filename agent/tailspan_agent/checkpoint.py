@@ -30,6 +30,7 @@ from typing import Any
 from tailspan.directories import make_private
 from tailspan_agent.checkpoint_file import connect, file_at, is_damage, lock, salvage
 from tailspan_agent.checkpoint_history import StoredHistory
+from tailspan_agent.checkpoint_jobs import StoredJobs
 from tailspan_agent.checkpoint_rows import Ack, Checkpoint, OutboxSpan
 from tailspan_agent.errors import CheckpointError
 from tailspan_agent.history import PastRun
@@ -84,6 +85,7 @@ class Store:
         start_unix_nano: When counting of runs began in this store.
         recovered: What was wrong with the file when it was opened and set aside, or None.
         history: The last ended runs of each pipeline, to be read.
+        jobs: All jobs, to be looked at.
         refused: Whether the last write failed: the disk is full, or worse.
 
     Raises:
@@ -109,6 +111,7 @@ class Store:
             undo.pop_all()
         self.acked_at_s = time.time()
         self.history = StoredHistory(self._select)
+        self.jobs = StoredJobs(self._select)
 
     def _open(self) -> sqlite3.Connection:
         try:

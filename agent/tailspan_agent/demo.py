@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shlex
 import shutil
@@ -40,6 +41,7 @@ _PIPELINES = {
 _CANCELED = "backfill-year"
 _CANCEL_AFTER_S = 3.0
 _REFRESH_S = 0.2
+_STAY_S = 600.0
 _COLOURS = {
     None: "cyan",
     "success": "green",
@@ -67,12 +69,19 @@ _LISTEN = ("127.0.0.1", 8797)
     show_default=True,
     help="Seconds that it may take.",
 )
-def demo(directory: Path | None, timeout_s: float) -> None:
+@click.option(
+    "--stay",
+    "stay_s",
+    metavar="S",
+    type=click.FloatRange(min=0),
+    help="Seconds that the page stays after that. [default: 600 in a terminal, else 0]",
+)
+def demo(directory: Path | None, timeout_s: float, stay_s: float | None) -> None:
     """See it work: sample pipelines, the agent, and what it sends. Needs no set-up.
 
     Runs four small programs as local jobs: one succeeds, one fails with a traceback, one shows progress and prints
     many lines, one is cancelled. The agent relays them to OTEL_EXPORTER_OTLP_ENDPOINT where that is set, else into
-    OTLP JSON lines files that can be sent to any collector later.
+    OTLP JSON lines files that can be sent to any collector later. Meanwhile the agent's page shows them.
 
     \b
     Example:
@@ -83,7 +92,9 @@ def demo(directory: Path | None, timeout_s: float) -> None:
 
     home = (directory or platform_state_dir() / "demo").absolute()
     settings = load_settings(_write_config(home))
-    asyncio.run(_demo(settings, home, timeout_s))
+    if stay_s is None:
+        stay_s = _STAY_S if sys.stdout.isatty() else 0
+    asyncio.run(_demo(settings, home, timeout_s, stay_s))
 
 
 def _write_config(home: Path) -> Path:
@@ -134,7 +145,7 @@ class _Sample:
     why: str | None = None
 
 
-async def _demo(settings: Settings, home: Path, timeout_s: float) -> None:
+async def _demo(settings: Settings, home: Path, timeout_s: float, stay_s: float) -> None:
     from rich.console import Console
 
     from tailspan.services.local import LocalService
@@ -146,10 +157,14 @@ async def _demo(settings: Settings, home: Path, timeout_s: float) -> None:
     console.print("Four small pipelines run as jobs on this machine, and the agent relays them.\n")
     async with aclosing(LocalService.from_options("local", settings.services["local"], settings)) as service:
         agent = Agent(settings)
-        running = asyncio.create_task(agent.run())
+        ready = asyncio.Event()
+        running = asyncio.create_task(agent.run(on_ready=ready.set))
         samples: dict[str, _Sample] = {}
         submitted: list[asyncio.Task[RunResponse]] = []
         try:
+            await asyncio.wait([running, asyncio.create_task(ready.wait())], return_when=asyncio.FIRST_COMPLETED)
+            if agent.server is not None:
+                console.print(f"Look at them while they run: {agent.server.url}\n")
             for name, module in _PIPELINES.items():
                 submitted.append(asyncio.create_task(_submit(service, name, module)))
                 samples[name] = _Sample(await asyncio.shield(submitted[-1]))
@@ -158,10 +173,14 @@ async def _demo(settings: Settings, home: Path, timeout_s: float) -> None:
             # The long one would go on for an hour after a demonstration that was stopped, even while it began.
             for task in submitted:
                 await service.cancel((await task).job_id)
+        console.print(_table(samples))
+        console.print(_report(settings, home, agent, samples), soft_wrap=True, markup=False)
+        if stay_s and agent.server is not None and not running.done():
+            console.print(f"\nThe page stays for {stay_s:g} s, at {agent.server.url}; Ctrl-C ends it.")
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([running], timeout=stay_s)
         agent.stop()
         await running
-    console.print(_table(samples))
-    console.print(_report(settings, home, agent, samples), soft_wrap=True, markup=False)
     late = [name for name, sample in samples.items() if not sample.relayed]
     if late:
         target = ", ".join(sorted(set(agent.outlets.targets.values())))

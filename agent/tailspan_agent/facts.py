@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import operator
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
 
+from tailspan.clean import clean
 from tailspan.models import JobState
 from tailspan.page import LogPage
 from tailspan_agent.digest import Digest
@@ -18,6 +20,9 @@ from tailspan_agent.final_read import page_uids
 __all__ = ["Delivery", "Fate", "JobFacts"]
 
 _MASK = (1 << 64) - 1
+_SHOWN_BYTES, _SHOWN_CHARS = 8192, 200
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +95,7 @@ class JobFacts:
         heartbeat_gap_s: The longest time between two of its heartbeats that were seen, in seconds.
         alerts: What was odd about it and was told: (ns since the epoch, kind).
         receipts: How many receipts were written: each further one amends the one before.
+        last_line: Its newest line, cleaned, without secrets and cut off, for people to look at.
     """
 
     first_seen_ns: int
@@ -109,6 +115,7 @@ class JobFacts:
     failures_before: int = 0
     first_failed_ns: int | None = None
     fingerprint: str = ""
+    last_line: str = ""
 
     @classmethod
     def from_json(cls, text: str) -> JobFacts:
@@ -118,6 +125,15 @@ class JobFacts:
             ValueError: The text is not such JSON.
         """
         return msgspec.json.decode(text, type=cls)
+
+    @classmethod
+    def restored(cls, text: str, job_id: str, first_seen_ns: int) -> JobFacts:
+        """Make the facts back; where they are damaged, begin anew, with a warning."""
+        try:
+            return cls.from_json(text)
+        except ValueError as error:
+            _log.warning("job %s: what was stored of it is damaged, its cursor holds: %s", job_id, error)
+            return cls(first_seen_ns=first_seen_ns)
 
     def to_json(self) -> str:
         """Return the facts as JSON."""
@@ -139,6 +155,12 @@ class JobFacts:
             stream_hash=stream_hash,
             quiet_ns=self._quiet_ns(page),
         )
+
+    def with_last_line(self, line: bytes, redact: Callable[[str], str]) -> JobFacts:
+        """Return the facts with the job's newest line, cut off for people to look at."""
+        # The end of a line that overwrote itself is what it says now.
+        part = line[-_SHOWN_BYTES:] if b"\r" in line else line[:_SHOWN_BYTES]
+        return dataclasses.replace(self, last_line=redact(clean(part))[:_SHOWN_CHARS])
 
     def _quiet_ns(self, page: LogPage) -> int:
         times = [run.time_unix_nano for run in page.runs]

@@ -12,6 +12,7 @@ from tailspan.config import Settings, Watch
 from tailspan.errors import AuthError, ConfigError, ServiceUnavailableError, TailspanError
 from tailspan.services import JobService
 from tailspan_agent.errors import AgentError, CheckpointError
+from tailspan_agent.insight import FollowedJob
 from tailspan_agent.lanes import until_usable
 from tailspan_agent.relay import Relay, Source
 from tailspan_agent.tailer import Tailer
@@ -60,6 +61,22 @@ class Following:
         found = {name for name, watcher in self.watchers.items() if watcher.failure}
         troubles = (AuthError, ServiceUnavailableError)
         return sorted(found | {one.service_name for one in self.tailers if isinstance(one.failure, troubles)})
+
+    @property
+    def services(self) -> dict[str, JobService]:
+        """The watched services by their configured name."""
+        return {name: source.service for name, source in self._sources.items()}
+
+    @property
+    def followed(self) -> list[FollowedJob]:
+        """The jobs that are followed now and whose status is known."""
+        jobs = [tailer.followed for tailer in self.tailers]
+        return [job for job in jobs if job is not None]
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Why services cannot be asked now, by name."""
+        return {name: str(watcher.failure) for name, watcher in self.watchers.items() if watcher.failure is not None}
 
     @property
     def has_seen_all(self) -> bool:

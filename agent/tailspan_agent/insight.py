@@ -47,6 +47,10 @@ class FollowedJob:
         first_line_unix_nano: The time of its first line, if it has lines.
         last_line_unix_nano: The time of its newest line.
         progress: What its log last said of its progress, if it did.
+        identity: The identity of its service.
+        lines: How many lines were read.
+        last_line: The newest line, cleaned, without secrets and cut off.
+        behind_unix_nano: The time of the newest acked line while lines are on their way; None when all is acked.
     """
 
     service: str
@@ -54,6 +58,10 @@ class FollowedJob:
     first_line_unix_nano: int | None = None
     last_line_unix_nano: int | None = None
     progress: Progress | None = None
+    identity: str = ""
+    lines: int = 0
+    last_line: str = ""
+    behind_unix_nano: int | None = None
 
     @property
     def phase(self) -> str:

@@ -75,7 +75,7 @@ class JobRelay:
         self.checkpoint = known or self._first_checkpoint(first_seen_ns)
         self.cursor = self.checkpoint.cursor
         self.late = self.checkpoint.late
-        self.facts = self._acked_facts = self._stored_facts(first_seen_ns)
+        self.facts = self._acked_facts = JobFacts.restored(self.checkpoint.facts, job.job_id, first_seen_ns)
         self._watch = watch
         self._context = LogContext.for_job(job, min_severity=watch.min_severity, redactor=relay.redactor)
         self._resource = self._make_resource()
@@ -96,13 +96,6 @@ class JobRelay:
             backfill=newest_ns is not None and first_seen_ns - newest_ns > BACKFILL_S * 1e9,
             facts=JobFacts(first_seen_ns=first_seen_ns).to_json(),
         )
-
-    def _stored_facts(self, first_seen_ns: int) -> JobFacts:
-        try:
-            return JobFacts.from_json(self.checkpoint.facts)
-        except ValueError as error:
-            _log.warning("job %s: what was stored of it is damaged, its cursor holds: %s", self.job.job_id, error)
-            return JobFacts(first_seen_ns=first_seen_ns)
 
     def _make_resource(self) -> bytes:
         return encode_resource(
@@ -163,6 +156,10 @@ class JobRelay:
             first_line_unix_nano=self.facts.first_line_ns,
             last_line_unix_nano=self.facts.last_line_ns,
             progress=self._progress.progress,
+            identity=self._service.identity,
+            lines=self.facts.lines,
+            last_line=self.facts.last_line,
+            behind_unix_nano=None if self.nothing_in_flight else self._acked_facts.last_line_ns,
         )
 
     def see(self, job: RunResponse) -> None:
@@ -194,7 +191,8 @@ class JobRelay:
 
     def _keep_seen(self) -> None:
         """Store what was seen of the job without a line; of its lines what is acked."""
-        self._relay.store.update_facts(self.checkpoint.key, self._acked_facts.with_seen(self.facts).to_json())
+        self._acked_facts = self._acked_facts.with_seen(self.facts)
+        self._relay.store.update_facts(self.checkpoint.key, self._acked_facts.to_json())
 
     @property
     def _history(self) -> PipelineHistory:
@@ -222,6 +220,8 @@ class JobRelay:
         if self._lane is not None:
             await self._lane.room()
         self.facts = self.facts.with_page(page)
+        if not late:
+            self.facts = self.facts.with_last_line(page.lines[-1], self.redact)
         if not late and not self.job.state.is_terminal:
             self._progress.see(page.lines, page.runs[-1].time_unix_nano, time.monotonic())
         cursor = None if late else page.cursor

@@ -1,4 +1,4 @@
-"""The agent's own HTTP server: ``/healthz``, ``/readyz`` and ``/metrics`` on ``agent.listen``.
+"""The agent's own HTTP server on ``agent.listen``: the page, ``/healthz``, ``/readyz`` and ``/metrics``.
 
 Health and readiness are open to probes and say nothing private. All else is for people and Prometheus: with a token
 configured it asks for it; and the Host header must name this server, so that a web page which lets its own name
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import ipaddress
 import os
 import socket
@@ -25,16 +24,14 @@ from starlette.routing import Route
 
 from tailspan.errors import ConfigError
 from tailspan.http_limits import LimitedHttp
+from tailspan_agent.page.session import COOKIE, Session
+from tailspan_agent.page.shown import Shown
+from tailspan_agent.page.views import Page
 
 __all__ = ["Guard", "StatusServer"]
 
 _STOP_GRACE_S = 1
 _MAX_CONNECTIONS = 100
-_INDEX = """<!doctype html>
-<meta charset="utf-8">
-<title>tailspan agent</title>
-<ul><li><a href="/healthz">healthz</a><li><a href="/readyz">readyz</a><li><a href="/metrics">metrics</a></ul>
-"""
 
 _Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -43,22 +40,30 @@ class Guard:
     """Who may see what is not open to everybody.
 
     Args:
-        token: The bearer token to ask for; None asks for none.
+        session: Knows the token to ask for, and the cookie of a browser that has shown it.
         hosts: Names that this server may be called by, besides ``localhost`` and any address.
+        login: Returns where a browser may show the token; None answers it like any program.
     """
 
-    def __init__(self, token: str | None, hosts: Collection[str]) -> None:
-        self._token = token.encode() if token else None
+    def __init__(
+        self, session: Session, hosts: Collection[str], login: Callable[[Request], Response | None] = lambda _: None
+    ) -> None:
+        self._session = session
         self._hosts = {"localhost", *(host.lower() for host in hosts)}
+        self._login = login
 
-    def refusal(self, host: str, authorization: str) -> Response | None:
-        """Return the answer to a request that may not see it, from its Host and Authorization headers."""
-        if not self._knows(host):
-            return PlainTextResponse("this host name is not in agent.allowed_hosts\n", 421)
-        if self._token is None:
-            return None
+    def stranger(self, host: str) -> Response | None:
+        """Return the answer to a request for somebody else, from its Host header."""
+        return None if self._knows(host) else PlainTextResponse("this host name is not in agent.allowed_hosts\n", 421)
+
+    def refusal(self, host: str, authorization: str, cookie: str = "") -> Response | None:
+        """Return the answer to a request that may not see it, from its headers and our cookie."""
+        stranger = self.stranger(host)
+        if stranger is not None or not self._session.needs_token or self._session.knows_cookie(cookie):
+            return stranger
         scheme, _, given = authorization.partition(" ")
-        if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode("latin-1"), self._token):
+        # Headers are bytes: a token that is not ASCII comes as its UTF-8.
+        if scheme.lower() == "bearer" and self._session.knows_token(given.encode("latin-1").decode("utf-8", "replace")):
             return None
         return PlainTextResponse(
             "this needs the header Authorization: Bearer TOKEN\n", 401, {"www-authenticate": "Bearer"}
@@ -68,9 +73,19 @@ class Guard:
         """Return the endpoint behind this guard."""
 
         async def guarded(request: Request) -> Response:
-            headers = request.headers
-            refusal = self.refusal(headers.get("host", ""), headers.get("authorization", ""))
-            return refusal or await endpoint(request)
+            headers, cookie = request.headers, request.cookies.get(COOKIE, "")
+            refusal = self.refusal(headers.get("host", ""), headers.get("authorization", ""), cookie)
+            if refusal is None:
+                return await endpoint(request)
+            return (self._login(request) if refusal.status_code == 401 else None) or refusal
+
+        return guarded
+
+    def only_us(self, endpoint: _Endpoint) -> _Endpoint:
+        """Return an endpoint that asks for no token, but to be called by a name of ours."""
+
+        async def guarded(request: Request) -> Response:
+            return self.stranger(request.headers.get("host", "")) or await endpoint(request)
 
         return guarded
 
@@ -95,6 +110,7 @@ class StatusServer:
         metrics: Returns the text for Prometheus and its content type, from the request's Accept header.
         readiness: Returns what keeps the agent from relaying, as short codes without anything private; empty: ready.
         delivery: Returns what became of a job's lines, from the service's identity and the job's id, as plain values.
+        shown: What the page may see; None serves no page.
         token: What the guarded pages ask for; None: nothing.
         allowed_hosts: Further names in the Host header to answer to.
 
@@ -109,16 +125,19 @@ class StatusServer:
         metrics: Callable[[str], tuple[bytes, str]],
         readiness: Callable[[], Sequence[str]],
         delivery: Callable[[str, str], Mapping[str, object]],
+        shown: Shown | None = None,
         token: str | None = None,
         allowed_hosts: Collection[str] = (),
     ) -> None:
         self._metrics = metrics
         self._readiness = readiness
         self._delivery = delivery
-        guard = Guard(token, [address[0], *allowed_hosts])
+        session = Session(token)
+        page = Page(shown, session) if shown is not None else None
+        guard = Guard(session, [address[0], *allowed_hosts], page.login_redirect if page else lambda _: None)
         app = Starlette(
             routes=[
-                Route("/", guard.protect(self._index)),
+                *(page.routes(guard.protect, guard.only_us) if page else ()),
                 Route("/metrics", guard.protect(self._get_metrics)),
                 Route("/delivery", guard.protect(self._get_delivery)),
                 Route("/healthz", self._healthz),
@@ -165,9 +184,6 @@ class StatusServer:
         if self._serving:
             await self._serving
         self._socket.close()
-
-    async def _index(self, _: Request) -> Response:
-        return Response(_INDEX, media_type="text/html")
 
     async def _healthz(self, _: Request) -> Response:
         return PlainTextResponse("ok\n")

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from tailspan.errors import ConfigError
+from tailspan_agent.page.session import Session
 from tailspan_agent.status_server import Guard, StatusServer
 
 T = TypeVar("T")
@@ -50,21 +51,20 @@ def got(path: str, headers: dict[str, str] | None = None, **options) -> httpx.Re
     return served(lambda client, _: client.get(path, headers=headers), **options)
 
 
-def test_the_four_pages_answer():
-    """The index links to what there is, and each link answers."""
+def test_what_programs_ask_for_answers():
+    """Probes, Prometheus and ``tailspan wait`` find what they look for."""
 
     async def visit(client: httpx.AsyncClient, _: StatusServer) -> dict[str, httpx.Response]:
-        return {path: await client.get(path) for path in ("/", "/healthz", "/readyz", "/metrics", "/none")}
+        return {path: await client.get(path) for path in ("/delivery", "/healthz", "/readyz", "/metrics", "/none")}
 
     answers = served(visit)
     assert {path: answer.status_code for path, answer in answers.items()} == {
-        "/": 200,
+        "/delivery": 200,
         "/healthz": 200,
         "/readyz": 200,
         "/metrics": 200,
         "/none": 404,
     }
-    assert all(f'href="{path}"' in answers["/"].text for path in ("/healthz", "/readyz", "/metrics"))
     assert answers["/readyz"].text == "ready\n"
 
 
@@ -98,7 +98,7 @@ def test_metrics_are_what_the_accept_header_asks_for():
         (f"bearer  {TOKEN}", 200),
     ],
 )
-@pytest.mark.parametrize("path", ["/", "/metrics"])
+@pytest.mark.parametrize("path", ["/delivery", "/metrics"])
 def test_a_token_guards_what_is_not_for_probes(path, authorization, status):
     """Without the right token there is nothing to read, and no hint of it."""
     headers = {} if authorization is None else {"authorization": authorization.encode()}
@@ -139,7 +139,7 @@ def test_probes_need_neither_token_nor_name(path):
 )
 def test_only_known_names_and_addresses_are_answered(host, allowed):
     """A foreign name that resolves to this machine reads nothing."""
-    refusal = Guard(None, ["agent.internal"]).refusal(host, "")
+    refusal = Guard(Session(None), ["agent.internal"]).refusal(host, "")
     assert (refusal is None) is allowed
     if refusal:
         assert refusal.status_code == 421

@@ -1,0 +1,53 @@
+"""The agent's own health in tables, from its metrics: the same numbers that Prometheus gets. Pure."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from opentelemetry.sdk.metrics.export import NumberDataPoint, ScopeMetrics
+
+__all__ = ["Health", "health_of"]
+
+_PREFIX = "tailspan.agent."
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What the agent's metrics say.
+
+    Attributes:
+        services: By the configured name of a service: metric (without its prefix) to value.
+        rejected: Records that were refused, by reason.
+        totals: What is not said by service: metric to the sum of its values.
+    """
+
+    services: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    rejected: Mapping[str, float] = field(default_factory=dict)
+    totals: Mapping[str, float] = field(default_factory=dict)
+
+
+def health_of(scopes: Iterable[ScopeMetrics]) -> Health:
+    """Return what metrics say of the agent."""
+    services: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    rejected: dict[str, float] = defaultdict(float)
+    totals: dict[str, float] = defaultdict(float)
+    for name, point in _points(scopes):
+        attributes = point.attributes or {}
+        reason, service = attributes.get("reason"), attributes.get("service")
+        totals[name] += point.value
+        if service is not None:
+            services[str(service)][name] += point.value
+        if name.endswith("rejected") and reason is not None:
+            rejected[str(reason)] += point.value
+    return Health(dict(services), dict(rejected), dict(totals))
+
+
+def _points(scopes: Iterable[ScopeMetrics]) -> Iterator[tuple[str, NumberDataPoint]]:
+    for scope in scopes:
+        for metric in scope.metrics:
+            if metric.name.startswith(_PREFIX):
+                for point in metric.data.data_points:
+                    if isinstance(point, NumberDataPoint):
+                        yield metric.name.removeprefix(_PREFIX), point

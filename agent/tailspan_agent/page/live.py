@@ -1,0 +1,68 @@
+"""Server-sent events: a bounded number of streams, each of them for a bounded time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+
+__all__ = ["ALIVE", "Streams", "event"]
+
+_STREAM_S = 600.0
+_MAX_STREAMS = 20
+
+ALIVE = ": still here\n\n"
+"""A comment: nobody sees it, and a connection that is gone shows itself."""
+
+
+def event(name: str, data: Mapping[str, Any]) -> str:
+    """Return an event as it is sent."""
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
+
+
+class Streams:
+    """Counts who is looking. A slow reader holds up only its own stream: what comes next is made when it was sent."""
+
+    def __init__(self) -> None:
+        self._open = 0
+
+    def answer(self, events: Callable[[], AsyncIterator[str]], headers: Mapping[str, str]) -> Response:
+        """Return the answer that streams these events, or one that refuses.
+
+        Args:
+            events: Makes them; a browser whose time is over comes back by itself.
+            headers: Of the answer.
+        """
+        if self._open >= _MAX_STREAMS:
+            return PlainTextResponse("too many are looking; this page is as it was when it was loaded\n", 503)
+        self._open += 1
+        return _Counted(_bounded(events), self._left, headers=headers, media_type="text/event-stream")
+
+    def _left(self) -> None:
+        self._open -= 1
+
+
+async def _bounded(events: Callable[[], AsyncIterator[str]]) -> AsyncIterator[str]:
+    # One that is gone without a word must not hold its place for ever.
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_STREAM_S):
+            async for one in events():
+                yield one
+
+
+class _Counted(StreamingResponse):
+    """A stream that says when it has ended, however it ends."""
+
+    def __init__(self, content: AsyncIterator[str], left: Callable[[], None], **options: Any) -> None:
+        super().__init__(content, **options)
+        self._left = left
+
+    async def __call__(self, *args: Any) -> None:
+        try:
+            await super().__call__(*args)
+        finally:
+            self._left()

@@ -1,0 +1,258 @@
+"""The part of a log that somebody looks at, read through the job's own service.
+
+A log is never held whole: a request reads pages of lines from the nearest place that is known of it, for a bounded
+time, and gives the event loop back between two of them. Where it has to stop early it says so, and the next request
+goes on from there, for the places are remembered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import time
+from collections import OrderedDict, deque
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import cast
+
+from tailspan.clean import clean
+from tailspan.errors import CursorExpiredError
+from tailspan.page import NANOS_PER_MS, LogPage, Stream
+from tailspan.services import JobService
+from tailspan_agent.page.present import visible
+from tailspan_agent.severity import SEVERITIES, find_severity
+
+__all__ = ["WINDOW_LINES", "LogLine", "LogReader", "Window"]
+
+WINDOW_LINES = 500
+_SCAN_S = 2.0
+_MARKED_JOBS = 32
+_MARKS = 1024
+_MOST_MATCHES = 500
+_MAX_SHOWN_CHARS = 4000
+_ERROR_NUMBER = 17
+_READERS = 4
+_TAIL_MS = (5_000, 60_000, 3_600_000)
+
+
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    """A line as the page shows it.
+
+    Attributes:
+        number: Counted from 1; None where only the end of a long log was read.
+        time_unix_nano: Its time, in ns since the epoch.
+        stream: ``stdout``, ``stderr`` or empty.
+        level: ``error``, ``warn``, ``info``, ``debug`` or empty.
+        text: Cleaned, without secrets, cut off if it is very long.
+    """
+
+    number: int | None
+    time_unix_nano: int
+    stream: str
+    level: str
+    text: str
+
+
+@dataclass(slots=True, kw_only=True)
+class Window:
+    """What was read.
+
+    Attributes:
+        lines: Oldest first.
+        before: Whether there are lines before these.
+        after: Whether there are, or may be, lines after these.
+        reached: How many lines of the log were looked at, from its start, when the time for it was over; None when
+            all that was asked for was.
+        cursor: Where the last page of lines ended.
+    """
+
+    lines: list[LogLine] = field(default_factory=list)
+    before: bool = False
+    after: bool = False
+    reached: int | None = None
+    cursor: bytes | None = None
+
+
+class LogReader:
+    """Reads windows of logs.
+
+    Args:
+        redact: Takes secrets out of a text.
+    """
+
+    def __init__(self, redact: Callable[[str], str]) -> None:
+        self._redact = redact
+        self._readers = asyncio.Semaphore(_READERS)
+        # Where pages begin: (lines before, cursor). A log that changed under us answers with an expired cursor.
+        self._marks: OrderedDict[tuple[str, str], list[tuple[int, bytes | None]]] = OrderedDict()
+
+    async def window(self, service: JobService, job_id: str, first: int, lines: int = WINDOW_LINES) -> Window:
+        """Return lines from a number on.
+
+        Args:
+            service: The job's service.
+            job_id: The job.
+            first: The number of the first line, from 1.
+            lines: How many.
+
+        Raises:
+            ServiceError: The log cannot be read.
+        """
+        found = Window(before=first > 1)
+        async with aclosing(self._pages(service, job_id, first)) as pages:
+            async for done, page, late in pages:
+                for position in range(max(0, first - 1 - done), len(page.lines)):
+                    if len(found.lines) == lines:
+                        found.after = True
+                        return found
+                    found.lines.append(self._line(page, position, done + position + 1))
+                if late:
+                    found.reached = done + len(page.lines)
+                    return found
+        return found
+
+    async def tail(self, service: JobService, job_id: str, last_line_ns: int | None, lines: int = 200) -> Window:
+        """Return the last lines without their numbers, and where to go on; reads only the end of the log.
+
+        Args:
+            service: The job's service.
+            job_id: The job.
+            last_line_ns: About when the newest line was written, in ns since the epoch; None: nobody knows.
+            lines: How many.
+        """
+        found = Window()
+        for back_ms in (*_TAIL_MS, None) if last_line_ns is not None else (None,):
+            since_ms = None if back_ms is None else (last_line_ns or 0) // NANOS_PER_MS - back_ms
+            last: deque[LogLine] = deque(maxlen=lines)
+            deadline_s = time.monotonic() + _SCAN_S
+            async with self._readers, aclosing(_read(service, job_id, since_ms=since_ms)) as pages:
+                async for page in pages:
+                    for position in range(max(0, len(page.lines) - lines), len(page.lines)):
+                        last.append(self._line(page, position, None))
+                    found.cursor = page.cursor
+                    await asyncio.sleep(0)
+                    if time.monotonic() > deadline_s:
+                        break
+            found.lines = list(last)
+            if len(last) >= lines:
+                break
+        found.before = len(found.lines) >= lines
+        return found
+
+    async def after(self, service: JobService, job_id: str, cursor: bytes | None, lines: int = 500) -> Window:
+        """Return what came after a cursor: of more than `lines` the last ones."""
+        found = Window(cursor=cursor)
+        last: deque[LogLine] = deque(maxlen=lines)
+        async with self._readers, aclosing(_read(service, job_id, cursor)) as pages:
+            async for page in pages:
+                for position in range(max(0, len(page.lines) - lines), len(page.lines)):
+                    last.append(self._line(page, position, None))
+                found.cursor = page.cursor
+                await asyncio.sleep(0)
+        found.lines = list(last)
+        return found
+
+    async def search(self, service: JobService, job_id: str, text: str, first: int = 1) -> Window:
+        """Return the lines that contain a text, in any case, as they are shown: a secret cannot be searched for.
+
+        Args:
+            service: The job's service.
+            job_id: The job.
+            text: What to look for.
+            first: The number of the line to begin with, from 1.
+        """
+        wanted = text.lower()
+        return await self._select(service, job_id, first, lambda line: wanted in line.text.lower(), _MOST_MATCHES)
+
+    async def first_error(self, service: JobService, job_id: str, first: int = 1) -> Window:
+        """Return the first line that says of itself that it is an error, from a number on; none if there is none."""
+        return await self._select(service, job_id, first, lambda line: line.level == "error", 1)
+
+    async def _select(
+        self, service: JobService, job_id: str, first: int, wanted: Callable[[LogLine], bool], most: int
+    ) -> Window:
+        found = Window(before=first > 1)
+        async with aclosing(self._pages(service, job_id, first)) as pages:
+            async for done, page, late in pages:
+                for position in range(max(0, first - 1 - done), len(page.lines)):
+                    if position % 500 == 499:
+                        await asyncio.sleep(0)
+                    line = self._line(page, position, done + position + 1)
+                    if not wanted(line):
+                        continue
+                    if len(found.lines) == most:
+                        found.after = True
+                        return found
+                    found.lines.append(line)
+                if late:
+                    found.reached = done + len(page.lines)
+                    return found
+        return found
+
+    async def _pages(
+        self, service: JobService, job_id: str, first: int
+    ) -> AsyncGenerator[tuple[int, LogPage, bool], None]:
+        """Yield pages from the one that has a line: lines before it, the page, and whether the time is over."""
+        key = service.identity, job_id
+        marks = self._marks.setdefault(key, [(0, None)])
+        self._marks.move_to_end(key)
+        while len(self._marks) > _MARKED_JOBS:
+            self._marks.popitem(last=False)
+        done, cursor = marks[bisect.bisect_right(marks, first - 1, key=lambda mark: mark[0]) - 1]
+        deadline_s = time.monotonic() + _SCAN_S
+        async with self._readers:
+            try:
+                async with aclosing(_read(service, job_id, cursor)) as pages:
+                    async for page in pages:
+                        late = time.monotonic() > deadline_s
+                        if done + len(page.lines) >= first or late:
+                            yield done, page, late
+                        done += len(page.lines)
+                        self._mark(marks, done, page.cursor)
+                        await asyncio.sleep(0)
+            except CursorExpiredError:
+                # The log is not the one that was marked: what is known of it is worth nothing.
+                self._marks.pop(key, None)
+                raise
+
+    @staticmethod
+    def _mark(marks: list[tuple[int, bytes | None]], lines: int, cursor: bytes) -> None:
+        if lines > marks[-1][0]:
+            marks.append((lines, cursor))
+        if len(marks) > _MARKS:
+            del marks[1::2]
+
+    def _line(self, page: LogPage, position: int, number: int | None) -> LogLine:
+        text = self._redact(clean(page.lines[position]))
+        severity = SEVERITIES[find_severity(text.encode(errors="replace"))].number
+        time_unix_nano, stream = _origin(page, position)
+        if len(text) > _MAX_SHOWN_CHARS:
+            text = f"{text[:_MAX_SHOWN_CHARS]} … ({len(text) - _MAX_SHOWN_CHARS:,} more characters)"
+        return LogLine(number, time_unix_nano, Stream.NAMES[stream], _level(severity), visible(text))
+
+
+def _read(
+    service: JobService, job_id: str, cursor: bytes | None = None, since_ms: int | None = None
+) -> AsyncGenerator[LogPage, None]:
+    return cast("AsyncGenerator[LogPage, None]", service.read_logs(job_id, cursor, since_ms=since_ms))
+
+
+def _origin(page: LogPage, position: int) -> tuple[int, int]:
+    """Return time and stream of a line."""
+    for run in page.runs:
+        if position < run.lines:
+            return run.time_unix_nano + position, run.stream
+        position -= run.lines
+    raise AssertionError("a page's runs add up to its lines")
+
+
+def _level(severity_number: int) -> str:
+    if severity_number >= _ERROR_NUMBER:
+        return "error"
+    if severity_number >= 13:
+        return "warn"
+    if severity_number >= 9:
+        return "info"
+    return "debug" if severity_number else ""

@@ -1,0 +1,75 @@
+"""Who may see the page: a token, or the cookie that a browser gets for it; and forms that only our page sends."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from collections.abc import Mapping
+from urllib.parse import urlsplit
+
+__all__ = ["COOKIE", "Session", "local_path"]
+
+COOKIE = "tailspan_session"
+
+
+class Session:
+    """One per process: its cookies and forms end with it. The token itself never reaches a browser's store.
+
+    Args:
+        token: What to ask for; None asks for nothing.
+    """
+
+    def __init__(self, token: str | None) -> None:
+        self._token = token.encode() if token else None
+        self._key = secrets.token_bytes(32)
+
+    @property
+    def needs_token(self) -> bool:
+        """Whether a token is asked for."""
+        return self._token is not None
+
+    @property
+    def cookie(self) -> str:
+        """The value of a logged-in browser's cookie."""
+        return self._sign("session")
+
+    @property
+    def form_token(self) -> str:
+        """What our own forms carry and no other site can know."""
+        return self._sign("form")
+
+    def knows_token(self, given: str) -> bool:
+        """Return whether this is the token, in constant time."""
+        return self._token is not None and hmac.compare_digest(given.strip().encode("utf-8", "replace"), self._token)
+
+    def knows_cookie(self, given: str) -> bool:
+        """Return whether a cookie is one of ours, in constant time."""
+        return _same(given, self.cookie)
+
+    def sent_by_us(self, headers: Mapping[str, str], form_token: str) -> bool:
+        """Return whether a form was sent by our own page and not by another site's in the same browser.
+
+        Args:
+            headers: The request's, by their names in lower case.
+            form_token: What the form carried.
+        """
+        if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+            return False
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
+            return False
+        return _same(form_token, self.form_token)
+
+    def _sign(self, purpose: str) -> str:
+        return hmac.new(self._key, purpose.encode(), hashlib.sha256).hexdigest()
+
+
+def _same(given: str, right: str) -> bool:
+    return hmac.compare_digest(given.encode("utf-8", "replace"), right.encode())
+
+
+def local_path(target: str) -> str:
+    """Return where to go after the login: a path of ours, or the start where it would lead elsewhere."""
+    plain = target.startswith("/") and not target.startswith("//") and "\\" not in target and target.isprintable()
+    return target if plain else "/"

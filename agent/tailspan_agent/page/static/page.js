@@ -1,0 +1,123 @@
+// The page works without this file; it adds live updates, keys, the switch between light and dark, and what hides lines.
+"use strict";
+(() => {
+  const root = document.documentElement;
+  const find = (selector, from = document) => from.querySelector(selector);
+  const all = (selector, from = document) => [...from.querySelectorAll(selector)];
+  const MOST_LINES = 5000;
+
+  const stored = (key, value) => {
+    try {
+      if (value === undefined) return localStorage.getItem(key);
+      localStorage.setItem(key, value);
+    } catch { /* a browser may forbid it; then nothing is remembered */ }
+    return null;
+  };
+  const theme = stored("theme");
+  if (theme === "light" || theme === "dark") root.dataset.theme = theme;
+  const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches);
+  const switchTheme = () => {
+    root.dataset.theme = isDark() ? "light" : "dark";
+    stored("theme", root.dataset.theme);
+  };
+  const themeSwitch = find("[data-theme-switch]");
+  if (themeSwitch) {
+    themeSwitch.hidden = false;
+    themeSwitch.addEventListener("click", switchTheme);
+  }
+
+  // Only what our own server rendered and escaped comes this way.
+  const rowsOf = (html) => {
+    const template = document.createElement("template");
+    template.innerHTML = html;
+    return [...template.content.children];
+  };
+
+  const live = find("[data-live]");
+  const listen = (path, handlers) => {
+    const source = new EventSource(path);
+    source.onopen = () => { live.hidden = false; live.textContent = "live"; live.classList.remove("off"); };
+    source.onerror = () => { live.textContent = "not live"; live.classList.add("off"); };
+    for (const [name, handle] of Object.entries(handlers)) source.addEventListener(name, (event) => handle(JSON.parse(event.data), source));
+    addEventListener("pagehide", () => source.close());
+  };
+
+  const jobs = find("table.jobs[data-events]");
+  if (jobs) {
+    const body = find("#rows");
+    listen(jobs.dataset.events, {
+      jobs: ({ order, rows, head }) => {
+        const focused = document.activeElement?.closest("tr")?.dataset.key;
+        const known = new Map(all("tr", body).map((row) => [decodeURIComponent(row.dataset.key), row]));
+        for (const [key, html] of Object.entries(rows)) known.set(key, rowsOf(html)[0]);
+        body.replaceChildren(...order.map((key) => known.get(key)).filter(Boolean));
+        find("#empty").hidden = order.length > 0;
+        if (head !== undefined) find("#head").innerHTML = head;
+        if (focused) all("tr", body).find((row) => row.dataset.key === focused)?.focus({ preventScroll: true });
+      },
+    });
+  }
+
+  const log = find("table.log");
+  if (log) {
+    const toggles = find("[data-toggles]");
+    if (toggles) toggles.hidden = false;
+    all("[data-stream]").forEach((box) => box.addEventListener("change", () => log.classList.toggle(`no-${box.dataset.stream}`, !box.checked)));
+    find("[data-wrap]")?.addEventListener("change", (event) => log.classList.toggle("wrap", event.target.checked));
+    const follow = find("[data-follow]");
+    const lines = find("#lines");
+    // Follow goes on only from the end: who has scrolled up to read stays there.
+    const isAtEnd = () => innerHeight + scrollY >= document.documentElement.scrollHeight - 80;
+    const keepAtEnd = (change) => {
+      const wasAtEnd = isAtEnd();
+      change();
+      if (follow?.checked && wasAtEnd) find("#end").scrollIntoView({ block: "end" });
+    };
+    follow?.addEventListener("change", () => { if (follow.checked) find("#end").scrollIntoView({ block: "end" }); });
+    if (log.dataset.events) {
+      listen(log.dataset.events, {
+        reset: ({ html }) => keepAtEnd(() => lines.replaceChildren(...rowsOf(html))),
+        lines: ({ html }) => keepAtEnd(() => {
+          lines.append(...rowsOf(html));
+          while (lines.children.length > MOST_LINES) lines.firstElementChild.remove();
+        }),
+        head: ({ html }) => { find("#jobhead").innerHTML = html; },
+        end: (_, source) => { source.close(); location.reload(); },
+      });
+    }
+  }
+
+  all("[data-submit]").forEach((box) => box.addEventListener("change", () => box.form.requestSubmit()));
+  all("[data-confirm]").forEach((button) => button.addEventListener("click", (event) => {
+    if (!confirm(button.dataset.confirm)) event.preventDefault();
+  }));
+
+  const move = (step) => {
+    const rows = all(".scroll tbody tr");
+    if (!rows.length) return;
+    const now = rows.indexOf(document.activeElement?.closest("tr"));
+    const next = rows[Math.min(rows.length - 1, Math.max(0, now < 0 ? (step > 0 ? 0 : rows.length - 1) : now + step))];
+    next.focus();
+    next.scrollIntoView({ block: "nearest" });
+  };
+  const keys = {
+    "/": () => find("[data-search]")?.focus(),
+    j: () => move(1),
+    k: () => move(-1),
+    Enter: () => { const row = document.activeElement; if (row?.tagName === "TR") find("a", row)?.click(); else return false; },
+    e: () => find("[data-error]")?.click(),
+    u: () => find("[data-up]")?.click(),
+    t: switchTheme,
+    "?": () => find("#keys")?.showModal(),
+  };
+  addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    const typing = event.target.closest("input, select, textarea, dialog");
+    if (typing) {
+      if (event.key === "Escape" && event.target.blur) event.target.blur();
+      return;
+    }
+    const action = Object.hasOwn(keys, event.key) ? keys[event.key] : null;
+    if (action && action() !== false) event.preventDefault();
+  });
+})();
