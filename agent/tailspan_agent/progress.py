@@ -29,7 +29,7 @@ _SCALE = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 _THINGS = (
     "steps?|iterations?|iters?|batch(?:es)?|tasks?|files?|chunks?|parts?|pages?|rows?|items?|records?|images?|tiles?"
-    "|rounds?|folds?|shards?|sections?|objects?"
+    "|rounds?|folds?|shards?|sections?|objects?|partitions?|tables?|days?"
 )
 _DONE = (
     "progress|completed?|done|finished|processed|processing|downloaded|downloading|uploaded|uploading|loaded|loading"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from datetime import UTC, datetime, timedelta
 
 import httpx
 import pytest
 
 from tailspan.errors import CursorExpiredError, JobNotFoundError, ServiceUnavailableError
-from tailspan.identity import trace_id
+from tailspan.identity import span_id, trace_id
 from tailspan_agent.outcome import Delivered
 from tests.fakes.agents import Bench, OddService, looped, until
 from tests.fakes.collector import Collector, Reply, Request
@@ -44,6 +45,23 @@ async def test_a_running_job_is_visible_at_once(bench: Bench) -> None:
         assert "run" not in bench.spans()
         bench.fake.set_state("j1", "SUCCEEDED")
         await bench.received(lambda: "run" in bench.spans())
+
+
+@looped
+async def test_a_running_job_is_in_its_trace_within_three_seconds(bench: Bench) -> None:
+    """From the moment at which the agent sees the job: a span with the job's own ids; in the end none is an orphan."""
+    seen_s: list[float] = []
+    async with bench.running():
+        bench.fake.before_next("get_job", lambda: seen_s.append(time.monotonic()))
+        job = bench.fake.add_job("j1", state="PENDING", started_at=None)
+        await bench.received(lambda: "submitted" in bench.spans())
+        assert time.monotonic() - seen_s[0] < 3
+        anchor = bench.spans()["submitted"]
+        assert (anchor.trace_id, anchor.parent_span_id) == (job.trace_id, span_id("fake", "j1", "run"))
+        bench.fake.set_state("j1", "SUCCEEDED")
+        await bench.received(lambda: "run" in bench.spans())
+    ids = {span.span_id for span in bench.collector.spans()}
+    assert all(span.parent_span_id in ids for span in bench.collector.spans() if span.parent_span_id)
 
 
 @looped

@@ -68,6 +68,8 @@ def test_recorded_output(name: str, found: int, ends_at: float) -> None:
         ("2024-05-12T12:00:00Z [INFO] step 1,500/3,000: loss 0.2", 0.5, None),
         ("Processing file 3 of 12.", 0.25, None),
         ("rendered 900/1000 tiles", 0.9, None),
+        ("day 73 of 365: loading partition", 0.2, None),
+        ("rendering:  14%|##                  | 700/5000", 0.14, None),
         ("Progress: 45.5%", 0.455, None),
         ("Downloading... 45%", 0.45, None),
         ("sync is 45% complete, eta 90s", 0.45, 90),
