@@ -8,7 +8,7 @@ ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 INSTALL := $(if $(UV),VIRTUAL_ENV=$(VENV) $(UV) pip install --quiet,$(BIN)/python -m pip install -qq --disable-pip-version-check)
 INSTALL += --constraint requirements.lock
 
-.PHONY: demo test test-services dist sbom test-fused-client prove audit bench format lock clean
+.PHONY: demo test test-systemd test-services dist sbom test-fused-client prove audit bench format lock clean
 .NOTPARALLEL: # two installs into one environment would fight
 
 demo: $(VENV)/.installed-agent
@@ -51,6 +51,10 @@ sbom: dist
 	$(VENV)/tools/bin/python -m pip --python $(VENV)/sbom install -qq --constraint requirements.lock "$$(echo $(DIST)/*.whl)[agent,zstd]"
 	$(VENV)/tools/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type application --output-reproducible \
 	  --output-file "$$(echo $(DIST)/*.whl | sed 's/-py3.*/.cdx.json/')" $(VENV)/sbom/bin/python
+
+# The units under a real systemd, booted in a container: as root, on Debian with systemd-container and python3-venv.
+test-systemd: dist
+	tests/deploy/boot_units.sh "$$(echo $(DIST)/*.whl)"
 
 # Published `fused` clients, each in an environment of its own (2.5 GB), against `tailspan serve`.
 test-fused-client: $(VENV)/.installed-dev

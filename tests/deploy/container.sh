@@ -1,10 +1,12 @@
 #!/bin/sh
 # Runs a command as a container engine would: PID 1 of its own, a read-only root without /tmp, one volume, a user's number
-# that no file of this machine belongs to. Usage: unshare --mount --pid --fork container.sh ROOT VENV VOLUME USER COMMAND...
+# that no file of this machine belongs to, ports of its own.
+# Usage: unshare --mount --net --pid --fork container.sh ROOT VENV VOLUME USER COMMAND...
 set -eu
 root=$1 venv=$2 volume=$3 user=$4
 shift 4
 mount --make-rprivate /
+ip link set lo up
 mount -t tmpfs tmpfs "$root"
 python=$("$venv/bin/python" -c 'import sys; print(sys.base_prefix)')
 for directory in /bin /dev /etc /lib /lib64 /usr "$python" "$venv"; do

@@ -88,7 +88,7 @@ def container(
     variables = {**image_environ(), **(environ or {})}
     variables["PATH"] = f"{venv}/bin:/usr/bin:/bin"
     script = ROOT / "tests" / "deploy" / "container.sh"
-    namespaces = ["unshare", *alone, "--mount", "--pid", "--fork", "--kill-child"]
+    namespaces = ["unshare", *alone, "--mount", "--net", "--pid", "--fork", "--kill-child"]
     inner = ["env", "-i", *(f"{name}={value}" for name, value in variables.items()), *command]
     process = subprocess.Popen(
         [*namespaces, script, home / "root", venv, home / "volume", user, *inner],
@@ -119,7 +119,7 @@ def test_the_agent_runs_in_it(installed: Path, tmp_path: Path) -> None:
         first = inside(agent)
         assert re.search(r"(?m)^NSpid:\s+\d+\s+1$", Path(f"/proc/{first}/status").read_text())
         probe = json.loads(last("HEALTHCHECK").partition("CMD ")[2])
-        entered = ["nsenter", f"--target={first}", "--mount", "--pid", "--root", "--wd=/"]
+        entered = ["nsenter", f"--target={first}", "--mount", "--net", "--pid", "--root", "--wd=/"]
         entered += [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
         python = [str(installed / "bin" / "python"), *probe[1:]]
         assert subprocess.run([*entered, *python], timeout=PATIENCE_S).returncode == 0

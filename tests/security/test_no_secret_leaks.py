@@ -146,6 +146,7 @@ def test_credentials_stay_where_they_are(machine: Machine, sweep: Sweep, echo: E
     run(machine, sweep, "status", "j", "--service", "env", FUSED_AUTH_TOKEN=sweep.canary("fused_env"))
     run(machine, sweep, "agent", "check")
     run(machine, sweep, "agent", "run", "--once", "--timeout", "2", "--log-level", "debug")
+    run(machine, sweep, "doctor", "--output", "report.txt")
     environment = f"authorization=Bearer%20{sweep.canary('otel_headers')}"
     machine.configure(common)
     run(machine, sweep, "agent", "check", OTEL_EXPORTER_OTLP_ENDPOINT=echo.url, OTEL_EXPORTER_OTLP_HEADERS=environment)
