@@ -63,19 +63,19 @@ class Report:
             find: Returns text, or lists or tables of text, or yields pairs of text.
         """
         found: Any = {}
+        several: dict[str, list[str]] = {}
         try:
-            result = find()
-            if isinstance(result, Iterator):
-                for name, value in result:
-                    found.setdefault(name, []).append(value)
-                found = {name: values if len(values) > 1 else values[0] for name, values in found.items()}
-            else:
-                found = result
+            found = find()
+            if isinstance(found, Iterator):
+                for name, value in found:
+                    several.setdefault(name, []).append(value)
         except ModuleNotFoundError as missing:
             found = f"needs the agent's packages ({missing.name} is missing): pip install 'tailspan[agent]'"
         except Exception as error:
             # Services are also other people's code; and a report that breaks off helps nobody.
             self.problem(f"{section}: {error}" if isinstance(error, TailspanError) else f"{section}: {error!r}")
+        if isinstance(found, Iterator):
+            found = {name: values if len(values) > 1 else values[0] for name, values in several.items()}
         self.sections[section] = self._safe(found)
 
     def text(self) -> str:

@@ -31,6 +31,7 @@ _OF_SERVICES = {"type", "base_url", "state_dir", "group", "keep_finished", "sche
 # Guesses need more length than what is known to be a secret: they must not blot out the report.
 _GUESS_CHARS = 8
 _BROKEN_CHARS = 6
+_FILE_BYTES = 64 * 1024
 
 Loc = tuple[str | int, ...]
 
@@ -175,7 +176,11 @@ def _parts_of_url(text: str) -> dict[str, str]:
 
 
 def _content(path: Path) -> str:
+    # a device has no end, and a pipe may have no beginning
+    if not path.expanduser().is_file():
+        return ""
     try:
-        return path.expanduser().read_bytes()[:65536].decode("utf-8", "replace")
+        with path.expanduser().open("rb") as file:
+            return file.read(_FILE_BYTES).decode("utf-8", "replace")
     except OSError:
         return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 
 from tests.e2e.conftest import Machine
@@ -65,10 +66,13 @@ def test_a_configuration_that_does_not_load(machine: Machine) -> None:
 
 
 def test_state_of_another_kind(machine: Machine) -> None:
-    """A store that is no database is a problem with an exit code of its own; nothing is changed."""
+    """A store that is no database is a problem with its own exit code; a token that is a pipe stops nothing."""
     (machine.home / "agent").mkdir()
     damaged = machine.home / "agent" / "checkpoints.db"
     damaged.write_bytes(b"SQLite format 3\0" + b"x" * 2000)
+    os.mkfifo(machine.home / "pipe")
+    machine.env["TAILSPAN_AGENT__TOKEN_FILE"] = str(machine.home / "pipe")
     report = json.loads(machine.tailspan("doctor", "--json", exit_code=1).stdout)
     assert any("store: " in problem and "not a database" in problem for problem in report["problems"])
+    assert report["store"]["agent"] == "does not run on this state_dir"
     assert damaged.stat().st_size == 2016
