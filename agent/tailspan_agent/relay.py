@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Relay", "Source"]
 
-_READERS = 16
+_READERS = 8
 
 
 class Source:
