@@ -33,7 +33,6 @@ CREATE TABLE jobs (
     cursor BLOB CHECK (typeof(cursor) IN ('blob', 'null')),
     facts TEXT NOT NULL CHECK (typeof(facts) = 'text'),
     logs_complete INTEGER NOT NULL DEFAULT 0,
-    late INTEGER NOT NULL DEFAULT 0,
     ended INTEGER NOT NULL DEFAULT 0,
     updated_s REAL NOT NULL CHECK (typeof(updated_s) = 'real'),
     UNIQUE (identity, job_id),
@@ -59,12 +58,18 @@ CREATE TABLE runs (
     CHECK (typeof(pipeline) = 'text' AND typeof(result) = 'text' AND typeof(error_type) = 'text')
 ) WITHOUT ROWID;
 CREATE TABLE names (
-    identity TEXT NOT NULL, job_id TEXT NOT NULL, name TEXT NOT NULL, asked_s REAL NOT NULL,
-    PRIMARY KEY (identity, job_id),
+    identity TEXT NOT NULL, job_id TEXT NOT NULL, name TEXT NOT NULL, PRIMARY KEY (identity, job_id),
     CHECK (typeof(identity) = 'text' AND typeof(job_id) = 'text' AND typeof(name) = 'text')
 ) WITHOUT ROWID;
 """
 _VERSION_2 = """
+ALTER TABLE jobs ADD COLUMN late INTEGER NOT NULL DEFAULT 0;
+DROP TABLE names;
+CREATE TABLE names (
+    identity TEXT NOT NULL, job_id TEXT NOT NULL, name TEXT NOT NULL, asked_s REAL NOT NULL,
+    PRIMARY KEY (identity, job_id),
+    CHECK (typeof(identity) = 'text' AND typeof(job_id) = 'text' AND typeof(name) = 'text')
+) WITHOUT ROWID;
 CREATE TABLE history (
     run INTEGER PRIMARY KEY, pipeline TEXT NOT NULL, facts TEXT NOT NULL,
     CHECK (typeof(pipeline) = 'text' AND typeof(facts) = 'text')

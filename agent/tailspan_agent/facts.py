@@ -19,6 +19,7 @@ from tailspan_agent.final_read import page_uids
 
 __all__ = ["Delivery", "Fate", "JobFacts"]
 
+_SHORT_NS = 1_000_000_000
 _MASK = (1 << 64) - 1
 _SHOWN_BYTES, _SHOWN_CHARS = 8192, 200
 
@@ -168,7 +169,11 @@ class JobFacts:
         # Lines that came late lie between others: what is between them is no pause.
         if times[0] < last_ns:
             return self.quiet_ns
-        return max(self.quiet_ns, times[0] - last_ns, max(map(operator.sub, times[1:], times), default=0))
+        quiet_ns = max(self.quiet_ns, times[0] - last_ns)
+        if times[-1] - times[0] <= max(quiet_ns, _SHORT_NS):
+            return quiet_ns  # busy jobs write a page in less time than any pause that matters
+        longest_ns: int = max(map(operator.sub, times[1:], times))
+        return max(quiet_ns, longest_ns)
 
     def with_seen(self, seen: JobFacts) -> JobFacts:
         """Return these facts about lines with all that was seen of the job otherwise."""

@@ -16,6 +16,7 @@ __all__ = ["FollowedJob", "Insight", "Insights", "Progress", "insight_of", "last
 
 
 _FULL_BAR_NS = 10_000_000_000
+_MAX_TASKS = 1 << 53
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,15 +160,17 @@ def insight_of(job: FollowedJob, history: PipelineHistory, now_unix_nano: int) -
 
 
 def _of_tasks(status: RunResponse, running_s: float, now_unix_nano: int) -> Progress | None:
-    if status.total_tasks <= 0 or status.finished_tasks < 0:
+    # A service may say any number.
+    if not 0 < status.total_tasks <= _MAX_TASKS or status.finished_tasks < 0:
         return None
-    fraction = min(1.0, status.finished_tasks / status.total_tasks)
+    finished = min(status.finished_tasks, status.total_tasks)
+    fraction = finished / status.total_tasks
     return Progress(
         fraction=fraction,
         eta_s=running_s * (1 - fraction) / fraction if fraction else None,
         seen_unix_nano=now_unix_nano,
         source="tasks",
-        text=f"{status.finished_tasks} of {status.total_tasks} tasks",
+        text=f"{finished} of {status.total_tasks} tasks",
     )
 
 

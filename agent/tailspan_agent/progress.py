@@ -20,7 +20,7 @@ from tailspan_agent.insight import Progress
 __all__ = ["ProgressMeter", "Reading", "read_line"]
 
 _LOOK_S = 1.0
-_LOOK_LINES = 20
+_LOOK_LINES = 8
 _MAX_LINE_BYTES = 2000
 _MAX_CHARS = 400
 _TEXT_CHARS = 120
@@ -38,6 +38,8 @@ _DONE = (
 )
 _BAR = "━─╸╺"
 
+# What every form has: most lines are done with here.
+_CANDIDATE = re.compile(r"\d%|\d(?:[kMGT]?i?B?/| / |\) / | of | out of )\d|\(\d++ \+ \d++\) / |\d/ ?\d|\d /\d")
 # Each is tried in turn; groups: k and n, or p for per cent, and left for the time that is left.
 _FORMS = tuple(
     re.compile(form)
@@ -101,9 +103,9 @@ def read_line(text: str) -> Reading | None:
     Args:
         text: The line, cleaned (of a bar that draws over itself the last state). Only its first 400 characters count.
     """
-    if "%" not in text and "/" not in text and " of " not in text:
-        return None
     text = text[:_MAX_CHARS].rstrip()
+    if not _CANDIDATE.search(text):
+        return None
     if (epoch := _EPOCH.search(text)) and (told := _fraction(epoch[1], epoch[2])) is not None:
         ended = _EPOCH_ENDED.search(text) is not None
         epochs = int(epoch[2])

@@ -133,6 +133,16 @@ def test_tasks_are_progress() -> None:
     assert insight_of(followed(total_tasks=4, finished_tasks=9), PipelineHistory(), NOW).progress == 1.0
 
 
+@pytest.mark.parametrize(
+    ("total", "finished", "progress"),
+    [(10**400, 1, None), (1, 10**400, 1.0), (5, -1, None), (-5, 1, None), (1 << 53, 1, 2.0**-53), (0, 0, None)],
+)
+def test_any_number_of_tasks(total: int, finished: int, progress: float | None) -> None:
+    """One service's odd numbers must not end all metrics."""
+    job = followed(total_tasks=total, finished_tasks=finished)
+    assert insight_of(job, PipelineHistory(), NOW).progress == progress
+
+
 def test_an_estimate_runs_down_and_ends() -> None:
     """The time left shrinks while the log is quiet; once it is overdue nobody knows."""
     said = Progress(fraction=0.5, eta_s=20.0, seen_unix_nano=NOW - 5 * S, source="log", text="50%")
