@@ -21,13 +21,18 @@ test: $(VENV)/.installed-dev
 	$(BIN)/mypy tests/typing_api.py
 	$(BIN)/pytest -n auto --maxprocesses 4
 
-# What is in deploy/ against the real things: Debian's prometheus (with promtool) and docker-compose, and npm for Grafana's grammars.
+# What is in deploy/ and the page against the real things: Debian's prometheus (with promtool), docker-compose and chromium, and npm for Grafana's grammars.
 GRAMMARS := @grafana/lezer-logql@0.4.2 @grafana/lezer-traceql@1.0.0
-test-services: $(VENV)/.installed-dev $(VENV)/node/node_modules $(VENV)/tools/.installed
+test-services: $(VENV)/.installed-dev $(VENV)/node/node_modules $(VENV)/tools/.installed $(VENV)/.installed-browser
 	$(BIN)/pytest -m services
 
 $(VENV)/node/node_modules: Makefile | $(BIN)/python
 	npm install --silent --no-fund --no-audit --no-package-lock --prefix $(VENV)/node $(GRAMMARS)
+	@touch $@
+
+# What drives Debian's chromium through the agent's page: 165 MB, so apart from what every test run needs.
+$(VENV)/.installed-browser: Makefile $(VENV)/.installed-dev
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check playwright==1.65.2
 	@touch $@
 
 # Linters, schemas and makers of what is released, apart from what Tailspan itself needs.

@@ -133,7 +133,7 @@ class StatusServer:
         self._readiness = readiness
         self._delivery = delivery
         session = Session(token)
-        page = Page(shown, session) if shown is not None else None
+        page = self._page = Page(shown, session) if shown is not None else None
         guard = Guard(session, [address[0], *allowed_hosts], page.login_redirect if page else lambda _: None)
         app = Starlette(
             routes=[
@@ -181,6 +181,8 @@ class StatusServer:
     async def __aexit__(self, *_: object) -> None:
         """Stop: idle connections are closed at once, running answers get a second."""
         self._server.should_exit = True
+        if self._page:
+            self._page.end_streams()
         if self._serving:
             await self._serving
         self._socket.close()

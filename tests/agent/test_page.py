@@ -257,6 +257,20 @@ async def test_streams_are_bounded_and_give_their_place_back(bench):
 
 
 @looped
+async def test_an_agent_that_stops_ends_its_streams_without_a_word_in_the_log(bench, caplog):
+    """Whoever looks while the agent stops neither holds it up nor fills its log with errors."""
+    async with looking(bench) as (agent, client):
+        request = client.build_request("GET", "/events/jobs")
+        answer = await client.send(request, stream=True)
+        parts = answer.aiter_text()
+        await anext(parts)
+        agent.stop()
+        async for _ in parts:
+            pass
+    assert [record.message for record in caplog.records if record.name.startswith("uvicorn")] == []
+
+
+@looped
 async def test_a_browser_logs_in_with_the_token_and_keeps_only_a_cookie(bench):
     """The token goes in once; what the browser keeps is not the token, and is not for scripts or other sites."""
     async with looking(bench, token=TOKEN) as (_, client):

@@ -29,6 +29,7 @@ class Streams:
 
     def __init__(self) -> None:
         self._open = 0
+        self._times: set[asyncio.Timeout] = set()
 
     def answer(self, events: Callable[[], AsyncIterator[str]], headers: Mapping[str, str]) -> Response:
         """Return the answer that streams these events, or one that refuses.
@@ -40,18 +41,26 @@ class Streams:
         if self._open >= _MAX_STREAMS:
             return PlainTextResponse("too many are looking; this page is as it was when it was loaded\n", 503)
         self._open += 1
-        return _Counted(_bounded(events), self._left, headers=headers, media_type="text/event-stream")
+        return _Counted(self._bounded(events), self._left, headers=headers, media_type="text/event-stream")
+
+    def end(self) -> None:
+        """End all streams now, as if their time was over: a server that stops need not break them off."""
+        for time in self._times:
+            time.reschedule(asyncio.get_running_loop().time())
 
     def _left(self) -> None:
         self._open -= 1
 
-
-async def _bounded(events: Callable[[], AsyncIterator[str]]) -> AsyncIterator[str]:
-    # One that is gone without a word must not hold its place for ever.
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_STREAM_S):
-            async for one in events():
-                yield one
+    async def _bounded(self, events: Callable[[], AsyncIterator[str]]) -> AsyncIterator[str]:
+        # One that is gone without a word must not hold its place for ever.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_STREAM_S) as time:
+                self._times.add(time)
+                try:
+                    async for one in events():
+                        yield one
+                finally:
+                    self._times.discard(time)
 
 
 class _Counted(StreamingResponse):

@@ -307,6 +307,10 @@ class Page:
         answer.set_cookie(COOKIE, self._session.cookie, httponly=True, samesite="strict", path="/")
         return answer
 
+    def end_streams(self) -> None:
+        """End all live updates now; the pages stay as they are."""
+        self._streams.end()
+
     def login_redirect(self, request: Request) -> Response | None:
         """Return the way to the login, for a browser that asks for a page; None for a program."""
         if request.method != "GET" or "text/html" not in request.headers.get("accept", ""):
