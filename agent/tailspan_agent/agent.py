@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from tailspan.config import Settings
@@ -27,6 +27,7 @@ from tailspan_agent.following import Following
 from tailspan_agent.history import Histories
 from tailspan_agent.insight import FollowedJob, Insight, Insights, insight_of
 from tailspan_agent.lanes import Lane, SpanLane
+from tailspan_agent.once_result import OnceResult
 from tailspan_agent.outlets import Outlets
 from tailspan_agent.page.shown import Shown
 from tailspan_agent.redact import Redactor
@@ -48,25 +49,6 @@ _HOUSEKEEPING_S = 3600.0
 _LAST_PUSH_S = 5.0
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class OnceResult:
-    """What one pass relayed.
-
-    Attributes:
-        jobs: How many jobs were looked at.
-        acked: How many log records the endpoint took.
-        rejected: How many records went to the dead letter.
-        failures: Services and jobs that could not be read, and why.
-        delivered: Whether all that was read is acked or dead-lettered.
-    """
-
-    jobs: int
-    acked: int
-    rejected: int
-    failures: tuple[TailspanError, ...]
-    delivered: bool
 
 
 class Agent:
@@ -101,6 +83,8 @@ class Agent:
         self.server: StatusServer | None = None
         self._stopping = asyncio.Event()
         self._skip_drain = asyncio.Event()
+        self._follows = asyncio.Event()
+        self._changing = asyncio.Lock()
 
     def _make_parts(self, settings: Settings) -> None:
         self.metrics = AgentMetrics(
@@ -230,11 +214,13 @@ class Agent:
             )
             self._pumps.append(asyncio.create_task(expectations.run()))
             _log.info("the agent follows %s", ", ".join(sorted(self._following.watchers)) or "nothing")
+            self._follows.set()
             on_ready()
             await self._first_of(self._stopping.wait())
             on_stop()
             _log.info("stopping: what was read is sent, for up to %g s", self.settings.agent.drain_timeout)
-            await self._following.stop_reading()
+            async with self._changing:
+                await self._following.stop_reading()
             drained = await self._within(self._flush(), self.settings.agent.drain_timeout)
             push = self._push()
             if push is not None and not self._skip_drain.is_set():
@@ -302,6 +288,13 @@ class Agent:
         """
         _check_enabled(settings)
         redactor = Redactor.from_settings(settings.redact)
+        # Neither while it starts nor while it stops: what is followed then would be followed twice, or not be drained.
+        await self._follows.wait()
+        async with self._changing:
+            if not self._stopping.is_set():
+                await self._go_over(settings, redactor)
+
+    async def _go_over(self, settings: Settings, redactor: Redactor | None) -> None:
         kept = self._following.kept(self.settings, settings)
         async with contextlib.AsyncExitStack() as undo:
             sources = await self._following.open(settings, kept)

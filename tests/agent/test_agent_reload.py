@@ -227,3 +227,21 @@ async def test_nothing_changed(bench: Bench) -> None:
         await agent.reload(load_settings(bench.directory / "config.toml"))
         assert (agent.tailers, agent.watchers, sender.sender) == before
     assert bench.fake.calls.count(("aclose", "")) == 1
+
+
+@looped
+async def test_a_reload_while_the_agent_starts_or_stops_follows_nothing_twice(bench: Bench) -> None:
+    """It waits for the start, and comes to nothing after the stop: each line is relayed by one tailer."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    agent = bench.agent()
+    early = asyncio.create_task(agent.reload(bench.settings()))
+    await asyncio.sleep(0)
+    running = asyncio.create_task(agent.run())
+    await early
+    await bench.received(lambda: bench.bodies() == ["a"])
+    assert len(agent.tailers) == 1
+    agent.stop()
+    await agent.reload(bench.settings())
+    await running
+    assert bench.bodies() == ["a"]

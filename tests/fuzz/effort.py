@@ -9,11 +9,11 @@ from typing import Any
 
 from hypothesis import HealthCheck, settings
 
-_FACTOR = 15 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else 1
+_FACTOR = 10 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else 1
 
 
 def fuzz(examples: int = 100) -> settings:
-    """Return the settings of a fuzz test that tries so many examples, or fifteen times as many."""
+    """Return the settings of a fuzz test that tries so many examples, or ten times as many."""
     # No deadline of hypothesis': a loaded machine would fail it. What must not hang is held by sizes instead.
     return settings(max_examples=examples * _FACTOR, deadline=None, suppress_health_check=list(HealthCheck))
 

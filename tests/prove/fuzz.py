@@ -1,4 +1,4 @@
-"""The input rows: every parser that reads the outside is fuzzed, fifteen times as long as in ``make test``."""
+"""The input rows: every parser that reads the outside is fuzzed, ten times as long as in ``make test``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def fuzz(seed: str, module: str) -> Row:
     if done.returncode or not passed:
         print(done.stdout, done.stderr, file=sys.stderr)
         return Row("", problems=[f"tests/fuzz/{module} ended with {done.returncode}; see above"])
-    return Row("", notes=[f"{passed[1]} tests of tests/fuzz/{module}, fifteen times as long as in `make test`"])
+    return Row("", notes=[f"{passed[1]} tests of tests/fuzz/{module}, ten times as long as in `make test`"])
 
 
 def scenarios() -> list[Scenario]:
