@@ -74,6 +74,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
             "OTEL_EXPORTER_OTLP_ENDPOINT": rotel.http_url,
             "OTEL_METRIC_EXPORT_INTERVAL": "1000",
             "OTEL_RESOURCE_ATTRIBUTES": "deployment.environment.name=test",
+            "TAILSPAN_AGENT__LISTEN": "127.0.0.1:0",
             "TRACEPARENT": f"00-{PARENT[0]}-{PARENT[1]}-01",
         }
         machine.tailspan("demo", "--dir", str(home), env=env)

@@ -18,7 +18,8 @@ from tailspan.errors import ConfigError
 from tailspan.local.command_line import default_name, redact_command
 from tailspan.local.environment import job_environment, parent_of
 from tailspan.services import open_service
-from tailspan_agent.digest import digest_of
+from tailspan_agent.digest import digest_of, fingerprint_of
+from tailspan_agent.progress import read_line
 from tailspan_agent.redact import Redactor
 from tailspan_agent.severity import SeverityLearner, find_severity
 from tests.fuzz.effort import assert_linear, fuzz
@@ -65,6 +66,8 @@ FUNCTIONS: dict[str, Callable[[bytes], object]] = {
     "learner": lambda text: SeverityLearner().find_all([text, text]),
     "redact": lambda text: REDACTOR.redact(text.decode("utf-8", "replace")),
     "digest": lambda text: digest_of(text.decode("utf-8", "replace").split("\n")),
+    "progress": lambda text: read_line(text.decode("utf-8", "replace")),
+    "fingerprint": lambda text: fingerprint_of("x", text.decode("utf-8", "replace"), None),
     "split": split_long,
     "command": lambda text: redact_command(["x", text.decode("utf-8", "replace")]),
 }
