@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["Relay", "Source"]
 
 _READERS = 8
+_FIRST_LOOKS = 100
+_FIRST_LOOKS_PER_S = 2.0
 
 
 class Source:
@@ -36,6 +39,24 @@ class Source:
     def __init__(self, service: JobService) -> None:
         self.service = service
         self.readers = asyncio.Semaphore(_READERS)
+        self._first_look_at_s = float("-inf")
+
+    @property
+    def is_cheap(self) -> bool:
+        """Whether looking costs no request: so it is with a service that may be asked each two seconds for each job."""
+        return self.service.poll_max_s <= 2.0
+
+    def first_look_delay_s(self) -> float:
+        """Return when to look for the first time at one more job that has nothing new, in seconds from now.
+
+        The first hundred are looked at at once. With thousands, those that speak must not wait for all that do not.
+        """
+        if self.is_cheap:
+            return 0.0
+        now_s = time.monotonic()
+        begun_s = now_s - _FIRST_LOOKS / _FIRST_LOOKS_PER_S
+        self._first_look_at_s = max(self._first_look_at_s, begun_s) + 1 / _FIRST_LOOKS_PER_S
+        return max(0.0, self._first_look_at_s - now_s)
 
 
 @dataclass(kw_only=True)

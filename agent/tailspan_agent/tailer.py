@@ -28,11 +28,13 @@ from tailspan.errors import (
     TailspanError,
 )
 from tailspan.follow import Follower
-from tailspan.identity import trace_id
-from tailspan.models import JobState, ListedJob, RunResponse
+from tailspan.models import JobState, ListedJob
 from tailspan.page import NANOS_PER_MS, LogPage
+from tailspan_agent.alerts import new_alerts
+from tailspan_agent.attention import Attention, status_known_of
 from tailspan_agent.digest import digest_of
-from tailspan_agent.insight import FollowedJob
+from tailspan_agent.facts import JobFacts
+from tailspan_agent.insight import FollowedJob, insight_of
 from tailspan_agent.job_relay import JobRelay
 from tailspan_agent.relay import Relay, Source
 from tailspan_agent.whole_read import relay_missing
@@ -41,8 +43,6 @@ __all__ = ["Tailer"]
 
 _FOLLOW_TO_END_S = 3600.0
 _AUTH_RETRY_S = 30.0
-_LISTED_STATUS_S = 30.0
-_LISTED_SILENCE_S = 60.0
 _RUN_SPAN_WAIT_S = 2.0
 _LATE_POLLS_S = (10.0, 600.0)
 _DIGEST_LINES = 400
@@ -63,6 +63,7 @@ class Tailer:
         once: Relay what is readable now, then stop; an ended job completely.
 
     Attributes:
+        attention: When it looks at the job.
         finished: Whether the job has ended and everything of it was relayed and acked.
         failure: Why the last attempt failed; None after one that succeeded.
     """
@@ -86,11 +87,9 @@ class Tailer:
             settle_s=watch.settle,
             follow_to_end_s=0.0 if once else _FOLLOW_TO_END_S,
         )
-        self._wake = asyncio.Event()
-        self._status_at_s = float("-inf")
-        self._row: ListedJob | None = None
-        self._row_at_s = float("-inf")
-        self._row_news = False
+        self.attention = Attention(self._follower)
+        self._name = name
+        self._done = False
         self._errors = 0
         self._behind = True
         self._end_told = False
@@ -107,8 +106,8 @@ class Tailer:
 
     @property
     def job_name(self) -> str:
-        """The job's name; empty before its first status."""
-        return self._sent.job.job_name if self._sent is not None else ""
+        """The job's name; empty where it is not known before its first status."""
+        return self._sent.job.job_name if self._sent is not None else self._name
 
     @property
     def late(self) -> bool:
@@ -117,24 +116,23 @@ class Tailer:
 
     @property
     def followed(self) -> FollowedJob | None:
-        """What the metrics say of this job now; None before its first status and after its end."""
-        return None if self._sent is None or self.late or self.finished else self._sent.followed
+        """What the metrics say of this job now; None before anything is known of it and after its end."""
+        if self.finished or self.late:
+            return None
+        if self._sent is not None:
+            return self._sent.followed
+        listed = self.attention.listed(self._service, self._name)
+        return None if listed is None else FollowedJob(service=self._service.name, status=listed)
 
     def on_row(self, row: ListedJob) -> None:
-        """Take in the job's row of a listing: the bulk status that saves a request per silent job."""
-        known, self._row = self._row, row
-        self._row_at_s = time.monotonic()
-        # A listing that counts lines tells when there are new ones: a silent job need not be read to know that.
-        counted = row.lines is not None
-        self._follower.poll_max_s = max(self._service.poll_max_s, _LISTED_SILENCE_S if counted else 0.0)
-        if self._sent is None:
-            return
-        state = known.state if known is not None else self._sent.job.state
-        if row.state is state and (known is None or row.lines == known.lines):
-            return
-        self._row_news = self._row_news or row.state is not state
-        self._follower.wake()
-        self._wake.set()
+        """Take in the job's row of a listing; a job that has become odd is looked at, too."""
+        self.attention.on_row(row)
+        followed = self.followed if self.attention.parked else None
+        if followed is not None:
+            history = self._relay.insights.histories.of(self._relay.names.label(self.job_name))
+            facts = self._sent.facts if self._sent is not None else JobFacts(first_seen_ns=self._first_seen_ns)
+            if any(new_alerts(insight_of(followed, history, time.time_ns()), facts)):
+                self.attention.wake()
 
     def use(self, watch: Watch) -> None:
         """Go over to a changed watch; cursor and what is in flight stay."""
@@ -146,7 +144,10 @@ class Tailer:
     async def run(self) -> None:
         """Follow the job to its end; returns when nothing is left to do for it."""
         try:
-            while True:
+            if not self._source.is_cheap and self._has_nothing_new():
+                self.leave_backlog()
+                await self.attention.wait(self._source.first_look_delay_s())
+            while not (self._done or self.finished):
                 try:
                     delay_s = await self._turn()
                     self.failure, self._errors = None, 0
@@ -159,11 +160,27 @@ class Tailer:
                         return
                     # Others of its stream must not wait for a job that cannot be read.
                     self.leave_backlog()
-                if delay_s is None:
-                    return
-                await self._sleep(delay_s)
+                if not (self._done or self.finished):
+                    await self._wait(delay_s)
         finally:
             self.leave_backlog()
+
+    async def _wait(self, delay_s: float | None) -> None:
+        if delay_s is None and self._sent is not None:
+            # A heartbeat that nobody looks for is not one that has stopped.
+            self._sent.job = dataclasses.replace(self._sent.job, last_heartbeat=None)
+        await self.attention.wait(delay_s)
+
+    def _has_nothing_new(self) -> bool:
+        """Return whether the list says that there is no line but those that were relayed."""
+        row = self.attention.row
+        if self.once or row is None or row.state not in (JobState.PENDING, JobState.RUNNING):
+            return False
+        known = self._relay.store.job(self._service.identity, self.job_id)
+        try:
+            return row.lines == (JobFacts.from_json(known.facts).lines if known is not None else 0)
+        except ValueError:
+            return False
 
     def leave_backlog(self) -> None:
         """Let the others of its stream go on."""
@@ -173,39 +190,46 @@ class Tailer:
         return f"{self._service.name}/{name}"
 
     async def _turn(self) -> float | None:
-        """Ask, read and relay once; return how long to wait for the next time, or None when all is done."""
-        sent = await self._see_status()
+        """Ask, read and relay once; return how long to wait for the next time, see `Attention.delay_s`."""
+        first = self._sent is None
+        sent = self._sent
+        asked = sent is None or self.attention.status_is_due(late=self.late)
+        if sent is None or asked:
+            sent = await self._see_status()
         if sent.done:
             self.finished = True
             return None
+        running = not self._follower.state.is_terminal
+        if first and running and not self.attention.told and self._has_nothing_new():
+            await sent.tell_what_is_odd()
+            return None
         if sent.late:
+            self._done = self.once
             return await self._look_again(sent)
         started_s = time.monotonic()
         lines = await self._read(sent)
         self._follower.on_read(lines, started_s)
         if lines and not self._follower.state.is_terminal:  # the last ones are written at its end
             sent.write_spans()
-        await sent.tell_what_is_odd()
+        if self.attention.on_read(lines) and not first:
+            await self._see_status()
+        if asked or not lines:
+            await sent.tell_what_is_odd()
         if self._follower.complete:
             # Something outlives the job and may still write. Its trace is whole now, its log is followed on.
             still_open = sent.job.logs_complete is False and sent.sends_logs
             if not (still_open and self._end_told):
                 await self._finish(sent, logs_complete=not still_open)
-            if self.finished:
-                return None
         if self.once and (self._follower.complete or not self._follower.state.is_terminal):
             await sent.all_acked()
-            return None
-        return self._follower.delay_s(time.monotonic(), random.random())
+            self._done = True
+        return self.attention.delay_s()
 
     async def _see_status(self) -> JobRelay:
         sent = self._sent
-        if sent is not None and not self._status_is_due():
-            return sent
         self._relay.health.polled(self._service.name)
-        self._row_news = False
         job = await self._service.get_job(self.job_id)
-        self._status_at_s = now_s = time.monotonic()
+        now_s = self.attention.on_status()
         if sent is None:
             await self._relay.nothing_in_flight(self._service.identity, self.job_id)
             with self._relay.store.together():
@@ -219,16 +243,6 @@ class Tailer:
             sent.see(job)
         self._follower.on_status(job, now_s, time.time())
         return sent
-
-    def _status_is_due(self) -> bool:
-        if self._row_news or self._follower.needs_status:
-            return True
-        if self.late:
-            return False
-        # A listing that shows this job has its state too; without one, each turn asks.
-        now_s = time.monotonic()
-        listed = now_s - self._row_at_s < _LISTED_STATUS_S
-        return not listed or now_s - self._status_at_s >= _LISTED_STATUS_S
 
     async def _read(self, sent: JobRelay) -> int:
         """Relay the lines that are readable now; return how many."""
@@ -362,18 +376,10 @@ class Tailer:
 
     def _remembered(self) -> JobRelay | None:
         """Return a job that the service has forgotten and the store has not."""
-        identity = self._service.identity
-        known = self._relay.store.job(identity, self.job_id)
+        known = self._relay.store.job(self._service.identity, self.job_id)
         if known is None:
             return None
-        job = RunResponse.from_state(
-            JobState.UNKNOWN,
-            job_id=self.job_id,
-            job_name=known.name,
-            identity=identity,
-            trace_id=trace_id(identity, self.job_id),
-            service=self._service.name,
-        )
+        job = status_known_of(self._service, self.job_id, known.name)
         sent = JobRelay(self._relay, self._service, self.watch, job, self._first_seen_ns)
         if sent.facts.states and sent.facts.states[-1][1].is_terminal:
             sent.job = dataclasses.replace(job, state=sent.facts.states[-1][1])
@@ -392,9 +398,3 @@ class Tailer:
             return _AUTH_RETRY_S
         asked_s = error.retry_after_s if isinstance(error, ServiceUnavailableError) else None
         return backoff_s(self._errors, random.random(), retry_after_s=asked_s)
-
-    async def _sleep(self, delay_s: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(delay_s):
-                await self._wake.wait()
-        self._wake.clear()

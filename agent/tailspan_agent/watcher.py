@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing
 from fnmatch import fnmatchcase
 from typing import cast
@@ -15,6 +15,7 @@ from tailspan.backoff import backoff_s
 from tailspan.config import Watch
 from tailspan.errors import JobNotFoundError, ProtocolError, RequestRejectedError, ServiceError, TailspanError
 from tailspan.models import ListedJob
+from tailspan.services import News, NewsService
 from tailspan_agent.errors import AgentError
 from tailspan_agent.relay import Relay, Source
 from tailspan_agent.tailer import Tailer
@@ -25,7 +26,10 @@ _FULL_SCAN_S = 60.0
 _DISCOVER_S = 5.0
 _CHEAP_DISCOVER_S = 0.5
 _SHARE_OF_A_CORE = 0.03
+_SHARE_OF_REQUESTS = 0.25
 _LONGEST_PAUSE_S = 10.0
+_LONGEST_LIST_PAUSE_S = 25.0
+_NEWS_EVERY_S = 0.05
 
 _log = logging.getLogger(__name__)
 
@@ -91,6 +95,7 @@ class Watcher:
         self._unlisted: set[str] = set()
         self._found: list[Tailer] = []
         self._full_scan_at_s = float("-inf")
+        self._news: News | None = None
 
     @property
     def name(self) -> str:
@@ -105,24 +110,97 @@ class Watcher:
     async def run(self) -> None:
         """Look for jobs until cancelled."""
         errors = 0
-        while True:
-            begun_s = time.thread_time()
+        try:
+            while True:
+                begun_s, cpu_s = time.monotonic(), time.thread_time()
+                try:
+                    self._open_news()
+                    await self.scan()
+                except TailspanError as error:
+                    self._relay.health.poll_failed(self.name, error)
+                    if self.failure is None:
+                        _log.warning("service %s: %s", self.name, error)
+                    self.failure, errors = error, errors + 1
+                    self._distrust_rows()
+                    await self._listen(max(_DISCOVER_S, backoff_s(errors, random.random())))
+                else:
+                    if self.failure is not None:
+                        _log.info("service %s answers again", self.name)
+                    self.failure, errors = None, 0
+                    pause_s = self._pause_s(time.monotonic() - begun_s, time.thread_time() - cpu_s)
+                    await self._listen(pause_s * random.uniform(0.9, 1.1))
+        finally:
+            self._close_news()
+
+    def _pause_s(self, scan_s: float, scan_cpu_s: float) -> float:
+        """Return how long not to look: thousands of running jobs must not be felt, by us nor by the service."""
+        share_s = min(scan_cpu_s / _SHARE_OF_A_CORE, _LONGEST_PAUSE_S)
+        if self._source.is_cheap:
+            return max(share_s, _CHEAP_DISCOVER_S)
+        return max(share_s, _DISCOVER_S, min(scan_s / _SHARE_OF_REQUESTS, _LONGEST_LIST_PAUSE_S))
+
+    def _open_news(self) -> None:
+        if self._news is None and isinstance(self._service, NewsService) and self._full_scan_is_due:
+            self._news = self._service.open_news()
+            for tailer in self.tailers.values():
+                self._hear_of(tailer)
+
+    def _close_news(self) -> None:
+        if self._news is not None:
+            self._news.close()
+            self._news = None
+        for tailer in self.tailers.values():
+            tailer.attention.told = False
+            tailer.attention.wake()
+
+    def _hear_of(self, tailer: Tailer) -> None:
+        tailer.attention.told = self._news is not None and self._news.follow(tailer.job_id)
+
+    async def _listen(self, pause_s: float) -> None:
+        """Hear news until it is time to look: after the pause, or with news only when they tell of a new job."""
+        begun_s = time.monotonic()
+        due_s = begun_s + pause_s
+        if self._news is not None and self.failure is None:
+            due_s = max(due_s, self._full_scan_at_s + _FULL_SCAN_S)
+        while (left_s := due_s - time.monotonic()) > 0:
+            if self._news is None:
+                await asyncio.sleep(left_s)
+                continue
             try:
-                await self.scan()
-            except TailspanError as error:
-                self._relay.health.poll_failed(self.name, error)
-                if self.failure is None:
-                    _log.warning("service %s: %s", self.name, error)
-                self.failure, errors = error, errors + 1
-                await asyncio.sleep(max(_DISCOVER_S, backoff_s(errors, random.random())))
+                async with asyncio.timeout(left_s):
+                    jobs = await self._news.wait()
+            except TimeoutError:
+                return
+            except ServiceError as error:
+                _log.warning("service %s: no news any more, its jobs are looked at: %s", self.name, error)
+                self._close_news()
+                jobs = None
+            if self._spread(jobs):
+                due_s = min(due_s, begun_s + pause_s)
+            # What comes together is read together: each look at a job costs much more than its news.
+            await asyncio.sleep(_NEWS_EVERY_S)
+
+    def _spread(self, jobs: Collection[str] | None) -> bool:
+        """Wake the tailers of jobs with news; return whether there are jobs without a tailer to be looked for."""
+        if jobs is None:
+            self._full_scan_at_s = float("-inf")
+            for tailer in self.tailers.values():
+                if not tailer.attention.is_counted:
+                    tailer.attention.wake()
+            return True
+        unknown = False
+        for job_id in jobs:
+            if job_id in self.tailers:
+                self.tailers[job_id].attention.wake()
             else:
-                if self.failure is not None:
-                    _log.info("service %s answers again", self.name)
-                self.failure, errors = None, 0
-                # Thousands of running jobs: looking at all of them must not be felt.
-                share_s = min((time.thread_time() - begun_s) / _SHARE_OF_A_CORE, _LONGEST_PAUSE_S)
-                pause_s = max(share_s, _CHEAP_DISCOVER_S if self._lists_cheaply else _DISCOVER_S)
-                await asyncio.sleep(pause_s * random.uniform(0.9, 1.1))
+                unknown = unknown or job_id not in self._settled
+        return unknown
+
+    def _distrust_rows(self) -> None:
+        """Have the jobs asked for whose rows are old, when the list cannot be read."""
+        for tailer in self.tailers.values():
+            if tailer.attention.row is not None and tailer.attention.row_age_s > _FULL_SCAN_S:
+                tailer.attention.on_unlisted()
 
     async def scan(self) -> None:
         """Look once: start a tailer for each job that is watched and has none.
@@ -132,7 +210,7 @@ class Watcher:
             AgentError: The store could not be used, or the service broke its promises.
         """
         now_s = time.monotonic()
-        full = now_s - self._full_scan_at_s >= _FULL_SCAN_S
+        full = self._full_scan_is_due
         try:
             await self._scan(full)
         except TailspanError:
@@ -144,6 +222,10 @@ class Watcher:
             self._start_found()
         if full:
             self._full_scan_at_s = now_s
+
+    @property
+    def _full_scan_is_due(self) -> bool:
+        return time.monotonic() - self._full_scan_at_s >= _FULL_SCAN_S
 
     async def _scan(self, full: bool) -> None:
         discover = any(watch.discover for watch in self.watches)
@@ -160,15 +242,10 @@ class Watcher:
         if discover:
             await self._discover(full)
 
-    @property
-    def _lists_cheaply(self) -> bool:
-        # A service that may be asked each two seconds for each job is one whose list costs no request either.
-        return self._service.poll_max_s <= 2.0
-
     async def _discover(self, full: bool) -> None:
         """Read the list, newest first, as far as it can hold news; a full scan as far as `lookback` reaches."""
         running = {job_id for job_id, tailer in self.tailers.items() if not tailer.late}
-        unseen = running - self._unlisted if not self._lists_cheaply else set()
+        unseen = running - self._unlisted if full or not self._source.is_cheap else set()
         self._relay.health.polled(self.name)
         listing = cast("AsyncGenerator[Sequence[ListedJob], None]", self._service.list_jobs())
         async with aclosing(listing):
@@ -183,6 +260,9 @@ class Watcher:
                 # The list is the followed jobs' status, one request for many: it is read until all were seen.
                 if rows and not unseen and (self._too_old(rows[-1]) if full else not news):
                     return
+        for job_id in unseen:
+            if job_id in self.tailers:
+                self.tailers[job_id].attention.on_unlisted()
         # Jobs of somebody else: looking for them again would read the whole list each time.
         self._unlisted |= unseen
 
@@ -236,7 +316,7 @@ class Watcher:
         return max(watch.lookback for watch in self.watches)
 
     def _too_old(self, row: ListedJob) -> bool:
-        return not self._lists_cheaply and row.created_at is not None and _age_s(row) > self._lookback_s
+        return not self._source.is_cheap and row.created_at is not None and _age_s(row) > self._lookback_s
 
     def _follow(self, job_id: str, name: str) -> None:
         if job_id in self.tailers or job_id in self._settled:
@@ -245,6 +325,8 @@ class Watcher:
         if watch is not None:
             tailer = Tailer(self._relay, self._source, watch, job_id, name, once=self._once)
             self.tailers[job_id] = tailer
+            if self._news is not None:
+                self._hear_of(tailer)
             self._found.append(tailer)
 
     def _start_found(self) -> None:
@@ -264,6 +346,8 @@ class Watcher:
     def forget(self, tailer: Tailer) -> None:
         """Take a tailer that has ended off the list; a job that is done is not looked at again, a missing one later."""
         self.tailers.pop(tailer.job_id, None)
+        if self._news is not None:
+            self._news.leave(tailer.job_id)
         missing = isinstance(tailer.failure, JobNotFoundError)
         if tailer.finished or missing:
             self._settled.add(tailer.job_id)

@@ -113,7 +113,11 @@ def time_of(text: object) -> datetime | None:
 
 
 class JobStore:
-    """All jobs below one directory. Holds nothing open."""
+    """All jobs below one directory. Holds nothing open.
+
+    Attributes:
+        jobs: The directory that has a directory for each job.
+    """
 
     def __init__(self, state_dir: Path, *, group: str | None = None) -> None:
         """Name a store; nothing is touched.
@@ -127,7 +131,7 @@ class JobStore:
         """
         # A supervisor works in another directory than we do.
         self.state_dir = Path(os.path.abspath(state_dir))
-        self._jobs = self.state_dir / "jobs"
+        self.jobs = self.state_dir / "jobs"
         self._gid = None if group is None else _gid(group)
         self.file_mode = 0o600 if group is None else 0o640
 
@@ -168,7 +172,7 @@ class JobStore:
         """
         if not _JOB_ID.fullmatch(job_id):
             raise JobNotFoundError(f"there is no local job {job_id[:80]!r}", job_id=job_id)
-        directory = self._jobs / job_id
+        directory = self.jobs / job_id
         if directory.is_symlink():
             raise JobNotFoundError(f"{directory} is a link, not a job of this store", job_id=job_id)
         return directory
@@ -176,7 +180,7 @@ class JobStore:
     def job_ids(self) -> list[str]:
         """Return the ids of all jobs, newest first."""
         try:
-            names = os.listdir(self._jobs)
+            names = os.listdir(self.jobs)
         except FileNotFoundError:
             return []
         return sorted(filter(_JOB_ID.fullmatch, names), reverse=True)
@@ -221,7 +225,7 @@ class JobStore:
 
         Costs a tenth of `glance`, for whoever looks at thousands of silent jobs again and again.
         """
-        directory = f"{self._jobs}/{job_id}"
+        directory = f"{self.jobs}/{job_id}"
         try:
             state, index = os.lstat(f"{directory}/state.json"), os.lstat(f"{directory}/log.idx")
             if not _is_locked(Path(directory, "lock")):
@@ -243,7 +247,7 @@ class JobStore:
         import fcntl
 
         self._make_directories()
-        new = self._jobs / f".new-{job_id}"
+        new = self.jobs / f".new-{job_id}"
         self._make_directory(new)
         lock_fd = self._write_new(new / "lock", b"", close=False)
         try:
@@ -251,7 +255,7 @@ class JobStore:
             self._write_new(new / "job.json", json.dumps(spec, indent=2).encode() + b"\n", sync=True)
             self._write_new(new / "log", b"")
             self._write_new(new / "log.idx", HEADER)
-            new.rename(self._jobs / job_id)
+            new.rename(self.jobs / job_id)
         except BaseException:
             os.close(lock_fd)
             shutil.rmtree(new, ignore_errors=True)
@@ -281,7 +285,7 @@ class JobStore:
                 job = self.load(job_id)
                 ended = time_of(job.recorded.get("finished_at")) or job.last_sign_of_life or submitted
                 if job.logs_complete and ended and ended.timestamp() <= limit:
-                    gone = self._jobs / f".gone-{job_id}"
+                    gone = self.jobs / f".gone-{job_id}"
                     job.directory.rename(gone)
                     shutil.rmtree(gone)
                     yield job_id
@@ -292,12 +296,12 @@ class JobStore:
 
     def _sweep(self, now_s: float) -> None:
         """Delete what a process left that was killed while it made or deleted a job."""
-        for entry in os.scandir(self._jobs) if self._jobs.is_dir() else ():
+        for entry in os.scandir(self.jobs) if self.jobs.is_dir() else ():
             if entry.name.startswith((".new-", ".gone-")) and now_s - entry.stat().st_mtime > _ABANDONED_S:
                 shutil.rmtree(entry.path, ignore_errors=True)
 
     def _make_directories(self) -> None:
-        make_private(self._jobs, self._make_directory)
+        make_private(self.jobs, self._make_directory)
 
     def _make_directory(self, path: Path) -> None:
         path.mkdir(mode=0o700, exist_ok=True)

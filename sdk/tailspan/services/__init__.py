@@ -7,7 +7,7 @@ same way. A service class is made by ``Service.from_options(name, options)``.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -18,7 +18,7 @@ from tailspan.page import LogPage, Message
 if TYPE_CHECKING:
     from tailspan.config import Settings
 
-__all__ = ["LATE_WINDOW_S", "JobService", "SubmitService", "open_service"]
+__all__ = ["LATE_WINDOW_S", "JobService", "News", "NewsService", "SubmitService", "open_service"]
 
 LATE_WINDOW_S = 10.0
 
@@ -121,6 +121,42 @@ class SubmitService(JobService, Protocol):
         env: Mapping[str, str] | None = None,
     ) -> RunResponse:
         """Start a command as a job and return its first status; see `tailspan.job_submit`."""
+        ...
+
+
+class News(Protocol):
+    """Word of what happens to jobs. It makes looking for it cheaper and is never relied on: some may be lost."""
+
+    def follow(self, job_id: str) -> bool:
+        """Begin to tell of a job; False where that is not possible and the job has to be asked for."""
+        ...
+
+    def leave(self, job_id: str) -> None:
+        """Tell no more of a job; one that was not followed is fine."""
+        ...
+
+    async def wait(self) -> Collection[str] | None:
+        """Wait for news and return the ids of the jobs that have some: followed ones, and ones that are new.
+
+        Returns:
+            The ids; None when some news were lost and every job may have some.
+
+        Raises:
+            ServiceError: There will be no more news: close it and open another.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release what it holds."""
+        ...
+
+
+@runtime_checkable
+class NewsService(JobService, Protocol):
+    """A service that can tell when a job has news, so that silent jobs need not be asked."""
+
+    def open_news(self) -> News | None:
+        """Begin to tell; None where that is not possible now."""
         ...
 
 

@@ -38,6 +38,7 @@ from tailspan.services import LATE_WINDOW_S
 
 if TYPE_CHECKING:
     from tailspan.config import Settings
+    from tailspan.local.news import LocalNews
 
 __all__ = ["LocalService"]
 
@@ -158,8 +159,8 @@ class LocalService:
         The cursor is the byte of `log` where to go on. Lines never become visible late.
         """
         with self._translated(job_id):
-            job = self._store.load(job_id)
-            identity = job.spec.get("identity") or self.identity
+            job = self._store.glance(job_id)
+            identity = self._identity_of(job_id)
             with LogReader(job.directory, job_id, ended=job.logs_complete) as reader:
                 for page in reader.pages(identity, cursor, since_ms):
                     yield page
@@ -188,6 +189,12 @@ class LocalService:
                 rows = [self._row(job_id) for job_id in ids[start : start + _LIST_PAGE]]
             yield [row for row in rows if row]
             await anyio.lowlevel.checkpoint()
+
+    def open_news(self) -> LocalNews | None:
+        """Begin to tell of jobs with news; see `tailspan.services.NewsService`."""
+        from tailspan.local.news import open_local_news  # ctypes: only the agent needs it
+
+        return open_local_news(self._store.jobs)
 
     async def submit(
         self,
@@ -279,6 +286,11 @@ class LocalService:
 
     async def aclose(self) -> None:
         """Do nothing: nothing is held open."""
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 - an agent reads a job's log again and again, and has one service
+    def _identity_of(self, job_id: str) -> str:
+        """Return the identity of the store that the job was submitted to."""
+        return self._store.load(job_id).spec.get("identity") or self.identity
 
     def _runs(self, job_id: str) -> bool:
         return not self._store.load(job_id).state.is_terminal
