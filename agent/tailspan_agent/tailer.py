@@ -206,9 +206,9 @@ class Tailer:
         if sent.late:
             self._done = self.once
             return await self._look_again(sent)
-        started_s = time.monotonic()
+        started_s, from_start = time.monotonic(), sent.cursor is None
         lines = await self._read(sent)
-        self._follower.on_read(lines, started_s)
+        self._follower.on_read(lines, started_s, from_start=from_start)
         if lines and not self._follower.state.is_terminal:  # the last ones are written at its end
             sent.write_spans()
         if self.attention.on_read(lines) and not first:
@@ -290,7 +290,7 @@ class Tailer:
             sent: The job.
             logs_complete: Whether no further line can come.
         """
-        if self._service.final_read and self.watch.final_read and sent.sends_logs:
+        if self._service.final_read and self.watch.final_read and sent.sends_logs and not self._follower.read_whole:
             await relay_missing(self._pages, sent)
         if sent.job.state is not JobState.SUCCEEDED and sent.facts.digest is None:
             sent.facts = dataclasses.replace(sent.facts, digest=digest_of(await self._last_lines(sent)))

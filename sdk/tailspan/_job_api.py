@@ -74,17 +74,17 @@ def encode_lines(page: LogPage) -> bytes:
     if text.count(_SEPARATOR) != len(page.lines) - 1:
         return _encoder.encode(list(page.messages()))[1:-1]
     bodies = _encoder.encode(text.decode("utf-8", "replace"))[1:-1].split(_SEPARATOR)
-    tails: list[bytes] = []
+    parts: list[bytes] = []
+    start = 0
     for run in page.runs:
         tail = _TAILS[run.stream]
         ms, past_ms = divmod(run.time_unix_nano, NANOS_PER_MS)
         if past_ms + run.lines <= NANOS_PER_MS:
-            tails += [tail % ms] * run.lines
+            parts += (between := tail % ms).join(bodies[start : start + run.lines]), between
         else:
-            tails += [tail % ((run.time_unix_nano + index) // NANOS_PER_MS) for index in range(run.lines)]
-    parts = [b""] * (2 * len(bodies))
-    parts[0::2] = bodies
-    parts[1::2] = tails
+            for index, body in enumerate(bodies[start : start + run.lines]):
+                parts += body, tail % ((run.time_unix_nano + index) // NANOS_PER_MS)
+        start += run.lines
     parts[-1] = parts[-1].removesuffix(b"," + _HEAD)
     return _HEAD + b"".join(parts)
 

@@ -33,6 +33,8 @@ class Follower:
         settle_s: How long after the end lines may still become visible.
         follow_to_end_s: How long after the end to wait for a service that marks the end of the log to mark it; 0 goes
             by settling alone.
+        read_whole: Whether one read that began after the end had settled went from the start to the end of the log:
+            then a second one has nothing more to find.
     """
 
     poll_min_s: float = 1.0
@@ -40,6 +42,7 @@ class Follower:
     settle_s: float = SETTLE_S
     follow_to_end_s: float = 0.0
     state: JobState = JobState.UNKNOWN
+    read_whole: bool = field(default=False, init=False)
     _delay_s: float = field(default=0.0, init=False)
     _ended_at_s: float | None = field(default=None, init=False)
     _last_alive_s: float | None = field(default=None, init=False)
@@ -62,7 +65,7 @@ class Follower:
         else:
             self._terminal_answers = 1 if job.state.is_terminal else 0
             self._quiet_reads = 0
-            self._complete_read = False
+            self._complete_read = self.read_whole = False
             self._ended_at_s = None
         self.state = job.state
         self._logs_complete = job.logs_complete
@@ -78,13 +81,16 @@ class Follower:
             # Settling is for lines that become visible late: an end long ago needs no second look.
             self._settled_when_seen = ago_s >= self.settle_s
 
-    def on_read(self, lines: int, started_s: float) -> None:
+    def on_read(self, lines: int, started_s: float, *, from_start: bool = False) -> None:
         """Take in a read that went to the present end of the log.
 
         Args:
             lines: How many new lines it found.
             started_s: When the read began; only a read that began after the end can be the last.
+            from_start: Whether it began at the start of the log.
         """
+        if from_start and self.state.is_terminal and started_s >= self._settled_at_s:
+            self.read_whole = True
         if lines:
             self._delay_s = self.poll_min_s
             self._quiet_reads = 0

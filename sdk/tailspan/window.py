@@ -23,7 +23,7 @@ import operator
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, chain, pairwise, repeat
 from typing import NamedTuple
 
 import msgspec
@@ -67,7 +67,7 @@ class NewLines(NamedTuple):
         digests: 8 bytes for each, as `tailspan.page.line_digest` makes them.
     """
 
-    places: list[int]
+    places: Sequence[int]
     times_unix_nano: list[int]
     digests: list[bytes]
 
@@ -140,12 +140,15 @@ class Window:
             times_ms: Their times, in ms since the epoch, 0 or more.
             messages: Their text as read, without line ending.
         """
+        fresh = self._take_fresh(times_ms, messages)
+        if fresh is not None:
+            return fresh
         places: list[int] = []
         times_unix_nano: list[int] = []
         digests: list[bytes] = []
         add_place, add_time, add_digest = places.append, times_unix_nano.append, digests.append
         add_ms, add_id = self._times.append, self._ids.append
-        # Looked up once: this loop is most of the cost of reading a log.
+        # Looked up once: the loop is hot while the end of a log is read again and again.
         blake2b, size, head = hashlib.blake2b, _DIGEST_BYTES, self._head
         totals, repeats, max_lines, start_ms = self._totals, self._repeats, self._max_lines, self.start_ms or 0
         last_ms = -1
@@ -189,6 +192,42 @@ class Window:
             totals[last_ms] = ordinal
         self._prune()
         return NewLines(places, times_unix_nano, digests)
+
+    def _take_fresh(self, times_ms: Sequence[int], messages: Sequence[bytes]) -> NewLines | None:
+        """Do what `take` does, without steps for each line, where all are new, in order and different; else nothing."""
+        if not times_ms:
+            return None
+        first_ms, last_ms = times_ms[0], times_ms[-1]
+        if first_ms < max(self._newest_ms, self.start_ms or 0, self._seen_to_ms + 1):
+            return None
+        changes = [place for place, (ms, after) in enumerate(pairwise(times_ms), 1) if ms != after]
+        starts = [0, *changes]
+        instants = [times_ms[place] for place in starts]
+        counts = list(map(operator.sub, [*changes, len(times_ms)], starts))
+        before = self._totals.get(first_ms, 0)
+        if max(counts) + before > self._max_lines or any(ms > after for ms, after in pairwise(instants)):
+            return None
+        head, size, blake2b = self._head, _DIGEST_BYTES, hashlib.blake2b
+        prefixes = (b"%b%d\x000\x00" % (head, ms * NANOS_PER_MS) for ms in instants)
+        texts = map(operator.add, chain.from_iterable(map(repeat, prefixes, counts)), messages)
+        digests = [blake2b(text, digest_size=size).digest() for text in texts]
+        once = dict.fromkeys(digests, 1)
+        if len(once) != len(digests) or not self._repeats.keys().isdisjoint(once):
+            return None
+        self._repeats.update(once)
+        self._times += times_ms
+        self._ids += digests
+        self._totals.update(zip(instants, counts, strict=True))
+        self._totals[first_ms] = before + counts[0]
+        self._newest_ms = last_ms
+        times_unix_nano: list[int] = []
+        ordinal = before
+        for ms, count in zip(instants, counts, strict=True):
+            nano = ms * NANOS_PER_MS + ordinal
+            times_unix_nano += range(nano, nano + count)
+            ordinal = 0
+        self._prune()
+        return NewLines(range(len(digests)), times_unix_nano, digests)
 
     def cursor(self) -> bytes:
         """Return where to go on after all lines so far: about 10 bytes for each line that the window holds."""

@@ -213,13 +213,26 @@ def test_many_missed_lines_of_one_second_are_all_found(bench: Bench) -> None:
 
 @pytest.mark.parametrize(("watch", "offsets"), [({"final_read": False}, False), ({}, True)])
 def test_no_final_read_where_there_is_none(bench: Bench, watch: dict[str, object], offsets: bool) -> None:
-    """Switched off, or a service that needs none: the log is read once."""
+    """Switched off, or a service that needs none: what came since the last pass is read once."""
     bench.services["fake"] = service = OddService("fake")
-    service.final_read = True
     service.final_read = not offsets
-    ended(service, "j1", "a")
+    service.add_job("j1")
+    service.add_lines("j1", "a")
+    bench.once({"discover": True, **watch})
+    service.set_state("j1", "SUCCEEDED")
+    service.calls.clear()
     bench.once({"discover": True, **watch})
     assert service.calls.count(("read_logs", "j1")) == 1
+
+
+def test_a_log_that_was_read_whole_after_its_end_is_not_read_again(bench: Bench) -> None:
+    """The final read is for what came while the job was followed: a job that had ended before is read once."""
+    bench.services["fake"] = service = OddService("fake")
+    service.final_read = True
+    ended(service, "j1", "a", "b")
+    bench.once()
+    assert service.calls.count(("read_logs", "j1")) == 1
+    assert bench.bodies() == ["a", "b"]
 
 
 def test_a_job_without_a_log_has_a_trace(bench: Bench) -> None:

@@ -90,6 +90,22 @@ def test_an_end_long_ago_needs_one_read():
     assert follower.complete
 
 
+def test_only_a_read_from_the_start_that_began_after_the_end_settled_has_read_all():
+    """A read that began too early, or from a cursor, may have missed lines that became visible late."""
+    follower = Follower(settle_s=10)
+    see(follower, job(JobState.RUNNING), 0)
+    follower.on_read(5, 0, from_start=True)
+    see(follower, job(JobState.SUCCEEDED, ended_ago_s=0, at_s=1), 1)
+    follower.on_read(5, 1, from_start=True)
+    assert not follower.read_whole
+    follower.on_read(5, 12)
+    assert not follower.read_whole
+    follower.on_read(5, 12, from_start=True)
+    assert follower.read_whole
+    see(follower, job(JobState.RUNNING), 13)
+    assert not follower.read_whole
+
+
 def test_a_service_clock_that_is_behind_does_not_skip_settling():
     """An end that the service dates before the job was last seen alive is dated to when it was."""
     follower = Follower()

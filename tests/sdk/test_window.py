@@ -186,3 +186,24 @@ def test_a_damaged_cursor_is_refused():
     for end in range(len(window.cursor())):
         with pytest.raises(ConfigError):
             Window(IDENTITY, JOB, window.cursor()[:end], late_window_s=10)
+
+
+class LineByLine(Window):
+    """A window that takes no step for many lines at once."""
+
+    def _take_fresh(self, times_ms, messages):
+        return None
+
+
+@given(
+    st.lists(st.lists(st.tuples(st.integers(0, 30), TEXTS), max_size=12), max_size=8), st.booleans(), st.integers(1, 20)
+)
+def test_lines_taken_together_are_as_those_taken_one_by_one(slices, in_order, max_lines):
+    """The quick way gives the same places, times, uids and cursors as the slow one, whatever the lines."""
+    quick, slow = (kind(IDENTITY, JOB, late_window_s=0.01, max_lines=max_lines) for kind in (Window, LineByLine))
+    for lines in sorted(slices) if in_order else slices:
+        part = sorted(lines, key=lambda line: line[0]) if in_order else lines
+        times, texts = [ms for ms, _ in part], [text for _, text in part]
+        found, expected = quick.take(times, texts), slow.take(times, texts)
+        assert (list(found.places), *found[1:]) == (list(expected.places), *expected[1:])
+        assert quick.cursor() == slow.cursor()

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import operator
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import pairwise, repeat
+from itertools import accumulate, pairwise, repeat
 from typing import Annotated, Any, Generic, TypeVar, cast
 
 import msgspec
@@ -186,10 +187,9 @@ def pages(window: Window, entries: Sequence[Entry]) -> Iterator[LogPage]:
         window: The read that these entries are the next part of.
         entries: Elements of the reply, in its order.
     """
-    times = [entry.timestamp for entry in entries]
-    bodies = [entry.message.encode() for entry in entries]
-    bodies = [_without_ending(body) if body[-1:] == b"\n" else body for body in bodies]
-    streams = [_stream(entry.stream) for entry in entries] if any(entry.stream for entry in entries) else None
+    times = list(map(_timestamp, entries))
+    bodies = _bodies(list(map(_message, entries)))
+    streams = _streams(list(map(_stream, entries)))
     for start, end in _page_bounds(bodies):
         new = window.take(times[start:end], bodies[start:end])
         if not new.places:
@@ -201,24 +201,45 @@ def pages(window: Window, entries: Sequence[Entry]) -> Iterator[LogPage]:
         yield LogPage(page_lines, runs, window.cursor(), b"".join(new.digests))
 
 
+_timestamp = operator.attrgetter("timestamp")
+_message = operator.attrgetter("message")
+_stream = operator.attrgetter("stream")
+
+
+def _bodies(texts: list[str]) -> list[bytes]:
+    """Return the lines as bytes, without their endings; in one step for all where no line has a NUL."""
+    joined = "\0".join(texts).encode()
+    bodies = joined.split(b"\0") if texts else []
+    if len(bodies) != len(texts):
+        bodies = [text.encode() for text in texts]
+    if b"\n" in joined:
+        bodies = [_without_ending(body) if body[-1:] == b"\n" else body for body in bodies]
+    return bodies
+
+
 def _without_ending(body: bytes) -> bytes:
     return body[:-2] if body.endswith(b"\r\n") else body[:-1]
 
 
-def _stream(value: Any) -> int:
-    return _STREAMS.get(value, Stream.NONE) if value.__class__ is str else Stream.NONE
+def _streams(values: list[Any]) -> list[int] | None:
+    """Return the stream of each line; None where none says its own."""
+    if values.count(None) == len(values):
+        return None
+    try:
+        return [_STREAMS.get(value, Stream.NONE) for value in values]
+    except TypeError:  # a value that is no text, nor anything else that can be a key
+        return [_STREAMS.get(value, Stream.NONE) if value.__class__ is str else Stream.NONE for value in values]
 
 
 def _page_bounds(bodies: Sequence[bytes]) -> Iterator[tuple[int, int]]:
     """Yield start and end of each page's lines."""
-    start = size = 0
-    for place, body in enumerate(bodies):
-        if place > start and (place - start >= MAX_PAGE_LINES or size + len(body) > MAX_PAGE_BYTES):
-            yield start, place
-            start, size = place, 0
-        size += len(body)
-    if bodies:
-        yield start, len(bodies)
+    ends = list(accumulate(map(len, bodies)))
+    start = 0
+    while start < len(bodies):
+        most = MAX_PAGE_BYTES + (ends[start - 1] if start else 0)
+        end = min(max(bisect_right(ends, most), start + 1), start + MAX_PAGE_LINES)
+        yield start, end
+        start = end
 
 
 def _flags(page_lines: Iterable[bytes]) -> int:
