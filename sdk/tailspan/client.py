@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
+import operator
 import os
 import sys
 import warnings
@@ -103,7 +104,7 @@ class AsyncJobClient:
             async for page in pages:
                 messages.extend(page)
         # Stable: lines of one millisecond keep the service's order.
-        messages.sort(key=_timestamp)
+        messages.sort(key=operator.itemgetter("timestamp"))
         return messages
 
     async def job_print_logs(
@@ -364,10 +365,6 @@ class AsyncJobClient:
 def in_progress_text(status: RunResponse) -> str:
     """Say that an execution time is not the whole."""
     return f"job {printable(status.job_id, colours=False)} is {status.state}: this is its execution time so far"
-
-
-def _timestamp(message: Message) -> int:
-    return message.get("timestamp", 0)
 
 
 def _state(state: JobState | str) -> JobState:

@@ -33,6 +33,7 @@ _MAX_MS = 2**63 // NANOS_PER_MS
 
 _BOUNDARY = re.compile(rb"\}\s*,\s*(?=\{\s*\")")
 _SPACE = b" \t\r\n"
+_CLOSING = ord("]")
 _BOM = b"\xef\xbb\xbf"
 _ESCAPE = re.compile(rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u[dD][89a-fA-F][0-9a-fA-F]{2}|.)")
 _LONE_SURROGATE_BYTES = len(b"\\ud800")
@@ -55,7 +56,7 @@ lines = msgspec.json.Decoder(list[Entry])
 _objects = msgspec.json.Decoder(list[dict[str, Any]])
 
 
-def decode_json(decoder: msgspec.json.Decoder[T], text: bytes) -> T:
+def decode_json(decoder: msgspec.json.Decoder[T], text: bytes | memoryview) -> T:
     """Decode JSON; invalid UTF-8 and halves of surrogate pairs, which no text can hold, become U+FFFD. A BOM goes.
 
     Raises:
@@ -68,7 +69,7 @@ def decode_json(decoder: msgspec.json.Decoder[T], text: bytes) -> T:
     except RecursionError:
         raise msgspec.DecodeError("it is nested too deeply") from None
     except (msgspec.DecodeError, UnicodeDecodeError):
-        repaired = _repair(text)
+        repaired = _repair(bytes(text))
         if repaired == text:
             raise
         return decoder.decode(repaired)
@@ -127,31 +128,36 @@ class ArraySplitter(Generic[T]):
         if start and not start.startswith(b"["):
             raise ReplyError("it is HTML" if start.startswith(b"<") else f"it starts with {bytes(start[:1])!r}")
         if start:
-            # Each piece is decoded behind an opening bracket of its own.
-            self._buffer = start[1:]
+            self._buffer = start
             self._begun = True
 
     def _cut(self) -> list[T]:
-        text = bytes(self._buffer)
-        tail = max(0, len(text) - _SEARCH_BYTES)
-        found = list(_BOUNDARY.finditer(text, tail)) or list(_BOUNDARY.finditer(text))
-        for boundary in found[: -_MAX_CANDIDATES - 1 : -1]:
+        buffer = self._buffer
+        size = len(buffer)
+        # From the second byte on: each part is decoded behind the opening bracket.
+        tail = max(1, size - _SEARCH_BYTES)
+        found = list(_BOUNDARY.finditer(buffer, tail)) or list(_BOUNDARY.finditer(buffer, 1))
+        for start, end in [boundary.span() for boundary in found[: -_MAX_CANDIDATES - 1 : -1]]:
+            # The array is closed in its place, without a copy: what stands there is a space or the comma.
+            behind, buffer[start + 1] = buffer[start + 1], _CLOSING
             try:
-                elements = self._decode(text[: boundary.start() + 1] + b"]")
+                with memoryview(buffer) as text:
+                    elements = self._decode(text[: start + 2])
             except _NotJsonError:
+                buffer[start + 1] = behind
                 continue
-            del self._buffer[: boundary.end()]
-            self._want_bytes = len(self._buffer) + self._step_bytes
+            buffer[:end] = b"["
+            self._want_bytes = len(buffer) + self._step_bytes
             return elements
-        if len(text) > MAX_ELEMENT_BYTES:
+        if size > MAX_ELEMENT_BYTES:
             raise ReplyError(f"an element is larger than {MAX_ELEMENT_BYTES >> 20} MiB, or it is not JSON")
         # Looking again after each piece would be quadratic.
-        self._want_bytes = min(2 * len(text), MAX_ELEMENT_BYTES + 1)
+        self._want_bytes = min(2 * size, MAX_ELEMENT_BYTES + 1)
         return []
 
-    def _decode(self, text: bytes) -> list[T]:
+    def _decode(self, text: bytes | memoryview) -> list[T]:
         try:
-            return decode_json(self._decoder, b"[" + text)
+            return decode_json(self._decoder, text)
         except msgspec.ValidationError as error:
             raise ReplyError(str(error)) from None
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -165,16 +171,20 @@ class _NotJsonError(ReplyError):
 class _Messages:
     """Decodes whole objects, which must be lines."""
 
-    def decode(self, text: bytes) -> list[dict[str, Any]]:
+    def decode(self, text: bytes | memoryview) -> list[dict[str, Any]]:
         """Return the objects of an array; see `Entry` for what they must have."""
         found = _objects.decode(text)
-        for element in found:
-            message, timestamp = element.get("message"), element.get("timestamp")
-            if message.__class__ is not str or timestamp.__class__ is not int or not 0 <= timestamp <= _MAX_MS:
-                raise msgspec.ValidationError("Expected `message` as `str` and `timestamp` as `int` ms >= 0")
+        try:
+            kinds = set(map(type, map(_MESSAGE, found)))
+            times = list(map(_TIMESTAMP, found))
+        except KeyError as missing:
+            raise msgspec.ValidationError(f"Object missing required field {missing}") from None
+        if kinds - {str} or set(map(type, times)) - {int} or (times and not 0 <= min(times) <= max(times) <= _MAX_MS):
+            raise msgspec.ValidationError("Expected `message` as `str` and `timestamp` as `int` ms >= 0")
         return found
 
 
+_MESSAGE, _TIMESTAMP = operator.itemgetter("message"), operator.itemgetter("timestamp")
 messages: Any = _Messages()
 
 

@@ -6,6 +6,7 @@ Lines are known by time and text only, and may become visible late: see `tailspa
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime
@@ -46,6 +47,7 @@ _OVERLAP_ROWS = 10
 _LOOK_LINES = 5_000
 _LOOK_BYTES = 64 << 10
 
+_timestamp = operator.itemgetter("timestamp")
 _any_json = msgspec.json.Decoder()
 
 
@@ -205,7 +207,7 @@ class FusedService:
         first_ms = max(0, since_ms or 0)
         async with aclosing(self._elements(job_id, first_ms - 1 if first_ms else None, messages)) as parts:
             async for entries in parts:
-                found = [entry for entry in entries if entry["timestamp"] >= first_ms]
+                found = [entry for entry in entries if entry["timestamp"] >= first_ms] if first_ms else entries
                 if found:
                     yield sorted(found, key=_timestamp)
 
@@ -304,11 +306,6 @@ class FusedService:
 
 def _status_path(job_id: str) -> str:
     return f"/run/by-id/{path_segment(check_job_id(job_id))}"
-
-
-def _timestamp(message: Mapping[str, Any]) -> int:
-    timestamp: int = message["timestamp"]
-    return timestamp
 
 
 def _ms(moment: datetime) -> int:
