@@ -165,6 +165,7 @@ async def test_a_failed_job_says_why_on_top_and_its_log_can_be_searched(bench):
         last = (await job_page(client, "sad", **{"from": 99999})).text
     assert page.index("ValueError: no") < page.index('id="log"')
     assert "exit 3" in page
+    assert "first seen now" in page
     assert page.count('class="text"') == 200
     assert found.count('class="text"') == 1 + 10 + 100
     assert 'id="L7"' in found
@@ -174,6 +175,20 @@ async def test_a_failed_job_says_why_on_top_and_its_log_can_be_searched(bench):
     assert "Earlier lines" in window
     assert "Later lines" in window
     assert "There are no lines from 99,999 on" in last
+
+
+@looped
+async def test_a_job_links_to_its_trace_and_a_failure_to_the_ones_before(bench):
+    """Links are those of the configuration, filled in; a failure that came before is told to be the same."""
+    links = """[links]\ntrace = "http://localhost:16686/trace/{trace_id}?job={job_name}"\n"""
+    for number in range(2):
+        ended(bench, f"run-{number}", "ERROR no such bucket", job_name="a b", state=JobState.FAILED, exit_code=1)
+        async with looking(bench, more=links) as (_, client):
+            await relayed(bench, f"run-{number}")
+            page = html.unescape((await job_page(client, f"run-{number}")).text)
+    trace_id = bench.spans("run-1")["run"].trace_id
+    assert f'href="http://localhost:16686/trace/{trace_id}?job=a%20b"' in page
+    assert "seen 2 times since" in page
 
 
 @looped
@@ -209,11 +224,9 @@ async def test_live_updates_send_only_what_changed(bench):
         while len(known) < 2:
             known |= (await next_event(lines, "jobs"))["rows"]
         bench.fake.set_state("two", JobState.RUNNING)
-        while True:
+        event = await next_event(lines, "jobs")
+        while "running" not in event["rows"].get("fake\0two", ""):
             event = await next_event(lines, "jobs")
-            if any("fake\0two" in key for key in event["rows"]):
-                break
-        assert "running" in event["rows"]["fake\0two"]
         assert set(event["order"]) == {"fake\0one", "fake\0two"}
 
 

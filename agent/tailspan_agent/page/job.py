@@ -12,6 +12,7 @@ from tailspan.identity import trace_id
 from tailspan.models import JobState, RunResponse
 from tailspan.services import JobService
 from tailspan_agent.checkpoint import Checkpoint
+from tailspan_agent.exit_reason import exit_reason
 from tailspan_agent.facts import JobFacts
 from tailspan_agent.history import PipelineHistory
 from tailspan_agent.insight import FollowedJob, Insight, insight_of
@@ -53,6 +54,7 @@ class JobView:
         times: When it was submitted, started and ended; None for a job that the agent never saw.
         phases: Its timeline.
         why: Why it did not succeed; empty otherwise.
+        reason: What ended it (a signal's name, out of memory, ...), where that is known.
         complete: Whether all its lines are acked.
         problem: Why its service could not be asked; empty otherwise.
         followed: Whether the agent follows it now.
@@ -68,6 +70,7 @@ class JobView:
     times: JobTimes | None
     phases: Sequence[Phase]
     why: str
+    reason: str
     complete: bool
     problem: str = ""
     followed: bool = False
@@ -112,6 +115,7 @@ async def view_of(shown: Shown, service: JobService, job_id: str, *, timeout_s: 
         times=times,
         phases=_phases(times, now_ns, ended=ended) if times else (),
         why=failure_text(status, facts.digest if facts else None) if failed else "",
+        reason=(exit_reason(status, facts.digest if facts else None) or "") if failed else "",
         complete=stored is not None and stored.logs_complete,
         problem=problem,
         followed=followed is not None,
@@ -157,11 +161,11 @@ def _remembered(service: JobService, job_id: str, name: str, facts: JobFacts) ->
 
 
 def _links(shown: Shown, status: RunResponse) -> list[tuple[str, str]]:
-    links = shown.settings().links
-    found = [("Trace", links.trace), ("Logs", links.logs), ("At its service", status.url)]
-    addresses = [(label, url.replace("{trace_id}", status.trace_id)) for label, url in found if url]
+    found = {**shown.settings().links.of(status), "at its service": status.url}
     # An address from outside must not be a program (javascript:).
-    return [(label, url) for label, url in addresses if url.startswith(("http://", "https://"))]
+    return [
+        (label.capitalize(), url) for label, url in found.items() if url and url.startswith(("http://", "https://"))
+    ]
 
 
 def _phases(times: JobTimes, now_ns: int, *, ended: bool) -> list[Phase]:
