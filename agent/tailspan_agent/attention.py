@@ -82,6 +82,11 @@ class Attention:
         )
 
     @property
+    def is_long_parked(self) -> bool:
+        """Whether the job has been parked for so long that its last status says nothing of it now."""
+        return self.parked and time.monotonic() - self._status_at_s > _SILENCE_S
+
+    @property
     def row_age_s(self) -> float:
         """How long ago the list was last read, in seconds."""
         return time.monotonic() - self._row_at_s

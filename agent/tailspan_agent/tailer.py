@@ -127,6 +127,9 @@ class Tailer:
     def on_row(self, row: ListedJob) -> None:
         """Take in the job's row of a listing; a job that has become odd is looked at, too."""
         self.attention.on_row(row)
+        if self._sent is not None and self._sent.job.last_heartbeat is not None and self.attention.is_long_parked:
+            # A heartbeat that nobody looks for is not one that has stopped.
+            self._sent.job = dataclasses.replace(self._sent.job, last_heartbeat=None)
         followed = self.followed if self.attention.parked else None
         if followed is not None:
             history = self._relay.insights.histories.of(self._relay.names.label(self.job_name))
@@ -161,15 +164,9 @@ class Tailer:
                     # Others of its stream must not wait for a job that cannot be read.
                     self.leave_backlog()
                 if not (self._done or self.finished):
-                    await self._wait(delay_s)
+                    await self.attention.wait(delay_s)
         finally:
             self.leave_backlog()
-
-    async def _wait(self, delay_s: float | None) -> None:
-        if delay_s is None and self._sent is not None:
-            # A heartbeat that nobody looks for is not one that has stopped.
-            self._sent.job = dataclasses.replace(self._sent.job, last_heartbeat=None)
-        await self.attention.wait(delay_s)
 
     def _has_nothing_new(self) -> bool:
         """Return whether the list says that there is no line but those that were relayed."""

@@ -147,7 +147,10 @@ def test_the_spans_of_a_job_that_succeeded() -> None:
     assert (root.parent_span_id, root.kind, executing.kind) == ("", SpanKind.SERVER, SpanKind.INTERNAL)
     assert (times(root), times(executing)) == ((0, 10), (2, 10))
     assert (root.status, root.status_message) == (StatusCode.UNSET, "")
-    assert root.links == (SpanLink(trace_id="ab" * 16, span_id="cd" * 8, flags=1),)
+    assert root.links == (
+        SpanLink(trace_id="ab" * 16, span_id="cd" * 8, flags=1),
+        SpanLink(trace_id=trace_id("id", "job-1", 1), span_id=span_id("id", "job-1", "run", 1), flags=1),
+    )
     assert root.attributes == {
         "process.command": "python etl.py",
         "cicd.pipeline.action.name": "RUN",

@@ -23,7 +23,7 @@ from tailspan.errors import (
     WaitTimeoutError,
 )
 
-CONTRACT = ["run", "jobs", "logs", "tail", "status", "cancel", "wait", "exec-time", "serve", "agent", "demo"]
+CONTRACT = ["run", "jobs", "logs", "tail", "status", "cancel", "wait", "exec-time", "serve", "agent", "doctor", "demo"]
 OURS = ["run", "jobs", "logs", "tail", "status", "cancel", "wait", "exec-time", "serve", "completion"]
 
 
