@@ -138,7 +138,10 @@ class Following:
 
     async def stop_reading(self) -> None:
         """End all watchers and tailers; what they have read is on its way."""
-        for task in [*self._tasks.values(), *self.tailers.values()]:
+        for task in list(self._tasks.values()):
+            await cancelled(task)
+        # Only now: a watcher that is stopped in the middle of a list still starts the tailers of what it has found.
+        for task in list(self.tailers.values()):
             await cancelled(task)
 
     async def aclose(self) -> None:

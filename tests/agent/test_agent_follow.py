@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncGenerator
 from datetime import UTC, datetime, timedelta
 
 import httpx
@@ -11,6 +12,7 @@ import pytest
 
 from tailspan.errors import CursorExpiredError, JobNotFoundError, ServiceUnavailableError
 from tailspan.identity import span_id, trace_id
+from tailspan.models import ListedJob
 from tailspan_agent.outcome import Delivered
 from tests.fakes.agents import Bench, OddService, looped, until
 from tests.fakes.collector import Collector, Reply, Request
@@ -468,3 +470,26 @@ async def test_a_retry_is_a_new_trace_linked_to_the_one_before(bench: Bench) -> 
     assert runs[second].links == [(first, runs[first].span_id)]
     for span in bench.collector.spans():
         assert span.parent_span_id in ("", runs[span.trace_id].span_id)
+
+
+class _EndlessList(OddService):
+    """A service whose list goes on after its first page without ever getting there."""
+
+    async def list_jobs(self) -> AsyncGenerator[list[ListedJob], None]:
+        """Yield the rows that there are, then nothing more."""
+        async for rows in super().list_jobs():
+            yield rows
+        await asyncio.Event().wait()
+
+
+@looped
+async def test_a_stop_in_the_middle_of_a_list_begins_nothing_new(bench: Bench) -> None:
+    """What a watcher had found is not read by tailers that nobody would drain: their lines would come again."""
+    bench.services["fake"] = service = _EndlessList("fake")
+    service.add_job("j1")
+    service.add_lines("j1", "a", "b")
+    async with bench.running() as agent:
+        await until(lambda: service.list_pages == 1)
+        agent.stop()
+    assert ("read_logs", "j1") not in service.calls
+    assert not agent.tailers

@@ -25,12 +25,10 @@ class Change:
     Attributes:
         name: The row's name.
         act: Changes the configuration, while the jobs write.
-        ends_early: Whether agents end that had lines in flight: those may come again.
     """
 
     name: str
     act: Callable[[World], None]
-    ends_early: bool = False
 
     def scenario(self) -> Scenario:
         """Return the row."""
@@ -49,7 +47,7 @@ class Change:
             self.act(world)
             speak(world)
             row = Row(self.name, [world.finish()])
-        if row.found[0].lines.repeated and not self.ends_early:
+        if row.found[0].lines.repeated:
             row.problems.append(f"{row.found[0].lines.repeated} lines were repeated")
         return row
 

@@ -74,5 +74,5 @@ FAULTS = (
     Change("agent: stopped and continued (SIGSTOP)", stopped),
     Change("agent: no file descriptor left for a while", no_descriptors),
     Change("agent: its directory taken away and put back", state_taken_away),
-    Change("agent: SIGTERM and SIGHUP while it starts", told_at_its_start, ends_early=True),
+    Change("agent: SIGTERM and SIGHUP while it starts", told_at_its_start),
 )
