@@ -11,12 +11,12 @@ import atexit
 import concurrent.futures
 import os
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, aclosing
+from dataclasses import dataclass
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast
 
 import anyio
-from anyio.from_thread import BlockingPortal
 
 __all__ = ["Portal"]
 
@@ -48,17 +48,15 @@ class Portal(Generic[R]):
             os.register_at_fork(after_in_child=self._after_fork)
         atexit.register(self.close)
 
-    def call(self, function: Callable[Concatenate[R, P], Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+    def call(
+        self, function: Callable[Concatenate[R, P], Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
         """Run ``function(resource, ...)`` in the background loop and return its result.
 
         Ctrl-C returns at once: what was begun is cancelled, and not waited for.
         """
         running = self._start()
-
-        async def task() -> T:
-            return await function(running.resource, *args, **kwargs)
-
-        return _result(lambda: running.portal.start_task_soon(task))
+        return _result(lambda: self._begin(running, function(running.resource, *args, **kwargs)))
 
     def iterate(
         self, function: Callable[Concatenate[R, P], AsyncIterator[T]], *args: P.args, **kwargs: P.kwargs
@@ -68,50 +66,66 @@ class Portal(Generic[R]):
         It is never more than one item ahead. All of it runs in one task, so that it may hold cancel scopes.
         """
         running = self._start()
-        portal = running.portal
         send, receive = anyio.create_memory_object_stream[T](0)
 
         async def pump() -> None:
-            async with send, aclosing(cast("Any", function(running.resource, *args, **kwargs))) as items:
+            async with send, receive, aclosing(cast("Any", function(running.resource, *args, **kwargs))) as items:
                 async for item in items:
                     await send.send(item)
 
-        pumping = portal.start_task_soon(pump)
+        pumping = self._begin(running, pump())
         try:
             while True:
                 try:
-                    item = _result(lambda: portal.start_task_soon(receive.receive))
-                except anyio.EndOfStream:
+                    item = _result(lambda: self._begin(running, receive.receive()))
+                except (anyio.EndOfStream, anyio.ClosedResourceError):
                     break
                 yield item
             _result(lambda: pumping)
         finally:
             pumping.cancel()
-            portal.start_task_soon(receive.aclose)
 
     def close(self) -> None:
         """Cancel what runs, exit the resource and end the thread. The next call starts anew."""
         with self._lock:
             running, self._running = self._running, None
+            if running is not None:
+                running.loop.call_soon_threadsafe(running.stop.set)
         if running is not None:
-            running.portal.start_task_soon(running.portal.stop, True)
             running.thread.join(_CLOSE_S)
 
     def _start(self) -> _Running[R]:
         with self._lock:
             if self._running is None:
-                started: concurrent.futures.Future[tuple[BlockingPortal, R]] = concurrent.futures.Future()
-                thread = threading.Thread(target=self._serve, args=(started,), name="tailspan", daemon=True)
-                thread.start()
-                portal, resource = started.result()
-                self._running = _Running(portal, resource, thread)
+                started: concurrent.futures.Future[_Running[R]] = concurrent.futures.Future()
+                threading.Thread(target=self._serve, args=(started,), name="tailspan", daemon=True).start()
+                self._running = started.result()
             return self._running
 
-    def _serve(self, started: concurrent.futures.Future[tuple[BlockingPortal, R]]) -> None:
+    def _begin(self, running: _Running[R], coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        # By one message to the loop, as anyio's portal waits for one more: a quarter of a short request's time.
+        try:
+            if threading.current_thread() is running.thread:
+                raise RuntimeError("a job function was called in the event loop thread that has to answer it")
+            # Messages are taken in order: what is begun before the portal closes is cancelled by that, never forgotten.
+            with self._lock:
+                if self._running is not running:
+                    raise RuntimeError("the portal was closed meanwhile")
+                return asyncio.run_coroutine_threadsafe(coroutine, running.loop)
+        except RuntimeError:
+            coroutine.close()
+            raise
+
+    def _serve(self, started: concurrent.futures.Future[_Running[R]]) -> None:
         async def main() -> None:
-            async with self._resource() as resource, BlockingPortal() as portal:
-                started.set_result((portal, resource))
-                await portal.sleep_until_stopped()
+            async with self._resource() as resource:
+                stop = asyncio.Event()
+                started.set_result(_Running(asyncio.get_running_loop(), resource, threading.current_thread(), stop))
+                await stop.wait()
+                tasks = asyncio.all_tasks() - {asyncio.current_task()}
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
 
         try:
             anyio.run(main)
@@ -128,11 +142,12 @@ class Portal(Generic[R]):
         self._lock = threading.Lock()
 
 
+@dataclass(frozen=True)
 class _Running(Generic[R]):
-    def __init__(self, portal: BlockingPortal, resource: R, thread: threading.Thread) -> None:
-        self.portal = portal
-        self.resource = resource
-        self.thread = thread
+    loop: asyncio.AbstractEventLoop
+    resource: R
+    thread: threading.Thread
+    stop: asyncio.Event
 
 
 def _result(start: Callable[[], concurrent.futures.Future[T]]) -> T:

@@ -102,7 +102,7 @@ class AsyncJobClient:
         messages: list[Message] = []
         async with closing(asked.read_messages(job_id, since_ms)) as pages:
             async for page in pages:
-                messages.extend(page)
+                messages += page
         # Stable: lines of one millisecond keep the service's order.
         messages.sort(key=operator.itemgetter("timestamp"))
         return messages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import multiprocessing
 import os
 import signal
@@ -117,6 +118,35 @@ def test_items_come_one_by_one_and_then_the_error(portal):
         if number == 5:
             break
     assert portal.call(Counter.add, 1) == 1
+
+
+def test_closing_cancels_what_runs_while_the_resource_is_there(portal):
+    """A call in another thread ends at once, and may still use the resource to clean up; an iteration says why."""
+    begun, seen = threading.Event(), []
+
+    async def wait(counter: Counter) -> None:
+        try:
+            begun.set()
+            await anyio.sleep_forever()
+        finally:
+            seen.append(list(portal.exited))
+
+    def call() -> None:
+        try:
+            portal.call(wait)
+        except concurrent.futures.CancelledError:
+            seen.append("cancelled")
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    numbers = portal.iterate(Counter.count, 1000)
+    assert next(numbers) == 0
+    assert begun.wait(30)
+    portal.close()
+    thread.join(30)
+    assert seen == [[], "cancelled"]
+    with pytest.raises(RuntimeError, match="closed meanwhile"):
+        next(numbers)
 
 
 def test_a_call_from_its_own_loop_is_refused(portal):

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 MAX_ELEMENT_BYTES = 64 << 20
 STEP_BYTES = 512 << 10
-_SEARCH_BYTES = 64 << 10
+_SEARCH_BYTES = 8 << 10
 _MAX_CANDIDATES = 16
 # A time that fits into 64 bits of ns: until the year 2262.
 _MAX_MS = 2**63 // NANOS_PER_MS

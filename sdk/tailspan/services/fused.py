@@ -208,8 +208,9 @@ class FusedService:
         async with aclosing(self._elements(job_id, first_ms - 1 if first_ms else None, messages)) as parts:
             async for entries in parts:
                 found = [entry for entry in entries if entry["timestamp"] >= first_ms] if first_ms else entries
+                found.sort(key=_timestamp)
                 if found:
-                    yield sorted(found, key=_timestamp)
+                    yield found
 
     async def log_times_ms(self, job_id: str) -> tuple[int, int] | None:
         """Return the times of the first and the last line in ms since the epoch, or None without lines.

@@ -174,7 +174,7 @@ class LocalService:
     async def log_times_ms(self, job_id: str) -> tuple[int, int] | None:
         """Return the times of the first and the last line; see `tailspan.services.JobService`."""
         with self._translated(job_id):
-            totals = totals_of(self._store.load(job_id))
+            totals = totals_of(self._store.glance(job_id))
         return (totals.first_unix_nano // NANOS_PER_MS, totals.last_unix_nano // NANOS_PER_MS) if totals.lines else None
 
     async def list_jobs(self) -> AsyncIterator[Sequence[ListedJob]]:
