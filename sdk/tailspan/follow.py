@@ -33,8 +33,8 @@ class Follower:
         settle_s: How long after the end lines may still become visible.
         follow_to_end_s: How long after the end to wait for a service that marks the end of the log to mark it; 0 goes
             by settling alone.
-        read_whole: Whether one read that began after the end had settled went from the start to the end of the log:
-            then a second one has nothing more to find.
+        read_whole: Whether one read that began after the end had settled, or after the service had marked the end of
+            the log, went from the start to the end of the log: then a second one has nothing more to find.
     """
 
     poll_min_s: float = 1.0
@@ -89,7 +89,7 @@ class Follower:
             started_s: When the read began; only a read that began after the end can be the last.
             from_start: Whether it began at the start of the log.
         """
-        if from_start and self.state.is_terminal and started_s >= self._settled_at_s:
+        if from_start and self.state.is_terminal and (self._logs_complete or started_s >= self._settled_at_s):
             self.read_whole = True
         if lines:
             self._delay_s = self.poll_min_s

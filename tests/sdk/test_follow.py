@@ -106,6 +106,17 @@ def test_only_a_read_from_the_start_that_began_after_the_end_settled_has_read_al
     assert not follower.read_whole
 
 
+def test_a_marked_end_needs_no_settling_before_a_read_from_the_start_has_read_all():
+    """A service that says that no line will come is read once, however lately the job ended; an open log is not."""
+    for marked in (True, False, None):
+        follower = Follower(settle_s=10)
+        see(follower, job(JobState.SUCCEEDED, ended_ago_s=0, logs_complete=marked), 0)
+        follower.on_read(5, 0)
+        assert not follower.read_whole
+        follower.on_read(5, 0, from_start=True)
+        assert follower.read_whole is (marked is True)
+
+
 def test_a_service_clock_that_is_behind_does_not_skip_settling():
     """An end that the service dates before the job was last seen alive is dated to when it was."""
     follower = Follower()
