@@ -121,6 +121,10 @@ class Fleet:
         done = subprocess.run([TAILSPAN, "jobs", "--json"], env=self.env, capture_output=True, timeout=60, check=True)
         return {row["job_name"]: row["state"] for row in reversed(json.loads(done.stdout))}
 
+    def _told(self) -> set[str]:
+        """Return what came as log records, each by its text up to the first colon."""
+        return {str(record.body).partition(":")[0] for record in self.collector.log_records()}
+
     def metrics(self) -> str:
         """Return what is scraped now; empty while the agent does not serve."""
         request = urllib.request.Request(f"http://{self.address}/metrics")
@@ -142,7 +146,8 @@ class Fleet:
         self.api.add_job("r-2", name="queued", job_status="Pending", submitted_at=submitted)
         self.wait_for(lambda: "tailspan_job_progress_ratio" in self.metrics())
         self.wait_for(lambda: 'tailspan_pipeline_missing{cicd_pipeline_name="nightly"} 1' in self.metrics())
-        self.wait_for(lambda: len(self.collector.log_records()) == 2)  # r-1's line, and that nightly is missing
+        # what is scripted next is for what comes after these two
+        self.wait_for(lambda: {"a line of long ago", "nightly"} <= self._told())
         self.collector.script("logs", Reply(503, retry_after_s=0.1), Reply(400, message="no"))
         self.collector.script("metrics", Reply(503))
         self.api.fault(status_fault(401), times=None)  # not retried, so it is counted at once
