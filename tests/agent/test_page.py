@@ -156,11 +156,13 @@ async def test_a_failed_job_says_why_on_top_and_its_log_can_be_searched(bench):
     lines = [f"INFO step {number}" for number in range(1, 1200)]
     trace = ["Traceback (most recent call last):", '  File "a.py", line 1, in <module>', "    boom()", "ValueError: no"]
     ended(bench, "sad", *lines, "ERROR it broke", *trace, state=JobState.FAILED, exit_code=3)
+    ended(bench, "traced", "fine", *trace, state=JobState.FAILED)
     async with looking(bench) as (_, client):
-        await relayed(bench, "sad")
+        await relayed(bench, "sad", "traced")
         page = (await job_page(client, "sad")).text
         found = (await job_page(client, "sad", q="STEP 7")).text
         jump = await job_page(client, "sad", jump="error")
+        traced = await job_page(client, "traced", jump="error")
         window = (await job_page(client, "sad", **{"from": 500})).text
         last = (await job_page(client, "sad", **{"from": 99999})).text
     assert page.index("ValueError: no") < page.index('id="log"')
@@ -170,6 +172,7 @@ async def test_a_failed_job_says_why_on_top_and_its_log_can_be_searched(bench):
     assert found.count('class="text"') == 1 + 10 + 100
     assert 'id="L7"' in found
     assert jump.headers["location"].endswith("from=1180#L1200")
+    assert traced.headers["location"].endswith("from=1#L2")
     assert window.count('class="text"') == 500
     assert ('id="L500"' in window, 'id="L999"' in window, 'id="L1000"' in window) == (True, True, False)
     assert "Earlier lines" in window
@@ -242,9 +245,13 @@ async def test_a_running_job_is_followed_live_to_its_end(bench):
         assert html.unescape(re.findall(r'data-events="([^"]+)"', page)[0]) == path
         async with client.stream("GET", path) as answer:
             lines = answer.aiter_lines()
-            assert "first" in (await next_event(lines, "reset"))["html"]
+            first = (await next_event(lines, "reset"))["html"]
+            assert "first" in first
+            assert 'id="L1"' in first
             bench.fake.add_lines("live", "second <b>")
-            assert "second &lt;b&gt;" in (await next_event(lines, "lines"))["html"]
+            second = (await next_event(lines, "lines"))["html"]
+            assert "second &lt;b&gt;" in second
+            assert 'id="L2"' in second
             bench.fake.set_state("live", JobState.SUCCEEDED)
             while not (await next_event(lines, "head"))["ended"]:
                 pass

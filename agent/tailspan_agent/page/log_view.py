@@ -11,7 +11,7 @@ import asyncio
 import bisect
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import cast
@@ -27,11 +27,13 @@ __all__ = ["WINDOW_LINES", "LogLine", "LogReader", "Window"]
 
 WINDOW_LINES = 500
 _SCAN_S = 2.0
+_COUNTED_LINES = 200_000
 _MARKED_JOBS = 32
 _MARKS = 1024
 _MOST_MATCHES = 500
 _MAX_SHOWN_CHARS = 4000
 _ERROR_NUMBER = 17
+_TRACEBACK = "Traceback (most recent call last):"
 _READERS = 4
 _TAIL_MS = (5_000, 60_000, 3_600_000)
 
@@ -66,6 +68,7 @@ class Window:
         reached: How many lines of the log were looked at, from its start, when the time for it was over; None when
             all that was asked for was.
         cursor: Where the last page of lines ended.
+        counted: How many lines the log has up to there; None where they were not counted.
     """
 
     lines: list[LogLine] = field(default_factory=list)
@@ -73,6 +76,7 @@ class Window:
     after: bool = False
     reached: int | None = None
     cursor: bytes | None = None
+    counted: int | None = None
 
 
 class LogReader:
@@ -113,15 +117,22 @@ class LogReader:
                     return found
         return found
 
-    async def tail(self, service: JobService, job_id: str, last_line_ns: int | None, lines: int = 200) -> Window:
-        """Return the last lines without their numbers, and where to go on; reads only the end of the log.
+    async def tail(
+        self, service: JobService, job_id: str, *, known_lines: int, last_line_ns: int | None, lines: int = 200
+    ) -> Window:
+        """Return the last lines, and where to go on; of a long log only its end is read, and they have no numbers.
 
         Args:
             service: The job's service.
             job_id: The job.
+            known_lines: About how many lines the log has.
             last_line_ns: About when the newest line was written, in ns since the epoch; None: nobody knows.
             lines: How many.
         """
+        if known_lines <= _COUNTED_LINES:
+            found = await self._counted_tail(service, job_id, lines)
+            if found is not None:
+                return found
         found = Window()
         for back_ms in (*_TAIL_MS, None) if last_line_ns is not None else (None,):
             since_ms = None if back_ms is None else (last_line_ns or 0) // NANOS_PER_MS - back_ms
@@ -129,8 +140,7 @@ class LogReader:
             deadline_s = time.monotonic() + _SCAN_S
             async with self._readers, aclosing(_read(service, job_id, since_ms=since_ms)) as pages:
                 async for page in pages:
-                    for position in range(max(0, len(page.lines) - lines), len(page.lines)):
-                        last.append(self._line(page, position, None))
+                    last.extend(self._last_lines(page, None, lines))
                     found.cursor = page.cursor
                     await asyncio.sleep(0)
                     if time.monotonic() > deadline_s:
@@ -141,18 +151,37 @@ class LogReader:
         found.before = len(found.lines) >= lines
         return found
 
-    async def after(self, service: JobService, job_id: str, cursor: bytes | None, lines: int = 500) -> Window:
-        """Return what came after a cursor: of more than `lines` the last ones."""
-        found = Window(cursor=cursor)
+    async def _counted_tail(self, service: JobService, job_id: str, lines: int) -> Window | None:
+        """Return the last lines with their numbers; None when there was no time to count them."""
         last: deque[LogLine] = deque(maxlen=lines)
-        async with self._readers, aclosing(_read(service, job_id, cursor)) as pages:
+        found = Window(counted=0)
+        async with aclosing(self._pages(service, job_id, 1)) as pages:
+            async for done, page, late in pages:
+                if late:
+                    return None
+                last.extend(self._last_lines(page, done, lines))
+                found.cursor, found.counted = page.cursor, done + len(page.lines)
+        found.lines, found.before = list(last), (found.counted or 0) > len(last)
+        return found
+
+    async def after(self, service: JobService, job_id: str, seen: Window, lines: int = 500) -> Window:
+        """Return what came after a window that `tail` or this returned: of more than `lines` the last ones."""
+        found = Window(cursor=seen.cursor, counted=seen.counted)
+        last: deque[LogLine] = deque(maxlen=lines)
+        async with self._readers, aclosing(_read(service, job_id, seen.cursor)) as pages:
             async for page in pages:
-                for position in range(max(0, len(page.lines) - lines), len(page.lines)):
-                    last.append(self._line(page, position, None))
+                last.extend(self._last_lines(page, found.counted, lines))
                 found.cursor = page.cursor
+                if found.counted is not None:
+                    found.counted += len(page.lines)
                 await asyncio.sleep(0)
         found.lines = list(last)
         return found
+
+    def _last_lines(self, page: LogPage, done: int | None, most: int) -> Iterator[LogLine]:
+        """Yield the last lines of a page; `done` is how many lines stand before it, if that is known."""
+        for position in range(max(0, len(page.lines) - most), len(page.lines)):
+            yield self._line(page, position, None if done is None else done + position + 1)
 
     async def search(self, service: JobService, job_id: str, text: str, first: int = 1) -> Window:
         """Return the lines that contain a text, in any case, as they are shown: a secret cannot be searched for.
@@ -167,7 +196,7 @@ class LogReader:
         return await self._select(service, job_id, first, lambda line: wanted in line.text.lower(), _MOST_MATCHES)
 
     async def first_error(self, service: JobService, job_id: str, first: int = 1) -> Window:
-        """Return the first line that says of itself that it is an error, from a number on; none if there is none."""
+        """Return the first line that is an error by its own level, or begins a traceback, from a number on."""
         return await self._select(service, job_id, first, lambda line: line.level == "error", 1)
 
     async def _select(
@@ -227,6 +256,8 @@ class LogReader:
     def _line(self, page: LogPage, position: int, number: int | None) -> LogLine:
         text = self._redact(clean(page.lines[position]))
         severity = SEVERITIES[find_severity(text.encode(errors="replace"))].number
+        if text.lstrip().startswith(_TRACEBACK):
+            severity = _ERROR_NUMBER  # it has no level of its own, and is what people look for
         time_unix_nano, stream = _origin(page, position)
         if len(text) > _MAX_SHOWN_CHARS:
             text = f"{text[:_MAX_SHOWN_CHARS]} … ({len(text) - _MAX_SHOWN_CHARS:,} more characters)"

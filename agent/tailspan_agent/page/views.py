@@ -198,7 +198,16 @@ class Page:
             return await self._logs.window(service, job_id, first)
         if view.facts is not None and view.facts.lines <= WINDOW_LINES:
             return await self._logs.window(service, job_id, 1, 2 * WINDOW_LINES)
-        return await self._logs.tail(service, job_id, view.facts.last_line_ns if view.facts else None)
+        return await self._tail(view)
+
+    async def _tail(self, view: JobView) -> Window:
+        facts = view.facts
+        return await self._logs.tail(
+            view.service,
+            view.status.job_id,
+            known_lines=facts.lines if facts else 0,
+            last_line_ns=facts.last_line_ns if facts else None,
+        )
 
     async def _jump(self, view: JobView, first: int) -> Response:
         """Go to the first line that is an error, or on from where the search for one had to stop."""
@@ -212,7 +221,12 @@ class Page:
             return RedirectResponse(f"{path(**{'from': max(1, number - 20)})}#L{number}", 303)
         if found.reached is not None:
             return RedirectResponse(path(**{"from": found.reached + 1, "jump": "error"}), 303)
-        return self._error(404, "No error in this log", "No line says of itself that it is an error.", back=path())
+        return self._error(
+            404,
+            "No error in this log",
+            "No line says of itself that it is an error, and there is no traceback.",
+            back=path(),
+        )
 
     async def _job_events(self, request: Request) -> Response:
         try:
@@ -222,19 +236,18 @@ class Page:
         service, job_id = view.service, view.status.job_id
 
         async def events() -> AsyncIterator[str]:
-            last_ns = view.facts.last_line_ns if view.facts else None
-            window = await self._logs.tail(service, job_id, last_ns)
-            yield event("reset", {"html": self._render("_lines.html", lines=window.lines, path=None)})
-            cursor, head = window.cursor, ""
+            path = partial(job_path, service.name, job_id)
+            window = await self._tail(view)
+            yield event("reset", {"html": self._render("_lines.html", lines=window.lines, path=path)})
+            head = ""
             while True:
-                with contextlib.suppress(ServiceError, TimeoutError):
+                with contextlib.suppress(TailspanError, TimeoutError):
                     async with asyncio.timeout(_ASK_S):
                         now = await view_of(self._shown, service, job_id, timeout_s=_ASK_S)
-                        window = await self._logs.after(service, job_id, cursor)
-                    cursor = window.cursor
+                        window = await self._logs.after(service, job_id, window)
                     new_head = self._render("_job_head.html", view=now)
                     if window.lines:
-                        yield event("lines", {"html": self._render("_lines.html", lines=window.lines, path=None)})
+                        yield event("lines", {"html": self._render("_lines.html", lines=window.lines, path=path)})
                     if new_head != head:
                         yield event("head", {"html": new_head, "ended": now.status.state.is_terminal})
                         head = new_head
