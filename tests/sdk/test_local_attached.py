@@ -48,7 +48,10 @@ def runner(local):
 
     def start(*command: str, **options: object) -> subprocess.Popen[bytes]:
         options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+        # Whoever runs the tests under nohup must not have SIGHUP ignored in what they start.
+        hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
         process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(local.state_dir), *command], **options)
+        signal.signal(signal.SIGHUP, hangup)
         started.append(process)
         return process
 
