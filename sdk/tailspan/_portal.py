@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
+import contextlib
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -112,8 +113,10 @@ class Portal(Generic[R]):
                 if self._running is not running:
                     raise RuntimeError("the portal was closed meanwhile")
                 return asyncio.run_coroutine_threadsafe(coroutine, running.loop)
-        except RuntimeError:
-            coroutine.close()
+        except BaseException:
+            # Ctrl-C too: a coroutine that nobody awaits is complained of when the program ends.
+            with contextlib.suppress(RuntimeError, ValueError):
+                coroutine.close()
             raise
 
     def _serve(self, started: concurrent.futures.Future[_Running[R]]) -> None:
