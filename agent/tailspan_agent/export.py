@@ -15,19 +15,18 @@ import asyncio
 import gzip
 import ssl
 import zlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
+from contextlib import aclosing
 from datetime import UTC, datetime
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-import httpx
-
 from tailspan.config import FilesSettings, SignalSettings
 from tailspan.errors import ConfigError
+from tailspan.http_client import BROKEN, FAULTY, TOO_SLOW, HttpClient, default_tls
 from tailspan_agent.outcome import (
     Delivered,
     EndpointFault,
@@ -52,13 +51,13 @@ __all__ = [
     "public_url",
     "read_pem",
     "scrub",
-    "user_agent",
 ]
 
 _MAX_ANSWER_BYTES = 256 << 10
 _THREAD_FROM_BYTES = 64 << 10
-_SLICE_BYTES = 1 << 20
 _SECRET_CHARS = 6
+_KEEP_ALIVE_S = 30.0
+_MAX_IDLE = 32
 
 
 class Exporter(Protocol):
@@ -122,20 +121,21 @@ class HttpExporter:
     def __init__(self, signal: str, url: str, settings: SignalSettings) -> None:
         self.endpoint = public_url(url)
         self._signal = signal
-        self._url = url
         self._timeout_s = settings.timeout
         self._compress = _compressor(settings.compression)
         custom = header_values(settings)
         self._secrets = list(custom.values())
-        headers = {"User-Agent": user_agent(), "Content-Type": "application/x-protobuf", "Accept-Encoding": "gzip"}
+        headers = {"Content-Type": "application/x-protobuf"}
         if settings.compression != "none":
             headers["Content-Encoding"] = settings.compression
-        self._client = httpx.AsyncClient(
+        self._client = HttpClient(
+            url,
+            key="otlp.endpoint",
             headers={**headers, **custom},
-            verify=_tls_context(settings, url),
-            timeout=settings.timeout,
-            follow_redirects=False,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=32, keepalive_expiry=30.0),
+            timeout_s=settings.timeout,
+            tls=_tls_context(settings, url),
+            keep_alive_s=_KEEP_ALIVE_S,
+            max_idle=_MAX_IDLE,
         )
 
     async def export(self, payload: bytes, count: int) -> Outcome:
@@ -147,10 +147,10 @@ class HttpExporter:
         else:
             content = self._compress(payload)
         try:
-            # httpx bounds each read; an endpoint that drips its answer would stay within that for ever.
+            # The client bounds each read; an endpoint that drips its answer would stay within that for ever.
             async with asyncio.timeout(self._timeout_s):
                 status, headers, body = await self._post(content)
-        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, OSError) as error:
+        except (*BROKEN, TimeoutError, OSError) as error:
             return self._failed(error)
         outcome = classify_http(self._signal, status, headers, body, count, datetime.now(UTC))
         return scrub(outcome, self._secrets)
@@ -159,39 +159,28 @@ class HttpExporter:
         """See `Exporter.aclose`."""
         await self._client.aclose()
 
-    async def _post(self, content: bytes) -> tuple[int, httpx.Headers, bytes]:
-        length = {"Content-Length": str(len(content))}
-        async with self._client.stream("POST", self._url, content=_slices(content), headers=length) as response:
-            body = bytearray()
-            unpack = _unpacker(response.headers.get("content-encoding", ""))
-            try:
-                async for chunk in response.aiter_raw():
-                    body += unpack(chunk)
+    async def _post(self, content: bytes) -> tuple[int, dict[str, str], bytes]:
+        reply = await self._client.send("POST", content=content)
+        body = bytearray()
+        try:
+            async with aclosing(reply.pieces()) as pieces:
+                async for piece in pieces:
+                    body += piece
                     if len(body) > _MAX_ANSWER_BYTES:
                         break
-            except zlib.error:
-                # The status is the answer; a body that cannot be unpacked only fails to explain it.
-                body += b"(a body that its Content-Encoding does not fit)"
-            return response.status_code, response.headers, bytes(body)
+        except zlib.error:
+            # The status is the answer; a body that cannot be unpacked only fails to explain it.
+            body += b"(a body that its Content-Encoding does not fit)"
+        finally:
+            await reply.aclose()
+        return reply.status, reply.headers, bytes(body)
 
     def _failed(self, error: Exception) -> Outcome:
         reason = f"{self.endpoint}: {str(error) or type(error).__name__}"
-        if isinstance(error, TimeoutError | httpx.TimeoutException):
+        if isinstance(error, TimeoutError | TOO_SLOW):
             reason = f"{self.endpoint}: no answer within {self._timeout_s:g} s"
-        ours = isinstance(error, httpx.UnsupportedProtocol | httpx.LocalProtocolError | httpx.InvalidURL)
-        fault = ours or _is_tls_fault(error)
+        fault = isinstance(error, FAULTY) or _is_tls_fault(error)
         return scrub(EndpointFault(reason) if fault else Retry(reason), self._secrets)
-
-
-async def _slices(content: bytes) -> AsyncIterator[Any]:
-    """Yield the content in parts: asyncio copies what the socket does not take at once.
-
-    It also lets go of the content when all is sent: httpx's responses are part of reference cycles, and with them lives
-    whatever their requests hold.
-    """
-    view = memoryview(content)
-    for start in range(0, len(content), _SLICE_BYTES):
-        yield view[start : start + _SLICE_BYTES]
 
 
 def header_values(settings: SignalSettings) -> dict[str, str]:
@@ -203,11 +192,6 @@ def public_url(url: str) -> str:
     """Return the URL without user, password, query and fragment."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-
-
-def user_agent() -> str:
-    """Return what the agent calls itself to endpoints."""
-    return f"tailspan/{version('tailspan')}"
 
 
 def scrub(outcome: Outcome, secrets: list[str]) -> Outcome:
@@ -243,16 +227,14 @@ def read_pem(path: Path, key: str) -> bytes:
         raise ConfigError(f"otlp.{key}: cannot read {path}: {error.strerror}", key=f"otlp.{key}") from error
 
 
-@cache
-def _default_tls_context() -> ssl.SSLContext:
-    # Reading the system's authorities takes 50 ms: once for all signals.
-    return httpx.create_ssl_context()
+# Reading the authorities takes 50 ms: once for all signals.
+_default_tls_context = cache(default_tls)
 
 
-def _tls_context(settings: SignalSettings, url: str) -> ssl.SSLContext:
+def _tls_context(settings: SignalSettings, url: str) -> ssl.SSLContext | None:
     if settings.ca_file is None and settings.client_cert is None:
         if urlsplit(url).scheme == "http" and not getproxies():
-            return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody, and nobody is asked
+            return None  # nobody is asked
         return _default_tls_context()
     if settings.ca_file is not None:
         read_pem(settings.ca_file, "ca_file")
@@ -286,14 +268,6 @@ def _is_tls_fault(error: BaseException) -> bool:
             return True
         cause = cause.__cause__ or cause.__context__
     return False
-
-
-def _unpacker(encoding: str) -> Callable[[bytes], bytes]:
-    """Return what unpacks an answer piece by piece; of a piece that grows a thousandfold only the beginning."""
-    if encoding.strip().lower() in ("", "identity"):
-        return bytes
-    unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # gzip or zlib, as its first bytes say
-    return lambda chunk: unpacker.decompress(chunk, _MAX_ANSWER_BYTES + 1)
 
 
 def _compressor(compression: str) -> Callable[[bytes], bytes] | None:

@@ -11,7 +11,8 @@ import grpc.aio
 
 from tailspan.config import SignalSettings
 from tailspan.errors import ConfigError
-from tailspan_agent.export import header_values, public_url, read_pem, scrub, user_agent
+from tailspan.http_client import user_agent
+from tailspan_agent.export import header_values, public_url, read_pem, scrub
 from tailspan_agent.otlp_request import SIGNALS
 from tailspan_agent.outcome import EndpointFault, Outcome, classify_grpc, classify_success
 

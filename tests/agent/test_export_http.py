@@ -13,7 +13,8 @@ import pytest
 from pydantic import SecretStr
 
 from tailspan.errors import ConfigError
-from tailspan_agent.export import HttpExporter, user_agent
+from tailspan.http_client import user_agent
+from tailspan_agent.export import HttpExporter
 from tailspan_agent.outcome import Delivered, EndpointFault, Outcome, Rejected, Retry, TooLarge
 from tests.agent.otlp_samples import exporter_to, logs_payload, payload_of
 from tests.fakes.collector import Collector, Reply, success_body
@@ -145,11 +146,12 @@ def test_name_that_does_not_resolve_is_retried() -> None:
     assert isinstance(outcome, Retry)
 
 
-@pytest.mark.parametrize("url", ["ftp://127.0.0.1/v1/logs", "http:///v1/logs"])
-def test_address_that_is_none_is_an_endpoint_fault(url: str) -> None:
+@pytest.mark.parametrize("url", ["ftp://127.0.0.1/v1/logs", "http:///v1/logs", f"http://{'a' * 64}.test/v1/logs"])
+def test_address_that_is_none_names_its_key(url: str) -> None:
     """Nothing to wait for, and nothing to crash over."""
-    (outcome,) = export(url)
-    assert isinstance(outcome, EndpointFault)
+    with pytest.raises(ConfigError, match="cannot be used as a URL") as caught:
+        export(url)
+    assert caught.value.key == "otlp.endpoint"
 
 
 def test_endless_body_is_not_read_to_its_end(collector: Collector) -> None:

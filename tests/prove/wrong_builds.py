@@ -73,8 +73,8 @@ BUILDS = (
         Mutant(
             "takes a timeout for an ack",
             "tailspan_agent/export.py",
-            "        if isinstance(error, TimeoutError | httpx.TimeoutException):\n",
-            "        if isinstance(error, TimeoutError | httpx.TimeoutException):\n            return Delivered()\n",
+            "        if isinstance(error, TimeoutError | TOO_SLOW):\n",
+            "        if isinstance(error, TimeoutError | TOO_SLOW):\n            return Delivered()\n",
         ),
         "hang",
         "missing",

@@ -5,16 +5,16 @@ from __future__ import annotations
 import random
 import ssl
 import time
+import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
+from urllib.parse import urlencode
 
 import anyio
 import anyio.lowlevel
-import httpx
 
 from tailspan.backoff import backoff_s, parse_retry_after_s
 from tailspan.errors import (
@@ -26,6 +26,7 @@ from tailspan.errors import (
     ServiceError,
     ServiceUnavailableError,
 )
+from tailspan.http_client import BROKEN, NEVER_SENT, TOO_SLOW, HttpClient, Reply, default_tls
 from tailspan.services._fused_auth import Authorization, Credentials
 from tailspan.services._fused_wire import error_text
 
@@ -35,9 +36,7 @@ _RETRY_FOR_S = 5.0
 _MAX_REPLY_BYTES = 64 << 20
 _MAX_ERROR_BYTES = 64 << 10
 _KEEP_ALIVE_S = 90.0
-# What a server says of a missing client certificate comes while its answer is read, and past httpx.
-_BROKEN = (httpx.TransportError, ssl.SSLError)
-_NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
+_MAX_IDLE = 20
 
 
 class Pace:
@@ -120,7 +119,7 @@ class FusedHttp:
         self._timeout_s = timeout_s
         self._tls_files = tls
         self._pace = Pace(requests_per_second)
-        self._client: httpx.AsyncClient | None = None
+        self._client: HttpClient | None = None
         self._client_loop: object = None
 
     async def get(self, path: str, params: Mapping[str, int] | None = None, *, job_id: str | None = None) -> bytes:
@@ -151,7 +150,7 @@ class FusedHttp:
             try:
                 return await self._whole("POST", path, None, job_id)
             except ServiceUnavailableError as error:
-                if not isinstance(error.__cause__, _NEVER_SENT):
+                if not isinstance(error.__cause__, NEVER_SENT):
                     raise
                 await retries.wait(error)
 
@@ -162,7 +161,7 @@ class FusedHttp:
         """Open a reply of any size; gives its body in pieces. One try."""
         async with (
             self._reply("GET", path, params, job_id) as response,
-            aclosing(self._pieces(response, path, job_id)) as pieces,
+            aclosing(self._pieces(response, "GET", path, job_id)) as pieces,
         ):
             yield pieces
 
@@ -175,11 +174,11 @@ class FusedHttp:
     async def _whole(self, method: str, path: str, params: Mapping[str, int] | None, job_id: str | None) -> bytes:
         await self._pace.wait()
         try:
-            # httpx limits each step; a server that sends a byte now and then would never reach that.
+            # The client limits each step; a server that sends a byte now and then would never reach that.
             with anyio.fail_after(2 * self._timeout_s):
                 async with self._reply(method, path, params, job_id, paced=True) as response:
                     body = bytearray()
-                    async for piece in self._pieces(response, path, job_id):
+                    async for piece in self._pieces(response, method, path, job_id):
                         body += piece
                         if len(body) > _MAX_REPLY_BYTES:
                             raise ProtocolError(
@@ -196,7 +195,7 @@ class FusedHttp:
     @asynccontextmanager
     async def _reply(
         self, method: str, path: str, params: Mapping[str, int] | None, job_id: str | None, *, paced: bool = False
-    ) -> AsyncIterator[httpx.Response]:
+    ) -> AsyncIterator[Reply]:
         """Send a request and give the answer if it is one; else raise what it means. Renews credentials once."""
         if not paced:
             await self._pace.wait()
@@ -204,7 +203,7 @@ class FusedHttp:
         authorization = await self._credentials.authorization()
         response = await self._send(client, method, path, params, job_id, authorization)
         try:
-            if response.status_code == 401:
+            if response.status == 401:
                 renewed = await self._credentials.renew(authorization)
                 if renewed is not None:
                     await response.aclose()
@@ -218,49 +217,42 @@ class FusedHttp:
 
     async def _send(
         self,
-        client: httpx.AsyncClient,
+        client: HttpClient,
         method: str,
         path: str,
         params: Mapping[str, int] | None,
         job_id: str | None,
         authorization: Authorization,
-    ) -> httpx.Response:
+    ) -> Reply:
         headers = {"Authorization": authorization.value} if authorization.value else {}
         try:
-            request = client.build_request(method, self._base_url + path, params=params, headers=headers)
-            return await client.send(request, stream=True)
-        except _BROKEN as error:
+            return await client.send(method, path, urlencode(params or {}), headers=headers)
+        except BROKEN as error:
             raise self._unavailable(f"{method} {self._base_url}{path}: {self._reason(error)}", job_id) from error
-        except (httpx.InvalidURL, UnicodeError):
-            raise ConfigError(
-                f"services.{self._service}.base_url {self._base_url} cannot be used as a URL",
-                key=f"services.{self._service}.base_url",
-                service=self._service,
-            ) from None
 
-    async def _pieces(self, response: httpx.Response, path: str, job_id: str | None) -> AsyncGenerator[bytes, None]:
+    async def _pieces(self, response: Reply, method: str, path: str, job_id: str | None) -> AsyncGenerator[bytes, None]:
         try:
-            async with aclosing(_raw(response)) as pieces:
+            async with aclosing(response.pieces()) as pieces:
                 async for piece in pieces:
                     yield piece
-        except _BROKEN as error:
-            text = f"{response.request.method} {path}: the reply broke off: {self._reason(error)}"
+        except BROKEN as error:
+            text = f"{method} {path}: the reply broke off: {self._reason(error)}"
             raise self._unavailable(text, job_id) from error
-        except httpx.DecodingError:
+        except zlib.error:
             raise ProtocolError(
-                f"{response.request.method} {path}: the reply's compression is damaged",
+                f"{method} {path}: the reply's compression is damaged",
                 service=self._service,
                 job_id=job_id,
             ) from None
 
     async def _error(
-        self, response: httpx.Response, method: str, path: str, job_id: str | None, authorization: Authorization
+        self, response: Reply, method: str, path: str, job_id: str | None, authorization: Authorization
     ) -> ServiceError:
         """Return what an answer that is not a success means, in the server's own words if it has any."""
-        code = response.status_code
+        code = response.status
         told = await self._told(response, authorization)
-        text = f"{method} {path}: {code} {response.reason_phrase}".rstrip() + (f": {told}" if told else "")
-        html = "html" in response.headers.get("Content-Type", "")
+        text = f"{method} {path}: {code} {response.reason}".rstrip() + (f": {told}" if told else "")
+        html = "html" in response.headers.get("content-type", "")
         if code in (401, 403):
             hint = f"; the token came from {authorization.source}" if authorization.value else "; none was sent"
             return AuthError(text + hint, service=self._service, job_id=job_id)
@@ -274,19 +266,19 @@ class FusedHttp:
             shown = f"service {self._service} knows no job {job_id}"
             return JobNotFoundError(f"{shown}: {told}" if told else shown, service=self._service, job_id=job_id)
         if code in (408, 429) or code >= 500:
-            after_s = parse_retry_after_s(response.headers.get("Retry-After"), datetime.now(UTC))
+            after_s = parse_retry_after_s(response.headers.get("retry-after"), datetime.now(UTC))
             return self._unavailable(text, job_id, after_s)
         return RequestRejectedError(text, status_code=code, service=self._service, job_id=job_id)
 
-    async def _told(self, response: httpx.Response, authorization: Authorization) -> str:
+    async def _told(self, response: Reply, authorization: Authorization) -> str:
         body = b""
         try:
-            async with aclosing(_raw(response)) as pieces:
+            async with aclosing(response.pieces()) as pieces:
                 async for piece in pieces:
                     body += piece
                     if len(body) > _MAX_ERROR_BYTES:
                         break
-        except (*_BROKEN, httpx.DecodingError):
+        except (*BROKEN, zlib.error):
             # The status alone says enough.
             return ""
         told = error_text(body)
@@ -299,8 +291,8 @@ class FusedHttp:
         return ServiceUnavailableError(text, retry_after_s=retry_after_s, service=self._service, job_id=job_id)
 
     def _reason(self, error: Exception) -> str:
-        if isinstance(error, httpx.TimeoutException):
-            what = "no connection" if isinstance(error, httpx.ConnectTimeout) else "no answer"
+        if isinstance(error, TOO_SLOW):
+            what = "no connection" if isinstance(error, NEVER_SENT) else "no answer"
             return f"{what} within {self._timeout_s:g} s"
         text = str(error) or type(error).__name__
         if "CERTIFICATE_VERIFY_FAILED" in text:
@@ -309,31 +301,29 @@ class FusedHttp:
             text += f"; set services.{self._service}.client_cert"
         return text
 
-    def _open_client(self) -> httpx.AsyncClient:
+    def _open_client(self) -> HttpClient:
         # Connections belong to an event loop: a service object that outlives one starts anew in the next.
         loop = anyio.lowlevel.current_token()
         if self._client is None or self._client_loop != loop:
-            self._client = httpx.AsyncClient(
-                timeout=httpx.Timeout(self._timeout_s, pool=None),
-                # No limit: a reply that is read slowly holds its connection, and others must not wait for that.
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=20, keepalive_expiry=_KEEP_ALIVE_S),
-                verify=self._tls(),
-                headers={
-                    "User-Agent": f"tailspan/{version('tailspan')}",
-                    "X-Fused-Cache-Disable": "true",
-                    "Accept": "application/json",
-                },
+            self._client = HttpClient(
+                self._base_url,
+                key=f"services.{self._service}.base_url",
+                headers={"X-Fused-Cache-Disable": "true", "Accept": "application/json"},
+                timeout_s=self._timeout_s,
+                tls=self._tls(),
+                keep_alive_s=_KEEP_ALIVE_S,
+                max_idle=_MAX_IDLE,
             )
             self._client_loop = loop
         return self._client
 
-    def _tls(self) -> ssl.SSLContext | bool:
+    def _tls(self) -> ssl.SSLContext | None:
         if self._base_url.startswith("http:"):
-            # Never used then, and loading the authorities would take longer than the first request.
-            return False
+            # Loading the authorities would take longer than the first request.
+            return None
         ca_file, client_cert, client_key = self._tls_files
         if ca_file is None and client_cert is None:
-            return True
+            return default_tls()
         key, path = "ca_file", ca_file
         try:
             context = ssl.create_default_context(cafile=ca_file and ca_file.expanduser())
@@ -345,8 +335,3 @@ class FusedHttp:
             key = f"services.{self._service}.{key}"
             raise ConfigError(f"{key} {path} cannot be used: {error}", key=key) from None
         return context
-
-
-def _raw(response: httpx.Response) -> AsyncGenerator[bytes, None]:
-    # It is a generator, though declared as an iterator; one that is not closed ends whenever the garbage goes.
-    return cast("AsyncGenerator[bytes, None]", response.aiter_bytes())
