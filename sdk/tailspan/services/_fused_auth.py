@@ -9,19 +9,19 @@ Source: ``fused`` 2.9.5, ``_auth.py`` and ``_options.py``.
 from __future__ import annotations
 
 import os
-import ssl
 import tempfile
+import zlib
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import anyio
-import httpx
 import msgspec
 
 from tailspan.errors import AuthError, ServiceUnavailableError
+from tailspan.http_client import BROKEN, HttpClient, default_tls
 from tailspan.services._fused_wire import error_text, is_loopback
 
 __all__ = ["DEFAULT_SCHEME", "Authorization", "Credentials"]
@@ -32,6 +32,8 @@ _ENV_SCHEMES = ("Fused-Rtenv-Bearer", "Fused-Env-Bearer", "Fused-Service-Token")
 _LOGIN_FILE = "~/.fused/credentials"
 _OAUTH_URL = "https://dev-tjcykxcetrz6bps6.us.auth0.com/oauth/token"
 _OAUTH_CLIENT_ID = "OK8Yjyl2vJoJP4QNescjImHNkdMK8f2k"
+_OAUTH_TIMEOUT_S = 5.0
+_MAX_OAUTH_BYTES = 1 << 20
 # A token that ends while the request is on its way would be refused.
 _LEEWAY = timedelta(seconds=30)
 
@@ -197,33 +199,50 @@ class Credentials:
             return renewed
 
     async def _ask_for_token(self, refresh_token: str) -> dict[str, Any]:
-        body = {"client_id": _OAUTH_CLIENT_ID, "grant_type": "refresh_token", "refresh_token": refresh_token}
+        asked = {"client_id": _OAUTH_CLIENT_ID, "grant_type": "refresh_token", "refresh_token": refresh_token}
+        # Not the job API's client: that one may trust a private authority only.
+        client = HttpClient(
+            self._oauth_url,
+            key=f"services.{self._service}.oauth_url",
+            headers={"Content-Type": "application/json"},
+            timeout_s=_OAUTH_TIMEOUT_S,
+            tls=default_tls() if self._oauth_url.startswith("https:") else None,
+            keep_alive_s=0.0,
+            max_idle=0,
+        )
+        body = bytearray()
         try:
-            # Not the job API's client: that one may trust a private authority only.
-            async with httpx.AsyncClient() as client:
-                response = await client.post(self._oauth_url, json=body)
-        except (httpx.TransportError, ssl.SSLError) as error:
+            reply = await client.send("POST", content=msgspec.json.encode(asked))
+            async with aclosing(reply.pieces()) as pieces:
+                async for piece in pieces:
+                    body += piece
+                    if len(body) > _MAX_OAUTH_BYTES:
+                        break
+            await reply.aclose()
+        except (*BROKEN, zlib.error) as error:
             raise ServiceUnavailableError(
                 f"the login in {self._login_file} has expired and {self._oauth_url} cannot be reached to renew it: "
                 f"{type(error).__name__}",
                 service=self._service,
             ) from None
-        if response.status_code == 429 or response.status_code >= 500:
+        finally:
+            await client.aclose()
+        if reply.status == 429 or reply.status >= 500:
             raise ServiceUnavailableError(
                 f"the login in {self._login_file} has expired and {self._oauth_url} cannot renew it now "
-                f"({response.status_code})",
+                f"({reply.status})",
                 service=self._service,
             )
         try:
-            reply: Any = response.json() if response.is_success else None
-            token, lifetime_s = reply["access_token"], float(reply["expires_in"])
-        except (ValueError, KeyError, TypeError):
-            text = error_text(response.content) or f"status {response.status_code}"
+            told: Any = msgspec.json.decode(body) if reply.is_success else None
+            token, lifetime_s = told["access_token"], float(told["expires_in"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            text = error_text(bytes(body)) or f"status {reply.status}"
             raise self._login_is_over(text.replace(refresh_token, "***")) from None
         if not isinstance(token, str):
             raise self._login_is_over("the reply has no token")
         expires_at = datetime.now(UTC) + timedelta(seconds=lifetime_s - 1)
-        return {**reply, "expires_at": expires_at.isoformat()}
+        return {**told, "expires_at": expires_at.isoformat()}
 
     def _login_is_over(self, why: str) -> AuthError:
         return AuthError(
