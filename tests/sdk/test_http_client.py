@@ -94,6 +94,8 @@ def test_connections_and_targets() -> None:
 
 
 def test_user_and_password_of_the_url_are_sent() -> None:
+    """As basic authentication, unescaped, and nowhere else."""
+
     async def use(client: HttpClient) -> None:
         await body_of(await client.send("POST"))
 
@@ -107,12 +109,15 @@ def test_user_and_password_of_the_url_are_sent() -> None:
     "url", ["ftp://h", "http://", "http://a..b", "http://[::1", "http://h:x", f"http://{'a' * 64}"]
 )
 def test_url_that_is_none(url: str) -> None:
+    """Names the key that it is from."""
     with pytest.raises(ConfigError, match="cannot be used as a URL") as caught:
         client_of(url)
     assert caught.value.key == KEY
 
 
 def test_headers_of_one_name_are_joined_and_the_status_is_told() -> None:
+    """By lower-case name, as what reads them expects."""
+
     async def use(client: HttpClient) -> None:
         reply = await client.send("GET")
         assert (reply.status, reply.reason, reply.is_success) == (503, "Later", False)
@@ -147,6 +152,8 @@ def test_a_little_that_stands_for_much_comes_in_bounded_pieces() -> None:
 
 @pytest.mark.parametrize("packed", [gzip.compress(b"text" * 100)[:-9], b"no gzip"])
 def test_damaged_compression(packed: bytes) -> None:
+    """What ends early, or is none, is an error and no shorter text."""
+
     async def use(client: HttpClient) -> None:
         with pytest.raises(zlib.error):
             await body_of(await client.send("GET"))
@@ -156,6 +163,7 @@ def test_damaged_compression(packed: bytes) -> None:
 
 @pytest.mark.parametrize("encoding", [b"gzip", b"deflate", b"identity"])
 def test_compression(encoding: bytes) -> None:
+    """The text comes out, whatever of it was asked for."""
     text = b"line\n" * 100_000
     pack = {b"gzip": gzip.compress, b"deflate": zlib.compress, b"identity": bytes}[encoding]
 
@@ -166,6 +174,8 @@ def test_compression(encoding: bytes) -> None:
 
 
 def test_body_that_breaks_off() -> None:
+    """An error that its callers know."""
+
     async def use(client: HttpClient) -> None:
         with pytest.raises(BROKEN):
             await body_of(await client.send("GET"))
@@ -200,6 +210,8 @@ def test_a_proxy_is_used_where_the_environment_names_one(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("exception", ["127.0.0.1", "*", "127.0.0.1:{}"])
 def test_hosts_that_need_no_proxy(monkeypatch: pytest.MonkeyPatch, exception: str) -> None:
+    """By address, by port, or all."""
+
     async def main() -> None:
         async with server(lambda head: ok(b"itself")) as address:
             monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
@@ -235,6 +247,7 @@ def test_tls_goes_through_a_proxy_as_a_tunnel(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("proxy", ["gopher://secret@proxy:1", "http://:1", "http://secret@proxy:x", "socks5://proxy:1"])
 def test_proxies_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
+    """Told before anything is sent, without their password."""
     monkeypatch.setenv("all_proxy", proxy)
     with pytest.raises(ConfigError, match="environment names") as caught:
         client_of("http://jobs.test")
