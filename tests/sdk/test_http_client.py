@@ -181,7 +181,7 @@ def test_body_that_breaks_off() -> None:
             await body_of(await client.send("GET"))
 
     def short(head: bytes) -> bytes:
-        return b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\nnonsense"
+        return b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\nnonsense\r\n"
 
     asked(short, use)
 
