@@ -150,7 +150,7 @@ def test_a_little_that_stands_for_much_comes_in_bounded_pieces() -> None:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("packed", [gzip.compress(b"text" * 100)[:-9], b"no gzip"])
+@pytest.mark.parametrize("packed", [gzip.compress(b"text" * 100)[:-9], b"no gzip"], ids=["cut", "none"])
 def test_damaged_compression(packed: bytes) -> None:
     """What ends early, or is none, is an error and no shorter text."""
 
