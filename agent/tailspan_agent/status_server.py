@@ -24,7 +24,7 @@ from starlette.routing import Route
 
 from tailspan.errors import ConfigError
 from tailspan.http_limits import LimitedHttp
-from tailspan_agent.page.session import COOKIE, Session
+from tailspan_agent.page.session import Session
 from tailspan_agent.page.shown import Shown
 from tailspan_agent.page.views import Page
 
@@ -73,7 +73,7 @@ class Guard:
         """Return the endpoint behind this guard."""
 
         async def guarded(request: Request) -> Response:
-            headers, cookie = request.headers, request.cookies.get(COOKIE, "")
+            headers, cookie = request.headers, request.cookies.get(self._session.cookie_name, "")
             refusal = self.refusal(headers.get("host", ""), headers.get("authorization", ""), cookie)
             if refusal is None:
                 return await endpoint(request)
@@ -132,7 +132,7 @@ class StatusServer:
         self._metrics = metrics
         self._readiness = readiness
         self._delivery = delivery
-        session = Session(token)
+        session = Session(token, shown.store.instance_id[:8] if shown is not None else "")
         page = self._page = Page(shown, session) if shown is not None else None
         guard = Guard(session, [address[0], *allowed_hosts], page.login_redirect if page else lambda _: None)
         app = Starlette(

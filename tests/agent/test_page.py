@@ -317,6 +317,20 @@ async def test_a_browser_logs_in_with_the_token_and_keeps_only_a_cookie(bench):
             assert (await stranger.post("/cancel")).status_code == 401
 
 
+@looped
+async def test_two_agents_of_one_machine_keep_their_logins(tmp_path, bench, collector):
+    """A browser sends one host's cookies to all its ports: the login of one agent must not end that of another."""
+    (tmp_path / "other").mkdir()
+    other = Bench(tmp_path / "other", collector)
+    async with looking(bench, token=TOKEN) as (_, client), looking(other, token=TOKEN) as (_, second):
+        names = set()
+        for one in (client, second):
+            answer = await one.post("/login", data={"token": TOKEN})
+            names.add(answer.headers["set-cookie"].partition("=")[0])
+            assert (await one.get("/")).status_code == 200
+    assert len(names) == 2
+
+
 @pytest.mark.parametrize(
     ("headers", "form", "sent_by_us"),
     [
@@ -363,6 +377,8 @@ async def test_cancel_is_off_unless_allowed_and_needs_our_form(bench):
         foreign = await client.post("/cancel", data=form, headers={"origin": "http://evil.example"})
         assert foreign.status_code == 403
         assert (await client.get("/cancel")).status_code == 405
+        # with "no-referrer" a browser would send the form with the origin "null"
+        assert (await job_page(client, "busy")).headers["referrer-policy"] == "same-origin"
         assert ("cancel", "busy") not in bench.fake.calls
         assert (await client.post("/cancel", data=form)).status_code == 303
         assert ("cancel", "busy") in bench.fake.calls

@@ -262,6 +262,17 @@ def test_no_text_of_a_job_acts_in_the_browser(bench, tab):
         assert tab.title() != "owned"
 
 
+def test_a_job_is_canceled_by_its_button(bench, tab):
+    """The button asks first; then the job is canceled, from the browser's own form with the browser's own headers."""
+    bench.fake.add_job("busy", job_name="train")
+    tab.on("dialog", lambda dialog: dialog.accept())
+    with serving(bench, tab, lambda agent: bool(agent.tailers), allow_cancel=True) as site:
+        tab.goto(f"{site.url}/job?service=fake&id=busy")
+        tab.get_by_role("button", name="Cancel the job").click()
+        tab.locator("#jobhead", has_text="canceled").wait_for()
+        assert ("cancel", "busy") in bench.fake.calls
+
+
 def test_the_streams_of_a_log_can_be_hidden_and_a_line_is_linked(bench, tab):
     """The first error is one key away, and a line's number is a link to it that marks it."""
     lines = [f"line {number}" for number in range(1, 3001)]

@@ -18,16 +18,23 @@ class Session:
 
     Args:
         token: What to ask for; None asks for nothing.
+        owner: Tells this agent from others on its machine: browsers do not tell the cookies of two ports apart.
     """
 
-    def __init__(self, token: str | None) -> None:
+    def __init__(self, token: str | None, owner: str = "") -> None:
         self._token = token.encode() if token else None
+        self._owner = owner
         self._key = secrets.token_bytes(32)
 
     @property
     def needs_token(self) -> bool:
         """Whether a token is asked for."""
         return self._token is not None
+
+    @property
+    def cookie_name(self) -> str:
+        """The name of that cookie."""
+        return f"{COOKIE}_{self._owner}" if self._owner else COOKIE
 
     @property
     def cookie(self) -> str:

@@ -26,7 +26,7 @@ from tailspan_agent.page.job import JobView, view_of
 from tailspan_agent.page.live import ALIVE, Streams, event
 from tailspan_agent.page.log_view import WINDOW_LINES, LogReader, Window
 from tailspan_agent.page.rows import entry_of_ended, entry_of_followed, job_path, row_of
-from tailspan_agent.page.session import COOKIE, Session, local_path
+from tailspan_agent.page.session import Session, local_path
 from tailspan_agent.page.shown import Shown
 
 __all__ = ["Page"]
@@ -40,7 +40,8 @@ _HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
+    # with no-referrer a browser sends our own forms with the origin "null", and we would refuse them
+    "referrer-policy": "same-origin",
     "cache-control": "no-store",
 }
 
@@ -317,7 +318,7 @@ class Page:
             await asyncio.sleep(_WRONG_TOKEN_S)
             return self._html("login.html", 401, tab="", target=target, wrong=True)
         answer = RedirectResponse(target, 303)
-        answer.set_cookie(COOKIE, self._session.cookie, httponly=True, samesite="strict", path="/")
+        answer.set_cookie(self._session.cookie_name, self._session.cookie, httponly=True, samesite="strict", path="/")
         return answer
 
     def end_streams(self) -> None:
