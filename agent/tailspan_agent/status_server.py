@@ -32,6 +32,7 @@ __all__ = ["Guard", "StatusServer"]
 
 _STOP_GRACE_S = 1
 _MAX_CONNECTIONS = 100
+_STALLED_S = 30.0
 
 _Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -154,7 +155,7 @@ class StatusServer:
                 lifespan="off",
                 server_header=False,
                 timeout_graceful_shutdown=_STOP_GRACE_S,
-                http=LimitedHttp,
+                http=_ReadHttp,
                 ws="none",
                 limit_concurrency=_MAX_CONNECTIONS,
             )
@@ -201,6 +202,40 @@ class StatusServer:
     async def _get_delivery(self, request: Request) -> Response:
         asked = request.query_params
         return JSONResponse(self._delivery(asked.get("identity", ""), asked.get("job_id", "")))
+
+
+class _ReadHttp(LimitedHttp):
+    """HTTP to clients that read: one that has stopped to would keep its connection, and what waits for it, for ever."""
+
+    _stalled: asyncio.TimerHandle | None = None
+
+    def pause_writing(self) -> None:
+        """Give a client some time to read on."""
+        super().pause_writing()
+        if self._stalled is None:
+            self._stalled = self.loop.call_later(_STALLED_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Note that it reads."""
+        self._reads()
+        super().resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Expect nothing more."""
+        self._reads()
+        super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        """End the connection; one that is not read cannot be ended in order."""
+        if self._stalled is not None:
+            self.transport.abort()
+        else:
+            super().shutdown()
+
+    def _reads(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
 
 
 class _Server(uvicorn.Server):

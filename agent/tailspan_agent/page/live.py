@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing
 from typing import Any
 
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
@@ -30,8 +31,9 @@ class Streams:
     def __init__(self) -> None:
         self._open = 0
         self._times: set[asyncio.Timeout] = set()
+        self._is_over = False
 
-    def answer(self, events: Callable[[], AsyncIterator[str]], headers: Mapping[str, str]) -> Response:
+    def answer(self, events: Callable[[], AsyncGenerator[str, None]], headers: Mapping[str, str]) -> Response:
         """Return the answer that streams these events, or one that refuses.
 
         Args:
@@ -45,22 +47,29 @@ class Streams:
 
     def end(self) -> None:
         """End all streams now, as if their time was over: a server that stops need not break them off."""
+        self._is_over = True
         for time in self._times:
             time.reschedule(asyncio.get_running_loop().time())
 
     def _left(self) -> None:
         self._open -= 1
 
-    async def _bounded(self, events: Callable[[], AsyncIterator[str]]) -> AsyncIterator[str]:
+    async def _bounded(self, events: Callable[[], AsyncGenerator[str, None]]) -> AsyncIterator[str]:
         # One that is gone without a word must not hold its place for ever.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_STREAM_S) as time:
-                self._times.add(time)
-                try:
-                    async for one in events():
-                        yield one
-                finally:
-                    self._times.discard(time)
+        end_s = asyncio.get_running_loop().time() + _STREAM_S
+        async with aclosing(events()) as made:
+            while not self._is_over:
+                # Only what is made is timed: a timeout that is over while an event is sent would break off the sending.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(end_s) as time:
+                        self._times.add(time)
+                        try:
+                            one = await anext(made, None)
+                        finally:
+                            self._times.discard(time)
+                if time.expired() or one is None:
+                    return
+                yield one
 
 
 class _Counted(StreamingResponse):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ class Page:
     async def _jobs_events(self, request: Request) -> Response:
         wanted = Filter.from_query(request.query_params)
 
-        async def events() -> AsyncIterator[str]:
+        async def events() -> AsyncGenerator[str, None]:
             sent: dict[str, str] = {}
             order: list[str] = []
             head = ""
@@ -236,7 +236,7 @@ class Page:
             return PlainTextResponse(f"{error}\n", 404)
         service, job_id = view.service, view.status.job_id
 
-        async def events() -> AsyncIterator[str]:
+        async def events() -> AsyncGenerator[str, None]:
             path = partial(job_path, service.name, job_id)
             window = await self._tail(view)
             yield event("reset", {"html": self._render("_lines.html", lines=window.lines, path=path)})
