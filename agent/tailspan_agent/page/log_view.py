@@ -11,14 +11,15 @@ import asyncio
 import bisect
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import cast
 
 from tailspan.clean import clean
 from tailspan.errors import CursorExpiredError
-from tailspan.page import NANOS_PER_MS, LogPage, Stream
+from tailspan.page import NANOS_PER_MS, LogPage, Run, Stream
 from tailspan.services import JobService
 from tailspan_agent.page.present import visible
 from tailspan_agent.severity import SEVERITIES, find_severity
@@ -69,6 +70,7 @@ class Window:
             all that was asked for was.
         cursor: Where the last page of lines ended.
         counted: How many lines the log has up to there; None where they were not counted.
+        left_out: How many lines stand before these and were not shown, where all up to these are wanted.
     """
 
     lines: list[LogLine] = field(default_factory=list)
@@ -77,6 +79,7 @@ class Window:
     reached: int | None = None
     cursor: bytes | None = None
     counted: int | None = None
+    left_out: int = 0
 
 
 class LogReader:
@@ -88,7 +91,8 @@ class LogReader:
 
     def __init__(self, redact: Callable[[str], str]) -> None:
         self._redact = redact
-        self._readers = asyncio.Semaphore(_READERS)
+        # A service that hangs must not keep anybody from the logs of another.
+        self._readers: dict[str, asyncio.Semaphore] = {}
         # Where pages begin: (lines before, cursor). A log that changed under us answers with an expired cursor.
         self._marks: OrderedDict[tuple[str, str], list[tuple[int, bytes | None]]] = OrderedDict()
 
@@ -107,13 +111,17 @@ class LogReader:
         found = Window(before=first > 1)
         async with aclosing(self._pages(service, job_id, first)) as pages:
             async for done, page, late in pages:
+                shown = _Shown(page, self._redact)
                 for position in range(max(0, first - 1 - done), len(page.lines)):
                     if len(found.lines) == lines:
                         found.after = True
                         return found
-                    found.lines.append(self._line(page, position, done + position + 1))
+                    found.lines.append(shown.line(position, done + position + 1))
                 if late:
-                    found.reached = done + len(page.lines)
+                    if found.lines:
+                        found.after = True
+                    else:
+                        found.reached = done + len(page.lines)
                     return found
         return found
 
@@ -122,69 +130,101 @@ class LogReader:
     ) -> Window:
         """Return the last lines, and where to go on; of a long log only its end is read, and they have no numbers.
 
+        A log that fits into a window is returned whole. `Window.after` says that its end was not reached in time.
+
         Args:
             service: The job's service.
             job_id: The job.
-            known_lines: About how many lines the log has.
-            last_line_ns: About when the newest line was written, in ns since the epoch; None: nobody knows.
+            known_lines: How many lines the log has, or more.
+            last_line_ns: When its newest line was written, or earlier, in ns since the epoch; None: nobody knows.
             lines: How many.
         """
         if known_lines <= _COUNTED_LINES:
             found = await self._counted_tail(service, job_id, lines)
             if found is not None:
                 return found
-        found = Window()
-        for back_ms in (*_TAIL_MS, None) if last_line_ns is not None else (None,):
-            since_ms = None if back_ms is None else (last_line_ns or 0) // NANOS_PER_MS - back_ms
-            last: deque[LogLine] = deque(maxlen=lines)
+        found = await self._uncounted_tail(service, job_id, last_line_ns, lines)
+        # The agent may be far behind the job: where it was, much is to be read.
+        if found.after and (times_ms := await service.log_times_ms(job_id)):
+            found = await self._uncounted_tail(service, job_id, times_ms[1] * NANOS_PER_MS, lines)
+        return found
+
+    async def _uncounted_tail(self, service: JobService, job_id: str, last_ns: int | None, lines: int) -> Window:
+        """Return the lines since shortly before a time, or else since long before it, until there are enough."""
+        best: Window | None = None
+        for back_ms in (*_TAIL_MS, None) if last_ns is not None else (None,):
+            since_ms = None if back_ms is None else (last_ns or 0) // NANOS_PER_MS - back_ms
+            found, last = Window(), deque[LogLine](maxlen=lines)
             deadline_s = time.monotonic() + _SCAN_S
-            async with self._readers, aclosing(_read(service, job_id, since_ms=since_ms)) as pages:
+            async with self._turn(service), aclosing(_read(service, job_id, since_ms=since_ms)) as pages:
                 async for page in pages:
                     last.extend(self._last_lines(page, None, lines))
                     found.cursor = page.cursor
                     await asyncio.sleep(0)
                     if time.monotonic() > deadline_s:
+                        found.after = True
                         break
-            found.lines = list(last)
-            if len(last) >= lines:
+            found.lines, found.before = list(last), len(last) >= lines or found.after
+            if best is not None and found.after:
+                best.before = True
+                return best
+            best = found
+            if found.before:
                 break
-        found.before = len(found.lines) >= lines
-        return found
+        return best or Window()
 
     async def _counted_tail(self, service: JobService, job_id: str, lines: int) -> Window | None:
         """Return the last lines with their numbers; None when there was no time to count them."""
-        last: deque[LogLine] = deque(maxlen=lines)
+        last: deque[LogLine] = deque(maxlen=max(lines, WINDOW_LINES))
         found = Window(counted=0)
         async with aclosing(self._pages(service, job_id, 1)) as pages:
             async for done, page, late in pages:
                 if late:
                     return None
-                last.extend(self._last_lines(page, done, lines))
+                last.extend(self._last_lines(page, done, max(lines, WINDOW_LINES)))
                 found.cursor, found.counted = page.cursor, done + len(page.lines)
-        found.lines, found.before = list(last), (found.counted or 0) > len(last)
+        found.before = (found.counted or 0) > len(last)
+        found.lines = list(last)[-lines:] if found.before else list(last)
         return found
 
     async def after(self, service: JobService, job_id: str, seen: Window, lines: int = 500) -> Window:
-        """Return what came after a window that `tail` or this returned: of more than `lines` the last ones."""
+        """Return what came after a window that `tail` or this returned: of more than `lines` the last ones.
+
+        It reads for a bounded time: a log that grows faster than it is read is shown as far as that went.
+
+        Raises:
+            CursorExpiredError: The log is not the one that was read.
+            ServiceError: The log cannot be read.
+        """
         found = Window(cursor=seen.cursor, counted=seen.counted)
-        last: deque[LogLine] = deque(maxlen=lines)
-        async with self._readers, aclosing(_read(service, job_id, seen.cursor)) as pages:
+        last, read = deque[LogLine](maxlen=lines), 0
+        deadline_s = time.monotonic() + _SCAN_S
+        async with self._turn(service), aclosing(_read(service, job_id, seen.cursor)) as pages:
             async for page in pages:
                 last.extend(self._last_lines(page, found.counted, lines))
+                read += len(page.lines)
                 found.cursor = page.cursor
                 if found.counted is not None:
                     found.counted += len(page.lines)
                 await asyncio.sleep(0)
-        found.lines = list(last)
+                if time.monotonic() > deadline_s:
+                    break
+        found.lines, found.left_out = list(last), read - len(last)
         return found
+
+    def _turn(self, service: JobService) -> asyncio.Semaphore:
+        return self._readers.setdefault(service.identity, asyncio.Semaphore(_READERS))
 
     def _last_lines(self, page: LogPage, done: int | None, most: int) -> Iterator[LogLine]:
         """Yield the last lines of a page; `done` is how many lines stand before it, if that is known."""
+        shown = _Shown(page, self._redact)
         for position in range(max(0, len(page.lines) - most), len(page.lines)):
-            yield self._line(page, position, None if done is None else done + position + 1)
+            yield shown.line(position, None if done is None else done + position + 1)
 
     async def search(self, service: JobService, job_id: str, text: str, first: int = 1) -> Window:
-        """Return the lines that contain a text, in any case, as they are shown: a secret cannot be searched for.
+        """Return the lines that contain a text, in any case, also where a long line is not shown any more.
+
+        It looks at lines without their secrets: one cannot be searched for.
 
         Args:
             service: The job's service.
@@ -193,28 +233,29 @@ class LogReader:
             first: The number of the line to begin with, from 1.
         """
         wanted = text.lower()
-        return await self._select(service, job_id, first, lambda line: wanted in line.text.lower(), _MOST_MATCHES)
+        return await self._select(service, job_id, first, lambda line: wanted in line.lower(), _MOST_MATCHES)
 
     async def first_error(self, service: JobService, job_id: str, first: int = 1) -> Window:
         """Return the first line that is an error by its own level, or begins a traceback, from a number on."""
-        return await self._select(service, job_id, first, lambda line: line.level == "error", 1)
+        return await self._select(service, job_id, first, lambda line: _severity(line) >= _ERROR_NUMBER, 1)
 
     async def _select(
-        self, service: JobService, job_id: str, first: int, wanted: Callable[[LogLine], bool], most: int
+        self, service: JobService, job_id: str, first: int, wanted: Callable[[str], bool], most: int
     ) -> Window:
+        """Return lines whose text is wanted."""
         found = Window(before=first > 1)
         async with aclosing(self._pages(service, job_id, first)) as pages:
             async for done, page, late in pages:
+                shown = _Shown(page, self._redact)
                 for position in range(max(0, first - 1 - done), len(page.lines)):
                     if position % 500 == 499:
                         await asyncio.sleep(0)
-                    line = self._line(page, position, done + position + 1)
-                    if not wanted(line):
+                    if not wanted(shown.text(position)):
                         continue
                     if len(found.lines) == most:
                         found.after = True
                         return found
-                    found.lines.append(line)
+                    found.lines.append(shown.line(position, done + position + 1))
                 if late:
                     found.reached = done + len(page.lines)
                     return found
@@ -230,16 +271,17 @@ class LogReader:
         while len(self._marks) > _MARKED_JOBS:
             self._marks.popitem(last=False)
         done, cursor = marks[bisect.bisect_right(marks, first - 1, key=lambda mark: mark[0]) - 1]
-        deadline_s = time.monotonic() + _SCAN_S
-        async with self._readers:
+        async with self._turn(service):
+            deadline_s = time.monotonic() + _SCAN_S
             try:
                 async with aclosing(_read(service, job_id, cursor)) as pages:
                     async for page in pages:
                         late = time.monotonic() > deadline_s
+                        # Before it is given away: who stops here goes on from there the next time.
+                        self._mark(marks, done + len(page.lines), page.cursor)
                         if done + len(page.lines) >= first or late:
                             yield done, page, late
                         done += len(page.lines)
-                        self._mark(marks, done, page.cursor)
                         await asyncio.sleep(0)
             except CursorExpiredError:
                 # The log is not the one that was marked: what is known of it is worth nothing.
@@ -253,15 +295,34 @@ class LogReader:
         if len(marks) > _MARKS:
             del marks[1::2]
 
-    def _line(self, page: LogPage, position: int, number: int | None) -> LogLine:
-        text = self._redact(clean(page.lines[position]))
-        severity = SEVERITIES[find_severity(text.encode(errors="replace"))].number
-        if text.lstrip().startswith(_TRACEBACK):
-            severity = _ERROR_NUMBER  # it has no level of its own, and is what people look for
-        time_unix_nano, stream = _origin(page, position)
+
+class _Shown:
+    """The lines of a page as people see them; what takes the whole page is done once for it, or not at all."""
+
+    def __init__(self, page: LogPage, redact: Callable[[str], str]) -> None:
+        self._page = page
+        self._redact = redact
+        self._ends: Sequence[int] = ()
+
+    def text(self, position: int) -> str:
+        """Return the text of a line, cleaned and without secrets."""
+        return self._redact(clean(self._page.lines[position]))
+
+    def line(self, position: int, number: int | None) -> LogLine:
+        """Return a line as it is shown."""
+        text = self.text(position)
+        level = _level(_severity(text))
+        run, before = self._run(position)
         if len(text) > _MAX_SHOWN_CHARS:
             text = f"{text[:_MAX_SHOWN_CHARS]} … ({len(text) - _MAX_SHOWN_CHARS:,} more characters)"
-        return LogLine(number, time_unix_nano, Stream.NAMES[stream], _level(severity), visible(text))
+        return LogLine(number, run.time_unix_nano + position - before, Stream.NAMES[run.stream], level, visible(text))
+
+    def _run(self, position: int) -> tuple[Run, int]:
+        """Return the run of a line, and how many lines stand before that run."""
+        # A service that knows only times has a run for each line: going through them for each is quadratic.
+        self._ends = self._ends or list(accumulate(run.lines for run in self._page.runs))
+        index = bisect.bisect_right(self._ends, position)
+        return self._page.runs[index], self._ends[index - 1] if index else 0
 
 
 def _read(
@@ -270,13 +331,10 @@ def _read(
     return cast("AsyncGenerator[LogPage, None]", service.read_logs(job_id, cursor, since_ms=since_ms))
 
 
-def _origin(page: LogPage, position: int) -> tuple[int, int]:
-    """Return time and stream of a line."""
-    for run in page.runs:
-        if position < run.lines:
-            return run.time_unix_nano + position, run.stream
-        position -= run.lines
-    raise AssertionError("a page's runs add up to its lines")
+def _severity(text: str) -> int:
+    if text.lstrip().startswith(_TRACEBACK):
+        return _ERROR_NUMBER  # it has no level of its own, and is what people look for
+    return SEVERITIES[find_severity(text.encode(errors="replace"))].number
 
 
 def _level(severity_number: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from functools import partial
@@ -22,6 +21,7 @@ from tailspan_agent.page import present
 from tailspan_agent.page.agent_facts import health_of
 from tailspan_agent.page.board import PAGE_ROWS, STATE_GROUPS, Board, Entry, Filter, select
 from tailspan_agent.page.ended import EndedJobs
+from tailspan_agent.page.following import follow_job, tail_of
 from tailspan_agent.page.job import JobView, view_of
 from tailspan_agent.page.live import ALIVE, Streams, event
 from tailspan_agent.page.log_view import WINDOW_LINES, LogReader, Window
@@ -197,18 +197,7 @@ class Page:
             return await self._logs.search(service, job_id, text, first or 1)
         if first is not None:
             return await self._logs.window(service, job_id, first)
-        if view.facts is not None and view.facts.lines <= WINDOW_LINES:
-            return await self._logs.window(service, job_id, 1, 2 * WINDOW_LINES)
-        return await self._tail(view)
-
-    async def _tail(self, view: JobView) -> Window:
-        facts = view.facts
-        return await self._logs.tail(
-            view.service,
-            view.status.job_id,
-            known_lines=facts.lines if facts else 0,
-            last_line_ns=facts.last_line_ns if facts else None,
-        )
+        return await tail_of(self._logs, view)
 
     async def _jump(self, view: JobView, first: int) -> Response:
         """Go to the first line that is an error, or on from where the search for one had to stop."""
@@ -221,7 +210,11 @@ class Page:
         if found.lines and (number := found.lines[0].number):
             return RedirectResponse(f"{path(**{'from': max(1, number - 20)})}#L{number}", 303)
         if found.reached is not None:
-            return RedirectResponse(path(**{"from": found.reached + 1, "jump": "error"}), 303)
+            # A redirect for each part of a long log would be more of them than browsers follow.
+            onward = path(**{"from": found.reached + 1, "jump": "error"})
+            answer = self._html("looking.html", tab="", reached=found.reached, onward=onward, back=path())
+            answer.headers["refresh"] = f"0; url={onward}"
+            return answer
         return self._error(
             404,
             "No error in this log",
@@ -234,31 +227,8 @@ class Page:
             view = await self._view(request)
         except TailspanError as error:
             return PlainTextResponse(f"{error}\n", 404)
-        service, job_id = view.service, view.status.job_id
-
-        async def events() -> AsyncGenerator[str, None]:
-            path = partial(job_path, service.name, job_id)
-            window = await self._tail(view)
-            yield event("reset", {"html": self._render("_lines.html", lines=window.lines, path=path)})
-            head = ""
-            while True:
-                with contextlib.suppress(TailspanError, TimeoutError):
-                    async with asyncio.timeout(_ASK_S):
-                        now = await view_of(self._shown, service, job_id, timeout_s=_ASK_S)
-                        window = await self._logs.after(service, job_id, window)
-                    new_head = self._render("_job_head.html", view=now)
-                    if window.lines:
-                        yield event("lines", {"html": self._render("_lines.html", lines=window.lines, path=path)})
-                    if new_head != head:
-                        yield event("head", {"html": new_head, "ended": now.status.state.is_terminal})
-                        head = new_head
-                    elif not window.lines:
-                        yield ALIVE
-                    if now.ended and not window.lines:
-                        yield event("end", {})
-                        return
-                await asyncio.sleep(_REFRESH_S)
-
+        look = partial(view_of, self._shown, view.service, view.status.job_id, timeout_s=_ASK_S)
+        events = partial(follow_job, self._logs, view, look, self._render, timeout_s=_ASK_S)
         return self._streams.answer(events, _HEADERS)
 
     async def _cancel(self, request: Request) -> Response:
