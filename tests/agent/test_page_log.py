@@ -113,9 +113,13 @@ async def test_lines_that_are_not_the_last_are_not_called_so(monkeypatch):
     service = slow(20_000, page_lines=100, page_s=0.02)
     found = await LogReader(str).tail(service, "a", known_lines=300_000, last_line_ns=far_ns, lines=10)
     assert found.after
-    service = slow(20_000, page_lines=100, page_s=0.0005)
+    monkeypatch.setattr(log_view, "_SCAN_S", 0.5)
+    service = SlowService(page_lines=10)
+    service.page_s = 0.01
+    service.add_job("a")
+    service.add_lines("a", *map(str, range(2000)), timestamp_ms=far_ns // 1_000_000, step_ms=1000)
     found = await LogReader(str).tail(service, "a", known_lines=300_000, last_line_ns=far_ns, lines=10)
-    assert [line.text for line in found.lines] == [str(number) for number in range(19_990, 20_000)]
+    assert [line.text for line in found.lines] == [str(number) for number in range(1990, 2000)]
     assert not found.after
 
 
