@@ -12,6 +12,7 @@ import pytest
 from tailspan.models import JobState
 from tailspan.testing import FakeService
 from tailspan_agent.agent import Agent
+from tailspan_agent.page import live
 from tests.fakes.agents import Bench, until
 
 pytestmark = [
@@ -260,6 +261,51 @@ def test_no_text_of_a_job_acts_in_the_browser(bench, tab):
         tab.locator("#lines", has_text="later").wait_for()
         assert tab.locator("#lines td.text").last.inner_text() == f"later {EVIL}"
         assert tab.title() != "owned"
+
+
+def hide(tab, hidden: bool) -> None:
+    """Let a tab go behind others, or come back."""
+    script = "hidden => Object.defineProperty(document, 'hidden', {value: hidden, configurable: true})"
+    tab.evaluate(script, hidden)
+    tab.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+
+
+def test_many_tabs_do_not_keep_each_other_from_loading(bench, tab):
+    """Only the tab that is looked at holds one of the six connections; one that comes back goes on."""
+    bench.fake.add_job("busy", job_name="train")
+    bench.fake.add_lines("busy", "first")
+    with serving(bench, tab, lambda _: bool(bench.bodies("busy"))) as site:
+        tabs = [tab, *(tab.context.new_page() for _ in range(8))]
+        for one in tabs:
+            one.goto(f"{site.url}/job?service=fake&id=busy", timeout=10_000)
+            hide(one, True)
+        hide(tab, False)
+        site.call(site.fake.add_lines, "busy", "second")
+        tab.locator("#lines", has_text="second").wait_for()
+        for one in tabs[1:]:
+            one.close()
+
+
+def test_live_updates_leave_the_focus_where_it_is(bench, tab):
+    """Whoever goes through links by the keyboard is not thrown back each second."""
+    bench.fake.add_job("busy", job_name="train")
+    with serving(bench, tab, lambda agent: bool(agent.followed_jobs())) as site:
+        tab.goto(site.url)
+        for number, link in enumerate(("#rows a", ".chips a")):
+            tab.locator(link).first.focus()
+            text = tab.evaluate("document.activeElement.pathname + document.activeElement.search")
+            site.call(site.fake.add_job, f"new-{number}")
+            tab.locator("#rows tr", has_text=f"new-{number}").wait_for()
+            assert tab.evaluate("document.activeElement.pathname + document.activeElement.search") == text
+
+
+def test_a_page_that_is_not_live_says_so(bench, tab, monkeypatch):
+    """Where too many are looking the page stays as it was loaded, and its reader is told."""
+    monkeypatch.setattr(live, "_MAX_STREAMS", 0)
+    with serving(bench, tab) as site:
+        tab.goto(site.url)
+        tab.get_by_text("not live").wait_for()
+    tab.problems.clear()  # the browser tells of the answer 503
 
 
 def test_a_job_is_canceled_by_its_button(bench, tab):

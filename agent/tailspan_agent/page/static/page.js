@@ -35,11 +35,22 @@
 
   const live = find("[data-live]");
   const listen = (path, handlers) => {
-    const source = new EventSource(path);
-    source.onopen = () => { live.hidden = false; live.textContent = "live"; live.classList.remove("off"); };
-    source.onerror = () => { live.textContent = "not live"; live.classList.add("off"); };
-    for (const [name, handle] of Object.entries(handlers)) source.addEventListener(name, (event) => handle(JSON.parse(event.data), source));
-    addEventListener("pagehide", () => source.close());
+    let source = null;
+    let isOver = false;
+    const close = () => { source?.close(); source = null; };
+    const end = () => { isOver = true; close(); };
+    const open = () => {
+      if (source || isOver || document.hidden) return;
+      source = new EventSource(path);
+      source.onopen = () => { live.hidden = false; live.textContent = "live"; live.classList.remove("off"); };
+      source.onerror = () => { live.hidden = false; live.textContent = "not live"; live.classList.add("off"); };
+      for (const [name, handle] of Object.entries(handlers)) source.addEventListener(name, (event) => handle(JSON.parse(event.data), end));
+    };
+    // A browser has six connections to one server: tabs that nobody sees must leave them to the one that is looked at.
+    document.addEventListener("visibilitychange", () => (document.hidden ? close() : open()));
+    addEventListener("pagehide", close);
+    addEventListener("pageshow", open);
+    open();
   };
 
   const jobs = find("table.jobs[data-events]");
@@ -47,13 +58,17 @@
     const body = find("#rows");
     listen(jobs.dataset.events, {
       jobs: ({ order, rows, head }) => {
-        const focused = document.activeElement?.closest("tr")?.dataset.key;
+        const active = document.activeElement;
+        const focused = active?.closest("tr")?.dataset.key;
+        const chip = all("#head a").indexOf(active);
         const known = new Map(all("tr", body).map((row) => [decodeURIComponent(row.dataset.key), row]));
         for (const [key, html] of Object.entries(rows)) known.set(key, rowsOf(html)[0]);
         body.replaceChildren(...order.map((key) => known.get(key)).filter(Boolean));
         find("#empty").hidden = order.length > 0;
         if (head !== undefined) find("#head").innerHTML = head;
-        if (focused) all("tr", body).find((row) => row.dataset.key === focused)?.focus({ preventScroll: true });
+        const row = focused && all("tr", body).find((one) => one.dataset.key === focused);
+        if (row) (active.tagName === "A" ? find("a", row) : row).focus({ preventScroll: true });
+        if (chip >= 0) all("#head a")[chip]?.focus({ preventScroll: true });
       },
     });
   }
@@ -82,7 +97,7 @@
           while (lines.children.length > MOST_LINES) lines.firstElementChild.remove();
         }),
         head: ({ html }) => { find("#jobhead").innerHTML = html; },
-        end: (_, source) => { source.close(); location.reload(); },
+        end: (_, end) => { end(); location.reload(); },
       });
     }
   }
