@@ -13,7 +13,9 @@ __all__ = ["Bar", "ago", "bars", "count", "duration", "exact", "visible", "visib
 _UNITS = ((86400, "d"), (3600, "h"), (60, "m"))
 _PICTURES = {code: 0x2400 + code for code in range(0x20) if code != 0x09} | {0x7F: 0x2421}
 # What turns text round or hides it: a line must not be able to show something else than it is.
-_PICTURES |= dict.fromkeys((*range(0x80, 0xA0), 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD)
+_PICTURES |= dict.fromkeys(
+    (*range(0x80, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD
+)
 
 
 def duration(seconds: float | None) -> str:

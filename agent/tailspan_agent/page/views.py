@@ -83,7 +83,7 @@ class Page:
             Route("/pipelines", protect(self._pipelines)),
             Route("/agent", protect(self._agent)),
             Route("/login", only_us(self._login), methods=["GET", "POST"]),
-            Mount("/static", StaticFiles(directory=Path(__file__).with_name("static"))),
+            Mount("/static", _Files(directory=Path(__file__).with_name("static"))),
         ]
 
     async def _board(self, wanted: Filter) -> Board:
@@ -314,6 +314,15 @@ class Page:
 
     def _error(self, status: int, title: str, text: str, back: str = "/") -> Response:
         return self._html("error.html", status, tab="", title=title, text=self._shown.redact(text), back=back)
+
+
+class _Files(StaticFiles):
+    def file_response(self, *args: Any, **keys: Any) -> Response:
+        # Without it a browser goes on with the script of the version before for days.
+        response = super().file_response(*args, **keys)
+        response.headers["cache-control"] = "no-cache"
+        response.headers["x-content-type-options"] = "nosniff"
+        return response
 
 
 def _templates() -> Environment:

@@ -1,0 +1,90 @@
+"""How the page looks and what a browser keeps of it: contrast, caches, and what it may not claim."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import httpx
+import pytest
+
+import tailspan_agent.page
+from tailspan_agent.history import PastRun
+from tailspan_agent.page.present import visible
+from tests.agent.test_page import job_page, looking
+from tests.fakes.agents import looped
+
+CSS = Path(tailspan_agent.page.__file__).with_name("static").joinpath("page.css").read_text()
+Colour = tuple[float, ...]
+
+
+def palette(scheme: str) -> dict[str, Colour]:
+    """Return the colours of a scheme by name."""
+    start = CSS.index(":root {" if scheme == "light" else ':root[data-theme="dark"] {')
+    found = re.findall(r"--(\w+): #([0-9a-f]{3,6});", CSS[start : CSS.index("}", start)])
+    wide = {name: "".join(digit * (6 // len(code)) for digit in code) for name, code in found}
+    return {name: tuple(int(code[at : at + 2], 16) for at in (0, 2, 4)) for name, code in wide.items()}
+
+
+def contrast(one: Colour, other: Colour) -> float:
+    """Return the contrast ratio of WCAG."""
+    light = []
+    for colour in (one, other):
+        parts = [part / 255 / 12.92 if part <= 10 else ((part / 255 + 0.055) / 1.055) ** 2.4 for part in colour]
+        light.append(0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2])
+    return (max(light) + 0.05) / (min(light) + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_and_all_edges_have_the_contrast_of_wcag_aa(scheme):
+    """Text 4.5 on each ground that it stands on, a linked line too; what one can press or fill in has an edge of 3."""
+    colours = palette(scheme)
+    share = int(re.search(r":target td .*?--accent\) (\d+)%", CSS)[1]) / 100
+    linked = tuple(share * a + (1 - share) * b for a, b in zip(colours["accent"], colours["card"], strict=True))
+    texts = dict.fromkeys(("text", "dim", "accent", "bad", "warn", "ok"), ("bg", "card", "soft"))
+    pairs = [(text, colours[ground]) for text, grounds in texts.items() for ground in grounds]
+    pairs += [(text, linked) for text in ("text", "dim", "bad", "warn", "accent")]
+    pairs += [(text, colours["warnbg"]) for text in ("text", "warn", "accent")]
+    pairs += [(text, colours["badbg"]) for text in ("text", "bad", "dim")]
+    assert [(text, ground) for text, ground in pairs if contrast(colours[text], ground) < 4.5] == []
+    edge = re.search(r"button, .button, input, select {.*?border: 1px solid var\(--(\w+)\)", CSS)[1]
+    assert all(contrast(colours[edge], colours[ground]) >= 3 for ground in ("bg", "card"))
+
+
+@looped
+async def test_a_browser_asks_whether_a_file_has_changed(bench):
+    """After an update the new pages do not meet the old script; an unchanged file is not sent again."""
+    async with looking(bench) as (_, client):
+        script = await client.get("/static/page.js")
+        again = await client.get("/static/page.js", headers={"if-none-match": script.headers["etag"]})
+    assert script.headers["cache-control"] == "no-cache"
+    assert script.headers["x-content-type-options"] == "nosniff"
+    assert again.status_code == 304
+
+
+@looped
+async def test_a_job_that_nobody_follows_is_not_called_silent(bench):
+    """Its lines are not read, so that there are none says nothing; and times are said to be UTC."""
+    began = datetime.now(UTC) - timedelta(hours=5)
+    bench.fake.add_job("other", job_name="nightly", started_at=began)
+    watches = [{"discover": True, "name": "watched-*"}]
+    async with bench.running(*watches, listen="127.0.0.1:0") as agent:
+        for number in range(12):
+            agent._relay.insights.histories.add(
+                PastRun(
+                    pipeline="nightly", job_id=f"{number}", identity="fake", trace_id="0" * 32, result="success",
+                    started_unix_nano=1, ended_unix_nano=number, duration_s=36_000.0, quiet_s=1.0,
+                )
+            )  # fmt: skip
+        async with httpx.AsyncClient(base_url=agent.server.url, trust_env=False) as client:
+            page = (await job_page(client, "other")).text
+    assert "usually 10h" in page
+    assert "silent" not in page
+    assert "times are UTC" in page
+
+
+def test_no_character_that_turns_text_round_is_left():
+    """The Arabic letter mark does so like the others of Unicode's list."""
+    turns = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+    assert visible(turns) == "\ufffd" * len(turns)
