@@ -25,7 +25,9 @@ def fed(output: bytes, cuts: list[int]) -> list[Piece]:
     """Return the pieces of an output that was read in parts."""
     buffer = LineBuffer(**LIMITS)
     bounds = sorted({0, len(output), *(cut % (len(output) + 1) for cut in cuts)})
-    pieces = [piece for low, high in itertools.pairwise(bounds) for piece in buffer.feed(output[low:high])]
+    # What is left of an earlier read behind a shorter one belongs to nobody.
+    reads = [(bytearray(output[low:high] + b"stale\n"), high - low) for low, high in itertools.pairwise(bounds)]
+    pieces = [piece for read, size in reads for piece in buffer.feed(read, size)]
     return pieces + buffer.finish()
 
 

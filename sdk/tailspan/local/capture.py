@@ -92,13 +92,22 @@ class LineBuffer:
         self._partial = bytearray()
         self.progress_is_waiting = False
 
-    def feed(self, data: bytes) -> list[Piece]:
-        """Take in what was read; return the lines that it completes."""
-        cut = data.rfind(b"\n") + 1
+    def feed(self, data: bytes | bytearray, size: int | None = None) -> list[Piece]:
+        """Take in what was read; return the lines that it completes.
+
+        Args:
+            data: What was read. It is copied, once.
+            size: How many bytes of it; None: all.
+        """
+        size = len(data) if size is None else size
+        cut = data.rfind(b"\n", 0, size) + 1
         pieces: list[Piece] = []
         if cut:
-            pieces.extend(self._pieces(self._take() + data[:cut]))
-        self._keep(data[cut:])
+            with memoryview(data) as read, read[:cut] as lines:
+                text = b"".join((self._partial, lines))
+            self._forget()
+            pieces.extend(self._pieces(text))
+        self._keep(data[cut:size])
         if len(self._partial) > self._max_bytes:
             *whole, rest = self._pieces(self._take())
             pieces.extend(whole)
@@ -122,15 +131,18 @@ class LineBuffer:
     def _pieces(self, text: bytes) -> Iterator[Piece]:
         return pieces_of(text, max_bytes=self._max_bytes, max_lines=self._max_lines)
 
-    def _keep(self, data: bytes) -> None:
+    def _keep(self, data: bytes | bytearray) -> None:
         self._partial += data
         self.progress_is_waiting = self.progress_is_waiting or b"\r" in data
 
     def _take(self) -> bytes:
         text = bytes(self._partial)
+        self._forget()
+        return text
+
+    def _forget(self) -> None:
         self._partial.clear()
         self.progress_is_waiting = False
-        return text
 
 
 class LogWriter:

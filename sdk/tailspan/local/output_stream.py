@@ -36,9 +36,9 @@ class OutputStream:
         self._show_fd = show_fd
         os.set_blocking(fd, False)
 
-    def show(self, data: bytes) -> None:
+    def show(self, data: bytearray, size: int) -> None:
         """Show output at once to the person who typed the command; a terminal that is gone ends only the showing."""
-        view = memoryview(data)
+        view = memoryview(data)[:size]
         while view and self._show_fd is not None:
             try:
                 view = view[os.write(self._show_fd, view) :]

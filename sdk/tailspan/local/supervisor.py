@@ -27,7 +27,7 @@ from tailspan.local.state import iso_time, state_line, write_state
 
 __all__ = ["main"]
 
-_NAP_S = 0.001
+_SHORTEST_NAP_S, _LONGEST_NAP_S = 0.0001, 0.001
 _PROGRESS_S = 5.0
 _HEARTBEAT_S = 30.0
 _DISK_RETRY_S = 1.0
@@ -104,6 +104,9 @@ class _Supervisor:
         self._deadlines: dict[str, float] = {}
         self._streams: dict[int, OutputStream] = {}
         self._last_read_s = 0.0
+        self._nap_s = _LONGEST_NAP_S
+        # Kept: what is read into new memory each time costs a page fault for each 4 KiB.
+        self._buffer = bytearray(READ_BYTES)
         self._progress_s = 0.0
         self._wake_fd, waker_fd = os.pipe()
         os.set_blocking(self._wake_fd, False)
@@ -197,25 +200,28 @@ class _Supervisor:
 
     def _read(self, stream: OutputStream, at_unix_nano: int | None = None) -> int | None:
         """Read what a pipe holds; return how many bytes: 0 at its end, None when there is nothing now."""
-        if time.monotonic() - self._last_read_s < 2 * _NAP_S:
+        if self._nap_s and time.monotonic() - self._last_read_s < 2 * _LONGEST_NAP_S:
             # Let a chatty job fill its pipe: a thousand reads a second are enough, and cheaper for both.
-            time.sleep(_NAP_S)
+            time.sleep(self._nap_s)
         try:
-            data = os.read(stream.fd, READ_BYTES)
+            size = os.readv(stream.fd, [self._buffer])
         except BlockingIOError:
             return None
-        now_s = time.monotonic()
-        # No nap when the pipe was half full: the job would have to wait for us.
-        self._last_read_s = 0.0 if len(data) * 2 > stream.capacity else now_s
-        if not data:
+        self._last_read_s = now_s = time.monotonic()
+        # A job that is about to fill its pipe must not have to wait for us.
+        if size * 2 > stream.capacity:
+            self._nap_s = 0.0
+        elif size * 8 < stream.capacity:
+            self._nap_s = min(2 * self._nap_s or _SHORTEST_NAP_S, _LONGEST_NAP_S)
+        if not size:
             self._append(stream, stream.lines.finish(), at_unix_nano)
             stream.stop_showing()
             return 0
-        stream.show(data)
+        stream.show(self._buffer, size)
         if not stream.lines.progress_is_waiting:
             self._progress_s = now_s + _PROGRESS_S
-        self._append(stream, stream.lines.feed(data), at_unix_nano)
-        return len(data)
+        self._append(stream, stream.lines.feed(self._buffer, size), at_unix_nano)
+        return size
 
     def _show_progress(self) -> None:
         """Enter what progress bars have drawn so far: their line may not end for hours."""
