@@ -213,3 +213,16 @@ def test_each_page_has_its_own_cursor():
 def test_a_byte_order_mark_is_no_part_of_a_reply():
     """Some servers begin each reply with one."""
     assert decode_json(msgspec.json.Decoder(dict[str, int]), b'\xef\xbb\xbf{"a": 1}') == {"a": 1}
+
+
+def test_lists_of_objects_within_an_element_cost_no_buffer():
+    """What looks like the end of an element within one is not tried for it, as long as elements begin alike."""
+    splitter = ArraySplitter(lines, 10_000)
+    tags = b",".join([b'{"k":"v"}'] * 100)
+    element = b'{"message":"x","timestamp":1,"tags":[%s]},' % tags
+    splitter.feed(b"[")
+    count = 0
+    for _ in range(200):
+        count += len(splitter.feed(element))
+        assert len(splitter._buffer) < 15_000
+    assert count > 180

@@ -136,8 +136,13 @@ class ArraySplitter(Generic[T]):
         size = len(buffer)
         # From the second byte on: each part is decoded behind the opening bracket.
         tail = max(1, size - _SEARCH_BYTES)
-        found = list(_BOUNDARY.finditer(buffer, tail)) or list(_BOUNDARY.finditer(buffer, 1))
-        for start, end in [boundary.span() for boundary in found[: -_MAX_CANDIDATES - 1 : -1]]:
+        # Elements begin alike, which tells boundaries between them from those of lists within them.
+        opening = bytes(buffer[1 : buffer.find(b":") + 1])
+        alike = re.compile(_BOUNDARY.pattern + b"(?=" + re.escape(opening) + b")")
+        found: list[re.Match[bytes]] = []
+        for boundary, begin in ((alike, tail), (alike, 1), (_BOUNDARY, tail), (_BOUNDARY, 1)):
+            found = found or list(boundary.finditer(buffer, begin))
+        for start, end in [match.span() for match in found[: -_MAX_CANDIDATES - 1 : -1]]:
             # The array is closed in its place, without a copy: what stands there is a space or the comma.
             behind, buffer[start + 1] = buffer[start + 1], _CLOSING
             try:
