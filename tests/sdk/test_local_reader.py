@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from tailspan.errors import CursorExpiredError, ProtocolError
 from tailspan.identity import job_hash
 from tailspan.local.capture import LineBuffer, LogWriter
 from tailspan.local.index import ENTRY_BYTES, HEADER, HEADER_BYTES
+from tailspan.local.index_file import IndexFile
 from tailspan.local.reader import LogReader, Totals
 from tailspan.page import CLEAN, MAX_PAGE_LINES, LogPage
 
@@ -290,3 +292,19 @@ def test_pages_are_bounded(counts):
         assert all(len(page.lines) <= MAX_PAGE_LINES and sum(map(len, page.lines)) <= 1 << 20 for page in found)
         assert sum(len(page.lines) for page in found) == sum(counts)
         assert all(sum(run.lines for run in page.runs) == len(page.lines) for page in found)
+
+
+def test_a_disk_that_cannot_be_read_costs_no_file(tmp_path, monkeypatch):
+    """An agent tries again and again: each try closes what it had opened."""
+    (tmp_path / "log.idx").write_bytes(HEADER)
+
+    def fail(*_):
+        raise OSError(errno.EIO, "no luck")
+
+    before = len(os.listdir("/dev/fd"))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pread", fail)
+        for _ in range(3):
+            with pytest.raises(OSError, match="no luck"):
+                IndexFile(tmp_path / "log.idx")
+    assert len(os.listdir("/dev/fd")) == before

@@ -60,14 +60,17 @@ class IndexFile:
         """
         self._fd = open_file(path)
         self.count = 0
-        header = read_at(self._fd, 0, HEADER_BYTES)
-        if len(header) == HEADER_BYTES and header[:8] == HEADER[:8] and header != HEADER:
+        try:
+            header = read_at(self._fd, 0, HEADER_BYTES)
+            if len(header) == HEADER_BYTES and header[:8] == HEADER[:8] and header != HEADER:
+                raise ProtocolError(f"{path} was written by a newer version of Tailspan; upgrade this one")
+            if self._fd is not None:
+                self.count = max(0, os.fstat(self._fd).st_size - HEADER_BYTES) // ENTRY_BYTES
+                while self.count and self.entry(self.count - 1) is None:
+                    self.count -= 1
+        except BaseException:
             self.close()
-            raise ProtocolError(f"{path} was written by a newer version of Tailspan; upgrade this one")
-        if self._fd is not None:
-            self.count = max(0, os.fstat(self._fd).st_size - HEADER_BYTES) // ENTRY_BYTES
-            while self.count and self.entry(self.count - 1) is None:
-                self.count -= 1
+            raise
 
     def close(self) -> None:
         """Close the file."""
