@@ -386,3 +386,22 @@ def test_a_running_job_is_listed_as_it_is_now(local, tmp_path):
     until(lambda: row() == (JobState.RUNNING, 2))
     (tmp_path / "stop").touch()
     until(lambda: row() == (JobState.SUCCEEDED, 2))
+
+
+def test_a_store_that_is_moved_away_has_not_lost_its_jobs(local):
+    """An unmounted volume is a service that cannot be reached; a job that was deleted is one that is gone."""
+    job_id = local.run("true").job_id
+    jobs = local.state_dir / "jobs"
+    jobs.rename(local.state_dir / "elsewhere")
+
+    async def rows():
+        return [row async for page in local.service.list_jobs() for row in page]
+
+    for ask in (lambda: local.service.status(job_id), lambda: anyio.run(rows), lambda: local.lines(job_id)):
+        with pytest.raises(ServiceUnavailableError, match="moved away"):
+            ask()
+    (local.state_dir / "elsewhere").rename(jobs)
+    assert local.service.status(job_id).state is JobState.SUCCEEDED
+    (jobs / job_id).rename(local.state_dir / "gone")
+    with pytest.raises(JobNotFoundError):
+        local.service.status(job_id)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tailspan.directories import make_private
-from tailspan.errors import ConfigError, JobNotFoundError, ProtocolError
+from tailspan.errors import ConfigError, JobNotFoundError, ProtocolError, ServiceUnavailableError
 from tailspan.local.index import HEADER
 from tailspan.local.index_file import open_file, read_at
 from tailspan.models import JobState
@@ -132,6 +132,7 @@ class JobStore:
         # A supervisor works in another directory than we do.
         self.state_dir = Path(os.path.abspath(state_dir))
         self.jobs = self.state_dir / "jobs"
+        self._used = False
         self._gid = None if group is None else _gid(group)
         self.file_mode = 0o600 if group is None else 0o640
 
@@ -178,11 +179,17 @@ class JobStore:
         return directory
 
     def job_ids(self) -> list[str]:
-        """Return the ids of all jobs, newest first."""
+        """Return the ids of all jobs, newest first.
+
+        Raises:
+            ServiceUnavailableError: The store was moved away or unmounted.
+        """
         try:
             names = os.listdir(self.jobs)
         except FileNotFoundError:
+            self._check_there()
             return []
+        self._used = True
         return sorted(filter(_JOB_ID.fullmatch, names), reverse=True)
 
     def load(self, job_id: str) -> StoredJob:
@@ -190,11 +197,14 @@ class JobStore:
 
         Raises:
             JobNotFoundError: There is no such job.
+            ServiceUnavailableError: The store was moved away or unmounted.
         """
         directory = self.directory(job_id)
         spec = _read_json(directory / "job.json")
         if spec is None and not directory.is_dir():
+            self._check_there()
             raise JobNotFoundError(f"there is no local job {job_id} in {self.state_dir}", job_id=job_id)
+        self._used = True
         recorded, supervised = self.state(job_id)
         return StoredJob(job_id, directory, spec or {}, recorded, supervised)
 
@@ -233,6 +243,11 @@ class JobStore:
         except OSError:
             return None  # whoever looks closer says why
         return state.st_ino, state.st_mtime_ns, state.st_size, index.st_ino, index.st_mtime_ns, index.st_size
+
+    def _check_there(self) -> None:
+        """Tell a store that was moved away or unmounted while it was used from one that a job was deleted from."""
+        if self._used and not self.jobs.is_dir():
+            raise ServiceUnavailableError(f"{self.jobs} was moved away or unmounted")
 
     def create(self, job_id: str, spec: Mapping[str, Any]) -> int:
         """Make a job's directory, which appears as a whole and locked.
