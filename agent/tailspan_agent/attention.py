@@ -147,10 +147,14 @@ class Attention:
         listed = self.row_age_s < _LISTED_STATUS_S
         return age_s >= (_TOLD_STATUS_S if self.told else _LISTED_STATUS_S if listed else 0.0)
 
-    def delay_s(self) -> float | None:
-        """Return how long to wait for the next look, in seconds; None: until somebody wakes the tailer."""
+    def delay_s(self, *, behind: bool = False) -> float | None:
+        """Return how long to wait for the next look, in seconds; None: until somebody wakes the tailer.
+
+        Args:
+            behind: Whether others of its stream may wait for it, which its next look can end.
+        """
         delay_s = self._follower.delay_s(time.monotonic(), random.random())
-        if self._follower.state.is_terminal or self._spoke:
+        if self._follower.state.is_terminal or self._spoke or behind:
             return delay_s
         if self.told:
             # The list stands in for news that were lost; where it does not have the job, we look ourselves.

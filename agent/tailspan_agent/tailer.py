@@ -11,13 +11,11 @@ import dataclasses
 import logging
 import random
 import time
-from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, cast
 
 from tailspan.backoff import backoff_s
-from tailspan.clean import clean
 from tailspan.config import Watch
 from tailspan.errors import (
     AuthError,
@@ -29,7 +27,7 @@ from tailspan.errors import (
 )
 from tailspan.follow import Follower
 from tailspan.models import JobState, ListedJob
-from tailspan.page import NANOS_PER_MS, LogPage
+from tailspan.page import LogPage
 from tailspan_agent.alerts import new_alerts
 from tailspan_agent.attention import Attention, status_known_of
 from tailspan_agent.digest import digest_of
@@ -37,7 +35,7 @@ from tailspan_agent.facts import JobFacts
 from tailspan_agent.insight import FollowedJob, insight_of
 from tailspan_agent.job_relay import JobRelay
 from tailspan_agent.relay import Relay, Source
-from tailspan_agent.whole_read import relay_missing
+from tailspan_agent.whole_read import last_lines, relay_missing
 
 __all__ = ["Tailer"]
 
@@ -45,8 +43,6 @@ _FOLLOW_TO_END_S = 3600.0
 _AUTH_RETRY_S = 30.0
 _RUN_SPAN_WAIT_S = 2.0
 _LATE_POLLS_S = (10.0, 600.0)
-_DIGEST_LINES = 400
-_DIGEST_MS = 5000
 
 _log = logging.getLogger(__name__)
 
@@ -220,7 +216,7 @@ class Tailer:
         if self.once and (self._follower.complete or not self._follower.state.is_terminal):
             await sent.all_acked()
             self._done = True
-        return self.attention.delay_s()
+        return self.attention.delay_s(behind=self._behind)
 
     async def _see_status(self) -> JobRelay:
         sent = self._sent
@@ -247,26 +243,30 @@ class Tailer:
             self._relay.backlog.join(self._stream, self, sent.position_ns)
             await self._relay.backlog.turn(self._stream, self)
         async with self._source.readers:
-            try:
-                lines = await self._read_from(sent)
-            except CursorExpiredError as error:
-                _log.warning("job %s of service %s: lines are lost: %s", self.job_id, self._service.name, error)
-                self._relay.health.gap(self._service.name)
-                sent.cursor = error.resume_cursor
-                # At once: a read that ended at a gap does not say that the log has ended.
-                lines = await self._read_from(sent)
+            # At once: a read that ended at a gap does not say that the log has ended.
+            while (lines := await self._read_from(sent)) is None:
+                pass
         if not lines and sent.nothing_in_flight:
             self._behind = False
             self.leave_backlog()
         return lines
 
-    async def _read_from(self, sent: JobRelay) -> int:
+    async def _read_from(self, sent: JobRelay) -> int | None:
+        """Relay the lines after the cursor; return how many, or None at a gap, with the cursor behind it."""
         self._relay.health.polled(self._service.name)
         lines = 0
-        async with aclosing(self._pages(sent.cursor, late_window_s=self.watch.late_window)) as pages:
-            async for page in pages:
-                lines += len(page.lines)
-                await sent.send_page(page)
+        try:
+            async with aclosing(self._pages(sent.cursor, late_window_s=self.watch.late_window)) as pages:
+                async for page in pages:
+                    lines += len(page.lines)
+                    await sent.send_page(page)
+        except CursorExpiredError as error:
+            if error.resume_cursor == sent.cursor:
+                raise
+            _log.warning("job %s of service %s: lines are lost: %s", self.job_id, self._service.name, error)
+            self._relay.health.gap(self._service.name)
+            sent.cursor = error.resume_cursor
+            return None
         return lines
 
     async def _pages(self, cursor: bytes | None = None, **keys: Any) -> AsyncGenerator[LogPage, None]:
@@ -290,7 +290,7 @@ class Tailer:
         if self._service.final_read and self.watch.final_read and sent.sends_logs and not self._follower.read_whole:
             await relay_missing(self._pages, sent)
         if sent.job.state is not JobState.SUCCEEDED and sent.facts.digest is None:
-            sent.facts = dataclasses.replace(sent.facts, digest=digest_of(await self._last_lines(sent)))
+            sent.facts = dataclasses.replace(sent.facts, digest=digest_of(await last_lines(self._pages, sent)))
         # The run span says what was acked, but it does not wait for a logs endpoint that is away, nor for room there.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_RUN_SPAN_WAIT_S):
@@ -329,16 +329,6 @@ class Tailer:
         now_ns = time.time_ns()
         seen_ns = sent.facts.states[-1][0] if sent.facts.states else now_ns
         return (now_ns - min(seen_ns, sent.ended_ns or sent.facts.last_line_ns or seen_ns)) / 1e9
-
-    async def _last_lines(self, sent: JobRelay) -> list[str]:
-        """Return the job's last lines, for the failure digest."""
-        lines: deque[str] = deque(maxlen=_DIGEST_LINES)
-        if sent.facts.last_line_ns is not None:
-            since_ms = sent.facts.last_line_ns // NANOS_PER_MS - _DIGEST_MS
-            async with aclosing(self._pages(since_ms=since_ms)) as pages:
-                async for page in pages:
-                    lines.extend(sent.redact(clean(line)) for line in page.lines[-_DIGEST_LINES:])
-        return list(lines)
 
     async def _is_gone(self) -> bool:
         """Return whether the service has deleted the job: only a 404 on its own status says so, one on its log not."""

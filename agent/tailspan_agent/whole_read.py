@@ -1,11 +1,14 @@
-"""The final read: a job's whole log is read once more, and what was never relayed of it is relayed."""
+"""What is read once more when a job has ended: its whole log for what was never relayed, its end for the digest."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
-from tailspan.page import LogPage
+from tailspan.clean import clean
+from tailspan.errors import CursorExpiredError
+from tailspan.page import NANOS_PER_MS, LogPage
 from tailspan_agent.final_read import (
     Seconds,
     add_seconds,
@@ -16,7 +19,10 @@ from tailspan_agent.final_read import (
 )
 from tailspan_agent.job_relay import JobRelay
 
-__all__ = ["relay_missing"]
+__all__ = ["last_lines", "relay_missing"]
+
+_DIGEST_LINES = 400
+_DIGEST_MS = 5000
 
 
 async def relay_missing(read: Callable[[], AsyncGenerator[LogPage, None]], sent: JobRelay) -> int:
@@ -58,3 +64,21 @@ async def relay_missing(read: Callable[[], AsyncGenerator[LogPage, None]], sent:
     if repeated:
         await sent.take_back(repeated)
     return len(late)
+
+
+async def last_lines(read: Callable[..., AsyncGenerator[LogPage, None]], sent: JobRelay) -> list[str]:
+    """Return the job's last lines, for the failure digest.
+
+    Args:
+        read: Reads the log from ``since_ms`` on.
+        sent: The job.
+    """
+    lines: deque[str] = deque(maxlen=_DIGEST_LINES)
+    if sent.facts.last_line_ns is not None:
+        since_ms = sent.facts.last_line_ns // NANOS_PER_MS - _DIGEST_MS
+        # Lines that were relayed may be gone by now, which must not keep the job from its end.
+        with suppress(CursorExpiredError):
+            async with aclosing(read(since_ms=since_ms)) as pages:
+                async for page in pages:
+                    lines.extend(sent.redact(clean(line)) for line in page.lines[-_DIGEST_LINES:])
+    return list(lines)

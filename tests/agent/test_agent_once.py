@@ -12,6 +12,7 @@ import pytest
 from tailspan.errors import (
     AuthError,
     ConfigError,
+    CursorExpiredError,
     JobNotFoundError,
     ProtocolError,
     ServiceUnavailableError,
@@ -657,3 +658,33 @@ def test_a_late_service_is_compared_once_more_when_its_time_is_over(bench: Bench
     assert bench.bodies() == ["a", "b", "old"]
     assert receipt(bench, "j1")["lines.read"] == 3
     assert bench.once().jobs == 0
+
+
+def test_a_log_with_two_gaps_is_read_to_its_end(bench: Bench) -> None:
+    """Each gap is counted, and what lies behind both is relayed."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", *"abcdef")
+    bench.fake.set_state("j1", "SUCCEEDED")
+    bench.fake.fail_next(
+        "read_logs",
+        CursorExpiredError("gone", resume_cursor=b"2"),
+        CursorExpiredError("gone", resume_cursor=b"4"),
+    )
+    assert bench.once().failures == ()
+    assert bench.bodies() == ["e", "f"]
+    assert bench.metric("tailspan.agent.gaps", service="fake") == 2
+
+
+def test_a_failed_job_whose_last_lines_are_gone_gets_its_end(bench: Bench) -> None:
+    """They were relayed, and are gone when they are read again for the digest: its run span is written without one."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a", "b")
+    bench.fake.set_state("j1", "FAILED")
+
+    def empty() -> None:
+        bench.fake.fail_next("read_logs", CursorExpiredError("gone", resume_cursor=b"2"))
+
+    bench.fake.before_next("read_logs", lambda: None, empty)
+    assert bench.once().failures == ()
+    assert bench.bodies() == ["a", "b"]
+    assert "run" in bench.spans("j1")
