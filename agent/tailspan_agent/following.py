@@ -158,14 +158,19 @@ class Following:
         await self._sources.pop(name).service.aclose()
 
     async def _rematch(self, watcher: Watcher, watches: Sequence[Watch]) -> None:
+        changed = watcher.watches != watches
+        if changed:
+            # It starts what it has found, so that this is matched too; begun anew, it looks at once.
+            await cancelled(self._tasks[watcher.name])
         for tailer in list(watcher.tailers.values()):
             watch = match(watches, tailer.job_id, tailer.job_name)
             if watch is None:
                 await self._end(tailer)
             else:
                 tailer.use(watch)
-        if watcher.watches != watches:
+        if changed:
             watcher.use(watches)
+            self._tasks[watcher.name] = asyncio.create_task(watcher.run())
 
     def _start(self, tailer: Tailer) -> None:
         if tailer.once:

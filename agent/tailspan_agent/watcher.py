@@ -141,7 +141,11 @@ class Watcher:
 
     def _open_news(self) -> None:
         if self._news is None and isinstance(self._service, NewsService) and self._full_scan_is_due:
-            self._news = self._service.open_news()
+            try:
+                self._news = self._service.open_news()
+            except Exception:
+                # News only make looking cheaper: without them, or with a fault in them, jobs are looked at.
+                _log.exception("service %s: there are no news", self.name)
             for tailer in self.tailers.values():
                 self._hear_of(tailer)
 

@@ -67,6 +67,9 @@ class Follower:
             self._quiet_reads = 0
             self._complete_read = self.read_whole = False
             self._ended_at_s = None
+        if job.logs_complete and not self._logs_complete:
+            # A log that was given up as open has ended after all, perhaps with lines behind the last read.
+            self._complete_read = False
         self.state = job.state
         self._logs_complete = job.logs_complete
         if not job.state.is_terminal:

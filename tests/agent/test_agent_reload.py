@@ -12,9 +12,10 @@ import pytest
 
 from tailspan.config import load_settings
 from tailspan.errors import ConfigError
+from tailspan.models import RunResponse
 from tailspan.testing import FakeService
 from tailspan_agent.reload import reload_on_hangup
-from tests.fakes.agents import Bench, looped, until
+from tests.fakes.agents import Bench, OddService, looped, until
 from tests.fakes.collector import Collector, Reply
 
 
@@ -245,3 +246,33 @@ async def test_a_reload_while_the_agent_starts_or_stops_follows_nothing_twice(be
     await agent.reload(bench.settings())
     await running
     assert bench.bodies() == ["a"]
+
+
+@looped
+async def test_a_reload_in_the_middle_of_a_look_counts_for_what_it_had_found(bench: Bench) -> None:
+    """A job that was listed by the old watches and not yet begun is not followed by them."""
+    service = bench.services["fake"] = SlowToName()
+    for job_id in ("j1", "j2"):
+        service.add_job(job_id)
+    async with bench.running() as agent:
+        await service.asked.wait()
+        await agent.reload(bench.settings({"discover": True, "name": "none"}))
+        service.answers.set()
+        await until(lambda: agent.watchers[0].has_scanned)
+        assert agent.tailers == []
+
+
+class SlowToName(OddService):
+    """A service whose list has no names, and that takes its time to tell the second one."""
+
+    def __init__(self) -> None:
+        super().__init__("fake", poll_max_s=30.0)
+        self.lists_names = False
+        self.asked, self.answers = asyncio.Event(), asyncio.Event()
+
+    async def get_job(self, job_id: str) -> RunResponse:
+        """Return the status of the job that is listed first at once, of the other one when the test lets it."""
+        if job_id == "j1":
+            self.asked.set()
+            await self.answers.wait()
+        return await super().get_job(job_id)

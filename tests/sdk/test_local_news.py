@@ -180,3 +180,16 @@ async def test_other_machines_changes_are_not_told(
 async def test_no_directory_no_news(tmp_path: Path) -> None:
     """Jobs that were never run make none."""
     assert local_news.open_local_news(tmp_path / "jobs") is None
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EACCES])
+async def test_a_directory_that_cannot_be_looked_at_has_no_news(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """A hanging mount, or one that was closed to us: whoever looks at its jobs says so, and news may come later."""
+
+    def fail(*_: object) -> bool:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "is_dir", fail)
+    assert local_news.open_local_news(tmp_path) is None

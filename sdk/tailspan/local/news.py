@@ -46,12 +46,14 @@ def open_local_news(jobs: Path) -> LocalNews | None:
     Args:
         jobs: The directory of all jobs.
     """
-    if not sys.platform.startswith("linux") or not jobs.is_dir() or _is_remote(jobs):
-        return None
     try:
+        if not sys.platform.startswith("linux") or not jobs.is_dir() or _is_remote(jobs):
+            return None
         return LocalNews(jobs)
     except OSError as error:
-        _warn(error.errno or 0)
+        # What else keeps the directory from being used is told by whoever looks at its jobs.
+        if error.errno in (errno.EMFILE, errno.ENOSPC):
+            _warn(error.errno)
         return None
 
 
