@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Relay", "Source"]
 
 _READERS = 8
+_READERS_A_LANE = 2
 _FIRST_LOOKS = 100
 _FIRST_LOOKS_PER_S = 2.0
 
@@ -38,13 +39,21 @@ class Source:
 
     def __init__(self, service: JobService) -> None:
         self.service = service
-        self.readers = asyncio.Semaphore(_READERS)
+        self._readers: dict[Lane | None, asyncio.Semaphore] = {}
         self._first_look_at_s = float("-inf")
 
     @property
     def is_cheap(self) -> bool:
         """Whether looking costs no request: so it is with a service that may be asked each two seconds for each job."""
         return self.service.poll_max_s <= 2.0
+
+    def readers(self, lane: Lane | None) -> asyncio.Semaphore:
+        """Return what limits the reads of one lane's jobs: readers that wait for a full lane keep no others waiting.
+
+        Args:
+            lane: The lane; None where no lines are sent.
+        """
+        return self._readers.setdefault(lane, asyncio.Semaphore(_READERS if lane is None else _READERS_A_LANE))
 
     def first_look_delay_s(self) -> float:
         """Return when to look for the first time at one more job that has nothing new, in seconds from now.

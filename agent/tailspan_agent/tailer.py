@@ -242,7 +242,7 @@ class Tailer:
         if self._behind and sent.sends_logs:
             self._relay.backlog.join(self._stream, self, sent.position_ns)
             await self._relay.backlog.turn(self._stream, self)
-        async with self._source.readers:
+        async with self._source.readers(self._relay.lane(self._service.identity, self.job_id)):
             # At once: a read that ended at a gap does not say that the log has ended.
             while (lines := await self._read_from(sent)) is None:
                 pass

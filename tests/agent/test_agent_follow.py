@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from datetime import UTC, datetime, timedelta
+from itertools import count, islice
+from zlib import crc32
 
 import httpx
 import pytest
@@ -493,3 +495,24 @@ async def test_a_stop_in_the_middle_of_a_list_begins_nothing_new(bench: Bench) -
         agent.stop()
     assert ("read_logs", "j1") not in service.calls
     assert not agent.tailers
+
+
+@looped
+async def test_a_lane_that_is_stuck_does_not_keep_others_from_being_read(bench: Bench) -> None:
+    """However many jobs wait for room in it: a batch that is refused for ever costs the other lanes nothing."""
+
+    def of_lane(number: int) -> Iterator[str]:
+        return (job_id for job_id in map(str, count()) if crc32(f"fake\0{job_id}".encode()) % 4 == number)
+
+    bench.services["fake"] = service = OddService("fake", page_lines=1000)
+    for job_id in islice(of_lane(0), 8):
+        service.add_job(job_id)
+        service.add_lines(job_id, *["x" * 1000] * 5000)
+    bench.collector.always("logs", lambda request: Reply(503 if request.count > 1 else 200))
+    async with bench.running():
+        await until(lambda: service.pages >= 4)
+        other = next(of_lane(1))
+        service.add_job(other)
+        service.add_lines(other, "a")
+        await bench.received(lambda: bench.bodies(other) == ["a"])
+        bench.collector.always("logs", Reply())
