@@ -1,8 +1,8 @@
 """`Attention`: when a tailer looks at its job, and whether it asks for the status then.
 
 Ten thousand silent jobs shall cost nothing. What is told of a job need not be asked for: by the rows of its service's
-list, where these count lines, and by the service's news. A job that both say is silent is *parked*: its tailer waits,
-without a timer, until one of them says otherwise.
+list, where these count lines, and by the service's news. A job that both say is silent is *parked* once its
+lines are acked: its tailer waits, without a timer, until one of them says otherwise.
 
                      status asked                              next turn
     nothing told     each turn                                 after the follower's delay, up to `poll_max_s`
