@@ -196,7 +196,7 @@ class JobRelay:
 
     @property
     def _history(self) -> PipelineHistory:
-        return self._relay.insights.histories.of(self._relay.names.label(self.job.job_name))
+        return self._relay.insights.histories.of(self._relay.names.find(self.job.job_name))
 
     async def tell_what_is_odd(self) -> None:
         """Tell once, in our log and in its own, that the job is silent or slow by its pipeline's own past."""

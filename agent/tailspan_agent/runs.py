@@ -147,15 +147,18 @@ class PipelineNames:
             self.label(name)
 
     def label(self, name: str) -> str:
-        """Return the name to use in metrics: the same one each time, for as long as the order stays."""
+        """Register a name and return the one to use in metrics: the same each time, for as long as the order stays."""
+        label = self.find(name)
+        self._names[label] = None
+        return label
+
+    def find(self, name: str) -> str:
+        """Return the label that a name has, or would get now; for those who only look, a name takes no place."""
         if name in self._names:
             return name
         # a lone surrogate has no UTF-8: one job's odd name must not end all metrics
         name = name.encode(errors="replace").decode()
-        if len(self._names) >= self._limit and name not in self._names:
-            name = OTHER_PIPELINES
-        self._names[name] = None
-        return name
+        return name if name in self._names or len(self._names) < self._limit else OTHER_PIPELINES
 
     @property
     def used(self) -> tuple[str, ...]:

@@ -128,7 +128,7 @@ class Tailer:
             self._sent.job = dataclasses.replace(self._sent.job, last_heartbeat=None)
         followed = self.followed if self.attention.parked else None
         if followed is not None:
-            history = self._relay.insights.histories.of(self._relay.names.label(self.job_name))
+            history = self._relay.insights.histories.of(self._relay.names.find(self.job_name))
             facts = self._sent.facts if self._sent is not None else JobFacts(first_seen_ns=self._first_seen_ns)
             if any(new_alerts(insight_of(followed, history, time.time_ns()), facts)):
                 self.attention.wake()

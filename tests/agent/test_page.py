@@ -26,9 +26,9 @@ TOKEN = "page-tökén-s3cret"
 
 
 @asynccontextmanager
-async def looking(bench: Bench, **keys) -> AsyncIterator[tuple[Agent, httpx.AsyncClient]]:
+async def looking(bench: Bench, *watches: dict, **keys) -> AsyncIterator[tuple[Agent, httpx.AsyncClient]]:
     """Run an agent with its page, and a browser-like client."""
-    async with bench.running(listen="127.0.0.1:0", **keys) as agent:
+    async with bench.running(*watches, listen="127.0.0.1:0", **keys) as agent:
         assert agent.server is not None
         async with httpx.AsyncClient(
             base_url=agent.server.url, trust_env=False, headers={"accept": "text/html"}, timeout=20
@@ -401,6 +401,18 @@ async def test_pipelines_and_agent_say_what_they_know(bench):
     assert bench.collector.http_url in agent_page
     assert "answers" in agent_page
     assert none.status_code == 404
+
+
+@looped
+async def test_a_job_that_is_only_looked_at_takes_no_pipeline_a_place(bench):
+    """Names that get metrics of their own are few: those that the agent follows have them, not those that were seen."""
+    bench.fake.add_job("other", job_name="curious")
+    watch = {"discover": True, "name": "watched-*"}
+    async with looking(bench, watch, max_pipeline_names=1) as (_, client):
+        assert ">curious" in (await job_page(client, "other")).text
+        ended(bench, "real", "x", job_name="watched-one")
+        await relayed(bench, "real")
+        assert ">watched-one</a>" in (await client.get("/pipelines")).text
 
 
 @looped

@@ -109,6 +109,14 @@ def test_names_past_the_cap_share_one_label():
     assert names.used == ("a", "b", OTHER_PIPELINES)
 
 
+def test_whoever_only_looks_registers_nothing():
+    """What is found is what would be given; the place stays free for a pipeline that runs."""
+    names = PipelineNames(1)
+    assert (names.find("seen"), names.used) == ("seen", ())
+    assert names.label("a") == names.find("a") == "a"
+    assert (names.find("seen"), names.find("b\ud800"), names.used) == (OTHER_PIPELINES, OTHER_PIPELINES, ("a",))
+
+
 @given(st.lists(st.text(max_size=3), max_size=50), st.integers(1, 5))
 def test_a_label_never_changes(seen, limit):
     """One name has one label for good, else a counter would jump between series."""

@@ -63,8 +63,8 @@ class Shown:
         return list(self.relay.totals.values())
 
     def label(self, job_name: str) -> str:
-        """Return the pipeline that jobs of this name are counted under."""
-        return self.relay.names.label(job_name)
+        """Return the pipeline that jobs of this name are counted under, or would be."""
+        return self.relay.names.find(job_name)
 
     def history(self, job_name: str) -> PipelineHistory:
         """Return the past of a job's pipeline."""
