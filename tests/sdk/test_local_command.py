@@ -26,6 +26,8 @@ from tailspan.local.environment import job_environment, parent_of
         (["python"], "python"),
         (["/"], "/"),
         ([".sh"], ".sh"),
+        (["/opt/caf\udce9"], "caf?"),
+        (["python", "-m", "caf\udce9.nightly"], "caf?.nightly"),
     ],
 )
 def test_a_job_is_called_after_its_program_or_script(command, name):

@@ -164,6 +164,15 @@ def test_what_cannot_be_run_is_refused_at_once(local, options):
     assert not list(local.state_dir.glob("jobs/*"))
 
 
+def test_a_program_whose_name_is_no_utf8_runs(local, tmp_path):
+    """A file's name and an argument are any bytes; the job's name, which all services share, is text."""
+    program = os.fsdecode(bytes(tmp_path) + b"/caf\xe9")
+    os.symlink("/bin/echo", program)
+    job = local.complete(local.start(program, "na\udcefve"))
+    assert (job.state, job.job_name) == (JobState.SUCCEEDED, "caf?")
+    assert local.lines(job.job_id) == [b"na\xefve"]
+
+
 def test_timeout_ends_the_job(local):
     """A job that runs too long is ended and says so."""
     job = local.run("sleep", "600", timeout_s=0.2)

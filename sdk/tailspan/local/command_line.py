@@ -34,6 +34,11 @@ def default_name(command: Sequence[str]) -> str:
     Args:
         command: The command and its arguments, at least one.
     """
+    # A file's name may be any bytes: what is no UTF-8 has no place in a name, which goes to where all must be.
+    return _called(command).encode("utf-8", "replace").decode()
+
+
+def _called(command: Sequence[str]) -> str:
     program = os.path.basename(command[0]) or command[0]
     if not _INTERPRETERS.fullmatch(program):
         return _SCRIPT.sub("", program) or program
