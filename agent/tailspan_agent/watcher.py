@@ -278,14 +278,16 @@ class Watcher:
             return False
         if row.job_id in self._settled:
             return False
-        if self._ended_before(row, self._lookback_s):
-            self._settled.add(row.job_id)
-            return True
         try:
+            _check_text(row.job_id)
+            if self._ended_before(row, self._lookback_s):
+                self._settled.add(row.job_id)
+                return True
             name = row.job_name or await self._name_of(row.job_id)
         except (ProtocolError, RequestRejectedError) as error:
             # One job that cannot be asked must not hide all others.
-            _log.warning("job %s of service %s: %s", row.job_id, self.name, error)
+            shown = row.job_id.encode(errors="backslashreplace").decode()
+            _log.warning("job %s of service %s: %s", shown, self.name, error)
             self.skipped[row.job_id] = error
             return False
         self.skipped.pop(row.job_id, None)
@@ -357,6 +359,14 @@ class Watcher:
             self._settled.add(tailer.job_id)
         if missing:
             self._missing.add(tailer.job_id)
+
+
+def _check_text(job_id: str) -> None:
+    """Raise ProtocolError for an id with half of a surrogate pair: it has no UTF-8, in which ids are kept and sent."""
+    try:
+        job_id.encode()
+    except UnicodeEncodeError:
+        raise ProtocolError("its id is no text: it has half of a surrogate pair", job_id=job_id) from None
 
 
 def _age_s(row: ListedJob) -> float:

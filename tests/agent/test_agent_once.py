@@ -245,6 +245,17 @@ def test_a_job_without_a_log_has_a_trace(bench: Bench) -> None:
     assert bench.spans()["run"].attributes["cicd.pipeline.result"] == "cancellation"
 
 
+def test_a_job_whose_texts_are_no_utf8_is_relayed(bench: Bench) -> None:
+    """A name, an attribute, a command or an error may hold an undecodable byte or half of a surrogate pair."""
+    odd = "caf\udce9\ud800"
+    texts = {"job_name": odd, "error": odd, "attributes": {odd: odd}, "details": {"process.command_line": odd}}
+    ended(bench.fake, "j1", f"ERROR {odd}", state="FAILED", **texts)
+    ended(bench.fake, "j2", "fine")
+    assert bench.once().failures == ()
+    assert bench.spans("j1")["run"].attributes["cicd.pipeline.name"] == "caf??"
+    assert bench.bodies("j2") == ["fine"]
+
+
 def test_what_was_rejected_is_said(bench: Bench) -> None:
     """Refused records need no more work: they are counted, in the dead letter, and not sent again."""
     ended(bench.fake, "j1", "a", "b", "c")

@@ -290,6 +290,16 @@ async def test_a_job_that_cannot_be_asked_is_left_out_and_tried_again(scene: Sce
 
 
 @looped
+async def test_an_id_that_is_no_text_hides_no_other_job(scene: Scene) -> None:
+    """Nothing can keep or send half of a surrogate pair: such a job is told of and left out."""
+    for job_id in ("before", "caf\udce9", "after"):
+        scene.add(job_id, "SUCCEEDED", hours_ago=5)
+    watcher = scene.watcher(watch(discover=True, lookback=86400))
+    await watcher.scan()
+    assert (set(scene.ids()), list(watcher.skipped)) == ({"before", "after"}, ["caf\udce9"])
+
+
+@looped
 async def test_other_watches_match_every_job_anew(scene: Scene) -> None:
     """What was left out before may belong to them."""
     scene.add("j1", "SUCCEEDED", hours_ago=5)
