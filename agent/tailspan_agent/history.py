@@ -99,7 +99,7 @@ class PipelineHistory:
         """The runs that succeeded and were not too fast, oldest end first."""
         return tuple(run for run in self.runs if run.result == _SUCCESS and not run.too_fast)
 
-    @property
+    @cached_property
     def is_enough(self) -> bool:
         """Whether there are enough succeeded runs to judge others by."""
         return len(self.succeeded) >= ENOUGH_RUNS
@@ -114,12 +114,12 @@ class PipelineHistory:
         """How long the succeeded runs ran, in seconds, shortest first."""
         return tuple(sorted(run.duration_s for run in self.succeeded))
 
-    @property
+    @cached_property
     def p50_s(self) -> float | None:
         """The usual duration in seconds; None without a succeeded run."""
         return _quantile(self.durations_s, 0.5)
 
-    @property
+    @cached_property
     def p95_s(self) -> float | None:
         """The duration that 95 of 100 succeeded runs did not exceed, in seconds; None without one."""
         return _quantile(self.durations_s, 0.95)

@@ -41,9 +41,10 @@ def insight_metrics(
         on them ends; what a job says of itself goes with the job.
     """
     values: dict[str, dict[_Attributes, float]] = defaultdict(dict)
+    of_pipeline: dict[str, _Attributes] = {}
 
     def put(name: str, pipeline: str, value: float, join: Callable[[float, float], float], run_id: str = "") -> None:
-        attributes: _Attributes = (("cicd.pipeline.name", pipeline),)
+        attributes = of_pipeline.get(pipeline) or of_pipeline.setdefault(pipeline, (("cicd.pipeline.name", pipeline),))
         if run_id and run_id_on_metrics:
             attributes += (("cicd.pipeline.run.id", run_id),)
         known = values[name]
@@ -60,8 +61,10 @@ def insight_metrics(
             put("tailspan.pipeline.duration.p95", name, history.p95_s, max)
     for name, job in labelled:
         insight = insight_of(job, insights.histories.of(name), now_unix_nano)
-        put("tailspan.job.silent", name, int(insight.silent), _plus)
-        put("tailspan.job.slow", name, int(insight.slow), _plus)
+        if insight.silent:
+            put("tailspan.job.silent", name, 1, _plus)
+        if insight.slow:
+            put("tailspan.job.slow", name, 1, _plus)
         if job.phase == "pending" and job.status.submitted_at is not None:
             put("tailspan.job.pending.age", name, _age_s(job.status.submitted_at.timestamp(), now_unix_nano), max)
         if insight.progress is not None:

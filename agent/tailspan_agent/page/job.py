@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from tailspan.errors import JobNotFoundError, ServiceError, ServiceUnavailableError
 from tailspan.identity import trace_id
@@ -100,7 +100,7 @@ async def view_of(shown: Shown, service: JobService, job_id: str, *, timeout_s: 
     now_ns = time.time_ns()
     insight = insight_of(followed or FollowedJob(service=service.name, status=status), history, now_ns)
     if followed is None:
-        insight = replace(insight, silent=False)  # nobody reads its lines, so nobody knows
+        insight = insight._replace(silent=False)  # nobody reads its lines, so nobody knows
     times = JobTimes.of(status, facts) if facts is not None else None
     ended = status.state.is_terminal
     took_s = insight.running_s

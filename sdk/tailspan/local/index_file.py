@@ -16,7 +16,7 @@ __all__ = ["IndexFile", "open_file", "read_at"]
 _ENTRIES_PER_READ = 256
 
 
-def open_file(path: Path) -> int | None:
+def open_file(path: Path | str) -> int | None:
     """Return a file descriptor for reading, or None when there is no such file.
 
     A link or a FIFO under its name is none: a reader with more rights than the job must not be led elsewhere.

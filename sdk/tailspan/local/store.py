@@ -238,7 +238,7 @@ class JobStore:
         directory = f"{self.jobs}/{job_id}"
         try:
             state, index = os.lstat(f"{directory}/state.json"), os.lstat(f"{directory}/log.idx")
-            if not _is_locked(Path(directory, "lock")):
+            if not _is_locked(f"{directory}/lock"):
                 return None
         except OSError:
             return None  # whoever looks closer says why
@@ -367,7 +367,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return {key: item for key, item in value.items() if isinstance(item, _TYPES.get(key, object))}
 
 
-def _is_locked(path: Path) -> bool:
+def _is_locked(path: Path | str) -> bool:
     import fcntl
 
     fd = open_file(path)
