@@ -51,6 +51,7 @@ class Attention:
         self._follower = follower
         self._poll_max_s = follower.poll_max_s
         self._row_at_s = float("-inf")
+        self._listed: tuple[ListedJob, RunResponse] | None = None
         self._status_at_s = float("-inf")
         self._state_news = False
         self._spoke = True
@@ -72,14 +73,17 @@ class Attention:
         row = self.row
         if row is None:
             return None
-        return status_known_of(
-            service,
-            row.job_id,
-            row.job_name or name,
-            row.state,
-            submitted_at=row.created_at,
-            started_at=row.state_since if row.state is JobState.RUNNING else None,
-        )
+        if self._listed is None or self._listed[0] is not row:
+            status = status_known_of(
+                service,
+                row.job_id,
+                row.job_name or name,
+                row.state,
+                submitted_at=row.created_at,
+                started_at=row.state_since if row.state is JobState.RUNNING else None,
+            )
+            self._listed = row, status
+        return self._listed[1]
 
     @property
     def is_long_parked(self) -> bool:
@@ -93,7 +97,9 @@ class Attention:
 
     def on_row(self, row: ListedJob) -> None:
         """Take in the job's row of a listing: the bulk status that saves a request per silent job."""
-        known, self.row = self.row, row
+        known = self.row
+        # An equal row stays the one that it is: what was made of it holds.
+        self.row = known if known == row else row
         self._row_at_s = time.monotonic()
         self._follower.poll_max_s = max(self._poll_max_s, _SILENCE_S if row.lines is not None else 0.0)
         if known is None:

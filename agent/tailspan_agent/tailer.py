@@ -200,10 +200,11 @@ class Tailer:
             self._done = self.once
             return await self._look_again(sent)
         started_s, from_start = time.monotonic(), sent.cursor is None
+        unstarted = first or sent.facts.first_line_ns is None
         lines = await self._read(sent)
         self._follower.on_read(lines, started_s, from_start=from_start)
-        if lines and not self._follower.state.is_terminal:  # the last ones are written at its end
-            sent.write_spans()
+        if lines and unstarted and not self._follower.state.is_terminal:
+            sent.write_spans()  # a first line says that it has started; the last ones are written at its end
         if self.attention.on_read(lines) and not first:
             await self._see_status()
         if asked or not lines:

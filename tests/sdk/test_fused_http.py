@@ -305,6 +305,20 @@ def test_the_list_is_read_to_its_end_once(api):
     assert [job_id for job_id in ids if job_id.startswith("job-")] == [f"job-{n}" for n in reversed(range(60))]
 
 
+def test_pages_of_the_list_grow(api):
+    """A long list takes few requests; a server that allows no more rows than it likes is asked for those."""
+    for number in range(700):
+        api.add_job(f"job-{number}")
+    assert sum(len(page) for page in ask(api, "list_jobs")) == 701
+    asked = [request.target.partition("?")[2] for request in api.requests]
+    assert asked[:3] == ["skip=0&limit=100", "skip=90&limit=400", "skip=480&limit=1600"]
+    api.requests.clear()
+    api.on_list = lambda number: api.fault(Fault(status=422), on="list") if len(api.requests) == 1 else None
+    assert sum(len(page) for page in ask(api, "list_jobs")) == 701
+    asked = [request.target.partition("?")[2] for request in api.requests]
+    assert asked[:4] == ["skip=0&limit=100", "skip=90&limit=400", "skip=90&limit=100", "skip=180&limit=100"]
+
+
 def test_a_whole_page_of_new_jobs_hides_none(api):
     """More new jobs than a page has, between two pages, do not end the list early."""
     for number in range(60):

@@ -43,6 +43,7 @@ T = TypeVar("T")
 
 _TRIES = 4
 _ROWS = 100
+_MOST_ROWS = 1600
 _OVERLAP_ROWS = 10
 _LOOK_LINES = 5_000
 _LOOK_BYTES = 64 << 10
@@ -104,6 +105,7 @@ class FusedService:
         """
         self.name = name
         self.identity = normalise_base_url(base_url)
+        self._most_rows = _MOST_ROWS
         self._http = FusedHttp(
             name,
             self.identity,
@@ -159,16 +161,26 @@ class FusedService:
     async def list_jobs(self) -> AsyncIterator[Sequence[ListedJob]]:
         """Yield the service's jobs, newest first, page by page, each once.
 
-        Pages are asked for with some overlap, because jobs that begin meanwhile shift all others.
+        Pages are asked for with some overlap, because jobs that begin meanwhile shift all others. They grow, because
+        most servers start from the newest for each; the first is small, because most callers need no more.
         """
         known: set[str] = set()
         skip = longest = 0
+        limit = _ROWS
         nothing_new = False
         while True:
-            body = await self._http.get("/job/self", {"skip": skip, "limit": _ROWS})
+            try:
+                body = await self._http.get("/job/self", {"skip": skip, "limit": limit})
+            except RequestRejectedError:
+                if limit == _ROWS:
+                    raise
+                # It does not say how many it allows.
+                self._most_rows = limit = _ROWS
+                continue
             rows = self._json("GET /job/self", "an array of jobs", body, None)
             if not isinstance(rows, list):
                 raise self._protocol_error("GET /job/self", "an array of jobs", "it is none", None)
+            limit = min(4 * limit, self._most_rows) if len(rows) >= limit else limit
             decoded = [decode_row(row, service=self.name) for row in rows]
             if any(row is None for row in decoded):
                 raise self._protocol_error("GET /job/self", "an array of jobs", "a row has no id", None)
