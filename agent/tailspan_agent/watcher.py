@@ -25,7 +25,7 @@ __all__ = ["Watcher", "match"]
 _FULL_SCAN_S = 60.0
 _DISCOVER_S = 5.0
 _CHEAP_DISCOVER_S = 0.5
-_SHARE_OF_A_CORE = 0.03
+_SHARE_OF_A_CORE = 0.01
 _SHARE_OF_REQUESTS = 0.25
 _LONGEST_PAUSE_S = 10.0
 _LONGEST_LIST_PAUSE_S = 25.0
@@ -134,10 +134,10 @@ class Watcher:
 
     def _pause_s(self, scan_s: float, scan_cpu_s: float) -> float:
         """Return how long not to look: thousands of running jobs must not be felt, by us nor by the service."""
-        share_s = min(scan_cpu_s / _SHARE_OF_A_CORE, _LONGEST_PAUSE_S)
+        share_s = scan_cpu_s / _SHARE_OF_A_CORE
         if self._source.is_cheap:
-            return max(share_s, _CHEAP_DISCOVER_S)
-        return max(share_s, _DISCOVER_S, min(scan_s / _SHARE_OF_REQUESTS, _LONGEST_LIST_PAUSE_S))
+            return max(min(share_s, _LONGEST_PAUSE_S), _CHEAP_DISCOVER_S)
+        return max(_DISCOVER_S, min(max(share_s, scan_s / _SHARE_OF_REQUESTS), _LONGEST_LIST_PAUSE_S))
 
     def _open_news(self) -> None:
         if self._news is None and isinstance(self._service, NewsService) and self._full_scan_is_due:

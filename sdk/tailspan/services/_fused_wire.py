@@ -212,15 +212,24 @@ def _told_state(reply: Mapping[str, Any]) -> JobState | None:
 def _aware(moment: datetime | None) -> datetime | None:
     # Python servers write naive UTC.
     try:
-        return moment and (moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC))
+        if moment is None or moment.tzinfo is UTC:
+            return moment
+        return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
     except OverflowError:
         # At the ends of the calendar not every offset has a UTC.
         return None
 
 
 def _moment(reply: Mapping[str, Any], key: str) -> datetime | None:
+    value = reply.get(key)
     try:
-        return _aware(msgspec.convert(reply.get(key), datetime | None))
+        if isinstance(value, str) and value[10:11] == "T":
+            # A list has thousands of them, and this is ten times as fast.
+            return _aware(datetime.fromisoformat(value))
+    except ValueError:
+        pass  # Python 3.11 knows no fraction of more than six digits, for example
+    try:
+        return _aware(msgspec.convert(value, datetime | None))
     except msgspec.ValidationError:
         return None
 
