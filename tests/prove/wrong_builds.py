@@ -52,9 +52,10 @@ BUILDS = (
         Mutant(
             "skips a page now and then",
             "tailspan_agent/tailer.py",
-            "                await sent.send_page(page)\n        return lines\n",
-            "                if lines % 3:\n                    await sent.send_page(page)\n"
-            "                else:\n                    sent.cursor = page.cursor\n        return lines\n",
+            "                    await sent.send_page(page)\n        except CursorExpiredError",
+            "                    if lines % 3:\n                        await sent.send_page(page)\n"
+            "                    else:\n                        sent.cursor = page.cursor\n"
+            "        except CursorExpiredError",
         ),
         "job service: lines visible late (to 5 s), without a final read",
         "missing",
