@@ -34,7 +34,7 @@ from tailspan_agent.checkpoint_jobs import StoredJobs
 from tailspan_agent.checkpoint_rows import Ack, Checkpoint, OutboxSpan
 from tailspan_agent.errors import CheckpointError
 from tailspan_agent.history import PastRun
-from tailspan_agent.runs import RunTotals
+from tailspan_agent.runs import RunTotals, utf8_name
 
 __all__ = ["Ack", "Checkpoint", "OutboxSpan", "Store", "read_checkpoint"]
 
@@ -72,11 +72,6 @@ def _checkpoint(rows: list[Any]) -> Checkpoint | None:
         return None
     key, name, backfill, cursor, facts, logs_complete, late, ended = rows[0]
     return Checkpoint(key, name, bool(backfill), cursor, facts, bool(logs_complete), bool(late), bool(ended))
-
-
-def _text(name: str) -> str:
-    """Return a name as SQLite takes it: a lone surrogate (an undecodable byte, or half of a pair) has no UTF-8."""
-    return name.encode(errors="replace").decode()
 
 
 class Store:
@@ -194,7 +189,7 @@ class Store:
             db.execute(
                 "INSERT OR IGNORE INTO jobs (identity, job_id, name, backfill, facts, updated_s)"
                 " VALUES (?, ?, ?, ?, ?, ?)",
-                (identity, job_id, _text(name), backfill, facts, time.time()),
+                (identity, job_id, utf8_name(name), backfill, facts, time.time()),
             )
         checkpoint = self.job(identity, job_id)
         assert checkpoint is not None
@@ -348,7 +343,7 @@ class Store:
     def add_name(self, identity: str, job_id: str, name: str) -> None:
         """Cache the name of a listed job."""
         with self._transaction() as db:
-            db.execute("REPLACE INTO names VALUES (?, ?, ?, ?)", (identity, job_id, _text(name), time.time()))
+            db.execute("REPLACE INTO names VALUES (?, ?, ?, ?)", (identity, job_id, utf8_name(name), time.time()))
 
     def forget(self, older_than_s: float, *, keep: Collection[str] = (), keep_unsent: bool = True) -> int:
         """Delete jobs that saw no change for a long time, and names that were asked for as long ago.

@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["BOUNDS_S", "COLUMNS", "OTHER_PIPELINES", "PipelineNames", "RunExemplar", "RunTotals"]
+__all__ = ["BOUNDS_S", "COLUMNS", "OTHER_PIPELINES", "PipelineNames", "RunExemplar", "RunTotals", "utf8_name"]
 
 BOUNDS_S: tuple[float, ...] = tuple(float(2**power) for power in range(15))
 """Upper bounds of the duration buckets in seconds: 1 s to 16384 s; one more bucket lies above the last."""
@@ -128,6 +128,11 @@ def _newer(one: RunExemplar | None, other: RunExemplar | None) -> RunExemplar | 
     return max(one, other, key=lambda exemplar: exemplar.time_unix_nano)
 
 
+def utf8_name(name: str) -> str:
+    """Return a name with ``?`` for each lone surrogate: it has no UTF-8, and must not end what all jobs share."""
+    return name.encode(errors="replace").decode()
+
+
 class PipelineNames:
     """The names that get metrics of their own: the first ones up to a cap; all later ones share `OTHER_PIPELINES`.
 
@@ -156,8 +161,7 @@ class PipelineNames:
         """Return the label that a name has, or would get now; for those who only look, a name takes no place."""
         if name in self._names:
             return name
-        # a lone surrogate has no UTF-8: one job's odd name must not end all metrics
-        name = name.encode(errors="replace").decode()
+        name = utf8_name(name)
         return name if name in self._names or len(self._names) < self._limit else OTHER_PIPELINES
 
     @property

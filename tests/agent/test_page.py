@@ -17,6 +17,7 @@ import pytest
 from tailspan.models import JobState
 from tailspan.testing import FakeService
 from tailspan_agent.agent import Agent
+from tailspan_agent.page.rows import job_path
 from tailspan_agent.page.session import COOKIE, Session, local_path
 from tests.fakes.agents import Bench, looped, until
 from tests.fakes.collector import Reply
@@ -148,6 +149,32 @@ async def test_nothing_that_a_job_says_becomes_markup(bench):
         assert page.headers["x-content-type-options"] == "nosniff"
     assert html.escape("<script>alert(1)</script>") in pages[1].text
     assert pages[3].status_code == 404
+
+
+@looped
+async def test_texts_that_are_no_utf8_do_not_break_the_page(bench):
+    """Names, tags, commands and errors may hold undecodable bytes; a name's link finds the jobs of that name."""
+    odd = "caf\udce9\ud800"
+    texts = {"job_name": odd, "error": odd, "attributes": {odd: odd}, "details": {"process.command_line": odd}}
+    texts |= {"url": f"http://host/{odd}", "instance_id": odd}
+    bench.fake.add_job("busy", **texts)
+    ended(bench, "sad", f"ERROR {odd}", state=JobState.FAILED, **texts)
+    async with looking(bench) as (_, client):
+        await relayed(bench, "sad")
+        pages = {job_id: (await job_page(client, job_id)).text for job_id in ("busy", "sad")}
+        link = html.unescape(re.search(r'href="(/\?q=[^"]+)"', pages["busy"])[1])
+        found = (await client.get(link)).text
+        async with client.stream("GET", "/events/jobs") as answer:
+            event = await next_event(answer.aiter_lines(), "jobs")
+        others = [
+            (await client.get(path)).status_code
+            for path in ("/", "/pipelines", "/agent", "/job?service=fake&id=%ED%B3%A9")
+        ]
+    assert all(">caf??" in page and "http://host/caf??" in page for page in pages.values())
+    assert shown_ids(found) == ["busy", "sad"]
+    assert set(event["order"]) == {"fake\0busy", "fake\0sad"}
+    assert others == [200, 200, 200, 404]
+    assert job_path("fake", odd, q=odd) == "/job?service=fake&id=caf%3F%3F&q=caf%3F%3F"
 
 
 @looped

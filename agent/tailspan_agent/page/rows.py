@@ -12,6 +12,7 @@ from tailspan_agent.history import PastRun, PipelineHistory
 from tailspan_agent.insight import FollowedJob, insight_of
 from tailspan_agent.page.board import Entry
 from tailspan_agent.page.ended import EndedJob
+from tailspan_agent.runs import utf8_name
 
 __all__ = ["Row", "entry_of_ended", "entry_of_followed", "job_path", "row_of"]
 
@@ -67,14 +68,15 @@ class Row:
 
 def job_path(service: str, job_id: str, **query: object) -> str:
     """Return the path of a job's page."""
-    return "/job?" + urlencode({"service": service, "id": job_id, **query})
+    return "/job?" + urlencode({"service": service, "id": job_id, **query}, errors="replace")
 
 
 def entry_of_followed(job: FollowedJob) -> Entry:
     """Return the entry of a job that is followed."""
     status = job.status
     when = _ns(status.finished_at) or job.started_unix_nano or _ns(status.submitted_at) or 0
-    return Entry(job.service, status.job_id, status.job_name, status.state, when, job)
+    # As it is in the store, and in what a browser sends back to search for it.
+    return Entry(job.service, status.job_id, utf8_name(status.job_name), status.state, when, job)
 
 
 def entry_of_ended(job: EndedJob, service: str) -> Entry:

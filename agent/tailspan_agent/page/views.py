@@ -310,7 +310,8 @@ class Page:
         text = self._render(
             template, problems=problems, recovered=store.recovered, token=self._session.needs_token, **values
         )
-        return HTMLResponse(text, status, headers=_HEADERS)
+        # Tags, commands and errors may hold lone surrogates, which a strict encoder refuses.
+        return HTMLResponse(text.encode(errors="replace"), status, headers=_HEADERS)
 
     def _error(self, status: int, title: str, text: str, back: str = "/") -> Response:
         return self._html("error.html", status, tab="", title=title, text=self._shown.redact(text), back=back)
@@ -339,7 +340,7 @@ def _templates() -> Environment:
         "count": present.count,
         "duration": present.duration,
         "exact": present.exact,
-        "quoted": partial(quote, safe=""),
+        "quoted": partial(quote, safe="", errors="replace"),
         "visible": present.visible,
         "visible_block": present.visible_block,
     }
