@@ -9,7 +9,7 @@ from tailspan.models import RunResponse
 from tailspan_agent.facts import JobFacts
 from tailspan_agent.history import PastRun, PipelineHistory
 
-__all__ = ["JobTimes", "past_run", "run_duration_s"]
+__all__ = ["JobTimes", "past_run", "run_duration_s", "unix_nano"]
 
 _EPOCH = datetime.fromisoformat("1970-01-01T00:00:00+00:00")
 
@@ -33,13 +33,13 @@ class JobTimes:
     @classmethod
     def of(cls, job: RunResponse, facts: JobFacts) -> JobTimes:
         """Return the times of a job by its last status and by what was seen of it."""
-        starts = [time for time in (_ns(job.started_at), facts.first_line_ns) if time is not None]
+        starts = [time for time in (unix_nano(job.started_at), facts.first_line_ns) if time is not None]
         started = min(starts, default=None)
-        submitted = _first(_ns(job.submitted_at), facts.first_seen_ns)
+        submitted = _first(unix_nano(job.submitted_at), facts.first_seen_ns)
         if started is not None:
             submitted = min(submitted, started)
         seen_ended = next((ns for ns, state in facts.states if state.is_terminal), facts.first_seen_ns)
-        finished = _first(_ns(job.finished_at), _ns(job.job_status_date), facts.last_line_ns, seen_ended)
+        finished = _first(unix_nano(job.finished_at), unix_nano(job.job_status_date), facts.last_line_ns, seen_ended)
         return cls(submitted, started, max(finished, facts.last_line_ns or 0, started or 0, submitted))
 
 
@@ -47,7 +47,8 @@ def _first(*times: int | None) -> int:
     return next(time for time in times if time is not None)
 
 
-def _ns(time: datetime | None) -> int | None:
+def unix_nano(time: datetime | None) -> int | None:
+    """Return a time in ns since the epoch; None for None."""
     # Not by float: it has no room for nanoseconds since the epoch.
     return None if time is None else (time - _EPOCH) // timedelta(microseconds=1) * 1000
 

@@ -10,9 +10,10 @@ import httpx
 import pytest
 
 import tailspan_agent.page
+from tailspan.models import JobState
 from tailspan_agent.history import PastRun
-from tailspan_agent.page.present import visible
-from tests.agent.test_page import job_page, looking
+from tailspan_agent.page.present import ago, duration, visible
+from tests.agent.test_page import ended, job_page, looking, relayed
 from tests.fakes.agents import looped
 
 CSS = Path(tailspan_agent.page.__file__).with_name("static").joinpath("page.css").read_text()
@@ -82,6 +83,64 @@ async def test_a_job_that_nobody_follows_is_not_called_silent(bench):
     assert "usually 10h" in page
     assert "silent" not in page
     assert "times are UTC" in page
+
+
+@looped
+async def test_a_job_that_the_agent_never_saw_has_the_times_of_its_service(bench):
+    """What the status says is shown; what it does not say is a dash."""
+    began = datetime.now(UTC) - timedelta(hours=5, minutes=1)
+    times = {"submitted_at": began - timedelta(hours=2), "started_at": began}
+    bench.fake.add_job("other", job_name="nightly", **times)
+    bench.fake.add_job("done", job_name="nightly", **times)
+    bench.fake.set_state("done", JobState.SUCCEEDED, finished_at=began + timedelta(hours=4))
+    bench.fake.add_job("pending", job_name="nightly", state=JobState.PENDING, submitted_at=began, started_at=None)
+    async with looking(bench, {"discover": True, "name": "watched-*"}) as (_, client):
+        shown = {}
+        for job_id in ("other", "done", "pending"):
+            page = (await job_page(client, job_id)).text
+            shown[job_id] = dict(re.findall(r"<dt>(Submitted|Started|Ended)</dt><dd title=\"[^\"]*\">([^<]*)<", page))
+    assert shown == {
+        "other": {"Submitted": "7h ago", "Started": "5h ago"},
+        "done": {"Submitted": "7h ago", "Started": "5h ago", "Ended": "1h ago"},
+        "pending": {"Submitted": "5h ago", "Started": "–"},
+    }
+
+
+@looped
+async def test_what_has_no_name_of_its_own_can_be_read_and_leads_nowhere_wrong(bench):
+    """A job without a name is called by its id; no search finds pipelines that share a name or have none."""
+    for job_id, name in (("first", "known"), ("nameless", ""), ("blank", " ")):
+        ended(bench, job_id, "x", job_name=name)
+    async with looking(bench) as (_, client):
+        await relayed(bench, "first", "nameless", "blank")
+        page, table = (await job_page(client, "nameless")).text, (await client.get("/")).text
+        none = (await client.get("/pipelines")).text
+    bench.fake.add_job("late", job_name="more")
+    async with looking(bench, max_pipeline_names=1) as (_, client):
+        other = (await client.get("/pipelines")).text
+    assert "<h1>nameless <small" in page
+    assert '<a href="/?q=nameless">nameless</a>' in page
+    assert "<title>nameless ·" in page
+    assert ">nameless</a>" in table
+    assert ">blank</a>" in table
+    assert "without a name" in none
+    assert "></a>" not in none
+    assert ">#other#</span>" in other
+    assert "other%23" not in other
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0, "0 ms"), (0.9994, "999 ms"), (0.9996, "1.0 s"), (59.94, "59.9 s"), (59.96, "1m 00s"), (3599.6, "1h 00m")],
+)
+def test_a_duration_does_not_fill_its_unit(seconds, text):
+    """What is rounded up to a whole next unit is said in that unit."""
+    assert duration(seconds) == text
+
+
+def test_sixty_seconds_are_a_minute():
+    """A time is never said as 60s ago."""
+    assert [ago(0, int(seconds * 1e9)) for seconds in (0.9, 59.9, 60)] == ["now", "59s ago", "1m ago"]
 
 
 def test_no_character_that_turns_text_round_is_left():

@@ -16,8 +16,9 @@ from tailspan_agent.exit_reason import exit_reason
 from tailspan_agent.facts import JobFacts
 from tailspan_agent.history import PipelineHistory
 from tailspan_agent.insight import FollowedJob, Insight, insight_of
-from tailspan_agent.job_times import JobTimes, run_duration_s
+from tailspan_agent.job_times import JobTimes, run_duration_s, unix_nano
 from tailspan_agent.mapping import failure_text
+from tailspan_agent.page.rows import shown_name
 from tailspan_agent.page.shown import Shown
 
 __all__ = ["JobView", "Phase", "view_of"]
@@ -75,6 +76,26 @@ class JobView:
     problem: str = ""
     followed: bool = False
     links: Sequence[tuple[str, str]] = field(default_factory=tuple)
+
+    @property
+    def name(self) -> str:
+        """What the job is called."""
+        return shown_name(self.status.job_name, self.status.job_id)
+
+    @property
+    def submitted_ns(self) -> int | None:
+        """When it was submitted; of a job that the agent never saw what its service says, if it does."""
+        return self.times.submitted_ns if self.times else unix_nano(self.status.submitted_at)
+
+    @property
+    def started_ns(self) -> int | None:
+        """When it started, likewise."""
+        return self.times.started_ns if self.times else unix_nano(self.status.started_at)
+
+    @property
+    def finished_ns(self) -> int | None:
+        """When it ended, or was last seen, likewise."""
+        return self.times.finished_ns if self.times else unix_nano(self.status.finished_at)
 
     @property
     def ended(self) -> bool:

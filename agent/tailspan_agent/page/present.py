@@ -10,7 +10,7 @@ from tailspan_agent.history import PastRun, PipelineHistory
 
 __all__ = ["Bar", "ago", "bars", "count", "duration", "exact", "visible", "visible_block"]
 
-_UNITS = ((86400, "d"), (3600, "h"), (60, "m"))
+_UNITS = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
 _PICTURES = {code: 0x2400 + code for code in range(0x20) if code != 0x09} | {0x7F: 0x2421}
 # What turns text round or hides it: a line must not be able to show something else than it is.
 _PICTURES |= dict.fromkeys(
@@ -22,8 +22,8 @@ def duration(seconds: float | None) -> str:
     """Return a duration in two units at most: ``850 ms``, ``12.3 s``, ``4m 05s``, ``3h 20m``, ``2d 04h``."""
     if seconds is None:
         return ""
-    if seconds < 1:
-        return f"{seconds * 1000:.0f} ms"
+    if (whole_ms := round(seconds * 1000)) < 1000:
+        return f"{whole_ms} ms"
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -42,7 +42,7 @@ def ago(unix_nano: int | None, now_unix_nano: int) -> str:
     size = abs(seconds)
     if size < 1:
         return "now"
-    text = next((f"{size // unit:.0f}{name}" for unit, name in _UNITS if size >= unit), f"{size:.0f}s")
+    text = next(f"{size // unit:.0f}{name}" for unit, name in _UNITS if size >= unit)
     return f"{text} ago" if seconds > 0 else f"in {text}"
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 from urllib.parse import urlencode
 
 from tailspan.models import JobState
 from tailspan_agent.history import PastRun, PipelineHistory
 from tailspan_agent.insight import FollowedJob, insight_of
+from tailspan_agent.job_times import unix_nano
 from tailspan_agent.page.board import Entry
 from tailspan_agent.page.ended import EndedJob
 from tailspan_agent.runs import utf8_name
 
-__all__ = ["Row", "entry_of_ended", "entry_of_followed", "job_path", "row_of"]
+__all__ = ["Row", "entry_of_ended", "entry_of_followed", "job_path", "row_of", "shown_name"]
 
 _SHOWN_NAME_CHARS = 200
 
@@ -71,10 +71,15 @@ def job_path(service: str, job_id: str, **query: object) -> str:
     return "/job?" + urlencode({"service": service, "id": job_id, **query}, errors="replace")
 
 
+def shown_name(job_name: str, job_id: str) -> str:
+    """Return what a job is called: its name; its id where that is empty, which nobody could read or click."""
+    return job_name if job_name.strip() else job_id
+
+
 def entry_of_followed(job: FollowedJob) -> Entry:
     """Return the entry of a job that is followed."""
     status = job.status
-    when = _ns(status.finished_at) or job.started_unix_nano or _ns(status.submitted_at) or 0
+    when = unix_nano(status.finished_at) or job.started_unix_nano or unix_nano(status.submitted_at) or 0
     # As it is in the store, and in what a browser sends back to search for it.
     return Entry(job.service, status.job_id, utf8_name(status.job_name), status.state, when, job)
 
@@ -110,7 +115,7 @@ def _followed(entry: Entry, job: FollowedJob, history: PipelineHistory, now_ns: 
     return Row(
         **_names(entry, job.identity),
         started_ns=job.started_unix_nano,
-        ended_ns=_ns(status.finished_at) if status.state.is_terminal else None,
+        ended_ns=unix_nano(status.finished_at) if status.state.is_terminal else None,
         took_s=took_s,
         usual_s=insight.usual_s,
         progress=insight.progress,
@@ -154,14 +159,10 @@ def _names(entry: Entry, identity: str) -> dict[str, Any]:
         "path": job_path(entry.service, entry.job_id),
         "service": entry.service,
         "job_id": entry.job_id,
-        "name": entry.name[:_SHOWN_NAME_CHARS] or entry.job_id,
+        "name": shown_name(entry.name, entry.job_id)[:_SHOWN_NAME_CHARS],
         "state": entry.state,
     }
 
 
 def _past(job: EndedJob, history: PipelineHistory) -> PastRun | None:
     return next((run for run in history.runs if run.job_id == job.job_id and run.identity == job.identity), None)
-
-
-def _ns(time: datetime | None) -> int | None:
-    return int(time.timestamp() * 1e9) if time is not None else None

@@ -28,6 +28,7 @@ from tailspan_agent.page.log_view import WINDOW_LINES, LogReader, Window
 from tailspan_agent.page.rows import entry_of_ended, entry_of_followed, job_path, row_of
 from tailspan_agent.page.session import Session, local_path
 from tailspan_agent.page.shown import Shown
+from tailspan_agent.runs import OTHER_PIPELINES
 
 __all__ = ["Page"]
 
@@ -263,7 +264,14 @@ class Page:
         names = sorted({*runs, *active, *histories}, key=str.lower)
         pipelines = [(name, runs.get(name, 0), active.get(name, 0), histories.of(name)) for name in names]
         missing = [name for name, is_missing in self._shown.relay.insights.missing.items() if is_missing]
-        return self._html("pipelines.html", tab="pipelines", pipelines=pipelines, missing=missing, now_ns=now_ns)
+        return self._html(
+            "pipelines.html",
+            tab="pipelines",
+            pipelines=pipelines,
+            missing=missing,
+            now_ns=now_ns,
+            other=OTHER_PIPELINES,
+        )
 
     async def _agent(self, _: Request) -> Response:
         return self._html(
