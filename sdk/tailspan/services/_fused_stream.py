@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, pairwise, repeat
 from typing import Annotated, Any, Generic, TypeVar, cast
@@ -203,7 +203,7 @@ def pages(window: Window, entries: Sequence[Entry]) -> Iterator[LogPage]:
         entries: Elements of the reply, in its order.
     """
     times = list(map(_timestamp, entries))
-    bodies = _bodies(list(map(_message, entries)))
+    bodies, flags = _bodies(list(map(_message, entries)))
     streams = _streams(list(map(_stream, entries)))
     for start, end in _page_bounds(bodies):
         new = window.take(times[start:end], bodies[start:end])
@@ -211,8 +211,10 @@ def pages(window: Window, entries: Sequence[Entry]) -> Iterator[LogPage]:
             continue
         whole = len(new.places) == end - start
         page_lines = bodies[start:end] if whole else [bodies[start + place] for place in new.places]
-        page_streams = [streams[start + place] for place in new.places] if streams else None
-        runs = _runs(new.times_unix_nano, page_streams, _flags(page_lines))
+        page_streams = streams
+        if isinstance(streams, list):
+            page_streams = streams[start:end] if whole else [streams[start + place] for place in new.places]
+        runs = _runs(new.times_unix_nano, page_streams, flags)
         yield LogPage(page_lines, runs, window.cursor(), b"".join(new.digests))
 
 
@@ -221,33 +223,40 @@ _message = operator.attrgetter("message")
 _stream = operator.attrgetter("stream")
 
 
-def _bodies(texts: list[str]) -> list[bytes]:
-    """Return the lines as bytes, without their endings; in one step for all where no line has a NUL."""
+def _bodies(texts: list[str]) -> tuple[list[bytes], int]:
+    """Return the lines as bytes, without their endings, and their flags; in one step where no line has a NUL."""
     joined = "\0".join(texts).encode()
     bodies = joined.split(b"\0") if texts else []
+    plain = len(bodies) == len(texts) and joined.isascii() and b"\r" not in joined and b"\x1b" not in joined
     if len(bodies) != len(texts):
         bodies = [text.encode() for text in texts]
     if b"\n" in joined:
         bodies = [_without_ending(body) if body[-1:] == b"\n" else body for body in bodies]
-    return bodies
+        plain = plain and not any(b"\n" in body for body in bodies)
+    return bodies, CLEAN if plain else 0
 
 
 def _without_ending(body: bytes) -> bytes:
     return body[:-2] if body.endswith(b"\r\n") else body[:-1]
 
 
-def _streams(values: list[Any]) -> list[int] | None:
-    """Return the stream of each line; None where none says its own."""
-    if values.count(None) == len(values):
-        return None
-    try:
-        return [_STREAMS.get(value, Stream.NONE) for value in values]
-    except TypeError:  # a value that is no text, nor anything else that can be a key
-        return [_STREAMS.get(value, Stream.NONE) if value.__class__ is str else Stream.NONE for value in values]
+def _streams(values: list[Any]) -> int | list[int]:
+    """Return the stream of each line; of all, where it is one."""
+    if values and values.count(values[0]) == len(values):
+        return _stream_of(values[0])
+    return list(map(_stream_of, values))
+
+
+def _stream_of(value: Any) -> int:
+    # It may be no text, nor anything else that can be a key.
+    return _STREAMS.get(value, Stream.NONE) if value.__class__ is str else Stream.NONE
 
 
 def _page_bounds(bodies: Sequence[bytes]) -> Iterator[tuple[int, int]]:
     """Yield start and end of each page's lines."""
+    if len(bodies) <= MAX_PAGE_LINES and sum(map(len, bodies)) <= MAX_PAGE_BYTES:
+        yield 0, len(bodies)
+        return
     ends = list(accumulate(map(len, bodies)))
     start = 0
     while start < len(bodies):
@@ -257,22 +266,16 @@ def _page_bounds(bodies: Sequence[bytes]) -> Iterator[tuple[int, int]]:
         start = end
 
 
-def _flags(page_lines: Iterable[bytes]) -> int:
-    text = b"".join(page_lines)
-    plain = text.isascii() and not any(mark in text for mark in (b"\r", b"\x1b", b"\0", b"\n"))
-    return CLEAN if plain else 0
-
-
-def _runs(times_unix_nano: Sequence[int], streams: Sequence[int] | None, flags: int) -> list[Run]:
+def _runs(times_unix_nano: Sequence[int], streams: int | Sequence[int], flags: int) -> list[Run]:
     """Return runs of lines whose times count up by one nanosecond, and that are of one stream."""
     following = pairwise(times_unix_nano)
     starts = [0, *(place for place, (nano, after) in enumerate(following, 1) if after - nano != 1)]
-    if streams is not None:
+    if not isinstance(streams, int):
         changes = (place for place in range(1, len(streams)) if streams[place] != streams[place - 1])
         starts = sorted({*starts, *changes})
     counts = map(operator.sub, [*starts[1:], len(times_unix_nano)], starts)
     firsts = map(times_unix_nano.__getitem__, starts)
-    kinds = repeat(Stream.NONE) if streams is None else map(streams.__getitem__, starts)
+    kinds = repeat(streams) if isinstance(streams, int) else map(streams.__getitem__, starts)
     # Most lines have a millisecond, hence a run, of their own: this is `Run(...)` without a Python call for each.
     return list(map(_new_run, zip(counts, firsts, kinds, repeat(flags), repeat(""), strict=False)))
 
