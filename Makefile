@@ -8,6 +8,9 @@ ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 INSTALL := $(if $(UV),VIRTUAL_ENV=$(VENV) $(UV) pip install --quiet,$(BIN)/python -m pip install -qq --disable-pip-version-check)
 INSTALL += --constraint requirements.lock
 
+# One more than there are cores, since tests wait for each other's processes and for timers, but at most four.
+WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN || echo 3); echo $$((n < 3 ? n + 1 : 4)))
+
 .PHONY: demo test test-systemd test-services dist sbom test-fused-client prove audit bench format lock clean
 .NOTPARALLEL: # two installs into one environment would fight
 
@@ -19,7 +22,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/mypy tests/typing_api.py
-	$(BIN)/pytest -n auto --maxprocesses 4
+	$(BIN)/pytest -n $(WORKERS)
 
 # What is in deploy/ and the page against the real things: Debian's prometheus (with promtool), docker-compose and chromium, and npm for Grafana's grammars.
 GRAMMARS := @grafana/lezer-logql@0.4.2 @grafana/lezer-traceql@1.0.0
