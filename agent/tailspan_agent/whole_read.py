@@ -35,15 +35,18 @@ async def relay_missing(read: Callable[[], AsyncGenerator[LogPage, None]], sent:
     Returns:
         How many lines were relayed.
     """
-    relayed = sent.relayed_seconds()
-    found: Seconds = {}
+    # What is found is taken away at once: a job may have written in millions of seconds.
+    rest = sent.relayed_seconds()
+    first_s = float("inf")
     async with aclosing(read()) as pages:
         async for page in pages:
-            add_seconds(found, page_seconds(page))
-    differing = {second for second, sums in found.items() if sums != relayed.get(second, (0, 0))}
-    if not differing:
+            found = page_seconds(page)
+            add_seconds(rest, found, -1)
+            first_s = min((first_s, *found))
+    # What is older than all that was found, the service has deleted.
+    uids: dict[int, list[int]] = {second: [] for second in rest if second >= first_s}
+    if not uids:
         return 0
-    uids: dict[int, list[int]] = {second: [] for second in differing}
     async with aclosing(read()) as pages:
         async for page in pages:
             for second, uid in page_uids_by_second(page):
@@ -52,10 +55,14 @@ async def relay_missing(read: Callable[[], AsyncGenerator[LogPage, None]], sent:
     late: set[int] = set()
     repeated: Seconds = {}
     for second, found_uids in uids.items():
+        relayed = {second: (len(found_uids), sum(found_uids))}
+        add_seconds(relayed, {second: rest[second]})
         missing = missing_lines(found_uids, *relayed.get(second, (0, 0)))
         late.update(found_uids[index] for index in missing)
-        if len(missing) == len(found_uids) and second in relayed:
+        if missing and len(missing) == len(found_uids) and second in relayed:
             repeated[second] = relayed[second]
+    if not late:
+        return 0
     async with aclosing(read()) as pages:
         async for page in pages:
             selected = select_lines(page, late)

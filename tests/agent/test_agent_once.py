@@ -194,6 +194,23 @@ def test_lines_that_nobody_saw_are_found_by_the_final_read(bench: Bench) -> None
     assert bench.spans()["run"].attributes["tailspan.lines.read"] == 4
 
 
+def test_lines_that_the_service_has_deleted_are_not_missed(bench: Bench) -> None:
+    """What was relayed and is gone at its source is no difference; a line that came late after it is found."""
+    bench.services["fake"] = service = OddService("fake")
+    service.final_read = True
+    service.add_job("j1")
+    service.add_lines("j1", "a", "b", timestamp_ms=1_700_000_000_000, step_ms=5_000)
+    bench.once()
+    service.add_late("j1", "between", timestamp_ms=1_700_000_005_100)
+    service.add_lines("j1", "c", timestamp_ms=1_700_000_019_000)
+    service.expire("j1", 1)
+    service.set_state("j1", "SUCCEEDED")
+    bench.once()
+    assert bench.bodies() == ["a", "b", "c", "between"]
+    assert bench.metric("tailspan.agent.lines.late", service="fake") == 1
+    assert bench.spans()["run"].attributes["tailspan.lines.read"] == 4
+
+
 def test_many_missed_lines_of_one_second_are_all_found(bench: Bench) -> None:
     """Where the sums cannot tell which lines are missing, the second is repeated: nothing lost, all counted once."""
     bench.services["fake"] = service = OddService("fake")
