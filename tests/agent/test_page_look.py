@@ -11,10 +11,11 @@ import pytest
 
 import tailspan_agent.page
 from tailspan.models import JobState
+from tailspan.testing import FakeService
 from tailspan_agent.history import PastRun
 from tailspan_agent.page.present import ago, duration, visible
 from tests.agent.test_page import ended, job_page, looking, relayed
-from tests.fakes.agents import looped
+from tests.fakes.agents import looped, until
 
 CSS = Path(tailspan_agent.page.__file__).with_name("static").joinpath("page.css").read_text()
 Colour = tuple[float, ...]
@@ -127,6 +128,25 @@ async def test_what_has_no_name_of_its_own_can_be_read_and_leads_nowhere_wrong(b
     assert "></a>" not in none
     assert ">#other#</span>" in other
     assert "other%23" not in other
+
+
+@looped
+async def test_what_is_drawn_is_also_said(bench):
+    """A bar has a name, a line of stderr has a word, and no choice in a list leads away by itself."""
+    bench.services["other"] = FakeService("other", identity="other")
+    bench.fake.add_job("busy", job_name="train", total_tasks=4, finished_tasks=1)
+    bench.fake.add_lines("busy", "out", stream="stdout")
+    bench.fake.add_lines("busy", "oops", stream="stderr")
+    async with looking(bench, {"discover": True}, {"service": "other", "discover": True}) as (agent, client):
+        await until(lambda: agent.followed_jobs())
+        table, page = (await client.get("/")).text, (await job_page(client, "busy")).text
+        script = (await client.get("/static/page.js")).text
+    assert re.findall(r"<progress[^>]*>", table + page) != []
+    assert all('aria-label="' in bar for bar in re.findall(r"<progress[^>]*>", table + page))
+    said = re.findall(r'class="from">(.*?)</td><td class="text">([^<]*)', page)
+    assert said == [("", "out"), ('<abbr title="stderr">err</abbr>', "oops")]
+    assert '<select name="service" aria-label="Service">' in table
+    assert "requestSubmit" not in script
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,6 @@
     }
   }
 
-  all("[data-submit]").forEach((box) => box.addEventListener("change", () => box.form.requestSubmit()));
   all("[data-confirm]").forEach((button) => button.addEventListener("click", (event) => {
     if (!confirm(button.dataset.confirm)) event.preventDefault();
   }));
@@ -115,6 +114,14 @@
     next.focus();
     next.scrollIntoView({ block: "nearest" });
   };
+  // A single letter may be said to a speech recogniser, or be hit by mistake: whoever wants none turns them off (WCAG 2.1.4).
+  const keysOn = find("[data-keys-on]");
+  const showKeys = () => find("#keys").showModal();
+  const keysShow = find("[data-keys-show]");
+  keysOn.checked = stored("keys") !== "off";
+  keysOn.addEventListener("change", () => stored("keys", keysOn.checked ? "on" : "off"));
+  keysShow.hidden = false;
+  keysShow.addEventListener("click", showKeys);
   const keys = {
     "/": () => find("[data-search]")?.focus(),
     j: () => move(1),
@@ -123,7 +130,7 @@
     e: () => find("[data-error]")?.click(),
     u: () => find("[data-up]")?.click(),
     t: switchTheme,
-    "?": () => find("#keys")?.showModal(),
+    "?": showKeys,
   };
   addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
@@ -132,6 +139,7 @@
       if (event.key === "Escape" && event.target.blur) event.target.blur();
       return;
     }
+    if (!keysOn.checked && event.key !== "Enter") return;
     const action = Object.hasOwn(keys, event.key) ? keys[event.key] : null;
     if (action && action() !== false) event.preventDefault();
   });
