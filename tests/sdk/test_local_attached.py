@@ -25,9 +25,11 @@ from tailspan.services.local import LocalService
 service = LocalService(state_dir=Path(sys.argv[1]), cancel_grace_s=600)
 sys.exit(exit_code_of(run_attached(service, sys.argv[2:])))
 """
+# Not by print: a signal that comes before print has returned from the write of "ready" finds its buffer in use, and
+# the program would end with a RuntimeError (reentrant call) instead of refusing.
 REFUSE = """
-import signal, time
-signal.signal(signal.SIGTERM, lambda *_: print("no", flush=True))
+import os, signal, time
+signal.signal(signal.SIGTERM, lambda *_: os.write(1, b"no\\n"))
 print("ready", flush=True)
 while True:
     time.sleep(600)
