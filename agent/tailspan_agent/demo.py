@@ -91,13 +91,13 @@ def demo(directory: Path | None, timeout_s: float, stay_s: float | None) -> None
     from tailspan.config import load_settings, platform_state_dir
 
     home = (directory or platform_state_dir() / "demo").absolute()
-    settings = load_settings(_write_config(home))
+    settings = load_settings(_write_config(home, _free_address()))
     if stay_s is None:
         stay_s = _STAY_S if sys.stdout.isatty() else 0
     asyncio.run(_demo(settings, home, timeout_s, stay_s))
 
 
-def _write_config(home: Path) -> Path:
+def _write_config(home: Path, listen: str) -> Path:
     """Write the configuration that the demo runs with, for the user to go on with."""
     path = home / "config.toml"
     try:
@@ -110,7 +110,7 @@ def _write_config(home: Path) -> Path:
             f"state_dir = {_toml(home / 'jobs')}\n\n"
             f"[agent]\n"
             f"state_dir = {_toml(home / 'agent')}\n"
-            f'listen = "{_free_address()}"\n\n'
+            f'listen = "{listen}"\n\n'
             f"[[agent.watch]]\n"
             f'service = "local"\n'
             f"discover = true\n",
@@ -149,20 +149,16 @@ async def _demo(settings: Settings, home: Path, timeout_s: float, stay_s: float)
     from rich.console import Console
 
     from tailspan.services.local import LocalService
-    from tailspan_agent.agent import Agent
     from tailspan_agent.logs import set_up_logging
 
     set_up_logging("error")
     console = Console(highlight=False)
     console.print("Four small pipelines run as jobs on this machine, and the agent relays them.\n")
     async with aclosing(LocalService.from_options("local", settings.services["local"], settings)) as service:
-        agent = Agent(settings)
-        ready = asyncio.Event()
-        running = asyncio.create_task(agent.run(on_ready=ready.set))
+        agent, running = await _start_agent(settings, home)
         samples: dict[str, _Sample] = {}
         submitted: list[asyncio.Task[RunResponse]] = []
         try:
-            await asyncio.wait([running, asyncio.create_task(ready.wait())], return_when=asyncio.FIRST_COMPLETED)
             if agent.server is not None:
                 console.print(f"Look at them while they run: {agent.server.url}\n")
             for name, module in _PIPELINES.items():
@@ -188,6 +184,29 @@ async def _demo(settings: Settings, home: Path, timeout_s: float, stay_s: float)
             f"within {timeout_s:g} s {target} did not take all telemetry of {', '.join(late)}; nothing is lost:"
             f" tailspan agent run --config {shlex.quote(str(home / 'config.toml'))} --once goes on"
         )
+
+
+async def _start_agent(settings: Settings, home: Path) -> tuple[Agent, asyncio.Task[None]]:
+    """Start the agent; return it with its task once it follows jobs, or has failed."""
+    from tailspan.config import load_settings
+
+    agent, running = await _begin(settings)
+    failure = running.exception() if running.done() else None
+    if isinstance(failure, ConfigError) and failure.key == "agent.listen":
+        # The port was free when we looked: another demo that was started at the same moment has taken it since.
+        agent, running = await _begin(load_settings(_write_config(home, f"{_LISTEN[0]}:0")))
+    return agent, running
+
+
+async def _begin(settings: Settings) -> tuple[Agent, asyncio.Task[None]]:
+    from tailspan_agent.agent import Agent
+
+    agent, ready = Agent(settings), asyncio.Event()
+    running = asyncio.create_task(agent.run(on_ready=ready.set))
+    waiting = asyncio.create_task(ready.wait())
+    await asyncio.wait([running, waiting], return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    return agent, running
 
 
 async def _follow(
