@@ -134,7 +134,7 @@ BUILDS = (
         Mutant(
             "has no final read",
             "tailspan_agent/whole_read.py",
-            "    if not differing:\n",
+            "    if not uids:\n",
             "    if True:\n",
         ),
         "job service: lines visible after the window",
