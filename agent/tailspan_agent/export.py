@@ -16,13 +16,11 @@ import gzip
 import ssl
 import zlib
 from collections.abc import Callable
-from contextlib import aclosing
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from tailspan.config import FilesSettings, SignalSettings
 from tailspan.errors import ConfigError
@@ -163,11 +161,7 @@ class HttpExporter:
         reply = await self._client.send("POST", content=content)
         body = bytearray()
         try:
-            async with aclosing(reply.pieces()) as pieces:
-                async for piece in pieces:
-                    body += piece
-                    if len(body) > _MAX_ANSWER_BYTES:
-                        break
+            await reply.read_into(body, _MAX_ANSWER_BYTES)
         except zlib.error:
             # The status is the answer; a body that cannot be unpacked only fails to explain it.
             body += b"(a body that its Content-Encoding does not fit)"
@@ -233,8 +227,8 @@ _default_tls_context = cache(default_tls)
 
 def _tls_context(settings: SignalSettings, url: str) -> ssl.SSLContext | None:
     if settings.ca_file is None and settings.client_cert is None:
-        if urlsplit(url).scheme == "http" and not getproxies():
-            return None  # nobody is asked
+        if urlsplit(url).scheme == "http":
+            return None  # nobody is asked, not even through a proxy
         return _default_tls_context()
     if settings.ca_file is not None:
         read_pem(settings.ca_file, "ca_file")

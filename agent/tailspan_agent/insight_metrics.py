@@ -41,10 +41,9 @@ def insight_metrics(
         on them ends; what a job says of itself goes with the job.
     """
     values: dict[str, dict[_Attributes, float]] = defaultdict(dict)
-    of_pipeline: dict[str, _Attributes] = {}
 
     def put(name: str, pipeline: str, value: float, join: Callable[[float, float], float], run_id: str = "") -> None:
-        attributes = of_pipeline.get(pipeline) or of_pipeline.setdefault(pipeline, (("cicd.pipeline.name", pipeline),))
+        attributes: _Attributes = (("cicd.pipeline.name", pipeline),)
         if run_id and run_id_on_metrics:
             attributes += (("cicd.pipeline.run.id", run_id),)
         known = values[name]

@@ -88,6 +88,14 @@ class Reply:
         if unpacker is not None:
             unpacker.close()
 
+    async def read_into(self, body: bytearray, most_bytes: int) -> None:
+        """Append the body, or its beginning: no more is read once it has more than so many bytes. See `pieces`."""
+        async with aclosing(self.pieces()) as pieces:
+            async for piece in pieces:
+                body += piece
+                if len(body) > most_bytes:
+                    return
+
     async def aclose(self) -> None:
         """Give the connection back, or close it where something of the body is unread."""
         await self._response.aclose()

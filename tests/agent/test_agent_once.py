@@ -35,6 +35,16 @@ def ended(service: FakeService, job_id: str, *lines: str, state: str = "SUCCEEDE
     service.set_state(job_id, state, **fields)
 
 
+def relayed_so_far(bench: Bench, *, step_ms: int) -> OddService:
+    """Return a service that knows only times, of whose running job two lines were relayed."""
+    bench.services["fake"] = service = OddService("fake")
+    service.final_read = True
+    service.add_job("j1")
+    service.add_lines("j1", "a", "b", timestamp_ms=1_700_000_000_000, step_ms=step_ms)
+    bench.once()
+    return service
+
+
 def test_an_ended_job_is_relayed_completely(bench: Bench) -> None:
     """Each line once and in order, the four spans of one trace, the run counted."""
     ended(bench.fake, "j1", "a", "b", "a", job_name="etl")
@@ -180,11 +190,7 @@ def test_settle_waits_for_lines_that_come_after_the_end(bench: Bench) -> None:
 
 def test_lines_that_nobody_saw_are_found_by_the_final_read(bench: Bench) -> None:
     """A service that knows only times is read once more in full: what was missed is relayed, and counted as late."""
-    bench.services["fake"] = service = OddService("fake")
-    service.final_read = True
-    service.add_job("j1")
-    service.add_lines("j1", "a", "b", timestamp_ms=1_700_000_000_000, step_ms=400)
-    bench.once()
+    service = relayed_so_far(bench, step_ms=400)
     service.add_late("j1", "between", timestamp_ms=1_700_000_000_100)
     service.add_lines("j1", "c", timestamp_ms=1_700_000_009_000)
     service.set_state("j1", "SUCCEEDED")
@@ -196,11 +202,7 @@ def test_lines_that_nobody_saw_are_found_by_the_final_read(bench: Bench) -> None
 
 def test_lines_that_the_service_has_deleted_are_not_missed(bench: Bench) -> None:
     """What was relayed and is gone at its source is no difference; a line that came late after it is found."""
-    bench.services["fake"] = service = OddService("fake")
-    service.final_read = True
-    service.add_job("j1")
-    service.add_lines("j1", "a", "b", timestamp_ms=1_700_000_000_000, step_ms=5_000)
-    bench.once()
+    service = relayed_so_far(bench, step_ms=5_000)
     service.add_late("j1", "between", timestamp_ms=1_700_000_005_100)
     service.add_lines("j1", "c", timestamp_ms=1_700_000_019_000)
     service.expire("j1", 1)
@@ -213,11 +215,7 @@ def test_lines_that_the_service_has_deleted_are_not_missed(bench: Bench) -> None
 
 def test_many_missed_lines_of_one_second_are_all_found(bench: Bench) -> None:
     """Where the sums cannot tell which lines are missing, the second is repeated: nothing lost, all counted once."""
-    bench.services["fake"] = service = OddService("fake")
-    service.final_read = True
-    service.add_job("j1")
-    service.add_lines("j1", "a", "b", timestamp_ms=1_700_000_000_000, step_ms=100)
-    bench.once()
+    service = relayed_so_far(bench, step_ms=100)
     for number in range(4):
         service.add_late("j1", f"late {number}", timestamp_ms=1_700_000_000_050 + number)
     service.add_lines("j1", "end", timestamp_ms=1_700_000_003_000)

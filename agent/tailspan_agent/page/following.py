@@ -10,13 +10,11 @@ from typing import TypeVar
 
 from tailspan.errors import CursorExpiredError, TailspanError
 from tailspan_agent.page.job import JobView
-from tailspan_agent.page.live import ALIVE, event
+from tailspan_agent.page.live import ALIVE, REFRESH_S, event
 from tailspan_agent.page.log_view import LogReader, Window
 from tailspan_agent.page.rows import job_path
 
 __all__ = ["follow_job", "tail_of"]
-
-_REFRESH_S = 1.0
 
 T = TypeVar("T")
 
@@ -70,7 +68,7 @@ async def follow_job(
         if view.ended and (found is None or not found.lines):
             yield event("end", {})
             return
-        await asyncio.sleep(_REFRESH_S)
+        await asyncio.sleep(REFRESH_S)
 
 
 async def _news(logs: LogReader, view: JobView, seen: Window | None) -> tuple[bool, Window]:

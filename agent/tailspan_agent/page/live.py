@@ -11,10 +11,13 @@ from typing import Any
 
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
-__all__ = ["ALIVE", "Streams", "event"]
+__all__ = ["ALIVE", "REFRESH_S", "Streams", "event"]
 
 _STREAM_S = 600.0
 _MAX_STREAMS = 20
+
+REFRESH_S = 1.0
+"""How long a stream waits before it looks again, in seconds."""
 
 ALIVE = ": still here\n\n"
 """A comment: nobody sees it, and a connection that is gone shows itself."""

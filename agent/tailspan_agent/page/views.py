@@ -23,7 +23,7 @@ from tailspan_agent.page.board import PAGE_ROWS, STATE_GROUPS, Board, Entry, Fil
 from tailspan_agent.page.ended import EndedJobs
 from tailspan_agent.page.following import follow_job, tail_of
 from tailspan_agent.page.job import JobView, view_of
-from tailspan_agent.page.live import ALIVE, Streams, event
+from tailspan_agent.page.live import ALIVE, REFRESH_S, Streams, event
 from tailspan_agent.page.log_view import WINDOW_LINES, LogReader, Window
 from tailspan_agent.page.rows import entry_of_ended, entry_of_followed, job_path, row_of
 from tailspan_agent.page.session import Session, local_path
@@ -32,7 +32,6 @@ from tailspan_agent.runs import OTHER_PIPELINES
 
 __all__ = ["Page"]
 
-_REFRESH_S = 1.0
 _BOARD_S = 0.8
 _ASK_S = 10.0
 _WRONG_TOKEN_S = 0.5
@@ -144,7 +143,7 @@ class Page:
                     sent, order, head = rendered, list(rendered), new_head
                 else:
                     yield ALIVE
-                await asyncio.sleep(_REFRESH_S)
+                await asyncio.sleep(REFRESH_S)
 
         return self._streams.answer(events, _HEADERS)
 

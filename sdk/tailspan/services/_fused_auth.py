@@ -12,7 +12,7 @@ import os
 import tempfile
 import zlib
 from collections.abc import Mapping
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -213,11 +213,7 @@ class Credentials:
         body = bytearray()
         try:
             reply = await client.send("POST", content=msgspec.json.encode(asked))
-            async with aclosing(reply.pieces()) as pieces:
-                async for piece in pieces:
-                    body += piece
-                    if len(body) > _MAX_OAUTH_BYTES:
-                        break
+            await reply.read_into(body, _MAX_OAUTH_BYTES)
             await reply.aclose()
         except (*BROKEN, zlib.error) as error:
             raise ServiceUnavailableError(

@@ -271,17 +271,13 @@ class FusedHttp:
         return RequestRejectedError(text, status_code=code, service=self._service, job_id=job_id)
 
     async def _told(self, response: Reply, authorization: Authorization) -> str:
-        body = b""
+        body = bytearray()
         try:
-            async with aclosing(response.pieces()) as pieces:
-                async for piece in pieces:
-                    body += piece
-                    if len(body) > _MAX_ERROR_BYTES:
-                        break
+            await response.read_into(body, _MAX_ERROR_BYTES)
         except (*BROKEN, zlib.error):
             # The status alone says enough.
             return ""
-        told = error_text(body)
+        told = error_text(bytes(body))
         token = authorization.value.partition(" ")[2]
         return told.replace(token, "***") if token else told
 
