@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import operator
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -14,6 +13,7 @@ import msgspec
 from tailspan.clean import clean
 from tailspan.models import JobState
 from tailspan.page import LogPage
+from tailspan_agent.deflate import crc32
 from tailspan_agent.digest import Digest
 from tailspan_agent.final_read import page_uids
 
@@ -147,7 +147,7 @@ class JobFacts:
         if page.digests:
             stream_hash = self.stream_hash + sum(page_uids(page)) & _MASK
         else:
-            stream_hash = zlib.crc32(page.joined(), self.stream_hash)
+            stream_hash = crc32(page.joined(), self.stream_hash)
         return dataclasses.replace(
             self,
             first_line_ns=first_ns if self.first_line_ns is None else min(self.first_line_ns, first_ns),
