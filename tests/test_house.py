@@ -20,7 +20,18 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 # Lowest first: a module imports from its own layer and from those before it.
 LAYERS = (
-    ("errors", "models", "identity", "page", "clean", "clock", "directories", "http_client", "http_limits"),
+    (
+        "errors",
+        "models",
+        "identity",
+        "page",
+        "clean",
+        "clock",
+        "directories",
+        "http_client",
+        "http_limits",
+        "http_stream",
+    ),
     ("config",),
     ("services", "local", "follow", "window", "backoff", "delivery", "_job_api"),
     ("client", "asking", "printing", "server", "testing", "_portal"),

@@ -23,6 +23,7 @@ import certifi
 import httpcore
 
 from tailspan.errors import ConfigError
+from tailspan.http_stream import AsyncioBackend
 
 __all__ = ["BROKEN", "FAULTY", "NEVER_SENT", "TOO_SLOW", "HttpClient", "Reply", "default_tls", "user_agent"]
 
@@ -158,6 +159,7 @@ class HttpClient:
             max_connections=None,
             max_keepalive_connections=max_idle,
             keepalive_expiry=keep_alive_s,
+            network_backend=AsyncioBackend(),
         )
 
     async def send(

@@ -1,0 +1,230 @@
+"""`AsyncioBackend`: connections for httpcore, by asyncio itself.
+
+httpcore's own goes through anyio, whose cancel scopes, conditions and attribute look-ups cost more than the reading and
+writing (``python -m tests.bench --only W2,W3``). Source of what a backend must do: httpcore's ``_backends/base.py`` and
+``_backends/anyio.py``, 1.0.9.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections import deque
+from collections.abc import Iterable
+from itertools import zip_longest
+from typing import Any, cast
+
+import httpcore
+
+__all__ = ["AsyncioBackend"]
+
+# What asyncio reads at once at most: nothing more is read while that much waits.
+_MAX_WAITING_BYTES = 256 << 10
+# RFC 8305: how long to wait for an address before the next one is tried beside it.
+_NEXT_ADDRESS_S = 0.25
+_LONGER_S = 1.0
+
+
+class AsyncioBackend(httpcore.AsyncNetworkBackend):
+    """Opens TCP connections on the running event loop."""
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        """Connect; see httpcore."""
+        try:
+            async with asyncio.timeout(timeout):
+                stream = await _connect(host, port, (local_address, 0) if local_address is not None else None)
+        except TimeoutError as error:
+            raise httpcore.ConnectTimeout(str(error)) from error
+        except OSError as error:
+            raise httpcore.ConnectError(str(error)) from error
+        stream.set_options(socket_options or ())
+        return stream
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait; see httpcore."""
+        await asyncio.sleep(seconds)
+
+
+class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
+    """One connection, with TLS once it was asked for. One task reads and one writes at a time, as httpcore does."""
+
+    def __init__(self) -> None:
+        self._transport: asyncio.Transport
+        self._came: deque[bytes] = deque()
+        self._waiting_bytes = 0
+        self._ended = False
+        self._error: Exception | None = None
+        self._read_again: asyncio.Future[None] | None = None
+        self._write_again: asyncio.Future[None] | None = None
+        self._is_full = False
+
+    def set_options(self, options: Iterable[Any]) -> None:
+        """Set options of the socket."""
+        for option in options:
+            self._transport.get_extra_info("socket").setsockopt(*option)
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        """Return what came next, nothing at the end; see httpcore.
+
+        It may be more than was asked for, at most what asyncio reads at once: to cut it would copy it.
+        """
+        if not self._came and not self._ended:
+            self._read_again = asyncio.get_running_loop().create_future()
+            try:
+                async with asyncio.timeout(timeout):
+                    await self._read_again
+            except TimeoutError as error:
+                raise httpcore.ReadTimeout(str(error)) from error
+            finally:
+                self._read_again = None
+        if self._came:
+            piece = self._came.popleft()
+            if self._waiting_bytes >= _MAX_WAITING_BYTES > self._waiting_bytes - len(piece) and not self._ended:
+                self._transport.resume_reading()
+            self._waiting_bytes -= len(piece)
+            return piece
+        if self._error is not None:
+            raise httpcore.ReadError(str(self._error)) from self._error
+        return b""
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        """Send; returns once most of it has left; see httpcore."""
+        if not self._ended:
+            self._transport.write(buffer)
+            if self._is_full:
+                self._write_again = asyncio.get_running_loop().create_future()
+                try:
+                    async with asyncio.timeout(timeout):
+                        await self._write_again
+                except TimeoutError as error:
+                    raise httpcore.WriteTimeout(str(error)) from error
+                finally:
+                    self._write_again = None
+        if self._error is not None or self._transport.is_closing():
+            raise httpcore.WriteError(str(self._error or "the server has closed the connection")) from self._error
+
+    async def aclose(self) -> None:
+        """Close the connection without waiting for anybody; see httpcore."""
+        self._transport.abort()
+        await asyncio.sleep(0)  # asyncio closes the socket in its next round, and there may be none after this
+
+    async def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore.AsyncNetworkStream:
+        """Speak TLS from now on; see httpcore."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(timeout):
+                secured = await loop.start_tls(
+                    self._transport,
+                    self,
+                    ssl_context,
+                    server_hostname=server_hostname,
+                    # Its own limit is told as a connection that broke.
+                    ssl_handshake_timeout=timeout + _LONGER_S if timeout is not None else None,
+                )
+        except BaseException as error:
+            self._transport.abort()
+            if isinstance(error, TimeoutError):
+                raise httpcore.ConnectTimeout(str(error)) from error
+            if isinstance(error, OSError):
+                raise httpcore.ConnectError(str(error)) from error
+            raise
+        self._transport = cast("asyncio.Transport", secured)
+        return self
+
+    def get_extra_info(self, info: str) -> Any:
+        """Return facts of the connection; see httpcore."""
+        match info:
+            case "is_readable":
+                return bool(self._came) or self._ended
+            case "client_addr":
+                return self._transport.get_extra_info("sockname")
+            case "server_addr":
+                return self._transport.get_extra_info("peername")
+        return self._transport.get_extra_info(info)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See asyncio."""
+        self._transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio."""
+        self._came.append(data)
+        if self._waiting_bytes < _MAX_WAITING_BYTES <= self._waiting_bytes + len(data):
+            self._transport.pause_reading()
+        self._waiting_bytes += len(data)
+        _wake(self._read_again)
+
+    def eof_received(self) -> None:
+        """See asyncio."""
+        self._ended = True
+        _wake(self._read_again)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio."""
+        self._ended = True
+        self._error = self._error or exc
+        _wake(self._read_again)
+        _wake(self._write_again)
+
+    def pause_writing(self) -> None:
+        """See asyncio."""
+        self._is_full = True
+
+    def resume_writing(self) -> None:
+        """See asyncio."""
+        self._is_full = False
+        _wake(self._write_again)
+
+
+def _wake(waiter: asyncio.Future[None] | None) -> None:
+    if waiter is not None and not waiter.done():
+        waiter.set_result(None)
+
+
+async def _connect(host: str, port: int, local: tuple[str, int] | None) -> _Stream:
+    """Connect to the first address that answers: one after the other, of both families in turns, as RFC 8305 says.
+
+    What asyncio has for this leaves a socket open when it is cancelled just as that is connected.
+    """
+    loop = asyncio.get_running_loop()
+    by_family: dict[int, list[str]] = {}
+    for family, _, _, _, address in await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        by_family.setdefault(family, []).append(str(address[0]))
+    left = [address for turn in zip_longest(*by_family.values()) for address in turn if address is not None]
+    attempts: list[asyncio.Task[tuple[asyncio.Transport, _Stream]]] = []
+    running: set[asyncio.Task[tuple[asyncio.Transport, _Stream]]] = set()
+    try:
+        while left or running:
+            if left:
+                attempt = loop.create_task(loop.create_connection(_Stream, left.pop(0), port, local_addr=local))
+                attempts.append(attempt)
+                running.add(attempt)
+            done, running = await asyncio.wait(
+                running, timeout=_NEXT_ADDRESS_S if left else None, return_when=asyncio.FIRST_COMPLETED
+            )
+            for attempt in done:
+                if attempt.exception() is None:
+                    attempts.remove(attempt)
+                    return attempt.result()[1]
+        failed = attempts[0].exception()
+        assert failed is not None
+        raise failed
+    finally:
+        for attempt in attempts:
+            attempt.cancel()
+            attempt.add_done_callback(_drop)
+
+
+def _drop(attempt: asyncio.Task[tuple[asyncio.Transport, _Stream]]) -> None:
+    if not attempt.cancelled() and attempt.exception() is None:
+        attempt.result()[0].abort()
