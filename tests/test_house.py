@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,7 +132,7 @@ def test_the_agent_uses_only_public_names_of_the_sdk() -> None:
     wrong = []
     for path in AGENT:
         for module, name in imports(source(path)):
-            if module.split(".")[0] != "tailspan":
+            if module.split(".")[0] != "tailspan" or name == "__version__":
                 continue
             listed = public.get(module)
             hidden = any(part.startswith("_") for part in [*module.split("."), name or ""])
@@ -213,6 +214,12 @@ def commands(command: click.Command, path: tuple[str, ...]) -> Iterator[tuple[tu
             assert inner is not None, name
             yield from commands(inner, (*path, name))
     yield path, command
+
+
+def test_the_version_is_told_as_it_is_packed() -> None:
+    """Once in the code, once for the package: they must not part."""
+    packed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert tailspan.__version__ == packed
 
 
 def test_readme_names_every_command_and_option() -> None:

@@ -10,12 +10,13 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from importlib.metadata import version
 
 from opentelemetry.metrics import CallbackOptions, Observation
 from opentelemetry.sdk.metrics import AlwaysOffExemplarFilter, MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader, ScopeMetrics
 from opentelemetry.sdk.resources import Resource
+
+from tailspan import __version__
 
 __all__ = ["AgentMetrics", "agent_resource"]
 
@@ -32,7 +33,7 @@ def agent_resource(service_name: str, instance_id: str, otlp_resource: Mapping[s
         {
             **otlp_resource,
             "service.name": service_name,
-            "service.version": version("tailspan"),
+            "service.version": __version__,
             "service.instance.id": instance_id,
         }
     )
@@ -86,7 +87,7 @@ class AgentMetrics:
         provider = MeterProvider(
             [self._reader], resource, exemplar_filter=AlwaysOffExemplarFilter(), shutdown_on_exit=False
         )
-        meter = provider.get_meter("tailspan.agent", version("tailspan"))
+        meter = provider.get_meter("tailspan.agent", __version__)
         counter = partial(_Counter, meter.create_observable_counter)
         self._polls = counter("tailspan.agent.polls", "{poll}", "Requests to job services.")
         self._poll_errors = counter("tailspan.agent.poll.errors", "{error}", "Requests to job services that failed.")
@@ -206,7 +207,7 @@ class AgentMetrics:
         # Who it is, on the series itself: `instance` is an address to a scrape, and target_info hard to join.
         who = {
             "tailspan.agent.id": str(self.resource.attributes["service.instance.id"]),
-            "tailspan.agent.version": version("tailspan"),
+            "tailspan.agent.version": __version__,
             "host.name": socket.gethostname(),
         }
         yield Observation(max(0.0, self._clock_s() - self._started_s), who)

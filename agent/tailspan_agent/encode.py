@@ -27,8 +27,8 @@ Field numbers (opentelemetry-proto 1.x: logs.proto, trace.proto, common.proto, r
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
 
+from tailspan import __version__
 from tailspan_agent.encode_lines import EncodedLines, LogContext, encode_lines
 from tailspan_agent.encode_record import LogRecordData, encode_log_record
 from tailspan_agent.encode_span import SpanData, SpanEvent, SpanKind, SpanLink, StatusCode, encode_span
@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.44.0"
-_SCOPE = bytes_field(1, string_field(1, "tailspan") + string_field(2, version("tailspan")))
+_SCOPE = bytes_field(1, string_field(1, "tailspan") + string_field(2, __version__))
 _SCHEMA = string_field(3, SCHEMA_URL)
 
 

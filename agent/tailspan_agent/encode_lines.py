@@ -176,7 +176,6 @@ _ORDINALS = [b"%04x" % ordinal for ordinal in range(MAX_PAGE_LINES)]
 _ORDINAL_DIGITS = 4
 _MAX_TIME = (1 << 64) - 1
 _pack_time = struct.Struct("<cQ").pack
-_pack_low = struct.Struct("<cH").pack
 _Ends: TypeAlias = tuple[list[bytes], list[bytes], list[bytes], list[int]]
 
 
@@ -213,8 +212,9 @@ def _steps(run: Run) -> Iterator[tuple[bytes, int, int]]:
 @cache
 def _low_times() -> list[bytes]:
     """Return the tag of a time and its low two bytes, for each value of these."""
-    packed = b"".join(map(_pack_low, repeat(_TIME_TAG), range(_LOW_TIMES)))
-    return [packed[start : start + 3] for start in range(0, len(packed), 3)]
+    octets = [bytes([octet]) for octet in range(256)]
+    lowest = [_TIME_TAG + octet for octet in octets]
+    return [low + octet for octet in octets for low in lowest]
 
 
 def _ends_by_digest(page: LogPage, origin: bytes) -> _Ends:

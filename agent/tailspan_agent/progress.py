@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from tailspan.clean import clean
 from tailspan_agent.insight import Progress
@@ -41,37 +42,34 @@ _BAR = "━─╸╺"
 # What every form has: most lines are done with here.
 _CANDIDATE = re.compile(r"\d%|\d(?:[kMGT]?i?B?/| / |\) / | of | out of )\d|\(\d++ \+ \d++\) / |\d/ ?\d|\d /\d")
 # Each is tried in turn; groups: k and n, or p for per cent, and left for the time that is left.
-_FORMS = tuple(
-    re.compile(form)
-    for form in (
-        # tqdm: "tiles:  45%|####      | 18/40 [00:01<00:02, 19.88it/s]"
-        r"(?<!\d)\d{1,3}%\|[^|]*+\| *(?P<k>\d[\d.]*+)(?P<ks>[kMGT]?)i?B?/(?P<n>\d[\d.]*+)(?P<ns>[kMGT]?)i?B?"
-        r" \[[\d:]++<(?P<left>[\d:?]++)",
-        # pip and other rich bars: "━━━━╸ 10.2/12.3 MB 1.2 MB/s eta 0:00:02", "━━━━╸━━━ 45% 0:00:12"
-        rf"[{_BAR}][{_BAR} ]*+(?P<k>\d[\d.]*+)/(?P<n>\d[\d.]*+) [kMGT]?i?B\b(?:[^e]*+eta (?P<left>[\d:]++))?",
-        rf"[{_BAR}][{_BAR} ]*+(?P<p>\d{{1,3}})%(?: (?P<left>[\d:]++))?",
-        # Keras: "45/100 [====>.....] - ETA: 5s", "45/100 ━━━━━━━━ 12s 34ms/step"
-        rf"^ *+(?P<k>\d++)/(?P<n>\d++) (?:\[[=>.]++\]|[{_BAR}]++)",
-        # Spark: "[Stage 0:=====>      (10 + 2) / 40]", "Finished task 3.0 in stage 0.0 (TID 3) in 4 ms on host (4/40)"
-        r"\[Stage \d++:=*+>? *+\((?P<k>\d++) \+ \d++\) / (?P<n>\d++)\]",
-        r"Finished task [\d.]++ in stage [\d.]++ \(TID \d++\) [^(]*+(?:\(executor [^)]*+\) )?"
-        r"\((?P<k>\d++)/(?P<n>\d++)\)$",
-        # CMake, ninja, docker build, pytest-xdist
-        r"^(?:\[gw\d++\] )?\[ *+(?P<p>\d{1,3})%\] ",
-        r"^\[(?P<k>\d++)/(?P<n>\d++)\] ",
-        # wget (dots and bar), rsync
-        r"^ *+\d++[KMG] [. ]++(?P<p>\d{1,3})% *+[\d.]++[KMG]?(?: (?P<left>[\dhms]++)$|=)",
-        r"(?<![\d.])(?P<p>\d{1,3})% ?\[[=+>#. -]*+\]",
-        r"^ *+[\d,.]++[kMGT]? ++(?P<p>\d{1,3})% ++[\d.]++[kMGT]?B/s",
-        # words: "Processed 45 of 100 files", "step 45/100", "45/100 tiles", "Progress: 45%", "45% done"
-        rf"(?i)\b(?:{_THINGS}|{_DONE})\b[ :#=\[(]*+(?P<k>\d[\d,]*+) ?(?:/|of|out of) ?(?P<n>\d[\d,]*+)"
-        r"(?![\d,]|[./:-]\d|/)",
-        rf"(?i)(?<![\d.,/:-])(?P<k>\d[\d,]*+) ?(?:/|of|out of) ?(?P<n>\d[\d,]*+) (?:{_THINGS}|{_DONE})\b",
-        rf"(?i)(?<![\d.,+-])(?P<p>\d{{1,3}}(?:\.\d++)?)% ?(?:{_DONE})\b",
-        rf"(?i)\b(?:{_DONE})\b[ :=.\[(]*+(?P<p>\d{{1,3}}(?:\.\d++)?)%(?! ?(?:sure|certain|of|off|confiden\w*+|cpu)\b)",
-        # nothing but a bar: "45%", "[#####     ] 45%"
-        r"^[^\w%]*+(?<![-+.])(?P<p>\d{1,3}(?:\.\d++)?)%[^\w%]*+$",
-    )
+_FORMS = (
+    # tqdm: "tiles:  45%|####      | 18/40 [00:01<00:02, 19.88it/s]"
+    r"(?<!\d)\d{1,3}%\|[^|]*+\| *(?P<k>\d[\d.]*+)(?P<ks>[kMGT]?)i?B?/(?P<n>\d[\d.]*+)(?P<ns>[kMGT]?)i?B?"
+    r" \[[\d:]++<(?P<left>[\d:?]++)",
+    # pip and other rich bars: "━━━━╸ 10.2/12.3 MB 1.2 MB/s eta 0:00:02", "━━━━╸━━━ 45% 0:00:12"
+    rf"[{_BAR}][{_BAR} ]*+(?P<k>\d[\d.]*+)/(?P<n>\d[\d.]*+) [kMGT]?i?B\b(?:[^e]*+eta (?P<left>[\d:]++))?",
+    rf"[{_BAR}][{_BAR} ]*+(?P<p>\d{{1,3}})%(?: (?P<left>[\d:]++))?",
+    # Keras: "45/100 [====>.....] - ETA: 5s", "45/100 ━━━━━━━━ 12s 34ms/step"
+    rf"^ *+(?P<k>\d++)/(?P<n>\d++) (?:\[[=>.]++\]|[{_BAR}]++)",
+    # Spark: "[Stage 0:=====>      (10 + 2) / 40]", "Finished task 3.0 in stage 0.0 (TID 3) in 4 ms on host (4/40)"
+    r"\[Stage \d++:=*+>? *+\((?P<k>\d++) \+ \d++\) / (?P<n>\d++)\]",
+    r"Finished task [\d.]++ in stage [\d.]++ \(TID \d++\) [^(]*+(?:\(executor [^)]*+\) )?"
+    r"\((?P<k>\d++)/(?P<n>\d++)\)$",
+    # CMake, ninja, docker build, pytest-xdist
+    r"^(?:\[gw\d++\] )?\[ *+(?P<p>\d{1,3})%\] ",
+    r"^\[(?P<k>\d++)/(?P<n>\d++)\] ",
+    # wget (dots and bar), rsync
+    r"^ *+\d++[KMG] [. ]++(?P<p>\d{1,3})% *+[\d.]++[KMG]?(?: (?P<left>[\dhms]++)$|=)",
+    r"(?<![\d.])(?P<p>\d{1,3})% ?\[[=+>#. -]*+\]",
+    r"^ *+[\d,.]++[kMGT]? ++(?P<p>\d{1,3})% ++[\d.]++[kMGT]?B/s",
+    # words: "Processed 45 of 100 files", "step 45/100", "45/100 tiles", "Progress: 45%", "45% done"
+    rf"(?i)\b(?:{_THINGS}|{_DONE})\b[ :#=\[(]*+(?P<k>\d[\d,]*+) ?(?:/|of|out of) ?(?P<n>\d[\d,]*+)"
+    r"(?![\d,]|[./:-]\d|/)",
+    rf"(?i)(?<![\d.,/:-])(?P<k>\d[\d,]*+) ?(?:/|of|out of) ?(?P<n>\d[\d,]*+) (?:{_THINGS}|{_DONE})\b",
+    rf"(?i)(?<![\d.,+-])(?P<p>\d{{1,3}}(?:\.\d++)?)% ?(?:{_DONE})\b",
+    rf"(?i)\b(?:{_DONE})\b[ :=.\[(]*+(?P<p>\d{{1,3}}(?:\.\d++)?)%(?! ?(?:sure|certain|of|off|confiden\w*+|cpu)\b)",
+    # nothing but a bar: "45%", "[#####     ] 45%"
+    r"^[^\w%]*+(?<![-+.])(?P<p>\d{1,3}(?:\.\d++)?)%[^\w%]*+$",
 )
 _PYTEST = re.compile(r"\[ *+(\d{1,3})%\]$")
 _PYTEST_START = re.compile(r"[^\s:]+\.py(?:::\S| )|[.FEsxXRp]++ *+\[")
@@ -80,6 +78,12 @@ _EPOCH_ENDED = re.compile(r"(?i)\b(?:loss|acc|accuracy|done|finished|completed?)
 _ETA = re.compile(r"(?i)\beta:? *+((?:\d++:)*+\d++)(s?)\b")
 # "3 of 10 files failed" counts what went wrong.
 _NO_PROGRESS = re.compile(r"(?i)\b(?:fail|error|missing|skip|invalid|corrupt|reject|retry|retries|attempt|not found)")
+
+
+@cache
+def _forms() -> tuple[re.Pattern[str], ...]:
+    # When the first line looks like progress: compiling them takes longer than a command that needs none of them.
+    return tuple(map(re.compile, _FORMS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +116,7 @@ def read_line(text: str) -> Reading | None:
         return Reading(told if ended else max(0.0, told - 1 / epochs), epochs=epochs)
     if (found := _PYTEST.search(text)) and _PYTEST_START.match(text):
         return _reading(_per_cent(found[1]), None)
-    for form in _FORMS:
+    for form in _forms():
         if found := form.search(text):
             break
     else:

@@ -73,6 +73,9 @@ __all__ = [
     "open_service",
 ]
 
+# Installed metadata would say so, too, but reading it takes longer than the first request.
+__version__ = "0.1.0"
+
 _MODULES = {
     "tailspan.client": ("AsyncJobClient",),
     "tailspan.config": ("Settings", "load_settings"),

@@ -11,17 +11,16 @@ import base64
 import importlib.util
 import os
 import ssl
+import sys
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import aclosing
-from importlib.metadata import version
 from typing import Any, cast
 from urllib.parse import quote, unquote, urlsplit
-from urllib.request import getproxies, proxy_bypass
 
-import certifi
 import httpcore
 
+from tailspan import __version__
 from tailspan.errors import ConfigError
 from tailspan.http_stream import AsyncioBackend
 
@@ -206,6 +205,8 @@ class HttpClient:
 
 def default_tls() -> ssl.SSLContext:
     """Return what trusts whom httpx trusts: ``SSL_CERT_FILE``, ``SSL_CERT_DIR``, or else certifi's authorities."""
+    import certifi
+
     ca_file, ca_directory = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
     return ssl.create_default_context(
         cafile=ca_file or (None if ca_directory else certifi.where()), capath=ca_directory
@@ -214,7 +215,7 @@ def default_tls() -> ssl.SSLContext:
 
 def user_agent() -> str:
     """Return what we call ourselves to servers."""
-    return f"tailspan/{version('tailspan')}"
+    return f"tailspan/{__version__}"
 
 
 class _Slices:
@@ -279,6 +280,10 @@ def _basic(user: str, password: str) -> str:
 
 def _proxy_of(scheme: str, named: str, host: str) -> httpcore.Proxy | None:
     """Return the proxy that the environment (or macOS) names for a host."""
+    if sys.platform != "darwin" and not any(name.lower().endswith("_proxy") for name in os.environ):
+        return None  # loading what looks for one takes longer than a request
+    from urllib.request import getproxies, proxy_bypass
+
     proxies = getproxies()
     proxy = proxies.get(scheme) or proxies.get("all")
     if not proxy or proxy_bypass(named) or proxy_bypass(host):

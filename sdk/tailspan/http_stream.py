@@ -8,6 +8,7 @@ writing (``python -m tests.bench --only W2,W3``). Source of what a backend must 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import socket
 import ssl
 from collections import deque
@@ -197,10 +198,7 @@ async def _connect(host: str, port: int, local: tuple[str, int] | None) -> _Stre
     What asyncio has for this leaves a socket open when it is cancelled just as that is connected.
     """
     loop = asyncio.get_running_loop()
-    by_family: dict[int, list[str]] = {}
-    for family, _, _, _, address in await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-        by_family.setdefault(family, []).append(str(address[0]))
-    left = [address for turn in zip_longest(*by_family.values()) for address in turn if address is not None]
+    left = await _addresses(host, port)
     attempts: list[asyncio.Task[tuple[asyncio.Transport, _Stream]]] = []
     running: set[asyncio.Task[tuple[asyncio.Transport, _Stream]]] = set()
     try:
@@ -223,6 +221,20 @@ async def _connect(host: str, port: int, local: tuple[str, int] | None) -> _Stre
         for attempt in attempts:
             attempt.cancel()
             attempt.add_done_callback(_drop)
+
+
+async def _addresses(host: str, port: int) -> list[str]:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        pass
+    else:
+        return [host]  # a look-up would start a thread
+    by_family: dict[int, list[str]] = {}
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for family, _, _, _, address in found:
+        by_family.setdefault(family, []).append(str(address[0]))
+    return [address for turn in zip_longest(*by_family.values()) for address in turn if address is not None]
 
 
 def _drop(attempt: asyncio.Task[tuple[asyncio.Transport, _Stream]]) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import click
 from click.shell_completion import CompletionItem
 
+from tailspan import __version__
 from tailspan.errors import (
     AuthError,
     ConfigError,
@@ -147,7 +148,7 @@ def report(error: TailspanError) -> None:
     epilog="Exit codes: 2 usage or configuration, 3 service unreachable, 4 no such job; others at each command.",
 )
 @click.option("--config", "config_path", metavar="FILE", type=click.Path(path_type=Path), help="Configuration file.")
-@click.version_option(package_name="tailspan", message="%(prog)s %(version)s")
+@click.version_option(__version__, message="%(prog)s %(version)s")
 @click.pass_context
 def main(ctx: click.Context, config_path: Path | None) -> None:
     """See every batch job: run, read, follow, wait for and cancel jobs of any job service.

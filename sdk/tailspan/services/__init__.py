@@ -8,7 +8,6 @@ same way. A service class is made by ``Service.from_options(name, options)``.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from tailspan.errors import ConfigError
@@ -178,6 +177,18 @@ def open_service(name: str, settings: Settings) -> JobService:
         known = ", ".join(sorted(settings.services))
         raise ConfigError(f"no service named {name!r} is configured; there is: {known}", key=f"services.{name}")
     kind = options.get("type", name)
+    # Without a look at all installed packages for those that everybody uses.
+    match kind:
+        case "fused":
+            from tailspan.services.fused import FusedService
+
+            return FusedService.from_options(name, options, settings)
+        case "local":
+            from tailspan.services.local import LocalService
+
+            return LocalService.from_options(name, options, settings)
+    from importlib.metadata import entry_points
+
     found = entry_points(group="tailspan.services", name=str(kind))
     if not found:
         kinds = ", ".join(sorted(entry.name for entry in entry_points(group="tailspan.services")))
