@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Agent", "OnceResult"]
 
-_LANES = 4
+_LANES = 2
 _FORGET_S = 30 * 86400.0
 _HOUSEKEEPING_S = 3600.0
 _LAST_PUSH_S = 5.0

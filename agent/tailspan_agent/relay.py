@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 __all__ = ["Relay", "Source"]
 
 _READERS = 8
-_READERS_A_LANE = 2
+# Reading costs only CPU: a second reader is there so that one job's long log does not keep all others waiting.
+_READERS_A_LANE_IF_CHEAP = 2
+# The others wait for their service most of the time.
+_READERS_A_LANE = 4
 _FIRST_LOOKS = 100
 _FIRST_LOOKS_PER_S = 2.0
 
@@ -53,7 +56,10 @@ class Source:
         Args:
             lane: The lane; None where no lines are sent.
         """
-        return self._readers.setdefault(lane, asyncio.Semaphore(_READERS if lane is None else _READERS_A_LANE))
+        if lane not in self._readers:
+            a_lane = _READERS_A_LANE_IF_CHEAP if self.is_cheap else _READERS_A_LANE
+            self._readers[lane] = asyncio.Semaphore(_READERS if lane is None else a_lane)
+        return self._readers[lane]
 
     def first_look_delay_s(self) -> float:
         """Return when to look for the first time at one more job that has nothing new, in seconds from now.

@@ -95,7 +95,7 @@ def test_full_disk_refuses(tmp_path: Path) -> None:
 
 
 def test_parallel_batches_do_not_share_the_last_room(tmp_path: Path) -> None:
-    """Eight lanes may be refused at once."""
+    """Lanes may be refused at once."""
     letter = DeadLetter(tmp_path, max_bytes=2000)
 
     async def run() -> list[BaseException | None]:

@@ -273,7 +273,7 @@ def test_cancelled_send_is_not_an_ack() -> None:
 
 
 def test_in_flight_adds_up_over_lanes() -> None:
-    """Eight lanes share one sender."""
+    """All lanes share one sender."""
     bench = Bench()
 
     async def run() -> None:
