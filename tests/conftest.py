@@ -7,6 +7,11 @@ import shutil
 import tempfile
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# On a busy machine each of these has failed for being slow, and a timing is no test.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 _FOREIGN = ("TAILSPAN_", "OTEL_", "FUSED_", "TRACEPARENT", "TRACESTATE", "NOTIFY_SOCKET", "WATCHDOG_")
 _STATE_HOME = pytest.StashKey[str]()

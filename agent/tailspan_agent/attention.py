@@ -99,7 +99,7 @@ class Attention:
         """Take in the job's row of a listing: the bulk status that saves a request per silent job."""
         known = self.row
         # An equal row stays the one that it is: what was made of it holds.
-        self.row = known if known == row else row
+        self.row = row if known is row or known != row else known
         self._row_at_s = time.monotonic()
         self._follower.poll_max_s = max(self._poll_max_s, _SILENCE_S if row.lines is not None else 0.0)
         if known is None:

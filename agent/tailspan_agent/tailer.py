@@ -90,6 +90,7 @@ class Tailer:
         self._behind = True
         self._end_told = False
         self._came_late = False
+        self._listed: FollowedJob | None = None
         self._stream = self._stream_of(name)
         if name:
             # Before anybody reads: who is the oldest of a pipeline is known only when all have said where they are.
@@ -117,8 +118,12 @@ class Tailer:
             return None
         if self._sent is not None:
             return self._sent.followed
-        listed = self.attention.listed(self._service, self._name)
-        return None if listed is None else FollowedJob(service=self._service.name, status=listed)
+        status = self.attention.listed(self._service, self._name)
+        if status is None:
+            return None
+        if self._listed is None or self._listed.status is not status:
+            self._listed = FollowedJob(service=self._service.name, status=status)
+        return self._listed
 
     def on_row(self, row: ListedJob) -> None:
         """Take in the job's row of a listing; a job that has become odd is looked at, too."""

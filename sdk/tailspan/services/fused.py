@@ -50,6 +50,7 @@ _LOOK_BYTES = 64 << 10
 
 _timestamp = operator.itemgetter("timestamp")
 _any_json = msgspec.json.Decoder()
+_array_json = msgspec.json.Decoder(list[msgspec.Raw])
 
 
 class FusedService:
@@ -106,6 +107,8 @@ class FusedService:
         self.name = name
         self.identity = normalise_base_url(base_url)
         self._most_rows = _MOST_ROWS
+        # By their text, as last listed: of ten thousand running jobs hardly one has changed by the next time.
+        self._listed: dict[bytes, ListedJob] = {}
         self._http = FusedHttp(
             name,
             self.identity,
@@ -168,6 +171,7 @@ class FusedService:
         skip = longest = 0
         limit = _ROWS
         nothing_new = False
+        before, self._listed = self._listed, {}
         while True:
             try:
                 body = await self._http.get("/job/self", {"skip": skip, "limit": limit})
@@ -177,15 +181,9 @@ class FusedService:
                 # It does not say how many it allows.
                 self._most_rows = limit = _ROWS
                 continue
-            rows = self._json("GET /job/self", "an array of jobs", body, None)
-            if not isinstance(rows, list):
-                raise self._protocol_error("GET /job/self", "an array of jobs", "it is none", None)
+            rows = self._rows(body, before)
             limit = min(4 * limit, self._most_rows) if len(rows) >= limit else limit
-            decoded = [decode_row(row, service=self.name) for row in rows]
-            if any(row is None for row in decoded):
-                raise self._protocol_error("GET /job/self", "an array of jobs", "a row has no id", None)
-            new = [row for row in decoded if row is not None and row.job_id not in known]
-            new = list({row.job_id: row for row in new}.values())
+            new = list({row.job_id: row for row in rows if row.job_id not in known}.values())
             known.update(row.job_id for row in new)
             longest = max(longest, len(rows))
             # A full page without news can also mean that a page's worth of jobs began meanwhile.
@@ -195,6 +193,25 @@ class FusedService:
             if new:
                 yield new
             skip += len(rows) if len(rows) <= _OVERLAP_ROWS or not new else len(rows) - _OVERLAP_ROWS
+
+    def _rows(self, body: bytes, before: Mapping[bytes, ListedJob]) -> list[ListedJob]:
+        """Return the rows of a reply; of one that was the same before, what it was."""
+        request, expected = "GET /job/self", "an array of jobs"
+        try:
+            elements: list[msgspec.Raw] = decode_json(_array_json, body)
+            texts = list(map(bytes, elements))
+        except msgspec.ValidationError:
+            raise self._protocol_error(request, expected, "it is none", None) from None
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            raise self._not_json(request, expected, body, None) from None
+        rows = []
+        for text in texts:
+            row = before.get(text) or decode_row(self._json(request, expected, text, None), service=self.name)
+            if row is None:
+                raise self._protocol_error(request, expected, "a row has no id", None)
+            rows.append(row)
+        self._listed.update(zip(texts, rows, strict=True))
+        return rows
 
     async def read_logs(
         self,
@@ -305,8 +322,11 @@ class FusedService:
         try:
             return decode_json(_any_json, body)
         except (msgspec.DecodeError, UnicodeDecodeError):
-            what = "it is HTML" if body.lstrip().startswith(b"<") else "it is not JSON" if body else "it is empty"
-            raise self._protocol_error(request, expected, what, job_id) from None
+            raise self._not_json(request, expected, body, job_id) from None
+
+    def _not_json(self, request: str, expected: str, body: bytes, job_id: str | None) -> ProtocolError:
+        what = "it is HTML" if body.lstrip().startswith(b"<") else "it is not JSON" if body else "it is empty"
+        return self._protocol_error(request, expected, what, job_id)
 
     def _protocol_error(self, request: str, expected: str, found: str, job_id: str | None) -> ProtocolError:
         return ProtocolError(
