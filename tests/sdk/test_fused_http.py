@@ -336,6 +336,35 @@ def test_a_server_without_paging_ends(api):
     assert [[job.job_id for job in page] for page in ask(api, "list_jobs")] == [["a", "b"]]
 
 
+def test_a_list_that_is_read_again_tells_what_changed(api):
+    """A row that is as it was is the one that it was; one that changed, and one that is no text, are read."""
+    before = (
+        b'[{"id": "a", "job_status": "Running", "lines": 1}, {"id": "b", "job_status": "Running", "job_name": "\xff"}]'
+    )
+    after = before.replace(b'"lines": 1', b'"lines": 2')
+
+    async def main():
+        service = FusedService("prod", base_url=api.base_url)
+        found = []
+        for body in (before, before, after, before):
+            # A server that ignores skip, so that each list takes two requests.
+            api.fault(Fault(body=body), on="list", times=2)
+            found.append([row async for page in service.list_jobs() for row in page])
+        await service.aclose()
+        return found
+
+    first, second, third, fourth = asyncio.run(main())
+    assert [(row.job_id, row.state, row.lines) for row in first] == [
+        ("a", JobState.RUNNING, 1),
+        ("b", JobState.RUNNING, None),
+    ]
+    assert first[1].job_name == "\ufffd"
+    assert all(row is known for row, known in zip(second, first, strict=True))
+    assert third[0].lines == 2
+    assert third[1] is first[1]
+    assert fourth == first
+
+
 def test_closing_the_list_early_asks_no_more(api):
     """Whoever has seen enough pages costs no further request."""
     for number in range(200):

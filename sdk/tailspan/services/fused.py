@@ -206,11 +206,12 @@ class FusedService:
             raise self._not_json(request, expected, body, None) from None
         rows = []
         for text in texts:
-            row = before.get(text) or decode_row(self._json(request, expected, text, None), service=self.name)
+            row = before.get(text) or self._listed.get(text)
+            row = row or decode_row(self._json(request, expected, text, None), service=self.name)
             if row is None:
                 raise self._protocol_error(request, expected, "a row has no id", None)
             rows.append(row)
-        self._listed.update(zip(texts, rows, strict=True))
+            self._listed[text] = row
         return rows
 
     async def read_logs(
