@@ -6,12 +6,13 @@ that they do not know: every reply has their keys and adds ours.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import logging
 import math
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import UTC, datetime
 from http import HTTPStatus
 from itertools import islice
@@ -50,6 +51,8 @@ _MAX_ROWS = 10_000
 _RETRY_AFTER_S = 1.0
 # The one control character that JSON leaves as it is, so that lines can be encoded as one text and split again.
 _SEPARATOR = b"\x7f"
+# From so many lines of one time on it is cheaper to escape each run for itself than to cut what was escaped.
+_LONG_RUN = 16
 _HEAD = b'{"message":"'
 _TAILS = [
     b'","timestamp":%d' + (b',"stream":"' + name.encode() + b'"' if name else b"") + b"}," + _HEAD
@@ -70,23 +73,32 @@ def encode_lines(page: LogPage) -> bytes:
 
     The same as encoding each of ``page.messages()``, at a quarter of the time: one text is escaped, not one a line.
     """
-    text = _SEPARATOR.join(page.lines)
-    if text.count(_SEPARATOR) != len(page.lines) - 1:
+    if _SEPARATOR in page.joined():
         return _encoder.encode(list(page.messages()))[1:-1]
-    bodies = _encoder.encode(text.decode("utf-8", "replace"))[1:-1].split(_SEPARATOR)
-    parts: list[bytes] = []
+    parts = [_HEAD]
     start = 0
+    runs_are_long = len(page.lines) >= _LONG_RUN * len(page.runs)
+    bodies = [] if runs_are_long else _escaped(page.lines).split(_SEPARATOR)
     for run in page.runs:
+        stop = start + run.lines
         tail = _TAILS[run.stream]
         ms, past_ms = divmod(run.time_unix_nano, NANOS_PER_MS)
-        if past_ms + run.lines <= NANOS_PER_MS:
-            parts += (between := tail % ms).join(bodies[start : start + run.lines]), between
+        between = tail % ms
+        if past_ms + run.lines > NANOS_PER_MS:
+            for index, line in enumerate(page.lines[start:stop]):
+                parts += _escaped([line]), tail % ((run.time_unix_nano + index) // NANOS_PER_MS)
+        elif runs_are_long:
+            parts += _escaped(page.lines[start:stop]).replace(_SEPARATOR, between), between
         else:
-            for index, body in enumerate(bodies[start : start + run.lines]):
-                parts += body, tail % ((run.time_unix_nano + index) // NANOS_PER_MS)
-        start += run.lines
+            parts += between.join(bodies[start:stop]), between
+        start = stop
     parts[-1] = parts[-1].removesuffix(b"," + _HEAD)
-    return _HEAD + b"".join(parts)
+    return b"".join(parts)
+
+
+def _escaped(lines: Sequence[bytes]) -> bytes:
+    """Return lines as they stand between the quotes of JSON, with separators between them."""
+    return _encoder.encode(_SEPARATOR.join(lines).decode("utf-8", "replace"))[1:-1]
 
 
 class JobApi:
@@ -172,9 +184,10 @@ class _LogReply(Response):
         self._rest = rest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request(scope, receive)
         page, self._first = self._first, None
         opening = b"["
+        # One task for the whole reply: asking before each page costs a tenth of the page.
+        gone = asyncio.ensure_future(_until_gone(receive))
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             while page is not None:
@@ -182,7 +195,8 @@ class _LogReply(Response):
                     body = opening + encode_lines(page)
                     opening = b","
                     await send({"type": "http.response.body", "body": body, "more_body": True})
-                if await request.is_disconnected():
+                await asyncio.sleep(0)  # others have their turn, and what tells that the client is gone
+                if gone.done():
                     return
                 page = await anext(self._rest, None)
             closing = b"[]" if opening == b"[" else b"]"
@@ -197,7 +211,13 @@ class _LogReply(Response):
                 exc_info=not isinstance(error, TailspanError),
             )
         finally:
+            gone.cancel()
             await _close(self._rest)
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def _job_id(request: Request) -> str:

@@ -192,10 +192,12 @@ def test_log_without_lines_is_an_empty_array(api):
             st.sampled_from([Stream.NONE, Stream.STDOUT, Stream.STDERR]),
         ),
         min_size=1,
-    )
+    ),
+    st.sampled_from([1, 20]),
 )
-def test_encoded_page_is_the_json_of_its_messages(groups):
-    """The fast way to write a page gives what writing message by message gives, for any bytes and times."""
+def test_encoded_page_is_the_json_of_its_messages(groups, repeats):
+    """The fast ways to write a page give what writing message by message gives, for any bytes, times and runs."""
+    groups = [(lines * repeats, time_unix_nano, stream) for lines, time_unix_nano, stream in groups]
     runs = [Run(len(lines), time_unix_nano, stream) for lines, time_unix_nano, stream in groups]
     page = LogPage([line for lines, _, _ in groups for line in lines], runs, b"")
     assert json.loads(b"[" + encode_lines(page) + b"]") == list(page.messages())
