@@ -219,8 +219,7 @@ def _low_times() -> list[bytes]:
 
 def _ends_by_digest(page: LogPage, origin: bytes) -> _Ends:
     """Return the columns behind the bodies of lines that are told by their digests."""
-    digits = page.digests.hex().encode()
-    uids = [digits[start : start + _DIGEST_DIGITS] for start in range(0, len(digits), _DIGEST_DIGITS)]
+    uids = page.digests.hex(" ", _DIGEST_DIGITS // 2).encode().split(b" ")
     times = _pack_times(page.times_unix_nano())
     uid_head = _uid_head(_DIGEST_DIGITS)
     by_stream = [stream + origin + uid_head for stream in _IOSTREAM]

@@ -23,7 +23,7 @@ import operator
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
-from itertools import accumulate, chain, pairwise, repeat
+from itertools import accumulate, chain, compress, pairwise, repeat
 from typing import NamedTuple
 
 import msgspec
@@ -200,7 +200,7 @@ class Window:
         first_ms, last_ms = times_ms[0], times_ms[-1]
         if first_ms < max(self._newest_ms, self.start_ms or 0, self._seen_to_ms + 1):
             return None
-        changes = [place for place, (ms, after) in enumerate(pairwise(times_ms), 1) if ms != after]
+        changes = list(compress(range(1, len(times_ms)), map(operator.ne, times_ms[1:], times_ms)))
         starts = [0, *changes]
         instants = [times_ms[place] for place in starts]
         counts = list(map(operator.sub, [*changes, len(times_ms)], starts))
