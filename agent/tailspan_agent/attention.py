@@ -7,6 +7,7 @@ lines are acked: its tailer waits, without a timer, until one of them says other
                      status asked                              next turn
     nothing told     each turn                                 after the follower's delay, up to `poll_max_s`
     listed           each 30 s, or when its row has changed    the same
+                     (2 min without tasks and heartbeat)
     lines counted    the same, and when it has gone silent     the same up to a minute, then parked
     news             each second, and when it has gone silent  at its news; else parked at once
 """
@@ -27,6 +28,7 @@ from tailspan.services import JobService
 __all__ = ["Attention", "status_known_of"]
 
 _LISTED_STATUS_S = 30.0
+_PLAIN_STATUS_S = 120.0
 _TOLD_STATUS_S = 1.0
 _SILENT_READS = 2
 _SILENCE_S = 60.0
@@ -53,6 +55,7 @@ class Attention:
         self._row_at_s = float("-inf")
         self._listed: tuple[ListedJob, RunResponse] | None = None
         self._status_at_s = float("-inf")
+        self._is_plain = False
         self._state_news = False
         self._spoke = True
         self._silent_reads = 0
@@ -124,9 +127,11 @@ class Attention:
         self._follower.wake()
         self._woken.set()
 
-    def on_status(self) -> float:
-        """Note that the status was asked for; return when, on the monotonic clock."""
+    def on_status(self, job: RunResponse) -> float:
+        """Take in a status that was asked for; return when that was, on the monotonic clock."""
         self._status_at_s = time.monotonic()
+        # Then there is hardly anything in it that the job's row does not tell.
+        self._is_plain = not job.total_tasks and job.last_heartbeat is None
         self._state_news = self._spoke = False
         return self._status_at_s
 
@@ -150,8 +155,12 @@ class Attention:
         if late:
             return False
         age_s = time.monotonic() - self._status_at_s
-        listed = self.row_age_s < _LISTED_STATUS_S
-        return age_s >= (_TOLD_STATUS_S if self.told else _LISTED_STATUS_S if listed else 0.0)
+        if self.told:
+            return age_s >= _TOLD_STATUS_S
+        if self.row is None or self.row_age_s >= _LISTED_STATUS_S:
+            return True
+        row_will_do = self._is_plain and self.row.state is not JobState.UNKNOWN
+        return age_s >= (_PLAIN_STATUS_S if row_will_do else _LISTED_STATUS_S)
 
     def delay_s(self, *, behind: bool = False) -> float | None:
         """Return how long to wait for the next look, in seconds; None: until somebody wakes the tailer.

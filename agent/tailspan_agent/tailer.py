@@ -228,7 +228,7 @@ class Tailer:
         sent = self._sent
         self._relay.health.polled(self._service.name)
         job = await self._service.get_job(self.job_id)
-        now_s = self.attention.on_status()
+        now_s = self.attention.on_status(job)
         if sent is None:
             await self._relay.nothing_in_flight(self._service.identity, self.job_id)
             with self._relay.store.together():
