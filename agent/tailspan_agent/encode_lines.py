@@ -107,15 +107,16 @@ def encode_lines(page: LogPage, *, context: LogContext, observed_unix_nano: int)
     severities = context.learner.find_all(bodies)
     ends = _ends_by_digest(page, origin) if page.digests else _ends_by_number(page, origin)
     lines = _Lines(bodies, severities, range(len(bodies)), *ends)
-    too_low = {index for index in set(severities) if 0 < SEVERITIES[index].number < context.min_severity}
-    if too_low:
-        lines = lines.without(too_low)
+    if context.min_severity:
+        too_low = {index for index in set(severities) if 0 < SEVERITIES[index].number < context.min_severity}
+        lines = lines.without(too_low) if too_low else lines
     redactions = 0
     if context.redactor is not None:
         lines.bodies, redactions = context.redactor.redact_lines(lines.bodies, text)
-    if max(map(len, lines.bodies), default=0) > MAX_BODY_BYTES:
+    lines.lengths = list(map(len, lines.bodies))
+    if max(lines.lengths, default=0) > MAX_BODY_BYTES:
         lines.rests = [
-            _LONG if len(body) > MAX_BODY_BYTES else rest for body, rest in zip(lines.bodies, lines.rests, strict=True)
+            _LONG if length > MAX_BODY_BYTES else rest for length, rest in zip(lines.lengths, lines.rests, strict=True)
         ]
     records: list[bytes] = []
     count = start = 0
@@ -153,6 +154,7 @@ class _Lines:
     middles: list[bytes]
     uids: list[bytes]
     rests: list[int]  # how many bytes come behind the body
+    lengths: list[int] = field(default_factory=list)  # of the bodies, once they are what is sent
 
     def stretch(self, start: int, stop: int) -> _Lines:
         part = slice(start, stop)
@@ -163,7 +165,8 @@ class _Lines:
         return _Lines(*(list(compress(column, keep)) for column in self._columns()))
 
     def _columns(self) -> tuple[Any, ...]:
-        return self.bodies, self.severities, self.positions, self.times, self.middles, self.uids, self.rests
+        columns = self.bodies, self.severities, self.positions, self.times, self.middles, self.uids, self.rests
+        return *columns, self.lengths
 
 
 _LONG = -1
@@ -259,13 +262,13 @@ def _stretches(rests: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 def _frame(lines: _Lines, rest: int) -> bytes:
     """Return the records of lines: no Python call per line, only slices and tables."""
-    tables = {index: _heads(index, rest) for index in set(lines.severities)}
-    lengths = map(len, lines.bodies)
+    used = set(lines.severities)
     pieces = [b""] * (5 * len(lines.bodies))
-    if len(tables) == 1:
-        pieces[0::5] = map(tables[lines.severities[0]].__getitem__, lengths)
+    if len(used) == 1:
+        pieces[0::5] = map(_heads(used.pop(), rest).__getitem__, lines.lengths)
     else:
-        pieces[0::5] = map(getitem, map(tables.__getitem__, lines.severities), lengths)
+        tables = [_heads(index, rest) if index in used else _NO_HEADS for index in range(len(SEVERITIES))]
+        pieces[0::5] = map(getitem, map(tables.__getitem__, lines.severities), lines.lengths)
     pieces[1::5] = lines.bodies
     pieces[2::5] = lines.times
     pieces[3::5] = lines.middles
@@ -290,6 +293,7 @@ class _Heads(dict[int, bytes]):
 
 
 _MAX_TABLE_LENGTH = 1024
+_NO_HEADS = _Heads(b"", 0)
 
 
 @lru_cache(maxsize=64)
