@@ -279,8 +279,8 @@ def _basic(user: str, password: str) -> str:
 
 
 def _proxy_of(scheme: str, named: str, host: str) -> httpcore.Proxy | None:
-    """Return the proxy that the environment (or macOS) names for a host."""
-    if sys.platform != "darwin" and not any(name.lower().endswith("_proxy") for name in os.environ):
+    """Return the proxy that the environment (or macOS, or Windows) names for a host."""
+    if sys.platform not in ("darwin", "win32") and not any(name.lower().endswith("_proxy") for name in os.environ):
         return None  # loading what looks for one takes longer than a request
     from urllib.request import getproxies, proxy_bypass
 

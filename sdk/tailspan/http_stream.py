@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import select
 import socket
 import ssl
+import sys
 from collections import deque
 from collections.abc import Iterable
 from itertools import zip_longest
@@ -62,6 +64,7 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
         self._came: deque[bytes] = deque()
         self._waiting_bytes = 0
         self._ended = False
+        self._lost = False
         self._error: Exception | None = None
         self._read_again: asyncio.Future[None] | None = None
         self._write_again: asyncio.Future[None] | None = None
@@ -109,19 +112,34 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
                     raise httpcore.WriteTimeout(str(error)) from error
                 finally:
                     self._write_again = None
-        if self._error is not None or self._transport.is_closing():
+        if self._error is not None or self._ended or self._transport.is_closing():
             raise httpcore.WriteError(str(self._error or "the server has closed the connection")) from self._error
 
     async def aclose(self) -> None:
         """Close the connection without waiting for anybody; see httpcore."""
-        self._transport.abort()
+        self.abort()
         await asyncio.sleep(0)  # asyncio closes the socket in its next round, and there may be none after this
+
+    def abort(self) -> None:
+        """Close the connection; what was not sent yet is dropped."""
+        if not self._lost:  # asyncio's fails where it had closed a connection itself after sending what was left
+            self._transport.abort()
 
     async def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore.AsyncNetworkStream:
         """Speak TLS from now on; see httpcore."""
         loop = asyncio.get_running_loop()
+        if self._came:
+            # Nobody vouches for it, and `read` would return it as if it had come by TLS.
+            self.abort()
+            text = "the server speaks before TLS has begun"
+            raise httpcore.ConnectError(text) from ssl.SSLError(text)
+        if self._ended or self._transport.is_closing():
+            # asyncio would wait for the handshake of a connection that it has closed already.
+            self.abort()
+            text = str(self._error or "the server has closed the connection")
+            raise httpcore.ConnectError(text) from self._error
         try:
             async with asyncio.timeout(timeout):
                 secured = await loop.start_tls(
@@ -132,6 +150,8 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
                     # Its own limit is told as a connection that broke.
                     ssl_handshake_timeout=timeout + _LONGER_S if timeout is not None else None,
                 )
+            if secured is None:  # asyncio's word for a connection that was closed meanwhile
+                raise ConnectionResetError("the server has closed the connection")
         except BaseException as error:
             self._transport.abort()
             if isinstance(error, TimeoutError):
@@ -139,19 +159,30 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
             if isinstance(error, OSError):
                 raise httpcore.ConnectError(str(error)) from error
             raise
-        self._transport = cast("asyncio.Transport", secured)
+        self._transport = secured
         return self
 
     def get_extra_info(self, info: str) -> Any:
         """Return facts of the connection; see httpcore."""
         match info:
             case "is_readable":
-                return bool(self._came) or self._ended
+                return bool(self._came) or self._ended or self._has_something_to_read()
             case "client_addr":
                 return self._transport.get_extra_info("sockname")
             case "server_addr":
                 return self._transport.get_extra_info("peername")
         return self._transport.get_extra_info(info)
+
+    def _has_something_to_read(self) -> bool:
+        # The loop tells of an end only when it runs again; a program may have computed for a minute since then.
+        found = self._transport.get_extra_info("socket")
+        if found is None or found.fileno() < 0:
+            return True
+        if sys.platform == "win32":
+            return bool(select.select([found], [], [], 0)[0])
+        poll = select.poll()
+        poll.register(found, select.POLLIN)
+        return bool(poll.poll(0))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio."""
@@ -169,10 +200,11 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
         """See asyncio."""
         self._ended = True
         _wake(self._read_again)
+        _wake(self._write_again)  # what it has answered already is worth more than the rest of the question
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio."""
-        self._ended = True
+        self._ended = self._lost = True
         self._error = self._error or exc
         _wake(self._read_again)
         _wake(self._write_again)
@@ -233,10 +265,12 @@ async def _addresses(host: str, port: int) -> list[str]:
     by_family: dict[int, list[str]] = {}
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     for family, _, _, _, address in found:
-        by_family.setdefault(family, []).append(str(address[0]))
+        # A link-local address means nothing without its interface.
+        scope = f"%{address[3]}" if len(address) == 4 and address[3] else ""
+        by_family.setdefault(family, []).append(f"{address[0]}{scope}")
     return [address for turn in zip_longest(*by_family.values()) for address in turn if address is not None]
 
 
 def _drop(attempt: asyncio.Task[tuple[asyncio.Transport, _Stream]]) -> None:
     if not attempt.cancelled() and attempt.exception() is None:
-        attempt.result()[0].abort()
+        attempt.result()[1].abort()

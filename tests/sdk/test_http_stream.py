@@ -8,6 +8,7 @@ import gc
 import socket
 import ssl
 import struct
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -16,7 +17,7 @@ import httpcore
 import pytest
 import trustme
 
-from tailspan.http_stream import AsyncioBackend
+from tailspan.http_stream import AsyncioBackend, _addresses
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 SECONDS = 20.0
@@ -260,6 +261,104 @@ def test_a_stranger_is_not_trusted(authority: trustme.CA) -> None:
             assert isinstance(refused.value.__cause__, ssl.SSLError)
 
     asyncio.run(main())
+
+
+def test_what_came_before_tls_is_nobodys_word(authority: trustme.CA) -> None:
+    """Who sits between could answer in plain text at once, and leave the handshake to the true server."""
+
+    async def main() -> None:
+        async with serving(echo, authority) as port:
+
+            async def between(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                writer.write(b"forged")
+                to_server, its_writer = await asyncio.open_connection("127.0.0.1", port)
+                try:
+                    its_writer.write(await reader.readexactly(1) + await reader.read(1 << 16))
+                    writer.write(await to_server.read(1 << 16))
+                except asyncio.IncompleteReadError:
+                    pass
+                finally:
+                    its_writer.transport.abort()
+                    await asyncio.sleep(0)
+
+            async with connected(between) as stream:
+                while not stream.get_extra_info("is_readable"):
+                    await asyncio.sleep(0.01)
+                client = ssl.create_default_context()
+                authority.configure_trust(client)
+                with pytest.raises(httpcore.ConnectError) as refused:
+                    await stream.start_tls(client, server_hostname="127.0.0.1", timeout=SECONDS)
+                assert isinstance(refused.value.__cause__, ssl.SSLError)
+
+    asyncio.run(main())
+
+
+def test_who_hangs_up_before_tls_is_not_waited_for() -> None:
+    """A port that is forwarded to nobody takes connections and closes them; asyncio would wait for a handshake."""
+
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        return
+
+    async def main() -> None:
+        async with connected(hang_up) as stream:
+            await asyncio.sleep(0.1)
+            with pytest.raises(httpcore.ConnectError, match="closed"):
+                await stream.start_tls(ssl.create_default_context(), server_hostname="127.0.0.1", timeout=SECONDS)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("reads_on", [True, False])
+def test_an_answer_that_comes_while_we_still_send(reads_on: bool) -> None:
+    """nginx answers 413 to a large body, ends its side at once and reads on for a while, or not."""
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(1)
+        writer.write(b"too large")
+        writer.write_eof()
+        while reads_on and await reader.read(1 << 16):
+            pass
+        if not reads_on:
+            await asyncio.sleep(SECONDS)
+
+    async def main() -> None:
+        async with connected(refuse) as stream:
+            with pytest.raises(httpcore.WriteError):
+                await stream.write(bytes(64 << 20), timeout=SECONDS / 2)
+            assert await read_all(stream) == b"too large"
+            await asyncio.sleep(0.1)  # asyncio sends what it still has, and closes
+
+    asyncio.run(main())
+
+
+def test_an_end_is_seen_before_the_loop_tells_of_it() -> None:
+    """A program that computes between two requests must not send the second one to a server that has gone."""
+
+    async def main() -> None:
+        listener = socket.create_server(("127.0.0.1", 0))
+        stream = await AsyncioBackend().connect_tcp("127.0.0.1", listener.getsockname()[1], timeout=SECONDS)
+        assert not stream.get_extra_info("is_readable")
+        listener.accept()[0].close()
+        listener.close()
+        time.sleep(0.1)  # the loop does not run meanwhile
+        assert stream.get_extra_info("is_readable")
+        await stream.aclose()
+
+    asyncio.run(main())
+
+
+def test_a_link_local_address_keeps_its_interface() -> None:
+    """Without it nobody knows where to send."""
+
+    class LinkLocal(asyncio.SelectorEventLoop):
+        async def getaddrinfo(self, host: Any, port: Any, **_: Any) -> Any:
+            return [
+                (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("fe80::1", port, 0, 4)),
+                (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("fd00::1", port, 0, 0)),
+            ]
+
+    with asyncio.Runner(loop_factory=LinkLocal) as runner:
+        assert runner.run(_addresses("printer.local", 1)) == ["fe80::1%4", "fd00::1"]
 
 
 class Names(asyncio.SelectorEventLoop):
