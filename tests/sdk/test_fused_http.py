@@ -365,6 +365,25 @@ def test_a_list_that_is_read_again_tells_what_changed(api):
     assert fourth == first
 
 
+def test_a_list_without_end_is_not_remembered_without_end(api, monkeypatch):
+    """A service object in a notebook must not hold every job that it was ever shown."""
+    monkeypatch.setattr("tailspan.services.fused._REMEMBERED_BYTES", 30)
+    body = b'[{"id": "a", "lines": 1}, {"id": "b", "lines": 1}]'
+
+    async def main():
+        service = FusedService("prod", base_url=api.base_url)
+        found = []
+        for _ in range(2):
+            api.fault(Fault(body=body), on="list", times=2)
+            found.append([row async for page in service.list_jobs() for row in page])
+        await service.aclose()
+        return found
+
+    first, second = asyncio.run(main())
+    assert first == second
+    assert [row is known for row, known in zip(second, first, strict=True)] == [True, False]
+
+
 def test_closing_the_list_early_asks_no_more(api):
     """Whoever has seen enough pages costs no further request."""
     for number in range(200):

@@ -47,6 +47,8 @@ _MOST_ROWS = 1600
 _OVERLAP_ROWS = 10
 _LOOK_LINES = 5_000
 _LOOK_BYTES = 64 << 10
+# Of a list's text, what is remembered until it is read again: a longer list is read anew from there on.
+_REMEMBERED_BYTES = 16 << 20
 
 _timestamp = operator.itemgetter("timestamp")
 _any_json = msgspec.json.Decoder()
@@ -109,6 +111,7 @@ class FusedService:
         self._most_rows = _MOST_ROWS
         # By their text, as last listed: of ten thousand running jobs hardly one has changed by the next time.
         self._listed: dict[bytes, ListedJob] = {}
+        self._listed_bytes = 0
         self._http = FusedHttp(
             name,
             self.identity,
@@ -171,7 +174,7 @@ class FusedService:
         skip = longest = 0
         limit = _ROWS
         nothing_new = False
-        before, self._listed = self._listed, {}
+        before, self._listed, self._listed_bytes = self._listed, {}, 0
         while True:
             try:
                 body = await self._http.get("/job/self", {"skip": skip, "limit": limit})
@@ -211,7 +214,9 @@ class FusedService:
             if row is None:
                 raise self._protocol_error(request, expected, "a row has no id", None)
             rows.append(row)
-            self._listed[text] = row
+            self._listed_bytes += len(text)
+            if self._listed_bytes <= _REMEMBERED_BYTES:
+                self._listed[text] = row
         return rows
 
     async def read_logs(
