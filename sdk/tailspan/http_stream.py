@@ -13,9 +13,8 @@ import select
 import socket
 import ssl
 import sys
-import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import zip_longest
 from typing import Any, cast
 
@@ -28,9 +27,6 @@ _MAX_WAITING_BYTES = 256 << 10
 # RFC 8305: how long to wait for an address before the next one is tried beside it.
 _NEXT_ADDRESS_S = 0.25
 _LONGER_S = 1.0
-# Of what happened longer ago the loop has told, unless it did not run: then the system is asked, which costs as much
-# as a tenth of a request.
-_TOLD_S = 1.0
 
 
 class AsyncioBackend(httpcore.AsyncNetworkBackend):
@@ -73,7 +69,7 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
         self._read_again: asyncio.Future[None] | None = None
         self._write_again: asyncio.Future[None] | None = None
         self._is_full = False
-        self._heard_s = 0.0
+        self._poll: Callable[[int], list[Any]] | None = None
 
     def set_options(self, options: Iterable[Any]) -> None:
         """Set options of the socket."""
@@ -171,8 +167,7 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
         """Return facts of the connection; see httpcore."""
         match info:
             case "is_readable":
-                idle_s = time.monotonic() - self._heard_s
-                return bool(self._came) or self._ended or (idle_s > _TOLD_S and self._has_something_to_read())
+                return bool(self._came) or self._ended or self._has_something_to_read()
             case "client_addr":
                 return self._transport.get_extra_info("sockname")
             case "server_addr":
@@ -186,9 +181,11 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
             return True
         if sys.platform == "win32":
             return bool(select.select([found], [], [], 0)[0])
-        poll = select.poll()
-        poll.register(found, select.POLLIN)
-        return bool(poll.poll(0))
+        if self._poll is None:
+            poll = select.poll()
+            poll.register(found, select.POLLIN)
+            self._poll = poll.poll
+        return bool(self._poll(0))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio."""
@@ -200,7 +197,6 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
         if self._waiting_bytes < _MAX_WAITING_BYTES <= self._waiting_bytes + len(data):
             self._transport.pause_reading()
         self._waiting_bytes += len(data)
-        self._heard_s = time.monotonic()
         _wake(self._read_again)
 
     def eof_received(self) -> None:

@@ -337,8 +337,11 @@ def test_an_end_is_seen_before_the_loop_tells_of_it() -> None:
     async def main() -> None:
         listener = socket.create_server(("127.0.0.1", 0))
         stream = await AsyncioBackend().connect_tcp("127.0.0.1", listener.getsockname()[1], timeout=SECONDS)
+        server = listener.accept()[0]
+        server.send(b"an answer")
+        assert await stream.read(100, timeout=SECONDS) == b"an answer"
         assert not stream.get_extra_info("is_readable")
-        listener.accept()[0].close()
+        server.close()
         listener.close()
         time.sleep(0.1)  # the loop does not run meanwhile
         assert stream.get_extra_info("is_readable")
