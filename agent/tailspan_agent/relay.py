@@ -29,6 +29,7 @@ _READERS = 8
 _READERS_A_LANE_IF_CHEAP = 2
 # The others wait for their service most of the time.
 _READERS_A_LANE = 4
+_PAGES_A_TURN = 8
 _FIRST_LOOKS = 100
 _FIRST_LOOKS_PER_S = 2.0
 
@@ -49,6 +50,11 @@ class Source:
     def is_cheap(self) -> bool:
         """Whether looking costs no request: so it is with a service that may be asked each two seconds for each job."""
         return self.service.poll_max_s <= 2.0
+
+    @property
+    def pages_a_turn(self) -> int:
+        """How many pages of a log are read before others have their turn; 0 for a reply that is read to its end."""
+        return _PAGES_A_TURN if self.is_cheap else 0
 
     def readers(self, lane: Lane | None) -> asyncio.Semaphore:
         """Return what limits the reads of one lane's jobs: readers that wait for a full lane keep no others waiting.

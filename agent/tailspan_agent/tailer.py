@@ -248,32 +248,37 @@ class Tailer:
         if self._behind and sent.sends_logs:
             self._relay.backlog.join(self._stream, self, sent.position_ns)
             await self._relay.backlog.turn(self._stream, self)
-        async with self._source.readers(self._relay.lane(self._service.identity, self.job_id)):
-            # At once: a read that ended at a gap does not say that the log has ended.
-            while (lines := await self._read_from(sent)) is None:
-                pass
+        lines, more = 0, True
+        while more:
+            # A long log is read in turns with the others of its lane, or a line of theirs would wait for all of it.
+            async with self._source.readers(self._relay.lane(self._service.identity, self.job_id)):
+                found, more = await self._read_from(sent)
+            lines += found
         if not lines and sent.nothing_in_flight:
             self._behind = False
             self.leave_backlog()
         return lines
 
-    async def _read_from(self, sent: JobRelay) -> int | None:
-        """Relay the lines after the cursor; return how many, or None at a gap, with the cursor behind it."""
+    async def _read_from(self, sent: JobRelay) -> tuple[int, bool]:
+        """Relay lines after the cursor; return how many, and whether the log may have more behind the new cursor."""
         self._relay.health.polled(self._service.name)
-        lines = 0
+        lines, left = 0, self._source.pages_a_turn
         try:
             async with aclosing(self._pages(sent.cursor, late_window_s=self.watch.late_window)) as pages:
                 async for page in pages:
                     lines += len(page.lines)
                     await sent.send_page(page)
+                    left -= 1
+                    if not left:
+                        return lines, True
         except CursorExpiredError as error:
             if error.resume_cursor == sent.cursor:
                 raise
             _log.warning("job %s of service %s: lines are lost: %s", self.job_id, self._service.name, error)
             self._relay.health.gap(self._service.name)
             sent.cursor = error.resume_cursor
-            return None
-        return lines
+            return lines, True
+        return lines, False
 
     async def _pages(self, cursor: bytes | None = None, **keys: Any) -> AsyncGenerator[LogPage, None]:
         pages = cast("AsyncGenerator[LogPage, None]", self._service.read_logs(self.job_id, cursor, **keys))

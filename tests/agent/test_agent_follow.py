@@ -498,6 +498,23 @@ async def test_a_stop_in_the_middle_of_a_list_begins_nothing_new(bench: Bench) -
 
 
 @looped
+async def test_long_logs_do_not_keep_others_waiting(bench: Bench) -> None:
+    """A backlog of some hours is read in turns with what is written now, also in the same lane."""
+    bench.services["fake"] = service = OddService("fake", page_lines=20)
+    in_one_lane = (job_id for job_id in map(str, count()) if crc32(f"fake\0{job_id}".encode()) % 4 == 0)
+    *long, short = islice(in_one_lane, 7)
+    for job_id in long:
+        service.add_job(job_id)
+        service.add_lines(job_id, *["x"] * 2000)
+    service.add_job(short)
+    service.add_lines(short, "now")
+    async with bench.running():
+        await bench.received(lambda: len(bench.bodies()) == 6 * 2000 + 1)
+    assert bench.bodies().index("now") < 2000
+    assert all(bench.bodies(job_id) == ["x"] * 2000 for job_id in long)
+
+
+@looped
 async def test_a_lane_that_is_stuck_does_not_keep_others_from_being_read(bench: Bench) -> None:
     """However many jobs wait for room in it: a batch that is refused for ever costs the other lanes nothing."""
 

@@ -227,6 +227,7 @@ class OddService(FakeService):
                     count += 1
                     self.pages += 1
                     yield self._with_late(job_id, page) if cursor is None else page
+                    await asyncio.sleep(0)  # as real ones do at least
         finally:
             self.open_reads -= 1
 
