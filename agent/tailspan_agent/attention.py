@@ -24,6 +24,7 @@ from tailspan.follow import Follower
 from tailspan.identity import trace_id
 from tailspan.models import JobState, ListedJob, RunResponse
 from tailspan.services import JobService
+from tailspan_agent.insight import FollowedJob
 
 __all__ = ["Attention", "status_known_of"]
 
@@ -53,7 +54,7 @@ class Attention:
         self._follower = follower
         self._poll_max_s = follower.poll_max_s
         self._row_at_s = float("-inf")
-        self._listed: tuple[ListedJob, RunResponse] | None = None
+        self._listed: tuple[ListedJob, FollowedJob] | None = None
         self._status_at_s = float("-inf")
         self._is_plain = False
         self._state_news = False
@@ -66,8 +67,8 @@ class Attention:
         """Whether the list tells how many lines the job has."""
         return self.row is not None and self.row.lines is not None
 
-    def listed(self, service: JobService, name: str) -> RunResponse | None:
-        """Return as much of a status as the job's row has; None without a row.
+    def listed(self, service: JobService, name: str) -> FollowedJob | None:
+        """Return the job with as much of a status as its row has; None without a row.
 
         Args:
             service: The service that lists the job.
@@ -85,7 +86,7 @@ class Attention:
                 submitted_at=row.created_at,
                 started_at=row.state_since if row.state is JobState.RUNNING else None,
             )
-            self._listed = row, status
+            self._listed = row, FollowedJob(service=service.name, status=status)
         return self._listed[1]
 
     @property
@@ -102,7 +103,7 @@ class Attention:
         """Take in the job's row of a listing: the bulk status that saves a request per silent job."""
         known = self.row
         # An equal row stays the one that it is: what was made of it holds.
-        self.row = row if known is row or known != row else known
+        self.row = known if known == row else row
         self._row_at_s = time.monotonic()
         self._follower.poll_max_s = max(self._poll_max_s, _SILENCE_S if row.lines is not None else 0.0)
         if known is None:

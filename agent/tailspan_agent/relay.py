@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -52,9 +53,9 @@ class Source:
         return self.service.poll_max_s <= 2.0
 
     @property
-    def pages_a_turn(self) -> int:
-        """How many pages of a log are read before others have their turn; 0 for a reply that is read to its end."""
-        return _PAGES_A_TURN if self.is_cheap else 0
+    def pages_a_turn(self) -> float:
+        """How many pages of a log are read before others have their turn; a reply over HTTP is read to its end."""
+        return _PAGES_A_TURN if self.is_cheap else math.inf
 
     def readers(self, lane: Lane | None) -> asyncio.Semaphore:
         """Return what limits the reads of one lane's jobs: readers that wait for a full lane keep no others waiting.

@@ -90,7 +90,6 @@ class Tailer:
         self._behind = True
         self._end_told = False
         self._came_late = False
-        self._listed: FollowedJob | None = None
         self._stream = self._stream_of(name)
         if name:
             # Before anybody reads: who is the oldest of a pipeline is known only when all have said where they are.
@@ -118,12 +117,7 @@ class Tailer:
             return None
         if self._sent is not None:
             return self._sent.followed
-        status = self.attention.listed(self._service, self._name)
-        if status is None:
-            return None
-        if self._listed is None or self._listed.status is not status:
-            self._listed = FollowedJob(service=self._service.name, status=status)
-        return self._listed
+        return self.attention.listed(self._service, self._name)
 
     def on_row(self, row: ListedJob) -> None:
         """Take in the job's row of a listing; a job that has become odd is looked at, too."""
@@ -248,10 +242,11 @@ class Tailer:
         if self._behind and sent.sends_logs:
             self._relay.backlog.join(self._stream, self, sent.position_ns)
             await self._relay.backlog.turn(self._stream, self)
+        readers = self._source.readers(self._relay.lane(self._service.identity, self.job_id))
         lines, more = 0, True
         while more:
             # A long log is read in turns with the others of its lane, or a line of theirs would wait for all of it.
-            async with self._source.readers(self._relay.lane(self._service.identity, self.job_id)):
+            async with readers:
                 found, more = await self._read_from(sent)
             lines += found
         if not lines and sent.nothing_in_flight:

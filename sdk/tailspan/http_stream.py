@@ -48,7 +48,8 @@ class AsyncioBackend(httpcore.AsyncNetworkBackend):
             raise httpcore.ConnectTimeout(str(error)) from error
         except OSError as error:
             raise httpcore.ConnectError(str(error)) from error
-        stream.set_options(socket_options or ())
+        for option in socket_options or ():
+            stream.get_extra_info("socket").setsockopt(*option)
         return stream
 
     async def sleep(self, seconds: float) -> None:
@@ -71,11 +72,6 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
         self._is_full = False
         self._poll: Callable[[int], list[Any]] | None = None
 
-    def set_options(self, options: Iterable[Any]) -> None:
-        """Set options of the socket."""
-        for option in options:
-            self._transport.get_extra_info("socket").setsockopt(*option)
-
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         """Return what came next, nothing at the end; see httpcore.
 
@@ -83,13 +79,7 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
         """
         if not self._came and not self._ended:
             self._read_again = asyncio.get_running_loop().create_future()
-            try:
-                async with asyncio.timeout(timeout):
-                    await self._read_again
-            except TimeoutError as error:
-                raise httpcore.ReadTimeout(str(error)) from error
-            finally:
-                self._read_again = None
+            await _in_time(self._read_again, timeout, httpcore.ReadTimeout)
         if self._came:
             piece = self._came.popleft()
             if self._waiting_bytes >= _MAX_WAITING_BYTES > self._waiting_bytes - len(piece) and not self._ended:
@@ -106,15 +96,13 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
             self._transport.write(buffer)
             if self._is_full:
                 self._write_again = asyncio.get_running_loop().create_future()
-                try:
-                    async with asyncio.timeout(timeout):
-                        await self._write_again
-                except TimeoutError as error:
-                    raise httpcore.WriteTimeout(str(error)) from error
-                finally:
-                    self._write_again = None
+                await _in_time(self._write_again, timeout, httpcore.WriteTimeout)
         if self._error is not None or self._ended or self._transport.is_closing():
-            raise httpcore.WriteError(str(self._error or "the server has closed the connection")) from self._error
+            raise httpcore.WriteError(self._end) from self._error
+
+    @property
+    def _end(self) -> str:
+        return str(self._error or "the server has closed the connection")
 
     async def aclose(self) -> None:
         """Close the connection without waiting for anybody; see httpcore."""
@@ -131,17 +119,13 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
     ) -> httpcore.AsyncNetworkStream:
         """Speak TLS from now on; see httpcore."""
         loop = asyncio.get_running_loop()
-        if self._came:
-            # Nobody vouches for it, and `read` would return it as if it had come by TLS.
-            self.abort()
-            text = "the server speaks before TLS has begun"
-            raise httpcore.ConnectError(text) from ssl.SSLError(text)
-        if self._ended or self._transport.is_closing():
-            # asyncio would wait for the handshake of a connection that it has closed already.
-            self.abort()
-            text = str(self._error or "the server has closed the connection")
-            raise httpcore.ConnectError(text) from self._error
         try:
+            if self._came:
+                # Nobody vouches for it, and `read` would return it as if it had come by TLS.
+                raise ssl.SSLError(ssl.SSL_ERROR_SSL, "the server speaks before TLS has begun")
+            if self._ended or self._transport.is_closing():
+                # asyncio would wait for the handshake of a connection that it has closed already.
+                raise ConnectionResetError(self._end) from self._error
             async with asyncio.timeout(timeout):
                 secured = await loop.start_tls(
                     self._transport,
@@ -152,9 +136,9 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
                     ssl_handshake_timeout=timeout + _LONGER_S if timeout is not None else None,
                 )
             if secured is None:  # asyncio's word for a connection that was closed meanwhile
-                raise ConnectionResetError("the server has closed the connection")
+                raise ConnectionResetError(self._end)
         except BaseException as error:
-            self._transport.abort()
+            self.abort()
             if isinstance(error, TimeoutError):
                 raise httpcore.ConnectTimeout(str(error)) from error
             if isinstance(error, OSError):
@@ -220,6 +204,14 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
         """See asyncio."""
         self._is_full = False
         _wake(self._write_again)
+
+
+async def _in_time(waiter: asyncio.Future[None], timeout: float | None, too_slow: type[Exception]) -> None:
+    try:
+        async with asyncio.timeout(timeout):
+            await waiter
+    except TimeoutError as error:
+        raise too_slow(str(error)) from error
 
 
 def _wake(waiter: asyncio.Future[None] | None) -> None:

@@ -167,8 +167,7 @@ class LogPage:
     def uids(self) -> list[str]:
         """Return the ``log.record.uid`` of each line."""
         if self.digests:
-            text = self.digests.hex()
-            return [text[start : start + 16] for start in range(0, len(text), 16)]
+            return self.digests.hex(" ", 8).split(" ")
         return [f"{run.uid_prefix}{index:04x}" for run in self.runs for index in range(run.lines)]
 
     def messages(self) -> Iterator[Message]:

@@ -200,15 +200,8 @@ class FusedService:
     def _rows(self, body: bytes, before: Mapping[bytes, ListedJob]) -> list[ListedJob]:
         """Return the rows of a reply; of one that was the same before, what it was."""
         request, expected = "GET /job/self", "an array of jobs"
-        try:
-            elements: list[msgspec.Raw] = decode_json(_array_json, body)
-            texts = list(map(bytes, elements))
-        except msgspec.ValidationError:
-            raise self._protocol_error(request, expected, "it is none", None) from None
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            raise self._not_json(request, expected, body, None) from None
         rows = []
-        for text in texts:
+        for text in map(bytes, self._json(request, expected, body, None, _array_json)):
             row = before.get(text) or self._listed.get(text)
             row = row or decode_row(self._json(request, expected, text, None), service=self.name)
             if row is None:
@@ -324,15 +317,21 @@ class FusedService:
         except msgspec.ValidationError as error:
             raise self._protocol_error(request, expected, str(error), job_id) from None
 
-    def _json(self, request: str, expected: str, body: bytes, job_id: str | None) -> Any:
+    def _json(
+        self,
+        request: str,
+        expected: str,
+        body: bytes,
+        job_id: str | None,
+        decoder: msgspec.json.Decoder[Any] = _any_json,
+    ) -> Any:
         try:
-            return decode_json(_any_json, body)
+            return decode_json(decoder, body)
+        except msgspec.ValidationError:
+            raise self._protocol_error(request, expected, "it is none", job_id) from None
         except (msgspec.DecodeError, UnicodeDecodeError):
-            raise self._not_json(request, expected, body, job_id) from None
-
-    def _not_json(self, request: str, expected: str, body: bytes, job_id: str | None) -> ProtocolError:
-        what = "it is HTML" if body.lstrip().startswith(b"<") else "it is not JSON" if body else "it is empty"
-        return self._protocol_error(request, expected, what, job_id)
+            what = "it is HTML" if body.lstrip().startswith(b"<") else "it is not JSON" if body else "it is empty"
+            raise self._protocol_error(request, expected, what, job_id) from None
 
     def _protocol_error(self, request: str, expected: str, found: str, job_id: str | None) -> ProtocolError:
         return ProtocolError(
