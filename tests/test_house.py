@@ -26,6 +26,7 @@ LAYERS = (
         "models",
         "identity",
         "page",
+        "page_frames",
         "clean",
         "clock",
         "directories",

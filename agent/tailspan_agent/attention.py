@@ -163,13 +163,18 @@ class Attention:
         row_will_do = self._is_plain and self.row.state is not JobState.UNKNOWN
         return age_s >= (_PLAIN_STATUS_S if row_will_do else _LISTED_STATUS_S)
 
-    def delay_s(self, *, behind: bool = False) -> float | None:
+    def delay_s(self, *, behind: bool = False, gather_s: float = 0.0) -> float | None:
         """Return how long to wait for the next look, in seconds; None: until somebody wakes the tailer.
 
         Args:
             behind: Whether others of its stream may wait for it, which its next look can end.
+            gather_s: For how long the service lets a look wait for those of others.
         """
-        delay_s = self._follower.delay_s(time.monotonic(), random.random())
+        if gather_s:
+            # Then looks are not spread; who comes half of that before all go together will not miss it.
+            delay_s = max(0.0, self._follower.delay_s(time.monotonic()) - gather_s / 2)
+        else:
+            delay_s = self._follower.delay_s(time.monotonic(), random.random())
         if self._follower.state.is_terminal or self._spoke or behind:
             return delay_s
         if self.told:

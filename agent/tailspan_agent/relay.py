@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 from zlib import crc32
 
-from tailspan.services import JobService
+from tailspan.services import JobService, MergingService
 from tailspan_agent.agent_metrics import AgentMetrics
 from tailspan_agent.backlog import Backlog
 from tailspan_agent.checkpoint import Store
@@ -30,6 +30,8 @@ _READERS = 8
 _READERS_A_LANE_IF_CHEAP = 2
 # The others wait for their service most of the time.
 _READERS_A_LANE = 4
+# Reads that go in one request: each holds at most 64 KiB.
+_READERS_A_LANE_IF_MERGED = 64
 _PAGES_A_TURN = 8
 _FIRST_LOOKS = 100
 _FIRST_LOOKS_PER_S = 2.0
@@ -44,13 +46,19 @@ class Source:
 
     def __init__(self, service: JobService) -> None:
         self.service = service
-        self._readers: dict[Lane | None, asyncio.Semaphore] = {}
+        self._merging = service if isinstance(service, MergingService) else None
+        self._readers: dict[tuple[Lane | None, int], asyncio.Semaphore] = {}
         self._first_look_at_s = float("-inf")
 
     @property
     def is_cheap(self) -> bool:
         """Whether looking costs no request: so it is with a service that may be asked each two seconds for each job."""
         return self.service.poll_max_s <= 2.0
+
+    @property
+    def gather_s(self) -> float:
+        """See `tailspan.services.MergingService`; 0 for other services."""
+        return self._merging.gather_s if self._merging is not None else 0.0
 
     @property
     def pages_a_turn(self) -> float:
@@ -63,10 +71,10 @@ class Source:
         Args:
             lane: The lane; None where no lines are sent.
         """
-        if lane not in self._readers:
-            a_lane = _READERS_A_LANE_IF_CHEAP if self.is_cheap else _READERS_A_LANE
-            self._readers[lane] = asyncio.Semaphore(_READERS if lane is None else a_lane)
-        return self._readers[lane]
+        most = _READERS if lane is None else _READERS_A_LANE_IF_CHEAP if self.is_cheap else _READERS_A_LANE
+        if self.gather_s:
+            most = _READERS_A_LANE_IF_MERGED
+        return self._readers.setdefault((lane, most), asyncio.Semaphore(most))
 
     def first_look_delay_s(self) -> float:
         """Return when to look for the first time at one more job that has nothing new, in seconds from now.

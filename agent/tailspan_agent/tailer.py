@@ -216,7 +216,7 @@ class Tailer:
         if self.once and (self._follower.complete or not self._follower.state.is_terminal):
             await sent.all_acked()
             self._done = True
-        return self.attention.delay_s(behind=self._behind)
+        return self.attention.delay_s(behind=self._behind, gather_s=self._source.gather_s)
 
     async def _see_status(self) -> JobRelay:
         sent = self._sent

@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from datetime import UTC, datetime
 from http import HTTPStatus
 from itertools import islice
@@ -27,6 +27,7 @@ from starlette.routing import Route
 
 from tailspan.errors import (
     ConfigError,
+    CursorExpiredError,
     JobNotFoundError,
     RequestRejectedError,
     ServiceError,
@@ -36,6 +37,7 @@ from tailspan.errors import (
 from tailspan.identity import check_job_id
 from tailspan.models import JobState, ListedJob, RunResponse
 from tailspan.page import NANOS_PER_MS, LogPage, Stream
+from tailspan.page_frames import MAX_JOBS, MEDIA_TYPE, RESUME_HEADER, cursor_text, encode_frame, read_cursor
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
@@ -49,6 +51,8 @@ BASE_PATH = "/server/v1"
 _DEFAULT_ROWS = 25
 _MAX_ROWS = 10_000
 _RETRY_AFTER_S = 1.0
+# Of one job in a reply for many: who has more is asked for alone, so that nobody needs to hold much of each.
+_MOST_BYTES_OF_MANY = 64 << 10
 # The one control character that JSON leaves as it is, so that lines can be encoded as one text and split again.
 _SEPARATOR = b"\x7f"
 # From so many lines of one time on it is cheaper to escape each run for itself than to cut what was escaped.
@@ -106,7 +110,7 @@ def _escaped(lines: Sequence[bytes]) -> bytes:
 
 
 class JobApi:
-    """The four requests of the job API over one service."""
+    """The four requests of the job API over one service, and its log pages where the service has offsets."""
 
     def __init__(self, service: JobService) -> None:
         self._service = service
@@ -114,12 +118,18 @@ class JobApi:
     @property
     def routes(self) -> list[Route]:
         """Which method answers which request; the paths are matched as sent, still escaped."""
-        return [
+        routes = [
             Route(f"{BASE_PATH}/run/by-id/{{job_id}}", self.status, methods=["GET"]),
             Route(f"{BASE_PATH}/run/by-id/{{job_id}}/cancel", self.cancel, methods=["POST"]),
             Route(f"{BASE_PATH}/logs/{{job_id}}", self.logs, methods=["GET"]),
             Route(f"{BASE_PATH}/job/self", self.list_jobs, methods=["GET"]),
         ]
+        if self._has_pages:
+            routes += [
+                Route(f"{BASE_PATH}/log-pages/{{job_id}}", self.log_pages, methods=["GET"]),
+                Route(f"{BASE_PATH}/log-pages", self.log_pages_of_many, methods=["GET"]),
+            ]
+        return routes
 
     async def status(self, request: Request) -> Response:
         """Return the job's status."""
@@ -135,7 +145,44 @@ class JobApi:
         pages = self._service.read_logs(job_id, since_ms=_since_ms(request))
         # The first page is read before the reply starts: until then an error can still be told by its status.
         first = await anext(pages, None)
-        return _LogReply(job_id, first, pages)
+        return _LogReply(f"job {job_id!r}", _array(first, pages), "application/json")
+
+    async def log_pages(self, request: Request) -> Response:
+        """Return the job's lines as log pages: those after ``cursor``, or as `logs` does."""
+        job_id = _job_id(request)
+        cursor = request.query_params.get("cursor")
+        if cursor is None:
+            pages = self._service.read_logs(job_id, since_ms=_since_ms(request))
+        else:
+            pages = self._service.read_logs(job_id, read_cursor(cursor))
+        return _LogReply(f"job {job_id!r}", _frames(await anext(pages, None), pages), MEDIA_TYPE)
+
+    async def log_pages_of_many(self, request: Request) -> Response:
+        """Return the next lines of many jobs as log pages, at most 64 KiB of each."""
+        jobs, cursors = request.query_params.getlist("job"), request.query_params.getlist("cursor")
+        if not 0 < len(jobs) == len(cursors) <= MAX_JOBS:
+            raise ConfigError(f"expected as many of job as of cursor, 1 to {MAX_JOBS}")
+        asked = list(zip(map(check_job_id, jobs), map(read_cursor, cursors), strict=True))
+        return _LogReply(f"{len(asked)} jobs", self._frames_of(asked), MEDIA_TYPE)
+
+    async def _frames_of(self, asked: Sequence[tuple[str, bytes]]) -> AsyncGenerator[bytes | bytearray, None]:
+        for number, (job_id, cursor) in enumerate(asked):
+            pages = self._service.read_logs(job_id, cursor)
+            try:
+                page = await anext(pages, None)
+            except TailspanError:
+                # What is wrong with it is told to who asks for it alone.
+                yield encode_frame(None, job=number, more=True)
+                continue
+            finally:
+                await _close(pages)
+            more = page is not None and sum(map(len, page.lines)) > _MOST_BYTES_OF_MANY
+            yield encode_frame(None if more else page, job=number, more=more)
+
+    @property
+    def _has_pages(self) -> bool:
+        """Whether lines are told by offsets, so that pages of them are the same for whoever reads them."""
+        return not self._service.final_read
 
     async def list_jobs(self, request: Request) -> Response:
         """Return some rows of the list, newest first."""
@@ -158,7 +205,8 @@ class JobApi:
         fields = {field.name: getattr(job, field.name) for field in dataclasses.fields(job)}
         reply = {name: value for name, value in fields.items() if name not in _NOT_SENT}
         reply |= {"attributes": dict(job.attributes), "details": dict(job.details)}
-        return _json_reply(reply | {"first_line_ms": first_ms, "last_line_ms": last_ms})
+        own = {"first_line_ms": first_ms, "last_line_ms": last_ms, "log_pages": self._has_pages}
+        return _json_reply(reply | own)
 
     def _row(self, job: ListedJob) -> Mapping[str, Any]:
         return {
@@ -177,46 +225,65 @@ class JobApi:
         }
 
 
-class _LogReply(Response):
-    """One JSON array, sent page by page: holds one page, however long the log and however slow the reader."""
+async def _array(first: LogPage | None, rest: AsyncIterator[LogPage]) -> AsyncGenerator[bytes | bytearray, None]:
+    """Yield the parts of one JSON array of lines."""
+    page, opening = first, b"["
+    try:
+        while page is not None:
+            if page.lines:
+                yield encode_lines(page, opening)
+                opening = b","
+            page = await anext(rest, None)
+        yield b"[]" if opening == b"[" else b"]"
+    finally:
+        await _close(rest)
 
-    def __init__(self, job_id: str, first: LogPage | None, rest: AsyncIterator[LogPage]) -> None:
-        super().__init__(headers={"Content-Type": "application/json", "Cache-Control": "no-store"})
+
+async def _frames(first: LogPage | None, rest: AsyncIterator[LogPage]) -> AsyncGenerator[bytes | bytearray, None]:
+    """Yield log pages."""
+    page = first
+    try:
+        while page is not None:
+            yield encode_frame(page)
+            page = await anext(rest, None)
+    except CursorExpiredError:
+        pass  # the next request begins with it, and is told by its status
+    finally:
+        await _close(rest)
+
+
+class _LogReply(Response):
+    """A log, sent part by part: holds one page, however long the log and however slow the reader."""
+
+    def __init__(self, what: str, parts: AsyncGenerator[bytes | bytearray, None], media_type: str) -> None:
+        super().__init__(headers={"Content-Type": media_type, "Cache-Control": "no-store"})
         del self.headers["Content-Length"]
-        self._job_id = job_id
-        self._first = first
-        self._rest = rest
+        self._what = what
+        self._parts = parts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        page, self._first = self._first, None
-        opening = b"["
         # One task for the whole reply: asking before each page costs a tenth of the page.
         gone = asyncio.ensure_future(_until_gone(receive))
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            while page is not None:
-                if page.lines:
-                    body = encode_lines(page, opening)
-                    opening = b","
-                    await send({"type": "http.response.body", "body": body, "more_body": True})
+            async for body in self._parts:
+                await send({"type": "http.response.body", "body": body, "more_body": True})
                 await asyncio.sleep(0)  # others have their turn, and what tells that the client is gone
                 if gone.done():
                     return
-                page = await anext(self._rest, None)
-            closing = b"[]" if opening == b"[" else b"]"
-            await send({"type": "http.response.body", "body": closing})
+            await send({"type": "http.response.body", "body": b""})
         except Exception as error:
             # Returning without the last chunk makes the server cut the connection, which is an error to every client;
             # a closed array would be a lie.
             _logger.warning(
-                "reading the log of job %r failed, the reply was cut off: %s",
-                self._job_id,
+                "reading the log of %s failed, the reply was cut off: %s",
+                self._what,
                 error,
                 exc_info=not isinstance(error, TailspanError),
             )
         finally:
             gone.cancel()
-            await _close(self._rest)
+            await self._parts.aclose()
 
 
 async def _until_gone(receive: Receive) -> None:
@@ -274,6 +341,9 @@ async def on_tailspan_error(request: Request, error: Exception) -> Response:
             status = code
         case RequestRejectedError() | ConfigError():
             status = HTTPStatus.BAD_REQUEST
+        case CursorExpiredError():
+            status = HTTPStatus.GONE
+            headers[RESUME_HEADER] = "" if error.resume_cursor is None else cursor_text(error.resume_cursor)
         case ServiceUnavailableError():
             status = HTTPStatus.SERVICE_UNAVAILABLE
             headers["Retry-After"] = str(math.ceil(error.retry_after_s or _RETRY_AFTER_S))

@@ -17,6 +17,7 @@ from typing import NamedTuple, TypedDict
 
 __all__ = [
     "CLEAN",
+    "DIGEST_BYTES",
     "MAX_PAGE_BYTES",
     "MAX_PAGE_LINES",
     "NANOS_PER_MS",
@@ -28,6 +29,7 @@ __all__ = [
     "line_digest",
 ]
 
+DIGEST_BYTES = 8
 MAX_PAGE_BYTES = 1 << 20
 MAX_PAGE_LINES = 5000
 NANOS_PER_MS = 1_000_000
@@ -97,7 +99,7 @@ def line_digest(identity: str, job_id: str, time_unix_nano: int, message: bytes,
         occurrence: 0 for the first line with this time and text, 1 for its repeat, and so on.
     """
     key = f"{identity}\0{job_id}\0{time_unix_nano}\0{occurrence}\0".encode()
-    return hashlib.blake2b(key + message, digest_size=8).digest()
+    return hashlib.blake2b(key + message, digest_size=DIGEST_BYTES).digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +169,7 @@ class LogPage:
     def uids(self) -> list[str]:
         """Return the ``log.record.uid`` of each line."""
         if self.digests:
-            return self.digests.hex(" ", 8).split(" ")
+            return self.digests.hex(" ", DIGEST_BYTES).split(" ")
         return [f"{run.uid_prefix}{index:04x}" for run in self.runs for index in range(run.lines)]
 
     def messages(self) -> Iterator[Message]:

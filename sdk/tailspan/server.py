@@ -5,6 +5,11 @@
     POST /server/v1/run/by-id/{id}/cancel     cancel, then status
     GET  /server/v1/job/self?skip=S&limit=L   list, newest first
 
+Services with offsets (local jobs) also offer log pages, see `tailspan.page_frames`; a status says so (``log_pages``):
+
+    GET  /server/v1/log-pages/{id}[?cursor=C]                  all lines, or those after C
+    GET  /server/v1/log-pages?job={id}&cursor=C[&job=...]      the next lines of many jobs, at most 64 KiB of each
+
 Errors are ``{"message": ...}``. Nothing here knows what a service is made of, and no path of a request reaches a file.
 """
 

@@ -29,13 +29,11 @@ from typing import NamedTuple
 import msgspec
 
 from tailspan.errors import ConfigError
-from tailspan.page import NANOS_PER_MS
+from tailspan.page import DIGEST_BYTES, NANOS_PER_MS
 
 __all__ = ["MAX_WINDOW_LINES", "NewLines", "Window"]
 
 MAX_WINDOW_LINES = 20_000
-
-_DIGEST_BYTES = 8
 
 
 class _Cursor(msgspec.Struct, array_like=True, tag="tailspan.window/1"):
@@ -149,7 +147,7 @@ class Window:
         add_place, add_time, add_digest = places.append, times_unix_nano.append, digests.append
         add_ms, add_id = self._times.append, self._ids.append
         # Looked up once: the loop is hot while the end of a log is read again and again.
-        blake2b, size, head = hashlib.blake2b, _DIGEST_BYTES, self._head
+        blake2b, size, head = hashlib.blake2b, DIGEST_BYTES, self._head
         totals, repeats, max_lines, start_ms = self._totals, self._repeats, self._max_lines, self.start_ms or 0
         last_ms = -1
         ordinal = nano = 0
@@ -207,7 +205,7 @@ class Window:
         before = self._totals.get(first_ms, 0)
         if max(counts) + before > self._max_lines or any(ms > after for ms, after in pairwise(instants)):
             return None
-        head, size, blake2b = self._head, _DIGEST_BYTES, hashlib.blake2b
+        head, size, blake2b = self._head, DIGEST_BYTES, hashlib.blake2b
         prefixes = (b"%b%d\x000\x00" % (head, ms * NANOS_PER_MS) for ms in instants)
         texts = map(operator.add, chain.from_iterable(map(repeat, prefixes, counts)), messages)
         digests = [blake2b(text, digest_size=size).digest() for text in texts]
@@ -261,7 +259,7 @@ class Window:
 
     def _digest(self, ms: int, occurrence: int, message: bytes) -> bytes:
         key = b"%b%d\x00%d\x00" % (self._head, ms * NANOS_PER_MS, occurrence)
-        return hashlib.blake2b(key + message, digest_size=_DIGEST_BYTES).digest()
+        return hashlib.blake2b(key + message, digest_size=DIGEST_BYTES).digest()
 
     def _prune(self) -> None:
         """Forget what is too old, and the oldest milliseconds while there is too much."""
@@ -289,7 +287,7 @@ class Window:
         try:
             saved = _decode(cursor)
             listed = sum(count for count in saved.counts if count <= self._max_lines)
-            if len(saved.steps_ms) != len(saved.counts) or len(saved.digests) != listed * _DIGEST_BYTES:
+            if len(saved.steps_ms) != len(saved.counts) or len(saved.digests) != listed * DIGEST_BYTES:
                 raise msgspec.DecodeError
         except (msgspec.DecodeError, UnicodeDecodeError):
             raise ConfigError("the cursor is not one of a service that knows lines by time", job_id=job_id) from None
@@ -302,6 +300,6 @@ class Window:
             else:
                 self._times += [ms] * count
         self._full = set(self._seen_full)
-        self._ids = [saved.digests[at : at + _DIGEST_BYTES] for at in range(0, len(saved.digests), _DIGEST_BYTES)]
+        self._ids = [saved.digests[at : at + DIGEST_BYTES] for at in range(0, len(saved.digests), DIGEST_BYTES)]
         self._seen = dict(Counter(self._ids))
         self._newest_ms = self._seen_to_ms = instants[-1] if instants else -1

@@ -58,3 +58,11 @@ def test_a_row_that_tells_of_another_state_has_it_asked_for(monkeypatch: pytest.
     assert not asked.status_is_due()
     asked.on_row(ListedJob(job_id="j", state=JobState.SUCCEEDED, lines=6))
     assert asked.status_is_due()
+
+
+def test_looks_that_go_in_one_request_are_not_spread() -> None:
+    """All are there before the moment at which they go together, and none so early that it is sent apart."""
+    asked = Attention(Follower(poll_min_s=1.0, state=JobState.RUNNING))
+    asked.on_read(1)
+    assert {asked.delay_s(gather_s=0.5) for _ in range(9)} == {0.75}
+    assert len({asked.delay_s() for _ in range(9)}) > 1

@@ -1,6 +1,8 @@
 """The job API of ``tailspan serve``, with its requests counted: ``GET /requests`` says how many, and sets it to 0.
 
-python -m tests.bench.job_server STATE_DIR
+    python -m tests.bench.job_server STATE_DIR [--plain]
+
+With ``--plain`` it sends no log pages, as any other server of this API.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ class Counting:
 def main() -> None:
     """Serve until SIGTERM."""
     service = LocalService(state_dir=Path(sys.argv[1]))
+    service.final_read = "--plain" in sys.argv
     with listen("127.0.0.1", 0, None) as listener:
         print(f"{SERVING}http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
         asyncio.run(make_server(Counting(create_app(service))).serve(sockets=[listener]))

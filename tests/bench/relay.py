@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from tests.bench.agents import Plan, relay_once
 from tests.bench.folders import add_real, make_store, text_bytes
-from tests.bench.measure import Usage, alternate, cpu_of, run, started, tailspan
+from tests.bench.job_server import SERVING
+from tests.bench.measure import Usage, alternate, cpu_of, run, started
 from tests.bench.receiver import Receiver, receiving
 from tests.bench.scale import Scale
 from tests.bench.table import MIB, Goal, Row
@@ -115,45 +117,48 @@ def local(scale: Scale, directory: Path) -> Iterator[Row]:
 
 
 def over_http(scale: Scale, directory: Path) -> Iterator[Row]:
-    """W2: the same jobs over the job API (`tailspan serve`) and the Fused service."""
+    """W2: the same jobs over the job API (`tailspan serve`) and the Fused service; plain: as of any other server."""
     jobs, lines = scale.of(100), _LINES
     store = make_store(directory / "jobs", jobs, lines)
-    serve = tailspan("serve", "--port", "0")
+    server = [sys.executable, "-m", "tests.bench.job_server", str(store)]
     with (
         receiving(directory) as receiver,
-        started(serve, log=directory / "serve.log", env={"TAILSPAN_STATE_DIR": str(store)}, says="http") as (
-            server,
-            said,
-        ),
+        started(server, log=directory / "server.log", says=SERVING) as own,
+        started([*server, "--plain"], log=directory / "plain.log", says=SERVING) as plain,
     ):
         counted = _Counted(receiver)
-        base_url = said[said.index("http") :].split()[0]
-        server_s: list[float] = []
+        server_s: dict[str, list[float]] = {}
 
-        def relay(plan: Plan, case: str) -> Usage:
+        def relay(plan: Plan, case: str, server: int) -> Usage:
             before = cpu_of(server)
             usage = counted.relay(plan, jobs * lines, case)
-            server_s.append(cpu_of(server) - before)
+            server_s.setdefault(case, []).append(cpu_of(server) - before)
             return usage
 
         beside = Plan(directory=directory / "local", store=store, endpoint=receiver.http_url)
         cases = {"W2 beside it: local, none": lambda: counted.relay(beside, jobs * lines, "W2 beside it: local, none")}
-        for kind in ("none", "gzip"):
+        for case, kind, (pid, said) in (
+            ("W2 none", "none", own),
+            ("W2 gzip", "gzip", own),
+            ("W2 plain, none", "none", plain),
+            ("W2 plain, gzip", "gzip", plain),
+        ):
             plan = Plan(
-                directory=directory / kind,
-                base_url=base_url,
+                directory=directory / case,
+                base_url=f"{said.removeprefix(SERVING)}/server/v1",
                 endpoint=receiver.http_url,
                 compression=kind,
                 requests_per_second=1000,
             )
-            cases[f"W2 {kind}"] = lambda p=plan, n=f"W2 {kind}": relay(p, n)
+            cases[case] = lambda p=plan, c=case, s=pid: relay(p, c, s)
         found = alternate(cases, scale.times)
-        goals = {"W2 none": Goal(3.0), "W2 gzip": Goal(5.0)}
         for case, usage in found.items():
             per_line = usage.cpu_s / (jobs * lines) * 1e6
-            yield _cost(case, jobs * lines, usage, counted, per_line, goals.get(case))
-        share = sorted(server_s)[len(server_s) // 2] / (jobs * lines) * 1e6
-        yield Row(case="W2 server's share", figure=share, unit="us", goal=Goal(0.5))
+            goal = None if case not in server_s else Goal(5.0) if case.endswith("gzip") else Goal(3.0)
+            yield _cost(case, jobs * lines, usage, counted, per_line, goal)
+        for case, spent_s in (("W2", server_s["W2 none"]), ("W2 plain", server_s["W2 plain, none"])):
+            share = statistics.median(spent_s) / (jobs * lines) * 1e6
+            yield Row(case=f"{case}, server's share", figure=share, unit="us", goal=Goal(0.5))
         ratio = found["W2 none"].cpu_s / found["W2 beside it: local, none"].cpu_s
         yield Row(case="W2 none, against local", figure=ratio, unit="x")
 

@@ -41,7 +41,7 @@ _KNOWN = 100_000
 
 
 def silence(scale: Scale, directory: Path) -> Iterator[Row]:
-    """W3: 10,000 running jobs of which 10 speak, local and over the job API."""
+    """W3: 10,000 running jobs of which 10 speak, local and over the job API; plain: as of any other server."""
     count = scale.of(10_000, least=2 * _SPEAKERS)
     store = directory / "jobs"
     holder = [sys.executable, "-m", "tests.bench.holder", str(store), str(count), str(_SPEAKERS)]
@@ -49,19 +49,21 @@ def silence(scale: Scale, directory: Path) -> Iterator[Row]:
     with (
         receiving(directory) as receiver,
         started(holder, log=directory / "holder.log", says=HOLDING) as (holder_pid, _),
-        started(server, log=directory / "server.log", says=SERVING) as (server_pid, line),
+        started(server, log=directory / "server.log", says=SERVING) as own,
+        started([*server, "--plain"], log=directory / "plain.log", says=SERVING) as plain,
     ):
-        url = line.removeprefix(SERVING)
         local = Plan(directory=directory / "local", store=store, endpoint=receiver.http_url)
         yield from _silence("W3 local", local, receiver, holder_pid, directory / "holder.log", scale)
-        remote = Plan(directory=directory / "fused", base_url=f"{url}/server/v1", endpoint=receiver.http_url)
-        served = cpu_of(server_pid), time.perf_counter()
-        _take_requests(url)
-        yield from _silence("W3 fused", remote, receiver, holder_pid, directory / "holder.log", scale)
-        elapsed_s = time.perf_counter() - served[1]
-        yield Row(case="W3 fused, requests", figure=_take_requests(url) / elapsed_s, unit="/s", goal=Goal(20))
-        share = (cpu_of(server_pid) - served[0]) / elapsed_s * 100
-        yield Row(case="W3 fused, the server's share", figure=share, unit="% of a core")
+        for case, (pid, said) in (("W3 fused", own), ("W3 plain", plain)):
+            url = said.removeprefix(SERVING)
+            remote = Plan(directory=directory / case, base_url=f"{url}/server/v1", endpoint=receiver.http_url)
+            served = cpu_of(pid), time.perf_counter()
+            _take_requests(url)
+            yield from _silence(case, remote, receiver, holder_pid, directory / "holder.log", scale)
+            elapsed_s = time.perf_counter() - served[1]
+            yield Row(case=f"{case}, requests", figure=_take_requests(url) / elapsed_s, unit="/s", goal=Goal(20))
+            share = (cpu_of(pid) - served[0]) / elapsed_s * 100
+            yield Row(case=f"{case}, the server's share", figure=share, unit="% of a core")
 
 
 def _silence(
@@ -134,25 +136,20 @@ def latency(scale: Scale, directory: Path) -> Iterator[Row]:
             anyio.run(partial(service.submit, ["cat", str(pipe)], name=f"bench-{number % 10}"))
             fds.append(os.open(pipe, os.O_WRONLY))
             stack.callback(os.close, fds[-1])
-        _, line = stack.enter_context(started(server, log=directory / "server.log", says=SERVING))
-        base_url = f"{line.removeprefix(SERVING)}/server/v1"
-        poll_s = FusedService(base_url=base_url).poll_min_s
-        plans = {
-            "W4 local": (Plan(directory=directory / "local", store=store, endpoint=receiver.http_url), 250.0),
-            "W4 fused": (
-                Plan(directory=directory / "fused", base_url=base_url, endpoint=receiver.http_url),
-                (poll_s + 0.3) * 1000,
-            ),
-            "W4 fused, 1000 requests/s": (
-                Plan(
-                    directory=directory / "fast",
-                    base_url=base_url,
-                    endpoint=receiver.http_url,
-                    requests_per_second=1000,
-                ),
-                (poll_s + 0.3) * 1000,
-            ),
-        }
+        plans = {"W4 local": (Plan(directory=directory / "local", store=store, endpoint=receiver.http_url), 250.0)}
+        for case, option, requests_per_second in (
+            ("W4 fused", [], 20),
+            ("W4 plain", ["--plain"], 20),
+            ("W4 plain, 1000 requests/s", ["--plain"], 1000),
+        ):
+            _, said = stack.enter_context(started([*server, *option], log=directory / f"{case}.log", says=SERVING))
+            plan = Plan(
+                directory=directory / case,
+                base_url=f"{said.removeprefix(SERVING)}/server/v1",
+                endpoint=receiver.http_url,
+                requests_per_second=requests_per_second,
+            )
+            plans[case] = plan, (FusedService.poll_min_s + 0.3) * 1000
         for case, (plan, limit_ms) in plans.items():
             with running(plan) as agent:
                 _speak(fds, 10.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -150,6 +151,11 @@ def jobs(machine: Machine) -> list[dict[str, str]]:
     return rows
 
 
+def _line(row: LogRow) -> tuple[object, ...]:
+    """What tells a line from all others, and what it says."""
+    return row.attributes["log.record.uid"], row.attributes.get("tailspan.line.part"), row.time_unix_nano, row.body
+
+
 def micros(text: str) -> int:
     """Microseconds since the epoch of an ISO time."""
     from datetime import UTC, datetime, timedelta
@@ -160,7 +166,7 @@ def micros(text: str) -> int:
 def test_the_same_job_through_the_job_api_has_the_same_trace(
     machine: Machine, collector: Collector, rotel: Rotel, script: Callable[[str], list[str]]
 ) -> None:
-    """Reached through `tailspan serve` and the Fused service, a job has the same lines and the same trace."""
+    """Reached through `tailspan serve` and the Fused service, a job has the same records and the same trace."""
     job_id = machine.detach(*script(PROGRAM.format(lines=HOSTILE[:15])), options=("--name", "corpus"))
     machine.tailspan("wait", job_id)
     direct = machine.status(job_id)
@@ -187,7 +193,9 @@ def test_the_same_job_through_the_job_api_has_the_same_trace(
     assert run.attributes["cicd.pipeline.result"] == "success"
     run_once(machine, rotel.http_url, "http/protobuf", text='[[agent.watch]]\nservice = "local"\ndiscover = true\n')
     collector.wait_until(lambda: len(lines_of(collector, job_id)) >= 60)
-    assert {row.span_id for row in lines_of(collector, job_id)} == {run.span_id}
+    both = lines_of(collector, job_id)
+    assert {row.span_id for row in both} == {run.span_id}
+    assert Counter(map(_line, both)) == Counter({_line(row): 2 for row in rows})
 
 
 INSTRUMENTED = """

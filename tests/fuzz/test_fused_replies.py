@@ -19,15 +19,17 @@ from hypothesis import strategies as st
 from tailspan.cli.show import jobs_table, json_of, status_fields
 from tailspan.config import LinksSettings
 from tailspan.errors import AuthError, ConfigError, ServiceUnavailableError
-from tailspan.page import LogPage
+from tailspan.page import LogPage, Run
+from tailspan.page_frames import FrameError, FrameSplitter, encode_frame
 from tailspan.printing import end_text
 from tailspan.services._fused_auth import Credentials
 from tailspan.services._fused_stream import ArraySplitter, ReplyError, lines, messages, pages
 from tailspan.services._fused_wire import decode_row, decode_status, error_text, line_times
 from tailspan.window import Window
-from tailspan_agent.encode import LogContext, encode_lines
+from tailspan_agent.encode import LogContext, encode_lines, logs_request
 from tailspan_agent.facts import JobFacts
 from tailspan_agent.mapping import failure_record, resource_attributes, spans_of
+from tailspan_agent.otlp_request import parse_request
 from tests.fuzz.effort import assert_linear, fuzz
 
 JSON = st.recursive(
@@ -255,3 +257,28 @@ def test_a_cursor_cannot_ask_for_memory() -> None:
     forged = msgspec.msgpack.encode(["tailspan.window/1", 0, [1] * 3, [20_000, 2**62, 5], b""])
     with pytest.raises(ConfigError):
         Window("me", "job", forged, late_window_s=10)
+
+
+FRAMES = b"".join(
+    encode_frame(LogPage(lines_, [Run(2, 5, uid_prefix="u-")], b"7", text=text), job=number)
+    for number, (lines_, text) in enumerate([([b"a", b"b"], b"a\nb\n"), ([b"a\n", b""], b"")])
+)
+
+
+@fuzz(300)
+@given(
+    reply=st.binary(max_size=80)
+    | st.tuples(st.integers(0, len(FRAMES) - 1), st.binary(min_size=1, max_size=4)).map(
+        lambda change: FRAMES[: change[0]] + change[1] + FRAMES[change[0] + len(change[1]) :]
+    )
+)
+def test_log_pages_of_any_content(reply: bytes) -> None:
+    """What is taken as a page can be encoded, line by line; anything else is an error of ours."""
+    splitter = FrameSplitter()
+    with suppress(FrameError):
+        for frame in splitter.feed(reply) + splitter.close():
+            if frame.page is not None:
+                context = LogContext(trace_id=b"t" * 16, span_id=b"s" * 8)
+                encoded = encode_lines(frame.page, context=context, observed_unix_nano=1)
+                assert encoded.count == len(frame.page.lines) == len(frame.page.uids())
+                parse_request("logs", logs_request([(b"", [encoded.records])]))

@@ -225,10 +225,10 @@ FAULTS: dict[str, Fault] = {
 }
 
 
-def run(seed: str, faults: Sequence[Fault]) -> Row:
-    """Let these faults happen in one world, and count."""
+def run(seed: str, faults: Sequence[Fault], *, served: bool = False) -> Row:
+    """Let these faults happen in one world, and count; where served, the agent reads the jobs by the job API."""
     row = Row("")
-    with World(seed, Settings(page=True)) as world:
+    with World(seed, Settings(page=True, served=served)) as world:
         halts = [fault(world, row) for fault in faults]
         _go_on(halts)
         world.configure()
@@ -244,14 +244,17 @@ def run(seed: str, faults: Sequence[Fault]) -> Row:
     return row
 
 
-def run_together(seed: str) -> Row:
+def run_together(seed: str, *, served: bool = False) -> Row:
     """Let all faults happen in one world, fewer lines to each."""
-    return run(seed, [*(fault for name, fault in FAULTS.items() if name != _FAST), full_speed])
+    return run(seed, [*(fault for name, fault in FAULTS.items() if name != _FAST), full_speed], served=served)
 
 
 def scenarios() -> list[Scenario]:
     """Return the rows."""
-    return [Scenario(f"local: {name}", partial(run, faults=[fault])) for name, fault in FAULTS.items()]
+    return [
+        *(Scenario(f"local: {name}", partial(run, faults=[fault])) for name, fault in FAULTS.items()),
+        Scenario("local: all of these, read by the job API", partial(run_together, served=True)),
+    ]
 
 
 def gaps(world: World) -> int:

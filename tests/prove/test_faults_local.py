@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.prove.faults_local import FAULTS, run_together
 from tests.prove.table import Row
 from tests.prove.told_jobs import told_job
 from tests.prove.world import Found, World
 
 
-def test_no_captured_line_is_lost_whatever_happens_to_local_jobs() -> None:
+@pytest.mark.parametrize("served", [False, True], ids=["beside them", "by the job API"])
+def test_no_captured_line_is_lost_whatever_happens_to_local_jobs(served: bool) -> None:
     """Supervisors die, files are damaged, jobs and the agent are killed: what was captured arrives, nothing twice."""
-    row = run_together("short")
+    row = run_together("short", served=served)
     assert row.verdict == "ok"
     found = Found.total(row.found)
     assert found.jobs > len(FAULTS)

@@ -27,6 +27,7 @@ from tests.fakes.collector import Collector, Reply, Request
 from tests.fakes.job_api import FakeJobApi
 from tests.fakes.local_jobs import LocalJobs
 from tests.fakes.otlp_rows import metric_rows, parse_json, plain_attributes
+from tests.fakes.scripted_service import serving
 from tests.prove.found import Found
 from tests.prove.jobs import LocalNumberedJob, NumberedJob
 from tests.prove.tally import Span, count_spans
@@ -52,6 +53,7 @@ class Settings:
         path: A directory with another ``tailspan_agent``; None: the project's own.
         page: Whether the agent serves its page, from which /metrics are read.
         endpoint: Where to send instead of the receiver.
+        served: Whether the agent is elsewhere: the jobs of this machine reach it by the job API, as log pages.
     """
 
     protocol: str = "http/protobuf"
@@ -61,6 +63,7 @@ class Settings:
     path: Path | None = None
     page: bool = False
     endpoint: str | None = None
+    served: bool = False
 
 
 class World:
@@ -94,6 +97,8 @@ class World:
         self.collector = self._stack.enter_context(Collector())
         self.api = self._stack.enter_context(FakeJobApi())
         self.local = self._stack.enter_context(LocalJobs(self.home / "jobs"))
+        if self.settings.served:
+            self._job_api = self._stack.enter_context(serving(self.local.service)).url
         self._stack.callback(self._end_agent)
         (self.home / "token").write_text("old\n")
         return self
@@ -153,10 +158,13 @@ class World:
         endpoint = settings.endpoint or (
             self.collector.grpc_url if settings.protocol == "grpc" else self.collector.http_url
         )
+        local = f'state_dir = "{self.home}/jobs"'
+        if settings.served:
+            local = f'type = "fused"\nbase_url = "{self._job_api}"\nrequests_per_second = 1000'
         watch = f'discover = true\nsettle = "0.3s"\n{settings.watch}\n'
         return f"""
 [services.local]
-state_dir = "{self.home}/jobs"
+{local}
 [services.fused]
 base_url = "{self.api.base_url}"
 requests_per_second = 1000
@@ -239,8 +247,10 @@ protocol = "{settings.protocol}"
 
     def checkpoint(self, job: Job, state_dir: Path | None = None) -> Checkpoint | None:
         """Return what the store has of a job."""
-        job_id = job.job_id if isinstance(job, LocalNumberedJob) else job.name
-        return read_checkpoint(state_dir or self.state_dir, job.identity, job_id)
+        identity, job_id = job.identity, job.name
+        if isinstance(job, LocalNumberedJob):
+            identity, job_id = self._job_api if self.settings.served else identity, job.job_id
+        return read_checkpoint(state_dir or self.state_dir, identity, job_id)
 
     def acked(self, job: Job, state_dir: Path | None = None) -> int:
         """Return how many lines of a job the store has as acked."""

@@ -88,6 +88,7 @@ def test_status_has_the_twelve_fields_and_ours(api):
         "stale": False,
         "first_line_ms": START_MS,
         "last_line_ms": START_MS + 4,
+        "log_pages": True,
     }
     assert re.fullmatch("[0-9a-f]{32}", reply["trace_id"])
 
@@ -290,7 +291,7 @@ def test_numbers_that_are_none_are_told(service, query):
         (errors.ServiceUnavailableError("it says: later"), 503),
         (errors.ProtocolError("it says: <html>"), 502),
         (errors.AuthError("it says: who are you?"), 502),
-        (errors.CursorExpiredError("it says: gone"), 500),
+        (errors.CursorExpiredError("it says: gone"), 410),
     ],
 )
 def test_errors_of_the_service_have_their_status_and_text(error, status):

@@ -17,7 +17,7 @@ from tailspan.page import LogPage, Message
 if TYPE_CHECKING:
     from tailspan.config import Settings
 
-__all__ = ["LATE_WINDOW_S", "JobService", "News", "NewsService", "SubmitService", "open_service"]
+__all__ = ["LATE_WINDOW_S", "JobService", "MergingService", "News", "NewsService", "SubmitService", "open_service"]
 
 LATE_WINDOW_S = 10.0
 
@@ -120,6 +120,19 @@ class SubmitService(JobService, Protocol):
         env: Mapping[str, str] | None = None,
     ) -> RunResponse:
         """Start a command as a job and return its first status; see `tailspan.job_submit`."""
+        ...
+
+
+@runtime_checkable
+class MergingService(JobService, Protocol):
+    """A service that reads on, after a cursor, in many jobs by one request: ask for all of them at once.
+
+    It limits by itself how many long replies it reads at a time.
+    """
+
+    @property
+    def gather_s(self) -> float:
+        """For how long, at most, it lets a read wait for those of other jobs, in seconds; 0: it does not do so now."""
         ...
 
 

@@ -6,11 +6,11 @@ import random
 import ssl
 import time
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 from urllib.parse import urlencode
 
 import anyio
@@ -20,14 +20,17 @@ from tailspan.backoff import backoff_s, parse_retry_after_s
 from tailspan.errors import (
     AuthError,
     ConfigError,
+    CursorExpiredError,
     JobNotFoundError,
     ProtocolError,
     RequestRejectedError,
-    ServiceError,
     ServiceUnavailableError,
+    TailspanError,
 )
 from tailspan.http_client import BROKEN, NEVER_SENT, TOO_SLOW, HttpClient, Reply, default_tls
+from tailspan.page_frames import CURSOR_MARK, RESUME_HEADER, FrameError, read_cursor
 from tailspan.services._fused_auth import Authorization, Credentials
+from tailspan.services._fused_stream import ReplyError
 from tailspan.services._fused_wire import error_text
 
 __all__ = ["FusedHttp", "Pace", "Retries", "Tls"]
@@ -37,6 +40,22 @@ _MAX_REPLY_BYTES = 64 << 20
 _MAX_ERROR_BYTES = 64 << 10
 _KEEP_ALIVE_S = 90.0
 _MAX_IDLE = 20
+
+
+T = TypeVar("T")
+Params = Mapping[str, int | str] | Sequence[tuple[str, str]]
+
+
+class Splitter(Protocol[T]):
+    """Takes the pieces of a reply and gives its parts."""
+
+    def feed(self, piece: bytes) -> list[T]:
+        """Take in the next piece and return the parts that are complete; often none."""
+        ...
+
+    def close(self) -> list[T]:
+        """Return the parts that are left when the reply has ended."""
+        ...
 
 
 class Pace:
@@ -122,7 +141,7 @@ class FusedHttp:
         self._client: HttpClient | None = None
         self._client_loop: object = None
 
-    async def get(self, path: str, params: Mapping[str, int] | None = None, *, job_id: str | None = None) -> bytes:
+    async def get(self, path: str, params: Params | None = None, *, job_id: str | None = None) -> bytes:
         """Return the body of a small reply.
 
         Args:
@@ -156,7 +175,7 @@ class FusedHttp:
 
     @asynccontextmanager
     async def stream(
-        self, path: str, params: Mapping[str, int] | None = None, *, job_id: str
+        self, path: str, params: Params | None = None, *, job_id: str
     ) -> AsyncIterator[AsyncIterator[bytes]]:
         """Open a reply of any size; gives its body in pieces. One try."""
         async with (
@@ -165,13 +184,56 @@ class FusedHttp:
         ):
             yield pieces
 
+    async def parts(
+        self,
+        path: str,
+        params: Params | None,
+        make_splitter: Callable[[], Splitter[T]],
+        expected: str,
+        *,
+        job_id: str,
+    ) -> AsyncGenerator[list[T], None]:
+        """Yield the parts of a reply of any size as they come in. Tries again as long as nothing was yielded.
+
+        Args:
+            path: Below the base URL, escaped.
+            params: The query.
+            make_splitter: Makes what cuts a reply into parts.
+            expected: What the reply should be, for errors.
+            job_id: The job that it is about.
+        """
+        retries = Retries(self.tries)
+        begun = False
+        while True:
+            splitter = make_splitter()
+            try:
+                async with self.stream(path, params, job_id=job_id) as pieces:
+                    async for piece in pieces:
+                        if parts := splitter.feed(piece):
+                            begun = True
+                            yield parts
+                    if parts := splitter.close():
+                        yield parts
+                return
+            except (ReplyError, FrameError) as error:
+                raise ProtocolError(
+                    f"GET {path}: the reply should be {expected}, but {error}; check services.{self._service}.base_url "
+                    f"({self._base_url})",
+                    service=self._service,
+                    job_id=job_id,
+                ) from None
+            except ServiceUnavailableError as error:
+                if begun:
+                    raise
+                await retries.wait(error)
+
     async def aclose(self) -> None:
         """Close the connections; a later request opens new ones."""
         client, self._client = self._client, None
         if client is not None and self._client_loop == anyio.lowlevel.current_token():
             await client.aclose()
 
-    async def _whole(self, method: str, path: str, params: Mapping[str, int] | None, job_id: str | None) -> bytes:
+    async def _whole(self, method: str, path: str, params: Params | None, job_id: str | None) -> bytes:
         await self._pace.wait()
         try:
             # The client limits each step; a server that sends a byte now and then would never reach that.
@@ -194,7 +256,7 @@ class FusedHttp:
 
     @asynccontextmanager
     async def _reply(
-        self, method: str, path: str, params: Mapping[str, int] | None, job_id: str | None, *, paced: bool = False
+        self, method: str, path: str, params: Params | None, job_id: str | None, *, paced: bool = False
     ) -> AsyncIterator[Reply]:
         """Send a request and give the answer if it is one; else raise what it means. Renews credentials once."""
         if not paced:
@@ -220,7 +282,7 @@ class FusedHttp:
         client: HttpClient,
         method: str,
         path: str,
-        params: Mapping[str, int] | None,
+        params: Params | None,
         job_id: str | None,
         authorization: Authorization,
     ) -> Reply:
@@ -247,7 +309,7 @@ class FusedHttp:
 
     async def _error(
         self, response: Reply, method: str, path: str, job_id: str | None, authorization: Authorization
-    ) -> ServiceError:
+    ) -> TailspanError:
         """Return what an answer that is not a success means, in the server's own words if it has any."""
         code = response.status
         told = await self._told(response, authorization)
@@ -265,6 +327,9 @@ class FusedHttp:
         if code == 404 and job_id is not None:
             shown = f"service {self._service} knows no job {job_id}"
             return JobNotFoundError(f"{shown}: {told}" if told else shown, service=self._service, job_id=job_id)
+        if code == 410 and (resume := response.headers.get(RESUME_HEADER.lower())) is not None:
+            cursor = CURSOR_MARK + read_cursor(resume) if resume else None
+            return CursorExpiredError(told or text, resume_cursor=cursor, service=self._service, job_id=job_id)
         if code in (408, 429) or code >= 500:
             after_s = parse_retry_after_s(response.headers.get("retry-after"), datetime.now(UTC))
             return self._unavailable(text, job_id, after_s)

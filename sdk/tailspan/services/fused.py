@@ -1,6 +1,8 @@
 """`FusedService`: jobs of a Fused job API, the hosted one or any server that speaks its wire protocol.
 
 Lines are known by time and text only, and may become visible late: see `tailspan.window` for what follows from that.
+Where the server is `tailspan serve` over a service with offsets, lines come as the pages that they are there, with the
+same times and uids, and one request does for many jobs: see `tailspan.page_frames`.
 """
 
 from __future__ import annotations
@@ -15,14 +17,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from tailspan.errors import ConfigError, ProtocolError, RequestRejectedError, ServiceUnavailableError
+from tailspan.errors import (
+    ConfigError,
+    ProtocolError,
+    RequestRejectedError,
+)
 from tailspan.identity import check_job_id
 from tailspan.models import ListedJob, RunResponse
 from tailspan.page import LogPage, Message
 from tailspan.services import LATE_WINDOW_S
 from tailspan.services._fused_auth import DEFAULT_SCHEME, Credentials
-from tailspan.services._fused_http import FusedHttp, Retries, Tls
-from tailspan.services._fused_stream import STEP_BYTES, ArraySplitter, ReplyError, decode_json, lines, messages, pages
+from tailspan.services._fused_http import FusedHttp, Tls
+from tailspan.services._fused_pages import GATHER_S, ServedPages
+from tailspan.services._fused_stream import STEP_BYTES, ArraySplitter, decode_json, lines, messages, pages
 from tailspan.services._fused_times import Look, find_times
 from tailspan.services._fused_wire import (
     DEFAULT_BASE_URL,
@@ -121,6 +128,7 @@ class FusedService:
             requests_per_second=requests_per_second,
             tries=tries,
         )
+        self._pages = ServedPages(self._http)
 
     @classmethod
     def from_options(cls, name: str, options: Mapping[str, Any], settings: Settings) -> FusedService:
@@ -137,6 +145,11 @@ class FusedService:
         except ConfigError as error:
             key = f"services.{name}.{error.key}"
             raise ConfigError(f"{key}: {error}", key=key, service=name) from None
+
+    @property
+    def gather_s(self) -> float:
+        """See `tailspan.services.MergingService`."""
+        return GATHER_S if self._pages.offered else 0.0
 
     @property
     def tries(self) -> int:
@@ -221,6 +234,11 @@ class FusedService:
         late_window_s: float = LATE_WINDOW_S,
     ) -> AsyncIterator[LogPage]:
         """Yield the lines that are readable now, after the cursor; see `tailspan.services.JobService.read_logs`."""
+        if self._pages.are_for(cursor):
+            async with aclosing(self._pages.read(job_id, cursor, since_ms)) as served:
+                async for page in served:
+                    yield page
+            return
         window = Window(self.identity, job_id, cursor, since_ms=since_ms, late_window_s=late_window_s)
         async with aclosing(self._elements(job_id, window.since_ms, lines)) as parts:
             async for entries in parts:
@@ -276,36 +294,18 @@ class FusedService:
         """Close the connections."""
         await self._http.aclose()
 
-    async def _elements(
+    def _elements(
         self,
         job_id: str,
         since_ms: int | None,
         decoder: msgspec.json.Decoder[list[T]],
         step_bytes: int = STEP_BYTES,
     ) -> AsyncGenerator[list[T], None]:
-        """Yield the elements of a log reply as they come in. Tries again as long as nothing was yielded."""
+        """Yield the elements of a log reply as they come in."""
         path = f"/logs/{path_segment(check_job_id(job_id))}"
         params = None if since_ms is None else {"since_ms": max(0, since_ms)}
-        retries = Retries(self._http.tries)
-        begun = False
-        while True:
-            splitter = ArraySplitter(decoder, step_bytes)
-            try:
-                async with self._http.stream(path, params, job_id=job_id) as pieces:
-                    async for piece in pieces:
-                        if elements := splitter.feed(piece):
-                            begun = True
-                            yield elements
-                    if elements := splitter.close():
-                        yield elements
-                return
-            except ReplyError as error:
-                expected = 'an array of {"message": text, "timestamp": ms}'
-                raise self._protocol_error(f"GET {path}", expected, str(error), job_id) from None
-            except ServiceUnavailableError as error:
-                if begun:
-                    raise
-                await retries.wait(error)
+        expected = 'an array of {"message": text, "timestamp": ms}'
+        return self._http.parts(path, params, lambda: ArraySplitter(decoder, step_bytes), expected, job_id=job_id)
 
     def _status(self, request: str, body: bytes, job_id: str) -> tuple[RunResponse, Mapping[str, Any]]:
         expected = "the status of a job"
@@ -313,9 +313,11 @@ class FusedService:
         if not isinstance(reply, dict):
             raise self._protocol_error(request, expected, "it is no object", job_id)
         try:
-            return decode_status(reply, service=self.name, identity=self.identity), reply
+            job = decode_status(reply, service=self.name, identity=self.identity)
         except msgspec.ValidationError as error:
             raise self._protocol_error(request, expected, str(error), job_id) from None
+        self._pages.offered = reply.get("log_pages") is True
+        return job, reply
 
     def _json(
         self,

@@ -1,0 +1,333 @@
+"""Log pages of `tailspan serve`: a served job has the lines of the job itself, and one request does for many jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import socket
+from contextlib import aclosing
+
+import pytest
+
+from tailspan.errors import AuthError, CursorExpiredError, JobNotFoundError, ServiceUnavailableError
+from tailspan.page_frames import CURSOR_MARK, FrameSplitter, cursor_text
+from tailspan.services import MergingService
+from tailspan.services.fused import FusedService
+from tailspan.testing import FakeService
+from tests.fakes.local_jobs import LocalJobs
+from tests.fakes.scripted_service import ScriptedJob, ScriptedService, ask, serving
+
+LINES = [f"line {number}" for number in range(30)]
+
+
+def run(server, work, **options):
+    """Do some work with a Fused service of that server."""
+
+    async def main():
+        async with aclosing(FusedService(base_url=server.url, requests_per_second=10_000, **options)) as service:
+            return await work(service)
+
+    return asyncio.run(main())
+
+
+async def read(service, job_id, cursor=None, **how):
+    """Read to the present end; return the pages."""
+    return [page async for page in service.read_logs(job_id, cursor, **how)]
+
+
+def requests_of(server):
+    """Return the paths that were asked for since the last call, without what the base URL has."""
+    found = [request.target.removeprefix("/server/v1") for request in server.requests]
+    server.requests.clear()
+    return found
+
+
+@pytest.fixture
+def service():
+    """Ten jobs of a service with cursors, three lines to a page."""
+    made = FakeService(page_lines=3)
+    for number in range(10):
+        made.add_job(f"j{number}")
+        made.add_lines(f"j{number}", *LINES[:number], timestamp_ms=1_700_000_000_000)
+    return made
+
+
+@pytest.fixture
+def server(service):
+    """The job API over them."""
+    with serving(service) as running:
+        yield running
+
+
+def test_served_local_job_has_the_lines_times_streams_and_uids_of_the_job_itself(tmp_path):
+    """So stores see one line, whether an agent beside the job or one far away relays it."""
+    program = "for i in 1 2 3; do echo out $i; echo err $i >&2; done; printf 'a\\033[1mb\\r\\nno end'"
+    with LocalJobs(tmp_path / "state") as local:
+        job = local.run("sh", "-c", program)
+        with serving(local.service) as server:
+
+            async def work(service):
+                await service.get_job(job.job_id)
+                return await read(service, job.job_id)
+
+            found = run(server, work)
+        own = local.pages(job.job_id)
+    assert [line for page in found for line in page.lines] == [line for page in own for line in page.lines]
+    assert [uid for page in found for uid in page.uids()] == [uid for page in own for uid in page.uids()]
+    assert [page.times_unix_nano() for page in found] == [page.times_unix_nano() for page in own]
+    assert [[run.stream for run in page.runs] for page in found] == [[run.stream for run in page.runs] for page in own]
+
+
+def test_reading_goes_on_after_a_cursor(service, server):
+    """Nothing is repeated and nothing is left out, wherever reads end."""
+
+    async def work(fused):
+        await fused.get_job("j9")
+        cursor, found = None, []
+        for _ in range(4):
+            pages = await read(fused, "j9", cursor)
+            found += [line for page in pages for line in page.lines]
+            cursor = pages[-1].cursor if pages else cursor
+            service.add_lines("j9", f"further {len(found)}")
+        return found
+
+    assert run(server, work) == [text.encode() for text in [*LINES[:9], "further 9", "further 10", "further 11"]]
+
+
+def test_lines_since_a_time(server, service):
+    """As without pages, those at or after it."""
+    service.add_lines("j0", "old", timestamp_ms=1000)
+    service.add_lines("j0", "edge", "new", timestamp_ms=2000, step_ms=5)
+
+    async def work(fused):
+        await fused.get_job("j0")
+        return [line for page in await read(fused, "j0", since_ms=2000) for line in page.lines]
+
+    assert run(server, work) == [b"edge", b"new"]
+
+
+def test_one_request_does_for_all_who_ask_at_once(service, server):
+    """The jobs' next lines come to those who asked for them; the first, who is alone, does not wait for others."""
+
+    async def work(fused):
+        await fused.get_job("j0")
+        cursors = {}
+        for number in range(1, 10):
+            cursors[f"j{number}"] = (await read(fused, f"j{number}"))[-1].cursor
+        for number in range(1, 10, 2):
+            service.add_lines(f"j{number}", f"news of {number}")
+        requests_of(server)
+        await read(fused, "j1", cursors["j1"])
+        return await asyncio.gather(*(read(fused, job_id, cursor) for job_id, cursor in cursors.items()))
+
+    found = run(server, work)
+    alone, together = requests_of(server)
+    assert alone.count("job=") == 1
+    assert together.count("job=") == 9
+    lines = [[line for page in pages for line in page.lines] for pages in found]
+    assert lines == [[f"news of {number}".encode()] if number % 2 else [] for number in range(1, 10)]
+
+
+def test_job_with_much_to_read_is_asked_for_alone(service, server):
+    """A reply for many holds little of each; the rest comes by a reply of its own, and all of it once."""
+    long = "x" * 40_000
+
+    async def work(fused):
+        await fused.get_job("j1")
+        cursor = (await read(fused, "j1"))[-1].cursor
+        service.add_lines("j1", *(f"{number}{long}" for number in range(5)))
+        requests_of(server)
+        pages = await read(fused, "j1", cursor)
+        return [line for page in pages for line in page.lines]
+
+    assert run(server, work) == [f"{number}{long}".encode() for number in range(5)]
+    paths = [path.partition("?")[0] for path in requests_of(server)]
+    assert paths == ["/log-pages", "/log-pages/j1"]
+
+
+def test_what_is_wrong_with_one_of_many_is_told_to_who_asked_for_it(server):
+    """The others have their lines."""
+
+    async def work(fused):
+        await fused.get_job("j1")
+        cursor = (await read(fused, "j1"))[-1].cursor
+        return await asyncio.gather(
+            read(fused, "j2", CURSOR_MARK + b"0"),
+            read(fused, "gone", cursor),
+            read(fused, "j1", cursor),
+            return_exceptions=True,
+        )
+
+    found, gone, nothing = run(server, work)
+    assert [line for page in found for line in page.lines] == [b"line 0", b"line 1"]
+    assert isinstance(gone, JobNotFoundError)
+    assert nothing == []
+
+
+def test_gap_at_the_server_is_a_gap_here(service, server):
+    """A client learns that lines are gone, and where to go on."""
+
+    async def work(fused):
+        await fused.get_job("j9")
+        cursor = (await read(fused, "j5"))[0].cursor
+        service.expire("j5", 4)
+        with pytest.raises(CursorExpiredError) as caught:
+            await read(fused, "j5", cursor)
+        return await read(fused, "j5", caught.value.resume_cursor)
+
+    assert [line for page in run(server, work) for line in page.lines] == [b"line 4"]
+
+
+def test_gap_in_the_middle_of_a_reply_ends_it_in_good_order():
+    """The lines before it are there; it is told to the next request."""
+    gap = CursorExpiredError("gone", resume_cursor=b"9")
+    scripted = ScriptedService({"job": ScriptedJob(lines=["a", "b", "c"], fails_at_page=1, error=gap)})
+    reply = ask(scripted, "/log-pages/job")
+    assert [frame.page.lines for frame in FrameSplitter().feed(reply.content)] == [[b"a", b"b"]]
+    scripted.jobs["job"].fails_at_page = 0
+    told = ask(scripted, "/log-pages/job")
+    assert (told.status_code, told.headers["Tailspan-Resume-Cursor"]) == (410, cursor_text(b"9"))
+    assert told.json() == {"message": "gone"}
+
+
+def test_service_that_knows_only_times_serves_no_pages(service):
+    """Its lines become visible late, which only those who compare them by time find."""
+    service.final_read = True
+    with serving(service) as server:
+
+        async def work(fused):
+            await fused.get_job("j5")
+            return fused.gather_s, await read(fused, "j5")
+
+        gather_s, pages = run(server, work)
+    assert gather_s == 0
+    assert [line for page in pages for line in page.lines] == [text.encode() for text in LINES[:5]]
+    assert requests_of(server) == ["/run/by-id/j5", "/logs/j5"]
+    assert ask(service, "/log-pages/j5").status_code == 404
+
+
+def test_server_that_does_not_send_pages_any_more(service):
+    """An older server on the same port: the log is read anew, rather than never."""
+    with serving(service) as server:
+
+        async def work(fused):
+            await fused.get_job("j5")
+            cursor = (await read(fused, "j5"))[0].cursor
+            service.final_read = True
+            await fused.get_job("j5")
+            with pytest.raises(CursorExpiredError) as caught:
+                await read(fused, "j5", cursor)
+            return await read(fused, "j5", caught.value.resume_cursor)
+
+        pages = run(server, work)
+    assert [line for page in pages for line in page.lines] == [text.encode() for text in LINES[:5]]
+
+
+def test_job_whose_reading_began_without_pages_goes_on_so(service):
+    """A cursor that knows times stays good when the server learns to send pages."""
+    service.final_read = True
+    with serving(service) as server:
+
+        async def work(fused):
+            await fused.get_job("j5")
+            cursor = (await read(fused, "j5"))[-1].cursor
+            service.final_read = False
+            await fused.get_job("j5")
+            service.add_lines("j5", "one more")
+            return await read(fused, "j5", cursor)
+
+        pages = run(server, work)
+    assert [line for page in pages for line in page.lines] == [b"one more"]
+
+
+def test_all_who_asked_learn_that_the_server_is_away():
+    """In one try for all of them, not one after the other; each has an error of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        base_url = f"http://127.0.0.1:{free.getsockname()[1]}/server/v1"
+
+    async def work():
+        async with aclosing(FusedService(base_url=base_url, requests_per_second=1, tries=1)) as fused:
+            asks = [read(fused, f"j{number}", CURSOR_MARK + b"0") for number in range(50)]
+            return await asyncio.gather(*asks, return_exceptions=True)
+
+    found = asyncio.run(work())
+    assert {type(error) for error in found} == {ServiceUnavailableError}
+    assert len({id(error) for error in found}) == 50
+
+
+def test_who_asks_for_all_may_give_up(service, server):
+    """The others of its request have their answers all the same."""
+
+    async def work(fused):
+        await fused.get_job("j1")
+        cursors = {f"j{number}": (await read(fused, f"j{number}"))[-1].cursor for number in range(1, 5)}
+        await read(fused, "j1", cursors.pop("j1"))
+        for job_id in cursors:
+            service.add_lines(job_id, f"news of {job_id}")
+        asks = [asyncio.create_task(read(fused, job_id, cursor)) for job_id, cursor in cursors.items()]
+        for _ in range(3):
+            await asyncio.sleep(0)  # the first has the turn now, and waits for others
+        asks[0].cancel()
+        return await asyncio.gather(*asks, return_exceptions=True)
+
+    cancelled, *others = run(server, work)
+    assert isinstance(cancelled, asyncio.CancelledError)
+    assert [page.lines for pages in others for page in pages] == [[b"news of j3"], [b"news of j4"]]
+
+
+def test_many_jobs_go_in_several_requests(server, service):
+    """No request line is longer than servers take."""
+    names = [f"a-job-with-a-name-of-some-length-{number:04d}" for number in range(300)]
+    for name in names:
+        service.add_job(name)
+        service.add_lines(name, name)
+
+    async def work(fused):
+        await fused.get_job("j1")
+        return await asyncio.gather(*(read(fused, name, CURSOR_MARK + b"0") for name in names))
+
+    found = run(server, work)
+    assert [page.lines for pages in found for page in pages] == [[name.encode()] for name in names]
+    targets = requests_of(server)
+    assert len(targets) < 10
+    assert max(map(len, targets)) < 8000
+
+
+def test_pages_need_the_token_too(service):
+    """As every other request."""
+    with serving(service, token="s3cret") as server:
+
+        async def work(fused):
+            return await read(fused, "j1", CURSOR_MARK + b"0")
+
+        with pytest.raises(AuthError):
+            run(server, work, token="wrong")
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["", "?job=j1", "?cursor=MA==", "?job=j1&cursor=MA==&job=j2", "?job=j1&cursor=!", "?job=%00&cursor=MA=="],
+)
+def test_request_for_many_that_cannot_be_meant(service, query):
+    """It is told that it is wrong, whatever the jobs are."""
+    assert ask(service, f"/log-pages{query}").status_code == 400
+
+
+def test_a_request_has_a_limit_of_jobs(service):
+    """Nobody makes the server read a million logs by one request."""
+    query = "&".join(itertools.repeat("job=j1&cursor=MA==", 201))
+    assert ask(service, f"/log-pages?{query}").status_code == 400
+
+
+def test_service_says_for_how_long_it_gathers(server):
+    """Once it knows that the server can answer for many."""
+
+    async def work(fused):
+        assert isinstance(fused, MergingService)
+        before = fused.gather_s
+        await fused.get_job("j1")
+        return before, fused.gather_s
+
+    before, after = run(server, work)
+    assert (before, after > 0) == (0, True)
