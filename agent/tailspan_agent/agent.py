@@ -263,12 +263,14 @@ class Agent:
             delivered = await self._first_of(self._stopping.wait(), relay(), timeout_s=timeout_s) == 1
             await following.stop_reading()
             named = {job_id for watch in self.settings.agent.watch for job_id in watch.jobs}
-            for tailer in following.started:
-                # A job that was listed and deleted before it was read is not one that somebody misspelt.
-                if not isinstance(tailer.failure, JobNotFoundError) or tailer.job_id in named:
-                    failures += [tailer.failure] if tailer.failure is not None else []
+            # A job that was listed and deleted before it was read is not one that somebody misspelt.
+            failures += [
+                error
+                for job_id, error in following.failed
+                if not isinstance(error, JobNotFoundError) or job_id in named
+            ]
             return OnceResult(
-                jobs=len(following.started),
+                jobs=following.started,
                 acked=logs.delivered if (logs := self.outlets.get("logs")) else 0,
                 rejected=self.outlets.rejected,
                 failures=tuple(failures),

@@ -25,6 +25,7 @@ from tailspan.identity import trace_id
 from tailspan.models import JobState, ListedJob, RunResponse
 from tailspan.services import JobService
 from tailspan_agent.insight import FollowedJob
+from tailspan_agent.tasks import Flag
 
 __all__ = ["Attention", "status_known_of"]
 
@@ -60,7 +61,7 @@ class Attention:
         self._state_news = False
         self._spoke = True
         self._silent_reads = 0
-        self._woken = asyncio.Event()
+        self._woken = Flag()
 
     @property
     def is_counted(self) -> bool:

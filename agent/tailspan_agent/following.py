@@ -43,13 +43,15 @@ class Following:
     Attributes:
         tailers: The tailers that run, with their tasks.
         watchers: The watchers by the configured name of their service.
-        started: Every tailer of a single pass (`once`), also those that have ended.
+        started: How many jobs a single pass (`once`) has begun with.
+        failed: Ids of those that could not be relayed, and why.
     """
 
     def __init__(self, relay: Relay, opener: Callable[[str, Settings], JobService]) -> None:
         self.tailers: dict[Tailer, asyncio.Task[None]] = {}
         self.watchers: dict[str, Watcher] = {}
-        self.started: list[Tailer] = []
+        self.started = 0
+        self.failed: list[tuple[str, TailspanError]] = []
         self._relay = relay
         self._opener = opener
         self._sources: dict[str, Source] = {}
@@ -173,8 +175,7 @@ class Following:
             self._tasks[watcher.name] = asyncio.create_task(watcher.run())
 
     def _start(self, tailer: Tailer) -> None:
-        if tailer.once:
-            self.started.append(tailer)
+        self.started += tailer.once
         watcher = self.watchers[tailer.service_name]
         task = self.tailers[tailer] = asyncio.create_task(self._run(tailer))
 
@@ -182,6 +183,8 @@ class Following:
             del self.tailers[tailer]
             tailer.leave_backlog()  # a task that was cancelled before it began has not
             watcher.forget(tailer)
+            if tailer.once and tailer.failure is not None:
+                self.failed.append((tailer.job_id, tailer.failure))
 
         task.add_done_callback(ended)
 

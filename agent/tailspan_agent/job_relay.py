@@ -6,7 +6,6 @@ the job's lines is stored together with the cursor of their page, so a restart c
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import logging
 import time
@@ -39,6 +38,7 @@ from tailspan_agent.progress import ProgressMeter
 from tailspan_agent.redact import Redactor
 from tailspan_agent.relay import Relay
 from tailspan_agent.runs import RunTotals
+from tailspan_agent.tasks import Flag
 
 __all__ = ["BACKFILL_S", "JobRelay"]
 
@@ -84,8 +84,7 @@ class JobRelay:
         self._too_fast: str | None = None
         self._unacked = 0
         self._unacked_seconds: Seconds = {}
-        self._all_acked = asyncio.Event()
-        self._all_acked.set()
+        self._all_acked = Flag(is_set=True)
 
     def _first_checkpoint(self, first_seen_ns: int) -> Checkpoint:
         newest_ns = self.ended_ns

@@ -1,4 +1,4 @@
-"""Ending tasks."""
+"""Waiting for other tasks, and ending them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,41 @@ import asyncio
 import logging
 from typing import Any
 
-__all__ = ["cancelled"]
+__all__ = ["Flag", "cancelled"]
 
 _log = logging.getLogger(__name__)
+
+
+class Flag:
+    """Does what asyncio.Event does, at a tenth of its size: each of ten thousand followed jobs has two."""
+
+    __slots__ = ("_is_set", "_waiters")
+
+    def __init__(self, *, is_set: bool = False) -> None:
+        self._is_set = is_set
+        self._waiters: tuple[asyncio.Future[None], ...] = ()
+
+    def set(self) -> None:
+        """Let go on who waits, and who waits from now on."""
+        self._is_set = True
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def clear(self) -> None:
+        """Let wait who waits from now on."""
+        self._is_set = False
+
+    async def wait(self) -> None:
+        """Wait until it is set; one that is set just now may be cleared again by then."""
+        if self._is_set:
+            return
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters = *self._waiters, waiter
+        try:
+            await waiter
+        finally:
+            self._waiters = tuple(other for other in self._waiters if other is not waiter)
 
 
 async def cancelled(task: asyncio.Task[Any]) -> None:
