@@ -165,14 +165,16 @@ class JobRelay:
         """Take in a status; spans that have ended with it are written."""
         if job.last_heartbeat is not None and self.job.last_heartbeat is not None:
             self.facts = self.facts.with_heartbeat((job.last_heartbeat - self.job.last_heartbeat).total_seconds())
-        if job.attempt > self.job.attempt:
+        known = self.job
+        if job.attempt > known.attempt:
             self._end_attempt()
         self.job = job
         self.late = self.late and job.state.is_terminal  # it runs again
         facts = self.facts.with_state(time.time_ns(), job.state)
         if facts is not self.facts:
             self.facts = facts
-            self.use(self._watch)  # a machine is known only when one runs the job; an attempt has its own trace
+            if job is not known:
+                self.use(self._watch)  # a machine is known only when one runs the job; an attempt has its own trace
             self._keep_seen()
             self.write_spans()
 

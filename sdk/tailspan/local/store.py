@@ -171,12 +171,16 @@ class JobStore:
         Raises:
             JobNotFoundError: No local job can have this id. Ids come from the network too: none may leave the store.
         """
+        return Path(self._place(job_id))
+
+    def _place(self, job_id: str) -> str:
+        # Text rather than a Path: an agent looks at thousands of jobs.
         if not _JOB_ID.fullmatch(job_id):
             raise JobNotFoundError(f"there is no local job {job_id[:80]!r}", job_id=job_id)
-        directory = self.jobs / job_id
-        if directory.is_symlink():
-            raise JobNotFoundError(f"{directory} is a link, not a job of this store", job_id=job_id)
-        return directory
+        place = f"{self.jobs}/{job_id}"
+        if os.path.islink(place):
+            raise JobNotFoundError(f"{place} is a link, not a job of this store", job_id=job_id)
+        return place
 
     def job_ids(self) -> list[str]:
         """Return the ids of all jobs, newest first.
@@ -199,14 +203,14 @@ class JobStore:
             JobNotFoundError: There is no such job.
             ServiceUnavailableError: The store was moved away or unmounted.
         """
-        directory = self.directory(job_id)
-        spec = _read_json(directory / "job.json")
-        if spec is None and not directory.is_dir():
+        place = self._place(job_id)
+        spec = _read_json(f"{place}/job.json")
+        if spec is None and not os.path.isdir(place):
             self._check_there()
             raise JobNotFoundError(f"there is no local job {job_id} in {self.state_dir}", job_id=job_id)
         self._used = True
-        recorded, supervised = self.state(job_id)
-        return StoredJob(job_id, directory, spec or {}, recorded, supervised)
+        recorded, supervised = _read_state(place)
+        return StoredJob(job_id, Path(place), spec or {}, recorded, supervised)
 
     def glance(self, job_id: str) -> StoredJob:
         """Return what the files say about a job, without its ``job.json`` where ``state.json`` will do.
@@ -214,21 +218,15 @@ class JobStore:
         Raises:
             JobNotFoundError: There is no such job.
         """
-        recorded, supervised = self.state(job_id)
+        place = self._place(job_id)
+        recorded, supervised = _read_state(place)
         if "name" not in recorded:
             return self.load(job_id)
-        return StoredJob(job_id, self.directory(job_id), {}, recorded, supervised)
+        return StoredJob(job_id, Path(place), {}, recorded, supervised)
 
     def state(self, job_id: str) -> tuple[Mapping[str, Any], bool]:
         """Return a job's ``state.json``, and whether its supervisor lives."""
-        directory = self.directory(job_id)
-        recorded = _read_json(directory / "state.json") or {}
-        if recorded.get("end"):
-            return recorded, False
-        if _is_locked(directory / "lock"):
-            return recorded, True
-        # Its last words may have been written between our two looks.
-        return _read_json(directory / "state.json") or {}, False
+        return _read_state(self._place(job_id))
 
     def running_mark(self, job_id: str) -> tuple[int, ...] | None:
         """Return what changes with each line and each state of a running job; None when it does not run.
@@ -351,7 +349,17 @@ def _gid(group: str) -> int:
         raise ConfigError(f"there is no group {group!r} on this machine", key="services.local.group") from None
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_state(place: str) -> tuple[Mapping[str, Any], bool]:
+    recorded = _read_json(f"{place}/state.json") or {}
+    if recorded.get("end"):
+        return recorded, False
+    if _is_locked(f"{place}/lock"):
+        return recorded, True
+    # Its last words may have been written between our two looks.
+    return _read_json(f"{place}/state.json") or {}, False
+
+
+def _read_json(path: str) -> dict[str, Any] | None:
     """Return what is usable of a file's object; None when it is missing or was damaged by a power failure."""
     fd = open_file(path)
     if fd is None:
@@ -367,7 +375,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return {key: item for key, item in value.items() if isinstance(item, _TYPES.get(key, object))}
 
 
-def _is_locked(path: Path | str) -> bool:
+def _is_locked(path: str) -> bool:
     import fcntl
 
     fd = open_file(path)

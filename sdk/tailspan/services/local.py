@@ -31,7 +31,7 @@ from tailspan.local.reader import LogReader
 from tailspan.local.signalling import signal_supervisor
 from tailspan.local.status import row_of, status_of, totals_of
 from tailspan.local.stdin import inherited_stdin
-from tailspan.local.store import JobStore, submitted_at_of
+from tailspan.local.store import JobStore, StoredJob, submitted_at_of
 from tailspan.models import ListedJob, RunResponse
 from tailspan.page import NANOS_PER_MS, LogPage, Message
 from tailspan.services import LATE_WINDOW_S
@@ -44,6 +44,7 @@ __all__ = ["LocalService"]
 
 KEEP_FINISHED_S = 30 * 86400.0
 _LIST_PAGE = 200
+_MOST_IDENTITIES = 4096
 _PRUNE_EVERY_S = 3600.0
 _CANCEL_WAIT_S = 1.0
 
@@ -92,6 +93,7 @@ class LocalService:
         self._keep_finished_s = keep_finished_s
         self._otlp = dict(otlp or {})
         self._cancel_grace_s = cancel_grace_s
+        self._identities: dict[str, str] = {}
         self._final_rows: dict[str, ListedJob] = {}
         self._running_rows: dict[str, tuple[tuple[int, ...], ListedJob]] = {}
 
@@ -144,7 +146,9 @@ class LocalService:
             JobNotFoundError: There is no such job.
         """
         with self._translated(job_id):
-            return status_of(self._store.load(job_id), self)
+            job = self._store.load(job_id)
+            self._identity_in(job)
+            return status_of(job, self)
 
     async def read_logs(
         self,
@@ -160,7 +164,7 @@ class LocalService:
         """
         with self._translated(job_id):
             job = self._store.glance(job_id)
-            identity = self._identity_of(job_id)
+            identity = self._identities.get(job_id) or self._identity_in(self._store.load(job_id))
             with LogReader(job.directory, job_id, ended=job.logs_complete) as reader:
                 for page in reader.pages(identity, cursor, since_ms):
                     yield page
@@ -287,10 +291,12 @@ class LocalService:
     async def aclose(self) -> None:
         """Do nothing: nothing is held open."""
 
-    @functools.lru_cache(maxsize=4096)  # noqa: B019 - an agent reads a job's log again and again, and has one service
-    def _identity_of(self, job_id: str) -> str:
-        """Return the identity of the store that the job was submitted to."""
-        return self._store.load(job_id).spec.get("identity") or self.identity
+    def _identity_in(self, job: StoredJob) -> str:
+        """Return the identity of the store that the job was submitted to, and remember it: it makes uids."""
+        if len(self._identities) >= _MOST_IDENTITIES:
+            self._identities.clear()
+        self._identities[job.job_id] = identity = job.spec.get("identity") or self.identity
+        return identity
 
     def _runs(self, job_id: str) -> bool:
         return not self._store.load(job_id).state.is_terminal
