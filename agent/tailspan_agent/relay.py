@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 from zlib import crc32
 
@@ -55,25 +55,32 @@ class Source:
         """Whether looking costs no request: so it is with a service that may be asked each two seconds for each job."""
         return self.service.poll_max_s <= 2.0
 
-    @property
-    def gather_s(self) -> float:
+    def gather_s(self, cursor: bytes | None) -> float:
         """See `tailspan.services.MergingService`; 0 for other services."""
-        return self._merging.gather_s if self._merging is not None else 0.0
+        return self._merging.gather_s(cursor) if self._merging is not None else 0.0
 
     @property
     def pages_a_turn(self) -> float:
         """How many pages of a log are read before others have their turn; a reply over HTTP is read to its end."""
         return _PAGES_A_TURN if self.is_cheap else math.inf
 
-    def readers(self, lane: Lane | None) -> asyncio.Semaphore:
+    def readers(self, lane: Lane | None, cursor: bytes | None) -> tuple[asyncio.Semaphore, dict[str, Any]]:
         """Return what limits the reads of one lane's jobs: readers that wait for a full lane keep no others waiting.
 
         Args:
             lane: The lane; None where no lines are sent.
+            cursor: After which the job is read.
+
+        Returns:
+            What to hold while it is read, and further keywords for ``read_logs``.
         """
         most = _READERS if lane is None else _READERS_A_LANE_IF_CHEAP if self.is_cheap else _READERS_A_LANE
-        if self.gather_s:
-            most = _READERS_A_LANE_IF_MERGED
+        long_reads = self._readers_of(lane, most)
+        if self.gather_s(cursor):
+            return self._readers_of(lane, _READERS_A_LANE_IF_MERGED), {"long_reads": long_reads}
+        return long_reads, {}
+
+    def _readers_of(self, lane: Lane | None, most: int) -> asyncio.Semaphore:
         return self._readers.setdefault((lane, most), asyncio.Semaphore(most))
 
     def first_look_delay_s(self) -> float:

@@ -216,7 +216,7 @@ class Tailer:
         if self.once and (self._follower.complete or not self._follower.state.is_terminal):
             await sent.all_acked()
             self._done = True
-        return self.attention.delay_s(behind=self._behind, gather_s=self._source.gather_s)
+        return self.attention.delay_s(behind=self._behind, gather_s=self._source.gather_s(sent.cursor))
 
     async def _see_status(self) -> JobRelay:
         sent = self._sent
@@ -242,24 +242,25 @@ class Tailer:
         if self._behind and sent.sends_logs:
             self._relay.backlog.join(self._stream, self, sent.position_ns)
             await self._relay.backlog.turn(self._stream, self)
-        readers = self._source.readers(self._relay.lane(self._service.identity, self.job_id))
+        lane = self._relay.lane(self._service.identity, self.job_id)
         lines, more = 0, True
         while more:
+            readers, keys = self._source.readers(lane, sent.cursor)
             # A long log is read in turns with the others of its lane, or a line of theirs would wait for all of it.
             async with readers:
-                found, more = await self._read_from(sent)
+                found, more = await self._read_from(sent, **keys)
             lines += found
         if not lines and sent.nothing_in_flight:
             self._behind = False
             self.leave_backlog()
         return lines
 
-    async def _read_from(self, sent: JobRelay) -> tuple[int, bool]:
+    async def _read_from(self, sent: JobRelay, **keys: Any) -> tuple[int, bool]:
         """Relay lines after the cursor; return how many, and whether the log may have more behind the new cursor."""
         self._relay.health.polled(self._service.name)
         lines, left = 0, self._source.pages_a_turn
         try:
-            async with aclosing(self._pages(sent.cursor, late_window_s=self.watch.late_window)) as pages:
+            async with aclosing(self._pages(sent.cursor, late_window_s=self.watch.late_window, **keys)) as pages:
                 async for page in pages:
                     lines += len(page.lines)
                     await sent.send_page(page)
@@ -293,7 +294,7 @@ class Tailer:
             sent: The job.
             logs_complete: Whether no further line can come.
         """
-        if self._service.final_read and self.watch.final_read and sent.sends_logs and not self._follower.read_whole:
+        if self._may_lack_lines(sent) and sent.sends_logs and not self._follower.read_whole:
             await relay_missing(self._pages, sent)
         if sent.job.state is not JobState.SUCCEEDED and sent.facts.digest is None:
             sent.facts = dataclasses.replace(sent.facts, digest=digest_of(await last_lines(self._pages, sent)))
@@ -316,7 +317,7 @@ class Tailer:
         lines = await self._read(sent)
         self._came_late = self._came_late or lines > 0
         over = ago_s >= _FOLLOW_TO_END_S
-        if over and self._came_late and self._service.final_read and self.watch.final_read:
+        if over and self._came_late and self._may_lack_lines(sent):
             # It has shown that it is late, so what lies before the window may be missing, too.
             lines += await relay_missing(self._pages, sent)
         if lines:
@@ -328,6 +329,11 @@ class Tailer:
             return None
         shortest_s, longest_s = _LATE_POLLS_S
         return min(max(shortest_s, ago_s), longest_s) * random.uniform(0.9, 1.1)
+
+    def _may_lack_lines(self, sent: JobRelay) -> bool:
+        """Return whether lines may have become visible where no read looked for them."""
+        by_times = self._service.final_read and not self._source.gather_s(sent.cursor)
+        return by_times and self.watch.final_read
 
     @staticmethod
     def _ended_ago_s(sent: JobRelay) -> float:

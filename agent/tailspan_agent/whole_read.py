@@ -37,8 +37,6 @@ async def relay_missing(read: Callable[[], AsyncGenerator[LogPage, None]], sent:
     """
     # What is found is taken away at once: a job may have written in millions of seconds.
     rest = sent.relayed_seconds()
-    if not rest and sent.cursor is not None:
-        return 0  # its lines have offsets, so that none becomes visible behind the cursor
     first_s = float("inf")
     async with aclosing(read()) as pages:
         async for page in pages:

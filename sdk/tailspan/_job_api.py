@@ -52,7 +52,8 @@ _DEFAULT_ROWS = 25
 _MAX_ROWS = 10_000
 _RETRY_AFTER_S = 1.0
 # Of one job in a reply for many: who has more is asked for alone, so that nobody needs to hold much of each.
-_MOST_BYTES_OF_MANY = 64 << 10
+_MOST_BYTES_OF_EACH = 64 << 10
+_MOST_BYTES_OF_MANY = 4 << 20
 # The one control character that JSON leaves as it is, so that lines can be encoded as one text and split again.
 _SEPARATOR = b"\x7f"
 # From so many lines of one time on it is cheaper to escape each run for itself than to cut what was escaped.
@@ -166,18 +167,30 @@ class JobApi:
         return _LogReply(f"{len(asked)} jobs", self._frames_of(asked), MEDIA_TYPE)
 
     async def _frames_of(self, asked: Sequence[tuple[str, bytes]]) -> AsyncGenerator[bytes | bytearray, None]:
+        sent = 0
         for number, (job_id, cursor) in enumerate(asked):
-            pages = self._service.read_logs(job_id, cursor)
-            try:
-                page = await anext(pages, None)
-            except TailspanError:
-                # What is wrong with it is told to who asks for it alone.
-                yield encode_frame(None, job=number, more=True)
-                continue
-            finally:
-                await _close(pages)
-            more = page is not None and sum(map(len, page.lines)) > _MOST_BYTES_OF_MANY
-            yield encode_frame(None if more else page, job=number, more=more)
+            frame = None
+            if sent < _MOST_BYTES_OF_MANY:
+                try:
+                    frame = await self._next_frame(number, job_id, cursor)
+                except TailspanError:
+                    pass
+                except Exception:
+                    _logger.exception("reading the log of job %r failed", job_id)
+            if frame is None or len(frame) > _MOST_BYTES_OF_EACH:
+                # Who asks for it alone is told what is wrong with it, or has all of it.
+                frame = encode_frame(None, job=number, more=True)
+            sent += len(frame)
+            yield frame
+
+    async def _next_frame(self, number: int, job_id: str, cursor: bytes) -> bytearray:
+        pages = self._service.read_logs(job_id, cursor)
+        try:
+            page = await _next_page(pages)
+            more = page is not None and await _next_page(pages) is not None
+            return encode_frame(page, job=number, more=more)
+        finally:
+            await _close(pages)
 
     @property
     def _has_pages(self) -> bool:
@@ -240,16 +253,24 @@ async def _array(first: LogPage | None, rest: AsyncIterator[LogPage]) -> AsyncGe
 
 
 async def _frames(first: LogPage | None, rest: AsyncIterator[LogPage]) -> AsyncGenerator[bytes | bytearray, None]:
-    """Yield log pages."""
-    page = first
+    """Yield log pages, and what says that there is no more, or that one has to ask again."""
+    page, is_gap = first, False
     try:
         while page is not None:
-            yield encode_frame(page)
+            if page.lines:
+                yield encode_frame(page)
             page = await anext(rest, None)
     except CursorExpiredError:
-        pass  # the next request begins with it, and is told by its status
+        is_gap = True  # who asks again is told of it by the status
     finally:
         await _close(rest)
+    yield encode_frame(None, more=is_gap)
+
+
+async def _next_page(pages: AsyncIterator[LogPage]) -> LogPage | None:
+    while (page := await anext(pages, None)) is not None and not page.lines:
+        pass
+    return page
 
 
 class _LogReply(Response):

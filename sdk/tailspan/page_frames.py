@@ -4,8 +4,8 @@ The job API's own log reply is a JSON object a line, which knows a line by its t
 it is: its lines in one piece, with the times and uids that they have where the job really runs. A reply consists of
 frames, each four bytes, big-endian, that say how long the MessagePack array is that follows:
 
-    frame          [job, more, page]    job: its place among those asked for; more: ask for it at once, alone
-    page           nil or [cursor, runs, text, lines, digests], see `tailspan.page.LogPage`
+    frame          [job, more, page]    job: its place among those asked for; more: ask for it again, at once and alone
+    page           [cursor, runs, text, lines, digests], see `tailspan.page.LogPage`; nil ends a reply for one job
     run            [lines, time_unix_nano, stream, flags, uid_prefix]
     text, lines    the lines with a newline after each; or one by one, where a line has a newline within
 """
@@ -45,6 +45,7 @@ CURSOR_MARK = b"@"
 MAX_FRAME_BYTES = 64 << 20
 MAX_JOBS = 200
 """How many jobs one request may ask for."""
+_MOST_LINES = 20 * MAX_PAGE_LINES  # a service of others may make larger pages than ours
 
 _MAX_UID_PREFIX = 256
 _length = struct.Struct(">I")
@@ -70,9 +71,9 @@ class Frame(NamedTuple):
 
 class _Page(msgspec.Struct, array_like=True, gc=False):
     cursor: bytes
-    runs: list[Run]
+    runs: Annotated[list[Run], msgspec.Meta(max_length=_MOST_LINES)]
     text: bytes
-    lines: list[bytes]
+    lines: Annotated[list[bytes], msgspec.Meta(max_length=_MOST_LINES)]
     digests: bytes
 
 
@@ -119,10 +120,15 @@ def read_cursor(text: str) -> bytes:
 
 
 class FrameSplitter:
-    """Takes the pieces of one reply and gives its frames; holds one frame."""
+    """Takes the pieces of one reply and gives its frames; holds one frame.
 
-    def __init__(self) -> None:
+    Args:
+        for_one: Whether the reply is for one job, so that only a frame without a page ends it.
+    """
+
+    def __init__(self, *, for_one: bool = False) -> None:
         self._buffer = bytearray()
+        self._has_no_end = for_one
 
     def feed(self, piece: bytes) -> list[Frame]:
         """Take in the next piece and return the frames that are complete; often none.
@@ -146,6 +152,8 @@ class FrameSplitter:
                 frames.append(_decoded(view[start : start + size]))
             start += size
         del buffer[:start]
+        if frames and frames[-1].page is None:
+            self._has_no_end = False
         return frames
 
     def close(self) -> list[Frame]:
@@ -154,7 +162,7 @@ class FrameSplitter:
         Raises:
             FrameError: It ends within a frame.
         """
-        if self._buffer:
+        if self._buffer or self._has_no_end:
             raise FrameError("it ends early")
         return []
 
@@ -171,6 +179,8 @@ def _decoded(data: memoryview) -> Frame:
     found = frame.page
     lines = found.lines
     if found.text:
+        if found.text.count(b"\n") > _MOST_LINES:
+            raise FrameError(f"a page has over {_MOST_LINES} lines")
         lines = found.text.split(b"\n")
         if lines.pop():
             raise FrameError("the last line of a page has no end")

@@ -124,8 +124,8 @@ BUILDS = (
         Mutant(
             "looks back into no window",
             "tailspan_agent/tailer.py",
-            "late_window_s=self.watch.late_window)",
-            "late_window_s=0.0)",
+            "late_window_s=self.watch.late_window,",
+            "late_window_s=0.0,",
         ),
         "job service: lines visible late (to 5 s), without a final read",
         "missing",

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 import socket
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager, nullcontext
 
 import pytest
 
 from tailspan.errors import AuthError, CursorExpiredError, JobNotFoundError, ServiceUnavailableError
-from tailspan.page_frames import CURSOR_MARK, FrameSplitter, cursor_text
+from tailspan.page import LogPage, Run
+from tailspan.page_frames import CURSOR_MARK, FrameError, FrameSplitter, cursor_text, encode_frame
 from tailspan.services import MergingService
+from tailspan.services._fused_pages import ServedPages
 from tailspan.services.fused import FusedService
 from tailspan.testing import FakeService
 from tests.fakes.local_jobs import LocalJobs
@@ -183,7 +185,8 @@ def test_gap_in_the_middle_of_a_reply_ends_it_in_good_order():
     gap = CursorExpiredError("gone", resume_cursor=b"9")
     scripted = ScriptedService({"job": ScriptedJob(lines=["a", "b", "c"], fails_at_page=1, error=gap)})
     reply = ask(scripted, "/log-pages/job")
-    assert [frame.page.lines for frame in FrameSplitter().feed(reply.content)] == [[b"a", b"b"]]
+    page, end = FrameSplitter().feed(reply.content)
+    assert (page.page.lines, end) == ([b"a", b"b"], (0, True, None))
     scripted.jobs["job"].fails_at_page = 0
     told = ask(scripted, "/log-pages/job")
     assert (told.status_code, told.headers["Tailspan-Resume-Cursor"]) == (410, cursor_text(b"9"))
@@ -197,7 +200,8 @@ def test_service_that_knows_only_times_serves_no_pages(service):
 
         async def work(fused):
             await fused.get_job("j5")
-            return fused.gather_s, await read(fused, "j5")
+            pages = await read(fused, "j5")
+            return fused.gather_s(pages[-1].cursor), pages
 
         gather_s, pages = run(server, work)
     assert gather_s == 0
@@ -321,13 +325,189 @@ def test_a_request_has_a_limit_of_jobs(service):
 
 
 def test_service_says_for_how_long_it_gathers(server):
-    """Once it knows that the server can answer for many."""
+    """Only reads that go on, by pages, wait for others."""
 
     async def work(fused):
         assert isinstance(fused, MergingService)
-        before = fused.gather_s
+        by_times = (await read(fused, "j1"))[-1].cursor
         await fused.get_job("j1")
-        return before, fused.gather_s
+        by_pages = (await read(fused, "j1"))[-1].cursor
+        return [fused.gather_s(cursor) > 0 for cursor in (None, by_times, by_pages)]
 
-    before, after = run(server, work)
-    assert (before, after > 0) == (0, True)
+    assert run(server, work) == [False, False, True]
+
+
+def test_short_page_is_not_taken_for_the_end_of_a_log(service, server):
+    """A page ends early for many reasons: what is behind it comes all the same, by the same read."""
+
+    async def work(fused):
+        await fused.get_job("j1")
+        cursor = (await read(fused, "j1"))[-1].cursor
+        service.add_lines("j1", *LINES)
+        requests_of(server)
+        return await read(fused, "j1", cursor)
+
+    pages = run(server, work)
+    assert len(pages) > 3
+    assert [line for page in pages for line in page.lines] == [text.encode() for text in LINES]
+    paths = [path.partition("?")[0] for path in requests_of(server)]
+    assert paths == ["/log-pages", "/log-pages/j1"]
+
+
+def test_gap_in_the_middle_of_a_reply_is_told_by_the_same_read(service, server):
+    """After the lines before it: an ended job is not read again."""
+    gap = CursorExpiredError("lines are gone", resume_cursor=b"9")
+    scripted = ScriptedService({"job": ScriptedJob(lines=["a", "b", "c"], fails_at_page=1, error=gap)})
+    with serving(scripted) as gapped:
+
+        async def work(fused):
+            await fused.get_job("job")
+            log = fused.read_logs("job")
+            found = (await anext(log)).lines
+            scripted.jobs["job"].fails_at_page = 0
+            with pytest.raises(CursorExpiredError, match="lines are gone") as caught:
+                await anext(log)
+            return found, caught.value.resume_cursor
+
+        assert run(gapped, work) == ([b"a", b"b"], CURSOR_MARK + b"9")
+
+
+def test_reply_without_its_end_is_no_log(service, server):
+    """A proxy may end a reply in good order that broke off behind it."""
+    whole = ask(service, "/log-pages/j9").content
+    end = len(encode_frame(None))
+    for cut in (whole[:-end], b""):
+        splitter = FrameSplitter(for_one=True)
+        splitter.feed(cut)
+        with pytest.raises(FrameError, match="ends early"):
+            splitter.close()
+    splitter = FrameSplitter(for_one=True)
+    assert [frame.page is None for frame in splitter.feed(whole) + splitter.close()] == [False, False, False, True]
+
+
+def test_any_number_of_logs_can_be_read_side_by_side(service, server):
+    """Whoever takes a page and looks at others first keeps nobody waiting."""
+
+    async def work(fused):
+        await fused.get_job("j1")
+        for number in range(20):
+            service.add_job(f"k{number}")
+            service.add_lines(f"k{number}", *LINES)
+        logs = [fused.read_logs(f"k{number}") for number in range(20)]
+        firsts = [await asyncio.wait_for(anext(log), 30) for log in logs]
+        for log in logs:
+            await log.aclose()
+        return {tuple(page.lines) for page in firsts}
+
+    assert run(server, work) == {(b"line 0", b"line 1", b"line 2")}
+
+
+def test_long_replies_are_limited_by_who_asks(service, server):
+    """A gathered read enters the limit only for what does not fit a reply for many."""
+    entered = []
+
+    @asynccontextmanager
+    async def long_reads():
+        entered.append("long")
+        yield
+
+    async def work(fused):
+        await fused.get_job("j1")
+        cursor = (await read(fused, "j1"))[-1].cursor
+        service.add_lines("j1", "short")
+        cursor = (await read(fused, "j1", cursor, long_reads=long_reads()))[-1].cursor
+        assert entered == []
+        service.add_lines("j1", *LINES)
+        await read(fused, "j1", cursor, long_reads=long_reads())
+
+    run(server, work)
+    assert entered == ["long"]
+
+
+class FirstHangs:
+    """A job API whose first answer never comes."""
+
+    tries = 1
+
+    def __init__(self):
+        self.asked = 0
+
+    async def get(self, path, query):
+        """Wait for ever, the first time."""
+        self.asked += 1
+        if self.asked == 1:
+            await asyncio.sleep(3600)
+        return encode_frame(LogPage([b"x"], [Run(1, 1, uid_prefix="u")], b"1"))
+
+
+def test_reads_go_on_in_another_loop_while_one_waits_for_ever():
+    """As after a fork: nobody waits for a turn that will never end."""
+    pages = ServedPages(FirstHangs())
+
+    async def look():
+        return [page.lines async for page in pages.read("j", CURSOR_MARK + b"0", None, nullcontext())]
+
+    loop = asyncio.new_event_loop()
+    waiting = loop.create_task(look())
+    loop.run_until_complete(asyncio.sleep(0.05))
+    assert asyncio.run(asyncio.wait_for(look(), 30)) == [[b"x"]]
+    waiting.cancel()
+    loop.run_until_complete(asyncio.wait([waiting]))
+    loop.close()
+
+
+class Faulty(FakeService):
+    """A service with faults of its own in one job."""
+
+    async def read_logs(self, job_id, cursor=None, **how):
+        """Fail, or yield a page that cannot be sent, or nothing."""
+        if job_id == "bug":
+            raise KeyError("a bug")
+        async for page in super().read_logs(job_id, cursor, **how):
+            if job_id == "odd":
+                runs = [Run(len(page.lines), 1, uid_prefix="\udcff")]
+                yield LogPage(page.lines, runs, page.cursor)
+            else:
+                yield LogPage([], [], page.cursor)
+                yield page
+
+
+def test_fault_in_one_job_does_not_touch_the_others(server):
+    """Nor do pages without lines, which a service need not yield."""
+    faulty = Faulty()
+    for job_id in ("good", "bug", "odd"):
+        faulty.add_job(job_id)
+        faulty.add_lines(job_id, "a line")
+    with serving(faulty) as running:
+
+        async def work(fused):
+            await fused.get_job("good")
+            asks = [read(fused, job_id, CURSOR_MARK + b"0") for job_id in ("good", "bug", "odd")]
+            return await asyncio.gather(*asks, read(fused, "good"), return_exceptions=True)
+
+        good, bug, odd, alone = run(running, work, tries=1)
+    assert [page.lines for page in good] == [page.lines for page in alone] == [[b"a line"]]
+    assert isinstance(bug, ServiceUnavailableError)
+    assert isinstance(odd, ServiceUnavailableError)
+
+
+def test_reply_for_many_stays_small(service, server):
+    """However much there is to read: the rest is for replies of their own, where whoever reads sets the pace."""
+    for number in range(150):
+        service.add_job(f"big{number}")
+        service.add_lines(f"big{number}", "x" * 60_000)
+    query = "&".join(f"job=big{number}&cursor=MA==" for number in range(150))
+    reply = ask(service, f"/log-pages?{query}")
+    frames = FrameSplitter().feed(reply.content)
+    assert [frame.job for frame in frames] == list(range(150))
+    assert len(reply.content) < 5 << 20
+    assert all(frame.more or frame.page for frame in frames)
+
+
+@pytest.mark.parametrize("cursor", ["x", "9" * 5000, "-1"])
+def test_cursor_that_is_not_of_the_log(tmp_path, cursor):
+    """It is told as one, whatever it is."""
+    with LocalJobs(tmp_path / "state") as local:
+        job = local.run("echo", "x")
+        reply = ask(local.service, f"/log-pages/{job.job_id}?cursor={cursor_text(cursor.encode())}")
+    assert (reply.status_code, reply.headers["Tailspan-Resume-Cursor"]) == (410, "")

@@ -31,6 +31,7 @@ from tailspan.page import CLEAN, MAX_PAGE_BYTES, MAX_PAGE_LINES, NANOS_PER_MS, L
 __all__ = ["LogReader", "Totals"]
 
 _READ_BYTES = 1 << 20
+_MOST_DIGITS = 20
 _STREAMS = range(len(Stream.NAMES))
 
 
@@ -186,7 +187,7 @@ class LogReader:
         return ProtocolError(f"job {self._job_id}: the index of its log is not one that Tailspan wrote")
 
     def _after(self, cursor: bytes) -> Iterator[_Span]:
-        if not cursor.isdigit():
+        if not cursor.isdigit() or len(cursor) > _MOST_DIGITS:
             raise self._expired(f"{cursor[:40]!r} is not a cursor of its log", None)
         offset = int(cursor)
         last = self._index.last()

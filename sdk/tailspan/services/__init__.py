@@ -8,6 +8,7 @@ same way. A service class is made by ``Service.from_options(name, options)``.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from tailspan.errors import ConfigError
@@ -125,14 +126,33 @@ class SubmitService(JobService, Protocol):
 
 @runtime_checkable
 class MergingService(JobService, Protocol):
-    """A service that reads on, after a cursor, in many jobs by one request: ask for all of them at once.
+    """A service that reads on, after a cursor, in many jobs by one request: ask for all of them at once."""
 
-    It limits by itself how many long replies it reads at a time.
-    """
+    def gather_s(self, cursor: bytes | None) -> float:
+        """Return for how long, at most, a read after this cursor waits for those of other jobs, in seconds.
 
-    @property
-    def gather_s(self) -> float:
-        """For how long, at most, it lets a read wait for those of other jobs, in seconds; 0: it does not do so now."""
+        0: such a read is a request of its own. With more, lines have offsets, so that none becomes visible late.
+        """
+        ...
+
+    def read_logs(
+        self,
+        job_id: str,
+        cursor: bytes | None = None,
+        *,
+        since_ms: int | None = None,
+        late_window_s: float = LATE_WINDOW_S,
+        long_reads: AbstractAsyncContextManager[object] | None = None,
+    ) -> AsyncIterator[LogPage]:
+        """Yield the lines that are readable now; see `JobService.read_logs`.
+
+        Args:
+            job_id: The job.
+            cursor: See there.
+            since_ms: See there.
+            late_window_s: See there.
+            long_reads: Entered while a job has a reply of its own, which can be long: limits how many at a time.
+        """
         ...
 
 

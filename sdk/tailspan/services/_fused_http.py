@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 from urllib.parse import urlencode
 
 import anyio
@@ -30,7 +30,7 @@ from tailspan.errors import (
 from tailspan.http_client import BROKEN, NEVER_SENT, TOO_SLOW, HttpClient, Reply, default_tls
 from tailspan.page_frames import CURSOR_MARK, RESUME_HEADER, FrameError, read_cursor
 from tailspan.services._fused_auth import Authorization, Credentials
-from tailspan.services._fused_stream import ReplyError
+from tailspan.services._fused_stream import ReplyError, Splitter
 from tailspan.services._fused_wire import error_text
 
 __all__ = ["FusedHttp", "Pace", "Retries", "Tls"]
@@ -44,18 +44,6 @@ _MAX_IDLE = 20
 
 T = TypeVar("T")
 Params = Mapping[str, int | str] | Sequence[tuple[str, str]]
-
-
-class Splitter(Protocol[T]):
-    """Takes the pieces of a reply and gives its parts."""
-
-    def feed(self, piece: bytes) -> list[T]:
-        """Take in the next piece and return the parts that are complete; often none."""
-        ...
-
-    def close(self) -> list[T]:
-        """Return the parts that are left when the reply has ended."""
-        ...
 
 
 class Pace:
@@ -328,7 +316,10 @@ class FusedHttp:
             shown = f"service {self._service} knows no job {job_id}"
             return JobNotFoundError(f"{shown}: {told}" if told else shown, service=self._service, job_id=job_id)
         if code == 410 and (resume := response.headers.get(RESUME_HEADER.lower())) is not None:
-            cursor = CURSOR_MARK + read_cursor(resume) if resume else None
+            try:
+                cursor = CURSOR_MARK + read_cursor(resume) if resume else None
+            except ConfigError as error:
+                return ProtocolError(f"{text}: {RESUME_HEADER}: {error}", service=self._service, job_id=job_id)
             return CursorExpiredError(told or text, resume_cursor=cursor, service=self._service, job_id=job_id)
         if code in (408, 429) or code >= 500:
             after_s = parse_retry_after_s(response.headers.get("retry-after"), datetime.now(UTC))

@@ -11,10 +11,13 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from urllib.parse import urlencode
 
 import anyio
+import anyio.lowlevel
 
 from tailspan.errors import CursorExpiredError, ProtocolError, RequestRejectedError, ServiceError
 from tailspan.identity import check_job_id
@@ -26,7 +29,7 @@ from tailspan.services._fused_wire import path_segment
 __all__ = ["GATHER_S", "ServedPages"]
 
 GATHER_S = 0.5
-_REPLIES = 8
+_LATELY_S = 2.0
 # A request line that every server takes.
 _MOST_QUERY_CHARS = 6000
 
@@ -36,6 +39,34 @@ class _Ask:
     job_id: str
     cursor: str
     answer: tuple[LogPage | None, bool] | ServiceError | None = None
+
+    @property
+    def query_chars(self) -> int:
+        return len(urlencode(_query([self])))
+
+
+class _Gathering:
+    """Those who ask, in one event loop."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[_Ask, None] = {}
+        self.turn = anyio.Lock()
+        self._last_jobs: set[str] = set()
+        self._last_s = 0.0
+
+    def has_others(self, job_id: str) -> bool:
+        """Return whether others asked lately, so that it is worth to wait for them."""
+        return time.monotonic() - self._last_s < _LATELY_S and bool(self._last_jobs - {job_id})
+
+    def batch(self, first: _Ask) -> list[_Ask]:
+        """Return those whose turn it is with one of them: as many as one request takes."""
+        batch, room = [first], _MOST_QUERY_CHARS - first.query_chars
+        for ask in self.waiting:
+            if ask is not first and ask.answer is None and len(batch) < MAX_JOBS and ask.query_chars < room:
+                batch.append(ask)
+                room -= ask.query_chars + 1
+        self._last_jobs, self._last_s = {ask.job_id for ask in batch}, time.monotonic()
+        return batch
 
 
 class ServedPages:
@@ -51,19 +82,20 @@ class ServedPages:
     def __init__(self, http: FusedHttp) -> None:
         self.offered: bool | None = None
         self._http = http
-        self._replies = anyio.Semaphore(_REPLIES)
-        self._waiting: dict[_Ask, None] = {}
-        self._turn = anyio.Lock()
-        self._before: set[str] = set()
+        self._gathering = _Gathering()
+        self._loop: object = None
 
     def are_for(self, cursor: bytes | None) -> bool:
         """Return whether to read on after a cursor by pages: one that knows times goes on as it began."""
         return bool(self.offered) if cursor is None else cursor.startswith(CURSOR_MARK)
 
-    async def read(self, job_id: str, cursor: bytes | None, since_ms: int | None) -> AsyncGenerator[LogPage, None]:
-        """Yield the lines that are readable now, after the cursor; see `tailspan.services.JobService.read_logs`."""
+    async def read(
+        self, job_id: str, cursor: bytes | None, since_ms: int | None, long_reads: AbstractAsyncContextManager[object]
+    ) -> AsyncGenerator[LogPage, None]:
+        """Yield the lines that are readable now, after the cursor; see `tailspan.services.MergingService.read_logs`."""
         path = f"/log-pages/{path_segment(check_job_id(job_id))}"
         params: Params | None = None if since_ms is None else {"since_ms": max(0, since_ms)}
+        more = True
         if cursor is not None:
             if self.offered is False:
                 raise CursorExpiredError(
@@ -73,63 +105,65 @@ class ServedPages:
             if page is not None:
                 cursor = page.cursor
                 yield page
-            if not more:
-                return
-            params = {"cursor": cursor_text(cursor[len(CURSOR_MARK) :])}
-        # Each holds a page, whoever reads it and however slowly.
-        async with (
-            self._replies,
-            aclosing(self._http.parts(path, params, FrameSplitter, "log pages", job_id=job_id)) as parts,
-        ):
-            async for frames in parts:
-                for frame in frames:
-                    if frame.page is not None:
-                        yield frame.page
+        async with long_reads if more else nullcontext():
+            while more:
+                before = cursor
+                if cursor is not None:
+                    params = {"cursor": cursor_text(cursor[len(CURSOR_MARK) :])}
+                splitter = partial(FrameSplitter, for_one=True)
+                async with aclosing(self._http.parts(path, params, splitter, "log pages", job_id=job_id)) as parts:
+                    async for frames in parts:
+                        for frame in frames:
+                            more = frame.more
+                            if frame.page is not None:
+                                cursor = frame.page.cursor
+                                yield frame.page
+                if cursor == before:
+                    return  # whatever it says, it has no more
 
     async def _next(self, job_id: str, cursor: bytes) -> tuple[LogPage | None, bool]:
         """Return a job's next page, None without one, and whether to go on with a request for this job alone."""
+        gathering = self._open_gathering()
         ask = _Ask(job_id, cursor_text(cursor[len(CURSOR_MARK) :]))
-        self._waiting[ask] = None
+        gathering.waiting[ask] = None
         try:
-            async with self._turn:
+            async with gathering.turn:
                 # Whoever has the turn asks for the others, too; most find their answer when they get it.
                 if ask.answer is None:
-                    if self._before - {job_id}:
+                    if gathering.has_others(job_id):
                         await anyio.sleep(GATHER_S - time.monotonic() % GATHER_S)
-                    batch = self._batch(ask)
-                    self._before = {each.job_id for each in batch}
-                    await self._answer(batch)
+                    await self._answer(gathering.batch(ask))
         finally:
-            self._waiting.pop(ask, None)
+            gathering.waiting.pop(ask, None)
         if isinstance(ask.answer, ServiceError):
             raise copy.copy(ask.answer)
         assert ask.answer is not None
         return ask.answer
 
-    def _batch(self, first: _Ask) -> list[_Ask]:
-        """Return those whose turn it is with one of them: as many as one request takes."""
-        batch, room = [first], _MOST_QUERY_CHARS
-        for ask in self._waiting:
-            room -= len(ask.job_id) + len(ask.cursor) + len("&job=&cursor=")
-            if room < 0 or len(batch) == MAX_JOBS:
-                break
-            if ask is not first and ask.answer is None:
-                batch.append(ask)
-        return batch
-
     async def _answer(self, batch: list[_Ask]) -> None:
-        query = [pair for ask in batch for pair in (("job", ask.job_id), ("cursor", ask.cursor))]
-        answers: list[tuple[LogPage | None, bool]] = [(None, True)] * len(batch)
+        answers: dict[int, tuple[LogPage | None, bool]] = {}
         try:
             splitter = FrameSplitter()
-            frames = splitter.feed(await self._http.get("/log-pages", query)) + splitter.close()
-            for frame in frames:
-                answers[frame.job] = frame.page, frame.more
-        except (RequestRejectedError, ProtocolError, FrameError, IndexError):
+            frames = splitter.feed(await self._http.get("/log-pages", _query(batch))) + splitter.close()
+            answers = {frame.job: (frame.page, frame.more) for frame in frames}
+            if len(answers) != len(frames):
+                answers = {}
+        except (RequestRejectedError, ProtocolError, CursorExpiredError, FrameError):
             pass  # which of them is to blame shows when each asks alone
         except ServiceError as error:
             for ask in batch:
                 ask.answer = error
             return
-        for ask, answer in zip(batch, answers, strict=True):
-            ask.answer = answer
+        for number, ask in enumerate(batch):
+            ask.answer = answers.get(number, (None, True))
+
+    def _open_gathering(self) -> _Gathering:
+        # Locks belong to an event loop: after a fork, and in the next loop, nobody would ever give them free.
+        loop = anyio.lowlevel.current_token()
+        if self._loop != loop:
+            self._gathering, self._loop = _Gathering(), loop
+        return self._gathering
+
+
+def _query(batch: list[_Ask]) -> list[tuple[str, str]]:
+    return [pair for ask in batch for pair in (("job", ask.job_id), ("cursor", ask.cursor))]

@@ -13,14 +13,24 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, pairwise, repeat
-from typing import Annotated, Any, Generic, TypeVar, cast
+from typing import Annotated, Any, Generic, Protocol, TypeVar, cast
 
 import msgspec
 
 from tailspan.page import CLEAN, MAX_PAGE_BYTES, MAX_PAGE_LINES, NANOS_PER_MS, LogPage, Run, Stream
 from tailspan.window import Window
 
-__all__ = ["STEP_BYTES", "ArraySplitter", "Entry", "ReplyError", "decode_json", "lines", "messages", "pages"]
+__all__ = [
+    "STEP_BYTES",
+    "ArraySplitter",
+    "Entry",
+    "ReplyError",
+    "Splitter",
+    "decode_json",
+    "lines",
+    "messages",
+    "pages",
+]
 
 T = TypeVar("T")
 
@@ -84,6 +94,18 @@ def _whole_pair(escape: re.Match[bytes]) -> bytes:
     found = escape[0]
     is_half = len(found) == _LONE_SURROGATE_BYTES
     return b"\\ufffd" if is_half else found
+
+
+class Splitter(Protocol[T]):
+    """Takes the pieces of a reply and gives its parts."""
+
+    def feed(self, piece: bytes) -> list[T]:
+        """Take in the next piece and return the parts that are complete; often none."""
+        ...
+
+    def close(self) -> list[T]:
+        """Return the parts that are left when the reply has ended."""
+        ...
 
 
 class ArraySplitter(Generic[T]):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -146,10 +146,9 @@ class FusedService:
             key = f"services.{name}.{error.key}"
             raise ConfigError(f"{key}: {error}", key=key, service=name) from None
 
-    @property
-    def gather_s(self) -> float:
+    def gather_s(self, cursor: bytes | None) -> float:
         """See `tailspan.services.MergingService`."""
-        return GATHER_S if self._pages.offered else 0.0
+        return GATHER_S if cursor is not None and self._pages.are_for(cursor) else 0.0
 
     @property
     def tries(self) -> int:
@@ -232,10 +231,11 @@ class FusedService:
         *,
         since_ms: int | None = None,
         late_window_s: float = LATE_WINDOW_S,
+        long_reads: AbstractAsyncContextManager[object] | None = None,
     ) -> AsyncIterator[LogPage]:
-        """Yield the lines that are readable now, after the cursor; see `tailspan.services.JobService.read_logs`."""
+        """Yield the lines that are readable now, after the cursor; see `tailspan.services.MergingService.read_logs`."""
         if self._pages.are_for(cursor):
-            async with aclosing(self._pages.read(job_id, cursor, since_ms)) as served:
+            async with aclosing(self._pages.read(job_id, cursor, since_ms, long_reads or nullcontext())) as served:
                 async for page in served:
                     yield page
             return
