@@ -171,11 +171,13 @@ class Attention:
             behind: Whether others of its stream may wait for it, which its next look can end.
             gather_s: For how long the service lets a look wait for those of others.
         """
-        if gather_s:
-            # Then looks are not spread; who comes half of that before all go together will not miss it.
-            delay_s = max(0.0, self._follower.delay_s(time.monotonic()) - gather_s / 2)
+        now_s = time.monotonic()
+        delay_s = self._follower.delay_s(now_s)
+        if 0 < gather_s < delay_s:
+            # Not spread: who comes half of that before all go together will not miss it.
+            delay_s -= gather_s / 2
         else:
-            delay_s = self._follower.delay_s(time.monotonic(), random.random())
+            delay_s = self._follower.delay_s(now_s, random.random())
         if self._follower.state.is_terminal or self._spoke or behind:
             return delay_s
         if self.told:

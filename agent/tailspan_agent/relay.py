@@ -55,9 +55,13 @@ class Source:
         """Whether looking costs no request: so it is with a service that may be asked each two seconds for each job."""
         return self.service.poll_max_s <= 2.0
 
+    def merges(self, cursor: bytes | None) -> bool:
+        """See `tailspan.services.MergingService`; False for other services."""
+        return self._merging is not None and self._merging.merges(cursor)
+
     def gather_s(self, cursor: bytes | None) -> float:
-        """See `tailspan.services.MergingService`; 0 for other services."""
-        return self._merging.gather_s(cursor) if self._merging is not None else 0.0
+        """Return for how long a read after this cursor waits for those of other jobs, in seconds."""
+        return self._merging.gather_s if self._merging is not None and self._merging.merges(cursor) else 0.0
 
     @property
     def pages_a_turn(self) -> float:
@@ -76,7 +80,7 @@ class Source:
         """
         most = _READERS if lane is None else _READERS_A_LANE_IF_CHEAP if self.is_cheap else _READERS_A_LANE
         long_reads = self._readers_of(lane, most)
-        if self.gather_s(cursor):
+        if self.merges(cursor):
             return self._readers_of(lane, _READERS_A_LANE_IF_MERGED), {"long_reads": long_reads}
         return long_reads, {}
 

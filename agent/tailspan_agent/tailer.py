@@ -332,7 +332,7 @@ class Tailer:
 
     def _may_lack_lines(self, sent: JobRelay) -> bool:
         """Return whether lines may have become visible where no read looked for them."""
-        by_times = self._service.final_read and not self._source.gather_s(sent.cursor)
+        by_times = self._service.final_read and not self._source.merges(sent.cursor)
         return by_times and self.watch.final_read
 
     @staticmethod

@@ -54,6 +54,8 @@ _RETRY_AFTER_S = 1.0
 # Of one job in a reply for many: who has more is asked for alone, so that nobody needs to hold much of each.
 _MOST_BYTES_OF_EACH = 64 << 10
 _MOST_BYTES_OF_MANY = 4 << 20
+# One job's log that cannot be read now must not keep those of all others.
+_MOST_S_OF_MANY = 0.5
 # The one control character that JSON leaves as it is, so that lines can be encoded as one text and split again.
 _SEPARATOR = b"\x7f"
 # From so many lines of one time on it is cheaper to escape each run for itself than to cut what was escaped.
@@ -168,12 +170,14 @@ class JobApi:
 
     async def _frames_of(self, asked: Sequence[tuple[str, bytes]]) -> AsyncGenerator[bytes | bytearray, None]:
         sent = 0
+        until_s = asyncio.get_running_loop().time() + _MOST_S_OF_MANY
         for number, (job_id, cursor) in enumerate(asked):
             frame = None
             if sent < _MOST_BYTES_OF_MANY:
                 try:
-                    frame = await self._next_frame(number, job_id, cursor)
-                except TailspanError:
+                    async with asyncio.timeout_at(until_s):
+                        frame = await self._next_frame(number, job_id, cursor)
+                except (TailspanError, TimeoutError):
                     pass
                 except Exception:
                     _logger.exception("reading the log of job %r failed", job_id)

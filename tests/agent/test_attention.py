@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
@@ -66,3 +67,14 @@ def test_looks_that_go_in_one_request_are_not_spread() -> None:
     asked.on_read(1)
     assert {asked.delay_s(gather_s=0.5) for _ in range(9)} == {0.75}
     assert len({asked.delay_s() for _ in range(9)}) > 1
+
+
+def test_a_second_look_at_an_end_keeps_its_distance_where_looks_go_together() -> None:
+    """Or a state that flickers would be taken for the end at once."""
+    follower = Follower(poll_min_s=1.0, state=JobState.RUNNING)
+    asked = Attention(follower)
+    ended = RunResponse.from_state(JobState.SUCCEEDED, job_id="j", job_name="", identity="i", trace_id="t")
+    follower.on_status(ended, asked.on_status(ended), time.time())
+    delay_s = asked.delay_s(gather_s=0.5)
+    assert delay_s is not None
+    assert delay_s > 0.1

@@ -142,9 +142,11 @@ def latency(scale: Scale, directory: Path) -> Iterator[Row]:
             ("W4 plain", ["--plain"], 20),
             ("W4 plain, 1000 requests/s", ["--plain"], 1000),
         ):
-            _, said = stack.enter_context(started([*server, *option], log=directory / f"{case}.log", says=SERVING))
+            place = directory / str(len(plans))
+            place.mkdir()
+            _, said = stack.enter_context(started([*server, *option], log=place / "server.log", says=SERVING))
             plan = Plan(
-                directory=directory / case,
+                directory=place,
                 base_url=f"{said.removeprefix(SERVING)}/server/v1",
                 endpoint=receiver.http_url,
                 requests_per_second=requests_per_second,

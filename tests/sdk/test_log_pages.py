@@ -201,10 +201,10 @@ def test_service_that_knows_only_times_serves_no_pages(service):
         async def work(fused):
             await fused.get_job("j5")
             pages = await read(fused, "j5")
-            return fused.gather_s(pages[-1].cursor), pages
+            return fused.merges(pages[-1].cursor), pages
 
-        gather_s, pages = run(server, work)
-    assert gather_s == 0
+        merges, pages = run(server, work)
+    assert not merges
     assert [line for page in pages for line in page.lines] == [text.encode() for text in LINES[:5]]
     assert requests_of(server) == ["/run/by-id/j5", "/logs/j5"]
     assert ask(service, "/log-pages/j5").status_code == 404
@@ -324,17 +324,20 @@ def test_a_request_has_a_limit_of_jobs(service):
     assert ask(service, f"/log-pages?{query}").status_code == 400
 
 
-def test_service_says_for_how_long_it_gathers(server):
-    """Only reads that go on, by pages, wait for others."""
+def test_service_says_what_it_merges_and_for_how_long_it_gathers(server):
+    """Only reads that go on, by pages; and only while others ask, too."""
 
     async def work(fused):
         assert isinstance(fused, MergingService)
         by_times = (await read(fused, "j1"))[-1].cursor
         await fused.get_job("j1")
         by_pages = (await read(fused, "j1"))[-1].cursor
-        return [fused.gather_s(cursor) > 0 for cursor in (None, by_times, by_pages)]
+        await read(fused, "j1", by_pages)
+        alone = fused.gather_s
+        await asyncio.gather(read(fused, "j1", by_pages), read(fused, "j2", by_pages), read(fused, "j3", by_pages))
+        return [fused.merges(cursor) for cursor in (None, by_times, by_pages)], alone, fused.gather_s > 0
 
-    assert run(server, work) == [False, False, True]
+    assert run(server, work) == ([False, False, True], 0, True)
 
 
 def test_short_page_is_not_taken_for_the_end_of_a_log(service, server):
@@ -432,12 +435,12 @@ class FirstHangs:
     def __init__(self):
         self.asked = 0
 
-    async def get(self, path, query):
+    async def parts(self, path, query, make_splitter, expected, *, job_id):
         """Wait for ever, the first time."""
         self.asked += 1
         if self.asked == 1:
             await asyncio.sleep(3600)
-        return encode_frame(LogPage([b"x"], [Run(1, 1, uid_prefix="u")], b"1"))
+        yield make_splitter().feed(encode_frame(LogPage([b"x"], [Run(1, 1, uid_prefix="u")], b"1")))
 
 
 def test_reads_go_on_in_another_loop_while_one_waits_for_ever():
@@ -463,6 +466,8 @@ class Faulty(FakeService):
         """Fail, or yield a page that cannot be sent, or nothing."""
         if job_id == "bug":
             raise KeyError("a bug")
+        if job_id == "hangs":
+            await asyncio.sleep(3600)
         async for page in super().read_logs(job_id, cursor, **how):
             if job_id == "odd":
                 runs = [Run(len(page.lines), 1, uid_prefix="\udcff")]
@@ -489,6 +494,26 @@ def test_fault_in_one_job_does_not_touch_the_others(server):
     assert [page.lines for page in good] == [page.lines for page in alone] == [[b"a line"]]
     assert isinstance(bug, ServiceUnavailableError)
     assert isinstance(odd, ServiceUnavailableError)
+
+
+def test_log_that_cannot_be_read_now_does_not_keep_the_others():
+    """Those before it and after it are answered in time, by the same request or by one of their own."""
+    faulty = Faulty()
+    for job_id in ("a", "hangs", "z"):
+        faulty.add_job(job_id)
+        faulty.add_lines(job_id, "a line")
+    with serving(faulty) as running:
+
+        async def work(fused):
+            await fused.get_job("a")
+            asks = [asyncio.create_task(read(fused, job_id, CURSOR_MARK + b"0")) for job_id in ("a", "hangs", "z")]
+            await asyncio.wait([asks[0], asks[2]], timeout=30)
+            asks[1].cancel()
+            return await asyncio.gather(*asks, return_exceptions=True)
+
+        first, hung, last = run(running, work)
+    assert [page.lines for page in first] == [page.lines for page in last] == [[b"a line"]]
+    assert isinstance(hung, asyncio.CancelledError)
 
 
 def test_reply_for_many_stays_small(service, server):

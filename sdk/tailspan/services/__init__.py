@@ -128,11 +128,13 @@ class SubmitService(JobService, Protocol):
 class MergingService(JobService, Protocol):
     """A service that reads on, after a cursor, in many jobs by one request: ask for all of them at once."""
 
-    def gather_s(self, cursor: bytes | None) -> float:
-        """Return for how long, at most, a read after this cursor waits for those of other jobs, in seconds.
+    @property
+    def gather_s(self) -> float:
+        """For how long, at most, such a read waits for those of other jobs at present, in seconds; 0: not at all."""
+        ...
 
-        0: such a read is a request of its own. With more, lines have offsets, so that none becomes visible late.
-        """
+    def merges(self, cursor: bytes | None) -> bool:
+        """Return whether a read after this cursor is one of these; then no line becomes visible late behind it."""
         ...
 
     def read_logs(

@@ -163,7 +163,7 @@ class FusedHttp:
 
     @asynccontextmanager
     async def stream(
-        self, path: str, params: Params | None = None, *, job_id: str
+        self, path: str, params: Params | None = None, *, job_id: str | None
     ) -> AsyncIterator[AsyncIterator[bytes]]:
         """Open a reply of any size; gives its body in pieces. One try."""
         async with (
@@ -179,7 +179,7 @@ class FusedHttp:
         make_splitter: Callable[[], Splitter[T]],
         expected: str,
         *,
-        job_id: str,
+        job_id: str | None,
     ) -> AsyncGenerator[list[T], None]:
         """Yield the parts of a reply of any size as they come in. Tries again as long as nothing was yielded.
 
@@ -188,7 +188,7 @@ class FusedHttp:
             params: The query.
             make_splitter: Makes what cuts a reply into parts.
             expected: What the reply should be, for errors.
-            job_id: The job that it is about.
+            job_id: The job that it is about; None where it is about several.
         """
         retries = Retries(self.tries)
         begun = False

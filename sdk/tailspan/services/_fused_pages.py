@@ -22,7 +22,7 @@ import anyio.lowlevel
 from tailspan.errors import CursorExpiredError, ProtocolError, RequestRejectedError, ServiceError
 from tailspan.identity import check_job_id
 from tailspan.page import LogPage
-from tailspan.page_frames import CURSOR_MARK, MAX_JOBS, FrameError, FrameSplitter, cursor_text
+from tailspan.page_frames import CURSOR_MARK, MAX_JOBS, FrameSplitter, cursor_text
 from tailspan.services._fused_http import FusedHttp, Params
 from tailspan.services._fused_wire import path_segment
 
@@ -54,6 +54,11 @@ class _Gathering:
         self._last_jobs: set[str] = set()
         self._last_s = 0.0
 
+    @property
+    def had_others(self) -> bool:
+        """Whether several asked at once lately."""
+        return len(self._last_jobs) > 1 and time.monotonic() - self._last_s < _LATELY_S
+
     def has_others(self, job_id: str) -> bool:
         """Return whether others asked lately, so that it is worth to wait for them."""
         return time.monotonic() - self._last_s < _LATELY_S and bool(self._last_jobs - {job_id})
@@ -84,6 +89,11 @@ class ServedPages:
         self._http = http
         self._gathering = _Gathering()
         self._loop: object = None
+
+    @property
+    def gather_s(self) -> float:
+        """For how long a read waits for others at present, in seconds; 0 where there were none lately."""
+        return GATHER_S if self._gathering.had_others else 0.0
 
     def are_for(self, cursor: bytes | None) -> bool:
         """Return whether to read on after a cursor by pages: one that knows times goes on as it began."""
@@ -142,20 +152,22 @@ class ServedPages:
 
     async def _answer(self, batch: list[_Ask]) -> None:
         answers: dict[int, tuple[LogPage | None, bool]] = {}
+        # Which of them is to blame shows when each asks alone.
+        rest: tuple[LogPage | None, bool] | ServiceError = None, True
+        query = _query(batch)
         try:
-            splitter = FrameSplitter()
-            frames = splitter.feed(await self._http.get("/log-pages", _query(batch))) + splitter.close()
-            answers = {frame.job: (frame.page, frame.more) for frame in frames}
-            if len(answers) != len(frames):
-                answers = {}
-        except (RequestRejectedError, ProtocolError, CursorExpiredError, FrameError):
-            pass  # which of them is to blame shows when each asks alone
+            async with aclosing(
+                self._http.parts("/log-pages", query, FrameSplitter, "log pages", job_id=None)
+            ) as parts:
+                async for frames in parts:
+                    for frame in frames:
+                        answers.setdefault(frame.job, (frame.page, frame.more))
+        except (RequestRejectedError, ProtocolError, CursorExpiredError):
+            pass
         except ServiceError as error:
-            for ask in batch:
-                ask.answer = error
-            return
+            rest = error  # of a reply that breaks off, what came is good
         for number, ask in enumerate(batch):
-            ask.answer = answers.get(number, (None, True))
+            ask.answer = answers.get(number, rest)
 
     def _open_gathering(self) -> _Gathering:
         # Locks belong to an event loop: after a fork, and in the next loop, nobody would ever give them free.

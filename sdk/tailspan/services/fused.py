@@ -28,7 +28,7 @@ from tailspan.page import LogPage, Message
 from tailspan.services import LATE_WINDOW_S
 from tailspan.services._fused_auth import DEFAULT_SCHEME, Credentials
 from tailspan.services._fused_http import FusedHttp, Tls
-from tailspan.services._fused_pages import GATHER_S, ServedPages
+from tailspan.services._fused_pages import ServedPages
 from tailspan.services._fused_stream import STEP_BYTES, ArraySplitter, decode_json, lines, messages, pages
 from tailspan.services._fused_times import Look, find_times
 from tailspan.services._fused_wire import (
@@ -146,9 +146,14 @@ class FusedService:
             key = f"services.{name}.{error.key}"
             raise ConfigError(f"{key}: {error}", key=key, service=name) from None
 
-    def gather_s(self, cursor: bytes | None) -> float:
+    @property
+    def gather_s(self) -> float:
         """See `tailspan.services.MergingService`."""
-        return GATHER_S if cursor is not None and self._pages.are_for(cursor) else 0.0
+        return self._pages.gather_s
+
+    def merges(self, cursor: bytes | None) -> bool:
+        """See `tailspan.services.MergingService`."""
+        return cursor is not None and self._pages.are_for(cursor)
 
     @property
     def tries(self) -> int:
