@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 from tailspan.clean import MAX_BODY_BYTES, clean, is_clean, split_long
 from tailspan.identity import span_id
 from tailspan.models import RunResponse
-from tailspan.page import CLEAN, MAX_PAGE_LINES, LogPage, Run, Stream
+from tailspan.page import CLEAN, DIGEST_BYTES, MAX_PAGE_LINES, LogPage, Run, Stream
 from tailspan_agent.encode_record import origin_fields, severity_fields
 from tailspan_agent.redact import Redactor
 from tailspan_agent.severity import SEVERITIES, SeverityLearner, severity_number
@@ -174,7 +174,7 @@ _UID = "log.record.uid"
 _IOSTREAM = tuple(attributes_fields(6, {"log.iostream": name}) if name else b"" for name in Stream.NAMES)
 _TIME_TAG = b"\x09"
 _LOW_TIMES = 1 << 16
-_DIGEST_DIGITS = 16
+_DIGEST_DIGITS = 2 * DIGEST_BYTES
 _ORDINALS = [b"%04x" % ordinal for ordinal in range(MAX_PAGE_LINES)]
 _ORDINAL_DIGITS = 4
 _MAX_TIME = (1 << 64) - 1
@@ -222,7 +222,7 @@ def _low_times() -> list[bytes]:
 
 def _ends_by_digest(page: LogPage, origin: bytes) -> _Ends:
     """Return the columns behind the bodies of lines that are told by their digests."""
-    uids = page.digests.hex(" ", _DIGEST_DIGITS // 2).encode().split(b" ")
+    uids = page.digests.hex(" ", DIGEST_BYTES).encode().split(b" ")
     times = _pack_times(page.times_unix_nano())
     uid_head = _uid_head(_DIGEST_DIGITS)
     by_stream = [stream + origin + uid_head for stream in _IOSTREAM]

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from itertools import islice
 
-from tailspan.page import LogPage
+from tailspan.page import DIGEST_BYTES, LogPage
 
 __all__ = [
     "Seconds",
@@ -32,7 +32,7 @@ Seconds = dict[int, tuple[int, int]]
 
 def page_uids(page: LogPage) -> tuple[int, ...]:
     """Return the uid of each line as a number; empty for pages of services with offsets."""
-    return struct.unpack(f">{len(page.digests) // 8}Q", page.digests)
+    return struct.unpack(f">{len(page.digests) // DIGEST_BYTES}Q", page.digests)
 
 
 def page_seconds(page: LogPage) -> Seconds:
@@ -110,7 +110,7 @@ def select_lines(page: LogPage, keep: set[int]) -> LogPage | None:
         for index in range(run.lines):
             if uids[position] in keep:
                 lines.append(page.lines[position])
-                digests.append(page.digests[8 * position : 8 * position + 8])
+                digests.append(page.digests[DIGEST_BYTES * position : DIGEST_BYTES * (position + 1)])
                 runs.append(run._replace(lines=1, time_unix_nano=run.time_unix_nano + index))
             position += 1
     return LogPage(lines, runs, page.cursor, b"".join(digests)) if lines else None

@@ -13,6 +13,7 @@ import logging
 import math
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from datetime import UTC, datetime
 from http import HTTPStatus
 from itertools import islice
@@ -188,13 +189,11 @@ class JobApi:
             yield frame
 
     async def _next_frame(self, number: int, job_id: str, cursor: bytes) -> bytearray:
-        pages = self._service.read_logs(job_id, cursor)
-        try:
-            page = await _next_page(pages)
-            more = page is not None and await _next_page(pages) is not None
+        rest = self._service.read_logs(job_id, cursor)
+        async with aclosing(_filled(await anext(rest, None), rest)) as pages:
+            page = await anext(pages, None)
+            more = page is not None and await anext(pages, None) is not None
             return encode_frame(page, job=number, more=more)
-        finally:
-            await _close(pages)
 
     @property
     def _has_pages(self) -> bool:
@@ -242,39 +241,38 @@ class JobApi:
         }
 
 
-async def _array(first: LogPage | None, rest: AsyncIterator[LogPage]) -> AsyncGenerator[bytes | bytearray, None]:
-    """Yield the parts of one JSON array of lines."""
-    page, opening = first, b"["
+async def _filled(first: LogPage | None, rest: AsyncIterator[LogPage]) -> AsyncGenerator[LogPage, None]:
+    """Yield the pages that have lines; the others a service need not leave out. Closes the rest."""
+    page = first
     try:
         while page is not None:
             if page.lines:
-                yield encode_lines(page, opening)
-                opening = b","
+                yield page
             page = await anext(rest, None)
-        yield b"[]" if opening == b"[" else b"]"
     finally:
         await _close(rest)
+
+
+async def _array(first: LogPage | None, rest: AsyncIterator[LogPage]) -> AsyncGenerator[bytes | bytearray, None]:
+    """Yield the parts of one JSON array of lines."""
+    opening = b"["
+    async with aclosing(_filled(first, rest)) as pages:
+        async for page in pages:
+            yield encode_lines(page, opening)
+            opening = b","
+    yield b"[]" if opening == b"[" else b"]"
 
 
 async def _frames(first: LogPage | None, rest: AsyncIterator[LogPage]) -> AsyncGenerator[bytes | bytearray, None]:
     """Yield log pages, and what says that there is no more, or that one has to ask again."""
-    page, is_gap = first, False
+    is_gap = False
     try:
-        while page is not None:
-            if page.lines:
+        async with aclosing(_filled(first, rest)) as pages:
+            async for page in pages:
                 yield encode_frame(page)
-            page = await anext(rest, None)
     except CursorExpiredError:
         is_gap = True  # who asks again is told of it by the status
-    finally:
-        await _close(rest)
     yield encode_frame(None, more=is_gap)
-
-
-async def _next_page(pages: AsyncIterator[LogPage]) -> LogPage | None:
-    while (page := await anext(pages, None)) is not None and not page.lines:
-        pass
-    return page
 
 
 class _LogReply(Response):

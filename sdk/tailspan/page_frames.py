@@ -45,8 +45,8 @@ CURSOR_MARK = b"@"
 MAX_FRAME_BYTES = 64 << 20
 MAX_JOBS = 200
 """How many jobs one request may ask for."""
-_MOST_LINES = 20 * MAX_PAGE_LINES  # a service of others may make larger pages than ours
 
+_MOST_LINES = 20 * MAX_PAGE_LINES  # a service of others may make larger pages than ours
 _MAX_UID_PREFIX = 256
 _length = struct.Struct(">I")
 
@@ -91,11 +91,10 @@ def encode_frame(page: LogPage | None, *, job: int = 0, more: bool = False) -> b
     """Return a frame; see `Frame`."""
     sent = None
     if page is not None:
-        text = page.text or page.joined()
-        one_by_one = not page.text and text.count(b"\n") != len(page.lines)
-        sent = _Page(
-            page.cursor, page.runs, b"" if one_by_one else text, page.lines if one_by_one else [], page.digests
-        )
+        text, lines = page.joined(), list[bytes]()
+        if not page.text and text.count(b"\n") != len(page.lines):
+            text, lines = b"", page.lines
+        sent = _Page(page.cursor, page.runs, text, lines, page.digests)
     frame = bytearray(_length.size)
     _encoder.encode_into(_Frame(job, more, sent), frame, _length.size)
     _length.pack_into(frame, 0, len(frame) - _length.size)
@@ -140,17 +139,15 @@ class FrameSplitter:
         buffer += piece
         frames = []
         start = 0
-        while len(buffer) >= start + _length.size:
+        while len(buffer) >= (begin := start + _length.size):
             (size,) = _length.unpack_from(buffer, start)
             if size > MAX_FRAME_BYTES:
                 raise FrameError(f"a part of it is larger than {MAX_FRAME_BYTES >> 20} MiB")
-            start += _length.size
-            if len(buffer) < start + size:
-                start -= _length.size
+            if len(buffer) < begin + size:
                 break
-            with memoryview(buffer) as view:
-                frames.append(_decoded(view[start : start + size]))
-            start += size
+            start = begin + size
+            with memoryview(buffer) as view, view[begin:start] as data:
+                frames.append(_decoded(data))
         del buffer[:start]
         if frames and frames[-1].page is None:
             self._has_no_end = False
@@ -172,8 +169,6 @@ def _decoded(data: memoryview) -> Frame:
         frame = _decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise FrameError(str(error)) from None
-    finally:
-        data.release()
     if frame.page is None:
         return Frame(frame.job, frame.more, None)
     found = frame.page

@@ -14,10 +14,19 @@ from pathlib import Path
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tailspan.server import create_app, listen, make_server
+from tailspan.server import BASE_PATH, create_app, listen, make_server
 from tailspan.services.local import LocalService
 
 SERVING = "SERVING "
+
+
+def base_url(said: str) -> str:
+    """Return the base URL of its job API.
+
+    Args:
+        said: The line with which it says that it serves.
+    """
+    return said.removeprefix(SERVING) + BASE_PATH
 
 
 class Counting:

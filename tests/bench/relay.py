@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.bench.agents import Plan, relay_once
 from tests.bench.folders import add_real, make_store, text_bytes
-from tests.bench.job_server import SERVING
+from tests.bench.job_server import SERVING, base_url
 from tests.bench.measure import Usage, alternate, cpu_of, run, started
 from tests.bench.receiver import Receiver, receiving
 from tests.bench.scale import Scale
@@ -145,7 +145,7 @@ def over_http(scale: Scale, directory: Path) -> Iterator[Row]:
         ):
             plan = Plan(
                 directory=directory / case,
-                base_url=f"{said.removeprefix(SERVING)}/server/v1",
+                base_url=base_url(said),
                 endpoint=receiver.http_url,
                 compression=kind,
                 requests_per_second=1000,

@@ -23,7 +23,7 @@ from tailspan.services.local import LocalService
 from tailspan_agent.checkpoint import Store
 from tests.bench.agents import Plan, RunningAgent, running
 from tests.bench.holder import ENDED, HOLDING
-from tests.bench.job_server import SERVING
+from tests.bench.job_server import SERVING, base_url
 from tests.bench.measure import cpu_of, started
 from tests.bench.receiver import Receiver, receiving
 from tests.bench.scale import Scale
@@ -56,7 +56,7 @@ def silence(scale: Scale, directory: Path) -> Iterator[Row]:
         yield from _silence("W3 local", local, receiver, holder_pid, directory / "holder.log", scale)
         for case, (pid, said) in (("W3 fused", own), ("W3 plain", plain)):
             url = said.removeprefix(SERVING)
-            remote = Plan(directory=directory / case, base_url=f"{url}/server/v1", endpoint=receiver.http_url)
+            remote = Plan(directory=directory / case, base_url=base_url(said), endpoint=receiver.http_url)
             served = cpu_of(pid), time.perf_counter()
             _take_requests(url)
             yield from _silence(case, remote, receiver, holder_pid, directory / "holder.log", scale)
@@ -147,7 +147,7 @@ def latency(scale: Scale, directory: Path) -> Iterator[Row]:
             _, said = stack.enter_context(started([*server, *option], log=place / "server.log", says=SERVING))
             plan = Plan(
                 directory=place,
-                base_url=f"{said.removeprefix(SERVING)}/server/v1",
+                base_url=base_url(said),
                 endpoint=receiver.http_url,
                 requests_per_second=requests_per_second,
             )

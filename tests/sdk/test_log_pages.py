@@ -460,7 +460,13 @@ def test_reads_go_on_in_another_loop_while_one_waits_for_ever():
 
 
 class Faulty(FakeService):
-    """A service with faults of its own in one job."""
+    """A service with jobs of a line each, some with faults of its own."""
+
+    def __init__(self, *job_ids):
+        super().__init__()
+        for job_id in job_ids:
+            self.add_job(job_id)
+            self.add_lines(job_id, "a line")
 
     async def read_logs(self, job_id, cursor=None, **how):
         """Fail, or yield a page that cannot be sent, or nothing."""
@@ -479,11 +485,7 @@ class Faulty(FakeService):
 
 def test_fault_in_one_job_does_not_touch_the_others(server):
     """Nor do pages without lines, which a service need not yield."""
-    faulty = Faulty()
-    for job_id in ("good", "bug", "odd"):
-        faulty.add_job(job_id)
-        faulty.add_lines(job_id, "a line")
-    with serving(faulty) as running:
+    with serving(Faulty("good", "bug", "odd")) as running:
 
         async def work(fused):
             await fused.get_job("good")
@@ -498,11 +500,7 @@ def test_fault_in_one_job_does_not_touch_the_others(server):
 
 def test_log_that_cannot_be_read_now_does_not_keep_the_others():
     """Those before it and after it are answered in time, by the same request or by one of their own."""
-    faulty = Faulty()
-    for job_id in ("a", "hangs", "z"):
-        faulty.add_job(job_id)
-        faulty.add_lines(job_id, "a line")
-    with serving(faulty) as running:
+    with serving(Faulty("a", "hangs", "z")) as running:
 
         async def work(fused):
             await fused.get_job("a")

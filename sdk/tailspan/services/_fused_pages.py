@@ -1,7 +1,7 @@
 """`ServedPages`: logs of jobs as the pages that they are where the jobs run; see `tailspan.page_frames`.
 
-From its start a log is a reply of its own. Where reading goes on, one request brings the next page of many jobs:
-An agent that follows a hundred speaking jobs would need a hundred requests a second, each of which costs as much as a
+From its start a log is a reply of its own. Where reading goes on, one request brings the next page of many jobs. An
+agent that follows a hundred speaking jobs would need a hundred requests a second, each of which costs as much as a
 thousand lines, and twenty are allowed. Who asks waits for the others until the next half second of the clock begins,
 unless there were no others lately; and while a request is on its way, all who ask gather for the next one.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import AsyncGenerator
-from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
+from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass
 from functools import partial
 from urllib.parse import urlencode
@@ -26,9 +26,9 @@ from tailspan.page_frames import CURSOR_MARK, MAX_JOBS, FrameSplitter, cursor_te
 from tailspan.services._fused_http import FusedHttp, Params
 from tailspan.services._fused_wire import path_segment
 
-__all__ = ["GATHER_S", "ServedPages"]
+__all__ = ["ServedPages"]
 
-GATHER_S = 0.5
+_GATHER_S = 0.5
 _LATELY_S = 2.0
 # A request line that every server takes.
 _MOST_QUERY_CHARS = 6000
@@ -55,13 +55,9 @@ class _Gathering:
         self._last_s = 0.0
 
     @property
-    def had_others(self) -> bool:
-        """Whether several asked at once lately."""
-        return len(self._last_jobs) > 1 and time.monotonic() - self._last_s < _LATELY_S
-
-    def has_others(self, job_id: str) -> bool:
-        """Return whether others asked lately, so that it is worth to wait for them."""
-        return time.monotonic() - self._last_s < _LATELY_S and bool(self._last_jobs - {job_id})
+    def last_jobs(self) -> set[str]:
+        """The jobs of the last request; none where that was some time ago."""
+        return self._last_jobs if time.monotonic() - self._last_s < _LATELY_S else set()
 
     def batch(self, first: _Ask) -> list[_Ask]:
         """Return those whose turn it is with one of them: as many as one request takes."""
@@ -93,7 +89,7 @@ class ServedPages:
     @property
     def gather_s(self) -> float:
         """For how long a read waits for others at present, in seconds; 0 where there were none lately."""
-        return GATHER_S if self._gathering.had_others else 0.0
+        return _GATHER_S if len(self._gathering.last_jobs) > 1 else 0.0
 
     def are_for(self, cursor: bytes | None) -> bool:
         """Return whether to read on after a cursor by pages: one that knows times goes on as it began."""
@@ -105,7 +101,6 @@ class ServedPages:
         """Yield the lines that are readable now, after the cursor; see `tailspan.services.MergingService.read_logs`."""
         path = f"/log-pages/{path_segment(check_job_id(job_id))}"
         params: Params | None = None if since_ms is None else {"since_ms": max(0, since_ms)}
-        more = True
         if cursor is not None:
             if self.offered is False:
                 raise CursorExpiredError(
@@ -115,7 +110,10 @@ class ServedPages:
             if page is not None:
                 cursor = page.cursor
                 yield page
-        async with long_reads if more else nullcontext():
+            if not more:
+                return
+        async with long_reads:
+            more = True
             while more:
                 before = cursor
                 if cursor is not None:
@@ -140,8 +138,8 @@ class ServedPages:
             async with gathering.turn:
                 # Whoever has the turn asks for the others, too; most find their answer when they get it.
                 if ask.answer is None:
-                    if gathering.has_others(job_id):
-                        await anyio.sleep(GATHER_S - time.monotonic() % GATHER_S)
+                    if gathering.last_jobs - {job_id}:
+                        await anyio.sleep(_GATHER_S - time.monotonic() % _GATHER_S)
                     await self._answer(gathering.batch(ask))
         finally:
             gathering.waiting.pop(ask, None)

@@ -17,11 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from tailspan.errors import (
-    ConfigError,
-    ProtocolError,
-    RequestRejectedError,
-)
+from tailspan.errors import ConfigError, ProtocolError, RequestRejectedError
 from tailspan.identity import check_job_id
 from tailspan.models import ListedJob, RunResponse
 from tailspan.page import LogPage, Message
