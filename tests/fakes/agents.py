@@ -29,7 +29,7 @@ from tailspan_agent.agent import Agent, OnceResult
 from tests.fakes.collector import Collector
 from tests.fakes.otlp_rows import LogRow, SpanRow
 
-PATIENCE_S = 20.0
+PATIENCE_S = 90.0
 
 
 def looped(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:

@@ -367,7 +367,8 @@ def test_gap_in_the_middle_of_a_reply_is_told_by_the_same_read(service, server):
             await fused.get_job("job")
             log = fused.read_logs("job")
             found = (await anext(log)).lines
-            scripted.jobs["job"].fails_at_page = 0
+            await asyncio.to_thread(scripted.read_ended.wait, 30)
+            scripted.jobs["job"].fails_at_page = 0  # the reply has ended before it: now its rest is asked for
             with pytest.raises(CursorExpiredError, match="lines are gone") as caught:
                 await anext(log)
             return found, caught.value.resume_cursor
