@@ -152,7 +152,7 @@ class JobFacts:
             self,
             first_line_ns=first_ns if self.first_line_ns is None else min(self.first_line_ns, first_ns),
             last_line_ns=last_ns if self.last_line_ns is None else max(self.last_line_ns, last_ns),
-            lines=self.lines + len(page.lines),
+            lines=self.lines + page.line_count,
             stream_hash=stream_hash,
             quiet_ns=self._quiet_ns(page),
         )

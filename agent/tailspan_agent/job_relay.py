@@ -222,9 +222,9 @@ class JobRelay:
             await self._lane.room()
         self.facts = self.facts.with_page(page)
         if not late:
-            self.facts = self.facts.with_last_line(page.lines[-1], self.redact)
+            self.facts = self.facts.with_last_line(page.last_lines(1)[0], self.redact)
         if not late and not self.job.state.is_terminal:
-            self._progress.see(page.lines, page.runs[-1].time_unix_nano, time.monotonic())
+            self._progress.see(page, time.monotonic())
         cursor = None if late else page.cursor
         if self._lane is not None:
             encoded = encode_lines(page, context=self._context, observed_unix_nano=time.time_ns())

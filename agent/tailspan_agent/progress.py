@@ -11,11 +11,12 @@ once a second and when somebody asks.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 from tailspan.clean import clean
+from tailspan.page import LogPage
 from tailspan_agent.insight import Progress
 
 __all__ = ["ProgressMeter", "Reading", "read_line"]
@@ -175,21 +176,20 @@ class ProgressMeter:
 
     def __init__(self, redact: Callable[[str], str] = str) -> None:
         self._redact = redact
-        self._unread: tuple[Sequence[bytes], int] | None = None
+        self._unread: tuple[list[bytes], int] | None = None
         self._looked_s = float("-inf")
         self._progress: Progress | None = None
         self._first: tuple[float, int] = (0.0, 0)
         self._epoch: Reading | None = None
 
-    def see(self, lines: Sequence[bytes], last_unix_nano: int, now_s: float) -> None:
+    def see(self, page: LogPage, now_s: float) -> None:
         """Take in a page; it is looked at now if the last look was a second ago, else when somebody asks.
 
         Args:
-            lines: Its lines as read.
-            last_unix_nano: About the time of the last, in ns since the epoch.
+            page: Its lines.
             now_s: Seconds of a monotonic clock.
         """
-        self._unread = lines[-_LOOK_LINES:], last_unix_nano
+        self._unread = page.last_lines(_LOOK_LINES), page.runs[-1].time_unix_nano
         if now_s - self._looked_s >= _LOOK_S:
             self._looked_s = now_s
             self._look()

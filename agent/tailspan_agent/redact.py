@@ -15,6 +15,7 @@ from pathlib import Path
 from tailspan.config import RedactSettings
 from tailspan.errors import ConfigError
 from tailspan.models import RunResponse
+from tailspan_agent.framing import Lines, split_lines
 
 __all__ = ["MIN_SECRET_CHARS", "REDACTED", "Redactor"]
 
@@ -114,19 +115,18 @@ class Redactor:
             details=hide(job.details),
         )
 
-    def redact_lines(self, lines: list[bytes], text: bytes = b"") -> tuple[list[bytes], int]:
+    def redact_lines(self, lines: Lines) -> tuple[Lines, int]:
         """Return lines without secrets, and how many were taken out.
 
         Args:
             lines: UTF-8. All are searched at once, and one by one only if something is found.
-            text: All of them, with newlines between, where the caller has them so.
         """
-        text = text or b"\n".join(lines)
+        text = lines if isinstance(lines, bytes) else b"\n".join(lines)
         if not any(literal in text for literal in self._literals):
             return lines, 0
         redacted = []
         total = 0
-        for line in lines:
+        for line in split_lines(lines):
             kept, count = self.redact(line.decode("utf-8", "replace"))
             redacted.append(kept.encode() if count else line)
             total += count

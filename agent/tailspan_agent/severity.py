@@ -11,12 +11,10 @@ Numbers: opentelemetry-specification, logs data model, SeverityNumber; Python's 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from itertools import repeat
-from operator import itemgetter
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from tailspan.errors import ConfigError
+from tailspan_agent.framing import SAME_DIGITS, UNKNOWN, Lines, find_severities, first_lines, split_lines
 
 __all__ = ["SEVERITIES", "UNSPECIFIED", "Severity", "SeverityLearner", "find_severity", "severity_number"]
 
@@ -157,7 +155,6 @@ def _text_end(head: bytes, start: int, end: int) -> int:
     return 0
 
 
-_SAME_DIGITS = bytes(ord("0") if 0x30 <= byte <= 0x39 else byte for byte in range(256))
 _MAX_WIDTHS = 8
 _MAX_SHAPES = 512
 
@@ -177,37 +174,38 @@ class SeverityLearner:
         self._widths: list[int] = []
         self._wide: dict[bytes, int] = {}
 
-    def find_all(self, lines: Sequence[bytes]) -> list[int]:
-        """Return the severity of each line, as its place in `SEVERITIES`."""
-        if not self._wide and len(lines) > _SAMPLE_LINES:
+    def find_all(self, lines: Lines) -> bytes:
+        """Return the severity of each line, a byte for its place in `SEVERITIES`.
+
+        Args:
+            lines: UTF-8, cleaned.
+        """
+        if not self._wide:
             # Learnt from a few lines, it is known for the others.
-            return list(map(self._learn, lines[:_SAMPLE_LINES])) + self._find_all(lines[_SAMPLE_LINES:])
-        return self._find_all(lines)
+            for line in first_lines(lines, _SAMPLE_LINES):
+                self._learn(line)
+        found = find_severities(lines, max(self._widths, default=0), self._wide)
+        if UNKNOWN in found:
+            pairs = zip(found, split_lines(lines), strict=True)
+            return bytes(self._learn(line) if index == UNKNOWN else index for index, line in pairs)
+        return found
 
     def find(self, line: bytes) -> int:
         """Return the severity of one line, as its place in `SEVERITIES`."""
         return self._look(line)[0]
-
-    def _find_all(self, lines: Sequence[bytes]) -> list[int]:
-        width = max(self._widths, default=0)
-        starts = map(bytes.translate, map(itemgetter(slice(width)), lines), repeat(_SAME_DIGITS))
-        found = list(map(self._wide.get, starts))
-        if None in set(found):
-            return [self._learn(line) if index is None else index for index, line in zip(found, lines, strict=True)]
-        return cast("list[int]", found)
 
     def _learn(self, line: bytes) -> int:
         index, needed = self._look(line)
         width = max(self._widths, default=0)
         # The evidence lies within the start, so that what was found holds for all lines that start so.
         if index != UNSPECIFIED and needed <= width <= len(line) and len(self._wide) < _MAX_SHAPES:
-            self._wide[line[:width].translate(_SAME_DIGITS)] = index
+            self._wide[line[:width].translate(SAME_DIGITS)] = index
         return index
 
     def _look(self, line: bytes) -> tuple[int, int]:
         """Return the severity and how many bytes of the line's start it follows from; see `_find`."""
         for width in self._widths:
-            index = self._shapes.get(line[:width].translate(_SAME_DIGITS))
+            index = self._shapes.get(line[:width].translate(SAME_DIGITS))
             if index is not None:
                 return index, width
         index, width = _find(line)
@@ -219,5 +217,5 @@ class SeverityLearner:
                 if width > max(self._widths, default=0):
                     self._wide.clear()
                 self._widths.append(width)
-            self._shapes[line[:width].translate(_SAME_DIGITS)] = index
+            self._shapes[line[:width].translate(SAME_DIGITS)] = index
         return index, width

@@ -262,7 +262,7 @@ class Tailer:
         try:
             async with aclosing(self._pages(sent.cursor, late_window_s=self.watch.late_window, **keys)) as pages:
                 async for page in pages:
-                    lines += len(page.lines)
+                    lines += page.line_count
                     await sent.send_page(page)
                     left -= 1
                     if not left:

@@ -89,7 +89,7 @@ def encode_lines(page: LogPage, before: bytes = b"") -> bytes:
         return before + _encoder.encode(list(page.messages()))[1:-1]
     parts = [before + _HEAD]
     start = 0
-    runs_are_long = len(page.lines) >= _LONG_RUN * len(page.runs)
+    runs_are_long = page.line_count >= _LONG_RUN * len(page.runs)
     bodies = [] if runs_are_long else _escaped(page.lines).split(_SEPARATOR)
     for run in page.runs:
         stop = start + run.lines
@@ -246,7 +246,7 @@ async def _filled(first: LogPage | None, rest: AsyncIterator[LogPage]) -> AsyncG
     page = first
     try:
         while page is not None:
-            if page.lines:
+            if page.line_count:
                 yield page
             page = await anext(rest, None)
     finally:

@@ -271,7 +271,7 @@ class AsyncJobClient:
             newest: Message | None = None
             async with closing(reader.read()) as pages:
                 async for page in pages:
-                    lines += len(page.lines)
+                    lines += page.line_count
                     if sample_logs:
                         newest = newer(newest, newest_of(page))
                     else:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import NamedTuple, TypedDict
 
 __all__ = [
@@ -27,6 +26,7 @@ __all__ = [
     "Run",
     "Stream",
     "line_digest",
+    "split_text",
 ]
 
 DIGEST_BYTES = 8
@@ -88,6 +88,13 @@ class Run(NamedTuple):
     uid_prefix: str = ""
 
 
+def split_text(text: bytes) -> list[bytes]:
+    """Return the lines of a text that has a newline after each."""
+    lines = text.split(b"\n")
+    lines.pop()
+    return lines
+
+
 def line_digest(identity: str, job_id: str, time_unix_nano: int, message: bytes, occurrence: int) -> bytes:
     """Return the 8 bytes that tell a line from all others of a service that knows only times.
 
@@ -102,23 +109,72 @@ def line_digest(identity: str, job_id: str, time_unix_nano: int, message: bytes,
     return hashlib.blake2b(key + message, digest_size=DIGEST_BYTES).digest()
 
 
-@dataclass(frozen=True, slots=True)
 class LogPage:
     """At most 5,000 lines or 1 MiB (one longer line makes a page of its own), and where to go on.
 
     Attributes:
-        lines: Each line as read, without its line ending, in the order in which the service returned them.
-        runs: Times, streams and flags of those lines; their numbers of lines add up to ``len(lines)``.
+        runs: Times, streams and flags of its lines; their numbers of lines add up to as many as it has.
         cursor: Where to resume once all these lines are acked; opaque, the service's own.
         digests: 8 bytes a line for services that know only times; empty where runs have a uid prefix.
         text: The lines with a newline after each, where the service has them so; empty otherwise. See `joined`.
     """
 
-    lines: list[bytes]
-    runs: list[Run]
-    cursor: bytes
-    digests: bytes = b""
-    text: bytes = field(default=b"", compare=False, repr=False)
+    __slots__ = ("_lines", "cursor", "digests", "runs", "text")
+
+    def __init__(
+        self, lines: list[bytes] | None, runs: list[Run], cursor: bytes, digests: bytes = b"", text: bytes = b""
+    ) -> None:
+        """Make a page.
+
+        Args:
+            lines: Each line as read, without its line ending, in the order in which the service returned them; None to
+                have them split from the text once somebody looks at them.
+            runs: As the attribute; so are the others.
+            cursor: See there.
+            digests: See there.
+            text: See there.
+        """
+        self._lines = lines
+        self.runs = runs
+        self.cursor = cursor
+        self.digests = digests
+        self.text = text
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, LogPage):
+            return NotImplemented
+        mine = self.lines, self.runs, self.cursor, self.digests
+        return mine == (other.lines, other.runs, other.cursor, other.digests)
+
+    __hash__ = None  # type: ignore[assignment]  # it holds lists
+
+    def __repr__(self) -> str:
+        return f"LogPage(lines={self.lines!r}, runs={self.runs!r}, cursor={self.cursor!r}, digests={self.digests!r})"
+
+    @property
+    def lines(self) -> list[bytes]:
+        """Each line as read, without its line ending, in the order in which the service returned them."""
+        if self._lines is None:
+            self._lines = split_text(self.text)
+        return self._lines
+
+    @property
+    def line_count(self) -> int:
+        """How many lines there are."""
+        return sum(run.lines for run in self.runs) if self._lines is None else len(self._lines)
+
+    def last_lines(self, count: int) -> list[bytes]:
+        """Return the last lines as `lines` has them, without a look at the others.
+
+        Args:
+            count: How many, at least one; fewer where the page has fewer.
+        """
+        if self._lines is not None:
+            return self._lines[-count:]
+        start = len(self.text) - 1
+        while count and start >= 0:
+            start, count = self.text.rfind(b"\n", 0, start), count - 1
+        return split_text(self.text[start + 1 :])
 
     @classmethod
     def from_lines(cls, lines: Iterable[Line], *, cursor: bytes, identity: str, job_id: str) -> LogPage:

@@ -92,7 +92,7 @@ def encode_frame(page: LogPage | None, *, job: int = 0, more: bool = False) -> b
     sent = None
     if page is not None:
         text, lines = page.joined(), list[bytes]()
-        if not page.text and text.count(b"\n") != len(page.lines):
+        if not page.text and text.count(b"\n") != page.line_count:
             text, lines = b"", page.lines
         sent = _Page(page.cursor, page.runs, text, lines, page.digests)
     frame = bytearray(_length.size)
@@ -172,17 +172,15 @@ def _decoded(data: memoryview) -> Frame:
     if frame.page is None:
         return Frame(frame.job, frame.more, None)
     found = frame.page
-    lines = found.lines
-    if found.text:
-        if found.text.count(b"\n") > _MOST_LINES:
-            raise FrameError(f"a page has over {_MOST_LINES} lines")
-        lines = found.text.split(b"\n")
-        if lines.pop():
-            raise FrameError("the last line of a page has no end")
+    count = found.text.count(b"\n") if found.text else len(found.lines)
+    if count > _MOST_LINES:
+        raise FrameError(f"a page has over {_MOST_LINES} lines")
+    if found.text and not found.text.endswith(b"\n"):
+        raise FrameError("the last line of a page has no end")
     # Whatever a server says: encoding counts on these.
-    if not 0 < len(lines) == sum(run.lines for run in found.runs):
+    if not 0 < count == sum(run.lines for run in found.runs):
         raise FrameError("the runs of a page are not those of its lines")
-    if found.digests and len(found.digests) != DIGEST_BYTES * len(lines):
+    if found.digests and len(found.digests) != DIGEST_BYTES * count:
         raise FrameError("the digests of a page are not those of its lines")
     for run in found.runs:
         numbered = run.lines <= MAX_PAGE_LINES and 0 < len(run.uid_prefix) <= _MAX_UID_PREFIX
@@ -191,4 +189,5 @@ def _decoded(data: memoryview) -> Frame:
             raise FrameError(f"a run of a page is not possible: {str(run)[:200]}")
     # That the text is clean we find out ourselves.
     runs = [run._replace(flags=0) for run in found.runs]
+    lines = None if found.text else found.lines
     return Frame(frame.job, frame.more, LogPage(lines, runs, CURSOR_MARK + found.cursor, found.digests, found.text))

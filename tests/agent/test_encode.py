@@ -161,7 +161,7 @@ def test_times_out_of_range_are_relayed_all_the_same() -> None:
     assert [record.time_unix_nano for record in records] == [0, (1 << 64) - 1, 5]
     page = LogPage([b"a", b"b", b"c"], [Run(3, -1, uid_prefix="x")], b"")
     records = parsed(encode_lines(page, context=context(), observed_unix_nano=OBSERVED).records)
-    assert [record.time_unix_nano for record in records] == [0, 0, 1]
+    assert [record.time_unix_nano for record in records] == [0, 1, 2]
 
 
 def test_an_embedded_newline_does_not_shift_lines() -> None:

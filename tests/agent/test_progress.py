@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailspan.clean import clean
+from tailspan.page import LogPage, Run
 from tailspan_agent.progress import ProgressMeter, Reading, read_line
 from tests.fakes.agents import Bench, looped, until
 
@@ -162,7 +163,7 @@ def test_hostile_lines_cost_no_more_than_others(unit: str) -> None:
 
 
 def see(meter: ProgressMeter, *lines: str, at_s: float) -> None:
-    meter.see([line.encode() for line in lines], int(at_s * S), at_s)
+    meter.see(LogPage([line.encode() for line in lines], [Run(len(lines), int(at_s * S))], b""), at_s)
 
 
 def test_the_pace_makes_the_time_left() -> None:

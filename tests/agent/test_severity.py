@@ -118,7 +118,7 @@ def test_near_misses_of_what_was_learned(lines: list[bytes]) -> None:
     learner = SeverityLearner()
     for _ in range(2):
         assert [learner.find(line) for line in lines] == [find_severity(line) for line in lines]
-        assert learner.find_all(lines) == [find_severity(line) for line in lines]
+        assert list(learner.find_all(lines)) == [find_severity(line) for line in lines]
 
 
 def test_the_learner_is_bounded() -> None:

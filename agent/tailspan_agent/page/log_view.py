@@ -112,7 +112,7 @@ class LogReader:
         async with aclosing(self._pages(service, job_id, first)) as pages:
             async for done, page, late in pages:
                 shown = _Shown(page, self._redact)
-                for position in range(max(0, first - 1 - done), len(page.lines)):
+                for position in range(max(0, first - 1 - done), page.line_count):
                     if len(found.lines) == lines:
                         found.after = True
                         return found
@@ -121,7 +121,7 @@ class LogReader:
                     if found.lines:
                         found.after = True
                     else:
-                        found.reached = done + len(page.lines)
+                        found.reached = done + page.line_count
                     return found
         return found
 
@@ -182,7 +182,7 @@ class LogReader:
                 if late:
                     return None
                 last.extend(self._last_lines(page, done, max(lines, WINDOW_LINES)))
-                found.cursor, found.counted = page.cursor, done + len(page.lines)
+                found.cursor, found.counted = page.cursor, done + page.line_count
         found.before = (found.counted or 0) > len(last)
         found.lines = list(last)[-lines:] if found.before else list(last)
         return found
@@ -202,10 +202,10 @@ class LogReader:
         async with self._turn(service), aclosing(_read(service, job_id, seen.cursor)) as pages:
             async for page in pages:
                 last.extend(self._last_lines(page, found.counted, lines))
-                read += len(page.lines)
+                read += page.line_count
                 found.cursor = page.cursor
                 if found.counted is not None:
-                    found.counted += len(page.lines)
+                    found.counted += page.line_count
                 await asyncio.sleep(0)
                 if time.monotonic() > deadline_s:
                     break
@@ -218,7 +218,7 @@ class LogReader:
     def _last_lines(self, page: LogPage, done: int | None, most: int) -> Iterator[LogLine]:
         """Yield the last lines of a page; `done` is how many lines stand before it, if that is known."""
         shown = _Shown(page, self._redact)
-        for position in range(max(0, len(page.lines) - most), len(page.lines)):
+        for position in range(max(0, page.line_count - most), page.line_count):
             yield shown.line(position, None if done is None else done + position + 1)
 
     async def search(self, service: JobService, job_id: str, text: str, first: int = 1) -> Window:
@@ -247,7 +247,7 @@ class LogReader:
         async with aclosing(self._pages(service, job_id, first)) as pages:
             async for done, page, late in pages:
                 shown = _Shown(page, self._redact)
-                for position in range(max(0, first - 1 - done), len(page.lines)):
+                for position in range(max(0, first - 1 - done), page.line_count):
                     if position % 500 == 499:
                         await asyncio.sleep(0)
                     if not wanted(shown.text(position)):
@@ -257,7 +257,7 @@ class LogReader:
                         return found
                     found.lines.append(shown.line(position, done + position + 1))
                 if late:
-                    found.reached = done + len(page.lines)
+                    found.reached = done + page.line_count
                     return found
         return found
 
@@ -278,10 +278,10 @@ class LogReader:
                     async for page in pages:
                         late = time.monotonic() > deadline_s
                         # Before it is given away: who stops here goes on from there the next time.
-                        self._mark(marks, done + len(page.lines), page.cursor)
-                        if done + len(page.lines) >= first or late:
+                        self._mark(marks, done + page.line_count, page.cursor)
+                        if done + page.line_count >= first or late:
                             yield done, page, late
-                        done += len(page.lines)
+                        done += page.line_count
                         await asyncio.sleep(0)
             except CursorExpiredError:
                 # The log is not the one that was marked: what is known of it is worth nothing.

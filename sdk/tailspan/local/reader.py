@@ -148,24 +148,32 @@ class LogReader:
         # The hole that is left when somebody truncates the log of a running job reads as NULs.
         if len(text) < end - start or (b"\0" in text and not any(span.entry.flags & NUL for span in batch)):
             return None
+        runs = [
+            Run(
+                span.lines,
+                span.entry.time_unix_nano,
+                span.entry.stream,
+                0 if span.entry.flags & UNCLEAN else CLEAN,
+                f"{prefix}-{span.start:012x}-",
+            )
+            for span in batch
+        ]
+        cursor = str(end).encode()
+        if not any(span.entry.flags & NO_NEWLINE for span in batch):
+            is_whole = text.endswith(b"\n") and text.count(b"\n") == sum(span.lines for span in batch)
+            return LogPage(None, runs, cursor, text=text) if is_whole else None
         lines: list[bytes] = []
-        runs: list[Run] = []
         done = pending = 0
-        cut = False
         for span in batch:
-            entry = span.entry
-            flags = 0 if entry.flags & UNCLEAN else CLEAN
-            runs.append(Run(span.lines, entry.time_unix_nano, entry.stream, flags, f"{prefix}-{span.start:012x}-"))
             pending += span.lines
-            unfinished = entry.flags & NO_NEWLINE
-            cut = cut or bool(unfinished)
-            if unfinished or entry.end == end:
-                found = text[done : entry.end - start].split(b"\n")
+            unfinished = span.entry.flags & NO_NEWLINE
+            if unfinished or span.entry.end == end:
+                found = text[done : span.entry.end - start].split(b"\n")
                 if (not unfinished and found.pop()) or len(found) != pending:
                     return None
                 lines += found
-                done, pending = entry.end - start, 0
-        return LogPage(lines, runs, str(end).encode(), text=b"" if cut else text)
+                done, pending = span.entry.end - start, 0
+        return LogPage(lines, runs, cursor)
 
     def _gap(self, start: int) -> CursorExpiredError:
         """Return the error for lines that are gone, with the first place after them that can be read."""
