@@ -85,11 +85,9 @@ class Tailer:
         )
         self.attention = Attention(self._follower)
         self._name = name
-        self._done = False
+        self._done = self._end_told = self._came_late = False
         self._errors = 0
         self._behind = True
-        self._end_told = False
-        self._came_late = False
         self._stream = self._stream_of(name)
         if name:
             # Before anybody reads: who is the oldest of a pipeline is known only when all have said where they are.
@@ -203,7 +201,9 @@ class Tailer:
         lines = await self._read(sent)
         self._follower.on_read(lines, started_s, from_start=from_start)
         if lines and unstarted and not self._follower.state.is_terminal:
-            sent.write_spans()  # a first line says that it has started; the last ones are written at its end
+            # A first line says that it has started; its service may know when. The last ones are written at its end.
+            sent = await self._see_status() if sent.job.state is JobState.PENDING else sent
+            sent.write_spans()
         if self.attention.on_read(lines) and not first:
             await self._see_status()
         if asked or not lines:

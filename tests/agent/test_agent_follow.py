@@ -69,6 +69,22 @@ async def test_a_running_job_is_in_its_trace_within_three_seconds(bench: Bench) 
 
 
 @looped
+async def test_a_job_starts_when_its_service_says_although_its_lines_come_first(bench: Bench) -> None:
+    """It began between the status and the read: the spans follow each other all the same."""
+    started = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
+
+    bench.fake.add_job("j1", state="PENDING", submitted_at=started - timedelta(seconds=1), started_at=None)
+    bench.fake.add_lines("j1", "a", timestamp_ms=round(started.timestamp() * 1000) + 70)
+    bench.fake.before_next("read_logs", lambda: bench.fake.set_state("j1", "RUNNING", started_at=started))
+    async with bench.running():
+        await bench.received(lambda: "queued" in bench.spans())
+        bench.fake.set_state("j1", "SUCCEEDED")
+        await bench.received(lambda: "run" in bench.spans())
+    spans = bench.spans()
+    assert spans["queued"].end_unix_nano == spans["executing"].start_unix_nano == round(started.timestamp()) * 10**9
+
+
+@looped
 async def test_the_list_saves_status_requests(bench: Bench) -> None:
     """A silent job whose lines the list counts is asked for its status once and not read; its end is seen at once."""
     bench.fake.add_job("j1")
