@@ -42,7 +42,7 @@ class FramingHook(BuildHookInterface[Any]):
         try:
             built = compiled(source, Path(self._directory))
         except (BaseError, CCompilerError) as error:
-            self.app.display_warning(f"{error}; the agent frames lines in Python, at twice the cost")
+            self.app.display_warning(f"{error}; the agent frames lines in Python, which costs more")
             return
         if version == "editable":
             shutil.copy(built, source.parent)

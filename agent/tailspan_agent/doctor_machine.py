@@ -40,7 +40,7 @@ def versions() -> dict[str, str]:
         "python": f"{platform.python_implementation()} {platform.python_version()} at {sys.executable}",
         "platform": f"{platform.platform()} {' '.join(platform.libc_ver())}".strip(),
         "sqlite": sqlite3.sqlite_version,
-        "framing": "in Python, at twice the cost: there was no C compiler" if frame is IN_PYTHON[1] else "in C",
+        "framing": "in Python, which costs more: there was no C compiler" if frame is IN_PYTHON[1] else "in C",
     }
     named = (re.match(r"[\w.-]+", text) for text in metadata.requires("tailspan") or () if "extra == 'dev'" not in text)
     return found | {name: _version(name) for name in sorted({match[0] for match in named if match} - {"tailspan"})}

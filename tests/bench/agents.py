@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import socket
 import time
@@ -31,6 +32,7 @@ class Plan:
         protocol: ``http/protobuf`` or ``grpc``.
         compression: ``none``, ``gzip`` or ``zstd``.
         requests_per_second: The limit towards the job API.
+        in_python: Whether lines are framed in Python, as where nothing could be compiled.
     """
 
     directory: Path
@@ -40,6 +42,16 @@ class Plan:
     protocol: str = "http/protobuf"
     compression: str = "none"
     requests_per_second: float = 20
+    in_python: bool = False
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """What its process has in its environment."""
+        if not self.in_python:
+            return SECRET
+        (self.directory / "sitecustomize.py").write_text('import sys\nsys.modules["tailspan_agent._framing"] = None\n')
+        paths = str(self.directory), os.environ.get("PYTHONPATH")
+        return {**SECRET, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
     @property
     def state_dir(self) -> Path:
@@ -68,7 +80,7 @@ def relay_once(plan: Plan) -> Usage:
     """Relay all jobs with a new agent and ``--once``."""
     shutil.rmtree(plan.state_dir, ignore_errors=True)
     config = str(plan.write())
-    return run(tailspan("agent", "run", "--config", config, "--once", "--timeout", _TIMEOUT_S), env=SECRET)
+    return run(tailspan("agent", "run", "--config", config, "--once", "--timeout", _TIMEOUT_S), env=plan.environ)
 
 
 class RunningAgent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import statistics
@@ -76,6 +77,10 @@ def local(scale: Scale, directory: Path) -> Iterator[Row]:
                 name: lambda p=small, n=name: counted.relay(p, jobs * lines, n),
                 name4: lambda p=large, n=name4: counted.relay(p, 4 * jobs * lines, n),
             }
+            in_python = f"W1 {kind}, framed in Python"
+            if kind == "none":
+                pure = dataclasses.replace(small, directory=directory / f"{kind}-python", in_python=True)
+                cases[in_python] = lambda p=pure, n=in_python: counted.relay(p, jobs * lines, n)
             usual = f"W1 {kind}, usual Python way"
             if kind in ("none", "gzip"):
                 cases[usual] = lambda k=kind, n=usual: counted.usual(usual_files, usual_lines, k, n)
@@ -88,6 +93,8 @@ def local(scale: Scale, directory: Path) -> Iterator[Row]:
             yield Row(case=f"{name}, slope", figure=slope, unit="us", goal=_SLOPE_GOAL.get(kind))
             peak = max(found[name].rss, found[name4].rss) / MIB
             yield Row(case=f"{name}, peak memory", figure=peak, unit="MiB", goal=Goal(120))
+            if in_python in found:
+                yield _cost(in_python, jobs * lines, found[in_python], counted)
             if usual in found:
                 # It sends fewer lines, so that the run does not last for hours: its start is looked at apart.
                 begun_s = found[f"{usual}, no lines"].cpu_s
