@@ -27,6 +27,7 @@ LAYERS = (
         "identity",
         "page",
         "page_frames",
+        "text",
         "clean",
         "clock",
         "directories",

@@ -13,6 +13,7 @@ from tailspan.clean import MAX_BODY_BYTES, clean, is_clean, split_long
 from tailspan.identity import span_id
 from tailspan.models import RunResponse
 from tailspan.page import CLEAN, DIGEST_BYTES, LogPage, Run, Stream
+from tailspan.text import count_lines
 from tailspan_agent.encode_record import origin_fields, severity_fields
 from tailspan_agent.framing import LEFT_OUT, FramedRun, Lines, frame, split_lines
 from tailspan_agent.redact import Redactor
@@ -116,7 +117,7 @@ def _clean_lines(page: LogPage) -> Lines:
     if all(run.flags & CLEAN for run in page.runs):
         return page.text or page.lines
     text = page.joined()
-    if is_clean(text) and text.count(b"\n") == page.line_count:
+    if is_clean(text) and (page.text or count_lines(text) == page.line_count):
         return text
     return [clean(line).encode() for line in page.lines]
 

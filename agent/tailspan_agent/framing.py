@@ -23,7 +23,8 @@ from itertools import compress, groupby, repeat
 from operator import getitem, itemgetter
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-from tailspan.page import DIGEST_BYTES, MAX_PAGE_LINES, split_text
+from tailspan.page import DIGEST_BYTES, MAX_PAGE_LINES
+from tailspan.text import split_text
 from tailspan_agent.wire import varint
 
 __all__ = [

@@ -14,6 +14,8 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, TypedDict
 
+from tailspan.text import split_text
+
 __all__ = [
     "CLEAN",
     "DIGEST_BYTES",
@@ -26,7 +28,6 @@ __all__ = [
     "Run",
     "Stream",
     "line_digest",
-    "split_text",
 ]
 
 DIGEST_BYTES = 8
@@ -86,13 +87,6 @@ class Run(NamedTuple):
     stream: int = Stream.NONE
     flags: int = 0
     uid_prefix: str = ""
-
-
-def split_text(text: bytes) -> list[bytes]:
-    """Return the lines of a text that has a newline after each."""
-    lines = text.split(b"\n")
-    lines.pop()
-    return lines
 
 
 def line_digest(identity: str, job_id: str, time_unix_nano: int, message: bytes, occurrence: int) -> bytes:

@@ -21,6 +21,7 @@ import msgspec
 
 from tailspan.errors import ConfigError
 from tailspan.page import DIGEST_BYTES, MAX_PAGE_LINES, LogPage, Run, Stream
+from tailspan.text import count_lines
 
 __all__ = [
     "CURSOR_MARK",
@@ -92,7 +93,7 @@ def encode_frame(page: LogPage | None, *, job: int = 0, more: bool = False) -> b
     sent = None
     if page is not None:
         text, lines = page.joined(), list[bytes]()
-        if not page.text and text.count(b"\n") != page.line_count:
+        if not page.text and count_lines(text) != page.line_count:
             text, lines = b"", page.lines
         sent = _Page(page.cursor, page.runs, text, lines, page.digests)
     frame = bytearray(_length.size)
@@ -172,7 +173,7 @@ def _decoded(data: memoryview) -> Frame:
     if frame.page is None:
         return Frame(frame.job, frame.more, None)
     found = frame.page
-    count = found.text.count(b"\n") if found.text else len(found.lines)
+    count = count_lines(found.text) if found.text else len(found.lines)
     if count > _MOST_LINES:
         raise FrameError(f"a page has over {_MOST_LINES} lines")
     if found.text and not found.text.endswith(b"\n"):

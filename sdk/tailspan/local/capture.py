@@ -22,6 +22,7 @@ from tailspan.local.index import (
     pack_entry,
     text_flags,
 )
+from tailspan.text import count_lines
 
 __all__ = ["LineBuffer", "LogWriter", "Piece", "pieces_of"]
 
@@ -68,7 +69,7 @@ def _cut(text: bytes, end: int) -> int:
 
 
 def _by_lines(text: bytes, max_lines: int) -> Iterator[Piece]:
-    lines = text.count(b"\n")
+    lines = count_lines(text)
     while lines > max_lines:
         rest = text.split(b"\n", max_lines)[-1]
         yield Piece(text[: len(text) - len(rest)], max_lines)

@@ -27,6 +27,7 @@ from tailspan.local.index import (
 )
 from tailspan.local.index_file import IndexFile, open_file, read_at
 from tailspan.page import CLEAN, MAX_PAGE_BYTES, MAX_PAGE_LINES, NANOS_PER_MS, LogPage, Run, Stream
+from tailspan.text import count_lines
 
 __all__ = ["LogReader", "Totals"]
 
@@ -160,7 +161,7 @@ class LogReader:
         ]
         cursor = str(end).encode()
         if not any(span.entry.flags & NO_NEWLINE for span in batch):
-            is_whole = text.endswith(b"\n") and text.count(b"\n") == sum(span.lines for span in batch)
+            is_whole = text.endswith(b"\n") and count_lines(text) == sum(span.lines for span in batch)
             return LogPage(None, runs, cursor, text=text) if is_whole else None
         lines: list[bytes] = []
         done = pending = 0
