@@ -13,7 +13,16 @@ from tailspan.config import Expect
 from tailspan.models import JobState, RunResponse
 from tailspan_agent.history import Histories, PipelineHistory
 
-__all__ = ["FollowedJob", "Insight", "Insights", "Progress", "insight_of", "last_starts", "missing_pipelines"]
+__all__ = [
+    "FollowedJob",
+    "Insight",
+    "Insights",
+    "Progress",
+    "insight_of",
+    "is_untold",
+    "last_starts",
+    "missing_pipelines",
+]
 
 
 _FULL_BAR_NS = 10_000_000_000
@@ -157,6 +166,18 @@ def insight_of(job: FollowedJob, history: PipelineHistory, now_unix_nano: int) -
         silent=silent,
         slow=_exceeds(running_s, history.slow_after_s),
     )
+
+
+def is_untold(job: FollowedJob, history: PipelineHistory) -> bool:
+    """Return whether nobody says how far the job is, and its pipeline's past does not say what is odd.
+
+    Then its insight has no progress and calls it neither silent nor slow: thousands of jobs need not be looked at.
+
+    Args:
+        job: The job.
+        history: The past of its pipeline.
+    """
+    return job.progress is None and job.status.total_tasks <= 0 and not history.is_enough
 
 
 def _of_tasks(status: RunResponse, running_s: float, now_unix_nano: int) -> Progress | None:

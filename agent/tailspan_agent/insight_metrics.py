@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from opentelemetry.sdk.metrics.export import AggregationTemporality, Gauge, Metric, NumberDataPoint, Sum
 
-from tailspan_agent.insight import FollowedJob, Insights, insight_of, last_starts
+from tailspan_agent.insight import FollowedJob, Insights, insight_of, is_untold, last_starts
 from tailspan_agent.runs import OTHER_PIPELINES, PipelineNames
 
 __all__ = ["insight_metrics"]
@@ -59,13 +59,16 @@ def insight_metrics(
             put("tailspan.pipeline.duration.p50", name, history.p50_s, max)
             put("tailspan.pipeline.duration.p95", name, history.p95_s, max)
     for name, job in labelled:
-        insight = insight_of(job, insights.histories.of(name), now_unix_nano)
+        if job.phase == "pending" and job.status.submitted_at is not None:
+            put("tailspan.job.pending.age", name, _age_s(job.status.submitted_at.timestamp(), now_unix_nano), max)
+        history = insights.histories.of(name)
+        if is_untold(job, history):
+            continue
+        insight = insight_of(job, history, now_unix_nano)
         if insight.silent:
             put("tailspan.job.silent", name, 1, _plus)
         if insight.slow:
             put("tailspan.job.slow", name, 1, _plus)
-        if job.phase == "pending" and job.status.submitted_at is not None:
-            put("tailspan.job.pending.age", name, _age_s(job.status.submitted_at.timestamp(), now_unix_nano), max)
         if insight.progress is not None:
             put("tailspan.job.progress", name, insight.progress, min, job.status.job_id)
         if insight.eta_s is not None:

@@ -20,7 +20,7 @@ from tailspan_agent.checkpoint import Ack, Store
 from tailspan_agent.checkpoint_history import KEPT_FAILURES
 from tailspan_agent.facts import JobFacts
 from tailspan_agent.history import ENOUGH_RUNS, KEPT_RUNS, Histories, PastRun, PipelineHistory
-from tailspan_agent.insight import FollowedJob, Insight, Progress, insight_of, last_starts, missing_pipelines
+from tailspan_agent.insight import FollowedJob, Insight, Progress, insight_of, is_untold, last_starts, missing_pipelines
 from tailspan_agent.job_times import past_run
 from tailspan_agent.runs import OTHER_PIPELINES, RunTotals
 
@@ -121,6 +121,27 @@ def test_only_running_jobs_are_judged(state: JobState) -> None:
     assert insight_of(followed(state, running_s=1e6), past([1.0] * 20), NOW) == Insight(
         usual_s=1.0, past_runs=20, enough_history=True
     )
+
+
+@given(
+    st.integers(0, 2 * ENOUGH_RUNS),
+    st.sampled_from(list(JobState)),
+    st.floats(0, 1e6),
+    st.integers(-1, 3),
+    st.none() | st.just(Progress(fraction=0.5, eta_s=1.0, seen_unix_nano=NOW, source="log")),
+)
+def test_nothing_is_told_of_a_job_that_metrics_do_not_look_at(
+    runs: int, state: JobState, running_s: float, total_tasks: int, progress: Progress | None
+) -> None:
+    """Only what would say nothing is left out."""
+    beat = T0 - timedelta(seconds=running_s / 2)
+    job = followed(state, running_s=running_s, total_tasks=total_tasks, progress=progress, last_heartbeat=beat)
+    history = past([1.0] * runs)
+    if is_untold(job, history):
+        seen = insight_of(job, history, NOW)
+        assert (seen.progress, seen.eta_s, seen.silent, seen.slow) == (None, None, False, False)
+    else:
+        assert progress or total_tasks > 0 or runs >= ENOUGH_RUNS
 
 
 def test_tasks_are_progress() -> None:
