@@ -55,7 +55,7 @@ dist: $(VENV)/tools/.installed
 	rm -rf $(DIST)/tailspan-* $(VENV)/compiled
 	TAILSPAN_PURE=1 $(VENV)/tools/bin/python -m build --outdir $(DIST) .
 	$(VENV)/tools/bin/python -m build --wheel --outdir $(VENV)/compiled .
-	if test $$(uname) = Linux; then PATH=$(CURDIR)/$(VENV)/tools/bin:$$PATH auditwheel -q repair --wheel-dir $(DIST) $(VENV)/compiled/*.whl; \
+	if test $$(uname) = Linux; then PATH="$(CURDIR)/$(VENV)/tools/bin:$$PATH" auditwheel repair --strip --wheel-dir $(DIST) $(VENV)/compiled/*.whl; \
 	else cp $(VENV)/compiled/*-abi3-*.whl $(DIST); fi
 
 # Beside them what a full installation consists of, as CycloneDX.

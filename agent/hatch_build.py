@@ -34,18 +34,19 @@ class FramingHook(BuildHookInterface[Any]):
             build_data: What the wheel is made of.
         """
         source = Path(self.root, "agent", _PACKAGE, "_framing.c")
-        for stale in source.parent.glob("_framing.*.so"):
-            stale.unlink()
-        if os.environ.get("TAILSPAN_PURE") or sys.implementation.name != "cpython":
-            return
-        self._directory = tempfile.mkdtemp()
+        self._directory = tempfile.TemporaryDirectory()  # until the wheel is written, or the build ends otherwise
         try:
-            built = compiled(source, Path(self._directory))
-        except (BaseError, CCompilerError) as error:
+            if version == "editable":
+                for stale in source.parent.glob("_framing.*.so"):
+                    stale.unlink(missing_ok=True)
+            if os.environ.get("TAILSPAN_PURE", "0") not in ("", "0") or sys.implementation.name != "cpython":
+                return
+            built = compiled(source, Path(self._directory.name))
+            if version == "editable":
+                shutil.copy(built, source.parent)
+                return
+        except (BaseError, CCompilerError, OSError, ValueError) as error:
             self.app.display_warning(f"{error}; the agent frames lines in Python, which costs more")
-            return
-        if version == "editable":
-            shutil.copy(built, source.parent)
             return
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data |= {"pure_python": False, "tag": f"cp311-abi3-{platform}"}
@@ -53,7 +54,7 @@ class FramingHook(BuildHookInterface[Any]):
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         """Clean up; see `initialize`."""
-        shutil.rmtree(getattr(self, "_directory", ""), ignore_errors=True)
+        self._directory.cleanup()
 
 
 def compiled(source: Path, directory: Path) -> Path:
@@ -65,7 +66,8 @@ def compiled(source: Path, directory: Path) -> Path:
     """
     extension = Extension(
         f"{_PACKAGE}.{source.stem}",
-        [os.path.relpath(source)],
+        [str(source)],
+        extra_compile_args=["-g0"],
         define_macros=[("Py_LIMITED_API", _LIMITED_API)],
         py_limited_api=True,
     )

@@ -1,8 +1,9 @@
 /* What `tailspan_agent.framing` does in Python, for where this was compiled: the same functions, the same bytes, which
  * tests/agent/test_framing.py compares. The format is explained in `tailspan_agent.encode`.
  *
- * Only the limited API of Python 3.11 is used: one build serves all later versions. Nothing here calls back into Python
- * code, so that borrowed references stay valid, and every length comes from the object that is read.
+ * Only the limited API of Python 3.11 is used: one build serves all later versions. `frame` never calls back into Python
+ * code, so that what it measured is still there when it writes; it asks for exact types, and every length comes from the
+ * object that is read. `find_severities` may call what compares odd keys: it reads no line after that without a check.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -12,7 +13,7 @@
 
 #define UNKNOWN 255
 #define MAX_FIELDS 255
-#define MAX_NUMBERED 65536 /* what four hexadecimal digits can number */
+#define MAX_NUMBERED 5000 /* MAX_PAGE_LINES of tailspan.page */
 #define DIGEST_BYTES 8
 #define RECENT 8
 #define MAX_WIDTH 65536
@@ -38,17 +39,17 @@ typedef struct {
     PyObject *list; /* NULL for a text */
     Py_ssize_t index;
     Piece text; /* what is left of it */
-} Lines;
+} Cursor;
 
-static int lines_of(PyObject *object, Lines *lines)
+static int lines_of(PyObject *object, Cursor *lines)
 {
-    *lines = (Lines){0};
+    *lines = (Cursor){0};
     if (!PyList_Check(object)) return piece_of(object, &lines->text);
     lines->list = object;
     return 0;
 }
 
-static int next_line(Lines *lines, Piece *line)
+static int next_line(Cursor *lines, Piece *line)
 {
     if (lines->list != NULL) return piece_of(PyList_GetItem(lines->list, lines->index++), line);
     const char *end = lines->text.length ? memchr(lines->text.bytes, '\n', (size_t)lines->text.length) : NULL;
@@ -63,7 +64,7 @@ static int next_line(Lines *lines, Piece *line)
     return 0;
 }
 
-static Py_ssize_t count_of(const Lines *lines)
+static Py_ssize_t count_of(const Cursor *lines)
 {
     if (lines->list != NULL) return PyList_Size(lines->list);
     Py_ssize_t count = 0;
@@ -72,7 +73,7 @@ static Py_ssize_t count_of(const Lines *lines)
     return count;
 }
 
-static int no_more(const Lines *lines)
+static int no_more(const Cursor *lines)
 {
     if (lines->list != NULL ? lines->index == PyList_Size(lines->list) : lines->text.length == 0) return 0;
     PyErr_SetString(PyExc_ValueError, "the page has more lines");
@@ -94,7 +95,7 @@ static int look_up(PyObject *known, const char *start, Py_ssize_t length)
     PyObject *place = PyDict_GetItemWithError(known, key);
     Py_DECREF(key);
     if (place == NULL) return PyErr_Occurred() ? -1 : UNKNOWN;
-    long value = PyLong_AsLong(place);
+    long value = PyLong_Check(place) ? PyLong_AsLong(place) : -1;
     if (value < 0 || value >= UNKNOWN) {
         if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "a severity has no such place");
         return -1;
@@ -127,7 +128,7 @@ static PyObject *find_severities(PyObject *Py_UNUSED(module), PyObject *args)
     Py_ssize_t width;
     if (!PyArg_ParseTuple(args, "OnO!", &object, &width, &PyDict_Type, &known)) return NULL;
     if (width < 0 || width > MAX_WIDTH) return PyErr_Format(PyExc_ValueError, "no such width: %zd", width);
-    Lines lines;
+    Cursor lines;
     if (lines_of(object, &lines) < 0) return NULL;
     Py_ssize_t count = count_of(&lines);
     PyObject *found = PyBytes_FromStringAndSize(NULL, count);
@@ -216,14 +217,15 @@ typedef struct {
 
 static int run_at(PyObject *runs, Py_ssize_t index, Run *run)
 {
-    PyObject *tuple = PyList_GetItem(runs, index), *time, *shared;
-    if (tuple == NULL || !PyTuple_Check(tuple)) {
-        if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "a run is a tuple");
+    PyObject *tuple = PyList_GetItem(runs, index);
+    if (tuple == NULL || !PyTuple_Check(tuple) || PyTuple_Size(tuple) != 3) {
+        if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "a run is a tuple of three");
         return -1;
     }
-    if (!PyArg_ParseTuple(tuple, "nOO", &run->lines, &time, &shared) || piece_of(shared, &run->shared) < 0) return -1;
-    run->time = PyLong_AsUnsignedLongLong(time);
-    return PyErr_Occurred() ? -1 : 0;
+    run->lines = PyLong_AsSsize_t(PyTuple_GetItem(tuple, 0));
+    if (PyErr_Occurred()) return -1;
+    run->time = PyLong_AsUnsignedLongLong(PyTuple_GetItem(tuple, 1));
+    return PyErr_Occurred() ? -1 : piece_of(PyTuple_GetItem(tuple, 2), &run->shared);
 }
 
 /* One record: the line, and how many bytes its body, its fields, and all with tag and length have. */
@@ -263,14 +265,14 @@ static char *put_record(char *at, const Record *record, const Run *run, Py_ssize
 static Py_ssize_t go_through(const Page *page, char *at)
 {
     Py_ssize_t index = 0, count = page->severities.length, total = 0, runs = PyList_Size(page->runs);
-    Lines lines;
+    Cursor lines;
     if (lines_of(page->lines, &lines) < 0) return FAILED;
     for (Py_ssize_t r = 0; r < runs; r++) {
         Run run;
         if (run_at(page->runs, r, &run) < 0) return FAILED;
-        int is_short = page->digests.length || run.lines <= MAX_NUMBERED;
-        if (run.lines < 0 || run.lines > count - index || !is_short) {
-            PyErr_SetString(PyExc_ValueError, "the runs have more lines");
+        int can_be_numbered = run.lines <= MAX_NUMBERED || page->digests.length;
+        if (run.lines < 0 || run.lines > count - index || !can_be_numbered) {
+            PyErr_SetString(PyExc_ValueError, "a run cannot have so many lines");
             return FAILED;
         }
         for (Py_ssize_t ordinal = 0; ordinal < run.lines; ordinal++, index++) {
@@ -281,6 +283,10 @@ static Py_ssize_t go_through(const Page *page, char *at)
             if (record.line.length > page->max_body) return TOO_LONG;
             record.severity = page->fields[severity];
             measure(page, &run, &record);
+            if (record.record > (uint64_t)(PY_SSIZE_T_MAX - total)) {
+                PyErr_NoMemory();
+                return FAILED;
+            }
             total += (Py_ssize_t)record.record;
             if (at != NULL) {
                 const char *digest = page->digests.length ? page->digests.bytes + DIGEST_BYTES * index : NULL;
@@ -317,7 +323,10 @@ static PyObject *frame(PyObject *Py_UNUSED(module), PyObject *args)
     if (total == TOO_LONG) Py_RETURN_NONE;
     if (total == FAILED) return NULL;
     PyObject *records = PyBytes_FromStringAndSize(NULL, total);
-    if (records != NULL) go_through(&page, PyBytes_AsString(records));
+    if (records != NULL && go_through(&page, PyBytes_AsString(records)) != total) {
+        if (!PyErr_Occurred()) PyErr_SetString(PyExc_SystemError, "the lines have changed");
+        Py_CLEAR(records);
+    }
     return records;
 }
 

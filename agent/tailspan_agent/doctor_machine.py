@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from tailspan_agent.checkpoint_file import SCHEMA_VERSION, lock_holder
-from tailspan_agent.framing import IN_PYTHON, frame
+from tailspan_agent.framing import COMPILED
 
 __all__ = ["clock", "disk", "limits", "store", "variables", "versions"]
 
@@ -40,7 +40,7 @@ def versions() -> dict[str, str]:
         "python": f"{platform.python_implementation()} {platform.python_version()} at {sys.executable}",
         "platform": f"{platform.platform()} {' '.join(platform.libc_ver())}".strip(),
         "sqlite": sqlite3.sqlite_version,
-        "framing": "in Python, which costs more: there was no C compiler" if frame is IN_PYTHON[1] else "in C",
+        "framing": "in C" if COMPILED else "in Python, which costs more: this installation has no compiled part",
     }
     named = (re.match(r"[\w.-]+", text) for text in metadata.requires("tailspan") or () if "extra == 'dev'" not in text)
     return found | {name: _version(name) for name in sorted({match[0] for match in named if match} - {"tailspan"})}

@@ -15,7 +15,7 @@ from tailspan.models import RunResponse
 from tailspan.page import CLEAN, DIGEST_BYTES, LogPage, Run, Stream
 from tailspan.text import count_lines
 from tailspan_agent.encode_record import origin_fields, severity_fields
-from tailspan_agent.framing import LEFT_OUT, FramedRun, Lines, frame, split_lines
+from tailspan_agent.framing import COMPILED, LEFT_OUT, FramedRun, Lines, frame, split_lines
 from tailspan_agent.redact import Redactor
 from tailspan_agent.severity import SEVERITIES, SeverityLearner, severity_number
 from tailspan_agent.wire import attributes_fields, bytes_field, fixed64_field
@@ -115,10 +115,10 @@ def encode_lines(page: LogPage, *, context: LogContext, observed_unix_nano: int)
 def _clean_lines(page: LogPage) -> Lines:
     """Return the cleaned lines, without a call per line where nothing is to be cleaned."""
     if all(run.flags & CLEAN for run in page.runs):
-        return page.text or page.lines
+        return page.text if COMPILED and page.text else page.lines
     text = page.joined()
     if is_clean(text) and (page.text or count_lines(text) == page.line_count):
-        return text
+        return text if COMPILED else page.lines
     return [clean(line).encode() for line in page.lines]
 
 

@@ -28,6 +28,7 @@ from tailspan.text import split_text
 from tailspan_agent.wire import varint
 
 __all__ = [
+    "COMPILED",
     "IN_PYTHON",
     "LEFT_OUT",
     "SAME_DIGITS",
@@ -54,7 +55,7 @@ class FramedRun(NamedTuple):
     """Consecutive lines of one instant and one stream.
 
     Attributes:
-        lines: How many; at most 65,536.
+        lines: How many; at most `MAX_PAGE_LINES` where they are numbered.
         time_unix_nano: The time of the first, from 0; each further line is 1 ns later, at most 2**64 - 1.
         shared: Fields that their records share; the uid comes last, but for its end.
     """
@@ -111,6 +112,12 @@ def frame(
         max_body: How many bytes a record's body may have.
     """
     lines = split_lines(lines)
+    if any(run.lines < 0 or (run.lines > MAX_PAGE_LINES and not digests) for run in runs):
+        raise ValueError("a run cannot have so many lines")
+    if not sum(run.lines for run in runs) == len(lines) == len(severities):
+        raise ValueError("the runs or the severities are of other lines")
+    if len(digests) not in (0, DIGEST_BYTES * len(lines)):
+        raise ValueError("there are not as many digests as lines")
     times, middles, uids = _by_digest(runs, digests) if digests else _by_number(runs)
     rests = [len(time) + len(middle) + len(uid) for time, middle, uid in zip(times, middles, uids, strict=True)]
     columns: tuple[Sequence[bytes], ...] = lines, times, middles, uids
@@ -228,5 +235,8 @@ IN_PYTHON = find_severities, frame
 if not TYPE_CHECKING:
     try:
         from tailspan_agent._framing import find_severities, frame
-    except ImportError:  # no compiler where it was installed
+    except ImportError:  # it was not compiled where this was built
         pass
+
+COMPILED = frame is not IN_PYTHON[1]
+"""Whether the compiled part is here; without it, lines are split once, for all of this."""

@@ -180,14 +180,15 @@ class SeverityLearner:
         Args:
             lines: UTF-8, cleaned.
         """
+        learnt = b""
         if not self._wide:
             # Learnt from a few lines, it is known for the others.
-            for line in first_lines(lines, _SAMPLE_LINES):
-                self._learn(line)
+            learnt = bytes(map(self._learn, first_lines(lines, _SAMPLE_LINES)))
         found = find_severities(lines, max(self._widths, default=0), self._wide)
         if UNKNOWN in found:
-            pairs = zip(found, split_lines(lines), strict=True)
-            return bytes(self._learn(line) if index == UNKNOWN else index for index, line in pairs)
+            known = len(learnt)
+            pairs = zip(found[known:], split_lines(lines)[known:], strict=True)
+            return learnt + bytes(self._learn(line) if index == UNKNOWN else index for index, line in pairs)
         return found
 
     def find(self, line: bytes) -> int:

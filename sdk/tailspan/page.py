@@ -123,16 +123,16 @@ class LogPage:
         Args:
             lines: Each line as read, without its line ending, in the order in which the service returned them; None to
                 have them split from the text once somebody looks at them.
-            runs: As the attribute; so are the others.
-            cursor: See there.
-            digests: See there.
-            text: See there.
+            runs: As the attribute.
+            cursor: As the attribute.
+            digests: As the attribute.
+            text: As the attribute; only for a page without lines of its own.
         """
         self._lines = lines
         self.runs = runs
         self.cursor = cursor
         self.digests = digests
-        self.text = text
+        self.text = text if lines is None else b""
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, LogPage):

@@ -173,7 +173,7 @@ def _decoded(data: memoryview) -> Frame:
     if frame.page is None:
         return Frame(frame.job, frame.more, None)
     found = frame.page
-    count = count_lines(found.text) if found.text else len(found.lines)
+    count = found.text.count(b"\n") if found.text else len(found.lines)
     if count > _MOST_LINES:
         raise FrameError(f"a page has over {_MOST_LINES} lines")
     if found.text and not found.text.endswith(b"\n"):
