@@ -71,9 +71,7 @@ def compiled(source: Path, directory: Path) -> Path:
         define_macros=[("Py_LIMITED_API", _LIMITED_API)],
         py_limited_api=True,
     )
-    build = Distribution({"ext_modules": [extension]}).get_command_obj("build_ext")
-    build.build_lib = build.build_temp = str(directory)  # type: ignore[attr-defined]
-    build.ensure_finalized()
-    build.run()
+    places = {"build_lib": str(directory), "build_temp": str(directory)}
+    Distribution({"ext_modules": [extension], "options": {"build_ext": places}}).run_command("build_ext")
     (built,) = directory.glob(f"{_PACKAGE}/{source.stem}.*")
     return built

@@ -3,7 +3,7 @@
 The wire format is protobuf's: a message is a series of fields, each a tag (field number << 3 | wire type), for wire
 type 2 a length, and the value. Numbers are varints (wire type 0: seven bits an octet, low ones first, the high bit set
 on all but the last) or eight (type 1) or four (type 5) little-endian octets. Fields may come in any order, which lets
-`tailspan_agent.encode_lines` put a record's constants side by side. A string of a oneof (a body, an attribute) is
+`tailspan_agent.framing` put a record's constants side by side. A string of a oneof (a body, an attribute) is
 written even if empty.
 
 Field numbers (opentelemetry-proto 1.x: logs.proto, trace.proto, common.proto, resource.proto):

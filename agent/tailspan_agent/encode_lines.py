@@ -114,12 +114,12 @@ def encode_lines(page: LogPage, *, context: LogContext, observed_unix_nano: int)
 
 def _clean_lines(page: LogPage) -> Lines:
     """Return the cleaned lines, without a call per line where nothing is to be cleaned."""
-    if all(run.flags & CLEAN for run in page.runs):
-        return page.text if COMPILED and page.text else page.lines
-    text = page.joined()
-    if is_clean(text) and (page.text or count_lines(text) == page.line_count):
-        return text if COMPILED else page.lines
-    return [clean(line).encode() for line in page.lines]
+    text = page.text
+    if not all(run.flags & CLEAN for run in page.runs):
+        text = page.joined()
+        if not is_clean(text) or (not page.text and count_lines(text) != page.line_count):
+            return [clean(line).encode() for line in page.lines]
+    return text if COMPILED and text else page.lines
 
 
 _IOSTREAM = tuple(attributes_fields(6, {"log.iostream": name}) if name else b"" for name in Stream.NAMES)

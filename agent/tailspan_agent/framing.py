@@ -230,7 +230,7 @@ def _heads(severity: bytes, rest: int) -> _Heads:
 
 
 IN_PYTHON = find_severities, frame
-"""These two, wherever others take their place."""
+"""`find_severities` and `frame` as they stand above, also where compiled ones have taken their names."""
 
 if not TYPE_CHECKING:
     try:
@@ -239,4 +239,4 @@ if not TYPE_CHECKING:
         pass
 
 COMPILED = frame is not IN_PYTHON[1]
-"""Whether the compiled part is here; without it, lines are split once, for all of this."""
+"""Whether the compiled part is here: it takes a text as it is, while Python would split it again in each function."""

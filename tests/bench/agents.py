@@ -49,9 +49,12 @@ class Plan:
         """What its process has in its environment."""
         if not self.in_python:
             return SECRET
-        (self.directory / "sitecustomize.py").write_text('import sys\nsys.modules["tailspan_agent._framing"] = None\n')
-        paths = str(self.directory), os.environ.get("PYTHONPATH")
-        return {**SECRET, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        return {**SECRET, "PYTHONPATH": os.pathsep.join(filter(None, (self._hiding, os.environ.get("PYTHONPATH"))))}
+
+    @property
+    def _hiding(self) -> str:
+        """A directory whose only module hides the compiled part."""
+        return str(self.directory / "hiding")
 
     @property
     def state_dir(self) -> Path:
@@ -66,6 +69,10 @@ class Plan:
         else:
             service = "fused"
             lines = [f'base_url = "{self.base_url}"', f"requests_per_second = {self.requests_per_second}"]
+        if self.in_python:
+            module = Path(self._hiding, "sitecustomize.py")
+            module.parent.mkdir(exist_ok=True)
+            module.write_text('import sys\nsys.modules["tailspan_agent._framing"] = None\n')
         path = self.directory / "config.toml"
         path.write_text(
             f"[services.{service}]\n" + "\n".join(lines) + f"\n[agent]\nstate_dir = {json.dumps(str(self.state_dir))}\n"
