@@ -19,6 +19,7 @@ from tailspan_agent.sender import Sender, SendResult
 from tests.agent.otlp_samples import exporter_to, logs_payload, metrics_payload, payload_of, traces_payload
 from tests.fakes.collector import Collector, Reply, Request
 from tests.fakes.otlp_rows import SIGNALS, log_rows, span_rows
+from tests.ports import free_port
 
 
 class FakeExporter:
@@ -349,7 +350,7 @@ def test_split_of_spans_and_metrics() -> None:
 def test_a_collector_that_comes_back_gets_everything(protocol: str) -> None:
     """The same exporter finds it again, in real time, after the connection was lost and refused."""
     grpc = protocol == "grpc"
-    with Collector() as before:
+    with Collector(http_port=free_port(), grpc_port=free_port()) as before:
         url = before.grpc_url if grpc else before.http_url
         port = int(url.rpartition(":")[2])
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Self
 
 from tests.fakes.collector import Collector, Reply
 from tests.fakes.job_api import FakeJobApi, status_fault
+from tests.ports import free_port
 
 TAILSPAN = str(Path(sys.executable).with_name("tailspan"))
 BROKEN = "import logging; logging.warning('careful'); {}['amount']"
@@ -37,9 +37,7 @@ class Fleet:
         self.collector = Collector()
         self.api = FakeJobApi()
         self._home = home
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
+        self.address = f"127.0.0.1:{free_port()}"
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         self.env = (
             os.environ

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import tomllib
@@ -20,6 +19,7 @@ from tests.deploy.configured import DEPLOY, settings_of, understood
 from tests.deploy.test_image import image_environ
 from tests.fakes.agents import PATIENCE_S
 from tests.fakes.collector import Collector
+from tests.ports import free_port
 
 KUBERNETES = DEPLOY / "kubernetes"
 BUILDS = sorted(path.parent for path in KUBERNETES.rglob("kustomization.yaml"))
@@ -164,11 +164,6 @@ def test_a_job_beside_its_sidecar_is_relayed_to_its_end(tmp_path: Path) -> None:
         assert bodies == ["started", *map(str, range(1, 2001)), "done"]
         (run,) = [span for span in collector.spans() if span.name.startswith("RUN ")]
         assert run.attributes["cicd.pipeline.result"] == "failure"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
 
 
 @pytest.mark.services

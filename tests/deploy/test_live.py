@@ -23,6 +23,7 @@ from tests.deploy.fleet import Fleet
 from tests.deploy.queries import DASHBOARDS, Query, dashboard_queries, datasource_queries
 from tests.fakes.collector import Reply
 from tests.fakes.job_api import status_fault
+from tests.ports import free_port
 
 pytestmark = pytest.mark.services
 
@@ -75,9 +76,7 @@ def prometheus(home: Path, fleet: Fleet) -> Iterator[Prometheus]:
     config["rule_files"] = [str(PROMETHEUS / "rules.yaml")]
     config["scrape_configs"][0]["static_configs"] = [{"targets": [fleet.address]}]
     (home / "prometheus.yaml").write_text(yaml.safe_dump(config))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     command = [
         "prometheus",
         f"--config.file={home}/prometheus.yaml",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import http.server
-import socket
 import threading
 from collections.abc import Iterator
 
 import pytest
 
 from tests.e2e.conftest import Machine
+from tests.ports import free_port
 
 
 class _Html(http.server.BaseHTTPRequestHandler):
@@ -40,9 +40,7 @@ def html_url() -> Iterator[str]:
 @pytest.fixture
 def dead_url() -> str:
     """An address where nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+    return f"http://127.0.0.1:{free_port()}"
 
 
 def complaint(machine: Machine, *arguments: str, exit_code: int) -> str:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 
 import pytest
 
 from tests.e2e.conftest import Machine
 from tests.fakes.collector import Collector, Reply
+from tests.ports import free_port
 
 
 @pytest.fixture
 def address(machine: Machine, collector: Collector) -> str:
     """Where the agent listens on this machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     machine.configure(f'[otlp]\nendpoint = "{collector.http_url}"\n')
     machine.env["TAILSPAN_AGENT__LISTEN"] = address
     return address

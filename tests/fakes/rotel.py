@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from tests.fakes.collector import Collector
+from tests.ports import free_port
 
 _READY_TIMEOUT_S = 30.0
 
@@ -63,7 +64,7 @@ class Rotel:
     def _start(self) -> bool:
         binary = rotel_binary()
         assert binary is not None, "rotel is not installed"
-        http, grpc = _free_ports(2)
+        http, grpc = free_port(), free_port()
         self.http_url, self.grpc_url = f"http://127.0.0.1:{http}", f"http://127.0.0.1:{grpc}"
         with Path(self._directory.name, "output").open("wb") as output:
             self._process = subprocess.Popen(
@@ -99,14 +100,6 @@ class Rotel:
             self._process.kill()
             self._process.wait()
         return not waiting
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(item.getsockname()[1]) for item in sockets]
-    for item in sockets:
-        item.close()
-    return ports
 
 
 def _listens(port: int) -> bool:

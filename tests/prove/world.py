@@ -9,7 +9,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from tests.fakes.job_api import FakeJobApi
 from tests.fakes.local_jobs import LocalJobs
 from tests.fakes.otlp_rows import metric_rows, parse_json, plain_attributes
 from tests.fakes.scripted_service import serving
+from tests.ports import free_port
 from tests.prove.found import Found
 from tests.prove.jobs import LocalNumberedJob, NumberedJob
 from tests.prove.tally import Span, count_spans
@@ -94,7 +94,7 @@ class World:
 
     def __enter__(self) -> World:
         self.home = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="prove-")))
-        self.collector = self._stack.enter_context(Collector())
+        self.collector = self._stack.enter_context(Collector(http_port=free_port(), grpc_port=free_port()))
         self.api = self._stack.enter_context(FakeJobApi())
         self.local = self._stack.enter_context(LocalJobs(self.home / "jobs"))
         if self.settings.served:
@@ -154,7 +154,7 @@ class World:
     def _config(self) -> str:
         settings = self.settings
         if settings.page and not self._page_port:
-            self._page_port = _free_port()
+            self._page_port = free_port()
         endpoint = settings.endpoint or (
             self.collector.grpc_url if settings.protocol == "grpc" else self.collector.http_url
         )
@@ -389,10 +389,3 @@ def copy_store(state_dir: Path, to: Path) -> Path:
     for path in state_dir.glob("checkpoints.db*"):
         shutil.copy(path, target)
     return target
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import socket
 from contextlib import aclosing, asynccontextmanager, nullcontext
 
 import pytest
@@ -18,6 +17,7 @@ from tailspan.services.fused import FusedService
 from tailspan.testing import FakeService
 from tests.fakes.local_jobs import LocalJobs
 from tests.fakes.scripted_service import ScriptedJob, ScriptedService, ask, serving
+from tests.ports import free_port
 
 LINES = [f"line {number}" for number in range(30)]
 
@@ -246,9 +246,7 @@ def test_job_whose_reading_began_without_pages_goes_on_so(service):
 
 def test_all_who_asked_learn_that_the_server_is_away():
     """In one try for all of them, not one after the other; each has an error of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        base_url = f"http://127.0.0.1:{free.getsockname()[1]}/server/v1"
+    base_url = f"http://127.0.0.1:{free_port()}/server/v1"
 
     async def work():
         async with aclosing(FusedService(base_url=base_url, requests_per_second=1, tries=1)) as fused:
