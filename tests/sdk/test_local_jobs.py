@@ -363,17 +363,19 @@ def test_signals_and_files_are_as_a_shell_would_leave_them(local):
 
 
 def test_environment_and_directory_pass_through(local, tmp_path, monkeypatch):
-    """What the submitter has, with `env` on top, in `cwd`."""
+    """What the submitter has, with `env` on top, in `cwd`; not what the supervisor has for itself."""
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
     monkeypatch.setenv("FROM_SUBMITTER", "a b\udcff")
     monkeypatch.setenv("REPLACED", "old")
     job = local.run(
         PYTHON,
         "-c",
-        "import os; print(os.getcwd()); print(ascii(os.environ['FROM_SUBMITTER']), os.environ['REPLACED'])",
+        "import os; print(os.getcwd()); print(ascii(os.environ['FROM_SUBMITTER']), os.environ['REPLACED'], "
+        "'MALLOC_TRIM_THRESHOLD_' in os.environ)",
         cwd=str(tmp_path),
         env={"REPLACED": "new"},
     )
-    assert local.lines(job.job_id) == [os.fsencode(tmp_path), b"'a b\\udcff' new"]
+    assert local.lines(job.job_id) == [os.fsencode(tmp_path), b"'a b\\udcff' new False"]
     assert job.details["process.working_directory"] == str(tmp_path)
 
 
