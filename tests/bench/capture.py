@@ -37,7 +37,7 @@ def capture(scale: Scale, directory: Path) -> Iterator[Row]:
 
     def job() -> Usage:
         noted = directory / "job.json"
-        # Where a virtual machine was given no memory yet, a first page costs 10 us: `tee` writes into its own pages again.
+        # A virtual machine's very first use of a page costs more; tee, too, writes into pages that were used before.
         shutil.rmtree(directory / "jobs", ignore_errors=True)
         begun = time.perf_counter()
         add_real(directory / "jobs", lines, note=noted)

@@ -1,35 +1,31 @@
-"""One measured piece of work of W5, in a process of its own: its memory is its own, too. Prints one number.
+"""One measured piece of work of W5, in a process of its own: its memory is its own, too. Prints two numbers.
 
-    python -m tests.bench.sdk_program WHAT BASE_URL JOB
+    python -m tests.bench.sdk_program VERB WAY CALLS BASE_URL JOB
 
-``status-*`` prints ms per call, ``logs-*`` how many lines there were. ``*-requests`` and ``*-http`` do the same with
-requests, or with the standard library's HTTP client, and json. Each loads no more than its own way needs.
+The verb is ``status`` or ``logs``. It prints the medians of all calls but the first, which connects: wall time and
+CPU time, in ms; of a single call its own. The ways are Tailspan, and json with requests or with the standard library's
+HTTP client. Each loads no more than it needs.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sized
 
-_CALLS = 200
-
 
 def main() -> None:
     """Do it."""
-    what, base_url, job = sys.argv[1:]
-    verb, way = what.split("-")
-    ask = WAYS[way](base_url, job, "status" if verb == "status" else "logs")
-    if verb == "status":
-        ask()  # connects
-        found = []
-        for _ in range(_CALLS):
-            begun = time.perf_counter()
-            ask()
-            found.append((time.perf_counter() - begun) * 1000)
-        print(sorted(found)[_CALLS // 2])
-    else:
-        print(len(ask()))
+    verb, way, calls, base_url, job = sys.argv[1:]
+    ask = WAYS[way](base_url, job, verb)
+    walls, cpus = [], []
+    for _ in range(int(calls)):
+        begun, used = time.perf_counter(), time.process_time()
+        ask()
+        walls.append((time.perf_counter() - begun) * 1000)
+        cpus.append((time.process_time() - used) * 1000)
+    print(*(statistics.median(seen[1:] or seen) for seen in (walls, cpus)))
 
 
 def _tailspan(base_url: str, job: str, verb: str) -> Callable[[], Sized]:

@@ -199,15 +199,18 @@ class _Messages:
     """Decodes whole objects, which must be lines."""
 
     def decode(self, text: bytes | memoryview) -> list[dict[str, Any]]:
-        """Return the objects of an array; see `Entry` for what they must have."""
+        """Return the objects of an array, oldest first; see `Entry` for what they must have."""
         found = _objects.decode(text)
         try:
             kinds = set(map(type, map(_MESSAGE, found)))
             times = list(map(_TIMESTAMP, found))
         except KeyError as missing:
             raise msgspec.ValidationError(f"Object missing required field {missing}") from None
-        if kinds - {str} or set(map(type, times)) - {int} or (times and not 0 <= min(times) <= max(times) <= _MAX_MS):
+        in_order = sorted(times) if {*map(type, times)} <= {int} else [-1]
+        if kinds - {str} or (in_order and not 0 <= in_order[0] <= in_order[-1] <= _MAX_MS):
             raise msgspec.ValidationError("Expected `message` as `str` and `timestamp` as `int` ms >= 0")
+        if times != in_order:
+            found.sort(key=_TIMESTAMP)
         return found
 
 

@@ -8,7 +8,6 @@ same times and uids, and one request does for many jobs: see `tailspan.page_fram
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from datetime import UTC, datetime
@@ -53,7 +52,6 @@ _LOOK_BYTES = 64 << 10
 # Of a list's text, what is remembered until it is read again: a longer list is read anew from there on.
 _REMEMBERED_BYTES = 16 << 20
 
-_timestamp = operator.itemgetter("timestamp")
 _any_json = msgspec.json.Decoder()
 _array_json = msgspec.json.Decoder(list[msgspec.Raw])
 
@@ -255,7 +253,6 @@ class FusedService:
         async with aclosing(self._elements(job_id, first_ms - 1 if first_ms else None, messages)) as parts:
             async for entries in parts:
                 found = [entry for entry in entries if entry["timestamp"] >= first_ms] if first_ms else entries
-                found.sort(key=_timestamp)
                 if found:
                     yield found
 
