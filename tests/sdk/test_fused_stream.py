@@ -1,6 +1,7 @@
 """A log reply as a stream: the same lines however it is cut, in bounded memory."""
 
 import json
+import tracemalloc
 from operator import itemgetter
 
 import msgspec
@@ -76,6 +77,21 @@ def test_a_reply_that_breaks_off_is_an_error(elements, data):
     with pytest.raises(ReplyError):
         splitter.close()
     assert [e.message for e in before] == [e["message"] for e in elements[: len(before)]]
+
+
+def test_a_reply_in_pieces_of_two_bytes_takes_no_more_room():
+    """Each is an object of 35 bytes."""
+    body = json.dumps([{"message": "x" * 200_000, "timestamp": 1}]).encode()
+    splitter = ArraySplitter(lines)
+    tracemalloc.start()
+    try:
+        for start in range(0, len(body), 2):
+            splitter.feed(body[start : start + 2])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert [len(entry.message) for entry in splitter.close()] == [200_000]
+    assert peak < 8 * len(body)
 
 
 def given_of(element: bytes, times: int, *, step_bytes: int, buffer_below: int) -> int:

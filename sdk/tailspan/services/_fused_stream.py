@@ -38,6 +38,7 @@ MAX_ELEMENT_BYTES = 64 << 20
 STEP_BYTES = 512 << 10
 _SEARCH_BYTES = 8 << 10
 _MAX_CANDIDATES = 16
+_MOST_PIECES, _PIECE_BYTES = 1024, 64
 # A time that fits into 64 bits of ns: until the year 2262.
 _MAX_MS = 2**63 // NANOS_PER_MS
 
@@ -122,6 +123,8 @@ class ArraySplitter(Generic[T]):
         self._step_bytes = step_bytes
         self._want_bytes = step_bytes
         self._buffer = bytearray()
+        self._came: list[bytes] = []
+        self._came_bytes = 0
         self._begun = False
 
     def feed(self, piece: bytes) -> list[T]:
@@ -130,9 +133,13 @@ class ArraySplitter(Generic[T]):
         Raises:
             ReplyError: This is not an array of such elements, or one of them is larger than 64 MiB.
         """
-        self._buffer += piece
-        if not self._begun:
-            self._begin()
+        self._came.append(piece)
+        self._came_bytes += len(piece)
+        waits = len(self._buffer) + self._came_bytes < self._want_bytes
+        # Pieces of a byte take forty times as much room; a share of what is joined, or joining them would be quadratic.
+        if waits and len(self._came) <= _MOST_PIECES + len(self._buffer) // _PIECE_BYTES:
+            return []
+        self._join()
         return self._cut() if len(self._buffer) >= self._want_bytes else []
 
     def close(self) -> list[T]:
@@ -141,9 +148,18 @@ class ArraySplitter(Generic[T]):
         Raises:
             ReplyError: It is not an array of such elements, or it has no end.
         """
+        self._join()
         if not self._begun:
             raise ReplyError("it is empty")
         return self._decode(bytes(self._buffer))
+
+    def _join(self) -> None:
+        # At once: a buffer that grows by each piece is copied for each.
+        self._buffer = bytearray().join((self._buffer, *self._came))
+        self._came.clear()
+        self._came_bytes = 0
+        if not self._begun:
+            self._begin()
 
     def _begin(self) -> None:
         start = self._buffer.lstrip(_BOM + _SPACE)
