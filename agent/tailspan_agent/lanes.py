@@ -30,7 +30,7 @@ __all__ = ["BATCH_BYTES", "Chunk", "Lane", "SpanLane", "until_usable"]
 BATCH_BYTES = 3 << 20
 """A collector's gRPC server takes 4 MiB by default; the envelope is small."""
 _BATCH_LINES = 15_000
-_QUEUE_BYTES = 2 << 20  # with the pages that were read before it was full, this still fills the next batch
+_QUEUE_BYTES = 3 << 20
 _LINGER_S = 0.1
 _LINGER_LINES = 500
 _RETRY_STORE_S = 1.0

@@ -287,7 +287,8 @@ class Window:
         try:
             saved = _decode(cursor)
             listed = sum(count for count in saved.counts if count <= self._max_lines)
-            if len(saved.steps_ms) != len(saved.counts) or len(saved.digests) != listed * DIGEST_BYTES:
+            fits = len(saved.steps_ms) == len(saved.counts) and len(saved.digests) == listed * DIGEST_BYTES
+            if not fits or min(saved.steps_ms[1:], default=1) < 1:
                 raise msgspec.DecodeError
         except (msgspec.DecodeError, UnicodeDecodeError):
             raise ConfigError("the cursor is not one of a service that knows lines by time", job_id=job_id) from None

@@ -252,6 +252,14 @@ def test_a_cursor_of_any_content(data: st.DataObject) -> None:
     Window("me", "job", again.cursor(), late_window_s=10)
 
 
+def test_a_cursor_whose_times_do_not_ascend_is_refused() -> None:
+    """It would be used, and what it becomes would not."""
+    for steps in ([1000, 0], [1000, -1]):
+        damaged = msgspec.msgpack.encode(["tailspan.window/1", 0, steps, [1, 1], bytes(16)])
+        with pytest.raises(ConfigError):
+            Window("me", "job", damaged, late_window_s=10)
+
+
 def test_a_cursor_cannot_ask_for_memory() -> None:
     """A forged count of lines is not believed."""
     forged = msgspec.msgpack.encode(["tailspan.window/1", 0, [1] * 3, [20_000, 2**62, 5], b""])

@@ -153,6 +153,20 @@ def test_since_is_inclusive_whatever_the_server_does(api):
     assert run(api, work) == ([2, 2, 3], [2, 2, 3])
 
 
+@pytest.mark.parametrize("since_ms", [None, 2])
+def test_messages_are_oldest_first_whatever_the_server_does(since_ms):
+    """Of one time they keep the server's order."""
+
+    async def work(service):
+        return [[m["message"] for m in part] async for part in service.read_messages("j", since_ms)]
+
+    with FakeJobApi(sort=False) as api:
+        job = api.add_job("j")
+        for line, ms in (("d", 4), ("b", 2), ("c", 4), ("a", 2)):
+            job.line(line, ms)
+        assert run(api, work) == [["b", "a", "d", "c"]]
+
+
 @pytest.mark.parametrize("since_ms", [None, 0, -5])
 def test_since_the_beginning(api, since_ms):
     """No since, zero or less is everything, and asks for everything."""

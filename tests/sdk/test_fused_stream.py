@@ -2,6 +2,7 @@
 
 import json
 import tracemalloc
+from itertools import chain
 from operator import itemgetter
 
 import msgspec
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailspan.page import CLEAN, Run, Stream
+from tailspan.services import _fused_stream
 from tailspan.services._fused_stream import (
     MAX_ELEMENT_BYTES,
     ArraySplitter,
@@ -36,35 +38,44 @@ MESSAGE = st.fixed_dictionaries(
 )
 
 
-def split(body, sizes, *, decoder=lines, step_bytes=1):
-    """Feed a body in pieces of these sizes, over and over, and return the elements."""
+def split_parts(body, sizes, *, decoder=lines, step_bytes=1):
+    """Feed a body in pieces of these sizes, over and over, and return the lists of elements."""
     splitter = ArraySplitter(decoder, step_bytes)
     out = []
     position = 0
     turn = 0
     while position < len(body):
         size = sizes[turn % len(sizes)]
-        out += splitter.feed(body[position : position + size])
+        out.append(splitter.feed(body[position : position + size]))
         position += size
         turn += 1
-    return out + splitter.close()
+    return [*out, splitter.close()]
+
+
+def split(body, sizes, *, decoder=lines, step_bytes=1):
+    """Feed a body in pieces of these sizes, over and over, and return the elements."""
+    return list(chain.from_iterable(split_parts(body, sizes, decoder=decoder, step_bytes=step_bytes)))
 
 
 @given(
     st.lists(MESSAGE, max_size=12),
     st.lists(st.integers(1, 40), min_size=1, max_size=8),
     st.integers(1, 200),
+    st.sampled_from([1, 2, 5, 1024]),
     st.booleans(),
     st.sampled_from([(",", ":"), (", ", ": "), (" ,\n\t", ":\r\n ")]),
 )
-def test_the_same_elements_however_the_reply_is_cut(elements, sizes, step_bytes, ascii_only, separators):
+def test_the_same_elements_however_the_reply_is_cut(elements, sizes, step_bytes, most_pieces, ascii_only, separators):
     """Pieces may end anywhere, in a string or in a character, and messages may look like the format itself."""
     body = json.dumps(elements, ensure_ascii=ascii_only, separators=separators).encode()
-    found = split(body, sizes, step_bytes=step_bytes)
-    assert [(e.message, e.timestamp) for e in found] == [(e["message"], e["timestamp"]) for e in elements]
-    parts = split(body, sizes, decoder=messages, step_bytes=step_bytes)
     when = itemgetter("timestamp")
-    assert sorted(parts, key=when) == sorted(elements, key=when)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_fused_stream, "_MOST_PIECES", most_pieces)
+        found = split(body, sizes, step_bytes=step_bytes)
+        parts = split_parts(body, sizes, decoder=messages, step_bytes=step_bytes)
+    assert [(e.message, e.timestamp) for e in found] == [(e["message"], e["timestamp"]) for e in elements]
+    assert sorted(chain.from_iterable(parts), key=when) == sorted(elements, key=when)
+    assert parts == [sorted(part, key=when) for part in parts]
 
 
 @given(st.lists(MESSAGE, min_size=1, max_size=6), st.data())
@@ -101,7 +112,7 @@ def given_of(element: bytes, times: int, *, step_bytes: int, buffer_below: int) 
     count = 0
     for _ in range(times):
         count += len(splitter.feed(element))
-        assert len(splitter._buffer) < buffer_below
+        assert len(splitter._buffer) + splitter._came_bytes < buffer_below
     return count
 
 
@@ -138,6 +149,30 @@ def test_other_replies_are_refused(body, why, decoder):
         split(body, [4], decoder=decoder)
     if decoder is lines:
         assert why in str(caught.value)
+
+
+@pytest.mark.parametrize("before", [b"", b"\n", b"\xef\xbb\xbf"])
+def test_what_is_no_log_is_told_with_its_first_piece(before):
+    """The rest may never come."""
+    splitter = ArraySplitter(lines)
+    splitter.feed(before)
+    with pytest.raises(ReplyError, match="HTML"):
+        splitter.feed(b"<html>login")
+
+
+def test_a_long_element_is_not_held_twice():
+    """It may have 64 MiB."""
+    splitter = ArraySplitter(lines)
+    size, times = 64 << 10, 300
+    splitter.feed(b'[{"message": "')
+    tracemalloc.start()
+    try:
+        for _ in range(times):
+            splitter.feed(b"x" * size)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.5 * times * size
 
 
 def test_an_empty_log():

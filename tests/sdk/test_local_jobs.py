@@ -363,20 +363,32 @@ def test_signals_and_files_are_as_a_shell_would_leave_them(local):
 
 
 def test_environment_and_directory_pass_through(local, tmp_path, monkeypatch):
-    """What the submitter has, with `env` on top, in `cwd`; not what the supervisor has for itself."""
-    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    """What the submitter has, with `env` on top, in `cwd`."""
     monkeypatch.setenv("FROM_SUBMITTER", "a b\udcff")
     monkeypatch.setenv("REPLACED", "old")
     job = local.run(
         PYTHON,
         "-c",
-        "import os; print(os.getcwd()); print(ascii(os.environ['FROM_SUBMITTER']), os.environ['REPLACED'], "
-        "'MALLOC_TRIM_THRESHOLD_' in os.environ)",
+        "import os; print(os.getcwd()); print(ascii(os.environ['FROM_SUBMITTER']), os.environ['REPLACED'])",
         cwd=str(tmp_path),
         env={"REPLACED": "new"},
     )
-    assert local.lines(job.job_id) == [os.fsencode(tmp_path), b"'a b\\udcff' new False"]
+    assert local.lines(job.job_id) == [os.fsencode(tmp_path), b"'a b\\udcff' new"]
     assert job.details["process.working_directory"] == str(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it looks at /proc")
+def test_the_supervisor_keeps_its_memory_and_the_job_knows_nothing_of_it(local, monkeypatch):
+    """What glibc is told is in the environment of one, and not of the other."""
+    names = ["MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"]
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    program = (
+        "import os; found = open(f'/proc/{os.getppid()}/environ').read(); "
+        f"print([(name in found, name in os.environ) for name in {names}])"
+    )
+    job = local.run(PYTHON, "-c", program)
+    assert local.lines(job.job_id) == [b"[(True, False), (True, False)]"]
 
 
 def test_a_job_gets_its_trace(local, monkeypatch):

@@ -38,7 +38,7 @@ MAX_ELEMENT_BYTES = 64 << 20
 STEP_BYTES = 512 << 10
 _SEARCH_BYTES = 8 << 10
 _MAX_CANDIDATES = 16
-_MOST_PIECES, _PIECE_BYTES = 1024, 64
+_MOST_PIECES = 1024
 # A time that fits into 64 bits of ns: until the year 2262.
 _MAX_MS = 2**63 // NANOS_PER_MS
 
@@ -135,9 +135,9 @@ class ArraySplitter(Generic[T]):
         """
         self._came.append(piece)
         self._came_bytes += len(piece)
-        waits = len(self._buffer) + self._came_bytes < self._want_bytes
-        # Pieces of a byte take forty times as much room; a share of what is joined, or joining them would be quadratic.
-        if waits and len(self._came) <= _MOST_PIECES + len(self._buffer) // _PIECE_BYTES:
+        # Joined at once: a buffer that grows is copied for each piece. A long element's does, not to have it twice.
+        gathers = self._begun and len(self._buffer) <= self._step_bytes and len(self._came) < _MOST_PIECES
+        if gathers and len(self._buffer) + self._came_bytes < self._want_bytes:
             return []
         self._join()
         return self._cut() if len(self._buffer) >= self._want_bytes else []
@@ -154,8 +154,10 @@ class ArraySplitter(Generic[T]):
         return self._decode(bytes(self._buffer))
 
     def _join(self) -> None:
-        # At once: a buffer that grows by each piece is copied for each.
-        self._buffer = bytearray().join((self._buffer, *self._came))
+        if len(self._came) == 1:
+            self._buffer += self._came[0]
+        else:
+            self._buffer = bytearray().join((self._buffer, *self._came))
         self._came.clear()
         self._came_bytes = 0
         if not self._begun:
