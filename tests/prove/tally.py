@@ -66,6 +66,9 @@ class JobTally:
             where the job wrote no such line.
         copies: Numbers of lines that the job wrote more than once, with text and time the same, and how often.
         late: Numbers of lines that became visible late: they have no place in the order.
+
+    Attributes:
+        cut: A last line that ends before its number does, and which it is; None where there is none.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class JobTally:
         late: Collection[int] = (),
     ) -> None:
         self.job = job
+        self.cut: tuple[str, int] | None = None
         self.records = 0
         self._written = written
         self._copies = {} if copies is None else copies
@@ -116,6 +120,8 @@ class JobTally:
         self.records += 1
         match = LINE.fullmatch(text)
         number = int(match["number"]) if match is not None and match["job"] == self.job else -1
+        if self.cut is not None and text == self.cut[0]:
+            number = self.cut[1]
         times = self._written(number, text) if number >= 0 else None
         if times is None or not uid:
             self._found.foreign += 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from tests.prove.faults_local import FAULTS, run_together
@@ -18,6 +20,22 @@ def test_no_captured_line_is_lost_whatever_happens_to_local_jobs(served: bool) -
     found = Found.total(row.found)
     assert found.jobs > len(FAULTS)
     assert found.lines.expected > 20_000
+
+
+@pytest.mark.parametrize("cut", ["j #00", "j #0000003 17", "j"])
+def test_what_a_killed_supervisor_wrote_of_a_line_is_that_line(cut: str) -> None:
+    """Wherever it was cut; no other text is."""
+    with World("short") as world:
+        job = told_job(world, "j")
+        job.put(3)
+        with (job.directory / "log").open("a") as log:
+            log.write(cut)
+        job.kill(command_too=True)
+        for number, text in enumerate(job.captured):
+            job.tally.take(text, int(time.time() * 1e9) if text == cut else int(text.rpartition(" ")[2]), f"{number}")
+        assert job.tally.count(job.written).faults == 0
+        job.tally.take("j #0", 1, "another")
+        assert job.tally.count(job.written).foreign == 1
 
 
 def test_a_line_that_was_not_relayed_is_seen() -> None:

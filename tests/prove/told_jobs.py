@@ -135,6 +135,8 @@ class ToldJob(LocalNumberedJob):
         self.ended = True
         if not self.gone:
             self._lines = self.captured
+            if self._lines and LINE.fullmatch(self._lines[-1]) is None:
+                self.tally.cut = self._lines[-1], len(self._lines) - 1
 
     def _log_size(self) -> int:
         return (self.directory / "log").stat().st_size
