@@ -62,6 +62,7 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport
+        self._loop = asyncio.get_running_loop()
         self._came: deque[bytes] = deque()
         self._waiting_bytes = 0
         self._ended = False
@@ -78,7 +79,7 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
         It may be more than was asked for, at most what asyncio reads at once: to cut it would copy it.
         """
         if not self._came and not self._ended:
-            self._read_again = asyncio.get_running_loop().create_future()
+            self._read_again = self._loop.create_future()
             await _in_time(self._read_again, timeout, httpcore.ReadTimeout)
         if self._came:
             piece = self._came.popleft()
@@ -95,7 +96,7 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
         if not self._ended:
             self._transport.write(buffer)
             if self._is_full:
-                self._write_again = asyncio.get_running_loop().create_future()
+                self._write_again = self._loop.create_future()
                 await _in_time(self._write_again, timeout, httpcore.WriteTimeout)
         if self._error is not None or self._ended or self._transport.is_closing():
             raise httpcore.WriteError(self._end) from self._error
@@ -118,7 +119,6 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore.AsyncNetworkStream:
         """Speak TLS from now on; see httpcore."""
-        loop = asyncio.get_running_loop()
         try:
             if self._came:
                 # Nobody vouches for it, and `read` would return it as if it had come by TLS.
@@ -127,7 +127,7 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
                 # asyncio would wait for the handshake of a connection that it has closed already.
                 raise ConnectionResetError(self._end) from self._error
             async with asyncio.timeout(timeout):
-                secured = await loop.start_tls(
+                secured = await self._loop.start_tls(
                     self._transport,
                     self,
                     ssl_context,
@@ -207,11 +207,18 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
 
 
 async def _in_time(waiter: asyncio.Future[None], timeout: float | None, too_slow: type[Exception]) -> None:
+    # A timer of its own: `asyncio.timeout` costs as much as all else that a read does here.
+    timer = None if timeout is None else waiter.get_loop().call_later(timeout, _give_up, waiter, too_slow)
     try:
-        async with asyncio.timeout(timeout):
-            await waiter
-    except TimeoutError as error:
-        raise too_slow(str(error)) from error
+        await waiter
+    finally:
+        if timer is not None:
+            timer.cancel()
+
+
+def _give_up(waiter: asyncio.Future[None], too_slow: type[Exception]) -> None:
+    if not waiter.done():
+        waiter.set_exception(too_slow())
 
 
 def _wake(waiter: asyncio.Future[None] | None) -> None:
