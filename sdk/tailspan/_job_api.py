@@ -149,6 +149,8 @@ class JobApi:
         pages = self._service.read_logs(job_id, since_ms=_since_ms(request))
         # The first page is read before the reply starts: until then an error can still be told by its status.
         first = await anext(pages, None)
+        if self._has_pages and MEDIA_TYPE in ",".join(request.headers.getlist("accept")):
+            return _LogReply(f"job {job_id!r}", _frames(first, pages), MEDIA_TYPE)
         return _LogReply(f"job {job_id!r}", _array(first, pages), "application/json")
 
     async def log_pages(self, request: Request) -> Response:

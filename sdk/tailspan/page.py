@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import NamedTuple, TypedDict
 
 from tailspan.text import split_text
@@ -224,15 +225,17 @@ class LogPage:
 
     def messages(self) -> Iterator[Message]:
         """Yield each line as `tailspan.job_get_logs` returns it."""
-        position = 0
+        decoded = self.text.decode("utf-8", "replace").split("\n") if self.text else None
+        texts = iter(decoded) if decoded is not None else (line.decode("utf-8", "replace") for line in self.lines)
         for run in self.runs:
-            stream = Stream.NAMES[run.stream]
-            for index in range(run.lines):
-                message = Message(
-                    message=self.lines[position].decode("utf-8", "replace"),
-                    timestamp=(run.time_unix_nano + index) // NANOS_PER_MS,
-                )
+            nano, end, stream = run.time_unix_nano, run.time_unix_nano + run.lines, Stream.NAMES[run.stream]
+            while nano < end:
+                ms = nano // NANOS_PER_MS
+                past_nano = min(end, (ms + 1) * NANOS_PER_MS)
+                found: list[Message]
                 if stream:
-                    message["stream"] = stream
-                position += 1
-                yield message
+                    found = [{"message": x, "timestamp": ms, "stream": stream} for x in islice(texts, past_nano - nano)]
+                else:
+                    found = [{"message": x, "timestamp": ms} for x in islice(texts, past_nano - nano)]
+                yield from found
+                nano = past_nano

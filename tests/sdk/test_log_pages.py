@@ -10,9 +10,9 @@ import pytest
 
 from tailspan.errors import AuthError, CursorExpiredError, JobNotFoundError, ServiceUnavailableError
 from tailspan.page import LogPage, Run
-from tailspan.page_frames import CURSOR_MARK, FrameError, FrameSplitter, cursor_text, encode_frame
+from tailspan.page_frames import CURSOR_MARK, MEDIA_TYPE, FrameError, FrameSplitter, cursor_text, encode_frame
 from tailspan.services import MergingService
-from tailspan.services._fused_pages import ServedPages
+from tailspan.services._fused_pages import MessageSplitter, ServedPages
 from tailspan.services.fused import FusedService
 from tailspan.testing import FakeService
 from tests.fakes.local_jobs import LocalJobs
@@ -106,6 +106,49 @@ def test_lines_since_a_time(server, service):
         return [line for page in await read(fused, "j0", since_ms=2000) for line in page.lines]
 
     assert run(server, work) == [b"edge", b"new"]
+
+
+@pytest.mark.parametrize("since", [None, 0, 2])
+def test_messages_by_log_pages_are_those_of_the_json_reply(tmp_path, since):
+    """Odd bytes, streams and times too; who asks for JSON gets it."""
+    program = "printf 'a\\033[1mb\\r\\n\\n\\377\\342\\202\\n'; echo err >&2; sleep 0.01; printf 'x\\000y\\nno end'"
+    with LocalJobs(tmp_path / "state") as local:
+        job = local.run("sh", "-c", program)
+        path = f"/logs/{job.job_id}"
+        as_json = ask(local.service, path)
+        times = sorted({message["timestamp"] for message in as_json.json()})
+        since_ms = None if since is None else times[0] + since
+        as_pages = ask(local.service, path, headers={"Accept": f"application/json, {MEDIA_TYPE}"})
+        with serving(local.service) as server:
+
+            async def work(service):
+                parts = [part async for part in service.read_messages(job.job_id, since_ms)]
+                return [message for part in parts for message in part]
+
+            found = run(server, work)
+            assert [path.partition("?")[0] for path in requests_of(server)] == [path]
+    assert len(times) > 1
+    assert found == [m for m in as_json.json() if since_ms is None or m["timestamp"] >= since_ms]
+    assert as_json.headers["content-type"] == "application/json"
+    assert as_pages.headers["content-type"] == MEDIA_TYPE
+
+
+def test_messages_of_a_service_without_log_pages_are_json(service):
+    """Nothing else is known of its lines."""
+    service.final_read = True
+    assert ask(service, "/logs/j3", headers={"Accept": MEDIA_TYPE}).headers["content-type"] == "application/json"
+
+
+def test_lines_that_are_lost_while_messages_are_read_are_an_error():
+    """As when a JSON reply breaks off."""
+    splitter = MessageSplitter()
+    assert splitter.feed(encode_frame(LogPage([b"x"], [Run(1, 1, uid_prefix="u")], b"1"))) == [
+        {"message": "x", "timestamp": 0}
+    ]
+    with pytest.raises(FrameError, match="lost"):
+        splitter.feed(encode_frame(None, more=True))
+    with pytest.raises(FrameError, match="ends early"):
+        MessageSplitter().close()
 
 
 def test_one_request_does_for_all_who_ask_at_once(service, server):
@@ -439,7 +482,7 @@ class FirstHangs:
         self.asked += 1
         if self.asked == 1:
             await asyncio.sleep(3600)
-        yield make_splitter().feed(encode_frame(LogPage([b"x"], [Run(1, 1, uid_prefix="u")], b"1")))
+        yield make_splitter("").feed(encode_frame(LogPage([b"x"], [Run(1, 1, uid_prefix="u")], b"1")))
 
 
 def test_reads_go_on_in_another_loop_while_one_waits_for_ever():

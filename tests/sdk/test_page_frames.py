@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailspan.errors import ConfigError
-from tailspan.page import CLEAN, Line, LogPage, Run, Stream
+from tailspan.page import CLEAN, NANOS_PER_MS, Line, LogPage, Run, Stream
 from tailspan.page_frames import (
     CURSOR_MARK,
     MAX_FRAME_BYTES,
@@ -46,6 +46,29 @@ def simple_pages(draw):
         st.lists(st.builds(Line, st.integers(0, 2**62), LINES, st.sampled_from(Stream.NAMES)), min_size=1, max_size=9)
     )
     return LogPage.from_lines(lines, cursor=draw(st.binary(max_size=9)), identity="here", job_id="j")
+
+
+@given(
+    st.lists(LINES.filter(lambda line: b"\n" not in line) | st.sampled_from([b"\xe2\x82", b"\xf0\x9f\x98", b"\xff"])),
+    st.booleans(),
+    st.data(),
+)
+def test_messages_are_lines_with_their_times_in_ms(lines, as_text, data):
+    """Each line is decoded for itself, whether the page has one text or single lines."""
+    runs, left = [], len(lines)
+    while left:
+        near_ms = data.draw(st.integers(-3, 3)) * NANOS_PER_MS + data.draw(st.integers(-3, 3))
+        runs.append(Run(data.draw(st.integers(1, left)), near_ms, data.draw(st.integers(0, 2)), uid_prefix="u"))
+        left -= runs[-1].lines
+    text = b"".join(line + b"\n" for line in lines)
+    page = LogPage(None, runs, b"", text=text) if as_text else LogPage(lines, runs, b"")
+    streams = [run.stream for run in runs for _ in range(run.lines)]
+    expected = [
+        {"message": line.decode("utf-8", "replace"), "timestamp": nano // NANOS_PER_MS}
+        | ({"stream": Stream.NAMES[stream]} if stream else {})
+        for line, nano, stream in zip(lines, page.times_unix_nano(), streams, strict=True)
+    ]
+    assert list(page.messages()) == expected
 
 
 def as_read(page):

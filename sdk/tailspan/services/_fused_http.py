@@ -161,41 +161,35 @@ class FusedHttp:
                     raise
                 await retries.wait(error)
 
-    @asynccontextmanager
-    async def stream(
-        self, path: str, params: Params | None = None, *, job_id: str | None
-    ) -> AsyncIterator[AsyncIterator[bytes]]:
-        """Open a reply of any size; gives its body in pieces. One try."""
-        async with (
-            self._reply("GET", path, params, job_id) as response,
-            aclosing(self._pieces(response, "GET", path, job_id)) as pieces,
-        ):
-            yield pieces
-
     async def parts(
         self,
         path: str,
         params: Params | None,
-        make_splitter: Callable[[], Splitter[T]],
+        make_splitter: Callable[[str], Splitter[T]],
         expected: str,
         *,
         job_id: str | None,
+        also: str | None = None,
     ) -> AsyncGenerator[list[T], None]:
         """Yield the parts of a reply of any size as they come in. Tries again as long as nothing was yielded.
 
         Args:
             path: Below the base URL, escaped.
             params: The query.
-            make_splitter: Makes what cuts a reply into parts.
+            make_splitter: Makes what cuts a reply of some media type into parts.
             expected: What the reply should be, for errors.
             job_id: The job that it is about; None where it is about several.
+            also: A media type that the reply may have as well as JSON.
         """
         retries = Retries(self.tries)
         begun = False
         while True:
-            splitter = make_splitter()
             try:
-                async with self.stream(path, params, job_id=job_id) as pieces:
+                async with (
+                    self._reply("GET", path, params, job_id, also=also) as response,
+                    aclosing(self._pieces(response, "GET", path, job_id)) as pieces,
+                ):
+                    splitter = make_splitter(response.headers.get("content-type", "").partition(";")[0].strip())
                     async for piece in pieces:
                         if parts := splitter.feed(piece):
                             begun = True
@@ -244,21 +238,28 @@ class FusedHttp:
 
     @asynccontextmanager
     async def _reply(
-        self, method: str, path: str, params: Params | None, job_id: str | None, *, paced: bool = False
+        self,
+        method: str,
+        path: str,
+        params: Params | None,
+        job_id: str | None,
+        *,
+        paced: bool = False,
+        also: str | None = None,
     ) -> AsyncIterator[Reply]:
         """Send a request and give the answer if it is one; else raise what it means. Renews credentials once."""
         if not paced:
             await self._pace.wait()
         client = self._open_client()
         authorization = await self._credentials.authorization()
-        response = await self._send(client, method, path, params, job_id, authorization)
+        response = await self._send(client, method, path, params, job_id, authorization, also)
         try:
             if response.status == 401:
                 renewed = await self._credentials.renew(authorization)
                 if renewed is not None:
                     await response.aclose()
                     authorization = renewed
-                    response = await self._send(client, method, path, params, job_id, authorization)
+                    response = await self._send(client, method, path, params, job_id, authorization, also)
             if not response.is_success:
                 raise await self._error(response, method, path, job_id, authorization)
             yield response
@@ -273,8 +274,11 @@ class FusedHttp:
         params: Params | None,
         job_id: str | None,
         authorization: Authorization,
+        also: str | None,
     ) -> Reply:
         headers = {"Authorization": authorization.value} if authorization.value else {}
+        if also:
+            headers["Accept"] = also  # beside the one that all requests have: RFC 9110, 5.3
         try:
             return await client.send(method, path, urlencode(params or {}), headers=headers)
         except BROKEN as error:

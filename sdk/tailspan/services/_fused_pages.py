@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass
-from functools import partial
+from operator import itemgetter
 from urllib.parse import urlencode
 
 import anyio
@@ -21,12 +21,12 @@ import anyio.lowlevel
 
 from tailspan.errors import CursorExpiredError, ProtocolError, RequestRejectedError, ServiceError
 from tailspan.identity import check_job_id
-from tailspan.page import LogPage
-from tailspan.page_frames import CURSOR_MARK, MAX_JOBS, FrameSplitter, cursor_text
+from tailspan.page import LogPage, Message
+from tailspan.page_frames import CURSOR_MARK, MAX_JOBS, Frame, FrameError, FrameSplitter, cursor_text
 from tailspan.services._fused_http import FusedHttp, Params
 from tailspan.services._fused_wire import path_segment
 
-__all__ = ["ServedPages"]
+__all__ = ["MessageSplitter", "ServedPages"]
 
 _GATHER_S = 0.5
 _LATELY_S = 2.0
@@ -118,8 +118,10 @@ class ServedPages:
                 before = cursor
                 if cursor is not None:
                     params = {"cursor": cursor_text(cursor[len(CURSOR_MARK) :])}
-                splitter = partial(FrameSplitter, for_one=True)
-                async with aclosing(self._http.parts(path, params, splitter, "log pages", job_id=job_id)) as parts:
+                request = self._http.parts(
+                    path, params, lambda _: FrameSplitter(for_one=True), "log pages", job_id=job_id
+                )
+                async with aclosing(request) as parts:
                     async for frames in parts:
                         for frame in frames:
                             more = frame.more
@@ -155,7 +157,7 @@ class ServedPages:
         query = _query(batch)
         try:
             async with aclosing(
-                self._http.parts("/log-pages", query, FrameSplitter, "log pages", job_id=None)
+                self._http.parts("/log-pages", query, lambda _: FrameSplitter(), "log pages", job_id=None)
             ) as parts:
                 async for frames in parts:
                     for frame in frames:
@@ -173,6 +175,37 @@ class ServedPages:
         if self._loop != loop:
             self._gathering, self._loop = _Gathering(), loop
         return self._gathering
+
+
+class MessageSplitter:
+    """Takes the pieces of a reply of log pages for one job, and gives its lines as messages, each time oldest first."""
+
+    def __init__(self) -> None:
+        self._frames = FrameSplitter(for_one=True)
+
+    def feed(self, piece: bytes) -> list[Message]:
+        """Take in the next piece and return the lines of the pages that are complete; often none.
+
+        Raises:
+            FrameError: This is no such reply, or lines of the log were lost while it was read.
+        """
+        return self._messages(self._frames.feed(piece))
+
+    def close(self) -> list[Message]:
+        """Say that the reply has ended.
+
+        Raises:
+            FrameError: It has no end.
+        """
+        return self._messages(self._frames.close())
+
+    @staticmethod
+    def _messages(frames: list[Frame]) -> list[Message]:
+        if any(frame.more for frame in frames):
+            raise FrameError("lines of the log were lost while it was read")
+        found = [message for frame in frames if frame.page is not None for message in frame.page.messages()]
+        found.sort(key=itemgetter("timestamp"))
+        return found
 
 
 def _query(batch: list[_Ask]) -> list[tuple[str, str]]:
