@@ -10,6 +10,8 @@ Services with offsets (local jobs) also offer log pages, see `tailspan.page_fram
     GET  /server/v1/log-pages/{id}[?cursor=C]                  all lines, or those after C
     GET  /server/v1/log-pages?job={id}&cursor=C[&job=...]      the next lines of many jobs, at most 64 KiB of each
 
+A request for all lines that accepts their media type, too, is answered with log pages instead of JSON.
+
 Errors are ``{"message": ...}``. Nothing here knows what a service is made of, and no path of a request reaches a file.
 """
 
