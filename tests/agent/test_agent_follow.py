@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterator
 from datetime import UTC, datetime, timedelta
-from itertools import count, islice
+from itertools import count, islice, takewhile
 from zlib import crc32
 
 import httpx
@@ -18,6 +18,7 @@ from tailspan.models import ListedJob
 from tailspan_agent.outcome import Delivered
 from tests.fakes.agents import Bench, OddService, looped, until
 from tests.fakes.collector import Collector, Reply, Request
+from tests.fakes.otlp_rows import log_rows
 
 
 @looped
@@ -521,13 +522,16 @@ async def test_long_logs_do_not_keep_others_waiting(bench: Bench) -> None:
     *long, short = islice(in_one_lane, 7)
     for job_id in long:
         service.add_job(job_id)
-        service.add_lines(job_id, *["x"] * 2000)
+        service.add_lines(job_id, *["x"] * 4000)
     service.add_job(short)
     service.add_lines(short, "now")
     async with bench.running():
-        await bench.received(lambda: len(bench.bodies()) == 6 * 2000 + 1)
-    assert bench.bodies().index("now") < 2000
-    assert all(bench.bodies(job_id) == ["x"] * 2000 for job_id in long)
+        await bench.received(lambda: len(bench.bodies()) == 6 * 4000 + 1)
+    # A request has its lines by job, so it is the requests before that count.
+    sent = [request for request in bench.collector.requests if request.signal == "logs"]
+    before = takewhile(lambda request: all(row.body != "now" for row in log_rows(request.message)), sent)
+    assert sum(request.count for request in before) < 2000
+    assert all(bench.bodies(job_id) == ["x"] * 4000 for job_id in long)
 
 
 @looped
