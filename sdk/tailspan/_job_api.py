@@ -49,12 +49,11 @@ __all__ = ["BASE_PATH", "JobApi", "encode_lines", "error_reply", "on_bug", "on_h
 
 BASE_PATH = "/server/v1"
 
-_DEFAULT_ROWS = 25
-_MAX_ROWS = 10_000
+_Parts = AsyncGenerator[bytes | bytearray, None]
+_DEFAULT_ROWS, _MAX_ROWS = 25, 10_000
 _RETRY_AFTER_S = 1.0
 # Of one job in a reply for many: who has more is asked for alone, so that nobody needs to hold much of each.
-_MOST_BYTES_OF_EACH = 64 << 10
-_MOST_BYTES_OF_MANY = 4 << 20
+_MOST_BYTES_OF_EACH, _MOST_BYTES_OF_MANY = 64 << 10, 4 << 20
 # One job's log that cannot be read now must not keep those of all others.
 _MOST_S_OF_MANY = 0.5
 # The one control character that JSON leaves as it is, so that lines can be encoded as one text and split again.
@@ -149,8 +148,9 @@ class JobApi:
         pages = self._service.read_logs(job_id, since_ms=_since_ms(request))
         # The first page is read before the reply starts: until then an error can still be told by its status.
         first = await anext(pages, None)
-        if self._has_pages and MEDIA_TYPE in ",".join(request.headers.getlist("accept")):
-            return _LogReply(f"job {job_id!r}", _frames(first, pages), MEDIA_TYPE)
+        accepted = request.headers.get("accept", "").replace(";", ",").replace(" ", "").split(",")
+        if self._has_pages and MEDIA_TYPE in accepted:
+            return _LogReply(f"job {job_id!r}", _frames(first, pages, told=()), MEDIA_TYPE)
         return _LogReply(f"job {job_id!r}", _array(first, pages), "application/json")
 
     async def log_pages(self, request: Request) -> Response:
@@ -171,7 +171,7 @@ class JobApi:
         asked = list(zip(map(check_job_id, jobs), map(read_cursor, cursors), strict=True))
         return _LogReply(f"{len(asked)} jobs", self._frames_of(asked), MEDIA_TYPE)
 
-    async def _frames_of(self, asked: Sequence[tuple[str, bytes]]) -> AsyncGenerator[bytes | bytearray, None]:
+    async def _frames_of(self, asked: Sequence[tuple[str, bytes]]) -> _Parts:
         sent = 0
         until_s = asyncio.get_running_loop().time() + _MOST_S_OF_MANY
         for number, (job_id, cursor) in enumerate(asked):
@@ -255,7 +255,7 @@ async def _filled(first: LogPage | None, rest: AsyncIterator[LogPage]) -> AsyncG
         await _close(rest)
 
 
-async def _array(first: LogPage | None, rest: AsyncIterator[LogPage]) -> AsyncGenerator[bytes | bytearray, None]:
+async def _array(first: LogPage | None, rest: AsyncIterator[LogPage]) -> _Parts:
     """Yield the parts of one JSON array of lines."""
     opening = b"["
     async with aclosing(_filled(first, rest)) as pages:
@@ -265,14 +265,14 @@ async def _array(first: LogPage | None, rest: AsyncIterator[LogPage]) -> AsyncGe
     yield b"[]" if opening == b"[" else b"]"
 
 
-async def _frames(first: LogPage | None, rest: AsyncIterator[LogPage]) -> AsyncGenerator[bytes | bytearray, None]:
-    """Yield log pages, and what says that there is no more, or that one has to ask again."""
+async def _frames(first: LogPage | None, rest: AsyncIterator[LogPage], told: Any = CursorExpiredError) -> _Parts:
+    """Yield log pages, and what says that there is no more, or by which errors one has to ask again."""
     is_gap = False
     try:
         async with aclosing(_filled(first, rest)) as pages:
             async for page in pages:
                 yield encode_frame(page)
-    except CursorExpiredError:
+    except told:
         is_gap = True  # who asks again is told of it by the status
     yield encode_frame(None, more=is_gap)
 
@@ -280,7 +280,7 @@ async def _frames(first: LogPage | None, rest: AsyncIterator[LogPage]) -> AsyncG
 class _LogReply(Response):
     """A log, sent part by part: holds one page, however long the log and however slow the reader."""
 
-    def __init__(self, what: str, parts: AsyncGenerator[bytes | bytearray, None], media_type: str) -> None:
+    def __init__(self, what: str, parts: _Parts, media_type: str) -> None:
         super().__init__(headers={"Content-Type": media_type, "Cache-Control": "no-store"})
         del self.headers["Content-Length"]
         self._what = what

@@ -176,7 +176,7 @@ class HttpClient:
             method: ``GET``, ``POST`` ...
             path: Added to the path of the client's URL.
             query: The query, escaped; empty: that of the client's URL.
-            headers: More headers.
+            headers: More headers, or others than the client has by these names.
             content: The body.
 
         Raises:
@@ -185,7 +185,11 @@ class HttpClient:
         target = quote((self._path + path) or "/", safe=_IN_TARGET)
         if found := query or self._query:
             target += "?" + quote(found, safe=_IN_TARGET)
-        sent = self._headers + _encoded(headers) if headers else self._headers
+        sent = self._headers
+        if headers:
+            own = _encoded(headers)
+            names = {name.lower() for name, _ in own}
+            sent = [*(pair for pair in self._headers if pair[0].lower() not in names), *own]
         if content is not None or method == "POST":
             sent = [*sent, (b"Content-Length", str(len(content or b"")).encode())]
         scheme, host, port = self._origin

@@ -170,6 +170,8 @@ def _decoded(data: memoryview) -> Frame:
         frame = _decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise FrameError(str(error)) from None
+    except RecursionError:
+        raise FrameError("it is nested too deeply") from None
     if frame.page is None:
         return Frame(frame.job, frame.more, None)
     found = frame.page

@@ -139,16 +139,61 @@ def test_messages_of_a_service_without_log_pages_are_json(service):
     assert ask(service, "/logs/j3", headers={"Accept": MEDIA_TYPE}).headers["content-type"] == "application/json"
 
 
-def test_lines_that_are_lost_while_messages_are_read_are_an_error():
-    """As when a JSON reply breaks off."""
+def test_a_reply_of_messages_has_an_end():
+    """What comes before is good."""
     splitter = MessageSplitter()
-    assert splitter.feed(encode_frame(LogPage([b"x"], [Run(1, 1, uid_prefix="u")], b"1"))) == [
-        {"message": "x", "timestamp": 0}
-    ]
-    with pytest.raises(FrameError, match="lost"):
+    page = LogPage([b"x", b"y"], [Run(1, 9_000_000, uid_prefix="u"), Run(1, 1, uid_prefix="u")], b"1")
+    found = [{"message": "y", "timestamp": 0}, {"message": "x", "timestamp": 9}]
+    assert splitter.feed(encode_frame(page) + encode_frame(page)) == found * 2
+    with pytest.raises(FrameError, match="no end"):
         splitter.feed(encode_frame(None, more=True))
     with pytest.raises(FrameError, match="ends early"):
         MessageSplitter().close()
+
+
+class GapOnce(FakeService):
+    """A service that loses lines after the first page of the first read."""
+
+    gaps = 1
+
+    async def read_logs(self, job_id, cursor=None, **how):
+        """Yield the lines, or break off."""
+        async for page in super().read_logs(job_id, cursor, **how):
+            yield page
+            if self.gaps:
+                self.gaps -= 1
+                raise CursorExpiredError("gone", job_id=job_id)
+
+
+def test_messages_of_a_log_that_loses_lines_meanwhile_are_a_reply_that_breaks_off():
+    """As by JSON; the next read has all there is."""
+    service = GapOnce(page_lines=2)
+    service.add_job("late")
+    service.add_lines("late", "a", "b", "c")
+
+    async def work(fused):
+        return [m["message"] async for part in fused.read_messages("late") for m in part]
+
+    with serving(service) as server, pytest.raises(ServiceUnavailableError, match="broke off"):
+        run(server, work)
+    with serving(service) as server:
+        assert run(server, work) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("accept", "is_pages"),
+    [
+        (f"{MEDIA_TYPE};q=0.9", True),
+        (f"text/html,{MEDIA_TYPE}", True),
+        (f"{MEDIA_TYPE}-v2", False),
+        ("*/*", False),
+        ("", False),
+    ],
+)
+def test_log_pages_are_for_those_who_accept_them(service, accept, is_pages):
+    """By the whole name of their type."""
+    found = ask(service, "/logs/j3", headers={"Accept": accept}).headers["content-type"]
+    assert found == (MEDIA_TYPE if is_pages else "application/json")
 
 
 def test_one_request_does_for_all_who_ask_at_once(service, server):

@@ -161,3 +161,10 @@ def test_what_is_no_cursor_is_refused(text):
     """The caller learns that it is the cursor."""
     with pytest.raises(ConfigError, match="is not a cursor"):
         read_cursor(text)
+
+
+def test_a_frame_that_is_nested_too_deeply_is_none():
+    """A fourth element is skipped, but not for ever."""
+    body = b"\x94\x00\xc2\xc0" + b"\x91" * 200_000 + b"\xc0"
+    with pytest.raises(FrameError, match="nested"):
+        FrameSplitter().feed(len(body).to_bytes(4, "big") + body)

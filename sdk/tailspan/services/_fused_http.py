@@ -278,7 +278,7 @@ class FusedHttp:
     ) -> Reply:
         headers = {"Authorization": authorization.value} if authorization.value else {}
         if also:
-            headers["Accept"] = also  # beside the one that all requests have: RFC 9110, 5.3
+            headers["Accept"] = f"application/json, {also}"
         try:
             return await client.send(method, path, urlencode(params or {}), headers=headers)
         except BROKEN as error:

@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass
+from itertools import chain
 from operator import itemgetter
 from urllib.parse import urlencode
 
@@ -178,7 +179,7 @@ class ServedPages:
 
 
 class MessageSplitter:
-    """Takes the pieces of a reply of log pages for one job, and gives its lines as messages, each time oldest first."""
+    """Takes the pieces of a reply of log pages for one job, and gives each page's lines as messages, oldest first."""
 
     def __init__(self) -> None:
         self._frames = FrameSplitter(for_one=True)
@@ -187,7 +188,7 @@ class MessageSplitter:
         """Take in the next piece and return the lines of the pages that are complete; often none.
 
         Raises:
-            FrameError: This is no such reply, or lines of the log were lost while it was read.
+            FrameError: This is no such reply.
         """
         return self._messages(self._frames.feed(piece))
 
@@ -202,10 +203,11 @@ class MessageSplitter:
     @staticmethod
     def _messages(frames: list[Frame]) -> list[Message]:
         if any(frame.more for frame in frames):
-            raise FrameError("lines of the log were lost while it was read")
-        found = [message for frame in frames if frame.page is not None for message in frame.page.messages()]
-        found.sort(key=itemgetter("timestamp"))
-        return found
+            raise FrameError("it has no end")
+        # Page by page, whatever pieces the reply came in.
+        when = itemgetter("timestamp")
+        pages = [sorted(frame.page.messages(), key=when) for frame in frames if frame.page is not None]
+        return list(chain.from_iterable(pages))
 
 
 def _query(batch: list[_Ask]) -> list[tuple[str, str]]:

@@ -313,6 +313,7 @@ class FusedService:
         params = None if since_ms is None else {"since_ms": max(0, since_ms)}
         expected = 'an array of {"message": text, "timestamp": ms}'
         also = MEDIA_TYPE if pages_too else None
+        expected += " or log pages" if pages_too else ""
         return self._http.parts(path, params, splitter, expected, job_id=job_id, also=also)
 
     def _status(self, request: str, body: bytes, job_id: str) -> tuple[RunResponse, Mapping[str, Any]]:
