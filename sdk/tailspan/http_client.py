@@ -149,9 +149,7 @@ class HttpClient:
         own = {"Host": named, "User-Agent": user_agent(), "Accept": "*/*", "Accept-Encoding": "gzip"}
         if parts.username is not None:
             own["Authorization"] = _basic(unquote(parts.username), unquote(parts.password or ""))
-        given = {name.lower() for name in headers}
-        own = {name: value for name, value in own.items() if name.lower() not in given}
-        self._headers = _encoded({**own, **headers})
+        self._headers = _replaced(_encoded(own), headers)
         self._pool = httpcore.AsyncConnectionPool(
             tls,
             proxy=_proxy_of(parts.scheme, f"{shown}:{port or _DEFAULT_PORTS[parts.scheme]}", host),
@@ -185,11 +183,7 @@ class HttpClient:
         target = quote((self._path + path) or "/", safe=_IN_TARGET)
         if found := query or self._query:
             target += "?" + quote(found, safe=_IN_TARGET)
-        sent = self._headers
-        if headers:
-            own = _encoded(headers)
-            names = {name.lower() for name, _ in own}
-            sent = [*(pair for pair in self._headers if pair[0].lower() not in names), *own]
+        sent = _replaced(self._headers, headers) if headers else self._headers
         if content is not None or method == "POST":
             sent = [*sent, (b"Content-Length", str(len(content or b"")).encode())]
         scheme, host, port = self._origin
@@ -264,6 +258,13 @@ def _as_it_is(chunk: bytes) -> Iterator[bytes]:
 
 def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
     return [(name.encode("latin-1"), value.encode("utf-8")) for name, value in headers.items()]
+
+
+def _replaced(own: list[tuple[bytes, bytes]], headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    """Return headers with others added, which take the place of those by the same names."""
+    given = _encoded(headers)
+    names = {name.lower() for name, _ in given}
+    return [*(pair for pair in own if pair[0].lower() not in names), *given]
 
 
 def _ascii_host(host: str) -> str:

@@ -225,8 +225,10 @@ class LogPage:
 
     def messages(self) -> Iterator[Message]:
         """Yield each line as `tailspan.job_get_logs` returns it."""
-        decoded = self.text.decode("utf-8", "replace").split("\n") if self.text else None
-        texts = iter(decoded) if decoded is not None else (line.decode("utf-8", "replace") for line in self.lines)
+        if self.text:
+            texts = iter(self.text.decode("utf-8", "replace").split("\n"))
+        else:
+            texts = iter([line.decode("utf-8", "replace") for line in self.lines])
         for run in self.runs:
             nano, end, stream = run.time_unix_nano, run.time_unix_nano + run.lines, Stream.NAMES[run.stream]
             while nano < end:

@@ -527,7 +527,7 @@ class FirstHangs:
         self.asked += 1
         if self.asked == 1:
             await asyncio.sleep(3600)
-        yield make_splitter("").feed(encode_frame(LogPage([b"x"], [Run(1, 1, uid_prefix="u")], b"1")))
+        yield make_splitter().feed(encode_frame(LogPage([b"x"], [Run(1, 1, uid_prefix="u")], b"1")))
 
 
 def test_reads_go_on_in_another_loop_while_one_waits_for_ever():

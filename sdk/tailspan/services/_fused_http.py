@@ -165,31 +165,32 @@ class FusedHttp:
         self,
         path: str,
         params: Params | None,
-        make_splitter: Callable[[str], Splitter[T]],
+        make_splitter: Callable[[], Splitter[T]],
         expected: str,
         *,
         job_id: str | None,
-        also: str | None = None,
+        others: Mapping[str, Callable[[], Splitter[T]]] | None = None,
     ) -> AsyncGenerator[list[T], None]:
         """Yield the parts of a reply of any size as they come in. Tries again as long as nothing was yielded.
 
         Args:
             path: Below the base URL, escaped.
             params: The query.
-            make_splitter: Makes what cuts a reply of some media type into parts.
+            make_splitter: Makes what cuts a reply into parts.
             expected: What the reply should be, for errors.
             job_id: The job that it is about; None where it is about several.
-            also: A media type that the reply may have as well as JSON.
+            others: The same by media types that the reply may have as well as JSON.
         """
         retries = Retries(self.tries)
         begun = False
         while True:
             try:
                 async with (
-                    self._reply("GET", path, params, job_id, also=also) as response,
+                    self._reply("GET", path, params, job_id, also=tuple(others or ())) as response,
                     aclosing(self._pieces(response, "GET", path, job_id)) as pieces,
                 ):
-                    splitter = make_splitter(response.headers.get("content-type", "").partition(";")[0].strip())
+                    media_type = response.headers.get("content-type", "").partition(";")[0].strip()
+                    splitter = (others or {}).get(media_type, make_splitter)()
                     async for piece in pieces:
                         if parts := splitter.feed(piece):
                             begun = True
@@ -245,7 +246,7 @@ class FusedHttp:
         job_id: str | None,
         *,
         paced: bool = False,
-        also: str | None = None,
+        also: Sequence[str] = (),
     ) -> AsyncIterator[Reply]:
         """Send a request and give the answer if it is one; else raise what it means. Renews credentials once."""
         if not paced:
@@ -274,11 +275,11 @@ class FusedHttp:
         params: Params | None,
         job_id: str | None,
         authorization: Authorization,
-        also: str | None,
+        also: Sequence[str],
     ) -> Reply:
         headers = {"Authorization": authorization.value} if authorization.value else {}
         if also:
-            headers["Accept"] = f"application/json, {also}"
+            headers["Accept"] = ", ".join(("application/json", *also))
         try:
             return await client.send(method, path, urlencode(params or {}), headers=headers)
         except BROKEN as error:

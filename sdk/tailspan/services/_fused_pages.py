@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from operator import itemgetter
 from urllib.parse import urlencode
@@ -119,10 +120,8 @@ class ServedPages:
                 before = cursor
                 if cursor is not None:
                     params = {"cursor": cursor_text(cursor[len(CURSOR_MARK) :])}
-                request = self._http.parts(
-                    path, params, lambda _: FrameSplitter(for_one=True), "log pages", job_id=job_id
-                )
-                async with aclosing(request) as parts:
+                splitter = partial(FrameSplitter, for_one=True)
+                async with aclosing(self._http.parts(path, params, splitter, "log pages", job_id=job_id)) as parts:
                     async for frames in parts:
                         for frame in frames:
                             more = frame.more
@@ -158,7 +157,7 @@ class ServedPages:
         query = _query(batch)
         try:
             async with aclosing(
-                self._http.parts("/log-pages", query, lambda _: FrameSplitter(), "log pages", job_id=None)
+                self._http.parts("/log-pages", query, FrameSplitter, "log pages", job_id=None)
             ) as parts:
                 async for frames in parts:
                     for frame in frames:

@@ -8,9 +8,10 @@ same times and uids, and one request does for many jobs: see `tailspan.page_fram
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -249,11 +250,11 @@ class FusedService:
         """Yield the lines as the server sent them, with all keys, at or after ``since_ms``.
 
         Each sequence is sorted by time, which changes nothing where the server sends the oldest first. Our own server
-        sends log pages, which have the same lines at a third of the cost.
+        sends log pages, which have the same lines and cost less.
         """
         first_ms = max(0, since_ms or 0)
         since = first_ms - 1 if first_ms else None
-        async with aclosing(self._elements(job_id, since, messages, pages_too=True)) as parts:
+        async with aclosing(self._elements(job_id, since, messages, others={MEDIA_TYPE: MessageSplitter})) as parts:
             async for entries in parts:
                 found = [entry for entry in entries if entry["timestamp"] >= first_ms] if first_ms else entries
                 if found:
@@ -302,19 +303,14 @@ class FusedService:
         decoder: msgspec.json.Decoder[list[T]],
         step_bytes: int = STEP_BYTES,
         *,
-        pages_too: bool = False,
+        others: Mapping[str, Callable[[], Splitter[T]]] | None = None,
     ) -> AsyncGenerator[list[T], None]:
-        """Yield the elements of a log reply as they come in; of messages, the reply may also be log pages."""
-
-        def splitter(media_type: str) -> Splitter[Any]:
-            return MessageSplitter() if pages_too and media_type == MEDIA_TYPE else ArraySplitter(decoder, step_bytes)
-
+        """Yield the elements of a log reply as they come in; see `FusedHttp.parts` for the others."""
         path = f"/logs/{path_segment(check_job_id(job_id))}"
         params = None if since_ms is None else {"since_ms": max(0, since_ms)}
-        expected = 'an array of {"message": text, "timestamp": ms}'
-        also = MEDIA_TYPE if pages_too else None
-        expected += " or log pages" if pages_too else ""
-        return self._http.parts(path, params, splitter, expected, job_id=job_id, also=also)
+        expected = " or ".join(('an array of {"message": text, "timestamp": ms}', *(others or ())))
+        splitter = partial(ArraySplitter, decoder, step_bytes)
+        return self._http.parts(path, params, splitter, expected, job_id=job_id, others=others)
 
     def _status(self, request: str, body: bytes, job_id: str) -> tuple[RunResponse, Mapping[str, Any]]:
         expected = "the status of a job"
