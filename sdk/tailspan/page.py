@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from tailspan.text import split_text
 
@@ -56,6 +56,24 @@ class Message(TypedDict, total=False):
     message: str
     timestamp: int
     stream: str
+
+
+def _sharing_keys(**fields: Any) -> Any:
+    """Return a dict whose copies share one table of keys, as those of a class's instances do (PEP 412).
+
+    A copy takes 88 bytes where a dict of its own takes 184, and less time.
+    """
+    kind = type("_Fields", (), {})
+    # The first instances of a class have room for 30 attributes, each further one for one less, down to what is used.
+    for _ in range(30):
+        instance = kind()
+        for name, value in fields.items():
+            setattr(instance, name, value)
+    return vars(instance)
+
+
+_MESSAGE: Message = _sharing_keys(message="", timestamp=0)
+_FROM_STREAM: Message = _sharing_keys(message="", timestamp=0, stream="")
 
 
 class Line(NamedTuple):
@@ -231,13 +249,14 @@ class LogPage:
             texts = iter([line.decode("utf-8", "replace") for line in self.lines])
         for run in self.runs:
             nano, end, stream = run.time_unix_nano, run.time_unix_nano + run.lines, Stream.NAMES[run.stream]
+            empty = _FROM_STREAM.copy() if stream else _MESSAGE.copy()
+            if stream:
+                empty["stream"] = stream
             while nano < end:
-                ms = nano // NANOS_PER_MS
+                empty["timestamp"] = ms = nano // NANOS_PER_MS
                 past_nano = min(end, (ms + 1) * NANOS_PER_MS)
-                found: list[Message]
-                if stream:
-                    found = [{"message": x, "timestamp": ms, "stream": stream} for x in islice(texts, past_nano - nano)]
-                else:
-                    found = [{"message": x, "timestamp": ms} for x in islice(texts, past_nano - nano)]
-                yield from found
+                for text in islice(texts, past_nano - nano):
+                    message = empty.copy()
+                    message["message"] = text
+                    yield message
                 nano = past_nano

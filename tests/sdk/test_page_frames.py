@@ -1,5 +1,8 @@
 """Log pages as frames: what is written is what is read, however the reply is cut, and nothing else is taken for it."""
 
+import json
+import sys
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -69,6 +72,21 @@ def test_messages_are_lines_with_their_times_in_ms(lines, as_text, data):
         for line, nano, stream in zip(lines, page.times_unix_nano(), streams, strict=True)
     ]
     assert list(page.messages()) == expected
+
+
+def test_a_message_is_small_and_its_owner_s():
+    """Messages share their table of keys, which takes half of a dict's memory, and nothing else."""
+    page = LogPage(None, [Run(1, 5), Run(2, 7, Stream.STDERR)], b"", text=b"one\ntwo\nthree\n")
+    first, second, third = page.messages()
+    assert max(map(sys.getsizeof, (first, second, third))) < 0.6 * sys.getsizeof(dict.fromkeys(third))
+    second["seen"] = second.pop("stream")
+    assert [first, second, third] == [
+        {"message": "one", "timestamp": 0},
+        {"message": "two", "timestamp": 0, "seen": "stderr"},
+        {"message": "three", "timestamp": 0, "stream": "stderr"},
+    ]
+    assert list(page.messages())[1:2] == [{"message": "two", "timestamp": 0, "stream": "stderr"}]
+    assert json.dumps(third) == '{"message": "three", "timestamp": 0, "stream": "stderr"}'
 
 
 def as_read(page):
