@@ -7,8 +7,8 @@ PYTHONS := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 py
 ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 INSTALL := $(if $(UV),VIRTUAL_ENV=$(VENV) $(UV) pip install --quiet,$(BIN)/python -m pip install -qq --disable-pip-version-check)
 INSTALL += --constraint requirements.lock
-# What an installation has to be made anew after: the last two are the compiled part, which it has where there is a C compiler.
-INSTALLED := pyproject.toml requirements.lock agent/hatch_build.py agent/tailspan_agent/_framing.c
+# What an installation has to be made anew after: the C files are compiled where there is a C compiler.
+INSTALLED := pyproject.toml requirements.lock agent/hatch_build.py agent/tailspan_agent/_framing.c sdk/tailspan/_text.c
 
 # One more than there are cores, since tests wait for each other's processes and for timers, but at most four.
 WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN || echo 3); echo $$((n < 3 ? n + 1 : 4)))

@@ -1,7 +1,7 @@
-"""Builds `tailspan_agent/_framing.c` along with the package, where there is a C compiler.
+"""Builds the C files of both packages along with them, where there is a C compiler.
 
-Without one, or with ``TAILSPAN_PURE=1`` in the environment, the package has no compiled part, and the agent does the
-same in Python (`tailspan_agent.framing`); `tailspan doctor` says which it is. What was built is for CPython 3.11 and
+Without one, or with ``TAILSPAN_PURE=1`` in the environment, nothing is compiled, and the same is done in Python
+(`tailspan_agent.framing`, `tailspan.text`); `tailspan doctor` says which it is. What was built is for CPython 3.11 and
 all later versions (its limited API).
 """
 
@@ -19,12 +19,12 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from setuptools import Distribution, Extension
 from setuptools.errors import BaseError, CCompilerError
 
-_PACKAGE = "tailspan_agent"
+_SOURCES = ("agent/tailspan_agent/_framing.c", "sdk/tailspan/_text.c")
 _LIMITED_API = "0x030B0000"
 
 
-class FramingHook(BuildHookInterface[Any]):
-    """Puts the compiled part into wheels, and beside its source for editable installations."""
+class CompileHook(BuildHookInterface[Any]):
+    """Puts the compiled parts into wheels, and beside its source for editable installations."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile.
@@ -33,24 +33,27 @@ class FramingHook(BuildHookInterface[Any]):
             version: ``standard`` or ``editable``.
             build_data: What the wheel is made of.
         """
-        source = Path(self.root, "agent", _PACKAGE, "_framing.c")
+        sources = [Path(self.root, source) for source in _SOURCES]
         self._directory = tempfile.TemporaryDirectory()  # until the wheel is written, or the build ends otherwise
         try:
             if version == "editable":
-                for stale in source.parent.glob("_framing.*.so"):
-                    stale.unlink(missing_ok=True)
+                for source in sources:
+                    for stale in source.parent.glob(f"{source.stem}.*.so"):
+                        stale.unlink(missing_ok=True)
             if os.environ.get("TAILSPAN_PURE", "0") not in ("", "0") or sys.implementation.name != "cpython":
                 return
-            built = compiled(source, Path(self._directory.name))
+            built = {source: compiled(source, Path(self._directory.name)) for source in sources}
             if version == "editable":
-                shutil.copy(built, source.parent)
+                for source, extension in built.items():
+                    shutil.copy(extension, source.parent)
                 return
         except (BaseError, CCompilerError, OSError, ValueError) as error:
             self.app.display_warning(f"{error}; the agent frames lines in Python, which costs more")
             return
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data |= {"pure_python": False, "tag": f"cp311-abi3-{platform}"}
-        build_data["force_include"][str(built)] = f"{_PACKAGE}/{built.name}"
+        for source, extension in built.items():
+            build_data["force_include"][str(extension)] = f"{source.parent.name}/{extension.name}"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         """Clean up; see `initialize`."""
@@ -64,8 +67,9 @@ def compiled(source: Path, directory: Path) -> Path:
         CCompilerError: There is no compiler, or it has no headers of this Python.
         BaseError: It cannot be called.
     """
+    package = source.parent.name
     extension = Extension(
-        f"{_PACKAGE}.{source.stem}",
+        f"{package}.{source.stem}",
         [str(source)],
         extra_compile_args=["-g0"],
         define_macros=[("Py_LIMITED_API", _LIMITED_API)],
@@ -73,5 +77,5 @@ def compiled(source: Path, directory: Path) -> Path:
     )
     places = {"build_lib": str(directory), "build_temp": str(directory)}
     Distribution({"ext_modules": [extension], "options": {"build_ext": places}}).run_command("build_ext")
-    (built,) = directory.glob(f"{_PACKAGE}/{source.stem}.*")
+    (built,) = directory.glob(f"{package}/{source.stem}.*")
     return built

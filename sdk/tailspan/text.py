@@ -1,6 +1,11 @@
-"""Texts of lines, with a newline after each. Pure, stdlib only; the supervisor imports this."""
+"""Texts of lines, with a newline after each. Pure, stdlib only; the supervisor imports this.
+
+Counting is done in C where that could be compiled (`_text.c`): a job that prints as fast as it can waits for it.
+"""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 __all__ = ["count_lines", "split_text"]
 
@@ -15,3 +20,16 @@ def split_text(text: bytes) -> list[bytes]:
     lines = text.split(b"\n")
     lines.pop()
     return lines
+
+
+IN_PYTHON = count_lines
+"""`count_lines` as it stands above, also where a compiled one has taken its name."""
+
+if not TYPE_CHECKING:
+    try:
+        from tailspan._text import count_lines
+    except ImportError:  # it was not compiled where this was built
+        pass
+
+COMPILED = count_lines is not IN_PYTHON
+"""Whether the compiled part is here."""

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import shutil
-import subprocess
 import sys
-import sysconfig
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,12 +24,6 @@ from tailspan_agent.framing import (
     split_lines,
 )
 
-SOURCE = Path(framing.__file__).with_name("_framing.c")
-HEADERS = Path(sysconfig.get_path("include"))
-COMPILER = shutil.which((sysconfig.get_config_var("CC") or "cc").split()[0])
-can_compile = pytest.mark.skipif(
-    COMPILER is None or not (HEADERS / "Python.h").exists(), reason="there is no C compiler here, or no Python.h"
-)
 compiled = pytest.mark.skipif(not COMPILED, reason="nothing was compiled when Tailspan was installed")
 
 LINE = st.binary(max_size=200).map(lambda line: line.replace(b"\n", b" ")) | st.sampled_from(
@@ -166,18 +156,3 @@ def test_python_does_it_where_nothing_was_compiled() -> None:
         assert (alone.find_severities, alone.frame) == alone.IN_PYTHON
         assert alone.frame([b"x"], b"\1", FIELDS, [FramedRun(1, 7, b"s")], b"", 10)
     importlib.reload(sys.modules["tailspan_agent"])
-
-
-@can_compile
-def test_c_does_it_where_it_could_be_compiled() -> None:
-    """Installing Tailspan compiled it, so that all other tests ran with it."""
-    assert COMPILED, "pip install -e . again: since then its compiled part was removed, or there was no compiler"
-
-
-@can_compile
-def test_the_source_has_no_warnings(tmp_path: Path) -> None:
-    """Of the compiler that this Python was made with."""
-    flags = ("-std=c11", "-Wall", "-Wextra", "-Wshadow", "-Werror", "-O2", "-fPIC", "-DPy_LIMITED_API=0x030B0000")
-    command = (str(COMPILER), *flags, f"-I{HEADERS}", "-c", str(SOURCE), "-o", str(tmp_path / "framing.o"))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr

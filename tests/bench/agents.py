@@ -72,7 +72,8 @@ class Plan:
         if self.in_python:
             module = Path(self._hiding, "sitecustomize.py")
             module.parent.mkdir(exist_ok=True)
-            module.write_text('import sys\nsys.modules["tailspan_agent._framing"] = None\n')
+            hidden = "sys.modules['tailspan_agent._framing'] = sys.modules['tailspan._text'] = None"
+            module.write_text(f"import sys\n{hidden}\n")
         path = self.directory / "config.toml"
         path.write_text(
             f"[services.{service}]\n" + "\n".join(lines) + f"\n[agent]\nstate_dir = {json.dumps(str(self.state_dir))}\n"

@@ -27,8 +27,8 @@ def capture(scale: Scale, directory: Path) -> Iterator[Row]:
     """Measure; the wall time is that of printing alone, as the job itself sees it."""
     lines = scale.of(1_000_000)
     walls: dict[str, list[float]] = {"file": [], "tee": [], "run": []}
-    printer = shlex.join([sys.executable, "-S", "-E", PRINTER, str(lines), "whole"])
-    note, plain, copy = (str(directory / name) for name in ("wall", "plain", "copy"))
+    note, plain, copy, scratch = (str(directory / name) for name in ("wall", "plain", "copy", "scratch"))
+    printer = shlex.join([sys.executable, "-S", "-E", PRINTER, str(lines), "whole", "--warm", scratch])
 
     def shell(name: str, command: str) -> Usage:
         usage = run(["sh", "-c", command])
@@ -37,10 +37,9 @@ def capture(scale: Scale, directory: Path) -> Iterator[Row]:
 
     def job() -> Usage:
         noted = directory / "job.json"
-        # A virtual machine's very first use of a page costs more; tee, too, writes into pages that were used before.
         shutil.rmtree(directory / "jobs", ignore_errors=True)
         begun = time.perf_counter()
-        add_real(directory / "jobs", lines, note=noted)
+        add_real(directory / "jobs", lines, "--warm", scratch, "--supervisor", str(noted))
         walls["run"].append(json.loads(noted.read_text())["wall_s"])
         return Usage(0, time.perf_counter() - begun, json.loads(noted.read_text())["rss_kib"] * 1024)
 

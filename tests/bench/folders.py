@@ -33,16 +33,16 @@ def make_store(directory: Path, jobs: int, lines: int, *, how: str = "whole") ->
         lines: How many lines each has.
         how: ``whole`` or ``each``, see `tests.bench.printer`.
     """
-    real = [add_real(directory, lines, how=how) for _ in range(min(jobs, _REAL))]
+    real = [add_real(directory, lines, how) for _ in range(min(jobs, _REAL))]
     add_copies(directory, real, jobs - len(real))
     return directory
 
 
-def add_real(directory: Path, lines: int, *, how: str = "whole", note: Path | None = None) -> str:
-    """Run a real job to its end; return its id."""
+def add_real(directory: Path, lines: int, *options: str) -> str:
+    """Run a real job to its end, see `tests.bench.printer` for its options; return its id."""
     store = JobStore(directory)
     before = set(store.job_ids())
-    command = [sys.executable, "-S", "-E", PRINTER, str(lines), how, *(["--supervisor", str(note)] if note else [])]
+    command = [sys.executable, "-S", "-E", PRINTER, str(lines), *options]
     run(tailspan("run", "--name", "bench-0", "--", *command), env={"TAILSPAN_STATE_DIR": str(directory)})
     (job_id,) = set(store.job_ids()) - before
     return job_id

@@ -1,8 +1,10 @@
 """The benchmark's job: prints lines of 110 bytes on average, as a program started by path (it imports nothing else).
 
-    printer.py COUNT [whole|each] [--supervisor FILE]
+    printer.py COUNT [whole|each] [--warm FILE] [--supervisor FILE]
 
 ``whole`` writes 64 KiB at once, as a program does whose output is no terminal; ``each`` writes line by line. With
+``--warm`` whoever writes these lines into a file finds memory that was just used, as on a machine without a host: a
+page that a virtual machine has left alone for seconds costs it more than everything that is measured here. With
 ``--supervisor`` it notes what its parent, the job's supervisor, used up for these lines. It prints the wall time that
 printing took to standard error.
 """
@@ -47,6 +49,14 @@ def supervisor() -> dict[str, int]:
     return {"cpu_ns": cpu, "rss_kib": rss}
 
 
+def warm(path: str, pieces: list[bytes]) -> None:
+    """Use twice the memory that a file of these pieces takes, and give it back."""
+    with open(path, "wb") as file:
+        file.writelines(pieces)
+        file.writelines(pieces)
+    os.unlink(path)
+
+
 def main() -> None:
     """Print."""
     written = lines(int(sys.argv[1]))
@@ -55,6 +65,8 @@ def main() -> None:
     if "each" not in sys.argv:
         text = b"".join(written)
         pieces = [text[start : start + CHUNK] for start in range(0, len(text), CHUNK)]
+    if "--warm" in sys.argv:
+        warm(sys.argv[sys.argv.index("--warm") + 1], pieces)
     before = supervisor() if note else {}
     begun = time.perf_counter()
     for piece in pieces:

@@ -115,7 +115,8 @@ def local(scale: Scale, directory: Path) -> Iterator[Row]:
         count = scale.of(1_000_000)
         for number in range(scale.times):
             note = directory / f"{how}-{number}.json"
-            add_real(directory / "supervised", count, how=how, note=note)
+            options = how, "--warm", str(directory / "scratch"), "--supervisor", str(note)
+            add_real(directory / "supervised", count, *options)
             shutil.rmtree(directory / "supervised", ignore_errors=True)
             noted.append(json.loads(note.read_text())["cpu_ns"] / count / 1000)
         noted.sort()

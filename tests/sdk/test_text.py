@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tailspan import text as text_module
 from tailspan.page import LogPage, Run
-from tailspan.text import count_lines, split_text
+from tailspan.text import IN_PYTHON, count_lines, split_text
 
 TEXTS = st.lists(st.binary(max_size=5) | st.just(b"\n"), max_size=30).map(b"".join)
 
 
-@given(TEXTS)
-def test_lines_are_counted_as_bytes_does(text: bytes) -> None:
-    """Only faster."""
-    assert count_lines(text) == text.count(b"\n")
+@given(TEXTS, st.integers(0, 70), st.sampled_from([1, 700]))
+def test_lines_are_counted_as_bytes_does(text: bytes, newlines: int, repeats: int) -> None:
+    """Only faster; of short texts and of long ones, with few newlines or nothing else, in C and in Python."""
+    text = (text + b"\n" * newlines) * repeats
+    assert count_lines(text) == IN_PYTHON(text) == text.count(b"\n")
     assert len(split_text(text + b"\n")) == text.count(b"\n") + 1
 
 
@@ -32,3 +38,21 @@ def test_a_page_of_a_text_is_the_page_of_its_lines(lines: list[bytes], count: in
     assert page.joined() == one.joined()
     assert page == one
     assert page.lines == lines
+
+
+def test_what_is_no_bytes_is_refused() -> None:
+    """In C as in Python: nothing is read that is not a text."""
+    for one in (count_lines, IN_PYTHON):
+        with pytest.raises((TypeError, AttributeError)):
+            one("a\n")  # type: ignore[arg-type]
+
+
+def test_python_does_it_where_nothing_was_compiled() -> None:
+    """The same module, without its compiled part."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tailspan.text", text_module)  # as which the package has the other one while this runs
+        patch.setitem(sys.modules, "tailspan._text", None)
+        patch.delitem(sys.modules, text_module.__name__)
+        alone = importlib.import_module(text_module.__name__)
+        assert not alone.COMPILED
+        assert alone.count_lines(b"a\n\nb") == 2
