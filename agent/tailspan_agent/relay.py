@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
 from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -17,6 +17,7 @@ from tailspan_agent.backlog import Backlog
 from tailspan_agent.checkpoint import Store
 from tailspan_agent.insight import Insights
 from tailspan_agent.lanes import Lane, SpanLane
+from tailspan_agent.readers import Readers
 from tailspan_agent.redact import Redactor
 from tailspan_agent.runs import PipelineNames, RunTotals
 
@@ -25,11 +26,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Relay", "Source"]
 
-_READERS = 8
+# They wait for their service most of the time.
+_READERS, _READERS_A_LANE = 8, 6
 # Reading costs only CPU: a second reader is there so that one job's long log does not keep all others waiting.
 _READERS_A_LANE_IF_CHEAP = 2
-# The others wait for their service most of the time.
-_READERS_A_LANE = 4
 # Reads that go in one request: each holds at most 64 KiB.
 _READERS_A_LANE_IF_MERGED = 64
 _PAGES_A_TURN = 8
@@ -47,7 +47,10 @@ class Source:
     def __init__(self, service: JobService) -> None:
         self.service = service
         self._merging = service if isinstance(service, MergingService) else None
-        self._readers: dict[tuple[Lane | None, int], asyncio.Semaphore] = {}
+        self._single = (
+            Readers(math.inf, _READERS_A_LANE_IF_CHEAP) if self.is_cheap else Readers(_READERS, _READERS_A_LANE)
+        )
+        self._merged = Readers(math.inf, _READERS_A_LANE_IF_MERGED)
         self._first_look_at_s = float("-inf")
 
     @property
@@ -68,8 +71,10 @@ class Source:
         """How many pages of a log are read before others have their turn; a reply over HTTP is read to its end."""
         return _PAGES_A_TURN if self.is_cheap else math.inf
 
-    def readers(self, lane: Lane | None, cursor: bytes | None) -> tuple[asyncio.Semaphore, dict[str, Any]]:
-        """Return what limits the reads of one lane's jobs: readers that wait for a full lane keep no others waiting.
+    def readers(
+        self, lane: Lane | None, cursor: bytes | None
+    ) -> tuple[AbstractAsyncContextManager[None], dict[str, Any]]:
+        """Return what limits the reads of one lane's jobs.
 
         Args:
             lane: The lane; None where no lines are sent.
@@ -78,14 +83,9 @@ class Source:
         Returns:
             What to hold while it is read, and further keywords for ``read_logs``.
         """
-        most = _READERS if lane is None else _READERS_A_LANE_IF_CHEAP if self.is_cheap else _READERS_A_LANE
-        long_reads = self._readers_of(lane, most)
         if self.merges(cursor):
-            return self._readers_of(lane, _READERS_A_LANE_IF_MERGED), {"long_reads": long_reads}
-        return long_reads, {}
-
-    def _readers_of(self, lane: Lane | None, most: int) -> asyncio.Semaphore:
-        return self._readers.setdefault((lane, most), asyncio.Semaphore(most))
+            return self._merged.of(lane), {"long_reads": self._single.of(lane)}
+        return self._single.of(lane), {}
 
     def first_look_delay_s(self) -> float:
         """Return when to look for the first time at one more job that has nothing new, in seconds from now.

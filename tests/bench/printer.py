@@ -50,7 +50,8 @@ def supervisor() -> dict[str, int]:
 
 
 def warm(path: str, pieces: list[bytes]) -> None:
-    """Use twice the memory that a file of these pieces takes, and give it back."""
+    """Use twice the memory that a file of these pieces takes, and give it back; nothing is left to be written."""
+    os.sync()
     with open(path, "wb") as file:
         file.writelines(pieces)
         file.writelines(pieces)

@@ -1,0 +1,80 @@
+"""`Readers`: of one service some jobs are read at a time, and who has waited longest is next."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from itertools import count
+
+__all__ = ["Readers"]
+
+
+# Its number, by which it is known who came first.
+_Turn = tuple[int, asyncio.Future[None]]
+
+
+class Readers:
+    """Reads at a time, of all lanes and of one: those that wait for a full lane keep no others waiting.
+
+    Who came first goes first, whatever its lane. With a limit for each lane alone, the lanes of a service that may be
+    asked 20 times a second would share that equally, and jobs of the fuller one would have fewer turns.
+
+    Args:
+        most: How many read at a time.
+        most_a_lane: How many of them of one lane.
+    """
+
+    def __init__(self, most: float, most_a_lane: float) -> None:
+        self._free = most
+        self._most_a_lane = most_a_lane
+        self._reading: Counter[object] = Counter()
+        self._waiting: dict[object, deque[_Turn]] = {}
+        self._numbers = count()
+
+    @asynccontextmanager
+    async def of(self, lane: object) -> AsyncIterator[None]:
+        """Hold a place among the readers.
+
+        Args:
+            lane: Where what is read goes to.
+        """
+        await self._enter(lane)
+        try:
+            yield
+        finally:
+            self._leave(lane)
+
+    async def _enter(self, lane: object) -> None:
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(lane, deque()).append((next(self._numbers), turn))
+        self._let_in()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled():  # its turn had come
+                self._leave(lane)
+            raise
+
+    def _leave(self, lane: object) -> None:
+        self._free += 1
+        self._reading[lane] -= 1
+        self._let_in()
+
+    def _let_in(self) -> None:
+        while self._free > 0 and (queue := self._next()) is not None:
+            lane, turns = queue
+            turns.popleft()[1].set_result(None)
+            self._free -= 1
+            self._reading[lane] += 1
+
+    def _next(self) -> tuple[object, deque[_Turn]] | None:
+        """Return the lane whose first in line has waited longest, among those that have room for one more reader."""
+        queues = []
+        for lane, turns in self._waiting.items():
+            while turns and turns[0][1].done():  # cancelled
+                turns.popleft()
+            if turns and self._reading[lane] < self._most_a_lane:
+                queues.append((lane, turns))
+        return min(queues, key=lambda queue: queue[1][0][0], default=None)
