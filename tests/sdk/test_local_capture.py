@@ -61,6 +61,13 @@ def test_a_piece_fits_an_entry_and_counts_its_lines(output, cuts):
         assert piece.text.count(b"\n") + bool(piece.flags & NO_NEWLINE) == piece.lines
 
 
+def test_many_short_lines_make_few_entries():
+    """Each is at least half full: an entry takes 32 bytes."""
+    pieces = list(pieces_of(b"x\n" * 100_000))
+    assert sum(piece.lines for piece in pieces) == 100_000
+    assert min(piece.lines for piece in pieces) >= index.MAX_ENTRY_LINES // 2
+
+
 @given(st.text(st.sampled_from("aü€😀"), min_size=20))
 def test_a_long_line_is_not_cut_within_a_character(text):
     """The parts of a long UTF-8 line are valid UTF-8."""

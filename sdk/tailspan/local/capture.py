@@ -70,12 +70,13 @@ def _cut(text: bytes, end: int) -> int:
 
 def _by_lines(text: bytes, max_lines: int) -> Iterator[Piece]:
     lines = count_lines(text)
-    while lines > max_lines:
-        rest = text.split(b"\n", max_lines)[-1]
-        yield Piece(text[: len(text) - len(rest)], max_lines)
-        text = rest
-        lines -= max_lines
-    yield Piece(text, lines)
+    if lines <= max_lines:
+        yield Piece(text, lines)
+        return
+    half = len(text) // 2
+    middle = text.rfind(b"\n", 0, half) + 1 or text.index(b"\n", half) + 1
+    yield from _by_lines(text[:middle], max_lines)
+    yield from _by_lines(text[middle:], max_lines)
 
 
 class LineBuffer:
