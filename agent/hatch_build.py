@@ -72,6 +72,8 @@ def compiled(source: Path, directory: Path) -> Path:
         f"{package}.{source.stem}",
         [str(source)],
         extra_compile_args=["-g0"],
+        # By the libc that an extension needs auditwheel knows what the wheel is for, also if it uses nothing of it.
+        extra_link_args=["-Wl,--no-as-needed"] if sys.platform == "linux" else [],
         define_macros=[("Py_LIMITED_API", _LIMITED_API)],
         py_limited_api=True,
     )
