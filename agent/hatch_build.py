@@ -24,7 +24,7 @@ _LIMITED_API = "0x030B0000"
 
 
 class CompileHook(BuildHookInterface[Any]):
-    """Puts the compiled parts into wheels, and beside its source for editable installations."""
+    """Puts the compiled parts into wheels, and beside their sources for editable installations."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile.
@@ -48,7 +48,7 @@ class CompileHook(BuildHookInterface[Any]):
                     shutil.copy(extension, source.parent)
                 return
         except (BaseError, CCompilerError, OSError, ValueError) as error:
-            self.app.display_warning(f"{error}; the agent frames lines in Python, which costs more")
+            self.app.display_warning(f"{error}; lines are counted and framed in Python, which costs more")
             return
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data |= {"pure_python": False, "tag": f"cp311-abi3-{platform}"}

@@ -48,13 +48,17 @@ class Readers:
 
     async def _enter(self, lane: object) -> None:
         turn = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(lane, deque()).append((next(self._numbers), turn))
+        waiting = next(self._numbers), turn
+        turns = self._waiting.setdefault(lane, deque())
+        turns.append(waiting)
         self._let_in()
         try:
             await turn
-        except asyncio.CancelledError:
-            if not turn.cancelled():  # its turn had come
+        except BaseException:
+            if turn.done() and not turn.cancelled():  # its turn had come
                 self._leave(lane)
+            elif waiting in turns:
+                turns.remove(waiting)
             raise
 
     def _leave(self, lane: object) -> None:
@@ -65,16 +69,15 @@ class Readers:
     def _let_in(self) -> None:
         while self._free > 0 and (queue := self._next()) is not None:
             lane, turns = queue
-            turns.popleft()[1].set_result(None)
-            self._free -= 1
-            self._reading[lane] += 1
+            _, turn = turns.popleft()
+            if not turn.cancelled():
+                turn.set_result(None)
+                self._free -= 1
+                self._reading[lane] += 1
 
     def _next(self) -> tuple[object, deque[_Turn]] | None:
         """Return the lane whose first in line has waited longest, among those that have room for one more reader."""
-        queues = []
-        for lane, turns in self._waiting.items():
-            while turns and turns[0][1].done():  # cancelled
-                turns.popleft()
-            if turns and self._reading[lane] < self._most_a_lane:
-                queues.append((lane, turns))
+        queues = [
+            (lane, turns) for lane, turns in self._waiting.items() if turns and self._reading[lane] < self._most_a_lane
+        ]
         return min(queues, key=lambda queue: queue[1][0][0], default=None)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Relay", "Source"]
 
-# They wait for their service most of the time.
+# They wait for their service most of the time. Of two lanes one that is stuck leaves the other two.
 _READERS, _READERS_A_LANE = 8, 6
 # Reading costs only CPU: a second reader is there so that one job's long log does not keep all others waiting.
 _READERS_A_LANE_IF_CHEAP = 2

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-__all__ = ["count_lines", "split_text"]
+__all__ = ["COMPILED", "count_lines", "split_text"]
 
 
 def count_lines(text: bytes) -> int:

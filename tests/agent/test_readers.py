@@ -77,7 +77,7 @@ async def test_a_lane_that_is_full_keeps_no_others_waiting() -> None:
 
 @pytest.mark.anyio
 async def test_a_place_is_given_back_however_a_read_ends() -> None:
-    """By an error, cancelled while it waits, or cancelled in the moment in which its turn comes."""
+    """By an error, or cancelled while it reads or waits."""
     field = Field(1, 1)
     await field.ask("a1!", "a2", "b3", "b4", "a5")
     await field.cancel("a2")
@@ -90,6 +90,31 @@ async def test_a_place_is_given_back_however_a_read_ends() -> None:
     await field.ask("b6")
     assert field.begun[3:] == ["b6"]
     await field.end("b6")
+
+
+@pytest.mark.anyio
+async def test_a_place_is_given_back_by_who_is_cancelled_in_the_moment_of_its_turn() -> None:
+    """It was given the place and has not run since."""
+    readers, over, begun = Readers(1, 1), asyncio.Event(), []
+
+    async def first() -> None:
+        async with readers.of("a"):
+            await over.wait()
+        second.cancel()
+
+    async def read(lane: str) -> None:
+        async with readers.of(lane):
+            begun.append(lane)
+
+    task = asyncio.create_task(first())
+    await anyio.wait_all_tasks_blocked()
+    second = asyncio.create_task(read("b"))
+    await anyio.wait_all_tasks_blocked()
+    over.set()
+    await asyncio.wait([task, second])
+    assert second.cancelled()
+    await asyncio.wait_for(read("c"), 10)
+    assert begun == ["c"]
 
 
 @given(

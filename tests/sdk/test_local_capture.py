@@ -61,11 +61,15 @@ def test_a_piece_fits_an_entry_and_counts_its_lines(output, cuts):
         assert piece.text.count(b"\n") + bool(piece.flags & NO_NEWLINE) == piece.lines
 
 
-def test_many_short_lines_make_few_entries():
-    """Each is at least half full: an entry takes 32 bytes."""
-    pieces = list(pieces_of(b"x\n" * 100_000))
-    assert sum(piece.lines for piece in pieces) == 100_000
-    assert min(piece.lines for piece in pieces) >= index.MAX_ENTRY_LINES // 2
+@given(st.lists(st.integers(0, 9)), st.integers(1, 5))
+def test_all_pieces_of_short_lines_but_the_last_are_full(lengths, max_lines):
+    """An entry takes 32 bytes; and what follows a piece is cut the same when it is cut for itself."""
+    text = b"".join(b"x" * length + b"\n" for length in lengths)
+    pieces = list(pieces_of(text, max_lines=max_lines))
+    assert all(piece.lines == max_lines for piece in pieces[:-1])
+    for number, piece in enumerate(pieces):
+        text = text.removeprefix(piece.text)
+        assert list(pieces_of(text, max_lines=max_lines)) == pieces[number + 1 :]
 
 
 @given(st.text(st.sampled_from("aü€😀"), min_size=20))

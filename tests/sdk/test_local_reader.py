@@ -120,6 +120,21 @@ def test_every_cursor_resumes_exactly(reads):
             before += count
 
 
+def test_text_without_entries_resumes_exactly():
+    """Also where it has more lines than an entry may have, and the cursor is an entry's that is lost."""
+    with directory() as path:
+        text = b"".join(b"%d %s\n" % (n, b"x" * (n * 7919 % 90)) for n in range(14_000))
+        write(path, [])
+        (path / "log").write_bytes(text)
+        whole = pages(path, str(text.index(b"\n", 60_000) + 1).encode(), ended=True)
+        assert len(whole) > 1
+        for number, page in enumerate(whole):
+            rest = pages(path, page.cursor, ended=True)
+            assert [uid for one in rest for uid in one.uids()] == [
+                uid for one in whole[number + 1 :] for uid in one.uids()
+            ]
+
+
 @given(READS, st.integers(0, 400))
 def test_an_index_torn_anywhere_loses_no_line(reads, keep):
     """While the job runs, a torn index ends early; once its supervisor is gone, the rest is recovered."""

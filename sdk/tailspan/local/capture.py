@@ -69,14 +69,27 @@ def _cut(text: bytes, end: int) -> int:
 
 
 def _by_lines(text: bytes, max_lines: int) -> Iterator[Piece]:
-    lines = count_lines(text)
-    if lines <= max_lines:
-        yield Piece(text, lines)
-        return
-    half = len(text) // 2
-    middle = text.rfind(b"\n", 0, half) + 1 or text.index(b"\n", half) + 1
-    yield from _by_lines(text[:middle], max_lines)
-    yield from _by_lines(text[middle:], max_lines)
+    # Each piece is full but the last: what follows one is cut the same when it is cut for itself, so that text without
+    # entries has the same uids wherever its reading is resumed.
+    lines, start = count_lines(text), 0
+    while lines > max_lines:
+        end = _after_lines(text, start, max_lines)
+        yield Piece(text[start:end], max_lines)
+        start, lines = end, lines - max_lines
+    yield Piece(text[start:], lines)
+
+
+def _after_lines(text: bytes, start: int, lines: int) -> int:
+    """Return the offset behind the next so many newlines: halving takes no look at each of them."""
+    end = len(text)
+    while end - start > 1:
+        middle = (start + end) // 2
+        found = count_lines(text[start:middle])
+        if found < lines:
+            start, lines = middle, lines - found
+        else:
+            end = middle
+    return end
 
 
 class LineBuffer:
