@@ -48,7 +48,7 @@ $(VENV)/tools/.installed: Makefile | $(BIN)/python
 	@$(VENV)/tools/bin/python -m pip install -qq --disable-pip-version-check $(TOOLS)
 	@touch $@
 
-# What a release uploads: the source archive, the wheel made from it, and one with the compiled part, which needs a C compiler;
+# What a release uploads: the source archive, the wheel made from it, and one with the parts in C, which needs a C compiler;
 # on Linux it is told what it needs of the system (manylinux). The latter for each platform that has one.
 DIST := dist
 dist: $(VENV)/tools/.installed

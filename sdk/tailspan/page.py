@@ -72,8 +72,10 @@ def _sharing_keys(**fields: Any) -> Any:
     return vars(instance)
 
 
-_MESSAGE: Message = _sharing_keys(message="", timestamp=0)
-_FROM_STREAM: Message = _sharing_keys(message="", timestamp=0, stream="")
+# By stream; a line of none has no key for it.
+_EMPTY_MESSAGES: list[Message] = [
+    _sharing_keys(message="", timestamp=0, **({"stream": name} if name else {})) for name in Stream.NAMES
+]
 
 
 class Line(NamedTuple):
@@ -248,10 +250,8 @@ class LogPage:
         else:
             texts = iter([line.decode("utf-8", "replace") for line in self.lines])
         for run in self.runs:
-            nano, end, stream = run.time_unix_nano, run.time_unix_nano + run.lines, Stream.NAMES[run.stream]
-            empty = _FROM_STREAM.copy() if stream else _MESSAGE.copy()
-            if stream:
-                empty["stream"] = stream
+            nano, end = run.time_unix_nano, run.time_unix_nano + run.lines
+            empty = _EMPTY_MESSAGES[run.stream].copy()
             while nano < end:
                 empty["timestamp"] = ms = nano // NANOS_PER_MS
                 past_nano = min(end, (ms + 1) * NANOS_PER_MS)

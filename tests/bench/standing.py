@@ -152,7 +152,7 @@ def latency(scale: Scale, directory: Path) -> Iterator[Row]:
                 requests_per_second=requests_per_second,
             )
             # A plain server cannot be asked for several jobs at once: at the default limit each has its turn each 5 s.
-            interval_s = max(FusedService.poll_min_s, len(option) * jobs / requests_per_second)
+            interval_s = max(FusedService.poll_min_s, jobs / requests_per_second if option else 0.0)
             plans[case] = plan, (interval_s + 0.3) * 1000
         for case, (plan, limit_ms) in plans.items():
             with running(plan) as agent:

@@ -153,7 +153,8 @@ class MergingService(JobService, Protocol):
             cursor: See there.
             since_ms: See there.
             late_window_s: See there.
-            long_reads: Entered while a job has a reply of its own, which can be long: limits how many at a time.
+            long_reads: Entered, once at most, while a job has a reply of its own, which can be long: limits how many at
+                a time.
         """
         ...
 
