@@ -8,7 +8,7 @@ ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 INSTALL := $(if $(UV),VIRTUAL_ENV=$(VENV) $(UV) pip install --quiet,$(BIN)/python -m pip install -qq --disable-pip-version-check)
 INSTALL += --constraint requirements.lock
 # What an installation has to be made anew after: the C files are compiled where there is a C compiler.
-INSTALLED := pyproject.toml requirements.lock agent/hatch_build.py agent/tailspan_agent/_framing.c sdk/tailspan/_text.c
+INSTALLED := pyproject.toml requirements.lock agent/hatch_build.py agent/tailspan_agent/records/_framing.c sdk/tailspan/logs/_text.c
 
 # One more than there are cores, since tests wait for each other's processes and for timers, but at most four.
 WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN || echo 3); echo $$((n < 3 ? n + 1 : 4)))
@@ -24,6 +24,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/mypy tests/typing_api.py
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/pytest -n $(WORKERS)
 
 # What is in deploy/ and the page against the real things: Debian's prometheus (with promtool), docker-compose and chromium, and npm for Grafana's grammars.

@@ -1,8 +1,8 @@
 """Builds the C files of both packages along with them, where there is a C compiler.
 
 Without one, or with ``TAILSPAN_PURE=1`` in the environment, nothing is compiled, and the same is done in Python
-(`tailspan_agent.framing`, `tailspan.text`); `tailspan doctor` says which it is. What was built is for CPython 3.11 and
-all later versions (its limited API).
+(`tailspan_agent.records.framing`, `tailspan.logs.text`); `tailspan doctor` says which it is. What was built is for
+CPython 3.11 and all later versions (its limited API).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from setuptools import Distribution, Extension
 from setuptools.errors import BaseError, CCompilerError
 
-_SOURCES = ("agent/tailspan_agent/_framing.c", "sdk/tailspan/_text.c")
+_SOURCES = ("agent/tailspan_agent/records/_framing.c", "sdk/tailspan/logs/_text.c")
 _LIMITED_API = "0x030B0000"
 
 
@@ -53,7 +53,7 @@ class CompileHook(BuildHookInterface[Any]):
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data |= {"pure_python": False, "tag": f"cp311-abi3-{platform}"}
         for source, extension in built.items():
-            build_data["force_include"][str(extension)] = f"{source.parent.name}/{extension.name}"
+            build_data["force_include"][str(extension)] = str(_in_package(source).with_name(extension.name))
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         """Clean up; see `initialize`."""
@@ -67,9 +67,8 @@ def compiled(source: Path, directory: Path) -> Path:
         CCompilerError: There is no compiler, or it has no headers of this Python.
         BaseError: It cannot be called.
     """
-    package = source.parent.name
     extension = Extension(
-        f"{package}.{source.stem}",
+        ".".join(_in_package(source).with_suffix("").parts),
         [str(source)],
         extra_compile_args=["-g0"],
         # By the libc that an extension needs auditwheel knows what the wheel is for, also if it uses nothing of it.
@@ -79,5 +78,12 @@ def compiled(source: Path, directory: Path) -> Path:
     )
     places = {"build_lib": str(directory), "build_temp": str(directory)}
     Distribution({"ext_modules": [extension], "options": {"build_ext": places}}).run_command("build_ext")
-    (built,) = directory.glob(f"{package}/{source.stem}.*")
+    (built,) = directory.glob(f"**/{source.stem}.*.so")
     return built
+
+
+def _in_package(source: Path) -> Path:
+    """Return the path below ``sdk`` or ``agent``: where the extension stands in a wheel."""
+    parts = source.parts
+    first = max(index for index, part in enumerate(parts) if part in ("sdk", "agent"))
+    return Path(*parts[first + 1 :])

@@ -1,9 +1,9 @@
 #!/bin/sh
 # The sample pipelines of `tailspan demo`, over and over: one succeeds, one fails, one shows progress, one runs out of time.
 while true; do
-  tailspan run --name weather-etl -- python -m tailspan_agent.pipelines.weather_etl
-  tailspan run --name invoice-import -- python -m tailspan_agent.pipelines.invoice_import
-  tailspan run --name tile-render -- python -m tailspan_agent.pipelines.tile_render
-  tailspan run --name backfill-year --timeout "${DEMO_TIMEOUT:-45}" -- python -m tailspan_agent.pipelines.backfill_year
+  tailspan run --name weather-etl -- python -m tailspan_agent.commands.demo_pipelines.weather_etl
+  tailspan run --name invoice-import -- python -m tailspan_agent.commands.demo_pipelines.invoice_import
+  tailspan run --name tile-render -- python -m tailspan_agent.commands.demo_pipelines.tile_render
+  tailspan run --name backfill-year --timeout "${DEMO_TIMEOUT:-45}" -- python -m tailspan_agent.commands.demo_pipelines.backfill_year
   sleep "${DEMO_PAUSE:-15}"
 done >/dev/null 2>&1

@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.fakes.agents import Bench
+from tests.fakes.collector import Collector
 
 # On a busy machine each of these has failed for being slow, and a timing is no test.
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -29,3 +34,16 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     """Remove the state directory."""
     if _STATE_HOME in config.stash:
         shutil.rmtree(config.stash[_STATE_HOME], ignore_errors=True)
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    """A collector that runs for the test."""
+    with Collector() as running:
+        yield running
+
+
+@pytest.fixture
+def bench(tmp_path: Path, collector: Collector) -> Bench:
+    """A state directory, a collector and a fake service."""
+    return Bench(tmp_path, collector)

@@ -26,4 +26,4 @@ install 2.9.5
 export TEST_FUSED_PYTHONS
 
 # With -k, driving no client at all is a failure.
-exec "$pytest" tests/sdk/test_server_fused_client.py -k published_client "$@"
+exec "$pytest" tests/integration/sdk/job_api/test_fused_client.py -k published_client "$@"

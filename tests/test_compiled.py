@@ -12,7 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # Each beside the module that does the same in Python.
-SOURCES = {"tailspan.text": "sdk/tailspan/_text.c", "tailspan_agent.framing": "agent/tailspan_agent/_framing.c"}
+SOURCES = {
+    "tailspan.logs.text": "sdk/tailspan/logs/_text.c",
+    "tailspan_agent.records.framing": "agent/tailspan_agent/records/_framing.c",
+}
 HEADERS = Path(sysconfig.get_path("include"))
 COMPILER = shutil.which((sysconfig.get_config_var("CC") or "cc").split()[0])
 

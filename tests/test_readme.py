@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tailspan import JobNotFoundError, JobService, job_get_logs, job_get_status
-from tailspan.identity import span_id, trace_id
+from tailspan._identity import span_id, trace_id
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

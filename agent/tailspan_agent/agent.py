@@ -1,6 +1,6 @@
 """The agent: puts the parts together, starts them, reloads them by difference, and stops them in order.
 
-watchers -> tailers -> lanes -> outlets (sender, exporter) -> acks -> store
+discoveries -> tailers -> queues -> endpoints (retrying exporter) -> acks -> store
 """
 
 from __future__ import annotations
@@ -10,36 +10,34 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from tailspan.config import Settings
 from tailspan.errors import ConfigError, JobNotFoundError, TailspanError
 from tailspan.services import JobService, open_service
-from tailspan_agent.agent_metrics import AgentMetrics, agent_resource
-from tailspan_agent.backlog import Backlog
-from tailspan_agent.changes import changes_that_wait
-from tailspan_agent.checkpoint import Store
+from tailspan_agent.analysis.assessment import Assessment, JobSnapshot, PipelineStats, assess
+from tailspan_agent.analysis.baseline import Histories
+from tailspan_agent.analysis.run_totals import PipelineNames
+from tailspan_agent.checkpoint.store import Store
 from tailspan_agent.errors import CheckpointError
-from tailspan_agent.expectations import Expectations
-from tailspan_agent.facts import JobFacts
-from tailspan_agent.following import Following
-from tailspan_agent.history import Histories
-from tailspan_agent.insight import FollowedJob, Insight, Insights, insight_of
-from tailspan_agent.lanes import Lane, SpanLane
-from tailspan_agent.once_result import OnceResult
-from tailspan_agent.outlets import Outlets
-from tailspan_agent.page.shown import Shown
-from tailspan_agent.redact import Redactor
-from tailspan_agent.relay import Relay
-from tailspan_agent.runs import PipelineNames
-from tailspan_agent.tailer import Tailer
+from tailspan_agent.exporter.endpoints import SIGNALS, Endpoints
+from tailspan_agent.job.ledger import JobLedger
+from tailspan_agent.metrics.agent import AgentMetrics, agent_resource
+from tailspan_agent.metrics.telemetry import MetricsPush, Telemetry, export_interval_s
+from tailspan_agent.pipeline.context import PipelineContext
+from tailspan_agent.pipeline.missing_runs import MissingRuns
+from tailspan_agent.pipeline.queue import LogQueue, SpanQueue
+from tailspan_agent.pipeline.stream_order import StreamOrder
+from tailspan_agent.receiver.discovery import JobDiscovery
+from tailspan_agent.receiver.receiver import Receiver
+from tailspan_agent.receiver.tailer import Tailer
+from tailspan_agent.records.redact import Redactor
 from tailspan_agent.tasks import cancelled
-from tailspan_agent.telemetry import MetricsPush, Telemetry, export_interval_s
-from tailspan_agent.watcher import Watcher
+from tailspan_agent.web.agent_view import AgentView
 
 if TYPE_CHECKING:
-    from tailspan_agent.status_server import StatusServer
+    from tailspan_agent.web.server import StatusServer
 
 __all__ = ["Agent", "OnceResult"]
 
@@ -48,7 +46,36 @@ _FORGET_S = 30 * 86400.0
 _HOUSEKEEPING_S = 3600.0
 _LAST_PUSH_S = 5.0
 
+_RESTART_KEYS = (
+    "state_dir",
+    "listen",
+    "token",
+    "token_file",
+    "max_pipeline_names",
+    "run_id_on_metrics",
+    "service_name",
+)
+
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class OnceResult:
+    """What one pass relayed.
+
+    Attributes:
+        jobs: How many jobs were looked at.
+        acked: How many log records the endpoint took.
+        rejected: How many records went to the dead letter.
+        failures: Services and jobs that could not be read, and why.
+        delivered: Whether all that was read is acked or dead-lettered.
+    """
+
+    jobs: int
+    acked: int
+    rejected: int
+    failures: tuple[TailspanError, ...]
+    delivered: bool
 
 
 class Agent:
@@ -59,8 +86,8 @@ class Agent:
         opener: Makes the configured service of a name.
 
     Attributes:
-        insights: What is known of pipelines from their past: ``insights.histories.of(label)`` is a `PipelineHistory`
-            with the last runs, the success rate and the usual durations; iterating ``insights.histories`` names them.
+        pipeline_stats: What is known of pipelines from their past: ``histories.of(label)`` is a `PipelineHistory`
+            last runs, the success rate and the usual durations; iterating ``histories`` names them.
 
     Raises:
         ConfigError: The configuration asks for what cannot be.
@@ -77,7 +104,7 @@ class Agent:
                 _log.warning("the checkpoint store was damaged (%s)", self.store.recovered)
             self._make_parts(settings)
             undo.pop_all()
-        self._following = Following(self._relay, opener)
+        self._receiver = Receiver(self._context, opener)
         self._pumps: list[asyncio.Task[None]] = []
         self._pushing: asyncio.Task[None] | None = None
         self.server: StatusServer | None = None
@@ -90,51 +117,51 @@ class Agent:
         self.metrics = AgentMetrics(
             agent_resource(settings.agent.service_name, self.store.instance_id, settings.otlp.resource)
         )
-        self.outlets = Outlets(settings, self.metrics)
-        logs, traces = self.outlets.get("logs"), self.outlets.get("traces")
+        self.endpoints = Endpoints(settings, self.metrics)
+        logs, traces = self.endpoints.get("logs"), self.endpoints.get("traces")
         runs = self.store.runs()
         # What is expected comes first: it must not share a name with what is not, however many names there are.
         known = [*(expect.name for expect in settings.agent.expect), *(total.pipeline for total in runs)]
-        self.insights = Insights(
+        self.pipeline_stats = PipelineStats(
             histories=Histories(self.store.history.past_runs()), too_fast=self.store.history.too_fast()
         )
-        self._relay = Relay(
+        self._context = PipelineContext(
             store=self.store,
-            lanes=[Lane(self.store, logs) for _ in range(_LANES)] if logs else [],
-            spans=SpanLane(self.store, traces) if traces else None,
-            backlog=Backlog(),
+            queues=[LogQueue(self.store, logs) for _ in range(_LANES)] if logs else [],
+            spans=SpanQueue(self.store, traces) if traces else None,
+            stream_order=StreamOrder(),
             health=self.metrics,
             redactor=Redactor.from_settings(settings.redact),
             otlp_resource=settings.otlp.resource,
             names=PipelineNames(settings.agent.max_pipeline_names, known),
             totals={total.key: total for total in runs},
-            insights=self.insights,
+            pipeline_stats=self.pipeline_stats,
         )
         self.telemetry = Telemetry(
             self.metrics,
-            runs=lambda: list(self._relay.totals.values()),
+            runs=lambda: list(self._context.totals.values()),
             jobs=self._followed,
-            names=self._relay.names,
+            names=self._context.names,
             start_unix_nano=self.store.start_unix_nano,
-            insights=self.insights,
+            pipeline_stats=self.pipeline_stats,
             run_id_on_metrics=settings.agent.run_id_on_metrics,
         )
 
     @property
     def tailers(self) -> list[Tailer]:
         """The tailers that run now."""
-        return list(self._following.tailers)
+        return list(self._receiver.tailers)
 
     @property
-    def watchers(self) -> list[Watcher]:
+    def discoveries(self) -> list[JobDiscovery]:
         """The watchers, one per watched service."""
-        return list(self._following.watchers.values())
+        return list(self._receiver.discoveries.values())
 
     def problems(self) -> list[str]:
         """Return short words for what keeps the agent from relaying; empty when it is ready."""
-        found = [f"endpoint_{signal}_paused" for signal in self.outlets.paused()]
+        found = [f"endpoint_{signal}_paused" for signal in self.endpoints.paused()]
         found += ["checkpoint_store_unwritable"] if self.store.refused else []
-        return found + [f"service_{name}_unreachable" for name in self._following.unreachable]
+        return found + [f"service_{name}_unreachable" for name in self._receiver.unreachable]
 
     def delivery(self, identity: str, job_id: str) -> dict[str, object]:
         """Return what became of a job's lines, for ``tailspan wait --delivered``.
@@ -146,18 +173,18 @@ class Agent:
         known = self.store.job(identity, job_id)
         if known is None:
             return {"known": False, "logs_complete": False}
-        facts = JobFacts.from_json(known.facts)
-        return {"known": True, "logs_complete": known.logs_complete, "lines": facts.lines, **asdict(facts.delivery)}
+        ledger = JobLedger.from_json(known.ledger)
+        return {"known": True, "logs_complete": known.logs_complete, "lines": ledger.lines, **asdict(ledger.delivery)}
 
-    def followed_jobs(self) -> list[tuple[FollowedJob, Insight]]:
+    def followed_jobs(self) -> list[tuple[JobSnapshot, Assessment]]:
         """Return the jobs that are followed now, each with what can be told of it: progress, time left, what is odd."""
-        now_ns, label, histories = time.time_ns(), self._relay.names.label, self.insights.histories
-        jobs = self._following.followed
-        return [(job, insight_of(job, histories.of(label(job.status.job_name)), now_ns)) for job in jobs]
+        now_ns, label, histories = time.time_ns(), self._context.names.label, self.pipeline_stats.histories
+        jobs = self._receiver.followed
+        return [(job, assess(job, histories.of(label(job.status.job_name)), now_ns)) for job in jobs]
 
-    def _followed(self) -> list[FollowedJob]:
-        self.outlets.paused()  # asked with each snapshot, so that the metrics say it too
-        return self._following.followed
+    def _followed(self) -> list[JobSnapshot]:
+        self.endpoints.paused()  # asked with each snapshot, so that the metrics say it too
+        return self._receiver.followed
 
     @property
     def stopping(self) -> bool:
@@ -185,18 +212,18 @@ class Agent:
             address = self.settings.agent.listen_address
             if address is not None:
                 # Uvicorn and Starlette take 90 ms, which a single pass does without.
-                from tailspan_agent.status_server import StatusServer
+                from tailspan_agent.web.server import StatusServer
 
                 self.server = StatusServer(
                     address,
                     metrics=self.telemetry.prometheus_text,
                     readiness=self.problems,
                     delivery=self.delivery,
-                    shown=Shown(
-                        relay=self._relay,
-                        following=self._following,
+                    shown=AgentView(
+                        context=self._context,
+                        receiver=self._receiver,
                         settings=lambda: self.settings,
-                        outlets=self.outlets,
+                        endpoints=self.endpoints,
                         problems=self.problems,
                     ),
                     token=self.settings.agent.read_token(),
@@ -204,23 +231,23 @@ class Agent:
                 )
                 await stack.enter_async_context(self.server)
             self._start_pushing()
-            self._following.watch(await self._following.open(self.settings, {}), self.settings)
+            self._receiver.watch(await self._receiver.open(self.settings, {}), self.settings)
             self._pumps.append(asyncio.create_task(self._housekeep()))
-            expectations = Expectations(
-                self._relay,
-                jobs=lambda: self._following.followed,
+            missing_runs = MissingRuns(
+                self._context,
+                jobs=lambda: self._receiver.followed,
                 settings=lambda: self.settings,
-                seen_all=lambda: self._following.has_seen_all,
+                seen_all=lambda: self._receiver.has_seen_all,
             )
-            self._pumps.append(asyncio.create_task(expectations.run()))
-            _log.info("the agent follows %s", ", ".join(sorted(self._following.watchers)) or "nothing")
+            self._pumps.append(asyncio.create_task(missing_runs.run()))
+            _log.info("the agent follows %s", ", ".join(sorted(self._receiver.discoveries)) or "nothing")
             self._follows.set()
             on_ready()
             await self._first_of(self._stopping.wait())
             on_stop()
             _log.info("stopping: what was read is sent, for up to %g s", self.settings.agent.drain_timeout)
             async with self._changing:
-                await self._following.stop_reading()
+                await self._receiver.stop_reading()
             drained = await self._within(self._flush(), self.settings.agent.drain_timeout)
             push = self._push()
             if push is not None and not self._skip_drain.is_set():
@@ -240,39 +267,37 @@ class Agent:
         failures: list[TailspanError] = []
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(self._close)
-            for lane in self._relay.lanes:
-                lane.linger = False  # nothing more will come that would be worth to wait for
+            for queue in self._context.queues:
+                queue.linger = False  # nothing more will come that would be worth to wait for
             self._start_pumps()
-            following = self._following
-            following.watch(await following.open(self.settings, {}), self.settings, once=True)
+            receiver = self._receiver
+            receiver.watch(await receiver.open(self.settings, {}), self.settings, once=True)
 
             async def relay() -> None:
-                for watcher in self.watchers:
+                for discovery in self.discoveries:
                     try:
-                        await watcher.scan()
+                        await discovery.scan()
                     except TailspanError as error:
                         failures.append(error)
-                    failures.extend(watcher.skipped.values())
-                while following.tailers:
-                    await asyncio.wait(following.tailers.values())
+                    failures.extend(discovery.skipped.values())
+                while receiver.tailers:
+                    await asyncio.wait(receiver.tailers.values())
                 await self._flush()
                 push = self._push()
                 if push is not None:
                     await push.export()
 
             delivered = await self._first_of(self._stopping.wait(), relay(), timeout_s=timeout_s) == 1
-            await following.stop_reading()
+            await receiver.stop_reading()
             named = {job_id for watch in self.settings.agent.watch for job_id in watch.jobs}
             # A job that was listed and deleted before it was read is not one that somebody misspelt.
             failures += [
-                error
-                for job_id, error in following.failed
-                if not isinstance(error, JobNotFoundError) or job_id in named
+                error for job_id, error in receiver.failed if not isinstance(error, JobNotFoundError) or job_id in named
             ]
             return OnceResult(
-                jobs=following.started,
-                acked=logs.delivered if (logs := self.outlets.get("logs")) else 0,
-                rejected=self.outlets.rejected,
+                jobs=receiver.started,
+                acked=logs.delivered if (logs := self.endpoints.get("logs")) else 0,
+                rejected=self.endpoints.rejected,
                 failures=tuple(failures),
                 delivered=delivered,
             )
@@ -297,31 +322,31 @@ class Agent:
                 await self._go_over(settings, redactor)
 
     async def _go_over(self, settings: Settings, redactor: Redactor | None) -> None:
-        kept = self._following.kept(self.settings, settings)
+        kept = self._receiver.kept(self.settings, settings)
         async with contextlib.AsyncExitStack() as undo:
-            sources = await self._following.open(settings, kept)
+            sources = await self._receiver.open(settings, kept)
             for source in sources.values():
                 undo.push_async_callback(source.service.aclose)
             await self._stop_pushing()
             try:
-                await self.outlets.reload(settings)
+                await self.endpoints.reload(settings)
             finally:
                 self._start_pushing()
             undo.pop_all()
-        for key in changes_that_wait(self.settings, settings):
+        for key in changes_that_need_restart(self.settings, settings):
             _log.warning("%s changed: it takes effect when the agent is started anew", key)
         self.settings = settings
-        self._relay.redactor, self._relay.otlp_resource = redactor, settings.otlp.resource
-        await self._following.go_over(kept, sources, settings)
+        self._context.redactor, self._context.otlp_resource = redactor, settings.otlp.resource
+        await self._receiver.go_over(kept, sources, settings)
         _log.info("the configuration was reloaded")
 
     def _start_pumps(self) -> None:
-        self._pumps += [asyncio.create_task(lane.run()) for lane in self._relay.lanes]
-        if self._relay.spans is not None:
-            self._pumps.append(asyncio.create_task(self._relay.spans.run()))
+        self._pumps += [asyncio.create_task(queue.run()) for queue in self._context.queues]
+        if self._context.spans is not None:
+            self._pumps.append(asyncio.create_task(self._context.spans.run()))
 
     def _push(self) -> MetricsPush | None:
-        exporter = self.outlets.metrics_exporter
+        exporter = self.endpoints.metrics_exporter
         if exporter is None:
             return None
         return MetricsPush(self.telemetry, self.metrics, exporter, interval_s=export_interval_s())
@@ -340,7 +365,7 @@ class Agent:
             watches = self.settings.agent.watch
             lookback = max((watch.lookback for watch in watches), default=0.0)
             keep = {tailer.job_id for tailer in self.tailers} | {job for watch in watches for job in watch.jobs}
-            sends_spans = self._relay.spans is not None
+            sends_spans = self._context.spans is not None
             try:
                 forgotten = self.store.forget(max(_FORGET_S, 2 * lookback), keep=keep, keep_unsent=sends_spans)
             except CheckpointError as error:
@@ -371,9 +396,9 @@ class Agent:
                 await cancelled(task)
 
     async def _flush(self) -> None:
-        await asyncio.gather(*(lane.flush() for lane in self._relay.lanes))
-        if self._relay.spans is not None:
-            await self._relay.spans.flush()
+        await asyncio.gather(*(queue.flush() for queue in self._context.queues))
+        if self._context.spans is not None:
+            await self._context.spans.flush()
 
     async def _within(self, work: Coroutine[Any, Any, object], timeout_s: float) -> bool:
         return await self._first_of(work, self._skip_drain.wait(), timeout_s=timeout_s) == 0
@@ -381,9 +406,9 @@ class Agent:
     async def _close(self) -> None:
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self.store.close)
-            stack.push_async_callback(self.outlets.aclose)
-            stack.push_async_callback(self._following.aclose)
-            await self._following.stop_reading()
+            stack.push_async_callback(self.endpoints.aclose)
+            stack.push_async_callback(self._receiver.aclose)
+            await self._receiver.stop_reading()
             await self._stop_pushing()
             for task in self._pumps:
                 await cancelled(task)
@@ -392,3 +417,16 @@ class Agent:
 def _check_enabled(settings: Settings) -> None:
     if settings.otlp.disabled:
         raise ConfigError("OTEL_SDK_DISABLED is set: unset it to let the agent relay", key="OTEL_SDK_DISABLED")
+
+
+def changes_that_need_restart(old: Settings, new: Settings) -> list[str]:
+    """Return the changed keys that take effect only after a restart.
+
+    Args:
+        old: As the agent runs now.
+        new: As newly loaded.
+    """
+    waiting = [f"agent.{key}" for key in _RESTART_KEYS if getattr(new.agent, key) != getattr(old.agent, key)]
+    if any((new.otlp.for_signal(name) is None) != (old.otlp.for_signal(name) is None) for name in SIGNALS):
+        waiting.append("otlp.signals")
+    return waiting

@@ -21,7 +21,7 @@ from tailspan.cli.options import config_option, job_argument, json_option, servi
 from tailspan.cli.show import write
 from tailspan.cli.watch import say
 from tailspan.errors import ConfigError
-from tailspan_agent.checkpoint_file import lock_holder
+from tailspan_agent.checkpoint.database import lock_holder
 
 if TYPE_CHECKING:
     from tailspan.config import Settings
@@ -74,8 +74,8 @@ def run(config_path: Path | None, once: bool, timeout_s: float, log_level: str) 
     Example:
       tailspan agent run --config config.toml --once --timeout 60
     """  # noqa: D301 - click wants the backspace character itself
-    from tailspan_agent.early_signals import held, stop_in_good_order
-    from tailspan_agent.logs import set_up_logging
+    from tailspan_agent.process.logging_setup import set_up_logging
+    from tailspan_agent.process.signals import held, stop_in_good_order
 
     with stop_in_good_order():
         _start_lean()
@@ -101,9 +101,9 @@ def _started() -> None:
 
 async def _run(settings: Settings, config_path: Path | None, release: Callable[[], None]) -> int:
     from tailspan_agent.agent import Agent
-    from tailspan_agent.last_errors import keep_last_errors
-    from tailspan_agent.reload import reload_on_hangup
-    from tailspan_agent.systemd import keep_watchdog, notify
+    from tailspan_agent.process.last_errors import keep_last_errors
+    from tailspan_agent.process.reload import reload_on_hangup
+    from tailspan_agent.process.systemd import keep_watchdog, notify
 
     loop = asyncio.get_running_loop()
     relay = Agent(settings)
@@ -118,7 +118,7 @@ async def _run(settings: Settings, config_path: Path | None, release: Callable[[
 
 async def _run_once(settings: Settings, timeout_s: float, release: Callable[[], None]) -> int:
     from tailspan_agent.agent import Agent
-    from tailspan_agent.last_errors import keep_last_errors
+    from tailspan_agent.process.last_errors import keep_last_errors
 
     loop = asyncio.get_running_loop()
     relay = Agent(settings)
@@ -130,7 +130,7 @@ async def _run_once(settings: Settings, timeout_s: float, release: Callable[[], 
         result = await relay.run_once(timeout_s)
     for failure in result.failures:
         say(str(failure))
-    targets = ", ".join(dict.fromkeys(relay.outlets.targets.values()))
+    targets = ", ".join(dict.fromkeys(relay.endpoints.targets.values()))
     click.echo(
         f"{result.jobs} jobs: {result.acked} log records acked, {result.rejected} rejected ({targets})", err=True
     )
@@ -160,7 +160,7 @@ def check(config_path: Path | None, as_json: bool) -> None:
     settings = settings_for(config_path, telemetry=True)
 
     async def look() -> int:
-        from tailspan_agent.check import check as findings_of
+        from tailspan_agent.commands.check import check as findings_of
 
         code = 0
         async for finding in findings_of(settings):
@@ -225,9 +225,9 @@ def replay(
 
 
 async def _replay(files: tuple[Path, ...], settings: Settings, as_json: bool) -> int:
-    from tailspan_agent.export import Exporter, make_exporter
-    from tailspan_agent.outlets import SIGNALS
-    from tailspan_agent.replay import replay as send_files
+    from tailspan_agent.commands.replay import replay as send_files
+    from tailspan_agent.exporter.endpoints import SIGNALS
+    from tailspan_agent.exporter.http import Exporter, make_exporter
 
     async with AsyncExitStack() as stack:
         exporters: dict[str, Exporter] = {}
@@ -262,7 +262,7 @@ def dead_letter(config_path: Path | None, as_json: bool) -> None:
     Example:
       tailspan agent dead-letter --config config.toml
     """  # noqa: D301 - click wants the backspace character itself
-    from tailspan_agent.deadletter import summarize
+    from tailspan_agent.exporter.dead_letter import summarize
 
     directory = settings_for(config_path).agent.state_dir / "dead-letter"
     groups = summarize(directory)
@@ -294,7 +294,7 @@ def verify(job: str, service: str | None, config_path: Path | None, as_json: boo
     Example:
       tailspan agent verify JOB --config config.toml
     """  # noqa: D301 - click wants the backspace character itself
-    from tailspan_agent.verify import verify as compare
+    from tailspan_agent.commands.verify import verify as compare
 
     settings = settings_for(config_path)
     report = asyncio.run(compare(settings, service or settings.default_service, job))

@@ -5,8 +5,8 @@ TailspanError
     CheckpointError         the checkpoint store cannot be opened, read or written
     ExportRejectedError     the endpoint does not take what it was sent, and waiting will not help
 
-A batch that the endpoint refuses while the agent runs is no exception but an outcome (`tailspan_agent.outcome`); these
-are for commands that have to stop.
+A batch that the endpoint rejects while the agent runs is not an exception but an outcome (`exporter.outcome`);
+these are for commands that have to stop.
 """
 
 from __future__ import annotations

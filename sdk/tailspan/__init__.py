@@ -20,7 +20,6 @@ if TYPE_CHECKING:
         TailspanError,
         WaitTimeoutError,
     )
-    from tailspan.follow import TailUpdate
     from tailspan.jobs import (
         job_cancel,
         job_get_exec_time,
@@ -32,8 +31,9 @@ if TYPE_CHECKING:
         job_tail_logs,
         job_wait_for_job,
     )
+    from tailspan.logs.follow import TailUpdate
+    from tailspan.logs.page import Line, LogPage, Message
     from tailspan.models import CoerceableToJobId, JobState, ListedJob, RunResponse
-    from tailspan.page import Line, LogPage, Message
     from tailspan.services import JobService, SubmitService, open_service
 
 __all__ = [
@@ -80,10 +80,10 @@ _MODULES = {
     "tailspan.client": ("AsyncJobClient",),
     "tailspan.config": ("Settings", "load_settings"),
     "tailspan.errors": tuple(name for name in __all__ if name.endswith(("Error", "Warning"))),
-    "tailspan.follow": ("TailUpdate",),
+    "tailspan.logs.follow": ("TailUpdate",),
     "tailspan.jobs": tuple(name for name in __all__ if name.startswith("job_")),
     "tailspan.models": ("CoerceableToJobId", "JobState", "ListedJob", "RunResponse"),
-    "tailspan.page": ("Line", "LogPage", "Message"),
+    "tailspan.logs.page": ("Line", "LogPage", "Message"),
     "tailspan.services": ("JobService", "SubmitService", "open_service"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

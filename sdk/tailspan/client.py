@@ -16,15 +16,15 @@ from typing import IO, TYPE_CHECKING, Self
 
 import anyio
 
-from tailspan.asking import LogReader, StatusPoll, closing, newer, newest_of, stamped
-from tailspan.clean import printable
-from tailspan.clock import Clock
+from tailspan._clock import Clock
+from tailspan._polling import LogReader, StatusPoll, closing, newer, newest_of, stamped
 from tailspan.errors import ConfigError, InProgressWarning, RequestRejectedError
-from tailspan.follow import SETTLE_S, Follower, TailUpdate
+from tailspan.logs.clean import printable
+from tailspan.logs.follow import SETTLE_S, Follower, TailUpdate
+from tailspan.logs.page import Message
 from tailspan.models import CoerceableToJobId, JobState, ListedJob, RunResponse
-from tailspan.page import Message
 from tailspan.services import JobService, SubmitService
-from tailspan.services.opened import OpenedServices
+from tailspan.services._pool import OpenedServices
 
 if TYPE_CHECKING:
     from tailspan.config import Settings
@@ -116,7 +116,7 @@ class AsyncJobClient:
         service: str | JobService | None = None,
     ) -> None:
         """Print the job's lines; see `tailspan.job_print_logs`."""
-        from tailspan.printing import LinePrinter
+        from tailspan.logs.printing import LinePrinter
 
         printer = LinePrinter(file or sys.stdout)
         async with closing(self.iter_logs(job, since_ms, service=service)) as pages:
@@ -136,7 +136,7 @@ class AsyncJobClient:
         settle_seconds: float = SETTLE_S,
     ) -> None:
         """Print the job's lines as they come; see `tailspan.job_tail_logs`."""
-        from tailspan.printing import TailPrinter
+        from tailspan.logs.printing import TailPrinter
 
         printer = TailPrinter(file or sys.stdout)
         updates = self.follow_logs(
@@ -206,7 +206,7 @@ class AsyncJobClient:
             status = await poll.ask()
             if status is not None and status.state.is_terminal:
                 if delivered:
-                    from tailspan.delivery import wait_until_delivered  # brings an HTTP client
+                    from tailspan._delivery import wait_until_delivered  # brings an HTTP client
 
                     await wait_until_delivered(self.settings, asked, status, self._clock, deadline)
                 return status

@@ -16,10 +16,10 @@ from typing import IO
 from tailspan._portal import Portal
 from tailspan.client import AsyncJobClient, in_progress_text
 from tailspan.errors import InProgressWarning
-from tailspan.follow import SETTLE_S
+from tailspan.logs.follow import SETTLE_S
+from tailspan.logs.page import Message
+from tailspan.logs.printing import LinePrinter, TailPrinter
 from tailspan.models import CoerceableToJobId, JobState, ListedJob, RunResponse
-from tailspan.page import Message
-from tailspan.printing import LinePrinter, TailPrinter
 from tailspan.services import JobService
 
 __all__ = [

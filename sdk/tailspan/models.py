@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
+from tailspan._identity import check_job_id
 from tailspan.errors import ConfigError
-from tailspan.identity import check_job_id
 
 if TYPE_CHECKING:
-    from tailspan.page import Message
+    from tailspan.logs.page import Message
     from tailspan.services import JobService
 
 __all__ = ["CoerceableToJobId", "JobState", "ListedJob", "RunResponse", "fused_state", "job_id_of"]

@@ -19,11 +19,11 @@ from typing import Any
 
 import anyio.lowlevel
 
-from tailspan.clock import Clock
+from tailspan._clock import Clock
+from tailspan._identity import trace_id
 from tailspan.errors import CursorExpiredError, JobNotFoundError
-from tailspan.identity import trace_id
+from tailspan.logs.page import MAX_PAGE_LINES, NANOS_PER_MS, Line, LogPage, Message
 from tailspan.models import JobState, ListedJob, RunResponse
-from tailspan.page import MAX_PAGE_LINES, NANOS_PER_MS, Line, LogPage, Message
 from tailspan.services import LATE_WINDOW_S
 
 __all__ = ["FakeClock", "FakeService"]

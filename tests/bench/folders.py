@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from tailspan.identity import trace_id
+from tailspan._identity import trace_id
 from tailspan.local.store import JobStore, new_job_id
 from tests.bench import printer
 from tests.bench.measure import run, tailspan

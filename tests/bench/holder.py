@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from tailspan.identity import trace_id
+from tailspan._identity import trace_id
 from tailspan.local.index import Entry, pack_entry
 from tailspan.local.state import iso_time, write_state
 from tailspan.local.store import JobStore, new_job_id

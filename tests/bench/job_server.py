@@ -14,7 +14,7 @@ from pathlib import Path
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tailspan.server import BASE_PATH, create_app, listen, make_server
+from tailspan.job_api.server import BASE_PATH, create_app, listen, make_server
 from tailspan.services.local import LocalService
 
 SERVING = "SERVING "

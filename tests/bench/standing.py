@@ -20,7 +20,7 @@ import anyio
 from tailspan.local.store import JobStore
 from tailspan.services.fused import FusedService
 from tailspan.services.local import LocalService
-from tailspan_agent.checkpoint import Store
+from tailspan_agent.checkpoint.store import Store
 from tests.bench.agents import Plan, RunningAgent, running
 from tests.bench.holder import ENDED, HOLDING
 from tests.bench.job_server import SERVING, base_url
@@ -204,12 +204,12 @@ def start(scale: Scale, directory: Path) -> Iterator[Row]:
 def _fill(state_dir: Path, identity: str, count: int) -> None:
     """Make a checkpoint store that knows so many finished jobs, as it would be after a month."""
     store = Store(state_dir)
-    facts = json.dumps({"lines": 10_000})
+    ledger = json.dumps({"lines": 10_000})
     with closing(sqlite3.connect(store.path)) as db, db:
         db.executemany(
             "INSERT INTO jobs (identity, job_id, name, backfill, cursor, facts, logs_complete, ended, updated_s)"
             " VALUES (?, ?, ?, 0, ?, ?, 1, 1, ?)",
-            ((identity, f"known-{n:07d}", f"bench-{n % 10}", b"1100000", facts, time.time()) for n in range(count)),
+            ((identity, f"known-{n:07d}", f"bench-{n % 10}", b"1100000", ledger, time.time()) for n in range(count)),
         )
         db.executemany(
             "INSERT INTO spans VALUES (?, ?, ?, ?, 1)",

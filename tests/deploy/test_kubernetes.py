@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tailspan_agent.agent import _LAST_PUSH_S
-from tailspan_agent.status_server import _STOP_GRACE_S
+from tailspan_agent.web.server import _STOP_GRACE_S
 from tests.deploy.configured import DEPLOY, settings_of, understood
 from tests.deploy.test_image import image_environ
 from tests.fakes.agents import PATIENCE_S

@@ -67,7 +67,7 @@ def install(programs: Path, what: str) -> None:
         ("*-py3-none-any.whl", set()),
         (
             "*-cp311-abi3-*manylinux_2_17_*.whl",
-            {"tailspan/_text.abi3.so", "tailspan_agent/_framing.abi3.so"},
+            {"tailspan/logs/_text.abi3.so", "tailspan_agent/records/_framing.abi3.so"},
         ),
     ],
 )

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tailspan.identity import span_id, trace_id
-from tailspan_agent.runs import BOUNDS_S
+from tailspan._identity import span_id, trace_id
+from tailspan_agent.analysis.run_totals import BOUNDS_S
 from tests.e2e.conftest import Machine
 from tests.fakes.collector import Collector
 from tests.fakes.otlp_rows import LogRow, MetricRow, SpanRow
@@ -275,7 +275,7 @@ def gauges_of_running_jobs(seen: Seen) -> None:
     assert {row.value for row in progress if row.attributes["cicd.pipeline.name"] == "backfill-year"} == {1 / 365}
 
 
-def insights(seen: Seen) -> None:
+def pipeline_stats(seen: Seen) -> None:
     """Counts of odd runs are there and 0: there is not enough history; usual durations are told all the same."""
     for name in ("tailspan.job.silent", "tailspan.job.slow", "tailspan.job.too_fast"):
         assert {row.value for row in seen.metrics if row.name == name} == {0}
@@ -301,7 +301,7 @@ def own_health(seen: Seen) -> None:
 ROWS: list[Callable[[Seen], None]] = [
     resource_of_a_job, ids_from_the_job, line_as_log_record, severity, order_of_lines, run_span, queued_and_executing,
     submitted_anchor, state_changes, link_to_the_parent, failure, receipt, duration, exemplars, active, errors,
-    gauges_of_running_jobs, insights, no_run_id_on_metrics, own_health,
+    gauges_of_running_jobs, pipeline_stats, no_run_id_on_metrics, own_health,
 ]  # fmt: skip
 
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from tailspan_agent.otlp_json import encode_line
-from tailspan_agent.outcome import Delivered, EndpointFault, Outcome, TooLarge
-from tests.agent.otlp_samples import SPAN_ID, TRACE_ID, exporter_to, logs_payload, metrics_payload, traces_payload
+from tailspan_agent.exporter.outcome import Delivered, EndpointFault, Outcome, TooLarge
+from tailspan_agent.otlp.json_lines import encode_line
 from tests.fakes.collector import Collector
+from tests.fakes.otlp_samples import SPAN_ID, TRACE_ID, exporter_to, logs_payload, metrics_payload, traces_payload
 from tests.fakes.rotel import Rotel, rotel_binary
 
 pytestmark = pytest.mark.skipif(rotel_binary() is None, reason="there is no rotel wheel for this platform")

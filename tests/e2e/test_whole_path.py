@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tailspan.clean import clean, split_long
+from tailspan.logs.clean import clean, split_long
 from tests.e2e.conftest import Machine
 from tests.fakes.collector import Collector
 from tests.fakes.otlp_rows import LogRow, SpanRow

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from tailspan.config import Settings, load_settings
+from tailspan.logs.page import NANOS_PER_MS, Line, LogPage
 from tailspan.models import ListedJob
-from tailspan.page import NANOS_PER_MS, Line, LogPage
 from tailspan.services import JobService
 from tailspan.testing import FakeService
 from tailspan_agent.agent import Agent, OnceResult

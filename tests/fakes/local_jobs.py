@@ -15,8 +15,8 @@ from typing import Any
 import anyio
 
 from tailspan.local.launch import Launched, Request
+from tailspan.logs.page import LogPage
 from tailspan.models import JobState, RunResponse
-from tailspan.page import LogPage
 from tailspan.services.local import LocalService
 
 __all__ = ["LocalJobs", "until"]

@@ -14,11 +14,11 @@ import httpx
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
+from tailspan._identity import trace_id
 from tailspan.errors import JobNotFoundError
-from tailspan.identity import trace_id
+from tailspan.job_api.server import BASE_PATH, create_app, listen, make_server
+from tailspan.logs.page import Line, LogPage, Message
 from tailspan.models import JobState, ListedJob, RunResponse
-from tailspan.page import Line, LogPage, Message
-from tailspan.server import BASE_PATH, create_app, listen, make_server
 from tailspan.services import LATE_WINDOW_S, JobService
 
 START = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)

@@ -110,7 +110,7 @@ def small_only(world: World) -> Answer:
 @contextlib.contextmanager
 def listener(port: Callable[[], int], answer: bytes | None) -> Iterator[None]:
     """Something else at the receiver's address: it answers so, or (None) never accepts a connection."""
-    with socket.create_server(("127.0.0.1", port()), backlog=128) as server:
+    with socket.create_server(("127.0.0.1", port()), stream_order=128) as server:
         stop = threading.Event()
 
         def serve() -> None:

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from tailspan_agent.checkpoint import Checkpoint
+from tailspan_agent.checkpoint.store import Checkpoint
 from tailspan_agent.errors import CheckpointError
 from tests.fakes.collector import Reply
 from tests.fakes.local_jobs import until

@@ -26,17 +26,17 @@ _PASSED = re.compile(r"^(\d+) passed(?!.*(?:failed|error))", re.MULTILINE)
 
 
 def fuzz(seed: str, module: str) -> Row:
-    """Fuzz with one module of ``tests/fuzz``: no crash, no hang, no unbounded memory."""
+    """Fuzz with one module of ``tests/property``: no crash, no hang, no unbounded memory."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:randomly", "-p", "no:cacheprovider"]
-    command += [f"--hypothesis-seed={zlib.crc32(seed.encode())}", f"tests/fuzz/{module}"]
+    command += [f"--hypothesis-seed={zlib.crc32(seed.encode())}", f"tests/property/{module}"]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "HYPOTHESIS_PROFILE": "long"}, capture_output=True, text=True
     )
     passed = _PASSED.search(done.stdout)
     if done.returncode or not passed:
         print(done.stdout, done.stderr, file=sys.stderr)
-        return Row("", problems=[f"tests/fuzz/{module} ended with {done.returncode}; see above"])
-    return Row("", notes=[f"{passed[1]} tests of tests/fuzz/{module}, ten times as long as in `make test`"])
+        return Row("", problems=[f"tests/property/{module} ended with {done.returncode}; see above"])
+    return Row("", notes=[f"{passed[1]} tests of tests/property/{module}, ten times as long as in `make test`"])
 
 
 def scenarios() -> list[Scenario]:

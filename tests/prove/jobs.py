@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tailspan.identity import trace_id
+from tailspan._identity import trace_id
 from tailspan.services.fused import FusedService
 from tests.fakes.job_api import FakeJob, FakeJobApi
 from tests.fakes.local_jobs import LocalJobs, until

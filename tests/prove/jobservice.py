@@ -210,7 +210,7 @@ def visible_after_the_receipt(world: World) -> None:
 
 def _receipts(world: World, job: Job) -> int:
     known = world.checkpoint(job)
-    return int(json.loads(known.facts)["receipts"]) if known is not None else 0
+    return int(json.loads(known.ledger)["receipts"]) if known is not None else 0
 
 
 def _all_acked(world: World) -> None:

@@ -16,7 +16,7 @@ class Mutant:
 
     Attributes:
         name: What is wrong with it.
-        module: The file that is changed, such as ``tailspan_agent/lanes.py``.
+        module: The file that is changed, such as ``tailspan_agent/pipeline/queue.py``.
         before: A text that is there once.
         after: What stands there instead.
     """
@@ -48,17 +48,17 @@ class Mutant:
 
 CHECKPOINT_BEFORE_ACK = Mutant(
     "the checkpoint advances before the ack",
-    "tailspan_agent/lanes.py",
+    "tailspan_agent/pipeline/queue.py",
     """
-            result = await self._outlet.send(payload, count)
+            result = await self._endpoint.send(payload, count)
 """,
     """
-            from tailspan_agent.sender import SendResult as Sent
+            from tailspan_agent.exporter.retry import SendResult as Sent
 
             async def send(earlier, payload=payload, count=count):
                 if earlier is not None:
                     await earlier
-                await self._outlet.send(payload, count)
+                await self._endpoint.send(payload, count)
 
             self._sending = asyncio.create_task(send(getattr(self, "_sending", None)))
             result = Sent(count)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tailspan_agent.checkpoint import Checkpoint, read_checkpoint
+from tailspan_agent.checkpoint.store import Checkpoint, read_checkpoint
 from tests.fakes.collector import Collector, Reply, Request
 from tests.fakes.job_api import FakeJobApi
 from tests.fakes.local_jobs import LocalJobs
@@ -255,7 +255,7 @@ protocol = "{settings.protocol}"
     def acked(self, job: Job, state_dir: Path | None = None) -> int:
         """Return how many lines of a job the store has as acked."""
         found = self.checkpoint(job, state_dir)
-        return int(json.loads(found.facts)["lines"]) if found is not None else 0
+        return int(json.loads(found.ledger)["lines"]) if found is not None else 0
 
     def all_done(self) -> bool:
         """Whether the store says that nothing is left to do for any job, nor a span to be sent."""

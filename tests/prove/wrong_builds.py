@@ -51,7 +51,7 @@ BUILDS = (
     WrongBuild(
         Mutant(
             "skips a page now and then",
-            "tailspan_agent/tailer.py",
+            "tailspan_agent/receiver/tailer.py",
             "                    await sent.send_page(page)\n                    left",
             "                    if lines % 3:\n                        await sent.send_page(page)\n"
             "                    else:\n                        sent.cursor = page.cursor\n"
@@ -63,7 +63,7 @@ BUILDS = (
     WrongBuild(
         Mutant(
             "takes a 500 for an ack",
-            "tailspan_agent/outcome.py",
+            "tailspan_agent/exporter/outcome.py",
             "    if status >= 500 or",
             "    if status == 500:\n        return Delivered()\n    if status >= 500 or",
         ),
@@ -73,7 +73,7 @@ BUILDS = (
     WrongBuild(
         Mutant(
             "takes a timeout for an ack",
-            "tailspan_agent/export.py",
+            "tailspan_agent/exporter/http.py",
             "        if isinstance(error, TimeoutError | TOO_SLOW):\n",
             "        if isinstance(error, TimeoutError | TOO_SLOW):\n            return Delivered()\n",
         ),
@@ -83,7 +83,7 @@ BUILDS = (
     WrongBuild(
         Mutant(
             "forgets what was refused",
-            "tailspan_agent/sender.py",
+            "tailspan_agent/exporter/retry.py",
             "                await self._dead_letter.add(",
             "                if count:\n                    break\n                await self._dead_letter.add(",
         ),
@@ -93,7 +93,7 @@ BUILDS = (
     WrongBuild(
         Mutant(
             "takes a part for all",
-            "tailspan_agent/outcome.py",
+            "tailspan_agent/exporter/outcome.py",
             "    if rejected > 0:\n",
             "    if rejected > 7:\n",
         ),
@@ -103,7 +103,7 @@ BUILDS = (
     WrongBuild(
         Mutant(
             "sends one half of what is too large",
-            "tailspan_agent/sender.py",
+            "tailspan_agent/exporter/retry.py",
             "        for part, part_count in parts:\n",
             "        for part, part_count in parts[:1]:\n",
         ),
@@ -113,7 +113,7 @@ BUILDS = (
     WrongBuild(
         Mutant(
             "sends the newest first",
-            "tailspan_agent/lanes.py",
+            "tailspan_agent/pipeline/queue.py",
             "            batch = [self._queue.popleft()]\n",
             "            batch = [self._queue.pop()]\n",
         ),
@@ -123,7 +123,7 @@ BUILDS = (
     WrongBuild(
         Mutant(
             "looks back into no window",
-            "tailspan_agent/tailer.py",
+            "tailspan_agent/receiver/tailer.py",
             "late_window_s=self.watch.late_window,",
             "late_window_s=0.0,",
         ),
@@ -133,7 +133,7 @@ BUILDS = (
     WrongBuild(
         Mutant(
             "has no final read",
-            "tailspan_agent/whole_read.py",
+            "tailspan_agent/receiver/reconcile.py",
             "    if not uids:\n",
             "    if True:\n",
         ),
@@ -143,7 +143,7 @@ BUILDS = (
     WrongBuild(
         Mutant(
             "has done with a job at its receipt",
-            "tailspan_agent/tailer.py",
+            "tailspan_agent/receiver/tailer.py",
             "            late = sent.job.logs_complete is None",
             "            late = sent.job.logs_complete is False",
         ),
@@ -153,7 +153,7 @@ BUILDS = (
     WrongBuild(
         Mutant(
             "takes equal lines for one",
-            "tailspan/window.py",
+            "tailspan/services/fused/window.py",
             "                occurrence = repeats.get(digest, 0)\n                repeats[digest] = occurrence + 1\n",
             "                occurrence = repeats.get(digest, 0)\n                repeats[digest] = 1\n"
             "                if occurrence:\n                    continue\n",
@@ -164,7 +164,7 @@ BUILDS = (
     WrongBuild(
         Mutant(
             "has times that are a millisecond off",
-            "tailspan/window.py",
+            "tailspan/services/fused/window.py",
             "            add_time(nano + (",
             "            add_time(1_000_000 + nano + (",
         ),
@@ -174,7 +174,7 @@ BUILDS = (
     WrongBuild(
         Mutant(
             "has uids that change with each read",
-            "tailspan/window.py",
+            "tailspan/services/fused/window.py",
             '                prefix = b"%b%d\\x000\\x00" % (head, nano)\n',
             '                prefix = b"%b%d\\x00%d\\x00" % (head, nano, id(self))\n',
         ),
@@ -184,7 +184,7 @@ BUILDS = (
     WrongBuild(
         Mutant(
             "has span ids by chance",
-            "tailspan/identity.py",
+            "tailspan/_identity.py",
             "    return _digest(identity, job_id, str(attempt), kind)[:8].hex()\n",
             "    import os\n\n    return os.urandom(8).hex()\n",
         ),
@@ -194,7 +194,7 @@ BUILDS = (
     WrongBuild(
         Mutant(
             "counts a run each time that it ends",
-            "tailspan_agent/checkpoint.py",
+            "tailspan_agent/checkpoint/store.py",
             "SET ended = 1 WHERE key = ? AND ended = 0",
             "SET ended = 1 WHERE key = ?",
         ),

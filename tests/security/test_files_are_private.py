@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tailspan.directories import make_private
+from tailspan._private_dirs import make_private
 from tests.e2e.conftest import TAILSPAN, Machine
 from tests.fakes.collector import Collector, Reply
 

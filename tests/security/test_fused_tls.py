@@ -1,4 +1,4 @@
-"""Mutual TLS with a Fused job API; verification itself is shown in tests/sdk/test_fused_http.py."""
+"""Mutual TLS with a Fused job API; verification itself: tests/integration/sdk/services/fused/test_http.py."""
 
 from __future__ import annotations
 

@@ -10,9 +10,9 @@ from collections.abc import Awaitable, Callable
 import pytest
 import uvicorn
 
-from tailspan import http_limits
-from tailspan.server import create_app, listen, make_server
-from tailspan_agent.status_server import StatusServer
+from tailspan.http import server_limits as http_limits
+from tailspan.job_api.server import create_app, listen, make_server
+from tailspan_agent.web.server import StatusServer
 from tests.fakes.scripted_service import ScriptedJob, ScriptedService, serving
 
 Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter

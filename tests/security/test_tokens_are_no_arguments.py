@@ -14,7 +14,7 @@ from tailspan.cli import main
 
 ROOT = Path(__file__).parents[2]
 SECRET = re.compile(r"token|secret|passw|credential")
-SERVERS = ("sdk/tailspan/server.py", "agent/tailspan_agent/page/session.py")
+SERVERS = ("sdk/tailspan/job_api/server.py", "agent/tailspan_agent/web/session.py")
 
 
 def options(command: click.Command) -> Iterator[str]:

@@ -52,8 +52,10 @@ _COMMANDS = {
     "exec-time": _Lazy("tailspan.cli.read", "exec_time", "Print the time from a job's first to its last line."),
     "serve": _Lazy("tailspan.cli.serve", "serve", "Serve jobs over HTTP."),
     "agent": _Lazy("tailspan_agent.cli", "agent", "Relay jobs' logs, status and run time as OTLP."),
-    "doctor": _Lazy("tailspan_agent.doctor", "doctor", "Say all that a bug report needs, and no secret."),
-    "demo": _Lazy("tailspan_agent.demo", "demo", "See it work: sample pipelines, agent and page, no set-up."),
+    "doctor": _Lazy(
+        "tailspan_agent.commands.doctor.command", "doctor", "Say all that a bug report needs, and no secret."
+    ),
+    "demo": _Lazy("tailspan_agent.commands.demo", "demo", "See it work: sample pipelines, agent and page, no set-up."),
     "completion": _Lazy("tailspan.cli.completion", "completion", "Print the completion script of a shell."),
 }
 _AGENT_HINT = "it needs the agent's packages ({missing} is missing): pip install 'tailspan[agent]'"
@@ -136,7 +138,7 @@ def exit_code_of(error: TailspanError) -> int:
 
 def report(error: TailspanError) -> None:
     """Say in one line what went wrong."""
-    from tailspan.clean import printable
+    from tailspan.logs.clean import printable
 
     # A server's own message is part of it: it must not act on the terminal.
     click.echo(f"tailspan: {printable(' '.join(str(error).split()), colours=False)}", err=True)

@@ -11,10 +11,10 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
-from tailspan.clean import printable
 from tailspan.cli.show import seconds_text
+from tailspan.logs.clean import printable
+from tailspan.logs.printing import is_terminal
 from tailspan.models import RunResponse
-from tailspan.printing import is_terminal
 
 __all__ = ["StateLine", "state_text"]
 

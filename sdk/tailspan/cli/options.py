@@ -46,7 +46,7 @@ def _complete_job(ctx: click.Context, param: click.Parameter, incomplete: str) -
     async def ids(client: AsyncJobClient) -> list[CompletionItem]:
         import anyio
 
-        from tailspan.clean import printable
+        from tailspan.logs.clean import printable
 
         with anyio.move_on_after(_COMPLETION_S):
             rows = await client.job_list(_COMPLETED_JOBS)

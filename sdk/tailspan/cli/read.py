@@ -14,8 +14,8 @@ from tailspan.cli.options import config_option, job_argument, json_option, servi
 
 if TYPE_CHECKING:
     from tailspan.client import AsyncJobClient
-    from tailspan.follow import TailUpdate
-    from tailspan.page import Message
+    from tailspan.logs.follow import TailUpdate
+    from tailspan.logs.page import Message
 
 __all__ = ["exec_time", "logs", "tail"]
 
@@ -33,7 +33,7 @@ def logs(job: str, since_ms: int | None, service: str | None, config_path: Path 
     Example:
       tailspan logs 01J8ZK --since-ms 1700000000000 | grep ERROR
     """  # noqa: D301 - click wants the backspace character itself
-    from tailspan.printing import LinePrinter
+    from tailspan.logs.printing import LinePrinter
 
     printer = LinePrinter(sys.stdout)
 
@@ -78,7 +78,7 @@ def tail(
     """  # noqa: D301 - click wants the backspace character itself
     from tailspan.cli.live import StateLine
     from tailspan.cli.watch import exit_code_for, say
-    from tailspan.printing import LinePrinter, end_text
+    from tailspan.logs.printing import LinePrinter, end_text
 
     printer = LinePrinter(sys.stdout)
 

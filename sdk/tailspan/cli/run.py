@@ -115,7 +115,7 @@ def _attached(
     import sys
 
     from tailspan.local import attached
-    from tailspan.printing import is_terminal
+    from tailspan.logs.printing import is_terminal
     from tailspan.services import open_service
     from tailspan.services.local import LocalService
 

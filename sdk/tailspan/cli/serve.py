@@ -43,7 +43,7 @@ def serve(host: str, port: int, service: str | None, token_file: Path | None, co
       tailspan serve --host 0.0.0.0 --port 8798 --token-file /run/secrets/tailspan
     """  # noqa: D301 - click wants the backspace character itself
     try:
-        from tailspan import server
+        from tailspan.job_api import server
     except ModuleNotFoundError as missing:
         raise ConfigError(str(missing)) from missing
     from tailspan.services import open_service

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from tailspan.clean import printable
+from tailspan.logs.clean import printable
+from tailspan.logs.printing import LinePrinter, end_text, is_terminal
 from tailspan.models import JobState, ListedJob, RunResponse
-from tailspan.printing import LinePrinter, end_text, is_terminal
 
 __all__ = ["ended", "jobs_table", "json_line", "json_lines", "json_of", "seconds_text", "status_fields", "write"]
 

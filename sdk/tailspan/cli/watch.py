@@ -121,6 +121,6 @@ def exit_code_for(status: RunResponse) -> int:
 
 def say(text: str) -> None:
     """Tell the person, beside the data: on standard error."""
-    from tailspan.clean import printable
+    from tailspan.logs.clean import printable
 
     click.echo(f"tailspan: {printable(' '.join(text.splitlines()), colours=False)}", err=True)

@@ -22,7 +22,7 @@ from tailspan.local.index import (
     pack_entry,
     text_flags,
 )
-from tailspan.text import count_lines
+from tailspan.logs.text import count_lines
 
 __all__ = ["LineBuffer", "LogWriter", "Piece", "pieces_of"]
 

@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tailspan._identity import span_id, trace_id
 from tailspan.errors import ConfigError, ServiceUnavailableError
-from tailspan.identity import span_id, trace_id
 from tailspan.local.command_line import default_name, redact_command
 from tailspan.local.environment import job_environment, parent_of
 from tailspan.local.state import iso_time, write_state

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
+from tailspan._identity import job_hash
 from tailspan.errors import CursorExpiredError, ProtocolError
-from tailspan.identity import job_hash
 from tailspan.local.capture import LineBuffer, Piece
 from tailspan.local.index import (
     MAX_ENTRY_BYTES,
@@ -26,8 +26,8 @@ from tailspan.local.index import (
     text_flags,
 )
 from tailspan.local.index_file import IndexFile, open_file, read_at
-from tailspan.page import CLEAN, MAX_PAGE_BYTES, MAX_PAGE_LINES, NANOS_PER_MS, LogPage, Run, Stream
-from tailspan.text import count_lines
+from tailspan.logs.page import CLEAN, MAX_PAGE_BYTES, MAX_PAGE_LINES, NANOS_PER_MS, LineRun, LogPage, Stream
+from tailspan.logs.text import count_lines
 
 __all__ = ["LogReader", "Totals"]
 
@@ -150,7 +150,7 @@ class LogReader:
         if len(text) < end - start or (b"\0" in text and not any(span.entry.flags & NUL for span in batch)):
             return None
         runs = [
-            Run(
+            LineRun(
                 span.lines,
                 span.entry.time_unix_nano,
                 span.entry.stream,

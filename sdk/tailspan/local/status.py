@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from tailspan._identity import trace_id
 from tailspan.errors import ProtocolError
-from tailspan.identity import trace_id
 from tailspan.local.reader import LogReader, Totals
 from tailspan.local.store import StoredJob, submitted_at_of, time_of
 from tailspan.models import JobState, ListedJob, RunResponse

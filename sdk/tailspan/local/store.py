@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tailspan.directories import make_private
+from tailspan._private_dirs import make_private
 from tailspan.errors import ConfigError, JobNotFoundError, ProtocolError, ServiceUnavailableError
 from tailspan.local.index import HEADER
 from tailspan.local.index_file import open_file, read_at

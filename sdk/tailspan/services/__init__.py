@@ -12,13 +12,21 @@ from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from tailspan.errors import ConfigError
+from tailspan.logs.page import LogPage, Message
 from tailspan.models import ListedJob, RunResponse
-from tailspan.page import LogPage, Message
 
 if TYPE_CHECKING:
     from tailspan.config import Settings
 
-__all__ = ["LATE_WINDOW_S", "JobService", "MergingService", "News", "NewsService", "SubmitService", "open_service"]
+__all__ = [
+    "LATE_WINDOW_S",
+    "ChangeFeed",
+    "ChangeFeedService",
+    "JobService",
+    "MergingService",
+    "SubmitService",
+    "open_service",
+]
 
 LATE_WINDOW_S = 10.0
 
@@ -159,7 +167,7 @@ class MergingService(JobService, Protocol):
         ...
 
 
-class News(Protocol):
+class ChangeFeed(Protocol):
     """Word of what happens to jobs. It makes looking for it cheaper and is never relied on: some may be lost."""
 
     def follow(self, job_id: str) -> bool:
@@ -187,10 +195,10 @@ class News(Protocol):
 
 
 @runtime_checkable
-class NewsService(JobService, Protocol):
+class ChangeFeedService(JobService, Protocol):
     """A service that can tell when a job has news, so that silent jobs need not be asked."""
 
-    def open_news(self) -> News | None:
+    def open_changes(self) -> ChangeFeed | None:
         """Begin to tell; None where that is not possible now."""
         ...
 

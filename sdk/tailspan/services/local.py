@@ -32,13 +32,13 @@ from tailspan.local.signalling import signal_supervisor
 from tailspan.local.status import row_of, status_of, totals_of
 from tailspan.local.stdin import inherited_stdin
 from tailspan.local.store import JobStore, StoredJob, submitted_at_of
+from tailspan.logs.page import NANOS_PER_MS, LogPage, Message
 from tailspan.models import ListedJob, RunResponse
-from tailspan.page import NANOS_PER_MS, LogPage, Message
 from tailspan.services import LATE_WINDOW_S
 
 if TYPE_CHECKING:
     from tailspan.config import Settings
-    from tailspan.local.news import LocalNews
+    from tailspan.local.inotify import InotifyChanges
 
 __all__ = ["LocalService"]
 
@@ -194,9 +194,9 @@ class LocalService:
             yield [row for row in rows if row]
             await anyio.lowlevel.checkpoint()
 
-    def open_news(self) -> LocalNews | None:
-        """Begin to tell of jobs with news; see `tailspan.services.NewsService`."""
-        from tailspan.local.news import open_local_news  # ctypes: only the agent needs it
+    def open_changes(self) -> InotifyChanges | None:
+        """Begin to tell of jobs with news; see `tailspan.services.ChangeFeedService`."""
+        from tailspan.local.inotify import open_local_news  # ctypes: only the agent needs it
 
         return open_local_news(self._store.jobs)
 

@@ -1,0 +1,110 @@
+"""Why a job failed, from the last lines of its log: the last traceback, joined, or else the last lines. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tailspan_agent.analysis.stack_traces import last_stack
+
+__all__ = ["Digest", "digest_of", "fingerprint_of"]
+
+_MAX_TYPE_CHARS = 200
+_MAX_MESSAGE_CHARS = 2000
+_MAX_LINE_CHARS = 4000
+_MAX_LINES = 2000
+_LAST_LINES = 20
+_LAST_LINE_CHARS = 1000
+# Loki refuses a record whose attributes together are over 64 KB.
+_MAX_STACK_BYTES = 48 * 1024
+_STACK_HEAD_BYTES = 8 * 1024
+
+_NAMES_A_PLACE = re.compile(r'File "|at |\d++: |Caused by: |\[cause\]: ')
+_FOLDERS = re.compile(r"""(?<![\w/.@~+-])(?:[\w.@~+-]*+/)++(?=[^/\s])""")
+_ID = re.compile(r"(?i)\b(?:0x)?(?=[a-f]*+\d)[0-9a-f]{8,}+(?:-[0-9a-f]++)*+\b")
+_NUMBER = re.compile(r"\d++")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Digest:
+    """Why a job failed, as far as its log says.
+
+    Attributes:
+        exception_type: Of the exception that ended the last stack trace; None without one.
+        message: Its message, or the last line that is not empty.
+        stacktrace: The joined stack trace with all that it is chained to, at most 48 KB; None without one.
+        last_lines: The last lines that are not empty, at most 20, oldest first.
+    """
+
+    exception_type: str | None
+    message: str
+    stacktrace: str | None
+    last_lines: tuple[str, ...]
+
+
+def digest_of(lines: Sequence[str]) -> Digest | None:
+    """Return why a job failed.
+
+    A stack trace counts if it has a frame and an exception; text that only begins like one does not. Lines may have a
+    prefix of constant width (a worker's name, with other workers between), and the first line any (a logger's).
+
+    Args:
+        lines: The last lines of its log, cleaned, oldest first; some hundreds are enough.
+
+    Returns:
+        The digest; None if all lines are empty.
+    """
+    lines = [line[:_MAX_LINE_CHARS] for line in lines[-_MAX_LINES:]]
+    last_lines = tuple(line[:_LAST_LINE_CHARS] for line in lines if line.strip())[-_LAST_LINES:]
+    if not last_lines:
+        return None
+    found = last_stack(lines)
+    if found is None:
+        return Digest(
+            exception_type=None, message=last_lines[-1][:_MAX_MESSAGE_CHARS], stacktrace=None, last_lines=last_lines
+        )
+    return Digest(
+        exception_type=found.exception_type[:_MAX_TYPE_CHARS],
+        message=found.message[:_MAX_MESSAGE_CHARS],
+        stacktrace=_shortened("\n".join(found.lines)),
+        last_lines=last_lines,
+    )
+
+
+def fingerprint_of(error_type: str, message: str, digest: Digest | None) -> str:
+    """Return 16 hexadecimal digits that are the same for the same failure of another run.
+
+    With a stack it is made of the types and functions in it, else of the message. Line numbers, addresses, ids, counts
+    and folders do not matter, so it survives edits of other lines, other machines and other data.
+
+    Args:
+        error_type: The ``error.type``.
+        message: Why the job failed.
+        digest: From its log, if it has one.
+    """
+    stack = digest.stacktrace if digest is not None else None
+    parts = [error_type]
+    for line in stack.split("\n") if stack else ():
+        line = line.lstrip(" |+\t")
+        if _NAMES_A_PLACE.match(line):
+            parts.append(_stable(line))
+    if len(parts) == 1:
+        parts.append(_stable(message.split("\n")[0]))
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "replace")).hexdigest()[:16]
+
+
+def _stable(text: str) -> str:
+    return _NUMBER.sub("0", _ID.sub("0", _FOLDERS.sub("", text[:_MAX_LINE_CHARS])))
+
+
+def _shortened(text: str) -> str:
+    data = text.encode("utf-8", "replace")
+    if len(data) <= _MAX_STACK_BYTES:
+        return text
+    note = "\n  [... the middle is left out ...]\n"
+    head = data[:_STACK_HEAD_BYTES].decode("utf-8", "ignore")
+    # The end says which exception it was and where it was raised.
+    tail = data[len(data) - (_MAX_STACK_BYTES - _STACK_HEAD_BYTES - len(note)) :].decode("utf-8", "ignore")
+    return head + note + tail

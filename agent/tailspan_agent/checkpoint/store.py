@@ -1,0 +1,374 @@
+"""The checkpoint store: what the endpoint has acked, on disk, so that a restart neither loses nor repeats.
+
+SQLite in WAL mode with ``synchronous = NORMAL``: a killed process loses nothing; a power failure can undo the last
+transactions, which repeats lines (with the same uid) but never skips one. Jobs are keyed by the service's identity
+and the job's id, never by a configuration section's name, so renaming a section orphans nothing.
+
+    jobs      one row a job: the acked cursor and the facts that go with it
+    seconds   per job and second of source time: how many lines were acked and the sum of their uids
+              (services that know only times: lets the final read find what was never relayed)
+    spans     finished spans exactly as first sent; they stay after their ack, so that none is made anew
+    runs      cumulative run totals per pipeline, so that metrics survive restarts
+    history   the last ended runs of each pipeline (`checkpoint_history`), with failures and too_fast
+    names     names of listed jobs, so that a list without names costs one request a job, once
+
+All methods are quick and synchronous; the agent calls them from its event loop only.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import time
+import uuid
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from tailspan._private_dirs import make_private
+from tailspan_agent.analysis.baseline import PastRun
+from tailspan_agent.analysis.run_totals import RunTotals, utf8_name
+from tailspan_agent.checkpoint.database import connect, file_at, is_damage, lock, salvage
+from tailspan_agent.checkpoint.history import StoredHistory
+from tailspan_agent.checkpoint.jobs import StoredJobs
+from tailspan_agent.checkpoint.rows import Ack, Checkpoint, OutboxSpan
+from tailspan_agent.errors import CheckpointError
+
+__all__ = ["Ack", "Checkpoint", "OutboxSpan", "Store", "read_checkpoint"]
+
+_UINT64 = 1 << 64
+_SMALLEST_BYTES = 512
+
+_log = logging.getLogger(__name__)
+
+
+_CHECKPOINT = (
+    "SELECT key, name, backfill, cursor, facts, logs_complete, late, ended FROM jobs WHERE identity = ? AND job_id = ?"
+)
+
+
+def read_checkpoint(state_dir: Path, identity: str, job_id: str) -> Checkpoint | None:
+    """Return what the store of another process, running or not, knows of a job.
+
+    Raises:
+        CheckpointError: The store cannot be read.
+    """
+    path = state_dir / "checkpoints.db"
+    if not path.exists():
+        return None
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+            if db.execute("PRAGMA user_version").fetchone() == (0,):
+                return None  # its agent is about to make it
+            return _checkpoint(db.execute(_CHECKPOINT, (identity, job_id)).fetchall())
+    except (sqlite3.Error, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read the checkpoint store {path}: {error}") from error
+
+
+def _checkpoint(rows: list[Any]) -> Checkpoint | None:
+    if not rows:
+        return None
+    key, name, backfill, cursor, ledger, logs_complete, late, ended = rows[0]
+    return Checkpoint(key, name, bool(backfill), cursor, ledger, bool(logs_complete), bool(late), bool(ended))
+
+
+class Store:
+    """The agent's durable state; one agent per directory, held by a lock.
+
+    Args:
+        state_dir: The agent's directory; made if missing, 0700.
+
+    Attributes:
+        instance_id: UUID of this state directory; ``service.instance.id`` of the agent's metrics.
+        start_unix_nano: When counting of runs began in this store.
+        recovered: What was wrong with the file when it was opened and set aside, or None.
+        history: The last ended runs of each pipeline, to be read.
+        jobs: All jobs, to be looked at.
+        refused: Whether the last write failed: the disk is full, or worse.
+
+    Raises:
+        CheckpointError: Another agent holds the directory, the file is from a newer version, or the disk refuses.
+    """
+
+    def __init__(self, state_dir: Path) -> None:
+        self.path = state_dir / "checkpoints.db"
+        self.recovered: str | None = None
+        self.refused = False
+        try:
+            make_private(state_dir)
+            self._lock_fd = lock(state_dir)
+        except OSError as error:
+            raise CheckpointError(f"cannot use agent.state_dir {state_dir}: {error.strerror}") from error
+        with ExitStack() as undo:
+            undo.callback(os.close, self._lock_fd)
+            self._db = self._open()
+            undo.callback(self._db.close)
+            self._file = file_at(self.path)
+            self.instance_id = self._meta("instance_id", str(uuid.uuid4()))
+            self.start_unix_nano = int(self._meta("start_unix_nano", str(time.time_ns())))
+            undo.pop_all()
+        self.acked_at_s = time.time()
+        self.history = StoredHistory(self._select)
+        self.jobs = StoredJobs(self._select)
+
+    def _open(self) -> sqlite3.Connection:
+        try:
+            if self.path.exists() and self.path.stat().st_size < _SMALLEST_BYTES:
+                self.recovered = "it was empty"
+            return connect(self.path)
+        except (OSError, sqlite3.DatabaseError, UnicodeDecodeError) as error:
+            if not is_damage(error):
+                raise CheckpointError(f"cannot open the checkpoint store {self.path}: {error}") from error
+            # SQLite quotes what is damaged in its messages, as it finds it.
+            self.recovered = " ".join(str(error).split())
+        aside = self.path.with_name(f"checkpoints.corrupt-{time.time_ns()}.db")
+        for suffix in ("", "-wal", "-shm"):
+            part = self.path.with_name(self.path.name + suffix)
+            if part.exists():
+                part.rename(aside.with_name(aside.name + suffix))
+        db = connect(self.path)
+        rows = salvage(aside, db)
+        self.recovered = f"{self.recovered}; set aside as {aside.name}, {rows} rows salvaged"
+        return db
+
+    def close(self) -> None:
+        """Close the file and give the directory free."""
+        self._db.close()
+        os.close(self._lock_fd)
+
+    def _meta(self, key: str, default: str) -> str:
+        with self._transaction() as db:
+            db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (key, default))
+            row: tuple[str] = db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+            return row[0]
+
+    def together(self) -> AbstractContextManager[object]:
+        """Write what the block writes in one transaction: each costs more than what is in it."""
+        return self._transaction()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        if self._db.in_transaction:
+            yield self._db
+            return
+        if file_at(self.path) != self._file:
+            # SQLite would go on writing into what nobody will find again.
+            self.refused = True
+            raise CheckpointError(
+                f"the checkpoint store {self.path} was removed or replaced under a running agent:"
+                " put it back, or start the agent anew"
+            )
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+            self.refused = False
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            self.refused = True
+            raise CheckpointError(f"cannot write the checkpoint store {self.path}: {error}") from error
+
+    def _select(self, query: str, *values: object) -> list[Any]:
+        try:
+            return self._db.execute(query, values).fetchall()
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            raise CheckpointError(f"cannot read the checkpoint store {self.path}: {error}") from error
+
+    def job(self, identity: str, job_id: str) -> Checkpoint | None:
+        """Return what is known of a job."""
+        return _checkpoint(self._select(_CHECKPOINT, identity, job_id))
+
+    def add_job(self, identity: str, job_id: str, name: str, *, backfill: bool, ledger: str) -> Checkpoint:
+        """Remember a job that is seen for the first time; a job that is known stays as it is."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT OR IGNORE INTO jobs (identity, job_id, name, backfill, facts, updated_s)"
+                " VALUES (?, ?, ?, ?, ?, ?)",
+                (identity, job_id, utf8_name(name), backfill, ledger, time.time()),
+            )
+        checkpoint = self.job(identity, job_id)
+        assert checkpoint is not None
+        return checkpoint
+
+    def finished_jobs(self, identity: str) -> set[str]:
+        """Return the ids of all jobs of a service that need no more work for any signal."""
+        query = "SELECT job_id FROM jobs WHERE identity = ? AND ended = 1 AND logs_complete = 1 AND late = 0"
+        return {job_id for (job_id,) in self._select(query, identity)}
+
+    def unfinished_jobs(self, identity: str) -> list[tuple[str, str]]:
+        """Return id and name of all jobs of a service that were seen and are not finished, oldest first."""
+        return self._select(
+            "SELECT job_id, name FROM jobs WHERE identity = ? AND (ended = 0 OR logs_complete = 0 OR late = 1)"
+            " ORDER BY key",
+            identity,
+        )
+
+    def ack(self, acks: Iterable[Ack]) -> None:
+        """Advance cursors, in one transaction."""
+        now_s = time.time()
+        with self._transaction() as db:
+            for ack in acks:
+                db.execute(
+                    "UPDATE jobs SET cursor = coalesce(?, cursor), facts = ?, updated_s = ? WHERE key = ?",
+                    (ack.cursor, ack.ledger, now_s, ack.key),
+                )
+                for second, (lines, uid_sum) in ack.seconds.items():
+                    self._add_second(db, ack.key, second, lines, uid_sum)
+        self.acked_at_s = now_s
+
+    @staticmethod
+    def _add_second(db: sqlite3.Connection, key: int, second: int, lines: int, uid_sum: int) -> None:
+        # SQLite's integers are signed and do not wrap: the sum mod 2^64 is kept as text.
+        row = db.execute("SELECT lines, uid_sum FROM seconds WHERE job = ? AND second = ?", (key, second)).fetchone()
+        if row is not None:
+            lines += row[0]
+            uid_sum += int(row[1])
+        db.execute("REPLACE INTO seconds VALUES (?, ?, ?, ?)", (key, second, lines, str(uid_sum % _UINT64)))
+
+    def seconds(self, key: int) -> dict[int, tuple[int, int]]:
+        """Return per second of source time the count and the uid sum (mod 2^64) of a job's acked lines."""
+        rows = self._select("SELECT second, lines, uid_sum FROM seconds WHERE job = ?", key)
+        return {second: (lines, int(uid_sum)) for second, lines, uid_sum in rows}
+
+    def usable(self) -> bool:
+        """Return whether the disk takes writes again; tries it if the last one failed."""
+        if self.refused:
+            with suppress(CheckpointError), self._transaction() as db:
+                db.execute("REPLACE INTO meta VALUES ('tried', ?)", (str(time.time_ns()),))
+        return not self.refused
+
+    def update_ledger(self, key: int, ledger: str) -> None:
+        """Store facts that changed without a line: states that were seen."""
+        with self._transaction() as db:
+            db.execute("UPDATE jobs SET facts = ?, updated_s = ? WHERE key = ?", (ledger, time.time(), key))
+
+    def complete_logs(self, key: int, *, late: bool = False) -> None:
+        """Note that all lines of an ended job are acked.
+
+        Args:
+            key: The job.
+            late: Whether more may become visible; if not, the per-second sums have done their work.
+        """
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE jobs SET logs_complete = 1, late = ?, updated_s = ? WHERE key = ?", (late, time.time(), key)
+            )
+            if not late:
+                db.execute("DELETE FROM seconds WHERE job = ?", (key,))
+
+    def add_spans(self, key: int, spans: Sequence[OutboxSpan]) -> int:
+        """Write spans that are not there yet; a span that is there stays byte for byte as it was first written.
+
+        Returns:
+            How many were new.
+        """
+        with self._transaction() as db:
+            before = db.total_changes
+            db.executemany(
+                "INSERT OR IGNORE INTO spans (job, span_id, resource, span) VALUES (?, ?, ?, ?)",
+                [(key, span.span_id, span.resource, span.span) for span in spans],
+            )
+            return db.total_changes - before
+
+    def end_job(
+        self,
+        key: int,
+        spans: Sequence[OutboxSpan],
+        totals: RunTotals,
+        *,
+        run: PastRun | None = None,
+        fingerprint: str | None = None,
+    ) -> bool:
+        """Write a job's last spans and count its run, in one transaction, once.
+
+        Counting goes with the writing of the run span, not with its ack: a run counts once whatever happens to the
+        traces endpoint, and also where traces are not sent at all.
+
+        Args:
+            key: The job.
+            spans: Its spans that end now.
+            totals: The totals of its pipeline, result and error type with this run added.
+            run: The run as its pipeline's history keeps it; None keeps none.
+            fingerprint: Of its failure, to be counted; None for a run without one.
+
+        Returns:
+            Whether this was the first time; if not, nothing was changed.
+        """
+        with self._transaction() as db:
+            if db.execute("UPDATE jobs SET ended = 1 WHERE key = ? AND ended = 0", (key,)).rowcount == 0:
+                return False
+            db.executemany(
+                "INSERT OR IGNORE INTO spans (job, span_id, resource, span) VALUES (?, ?, ?, ?)",
+                [(key, span.span_id, span.resource, span.span) for span in spans],
+            )
+            db.execute("REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?)", totals.to_row())
+            if run is not None:
+                StoredHistory.add(db, run, fingerprint)
+        return True
+
+    def runs(self) -> list[RunTotals]:
+        """Return the totals of all ended runs."""
+        rows = self._select("SELECT pipeline, result, error_type, sum_s, buckets, exemplars FROM runs")
+        totals = []
+        for row in rows:
+            try:
+                totals.append(RunTotals.from_row(row))
+            except ValueError as error:
+                _log.warning("run totals in %s are damaged and left out: %s", self.path, error)
+        return totals
+
+    def unsent_spans(self, limit: int) -> list[OutboxSpan]:
+        """Return spans that are not acked, oldest jobs first."""
+        rows = self._select(
+            "SELECT job, span_id, resource, span FROM spans WHERE acked = 0 ORDER BY job LIMIT ?", limit
+        )
+        return [OutboxSpan(*row) for row in rows]
+
+    def ack_spans(self, spans: Iterable[OutboxSpan]) -> None:
+        """Note that spans need no more work."""
+        with self._transaction() as db:
+            db.executemany(
+                "UPDATE spans SET acked = 1 WHERE job = ? AND span_id = ?", [(span.job, span.span_id) for span in spans]
+            )
+
+    def names(self, identity: str) -> dict[str, str]:
+        """Return the cached names of a service's listed jobs by id."""
+        return dict(self._select("SELECT job_id, name FROM names WHERE identity = ?", identity))
+
+    def add_name(self, identity: str, job_id: str, name: str) -> None:
+        """Cache the name of a listed job."""
+        with self._transaction() as db:
+            db.execute("REPLACE INTO names VALUES (?, ?, ?, ?)", (identity, job_id, utf8_name(name), time.time()))
+
+    def forget(self, older_than_s: float, *, keep: Collection[str] = (), keep_unsent: bool = True) -> int:
+        """Delete jobs that saw no change for a long time, and names that were asked for as long ago.
+
+        Args:
+            older_than_s: For how long, in seconds. A job that its service still lists within `lookback` must not be
+                forgotten: at least the largest lookback.
+            keep: Ids of jobs to keep all the same: those that are followed now, however silent, or named by a watch.
+            keep_unsent: Whether unsent spans keep their job; where traces are not sent they would keep it for ever.
+
+        Returns:
+            How many were deleted.
+        """
+        with self._transaction() as db:
+            db.execute("CREATE TEMP TABLE IF NOT EXISTS forgotten (job INTEGER PRIMARY KEY)")
+            db.execute("DELETE FROM forgotten")
+            db.execute("INSERT INTO forgotten SELECT key FROM jobs WHERE updated_s < ?", (time.time() - older_than_s,))
+            if keep_unsent:
+                db.execute("DELETE FROM forgotten WHERE job IN (SELECT job FROM spans WHERE acked = 0)")
+            db.executemany(
+                "DELETE FROM forgotten WHERE job IN (SELECT key FROM jobs WHERE job_id = ?)",
+                [(job_id,) for job_id in keep],
+            )
+            # Whoever still lists such a job is asked for its name once more.
+            db.execute("DELETE FROM names WHERE asked_s < ?", (time.time() - older_than_s,))
+            for table in ("spans", "seconds"):
+                db.execute(f"DELETE FROM {table} WHERE job IN (SELECT job FROM forgotten)")  # noqa: S608 - constants
+            return db.execute("DELETE FROM jobs WHERE key IN (SELECT job FROM forgotten)").rowcount

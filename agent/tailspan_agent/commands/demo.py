@@ -1,0 +1,323 @@
+"""The command ``tailspan demo``: four small real pipelines as local jobs, and the agent that relays them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shlex
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from tailspan._private_dirs import make_private
+from tailspan.errors import ConfigError, ServiceUnavailableError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from tailspan.config import Settings
+    from tailspan.models import RunResponse
+    from tailspan.services.local import LocalService
+    from tailspan_agent.agent import Agent
+
+__all__ = ["demo"]
+
+_PIPELINES = {
+    "weather-etl": "weather_etl",
+    "invoice-import": "invoice_import",
+    "tile-render": "tile_render",
+    "backfill-year": "backfill_year",
+}
+_CANCELED = "backfill-year"
+_CANCEL_AFTER_S = 3.0
+_REFRESH_S = 0.2
+_STAY_S = 600.0
+_COLOURS = {
+    None: "cyan",
+    "success": "green",
+    "cancellation": "yellow",
+    "failure": "red",
+    "timeout": "red",
+    "error": "red",
+}
+_LISTEN = ("127.0.0.1", 8797)
+
+
+@click.command()
+@click.option(
+    "--dir",
+    "directory",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where its jobs and telemetry are kept. [default: 'demo' in the platform's state directory]",
+)
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=1),
+    default=60.0,
+    show_default=True,
+    help="Seconds that it may take.",
+)
+@click.option(
+    "--stay",
+    "stay_s",
+    metavar="S",
+    type=click.FloatRange(min=0),
+    help="Seconds that the page stays after that. [default: 600 in a terminal, else 0]",
+)
+def demo(directory: Path | None, timeout_s: float, stay_s: float | None) -> None:
+    """See it work: sample pipelines, the agent, and what it sends. Needs no set-up.
+
+    Runs four small programs as local jobs: one succeeds, one fails with a traceback, one shows progress and prints
+    many lines, one is cancelled. The agent relays them to OTEL_EXPORTER_OTLP_ENDPOINT where that is set, else into
+    OTLP JSON lines files that can be sent to any collector later. Meanwhile the agent's page shows them.
+
+    \b
+    Example:
+      tailspan demo
+      OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4318 tailspan demo
+    """  # noqa: D301 - click wants the backspace character itself
+    from tailspan.config import load_settings, platform_state_dir
+
+    home = (directory or platform_state_dir() / "demo").absolute()
+    settings = load_settings(_write_config(home, _free_address()))
+    if stay_s is None:
+        stay_s = _STAY_S if sys.stdout.isatty() else 0
+    asyncio.run(_demo(settings, home, timeout_s, stay_s))
+
+
+def _write_config(home: Path, listen: str) -> Path:
+    """Write the configuration that the demo runs with, for the user to go on with."""
+    path = home / "config.toml"
+    try:
+        make_private(home)
+        path.touch(mode=0o600)
+        path.write_text(
+            f"# Written by 'tailspan demo'.\n"
+            f"[services.local]\n"
+            f'type = "local"\n'
+            f"state_dir = {_toml(home / 'jobs')}\n\n"
+            f"[agent]\n"
+            f"state_dir = {_toml(home / 'agent')}\n"
+            f'listen = "{listen}"\n\n'
+            f"[[agent.watch]]\n"
+            f'service = "local"\n'
+            f"discover = true\n",
+            encoding="utf-8",
+        )
+    except OSError as error:
+        raise ConfigError(f"the demo cannot write {path}: {error.strerror}; choose another place with --dir") from error
+    return path
+
+
+def _toml(path: Path) -> str:
+    return '"' + str(path).replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _free_address() -> str:
+    host, port = _LISTEN
+    with socket.socket() as probe:
+        try:
+            probe.bind((host, port))
+        except OSError:
+            port = 0
+    return f"{host}:{port}"
+
+
+@dataclass(slots=True)
+class _Sample:
+    """One sample job and what is known of it."""
+
+    job: RunResponse
+    lines: int = 0
+    relayed: bool = False
+    why: str | None = None
+
+
+async def _demo(settings: Settings, home: Path, timeout_s: float, stay_s: float) -> None:
+    from rich.console import Console
+
+    from tailspan.services.local import LocalService
+    from tailspan_agent.process.logging_setup import set_up_logging
+
+    set_up_logging("error")
+    console = Console(highlight=False)
+    console.print("Four small pipelines run as jobs on this machine, and the agent relays them.\n")
+    async with aclosing(LocalService.from_options("local", settings.services["local"], settings)) as service:
+        agent, running = await _start_agent(settings, home)
+        samples: dict[str, _Sample] = {}
+        submitted: list[asyncio.Task[RunResponse]] = []
+        try:
+            if agent.server is not None:
+                console.print(f"Look at them while they run: {agent.server.url}\n")
+            for name, module in _PIPELINES.items():
+                submitted.append(asyncio.create_task(_submit(service, name, module)))
+                samples[name] = _Sample(await asyncio.shield(submitted[-1]))
+            await _follow(service, agent, running, samples, console, time.monotonic() + timeout_s)
+        finally:
+            # The long one would go on for an hour after a demonstration that was stopped, even while it began.
+            for task in submitted:
+                await service.cancel((await task).job_id)
+        console.print(_table(samples))
+        console.print(_report(settings, home, agent, samples), soft_wrap=True, markup=False)
+        if stay_s and agent.server is not None and not running.done():
+            console.print(f"\nThe page stays for {stay_s:g} s, at {agent.server.url}; Ctrl-C ends it.")
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([running], timeout=stay_s)
+        agent.stop()
+        await running
+    late = [name for name, sample in samples.items() if not sample.relayed]
+    if late:
+        target = ", ".join(sorted(set(agent.endpoints.targets.values())))
+        raise ServiceUnavailableError(
+            f"within {timeout_s:g} s {target} did not take all telemetry of {', '.join(late)}; nothing is lost:"
+            f" tailspan agent run --config {shlex.quote(str(home / 'config.toml'))} --once goes on"
+        )
+
+
+async def _start_agent(settings: Settings, home: Path) -> tuple[Agent, asyncio.Task[None]]:
+    """Start the agent; return it with its task once it follows jobs, or has failed."""
+    from tailspan.config import load_settings
+
+    agent, running = await _begin(settings)
+    failure = running.exception() if running.done() else None
+    if isinstance(failure, ConfigError) and failure.key == "agent.listen":
+        # The port was free when we looked: another demo that was started at the same moment has taken it since.
+        agent, running = await _begin(load_settings(_write_config(home, f"{_LISTEN[0]}:0")))
+    return agent, running
+
+
+async def _begin(settings: Settings) -> tuple[Agent, asyncio.Task[None]]:
+    from tailspan_agent.agent import Agent
+
+    agent, ready = Agent(settings), asyncio.Event()
+    running = asyncio.create_task(agent.run(on_ready=ready.set))
+    waiting = asyncio.create_task(ready.wait())
+    await asyncio.wait([running, waiting], return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    return agent, running
+
+
+async def _follow(
+    service: LocalService,
+    agent: Agent,
+    running: asyncio.Task[None],
+    samples: Mapping[str, _Sample],
+    console: Console,
+    deadline_s: float,
+) -> None:
+    """Show what happens until all is relayed, the time is up or the agent has ended; cancel the long one meanwhile."""
+    from rich.live import Live
+
+    with Live(_table(samples), console=console, transient=True, auto_refresh=False) as live:
+        while not all(sample.relayed for sample in samples.values()):
+            if running.done() or time.monotonic() > deadline_s:
+                return
+            await asyncio.sleep(_REFRESH_S)
+            await _refresh(service, agent, samples)
+            live.update(_table(samples), refresh=console.is_terminal)
+            canceled = samples[_CANCELED].job
+            if not canceled.state.is_terminal and _others_ended(samples):
+                started = canceled.started_at or canceled.submitted_at
+                if started is None or time.time() - started.timestamp() > _CANCEL_AFTER_S:
+                    await service.cancel(canceled.job_id)
+
+
+async def _submit(service: LocalService, name: str, module: str) -> RunResponse:
+    command = [sys.executable, "-m", f"tailspan_agent.commands.demo_pipelines.{module}"]
+    submitting = asyncio.ensure_future(
+        service.submit(command, name=name, attributes={"demo": "true"}, env={"PYTHONUNBUFFERED": "1"})
+    )
+    try:
+        return await asyncio.shield(submitting)
+    except asyncio.CancelledError:
+        # Stopped at the very moment of its start: nobody else knows this job.
+        await service.cancel((await submitting).job_id)
+        raise
+
+
+async def _refresh(service: LocalService, agent: Agent, samples: Mapping[str, _Sample]) -> None:
+    from tailspan_agent.job.ledger import JobLedger
+    from tailspan_agent.job.mapping import failure_text
+
+    for sample in samples.values():
+        sample.job = await service.get_job(sample.job.job_id)
+        checkpoint = agent.store.job(service.identity, sample.job.job_id)
+        if checkpoint is not None:
+            ledger = JobLedger.from_json(checkpoint.ledger)
+            sample.lines = ledger.lines
+            sample.why = failure_text(sample.job, ledger.digest) if sample.job.state.result == "failure" else None
+            sample.relayed = checkpoint.ended and (checkpoint.logs_complete or agent.endpoints.get("logs") is None)
+
+
+def _others_ended(samples: Mapping[str, _Sample]) -> bool:
+    return all(sample.job.state.is_terminal for name, sample in samples.items() if name != _CANCELED)
+
+
+def _table(samples: Mapping[str, _Sample]) -> Table:
+    from rich.table import Table
+
+    from tailspan.cli.show import seconds_text
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("PIPELINE", "STATE", "TIME", "LINES", "TRACE"):
+        table.add_column(heading, justify="right" if heading == "LINES" else "left", no_wrap=True)
+    for name, sample in samples.items():
+        job = sample.job
+        took = seconds_text(job.duration) if job.duration is not None else ""
+        state = f"[{_COLOURS[job.state.result]}]{job.state}[/]"
+        table.add_row(name, state, took, f"{sample.lines:,}", job.trace_id)
+    return table
+
+
+def _program() -> str:
+    """Return what to type for this program: its name where it is on the PATH, else where it lies."""
+    return "tailspan" if shutil.which("tailspan") else shlex.quote(os.path.relpath(sys.argv[0]))
+
+
+def _report(settings: Settings, home: Path, agent: Agent, samples: Mapping[str, _Sample]) -> str:
+    """Return what was exported where, and what to type next."""
+    targets = agent.endpoints.targets
+    counts = {"logs": "log records", "traces": "spans", "metrics": "data points"}
+    lines = [f"\n{name} failed: {sample.why}" for name, sample in samples.items() if sample.why]
+    lines += ["", "Exported:"]
+    for signal, target in targets.items():
+        endpoint = agent.endpoints.get(signal)
+        count = endpoint.delivered if endpoint is not None else agent.telemetry.metrics_request()[1]
+        lines.append(f"  {count:6,} {counts[signal]:12} to {target}")
+    program = _program()
+    config = f"TAILSPAN_CONFIG={shlex.quote(str(home / 'config.toml'))}"
+    failed = next((sample.job for sample in samples.values() if sample.job.state.result == "failure"), None)
+    if failed is not None:
+        lines += ["", "Look at the job that failed:"]
+        lines += [f"  {config} {program} status {failed.job_id}", f"  {config} {program} logs {failed.job_id}"]
+    if settings.otlp.for_signal("logs") is not None and agent.endpoints.kept_in_files:
+        files = shlex.quote(str(home / "agent" / "otlp")) + "/*.jsonl"
+        lines += ["", "Send what was kept in files to a collector that listens on port 4318:"]
+        lines += [f"  {program} agent replay {files} --endpoint http://localhost:4318"]
+    lines += [
+        "",
+        "See it in Grafana (logs, traces and metrics), at http://localhost:3000:",
+        "  docker run --rm -d -p 3000:3000 -p 4317:4317 -p 4318:4318 grafana/otel-lgtm",
+        f"  OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4318 {program} demo",
+        "",
+        "See it in Jaeger (traces), at http://localhost:16686:",
+        "  docker run --rm -d -p 16686:16686 -p 4318:4318 jaegertracing/jaeger:latest",
+        f"  OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4318 TAILSPAN_OTLP__SIGNALS=traces {program} demo",
+        "",
+        "Run a job of your own, and relay it:",
+        f"  {config} {program} run -- python3 -m compileall .",
+        f"  {config} {program} agent run --once",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,231 @@
+"""The command ``tailspan doctor``: all that a bug report needs, and no secret.
+
+problems   what is wrong, as far as can be seen from here
+versions, clock, limits, variables (names only), configuration (what was set, and where)
+reach      what ``agent check`` finds: services, endpoint; the running agent's own health
+state      checkpoints, dead letter, disks, the agent's last warnings and errors
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tailspan.cli.options import config_option, json_option
+from tailspan.config import Settings, load_settings, platform_state_dir
+from tailspan.errors import ConfigError, TailspanError
+from tailspan.logs.clean import printable
+from tailspan_agent.commands.doctor import machine as doctor_machine
+from tailspan_agent.commands.doctor.settings import secrets_of, secrets_of_broken, shown_settings
+from tailspan_agent.process.last_errors import read_last_errors
+from tailspan_agent.records.redact import Redactor
+
+__all__ = ["Report", "doctor", "examine"]
+
+_PROBE_TIMEOUT_S = 3.0
+_CONFIG, _ERROR = 2, 1
+_ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - looked up, not listened on
+
+
+class Report:
+    """What was found, section by section. Everything in it went through the redactor.
+
+    Attributes:
+        sections: Text, lists and tables of text, by section.
+        exit_code: 0 when nothing wrong was found; else that of the first problem, as ``agent check`` has it.
+    """
+
+    def __init__(self, redactor: Redactor) -> None:
+        self._redactor = redactor
+        self.sections: dict[str, Any] = {"problems": []}
+        self.exit_code = 0
+
+    def problem(self, text: str, exit_code: int = _ERROR) -> None:
+        """Say what is wrong."""
+        self.sections["problems"].append(self._safe(text))
+        self.exit_code = self.exit_code or exit_code
+
+    def add(self, section: str, find: Callable[[], Any]) -> None:
+        """Add what a function finds; what keeps it from that is a problem, and the rest is looked at all the same.
+
+        Args:
+            section: The section's name.
+            find: Returns text, or lists or tables of text, or yields pairs of text.
+        """
+        found: Any = {}
+        several: dict[str, list[str]] = {}
+        try:
+            found = find()
+            if isinstance(found, Iterator):
+                for name, value in found:
+                    several.setdefault(name, []).append(value)
+        except ModuleNotFoundError as missing:
+            found = f"needs the agent's packages ({missing.name} is missing): pip install 'tailspan[agent]'"
+        except Exception as error:
+            # Services are also other people's code; and a report that breaks off helps nobody.
+            self.problem(f"{section}: {error}" if isinstance(error, TailspanError) else f"{section}: {error!r}")
+        if isinstance(found, Iterator):
+            found = {name: values if len(values) > 1 else values[0] for name, values in several.items()}
+        self.sections[section] = self._safe(found)
+
+    def text(self) -> str:
+        """Return the report for people."""
+        return "\n".join(_lines(self.sections, "")) + "\n"
+
+    def _safe(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: self._safe(inner) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [self._safe(inner) for inner in value]
+        lines = (self._redactor.redact(line)[0] for line in str(value).splitlines())
+        return printable(" ".join(lines), colours=False)
+
+
+def _lines(value: Any, indent: str) -> Iterator[str]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if isinstance(inner, str):
+                yield f"{indent}{name}: {inner}"
+            else:
+                yield f"{indent}{name}:{'' if inner else ' none'}"
+                yield from _lines(inner, indent + "  ")
+    elif isinstance(value, list):
+        for inner in value:
+            yield f"{indent}- {inner}"
+    else:
+        yield f"{indent}{value}"
+
+
+def examine(config_path: Path | None) -> Report:
+    """Look at everything.
+
+    Args:
+        config_path: The configuration file; None: as the environment says.
+    """
+    if config_path is None and os.environ.get("TAILSPAN_CONFIG"):
+        config_path = Path(os.environ["TAILSPAN_CONFIG"])
+    settings: Settings | None = None
+    failure: ConfigError | None = None
+    redactor = Redactor(secrets_of_broken(config_path))
+    try:
+        settings = load_settings(config_path)
+        own = Redactor.from_settings(settings.redact.model_copy(update={"files": []}))
+        redactor = Redactor(secrets_of(settings), own.patterns if own else ())
+    except ConfigError as error:
+        failure = error
+    report = Report(redactor)
+    if failure is not None:
+        # A value is quoted as Python writes it, and shortened, which no search would find.
+        report.problem(re.sub(r", got .*", "", str(failure)), _CONFIG)
+    report.sections["time"] = datetime.now(UTC).isoformat(timespec="seconds")
+    report.add("versions", doctor_machine.versions)
+    report.add("clock", doctor_machine.clock)
+    report.add("limits", doctor_machine.limits)
+    report.add("variables", doctor_machine.variables)
+    state_dir = platform_state_dir() / "agent"
+    if settings is not None:
+        state_dir = settings.agent.state_dir
+        report.add("configuration", lambda: _configuration(settings))
+        report.add("reach", lambda: asyncio.run(_reach(settings, report)))
+        report.add("running agent", lambda: _health(settings))
+    report.add("disk", lambda: [doctor_machine.disk(path) for path in (state_dir, *_local_dirs(settings))])
+    report.add("store", lambda: doctor_machine.store(state_dir))
+    report.add("dead letter", lambda: _dead_letter(state_dir))
+    report.add("last errors", lambda: read_last_errors(state_dir))
+    if report.sections["store"].get("integrity", "ok") != "ok":
+        report.problem(f"the checkpoint store is damaged: {report.sections['store']['integrity']}")
+    return report
+
+
+def _configuration(settings: Settings) -> dict[str, str]:
+    return {"file": str(settings.path or "none"), **shown_settings(settings)}
+
+
+def _local_dirs(settings: Settings | None) -> list[Path]:
+    if settings is None:
+        return [platform_state_dir()]
+    tables = [table for table in settings.services.values() if table["type"] == "local"]
+    return [Path(str(table.get("state_dir") or platform_state_dir())).expanduser() for table in tables]
+
+
+async def _reach(settings: Settings, report: Report) -> dict[str, str]:
+    from tailspan_agent.commands.check import check
+
+    found = {}
+    async for finding in check(settings):
+        found[finding.subject] = finding.text
+        if finding.exit_code:
+            report.problem(f"{finding.subject}: {finding.text}", finding.exit_code)
+    return found
+
+
+def _health(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Ask the agent that listens where this configuration says, if there is one."""
+    import httpx
+
+    address = settings.agent.listen_address
+    if address is None or address[1] == 0:
+        return
+    host = _ANY_ADDRESS.get(address[0], address[0])
+    base = f"http://[{host}]:{address[1]}" if ":" in host else f"http://{host}:{address[1]}"
+    with closing(httpx.Client(trust_env=False, timeout=_PROBE_TIMEOUT_S)) as client:
+        for path in ("/healthz", "/readyz"):
+            try:
+                reply = client.get(base + path)
+            except httpx.HTTPError as error:
+                yield path, f"{base}: {error}"
+            else:
+                yield path, f"{reply.status_code} {' '.join(reply.text.split())[:500]}"
+
+
+def _dead_letter(state_dir: Path) -> list[str]:
+    from tailspan_agent.exporter.dead_letter import summarize
+
+    return [
+        f"{group.signal}: {group.rejected} of {group.records} records, {group.first} to {group.last}:"
+        f" {group.kind}: {group.reason}"
+        for group in summarize(state_dir / "dead-letter")
+    ]
+
+
+@click.command()
+@config_option
+@json_option
+@click.option("--output", metavar="FILE", type=click.Path(path_type=Path), help="Write it there (0600), not here.")
+def doctor(config_path: Path | None, as_json: bool, output: Path | None) -> None:
+    """Say all that a bug report needs: versions, configuration, what can be reached, last errors; no secrets.
+
+    Secrets, credentials in URLs, headers, attributes and what [redact] finds are left out; paths, names of hosts, jobs
+    and services are in it. Read it before you publish it.
+
+    \b
+    Exit codes: 0 nothing wrong was found, 1 a fault of the state directory, 2 configuration, 3 a service or the
+    endpoint cannot be reached, 4 no such job. The report is made in any case.
+
+    Example:
+      tailspan doctor --config config.toml --output report.txt
+    """  # noqa: D301 - click wants the backspace character itself
+    report = examine(config_path)
+    text = json.dumps(report.sections, indent=2) + "\n" if as_json else report.text()
+    if output is None:
+        click.echo(text, nl=False)
+    else:
+        _write_private(output, text)
+        click.echo(f"written to {output}; read it before you publish it", err=True)
+    sys.exit(report.exit_code)
+
+
+def _write_private(path: Path, text: str) -> None:
+    path.unlink(missing_ok=True)
+    with open(path, "x", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write(text)

@@ -1,0 +1,179 @@
+"""Replay: files of OTLP JSON lines (the files mode's, the dead letter's, a collector's) sent to an endpoint.
+
+Line by line, in order, one request at a time, so that a job's lines keep their order. What cannot be read or is
+refused is reported with its file and line, and the replay goes on; an endpoint that faults or stays away ends it. The
+files stay as they are: a replay that was stopped is run again; repeated records are known by their ``log.record.uid``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Final
+
+from tailspan._clock import Clock
+from tailspan_agent.errors import ExportRejectedError
+from tailspan_agent.exporter.http import Exporter
+from tailspan_agent.exporter.retry import RetryingExporter
+from tailspan_agent.otlp.json_lines import UnreadableLineError, decode_line
+from tailspan_agent.otlp.signals import DecodeError, count_records, parse_request, split_request
+
+__all__ = ["ReplayResult", "replay"]
+
+_MAX_LINE_BYTES: Final = 256 << 20
+_MAX_REQUEST_BYTES: Final = 3 << 20
+_MAX_PROBLEMS: Final = 100
+
+
+@dataclass(slots=True)
+class ReplayResult:
+    """What a replay did, or has done so far.
+
+    Attributes:
+        files: Files read.
+        lines: Lines read, empty ones not counted.
+        delivered: Records delivered.
+        rejected: Records that the endpoint refused.
+        skipped: Records of signals that the endpoint does not get.
+        bad_lines: Lines that could not be read, and files.
+        problems: ``file:line: what``, the first hundred, for lines that could not be read or were refused.
+    """
+
+    files: int = 0
+    lines: int = 0
+    delivered: int = 0
+    rejected: int = 0
+    skipped: int = 0
+    bad_lines: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every line was read and every record delivered or skipped (exit code 0, else 1)."""
+        return not self.bad_lines and not self.rejected
+
+    def add_bad_line(self, path: Path, line: int, what: str) -> None:
+        """Count and note a line that cannot be read."""
+        self.bad_lines += 1
+        self.add_problem(path, line, what)
+
+    def add_problem(self, path: Path, line: int, what: str) -> None:
+        """Note what went wrong with a line."""
+        if len(self.problems) < _MAX_PROBLEMS:
+            self.problems.append(f"{path}:{line}: {what}")
+
+
+async def replay(
+    paths: Sequence[Path],
+    exporters: Mapping[str, Exporter],
+    *,
+    progress: Callable[[ReplayResult], None] = lambda result: None,
+    patience_s: float = 60.0,
+    retry_server_errors: int = 10,
+    clock: Clock | None = None,
+) -> ReplayResult:
+    """Send files of OTLP JSON lines, plain or ``.gz``, in the order given.
+
+    Args:
+        paths: The files.
+        exporters: Where each signal goes; lines of signals that are not here are skipped and counted.
+        progress: Called after each line with the result so far; must not change it.
+        patience_s: How long to try again when the endpoint does not answer, in seconds.
+        retry_server_errors: See `tailspan_agent.exporter.retry.RetryingExporter`.
+        clock: Waits; None: the real one.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ExportRejectedError: The endpoint faults or stayed away; the message says at which file and line.
+    """
+    result = ReplayResult()
+    senders = {
+        signal: RetryingExporter(
+            signal,
+            exporter,
+            _NotKept(),
+            retry_server_errors=retry_server_errors,
+            patience_s=patience_s,
+            clock=clock,
+        )
+        for signal, exporter in exporters.items()
+    }
+    for path in paths:
+        result.files += 1
+        number = 0
+        try:
+            with _open(path) as file:
+                while line := await asyncio.to_thread(_read_line, file):
+                    number += 1
+                    if line := line.strip():
+                        await _replay_line(line, senders, result, path, number)
+                        progress(result)
+        except (OSError, EOFError, zlib.error) as error:
+            result.add_bad_line(path, number + 1, f"cannot be read: {getattr(error, 'strerror', None) or error}")
+    return result
+
+
+async def _replay_line(
+    line: bytes, senders: Mapping[str, RetryingExporter], result: ReplayResult, path: Path, number: int
+) -> None:
+    result.lines += 1
+    try:
+        signal, payload, count = await asyncio.to_thread(_decode, line)
+    except UnreadableLineError as error:
+        result.add_bad_line(path, number, str(error))
+        return
+    if signal not in senders:
+        result.skipped += count
+        return
+    parts = [(payload, count)]
+    while parts:
+        part, part_count = parts.pop(0)
+        if len(part) > _MAX_REQUEST_BYTES and part_count > 1:
+            parts[:0] = split_request(signal, part)
+            continue
+        try:
+            sent = await senders[signal].send(part, part_count)
+        except ExportRejectedError as error:
+            raise ExportRejectedError(
+                f"stopped at {path}:{number} after {result.delivered} records: {error}"
+            ) from error
+        result.delivered += sent.delivered
+        result.rejected += sent.rejected
+        if sent.reason is not None:
+            result.add_problem(path, number, f"{sent.rejected} of {part_count} records rejected: {sent.reason}")
+
+
+def _decode(line: bytes) -> tuple[str, bytes, int]:
+    signal, payload = decode_line(line)
+    try:
+        return signal, payload, count_records(signal, parse_request(signal, payload))
+    except DecodeError as error:
+        # Nested deeper than any protobuf reader goes.
+        raise UnreadableLineError(f"no OTLP request: {error}") from error
+
+
+def _read_line(file: IO[bytes]) -> bytes:
+    """Return the next line with its newline; of one that is too long to hold, its beginning; empty at the end."""
+    line = file.readline(_MAX_LINE_BYTES)
+    rest = line
+    while rest and not rest.endswith(b"\n"):
+        rest = file.readline(1 << 20)
+    return line
+
+
+def _open(path: Path) -> IO[bytes]:
+    # Both are binary readers; typeshed gives them no common name.
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+class _NotKept:
+    """Takes refused batches without keeping them: they stay in the file that is replayed."""
+
+    async def add(self, signal: str, payload: bytes, *, kind: str, reason: str, rejected: int, count: int) -> None:
+        """Keep nothing; `RetryingExporter` returns the reason, which is reported with its file and line."""

@@ -1,0 +1,249 @@
+"""What became of one export request, and the rules that say so: functions of status, headers and body.
+
+An answer speaks either of the *batch* (it is wrong, too large, partly refused) or of the *endpoint* (wrong address,
+wrong credentials, no such signal). Only the former may cost records; the latter pauses the signal until it is mended:
+
+    2xx, OK                                                  Delivered, or Rejected where partial_success says so
+    429 502 503 504, connection failures; CANCELLED ...      Retry, for ever
+    408 425, other 5xx; INTERNAL UNKNOWN                     Retry with `server_error`: a bounded number of times
+    400 422; INVALID_ARGUMENT and the like                   Rejected
+    413; a message over the receiver's limit                 TooLarge
+    3xx, all other 4xx, TLS errors; UNIMPLEMENTED ...        EndpointFault
+
+Source: OpenTelemetry protocol specification 1.9, "OTLP/HTTP Response", "OTLP/gRPC Throttling".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final, TypeAlias
+
+from tailspan._backoff import parse_retry_after_s
+
+__all__ = [
+    "MAX_RETRY_AFTER_S",
+    "Delivered",
+    "EndpointFault",
+    "Outcome",
+    "Rejected",
+    "Retry",
+    "TooLarge",
+    "classify_grpc",
+    "classify_http",
+    "classify_success",
+]
+
+MAX_RETRY_AFTER_S = 3600.0
+"""An endpoint that asks for more is asked again after an hour: a slip there must not stop the relay for days."""
+
+_REASON_CHARS = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """The endpoint has all records.
+
+    Attributes:
+        warning: What the endpoint, or its odd answer, wants to be known.
+    """
+
+    warning: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Not now: send the same bytes again later.
+
+    Attributes:
+        reason: For people.
+        after_s: Seconds that the endpoint asked to be left alone.
+        server_error: The endpoint broke in a way that OTLP does not call retryable: worth a few tries, not endless.
+    """
+
+    reason: str
+    after_s: float | None = None
+    server_error: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """The endpoint refuses records, and would refuse them again.
+
+    Attributes:
+        rejected: How many; None: all of the batch.
+        reason: For people.
+        kind: One of a few words, for counting: ``invalid``, ``partial``, ``too_large``, ``server_error``.
+    """
+
+    rejected: int | None
+    reason: str
+    kind: str = "invalid"
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointFault:
+    """The endpoint takes nothing of this signal as it is configured. No fault of the batch."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TooLarge:
+    """The request is over the endpoint's limit; parts of it may pass."""
+
+    reason: str
+
+
+Outcome: TypeAlias = Delivered | Retry | Rejected | EndpointFault | TooLarge
+
+_RETRYABLE_HTTP: Final = frozenset({429, 502, 503, 504})
+_TRANSIENT_CLIENT_HTTP: Final = frozenset({408, 425})
+_BATCH_HTTP: Final = frozenset({400, 422})
+
+_RETRYABLE_GRPC: Final = frozenset(
+    {"CANCELLED", "DEADLINE_EXCEEDED", "ABORTED", "OUT_OF_RANGE", "UNAVAILABLE", "DATA_LOSS"}
+)
+_SERVER_ERROR_GRPC: Final = frozenset({"INTERNAL", "UNKNOWN"})
+_FAULT_GRPC: Final = frozenset({"UNIMPLEMENTED", "UNAUTHENTICATED", "PERMISSION_DENIED"})
+# grpc-go, -core, -java and -dotnet answer RESOURCE_EXHAUSTED, tonic OUT_OF_RANGE; only the text tells it from a quota.
+_TOO_LARGE_TEXTS: Final = (
+    "larger than max",
+    "message length too large",
+    "message exceeds maximum size",
+    "exceeds the maximum configured message size",
+)
+_TLS_TEXTS: Final = ("ssl handshake", "tls handshake", "ssl_error", "certificate_verify_failed")
+
+_REJECTED_FIELDS: Final = ("rejected_log_records", "rejected_spans", "rejected_data_points")
+
+
+def classify_http(
+    signal: str, status: int, headers: Mapping[str, str], body: bytes, count: int, now: datetime
+) -> Outcome:
+    """Return what an HTTP answer means.
+
+    Args:
+        signal: ``logs``, ``traces`` or ``metrics``.
+        status: The HTTP status.
+        headers: The answer's headers, by lower-case name.
+        body: The answer's body, decompressed; its beginning is enough.
+        count: Records in the request.
+        now: What a Retry-After that is a date counts from (aware).
+    """
+    content_type = headers.get("content-type", "")
+    if 200 <= status < 300:
+        # 204 (Loki) and an empty 200 are whole successes without a message to parse.
+        return classify_success(signal, body, count, content_type)
+    reason = f"HTTP {status}" + _explain(body, content_type)
+    if status in _RETRYABLE_HTTP:
+        return Retry(reason, after_s=_retry_after_s(headers, now))
+    if status >= 500 or status in _TRANSIENT_CLIENT_HTTP:
+        return Retry(reason, after_s=_retry_after_s(headers, now), server_error=True)
+    if status in _BATCH_HTTP:
+        return Rejected(None, reason)
+    if status == 413:
+        return TooLarge(reason)
+    if 300 <= status < 400 and "location" in headers:
+        reason = f"HTTP {status} redirects elsewhere; exports follow no redirects, configure the final address"
+    return EndpointFault(reason)
+
+
+def classify_grpc(code: str, message: str, status_details: bytes | None) -> Outcome:
+    """Return what a gRPC error means.
+
+    Args:
+        code: Name of the status code, such as ``UNAVAILABLE``.
+        message: The status message.
+        status_details: ``grpc-status-details-bin`` of the trailing metadata, if there.
+    """
+    reason = f"gRPC {code}" + (f": {_shorten(message)}" if message else "")
+    text = message.lower()
+    if any(known in text for known in _TOO_LARGE_TEXTS):
+        return TooLarge(reason)
+    if code == "UNAVAILABLE" and any(known in text for known in _TLS_TEXTS):
+        return EndpointFault(reason)
+    after_s = _retry_info_s(status_details) if status_details else None
+    if code in _RETRYABLE_GRPC or (code == "RESOURCE_EXHAUSTED" and after_s is not None):
+        return Retry(reason, after_s=after_s)
+    if code in _SERVER_ERROR_GRPC:
+        return Retry(reason, server_error=True)
+    if code in _FAULT_GRPC:
+        return EndpointFault(reason)
+    return Rejected(None, reason)
+
+
+def classify_success(signal: str, body: bytes, count: int, content_type: str = "application/x-protobuf") -> Outcome:
+    """Return what the body of a successful answer means: whole, partial, or a warning.
+
+    Args:
+        signal: ``logs``, ``traces`` or ``metrics``.
+        body: An ``Export*ServiceResponse``, or whatever came.
+        count: Records in the request.
+        content_type: The body's; anything but protobuf or JSON is not looked into.
+    """
+    from tailspan_agent.otlp.json_lines import UnreadableLineError, decode_response
+    from tailspan_agent.otlp.signals import SIGNALS, DecodeError
+
+    if not body:
+        return Delivered()
+    try:
+        if "json" in content_type:
+            response = decode_response(signal, body)
+        else:
+            response = SIGNALS[signal].response()
+            response.ParseFromString(body)
+    except (DecodeError, UnreadableLineError):
+        return Delivered(f"the endpoint answered success with a body that is no OTLP response{_explain(body, '')}")
+    partial = response.partial_success
+    message = _shorten(partial.error_message)
+    rejected = next(getattr(partial, field) for field in _REJECTED_FIELDS if hasattr(partial, field))
+    if rejected > 0:
+        return Rejected(min(rejected, count), message or "partial success without a message", kind="partial")
+    return Delivered(message or None)
+
+
+def _retry_after_s(headers: Mapping[str, str], now: datetime) -> float | None:
+    seconds = parse_retry_after_s(headers.get("retry-after"), now)
+    return None if seconds is None else min(seconds, MAX_RETRY_AFTER_S)
+
+
+def _retry_info_s(status_details: bytes) -> float | None:
+    from google.protobuf.message import DecodeError
+    from google.rpc.error_details_pb2 import RetryInfo
+    from google.rpc.status_pb2 import Status
+
+    try:
+        status = Status.FromString(status_details)
+        for detail in status.details:
+            info = RetryInfo()
+            if detail.Unpack(info):
+                seconds: float = info.retry_delay.seconds + info.retry_delay.nanos / 1e9
+                return min(max(seconds, 0.0), MAX_RETRY_AFTER_S)
+    except DecodeError:
+        pass
+    return None
+
+
+def _explain(body: bytes, content_type: str) -> str:
+    """Return ``: text`` of an error body: a google.rpc.Status message as OTLP asks for, or the text itself."""
+    if not body:
+        return ""
+    text = ""
+    if "protobuf" in content_type:
+        from google.protobuf.message import DecodeError
+        from google.rpc.status_pb2 import Status
+
+        try:
+            text = Status.FromString(body).message
+        except DecodeError:
+            pass
+    text = _shorten(text or body[: 4 * _REASON_CHARS].decode("utf-8", "replace"))
+    return f": {text}" if text else ""
+
+
+def _shorten(text: str) -> str:
+    text = "".join(char if char.isprintable() else " " for char in text[: 4 * _REASON_CHARS])
+    text = " ".join(text.split())
+    return text if len(text) <= _REASON_CHARS else text[: _REASON_CHARS - 1] + "…"

@@ -1,0 +1,305 @@
+"""What a job looks like in OpenTelemetry: its resource, its spans and the record of its failure. Pure.
+
+Spans, each sent as soon as its values cannot change (a store shows a span only once it has ended):
+
+    run         RUN {name}, the whole job; parent of the others
+    submitted   a millisecond at the start, so that a running job is visible at once
+    queued      from submission to start
+    executing   from start to end; the parent of the job's own spans (its id is in the job's TRACEPARENT)
+
+Source: OpenTelemetry semantic conventions 1.44.0, CICD spans and attributes, exceptions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+
+from tailspan._identity import job_hash, span_id, trace_id
+from tailspan.logs.page import NANOS_PER_MS
+from tailspan.models import JobState, RunResponse
+from tailspan_agent.analysis.exit_reason import error_type, exit_reason, out_of_memory_line
+from tailspan_agent.analysis.failure import Digest
+from tailspan_agent.job.ledger import JobLedger
+from tailspan_agent.job.times import JobTimes
+from tailspan_agent.otlp.log_record import LogRecordData, Severity
+from tailspan_agent.otlp.span import SpanData, SpanEvent, SpanKind, SpanLink, StatusCode
+from tailspan_agent.otlp.wire import AttributeValue
+
+__all__ = [
+    "JobLedger",
+    "failure_record",
+    "failure_text",
+    "receipt_record",
+    "resource_attributes",
+    "spans_of",
+]
+
+_BACKFILL = "backfill"
+_SUBMITTED_NS = NANOS_PER_MS
+_MAX_STATUS_CHARS = 1000
+_MAX_MESSAGE_CHARS = 2000
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?")
+
+
+def resource_attributes(
+    job: RunResponse,
+    *,
+    service_name: str,
+    watch_attributes: Mapping[str, str],
+    otlp_resource: Mapping[str, str],
+    backfill: bool = False,
+) -> dict[str, AttributeValue]:
+    """Return the resource of a job's records and spans.
+
+    Args:
+        job: The job.
+        service_name: The configured name of its service.
+        watch_attributes: From its watch.
+        otlp_resource: For all telemetry.
+        backfill: Whether its lines are old: Loki takes them only in a stream of their own.
+
+    Returns:
+        Attributes by name. The job's own keys win over its user's attributes, those over the watch's, those over
+        the configuration's. Its id is in ``cicd.pipeline.run.id`` only: Loki would make a stream per job of others.
+    """
+    name = job.job_name or "unnamed"
+    own = {
+        "service.name": name,
+        "service.namespace": service_name,
+        "service.instance.id": _BACKFILL if backfill else None,
+        "cicd.pipeline.name": name,
+        "cicd.pipeline.run.id": job.job_id,
+        "cicd.pipeline.run.url.full": job.url,
+        "cicd.worker.id": job.instance_id,
+        "host.id": job.instance_id,
+        "host.type": job.instance_type,
+    }
+    return {
+        **otlp_resource,
+        **watch_attributes,
+        **job.attributes,
+        **{key: value for key, value in own.items() if value is not None},
+    }
+
+
+def spans_of(job: RunResponse, ledger: JobLedger) -> list[SpanData]:
+    """Return the job's spans that have ended by now, in the order in which they end.
+
+    Args:
+        job: Its latest status.
+        ledger: What was seen of it. The run span needs ``logs_complete``: it contains all lines.
+
+    Returns:
+        Spans with ids that follow from the job's alone. Values of a span that was returned before may differ by what
+        is known now: send what was stored first.
+    """
+    times = JobTimes.of(job, ledger)
+    spans = [_child(job, "submitted", times.submitted_ns, times.submitted_ns + _SUBMITTED_NS)]
+    ended = job.state.is_terminal and ledger.logs_complete is not None
+    if times.started_ns is not None:
+        spans.append(_child(job, "queued", times.submitted_ns, times.started_ns))
+        if ended:
+            spans.append(_child(job, "executing", times.started_ns, times.finished_ns))
+    elif ended:
+        spans.append(_child(job, "queued", times.submitted_ns, times.finished_ns))
+    if ended:
+        spans.append(_run_span(job, ledger, times))
+    return spans
+
+
+def failure_record(job: RunResponse, ledger: JobLedger, *, observed_unix_nano: int) -> LogRecordData | None:
+    """Return the record that says why a job failed; None if it did not, or has not ended.
+
+    Args:
+        job: Its last status.
+        ledger: What was seen of it.
+        observed_unix_nano: When its end was seen, in ns since the epoch.
+    """
+    if error_type(job, ledger.digest) is None:
+        return None
+    lines = ledger.digest.last_lines if ledger.digest else ()
+    return LogRecordData(
+        time_unix_nano=JobTimes.of(job, ledger).finished_ns,
+        observed_unix_nano=observed_unix_nano,
+        severity=Severity(17, "ERROR"),
+        body="\n".join((f"{job.job_name}: {failure_text(job, ledger.digest)}", _recurrence(ledger), *lines)),
+        attributes={
+            "log.record.uid": f"{job_hash(job.identity, job.job_id)}.failure.{job.attempt}",
+            **_exception(job, ledger.digest),
+            **_failure(job, ledger),
+        },
+        trace_id=bytes.fromhex(job.trace_id),
+        span_id=bytes.fromhex(_id(job, "run")),
+        event_name="exception",
+    )
+
+
+def receipt_record(job: RunResponse, ledger: JobLedger, *, observed_unix_nano: int) -> LogRecordData:
+    """Return a job's delivery receipt: what was read of its log, and what became of it.
+
+    Args:
+        job: Its last status.
+        ledger: What was seen of it, as acked.
+        observed_unix_nano: When the last record was acked, in ns since the epoch.
+    """
+    refused = sum(ledger.delivery.rejected.values())
+    return LogRecordData(
+        time_unix_nano=JobTimes.of(job, ledger).finished_ns,
+        observed_unix_nano=observed_unix_nano,
+        severity=Severity(13, "WARN") if refused or not ledger.logs_complete else Severity(9, "INFO"),
+        body=f"{job.job_name}: {ledger.lines} lines read, {ledger.delivery.acked} records acked, {refused} rejected",
+        attributes={
+            "log.record.uid": f"{job_hash(job.identity, job.job_id)}.receipt.{job.attempt}"
+            + (f".{ledger.receipts}" if ledger.receipts > 1 else ""),
+            **({"tailspan.receipt.amends": ledger.receipts - 1} if ledger.receipts > 1 else {}),
+            **{key: value for key, value in _receipt(ledger).items() if value is not None},
+        },
+        trace_id=bytes.fromhex(job.trace_id),
+        span_id=bytes.fromhex(_id(job, "run")),
+        event_name="tailspan.receipt",
+    )
+
+
+def _receipt(ledger: JobLedger) -> dict[str, AttributeValue | None]:
+    delivery = ledger.delivery
+    return {
+        "tailspan.logs.complete": ledger.logs_complete,
+        "tailspan.lines.read": ledger.lines,
+        "tailspan.lines.first_unix_nano": ledger.first_line_ns,
+        "tailspan.lines.last_unix_nano": ledger.last_line_ns,
+        "tailspan.lines.hash": f"{ledger.stream_hash:016x}",
+        "tailspan.records.acked": delivery.acked,
+        "tailspan.records.rejected": sum(delivery.rejected.values()),
+        **{f"tailspan.records.rejected.{kind}": count for kind, count in sorted(delivery.rejected.items())},
+        "tailspan.records.rejected.unidentified": None if delivery.identified else True,
+        "tailspan.records.resent": delivery.resent,
+    }
+
+
+def _id(job: RunResponse, kind: str) -> str:
+    return span_id(job.identity, job.job_id, kind, job.attempt)
+
+
+def _child(job: RunResponse, kind: str, start_ns: int, end_ns: int) -> SpanData:
+    return SpanData(
+        trace_id=job.trace_id,
+        span_id=_id(job, kind),
+        parent_span_id=_id(job, "run"),
+        name=kind,
+        start_unix_nano=start_ns,
+        end_unix_nano=end_ns,
+    )
+
+
+def _run_span(job: RunResponse, ledger: JobLedger, times: JobTimes) -> SpanData:
+    result = job.state.result
+    failed = job.state is not JobState.SUCCEEDED
+    attributes: dict[str, AttributeValue | None] = {
+        **job.details,
+        "cicd.pipeline.action.name": "RUN",
+        "cicd.pipeline.name": job.job_name,
+        "cicd.pipeline.run.id": job.job_id,
+        "cicd.pipeline.run.url.full": job.url,
+        "cicd.pipeline.result": result,
+        "error.type": error_type(job, ledger.digest),
+        "process.exit.code": job.exit_code,
+        **_failure(job, ledger),
+        "tailspan.job.tasks.total": job.total_tasks or None,
+        "tailspan.job.tasks.finished": job.finished_tasks if job.total_tasks else None,
+        **_receipt(ledger),
+    }
+    return SpanData(
+        trace_id=job.trace_id,
+        span_id=_id(job, "run"),
+        name=f"RUN {job.job_name}",
+        kind=SpanKind.SERVER,
+        start_unix_nano=times.submitted_ns,
+        end_unix_nano=times.finished_ns,
+        attributes={key: value for key, value in attributes.items() if value is not None},
+        events=tuple(_events(job, ledger, times)),
+        links=(*_links(job.parent), *_earlier_attempt(job)),
+        status=StatusCode.ERROR if failed else StatusCode.UNSET,
+        status_message=failure_text(job, ledger.digest)[:_MAX_STATUS_CHARS] if failed else "",
+    )
+
+
+def _events(job: RunResponse, ledger: JobLedger, times: JobTimes) -> list[SpanEvent]:
+    events = [
+        SpanEvent(
+            # Seen by polling, so later than it was, even after the end.
+            time_unix_nano=min(max(seen_ns, times.submitted_ns), times.finished_ns),
+            name="tailspan.job.state",
+            attributes={"tailspan.job.state": str(state)},
+        )
+        for seen_ns, state in ledger.states
+    ]
+    events += [
+        SpanEvent(time_unix_nano=min(max(told_ns, times.submitted_ns), times.finished_ns), name=f"tailspan.job.{kind}")
+        for told_ns, kind in ledger.alerts
+    ]
+    if error_type(job, ledger.digest) is not None:
+        events.append(
+            SpanEvent(time_unix_nano=times.finished_ns, name="exception", attributes=_exception(job, ledger.digest))
+        )
+    return events
+
+
+def _failure(job: RunResponse, ledger: JobLedger) -> dict[str, AttributeValue]:
+    """Return why a job ended without success, and how often its pipeline failed in this way."""
+    reason = exit_reason(job, ledger.digest)
+    attributes: dict[str, AttributeValue] = {} if reason is None else {"tailspan.exit.reason": reason}
+    if ledger.fingerprint:
+        attributes["tailspan.failure.fingerprint"] = ledger.fingerprint
+        attributes["tailspan.failure.count"] = ledger.failures_before + 1
+        if ledger.first_failed_ns is not None:
+            attributes["tailspan.failure.first_seen"] = _iso(ledger.first_failed_ns)
+    return attributes
+
+
+def _recurrence(ledger: JobLedger) -> str:
+    if ledger.first_failed_ns is None:
+        return "first seen with this run"
+    return f"seen {ledger.failures_before + 1} times since {_iso(ledger.first_failed_ns)}"
+
+
+def _iso(unix_nano: int) -> str:
+    return datetime.fromtimestamp(unix_nano / 1e9, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _exception(job: RunResponse, digest: Digest | None) -> dict[str, AttributeValue]:
+    attributes: dict[str, AttributeValue] = {"exception.type": error_type(job, digest) or ""}
+    if digest and digest.stacktrace:
+        return {**attributes, "exception.message": digest.message, "exception.stacktrace": digest.stacktrace}
+    return {**attributes, "exception.message": failure_text(job, digest)}
+
+
+def failure_text(job: RunResponse, digest: Digest | None) -> str:
+    """Return in a line or a few, at most 2,000 characters, why a job did not succeed."""
+    if job.state is JobState.FAILED and digest and digest.exception_type:
+        text = f"{digest.exception_type}: {digest.message}" if digest.message else digest.exception_type
+    else:
+        # What the service says of the end is surer than a last line, which may be about anything.
+        text = job.error or (digest.message if digest else f"the job ended as {job.state}")
+        memory = out_of_memory_line(job, digest) if job.state is JobState.FAILED else None
+        if memory is not None and memory not in text:
+            text = f"{text} ({memory})"
+    return text[:_MAX_MESSAGE_CHARS]
+
+
+def _links(traceparent: str | None) -> tuple[SpanLink, ...]:
+    """Return a link to the span that the job was started in; none if that is not said in W3C form."""
+    match = _TRACEPARENT.fullmatch(traceparent or "")
+    if not match or not int(match[1], 16) or not int(match[2], 16):
+        return ()
+    return (SpanLink(trace_id=match[1], span_id=match[2], flags=int(match[3], 16)),)
+
+
+def _earlier_attempt(job: RunResponse) -> tuple[SpanLink, ...]:
+    """Return a link to the run span of the attempt before, which has a trace of its own."""
+    if job.attempt <= 1:
+        return ()
+    earlier = job.attempt - 1
+    span = span_id(job.identity, job.job_id, "run", earlier)
+    return (SpanLink(trace_id=trace_id(job.identity, job.job_id, earlier), span_id=span),)

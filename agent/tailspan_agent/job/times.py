@@ -1,0 +1,101 @@
+"""When a job was submitted, started and ended, and the run as its pipeline's history keeps it. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from tailspan.models import RunResponse
+from tailspan_agent.analysis.baseline import PastRun, PipelineHistory
+from tailspan_agent.job.ledger import JobLedger
+
+__all__ = ["JobTimes", "past_run", "run_duration_s", "unix_nano"]
+
+_EPOCH = datetime.fromisoformat("1970-01-01T00:00:00+00:00")
+
+
+@dataclass(frozen=True, slots=True)
+class JobTimes:
+    """A job's times in ns since the epoch: each from the service, or else from what was seen, and in order.
+
+    The clocks of service, lines and agent differ: times are widened until spans contain what belongs to them.
+
+    Attributes:
+        submitted_ns: When it was handed to its service.
+        started_ns: When it began to execute; None for a job that never did.
+        finished_ns: When it ended.
+    """
+
+    submitted_ns: int
+    started_ns: int | None
+    finished_ns: int
+
+    @classmethod
+    def of(cls, job: RunResponse, ledger: JobLedger) -> JobTimes:
+        """Return the times of a job by its last status and by what was seen of it."""
+        starts = [time for time in (unix_nano(job.started_at), ledger.first_line_ns) if time is not None]
+        started = min(starts, default=None)
+        submitted = _first(unix_nano(job.submitted_at), ledger.first_seen_ns)
+        if started is not None:
+            submitted = min(submitted, started)
+        seen_ended = next((ns for ns, state in ledger.states if state.is_terminal), ledger.first_seen_ns)
+        finished = _first(unix_nano(job.finished_at), unix_nano(job.job_status_date), ledger.last_line_ns, seen_ended)
+        return cls(submitted, started, max(finished, ledger.last_line_ns or 0, started or 0, submitted))
+
+
+def _first(*times: int | None) -> int:
+    return next(time for time in times if time is not None)
+
+
+def unix_nano(time: datetime | None) -> int | None:
+    """Return a time in ns since the epoch; None for None."""
+    # Not by float: it has no room for nanoseconds since the epoch.
+    return None if time is None else (time - _EPOCH) // timedelta(microseconds=1) * 1000
+
+
+def run_duration_s(job: RunResponse, ledger: JobLedger) -> float:
+    """Return how long an ended job ran, in seconds: `RunResponse.duration`, without the time in a queue.
+
+    Args:
+        job: Its last status.
+        ledger: What was seen of it: its lines, where the service does not say when it started or ended.
+
+    Returns:
+        0 for a job that never started.
+    """
+    if job.duration is not None and job.finished_at is not None:
+        return job.duration.total_seconds()
+    times = JobTimes.of(job, ledger)
+    return 0.0 if times.started_ns is None else (times.finished_ns - times.started_ns) / 1e9
+
+
+def past_run(job: RunResponse, ledger: JobLedger, pipeline: str, history: PipelineHistory) -> PastRun:
+    """Return an ended job as its pipeline's history keeps it.
+
+    Args:
+        job: Its last status.
+        ledger: What was seen of it.
+        pipeline: The label of its pipeline.
+        history: What that pipeline did before; it says whether this run was too fast.
+    """
+    times = JobTimes.of(job, ledger)
+    duration_s = run_duration_s(job, ledger)
+    result = job.state.result or "error"
+    quiet_ns = ledger.quiet_ns
+    if times.started_ns is not None:
+        first_ns, last_ns = ledger.first_line_ns or times.finished_ns, ledger.last_line_ns or times.started_ns
+        quiet_ns = max(quiet_ns, first_ns - times.started_ns, times.finished_ns - last_ns)
+    return PastRun(
+        pipeline=pipeline,
+        job_id=job.job_id,
+        identity=job.identity,
+        trace_id=job.trace_id,
+        result=result,
+        started_unix_nano=times.started_ns,
+        ended_unix_nano=times.finished_ns,
+        duration_s=duration_s,
+        lines=ledger.lines,
+        quiet_s=quiet_ns / 1e9,
+        heartbeat_gap_s=ledger.heartbeat_gap_s,
+        too_fast=history.is_too_fast(result, duration_s),
+    )

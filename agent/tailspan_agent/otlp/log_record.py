@@ -1,0 +1,84 @@
+"""One log record as OTLP bytes. Pure; field numbers are listed in `tailspan_agent.otlp.requests`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from tailspan_agent.otlp.span import SAMPLED
+from tailspan_agent.otlp.wire import (
+    AttributeValue,
+    attributes_fields,
+    bytes_field,
+    fixed32_field,
+    fixed64_field,
+    string_field,
+    varint_field,
+)
+
+__all__ = ["UNKNOWN_SEVERITY", "LogRecordData", "Severity", "encode_log_record", "origin_fields", "severity_fields"]
+
+
+class Severity(NamedTuple):
+    """OTLP severity.
+
+    Attributes:
+        number: 1 (TRACE) to 24 (FATAL4); 0 is unspecified.
+        text: The word as the line has it; empty if unspecified.
+    """
+
+    number: int
+    text: str
+
+
+UNKNOWN_SEVERITY = Severity(0, "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogRecordData:
+    """One log record.
+
+    Attributes:
+        time_unix_nano: When it happened, in ns since the epoch.
+        observed_unix_nano: When the agent read it, in ns since the epoch.
+        severity: How bad it is.
+        body: Its text.
+        attributes: Facts about it.
+        trace_id: 16 bytes; empty for a record that is about no job.
+        span_id: 8 bytes; empty for a record that is about no job.
+        event_name: The name of the kind of event that it is; empty for a line.
+    """
+
+    time_unix_nano: int
+    observed_unix_nano: int
+    severity: Severity = UNKNOWN_SEVERITY
+    body: str
+    attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
+    trace_id: bytes = b""
+    span_id: bytes = b""
+    event_name: str = ""
+
+
+def encode_log_record(record: LogRecordData) -> bytes:
+    """Return one record as a ``ScopeLogs.log_records`` field, ready for `logs_request`."""
+    parts = (
+        severity_fields(record.severity),
+        bytes_field(5, string_field(1, record.body)),
+        attributes_fields(6, record.attributes),
+        origin_fields(record.trace_id, record.span_id, record.observed_unix_nano),
+        string_field(12, record.event_name) if record.event_name else b"",
+        fixed64_field(1, record.time_unix_nano),
+    )
+    return bytes_field(2, b"".join(parts))
+
+
+def severity_fields(severity: Severity) -> bytes:
+    """Return the two fields of a severity; none if it is unspecified."""
+    return varint_field(2, severity.number) + string_field(3, severity.text) if severity.number else b""
+
+
+def origin_fields(trace_id: bytes, span_id: bytes, observed_unix_nano: int) -> bytes:
+    """Return the fields that all records of one job and read have in common."""
+    ids = fixed32_field(8, SAMPLED) + bytes_field(9, trace_id) + bytes_field(10, span_id) if trace_id else b""
+    return ids + fixed64_field(11, observed_unix_nano)

@@ -1,0 +1,111 @@
+"""One span as OTLP bytes. Pure; field numbers are listed in `tailspan_agent.otlp.requests`."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tailspan_agent.otlp.wire import (
+    AttributeValue,
+    attributes_fields,
+    bytes_field,
+    fixed32_field,
+    fixed64_field,
+    string_field,
+    varint_field,
+)
+
+__all__ = ["SAMPLED", "SpanData", "SpanEvent", "SpanKind", "SpanLink", "StatusCode", "encode_span"]
+
+SAMPLED = 1
+"""W3C trace flags of everything that the agent sends; the random bit is off, since ids are hashes."""
+
+
+class SpanKind(enum.IntEnum):
+    """SpanKind of trace.proto, as far as the agent uses it."""
+
+    INTERNAL = 1
+    SERVER = 2
+
+
+class StatusCode(enum.IntEnum):
+    """Status.StatusCode of trace.proto, as far as the agent uses it: OK is for people to set."""
+
+    UNSET = 0
+    ERROR = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpanEvent:
+    """Something that happened during a span, at a time in ns since the epoch."""
+
+    time_unix_nano: int
+    name: str
+    attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpanLink:
+    """A span of another trace that this one follows from; ids in hexadecimal digits."""
+
+    trace_id: str
+    span_id: str
+    flags: int = SAMPLED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpanData:
+    """A span that has ended.
+
+    Attributes:
+        trace_id: 32 hexadecimal digits.
+        span_id: 16 hexadecimal digits.
+        parent_span_id: 16 hexadecimal digits; empty for a root span.
+        name: What it is called.
+        kind: What it is to its caller.
+        start_unix_nano: In ns since the epoch.
+        end_unix_nano: In ns since the epoch.
+        attributes: Facts about it.
+        events: What happened meanwhile, oldest first.
+        links: Spans of other traces.
+        status: ERROR or UNSET.
+        status_message: Why it is ERROR.
+    """
+
+    trace_id: str
+    span_id: str
+    parent_span_id: str = ""
+    name: str
+    kind: SpanKind = SpanKind.INTERNAL
+    start_unix_nano: int
+    end_unix_nano: int
+    attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
+    events: tuple[SpanEvent, ...] = ()
+    links: tuple[SpanLink, ...] = ()
+    status: StatusCode = StatusCode.UNSET
+    status_message: str = ""
+
+
+def encode_span(span: SpanData) -> bytes:
+    """Return the span as a ``ScopeSpans.spans`` field, ready for `tailspan_agent.otlp.requests.traces_request`."""
+    parts = [
+        bytes_field(1, bytes.fromhex(span.trace_id)),
+        bytes_field(2, bytes.fromhex(span.span_id)),
+        bytes_field(4, bytes.fromhex(span.parent_span_id)) if span.parent_span_id else b"",
+        string_field(5, span.name),
+        varint_field(6, span.kind),
+        fixed64_field(7, span.start_unix_nano),
+        fixed64_field(8, span.end_unix_nano),
+        attributes_fields(9, span.attributes),
+    ]
+    for event in span.events:
+        attributes = attributes_fields(3, event.attributes)
+        parts.append(bytes_field(11, fixed64_field(1, event.time_unix_nano) + string_field(2, event.name) + attributes))
+    for link in span.links:
+        ids = bytes_field(1, bytes.fromhex(link.trace_id)) + bytes_field(2, bytes.fromhex(link.span_id))
+        parts.append(bytes_field(13, ids + fixed32_field(6, link.flags)))
+    if span.status != StatusCode.UNSET:
+        parts.append(bytes_field(15, string_field(2, span.status_message) + varint_field(3, span.status)))
+    parts.append(fixed32_field(16, SAMPLED))
+    return bytes_field(2, b"".join(parts))

@@ -1,0 +1,88 @@
+"""The few protobuf fields that OTLP is made of, as bytes. Pure; `tailspan_agent.otlp.requests` explains the format."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import TypeAlias
+
+__all__ = [
+    "AttributeValue",
+    "attributes_fields",
+    "bytes_field",
+    "fixed32_field",
+    "fixed64_field",
+    "key_value",
+    "string_field",
+    "varint",
+    "varint_field",
+]
+
+AttributeValue: TypeAlias = str | bool | int | float | Sequence[str]
+"""What an attribute may hold; a sequence is one of strings."""
+
+_MAX_U64 = (1 << 64) - 1
+_MAX_I64 = (1 << 63) - 1
+
+
+@lru_cache(maxsize=4096)  # of tags and lengths there are few
+def varint(number: int) -> bytes:
+    """Return a number from 0 to 2**64 - 1 as a varint."""
+    if number < 0x80:
+        return bytes((number,))
+    octets = bytearray()
+    while number >= 0x80:
+        octets.append(number & 0x7F | 0x80)
+        number >>= 7
+    octets.append(number)
+    return bytes(octets)
+
+
+def varint_field(number: int, value: int) -> bytes:
+    """Return an integer field; negative values are two's complement in 64 bits."""
+    return varint(number << 3) + varint(value & _MAX_U64)
+
+
+def fixed64_field(number: int, value: int) -> bytes:
+    """Return a fixed64 field; a value out of its range becomes the nearest in it."""
+    return varint(number << 3 | 1) + struct.pack("<Q", min(max(value, 0), _MAX_U64))
+
+
+def fixed32_field(number: int, value: int) -> bytes:
+    """Return a fixed32 field."""
+    return varint(number << 3 | 5) + struct.pack("<I", value)
+
+
+def bytes_field(number: int, value: bytes) -> bytes:
+    """Return a field of bytes, or of a message's bytes; an empty one is written too."""
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def string_field(number: int, value: str) -> bytes:
+    """Return a string field; what is no valid Unicode (half of a surrogate pair) becomes a question mark."""
+    return bytes_field(number, value.encode("utf-8", "replace"))
+
+
+def _any_value(value: AttributeValue) -> bytes:
+    match value:
+        case str():
+            return string_field(1, value)
+        case bool():
+            return varint_field(2, value)
+        case int():
+            return varint_field(3, value) if -_MAX_I64 - 1 <= value <= _MAX_I64 else string_field(1, str(value))
+        case float():
+            return varint(4 << 3 | 1) + struct.pack("<d", value)
+        case _:
+            return bytes_field(5, b"".join(bytes_field(1, string_field(1, item)) for item in value))
+
+
+def key_value(key: str, value: AttributeValue) -> bytes:
+    """Return a KeyValue message."""
+    return string_field(1, key) + bytes_field(2, _any_value(value))
+
+
+def attributes_fields(number: int, attributes: Mapping[str, AttributeValue]) -> bytes:
+    """Return one field per attribute, in the mapping's order."""
+    return b"".join(bytes_field(number, key_value(key, value)) for key, value in attributes.items())

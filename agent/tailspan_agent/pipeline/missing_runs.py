@@ -1,0 +1,82 @@
+"""`MissingRuns`: tells when a pipeline of `[[agent.expect]]` did not start in time."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable
+
+from tailspan.config import Settings
+from tailspan_agent.analysis.assessment import JobSnapshot, last_starts, missing_pipelines
+from tailspan_agent.job.alerts import missing_record
+from tailspan_agent.otlp.log_record import encode_log_record
+from tailspan_agent.otlp.requests import encode_resource
+from tailspan_agent.pipeline.context import PipelineContext
+from tailspan_agent.pipeline.queue import Chunk
+
+__all__ = ["MissingRuns"]
+
+_CHECK_S = 5.0
+
+_log = logging.getLogger(__name__)
+
+
+class MissingRuns:
+    """Judges every few seconds; a pipeline that is late is told once, in the log and as a log record of its own.
+
+    Args:
+        relay: What is known of pipelines, and the way to the endpoint.
+        jobs: Returns the jobs that are followed now.
+        settings: Returns the configuration as it is now.
+        seen_all: Returns whether every watched service was looked at wholly and answers: before that, or while one is
+            away, nobody can say that a job did not start, and the last judgement holds.
+    """
+
+    def __init__(
+        self,
+        context: PipelineContext,
+        *,
+        jobs: Callable[[], Iterable[JobSnapshot]],
+        settings: Callable[[], Settings],
+        seen_all: Callable[[], bool],
+    ) -> None:
+        self._context = context
+        self._jobs = jobs
+        self._settings = settings
+        self._seen_all = seen_all
+
+    async def run(self) -> None:
+        """Judge until cancelled."""
+        while True:
+            await asyncio.sleep(_CHECK_S)
+            await self.judge(time.time_ns())
+
+    async def judge(self, now_unix_nano: int) -> None:
+        """Judge once.
+
+        Args:
+            now_unix_nano: The moment, in ns since the epoch.
+        """
+        expects = self._settings().agent.expect
+        pipeline_stats, names = self._context.pipeline_stats, self._context.names
+        if not expects:
+            pipeline_stats.missing.clear()
+        if not expects or not self._seen_all():
+            return
+        starts = last_starts(
+            pipeline_stats.histories, [(names.label(job.status.job_name), job) for job in self._jobs()]
+        )
+        before = dict(pipeline_stats.missing)
+        pipeline_stats.missing = missing_pipelines(expects, starts, self._context.store.start_unix_nano, now_unix_nano)
+        for expect in expects:
+            if pipeline_stats.missing[expect.name] and not before.get(expect.name):
+                record = missing_record(expect, starts.get(expect.name), now_unix_nano)
+                _log.warning("pipeline %s", record.body)
+                queue = self._context.queue("", expect.name)
+                if queue is not None:
+                    own = {"service.name": expect.name, "cicd.pipeline.name": expect.name}
+                    resource = encode_resource({**self._context.otlp_resource, **own})
+                    await queue.put(Chunk(resource, encode_log_record(record), 1, lambda _: None, lambda: None))
+            elif before.get(expect.name) and not pipeline_stats.missing[expect.name]:
+                _log.info("pipeline %s has started", expect.name)

@@ -1,0 +1,258 @@
+"""Lanes: the bounded queues between the tailers and the endpoint, and the acks that come back.
+
+A job's chunks all go through one lane, and a lane has one request in flight, so the order of a job's lines holds.
+A full lane pauses its tailers (backpressure): nothing is dropped, and memory stays bounded.
+
+    Lane      log chunks of the jobs hashed onto it -> batch -> Sender -> ack in the checkpoint store
+    SpanLane  finished spans from the store         -> batch -> Sender -> ack in the checkpoint store
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from tailspan_agent.checkpoint.store import Ack, OutboxSpan, Store
+from tailspan_agent.errors import CheckpointError
+from tailspan_agent.exporter.endpoints import Endpoint
+from tailspan_agent.exporter.retry import SendResult
+from tailspan_agent.job.ledger import Fate
+from tailspan_agent.otlp.requests import logs_request, traces_request
+
+__all__ = ["BATCH_BYTES", "Chunk", "LogQueue", "SpanQueue", "until_usable"]
+
+BATCH_BYTES = 3 << 20
+"""A collector's gRPC server takes 4 MiB by default; the envelope is small."""
+_BATCH_LINES = 15_000
+_QUEUE_BYTES = 3 << 20
+_LINGER_S = 0.1
+_LINGER_LINES = 500
+_RETRY_STORE_S = 1.0
+_SPANS_A_REQUEST = 500
+_CHUNK_BYTES = 1024  # of a chunk itself: one whose lines were all dropped takes room too
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Encoded records of one page of one job.
+
+    Attributes:
+        resource: The job's encoded resource.
+        records: Framed log records; empty when every line of the page was dropped on purpose.
+        count: How many records.
+        settle: Called once when they need no more work, with what became of them; returns what to write, if anything.
+        done: Called once after that was written.
+    """
+
+    resource: bytes
+    records: bytes
+    count: int
+    settle: Callable[[Fate], Ack | None]
+    done: Callable[[], None]
+
+    @property
+    def size(self) -> int:
+        """How much room it takes, in bytes."""
+        return len(self.records) + _CHUNK_BYTES
+
+
+async def _insist(use_store: Callable[[], T], what: str) -> T:
+    """Use the store, however long the disk refuses: giving up would repeat, going on would skip."""
+    complained = False
+    while True:
+        try:
+            return use_store()
+        except CheckpointError as error:
+            if not complained:
+                _log.error("%s: waiting until the disk is usable: %s", what, error)
+                complained = True
+            await asyncio.sleep(_RETRY_STORE_S)
+
+
+async def until_usable(store: Store) -> None:
+    """Wait until the disk takes writes again."""
+    while True:
+        await asyncio.sleep(_RETRY_STORE_S)
+        if store.usable():
+            return
+
+
+class LogQueue:
+    """One ordered way to the logs endpoint.
+
+    Args:
+        store: Where acks go.
+        endpoint: The way to the logs endpoint.
+    """
+
+    def __init__(self, store: Store, endpoint: Endpoint) -> None:
+        self._store = store
+        self._endpoint = endpoint
+        self._queue: deque[Chunk] = deque()
+        self._queued_bytes = 0
+        self._changed = asyncio.Condition()
+        self._busy = False
+        self.linger = True
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is queued or in flight."""
+        return not self._queue and not self._busy
+
+    async def room(self) -> None:
+        """Wait while the lane is full; a page that waits is smaller than its records."""
+        if not self._has_room():
+            async with self._changed:
+                await self._changed.wait_for(self._has_room)
+
+    def _has_room(self) -> bool:
+        return self._queued_bytes < _QUEUE_BYTES
+
+    async def put(self, chunk: Chunk) -> None:
+        """Queue a chunk; waits while the lane is full."""
+        async with self._changed:
+            await self._changed.wait_for(self._has_room)
+            self._queue.append(chunk)
+            self._queued_bytes += chunk.size
+            self._changed.notify_all()
+
+    async def flush(self) -> None:
+        """Wait until nothing is queued or in flight."""
+        self.linger = False
+        async with self._changed:
+            self._changed.notify_all()
+            await self._changed.wait_for(lambda: self.idle)
+
+    async def run(self) -> None:
+        """Send batches until cancelled."""
+        while True:
+            batch = await self._next_batch()
+            try:
+                await self._deliver(batch)
+            finally:
+                self._busy = False
+            async with self._changed:
+                self._changed.notify_all()
+
+    async def _next_batch(self) -> list[Chunk]:
+        async with self._changed:
+            await self._changed.wait_for(lambda: bool(self._queue))
+            if self.linger and len(self._queue) < 2 and self._queue[0].count < _LINGER_LINES:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_LINGER_S):
+                        await self._changed.wait_for(self._worth_sending)
+            batch = [self._queue.popleft()]
+            size, lines = len(batch[0].records), batch[0].count
+            while self._queue and lines < _BATCH_LINES:
+                size += len(self._queue[0].records)
+                lines += self._queue[0].count
+                if size > BATCH_BYTES:
+                    break
+                batch.append(self._queue.popleft())
+            self._queued_bytes -= sum(chunk.size for chunk in batch)
+            self._busy = True
+            self._changed.notify_all()
+            return batch
+
+    def _worth_sending(self) -> bool:
+        return not self.linger or sum(chunk.count for chunk in self._queue) >= _LINGER_LINES
+
+    async def _deliver(self, batch: list[Chunk]) -> None:
+        count = sum(chunk.count for chunk in batch)
+        result = SendResult(0)
+        if count:
+            payload = logs_request(_by_resource((chunk.resource, chunk.records) for chunk in batch if chunk.count))
+            for chunk in batch:
+                chunk.records = b""  # megabytes, which the payload has now
+            result = await self._endpoint.send(payload, count)
+        settled = [chunk.settle(fate) for chunk, fate in zip(batch, _fates(batch, result), strict=True)]
+        acks = [ack for ack in settled if ack is not None]
+        await _insist(lambda: self._store.ack(acks), "the checkpoint of sent lines")
+        for chunk in batch:
+            chunk.done()
+
+
+def _fates(batch: Sequence[Chunk], result: SendResult) -> Iterator[Fate]:
+    """Yield what became of each chunk of a batch."""
+    # A partial success says only how many: the count is right, whose they were is known if there is one job only.
+    all_of_them = result.delivered == 0 or len({chunk.resource for chunk in batch}) == 1
+    left = result.rejected
+    for chunk in batch:
+        rejected = min(left, chunk.count)
+        left -= rejected
+        identified = all_of_them or not result.rejected
+        yield Fate(rejected, result.kind or "", identified, chunk.count * result.retries)
+
+
+class SpanQueue:
+    """The way of finished spans from the store to the traces endpoint.
+
+    Args:
+        store: Holds the spans, exactly as first written, until they are acked.
+        endpoint: The way to the traces endpoint.
+    """
+
+    def __init__(self, store: Store, endpoint: Endpoint) -> None:
+        self._store = store
+        self._endpoint = endpoint
+        self._news = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._news.set()
+
+    def wake(self) -> None:
+        """Say that there are spans to send."""
+        self._idle.clear()
+        self._news.set()
+
+    async def flush(self) -> None:
+        """Wait until every span in the store is acked."""
+        self._hurry.set()
+        self.wake()
+        await self._idle.wait()
+
+    async def run(self) -> None:
+        """Send spans until cancelled."""
+        while True:
+            await self._news.wait()
+            # Jobs write their spans one by one; each request costs as much as a thousand lines.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LINGER_S):
+                    await self._hurry.wait()
+            self._news.clear()
+            while spans := _first_bytes(await _insist(self._unsent, "reading the spans to send")):
+                payload = traces_request(_by_resource((span.resource, span.span) for span in spans))
+                await self._endpoint.send(payload, len(spans))
+                await _insist(partial(self._store.ack_spans, spans), "the checkpoint of sent spans")
+            if not self._news.is_set():
+                self._idle.set()
+
+    def _unsent(self) -> list[OutboxSpan]:
+        return self._store.unsent_spans(_SPANS_A_REQUEST)
+
+
+def _by_resource(items: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, list[bytes]]]:
+    """Group by resource, keeping the order in which each first came and the order within each."""
+    groups: dict[bytes, list[bytes]] = {}
+    for resource, data in items:
+        groups.setdefault(resource, []).append(data)
+    return list(groups.items())
+
+
+def _first_bytes(spans: list[OutboxSpan]) -> list[OutboxSpan]:
+    """Return as many of the first spans as fit into one request; at least one, if there is one."""
+    size = 0
+    for index, span in enumerate(spans):
+        size += len(span.span) + len(span.resource)
+        if size > BATCH_BYTES and index:
+            return spans[:index]
+    return spans

@@ -1,0 +1,91 @@
+"""What is read once more when a job has ended: its whole log for what was never relayed, its end for the digest."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing, suppress
+
+from tailspan.errors import CursorExpiredError
+from tailspan.logs.clean import clean
+from tailspan.logs.page import NANOS_PER_MS, LogPage
+from tailspan_agent.job.line_sums import (
+    Seconds,
+    add_seconds,
+    missing_lines,
+    page_seconds,
+    page_uids_by_second,
+    select_lines,
+)
+from tailspan_agent.pipeline.job_pipeline import JobPipeline
+
+__all__ = ["last_lines", "relay_missing"]
+
+_DIGEST_LINES = 400
+_DIGEST_MS = 5000
+
+
+async def relay_missing(read: Callable[[], AsyncGenerator[LogPage, None]], sent: JobPipeline) -> int:
+    """Compare the whole log with what was relayed, and relay what became visible too late for any window.
+
+    Args:
+        read: Reads the log from its start.
+        sent: The job.
+
+    Returns:
+        How many lines were relayed.
+    """
+    # What is found is taken away at once: a job may have written in millions of seconds.
+    rest = sent.relayed_seconds()
+    first_s = float("inf")
+    async with aclosing(read()) as pages:
+        async for page in pages:
+            found = page_seconds(page)
+            add_seconds(rest, found, -1)
+            first_s = min((first_s, *found))
+    # What is older than all that was found, the service has deleted.
+    uids: dict[int, list[int]] = {second: [] for second in rest if second >= first_s}
+    if not uids:
+        return 0
+    async with aclosing(read()) as pages:
+        async for page in pages:
+            for second, uid in page_uids_by_second(page):
+                if second in uids:
+                    uids[second].append(uid)
+    late: set[int] = set()
+    repeated: Seconds = {}
+    for second, found_uids in uids.items():
+        relayed = {second: (len(found_uids), sum(found_uids))}
+        add_seconds(relayed, {second: rest[second]})
+        missing = missing_lines(found_uids, *relayed.get(second, (0, 0)))
+        late.update(found_uids[index] for index in missing)
+        if missing and len(missing) == len(found_uids) and second in relayed:
+            repeated[second] = relayed[second]
+    if not late:
+        return 0
+    async with aclosing(read()) as pages:
+        async for page in pages:
+            selected = select_lines(page, late)
+            if selected is not None:
+                await sent.send_page(selected, late=True)
+    if repeated:
+        await sent.take_back(repeated)
+    return len(late)
+
+
+async def last_lines(read: Callable[..., AsyncGenerator[LogPage, None]], sent: JobPipeline) -> list[str]:
+    """Return the job's last lines, for the failure digest.
+
+    Args:
+        read: Reads the log from ``since_ms`` on.
+        sent: The job.
+    """
+    lines: deque[str] = deque(maxlen=_DIGEST_LINES)
+    if sent.ledger.last_line_ns is not None:
+        since_ms = sent.ledger.last_line_ns // NANOS_PER_MS - _DIGEST_MS
+        # Lines that were relayed may be gone by now, which must not keep the job from its end.
+        with suppress(CursorExpiredError):
+            async with aclosing(read(since_ms=since_ms)) as pages:
+                async for page in pages:
+                    lines.extend(sent.redact(clean(line)) for line in page.lines[-_DIGEST_LINES:])
+    return list(lines)

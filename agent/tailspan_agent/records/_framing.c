@@ -1,0 +1,352 @@
+/* What `tailspan_agent.records.framing` does in Python, for where this was compiled: the same functions, the same bytes, which
+ * tests/unit/agent/records/test_framing.py compares. The format is explained in `tailspan_agent.otlp.requests`.
+ *
+ * Only the limited API of Python 3.11 is used: one build serves all later versions. `frame` never calls back into Python
+ * code, so that what it measured is still there when it writes; it asks for exact types, and every length comes from the
+ * object that is read. `find_severities` may call what compares odd keys: it reads no line after that without a check.
+ */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdint.h>
+#include <string.h>
+
+#define UNKNOWN 255
+#define MAX_FIELDS 255
+#define MAX_NUMBERED 5000 /* MAX_PAGE_LINES of tailspan.logs.page */
+#define DIGEST_BYTES 8
+#define RECENT 8
+#define MAX_WIDTH 65536
+#define TIME_BYTES 9
+#define FAILED (-1)
+#define TOO_LONG (-2)
+
+typedef struct {
+    const char *bytes;
+    Py_ssize_t length;
+} Piece;
+
+static int piece_of(PyObject *object, Piece *piece)
+{
+    char *bytes;
+    if (object == NULL || PyBytes_AsStringAndSize(object, &bytes, &piece->length) < 0) return -1;
+    piece->bytes = bytes;
+    return 0;
+}
+
+/* The lines of a page, one after the other: of a list, or of a text that has a newline after each. */
+typedef struct {
+    PyObject *list; /* NULL for a text */
+    Py_ssize_t index;
+    Piece text; /* what is left of it */
+} Cursor;
+
+static int lines_of(PyObject *object, Cursor *lines)
+{
+    *lines = (Cursor){0};
+    if (!PyList_Check(object)) return piece_of(object, &lines->text);
+    lines->list = object;
+    return 0;
+}
+
+static int next_line(Cursor *lines, Piece *line)
+{
+    if (lines->list != NULL) return piece_of(PyList_GetItem(lines->list, lines->index++), line);
+    const char *end = lines->text.length ? memchr(lines->text.bytes, '\n', (size_t)lines->text.length) : NULL;
+    if (end == NULL) {
+        PyErr_SetString(PyExc_IndexError, "the text has fewer lines");
+        return -1;
+    }
+    line->bytes = lines->text.bytes;
+    line->length = end - line->bytes;
+    lines->text.bytes = end + 1;
+    lines->text.length -= line->length + 1;
+    return 0;
+}
+
+static Py_ssize_t count_of(const Cursor *lines)
+{
+    if (lines->list != NULL) return PyList_Size(lines->list);
+    Py_ssize_t count = 0;
+    const char *at = lines->text.bytes, *end = at + lines->text.length;
+    for (; at < end && (at = memchr(at, '\n', (size_t)(end - at))) != NULL; at++) count++;
+    return count;
+}
+
+static int no_more(const Cursor *lines)
+{
+    if (lines->list != NULL ? lines->index == PyList_Size(lines->list) : lines->text.length == 0) return 0;
+    PyErr_SetString(PyExc_ValueError, "the page has more lines");
+    return -1;
+}
+
+/* Starts that were just looked up: most lines of a job have one of a few. */
+typedef struct {
+    char *starts; /* RECENT of them, `width` bytes each */
+    Py_ssize_t lengths[RECENT];
+    unsigned char found[RECENT];
+    int count, next;
+} Recent;
+
+static int look_up(PyObject *known, const char *start, Py_ssize_t length)
+{
+    PyObject *key = PyBytes_FromStringAndSize(start, length);
+    if (key == NULL) return -1;
+    PyObject *place = PyDict_GetItemWithError(known, key);
+    Py_DECREF(key);
+    if (place == NULL) return PyErr_Occurred() ? -1 : UNKNOWN;
+    long value = PyLong_Check(place) ? PyLong_AsLong(place) : -1;
+    if (value < 0 || value >= UNKNOWN) {
+        if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "a severity has no such place");
+        return -1;
+    }
+    return (int)value;
+}
+
+static int find(PyObject *known, Recent *recent, Py_ssize_t width, const char *start, Py_ssize_t length)
+{
+    for (int i = 0; i < recent->count; i++)
+        if (recent->lengths[i] == length && memcmp(recent->starts + i * width, start, (size_t)length) == 0)
+            return recent->found[i];
+    int place = look_up(known, start, length);
+    if (place < 0) return -1;
+    memcpy(recent->starts + recent->next * width, start, (size_t)length);
+    recent->lengths[recent->next] = length;
+    recent->found[recent->next] = (unsigned char)place;
+    recent->next = (recent->next + 1) % RECENT;
+    if (recent->count < RECENT) recent->count++;
+    return place;
+}
+
+PyDoc_STRVAR(find_severities_doc,
+"find_severities(lines, width, known, /)\n--\n\n"
+"See `tailspan_agent.records.framing.find_severities`.");
+
+static PyObject *find_severities(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    PyObject *object, *known;
+    Py_ssize_t width;
+    if (!PyArg_ParseTuple(args, "OnO!", &object, &width, &PyDict_Type, &known)) return NULL;
+    if (width < 0 || width > MAX_WIDTH) return PyErr_Format(PyExc_ValueError, "no such width: %zd", width);
+    Cursor lines;
+    if (lines_of(object, &lines) < 0) return NULL;
+    Py_ssize_t count = count_of(&lines);
+    PyObject *found = PyBytes_FromStringAndSize(NULL, count);
+    char *start = PyMem_Malloc((size_t)(width + 1) * (RECENT + 1));
+    if (found == NULL || start == NULL) {
+        if (found != NULL) PyErr_NoMemory();
+        goto failed;
+    }
+    Recent recent = {.starts = start + width + 1};
+    char *places = PyBytes_AsString(found);
+    for (Py_ssize_t i = 0; i < count; i++) {
+        Piece line;
+        if (next_line(&lines, &line) < 0) goto failed;
+        if (line.length > width) line.length = width;
+        for (Py_ssize_t k = 0; k < line.length; k++) {
+            char byte = line.bytes[k];
+            start[k] = byte >= '0' && byte <= '9' ? '0' : byte;
+        }
+        int place = find(known, &recent, width, start, line.length);
+        if (place < 0) goto failed;
+        places[i] = (char)place;
+    }
+    PyMem_Free(start);
+    return found;
+failed:
+    PyMem_Free(start);
+    Py_XDECREF(found);
+    return NULL;
+}
+
+static int varint_length(uint64_t value)
+{
+    int length = 1;
+    while (value >= 0x80) {
+        value >>= 7;
+        length++;
+    }
+    return length;
+}
+
+static char *put_varint(char *at, uint64_t value)
+{
+    while (value >= 0x80) {
+        *at++ = (char)(value | 0x80);
+        value >>= 7;
+    }
+    *at++ = (char)value;
+    return at;
+}
+
+static char *put(char *at, Piece piece)
+{
+    memcpy(at, piece.bytes, (size_t)piece.length);
+    return at + piece.length;
+}
+
+static char *put_hex(char *at, const char *bytes, size_t count)
+{
+    static const char digits[] = "0123456789abcdef";
+    for (size_t i = 0; i < count; i++) {
+        *at++ = digits[(unsigned char)bytes[i] >> 4];
+        *at++ = digits[bytes[i] & 15];
+    }
+    return at;
+}
+
+static char *put_time(char *at, uint64_t time)
+{
+    *at++ = 0x09; /* LogRecord.time_unix_nano, fixed64 */
+    for (int i = 0; i < 8; i++) *at++ = (char)(time >> 8 * i);
+    return at;
+}
+
+typedef struct {
+    PyObject *lines, *runs;
+    Piece severities, digests;
+    Piece fields[MAX_FIELDS];
+    Py_ssize_t field_count, max_body;
+} Page;
+
+typedef struct {
+    Py_ssize_t lines;
+    uint64_t time;
+    Piece shared;
+} Run;
+
+static int run_at(PyObject *runs, Py_ssize_t index, Run *run)
+{
+    PyObject *tuple = PyList_GetItem(runs, index);
+    if (tuple == NULL || !PyTuple_Check(tuple) || PyTuple_Size(tuple) != 3) {
+        if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "a run is a tuple of three");
+        return -1;
+    }
+    run->lines = PyLong_AsSsize_t(PyTuple_GetItem(tuple, 0));
+    if (PyErr_Occurred()) return -1;
+    run->time = PyLong_AsUnsignedLongLong(PyTuple_GetItem(tuple, 1));
+    return PyErr_Occurred() ? -1 : piece_of(PyTuple_GetItem(tuple, 2), &run->shared);
+}
+
+/* One record: the line, and how many bytes its body, its fields, and all with tag and length have. */
+typedef struct {
+    Piece line, severity;
+    uint64_t body, fields, record;
+} Record;
+
+static void measure(const Page *page, const Run *run, Record *record)
+{
+    uint64_t length = (uint64_t)record->line.length;
+    record->body = 1 + varint_length(length) + length;
+    record->fields = record->severity.length + 1 + varint_length(record->body) + record->body + TIME_BYTES +
+                     run->shared.length + (page->digests.length ? 2 * DIGEST_BYTES : 4);
+    record->record = 1 + varint_length(record->fields) + record->fields;
+}
+
+static char *put_record(char *at, const Record *record, const Run *run, Py_ssize_t ordinal, const char *digest)
+{
+    *at++ = 0x12; /* ScopeLogs.log_records */
+    at = put_varint(at, record->fields);
+    at = put(at, record->severity);
+    *at++ = 0x2a; /* LogRecord.body */
+    at = put_varint(at, record->body);
+    *at++ = 0x0a; /* AnyValue.string_value */
+    at = put_varint(at, (uint64_t)record->line.length);
+    at = put(at, record->line);
+    at = put_time(at, run->time + (uint64_t)ordinal);
+    at = put(at, run->shared);
+    if (digest != NULL) return put_hex(at, digest, DIGEST_BYTES);
+    char number[] = {(char)(ordinal >> 8), (char)ordinal};
+    return put_hex(at, number, sizeof number);
+}
+
+/* Go through the lines: add up what their records need, and with somewhere to put them, put them there.
+ * Return that sum, FAILED, or TOO_LONG. */
+static Py_ssize_t go_through(const Page *page, char *at)
+{
+    Py_ssize_t index = 0, count = page->severities.length, total = 0, runs = PyList_Size(page->runs);
+    Cursor lines;
+    if (lines_of(page->lines, &lines) < 0) return FAILED;
+    for (Py_ssize_t r = 0; r < runs; r++) {
+        Run run;
+        if (run_at(page->runs, r, &run) < 0) return FAILED;
+        int can_be_numbered = run.lines <= MAX_NUMBERED || page->digests.length;
+        if (run.lines < 0 || run.lines > count - index || !can_be_numbered) {
+            PyErr_SetString(PyExc_ValueError, "a run cannot have so many lines");
+            return FAILED;
+        }
+        for (Py_ssize_t ordinal = 0; ordinal < run.lines; ordinal++, index++) {
+            unsigned char severity = (unsigned char)page->severities.bytes[index];
+            Record record;
+            if (next_line(&lines, &record.line) < 0) return FAILED;
+            if (severity >= page->field_count) continue;
+            if (record.line.length > page->max_body) return TOO_LONG;
+            record.severity = page->fields[severity];
+            measure(page, &run, &record);
+            if (record.record > (uint64_t)(PY_SSIZE_T_MAX - total)) {
+                PyErr_NoMemory();
+                return FAILED;
+            }
+            total += (Py_ssize_t)record.record;
+            if (at != NULL) {
+                const char *digest = page->digests.length ? page->digests.bytes + DIGEST_BYTES * index : NULL;
+                at = put_record(at, &record, &run, ordinal, digest);
+            }
+        }
+    }
+    if (index != count) {
+        PyErr_SetString(PyExc_ValueError, "the runs have fewer lines");
+        return FAILED;
+    }
+    return no_more(&lines) < 0 ? FAILED : total;
+}
+
+PyDoc_STRVAR(frame_doc,
+"frame(lines, severities, fields, runs, digests, max_body, /)\n--\n\n"
+"See `tailspan_agent.records.framing.frame`.");
+
+static PyObject *frame(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    PyObject *severities, *fields, *digests;
+    Page page;
+    if (!PyArg_ParseTuple(args, "OSO!O!Sn", &page.lines, &severities, &PyTuple_Type, &fields, &PyList_Type, &page.runs,
+                          &digests, &page.max_body))
+        return NULL;
+    page.field_count = PyTuple_Size(fields);
+    if (page.field_count > MAX_FIELDS) return PyErr_Format(PyExc_ValueError, "too many severities");
+    for (Py_ssize_t i = 0; i < page.field_count; i++)
+        if (piece_of(PyTuple_GetItem(fields, i), &page.fields[i]) < 0) return NULL;
+    if (piece_of(severities, &page.severities) < 0 || piece_of(digests, &page.digests) < 0) return NULL;
+    if (page.digests.length && page.digests.length != DIGEST_BYTES * page.severities.length)
+        return PyErr_Format(PyExc_ValueError, "there are not as many digests as lines");
+    Py_ssize_t total = go_through(&page, NULL);
+    if (total == TOO_LONG) Py_RETURN_NONE;
+    if (total == FAILED) return NULL;
+    PyObject *records = PyBytes_FromStringAndSize(NULL, total);
+    if (records != NULL && go_through(&page, PyBytes_AsString(records)) != total) {
+        if (!PyErr_Occurred()) PyErr_SetString(PyExc_SystemError, "the lines have changed");
+        Py_CLEAR(records);
+    }
+    return records;
+}
+
+static PyMethodDef methods[] = {
+    {"find_severities", find_severities, METH_VARARGS, find_severities_doc},
+    {"frame", frame, METH_VARARGS, frame_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyModuleDef_Slot slots[] = {{0, NULL}};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "_framing",
+    .m_doc = "Records of lines, and the severities that lines state, in C.",
+    .m_methods = methods,
+    .m_slots = slots,
+};
+
+PyMODINIT_FUNC PyInit__framing(void)
+{
+    return PyModuleDef_Init(&definition);
+}

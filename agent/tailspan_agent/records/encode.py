@@ -1,0 +1,183 @@
+"""A page of lines as OTLP log records: what its lines share, and what is special about some. Pure.
+
+What is to be done for every line is done by `tailspan_agent.records.framing`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from tailspan._identity import span_id
+from tailspan.logs.clean import MAX_BODY_BYTES, clean, is_clean, split_long
+from tailspan.logs.page import CLEAN, DIGEST_BYTES, LineRun, LogPage, Stream
+from tailspan.logs.text import count_lines
+from tailspan.models import RunResponse
+from tailspan_agent.otlp.log_record import origin_fields, severity_fields
+from tailspan_agent.otlp.wire import attributes_fields, bytes_field, fixed64_field
+from tailspan_agent.records.framing import COMPILED, LEFT_OUT, FramedRun, Lines, frame, split_lines
+from tailspan_agent.records.redact import Redactor
+from tailspan_agent.records.severity import SEVERITIES, SeverityLearner, severity_number
+
+__all__ = ["EncodedLines", "LogContext", "encode_lines"]
+
+
+@dataclass(slots=True, kw_only=True)
+class LogContext:
+    """What all records of one job share.
+
+    Attributes:
+        trace_id: Of the job's trace, 16 bytes.
+        span_id: Of the job's run span, 8 bytes.
+        min_severity: Lines that are known to be below this severity number are dropped; 0 drops none.
+        redactor: Takes secrets out of lines.
+        learner: Finds severities; keep it for the job's next pages.
+    """
+
+    trace_id: bytes
+    span_id: bytes
+    min_severity: int = 0
+    redactor: Redactor | None = None
+    learner: SeverityLearner = field(default_factory=SeverityLearner)
+
+    @classmethod
+    def for_job(
+        cls, job: RunResponse, *, min_severity: str | None = None, redactor: Redactor | None = None
+    ) -> LogContext:
+        """Return the context of a job's lines.
+
+        Args:
+            job: The job.
+            min_severity: Name of the lowest level to relay; None relays all.
+            redactor: Takes secrets out of lines.
+
+        Raises:
+            ConfigError: There is no such level.
+        """
+        return cls(
+            trace_id=bytes.fromhex(job.trace_id),
+            span_id=bytes.fromhex(span_id(job.identity, job.job_id, "run", job.attempt)),
+            min_severity=severity_number(min_severity) if min_severity else 0,
+            redactor=redactor,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedLines:
+    """The records of a page.
+
+    Attributes:
+        records: ``ScopeLogs.log_records`` fields, one after the other, in the order of the lines.
+        count: How many records; a line over 256 KB makes several.
+        dropped: Lines below the minimum severity, which have none.
+        redactions: How many secrets were taken out.
+    """
+
+    records: bytes
+    count: int
+    dropped: int
+    redactions: int
+
+
+def encode_lines(page: LogPage, *, context: LogContext, observed_unix_nano: int) -> EncodedLines:
+    """Return the records of a page's lines.
+
+    Every line becomes a record, an empty one too. A line over 256 KB becomes several, with ``tailspan.line.part``
+    from 0, and ``.part`` behind the line's uid: a store may take records of equal uid for repeats.
+
+    Args:
+        page: The lines as read.
+        context: What the job's records share.
+        observed_unix_nano: When the page was read, in ns since the epoch.
+    """
+    lines = _clean_lines(page)
+    severities = context.learner.find_all(lines)
+    dropped = 0
+    if context.min_severity:
+        severities = severities.translate(_without_lower(context.min_severity))
+        if dropped := severities.count(LEFT_OUT):
+            pairs = zip(split_lines(lines), severities, strict=True)
+            lines = [b"" if severity == LEFT_OUT else line for line, severity in pairs]
+    redactions = 0
+    if context.redactor is not None:
+        lines, redactions = context.redactor.redact_lines(lines)
+    origin = origin_fields(context.trace_id, context.span_id, observed_unix_nano)
+    runs = [_framed(run, origin, is_numbered=not page.digests) for run in page.runs]
+    records = frame(lines, severities, _SEVERITY_FIELDS, runs, page.digests, MAX_BODY_BYTES)
+    count = len(severities) - dropped
+    if records is None:
+        parts = list(_with_long(split_lines(lines), severities, runs, page, origin))
+        records, count = b"".join(text for text, _ in parts), sum(many for _, many in parts)
+    return EncodedLines(records, count, dropped, redactions)
+
+
+def _clean_lines(page: LogPage) -> Lines:
+    """Return the cleaned lines, without a call per line where nothing is to be cleaned."""
+    text = page.text
+    if not all(run.flags & CLEAN for run in page.runs):
+        text = page.joined()
+        if not is_clean(text) or (not page.text and count_lines(text) != page.line_count):
+            return [clean(line).encode() for line in page.lines]
+    return text if COMPILED and text else page.lines
+
+
+_IOSTREAM = tuple(attributes_fields(6, {"log.iostream": name}) if name else b"" for name in Stream.NAMES)
+_SEVERITY_FIELDS = tuple(map(severity_fields, SEVERITIES))
+_UID = "log.record.uid"
+_LEFT_OUT = bytes([LEFT_OUT])
+_ORDINAL_DIGITS = 4
+_TIMES = 1 << 64
+
+
+@lru_cache(maxsize=64)
+def _without_lower(least: int) -> bytes:
+    """Return a table for ``bytes.translate`` that leaves out the severities that are known to be lower."""
+    table = bytearray(range(256))
+    for index, severity in enumerate(SEVERITIES):
+        if 0 < severity.number < least:
+            table[index] = LEFT_OUT
+    return bytes(table)
+
+
+def _framed(run: LineRun, origin: bytes, *, is_numbered: bool) -> FramedRun:
+    prefix = run.uid_prefix.encode() if is_numbered else b""
+    uid = _uid_head(len(prefix) + _ORDINAL_DIGITS if is_numbered else 2 * DIGEST_BYTES)
+    # A source with a broken clock may say anything; its lines are relayed all the same.
+    time = max(0, min(run.time_unix_nano, _TIMES - run.lines))
+    return FramedRun(run.lines, time, _IOSTREAM[run.stream] + origin + uid + prefix)
+
+
+@lru_cache(maxsize=64)
+def _uid_head(digits: int) -> bytes:
+    """Return the uid attribute of a record up to the uid itself."""
+    return attributes_fields(6, {_UID: "0" * digits})[:-digits]
+
+
+def _with_long(
+    lines: list[bytes], severities: bytes, runs: list[FramedRun], page: LogPage, origin: bytes
+) -> Iterator[tuple[bytes, int]]:
+    """Yield records of lines, of which some are too long for one, and how many they are."""
+
+    def between(start: int, stop: int) -> tuple[bytes, int]:
+        some = severities[start:stop]
+        only = some.rjust(stop, _LEFT_OUT).ljust(len(lines), _LEFT_OUT)
+        records = frame(lines, only, _SEVERITY_FIELDS, runs, page.digests, MAX_BODY_BYTES)
+        assert records is not None
+        return records, len(some) - some.count(LEFT_OUT)
+
+    uids = page.uids()
+    times = [time for run in runs for time in range(run.time_unix_nano, run.time_unix_nano + run.lines)]
+    streams = [run.stream for run in page.runs for _ in range(run.lines)]
+    start = 0
+    for position, body in enumerate(lines):
+        if len(body) <= MAX_BODY_BYTES:
+            continue
+        yield between(start, position)
+        shared = _SEVERITY_FIELDS[severities[position]] + _IOSTREAM[streams[position]] + origin
+        shared += fixed64_field(1, times[position])
+        for part, text in enumerate(split_long(body)):
+            attributes = attributes_fields(6, {_UID: f"{uids[position]}.{part}", "tailspan.line.part": part})
+            yield bytes_field(2, shared + attributes + bytes_field(5, bytes_field(1, text))), 1
+        start = position + 1
+    yield between(start, len(lines))

@@ -1,0 +1,210 @@
+"""The severity that a line states about itself. Pure.
+
+The first word in the head of a line that is a level *and* stands where loggers write it decides; a word in prose does
+not. Known places: Python's formats (``ERROR:root:...``, ``2024-05-01 12:00:00,123 - name - ERROR - ...``), brackets
+(``[info ]``, ``| INFO |``), ``ERROR:`` or ``ERROR ...`` at the start, after a time stamp, logfmt (``level=info``), JSON
+(``"level": "info"``) and glog (``I0501 12:00:00.000000``). Without one, severity is unspecified, not INFO.
+
+Numbers: opentelemetry-specification, logs data model, SeverityNumber; Python's CRITICAL is FATAL there.
+"""
+
+from __future__ import annotations
+
+import re
+
+from tailspan.errors import ConfigError
+from tailspan_agent.otlp.log_record import Severity
+from tailspan_agent.records.framing import SAME_DIGITS, UNKNOWN, Lines, find_severities, first_lines, split_lines
+
+__all__ = ["SEVERITIES", "UNSPECIFIED", "SeverityLearner", "find_severity", "severity_number"]
+
+
+_NUMBERS = {
+    "TRACE": 1,
+    "DEBUG": 5,
+    "INFO": 9,
+    "NOTICE": 10,
+    "SUCCESS": 10,
+    "WARN": 13,
+    "WARNING": 13,
+    "ERR": 17,
+    "ERROR": 17,
+    "SEVERE": 17,
+    "CRITICAL": 21,
+    "FATAL": 21,
+    "PANIC": 21,
+    "ALERT": 22,
+    "EMERGENCY": 24,
+}
+_GLOG = {b"I": b"INFO", b"W": b"WARNING", b"E": b"ERROR", b"F": b"FATAL"}
+_HEAD_BYTES = 120
+_JSON_HEAD_BYTES = 2048
+
+SEVERITIES: tuple[Severity, ...] = (
+    Severity(0, ""),
+    *(Severity(number, case) for word, number in _NUMBERS.items() for case in (word, word.lower(), word.title())),
+)
+"""All severities that a line can have; elsewhere they are told by their place in this table."""
+UNSPECIFIED = 0
+_INDEX = {severity.text.encode(): index for index, severity in enumerate(SEVERITIES)}
+
+
+_UPPER = sorted(_NUMBERS, key=len, reverse=True)
+_ANY_CASE = "|".join(case for word in _UPPER for case in (word, word.lower(), word.title()))
+_START = re.compile(rf"(?P<glog>[IWEF])\d{{4}} \d\d:\d\d:\d\d|\s{{0,40}}(?P<word>{_ANY_CASE}):".encode())
+_OPENERS = "[=\"'"
+_NOT_OF_WORD = f"{_OPENERS} ".encode()
+# Each alternative starts with a literal: only then the search skips, at the speed of memchr, what cannot match.
+_WORD = re.compile(
+    "|".join((*(rf"{word}\b" for word in _UPPER), *(rf"\{opener} *(?:{_ANY_CASE})\b" for opener in _OPENERS))).encode()
+)
+_AFTER_TIME = re.compile(rb"\d\d:\d\d(?::\d\d)?[\d.,:+Z-]*\s+(?:[\w.:$/@-]+\s+)?\Z")
+_STRUCTURE_ENDS = (b"]", b"}", b")", b"|", b"]:", b"}:", b"):", b"|:", b" -")
+_KEY_ENDS = (b"=", b'"', b"'")
+_KEY_BYTES = 24
+_AFTER_KEY = re.compile(rb"(?:^|\s)(?:level|lvl|severity)=[\"']?\Z")
+_AFTER_JSON_KEY = re.compile(rb"\"(?:level|severity|levelname|lvl|log\.level|log_level)\"\s{0,4}:\s{0,4}\"\Z")
+_BEFORE_STRUCTURE = re.compile(rb"\s*[:\]|]|\s+[-|]\s|/")
+_BRACKETS = {b"[": b"]", b"|": b"|"}
+
+
+def severity_number(name: str) -> int:
+    """Return the OTLP severity number of a level's name, in any case.
+
+    Raises:
+        ConfigError: There is no such level.
+    """
+    number = _NUMBERS.get(name.upper())
+    if number is None:
+        raise ConfigError(f"{name!r} is not a severity: use one of {', '.join(_NUMBERS)}", key="min_severity")
+    return number
+
+
+def find_severity(line: bytes) -> int:
+    """Return the severity of a line, as its place in `SEVERITIES`.
+
+    Args:
+        line: UTF-8, cleaned.
+    """
+    return _find(line)[0]
+
+
+def _find(line: bytes) -> tuple[int, int]:
+    """Return the severity and how many bytes of the line's start it follows from.
+
+    Every test below looks at bytes left of the word, at the word, and right of it no further than the byte that it
+    reports. So the answer holds for all lines that start with these bytes, and since no test tells one digit from
+    another, for all that start with the same bytes but for digits: that is what `SeverityLearner` builds on.
+    """
+    started = _START.match(line)
+    if started:
+        return _INDEX[_GLOG[started["glog"]] if started["glog"] else started["word"]], started.end() + 1
+    is_json = line.startswith((b'{"', b'{ "'))
+    head = line[: _JSON_HEAD_BYTES if is_json else _HEAD_BYTES]
+    for match in _WORD.finditer(head):
+        word, end = match[0].lstrip(_NOT_OF_WORD), match.end()
+        evidence = _json_end if is_json else _text_end
+        width = evidence(head, end - len(word), end)
+        if width:
+            return _INDEX[word], width + 1
+    return UNSPECIFIED, len(head)
+
+
+def _json_end(head: bytes, start: int, end: int) -> int:
+    is_value = head[end : end + 1] == b'"' and _AFTER_JSON_KEY.search(head, max(0, start - _KEY_BYTES), start)
+    return end if is_value else 0
+
+
+def _text_end(head: bytes, start: int, end: int) -> int:
+    """Return where the evidence ends that this word is the line's level, or 0."""
+    left = head[:start]
+    before = left.rstrip()
+    is_upper = head[start:end].isupper()
+    opener = before[-1:]
+    # Names[error] is code.
+    closer = None if opener == b"[" and before[-2:-1].isalnum() else _BRACKETS.get(opener)
+    if closer == b"]" or (closer and is_upper):
+        inner = end
+        while head[inner : inner + 1] == b" ":
+            inner += 1
+        if head[inner : inner + 1] == closer:
+            return inner + 1
+    if opener in _KEY_ENDS and _AFTER_KEY.search(head, max(0, start - _KEY_BYTES), start):
+        return end
+    if not is_upper:
+        return 0
+    if not before and (end == len(head) or head[end : end + 1].isspace()):
+        return end + 1
+    if left[-1:].isspace() or left[-1:] in (b"[", b"|", b":"):
+        if right := _BEFORE_STRUCTURE.match(head, end):
+            return right.end()
+        if before.endswith(_STRUCTURE_ENDS) or _AFTER_TIME.search(left):
+            return end
+    return 0
+
+
+_MAX_WIDTHS = 8
+_MAX_SHAPES = 512
+
+
+_SAMPLE_LINES = 64
+
+
+class SeverityLearner:
+    """Finds severities as `find_severity` does, faster for one job: its lines carry their level in few places.
+
+    What it remembers are line starts up to the level, with all digits alike: most lines of a job share a handful. A
+    page is looked up by starts of one width, the largest that was needed, so that one look does for every level.
+    """
+
+    def __init__(self) -> None:
+        self._shapes: dict[bytes, int] = {}
+        self._widths: list[int] = []
+        self._wide: dict[bytes, int] = {}
+
+    def find_all(self, lines: Lines) -> bytes:
+        """Return the severity of each line, a byte for its place in `SEVERITIES`.
+
+        Args:
+            lines: UTF-8, cleaned.
+        """
+        learnt = b""
+        if not self._wide:
+            # Learnt from a few lines, it is known for the others.
+            learnt = bytes(map(self._learn, first_lines(lines, _SAMPLE_LINES)))
+        found = find_severities(lines, max(self._widths, default=0), self._wide)
+        if UNKNOWN in found:
+            known = len(learnt)
+            pairs = zip(found[known:], split_lines(lines)[known:], strict=True)
+            return learnt + bytes(self._learn(line) if index == UNKNOWN else index for index, line in pairs)
+        return found
+
+    def find(self, line: bytes) -> int:
+        """Return the severity of one line, as its place in `SEVERITIES`."""
+        return self._look(line)[0]
+
+    def _learn(self, line: bytes) -> int:
+        index, needed = self._look(line)
+        width = max(self._widths, default=0)
+        # The evidence lies within the start, so that what was found holds for all lines that start so.
+        if index != UNSPECIFIED and needed <= width <= len(line) and len(self._wide) < _MAX_SHAPES:
+            self._wide[line[:width].translate(SAME_DIGITS)] = index
+        return index
+
+    def _look(self, line: bytes) -> tuple[int, int]:
+        """Return the severity and how many bytes of the line's start it follows from; see `_find`."""
+        for width in self._widths:
+            index = self._shapes.get(line[:width].translate(SAME_DIGITS))
+            if index is not None:
+                return index, width
+        index, width = _find(line)
+        # A line shorter than the width says nothing about the lines that go on after it.
+        if index != UNSPECIFIED and len(line) >= width and len(self._shapes) < _MAX_SHAPES:
+            if width not in self._widths:
+                if len(self._widths) >= _MAX_WIDTHS:
+                    return index, width
+                if width > max(self._widths, default=0):
+                    self._wide.clear()
+                self._widths.append(width)
+            self._shapes[line[:width].translate(SAME_DIGITS)] = index
+        return index, width

@@ -1,0 +1,115 @@
+"""The ended jobs that the page shows: the newest ones, read from the checkpoint store only while somebody looks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Set
+from dataclasses import dataclass
+
+from tailspan.models import JobState
+from tailspan_agent.checkpoint.jobs import StoredJob, StoredJobs
+from tailspan_agent.job.ledger import JobLedger
+
+__all__ = ["SHOWN_ENDED", "EndedJob", "EndedJobs", "ended_job"]
+
+SHOWN_ENDED = 10_000
+"""How many ended jobs are listed; older ones are still found by their id."""
+
+_CHUNK_ROWS = 500
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndedJob:
+    """An ended job, as the agent saw it.
+
+    Attributes:
+        identity: The identity of its service.
+        job_id: The job.
+        name: Its pipeline.
+        state: How it ended.
+        started_ns: When it started as far as was seen, in ns since the epoch.
+        ended_ns: When it ended as far as was seen.
+        lines: How many lines it has.
+        last_line: Its last line, without secrets.
+        alerts: What was odd about it.
+    """
+
+    identity: str
+    job_id: str
+    name: str
+    state: JobState
+    started_ns: int | None
+    ended_ns: int
+    lines: int
+    last_line: str
+    alerts: tuple[str, ...]
+
+
+def ended_job(stored: StoredJob) -> EndedJob | None:
+    """Return what the store has of an ended job; None when that is damaged."""
+    try:
+        ledger = JobLedger.from_json(stored.ledger)
+    except ValueError:
+        return None
+    ended = next(((ns, state) for ns, state in ledger.states if state.is_terminal), None)
+    running_ns = next((ns for ns, state in ledger.states if state is JobState.RUNNING), None)
+    if ended is None:
+        ended = ledger.last_line_ns or ledger.first_seen_ns, JobState.UNKNOWN
+    return EndedJob(
+        identity=stored.identity,
+        job_id=stored.job_id,
+        name=stored.name,
+        state=ended[1],
+        started_ns=ledger.first_line_ns or running_ns,
+        ended_ns=ledger.last_line_ns if ledger.last_line_ns and running_ns is None else ended[0],
+        lines=ledger.lines,
+        last_line=ledger.last_line,
+        alerts=tuple(dict.fromkeys(kind for _, kind in ledger.alerts)),
+    )
+
+
+class EndedJobs:
+    """The newest ended jobs by the store's own number.
+
+    Args:
+        stored: The jobs of the checkpoint store.
+    """
+
+    def __init__(self, stored: StoredJobs) -> None:
+        self._stored = stored
+        self._jobs: dict[int, EndedJob] = {}
+        self._open: dict[int, tuple[str, str]] = {}
+        self._newest: int | None = None
+
+    async def refresh(self, followed: Set[tuple[str, str]]) -> list[EndedJob]:
+        """Look for jobs that have ended since the last time.
+
+        Args:
+            followed: Identity and id of the jobs that are followed now: they have not ended.
+
+        Returns:
+            The newest ended jobs, in no order.
+        """
+        if self._newest is None:
+            self._newest = self._stored.newest_key() - SHOWN_ENDED
+        while rows := self._stored.after(self._newest, _CHUNK_ROWS):
+            self._newest = rows[-1].key
+            self._take(rows)
+            await asyncio.sleep(0)  # the relay goes on between two chunks
+        gone = [key for key, job in self._open.items() if job not in followed]
+        for start in range(0, len(gone), _CHUNK_ROWS):
+            self._take(self._stored.by_key(gone[start : start + _CHUNK_ROWS]))
+            await asyncio.sleep(0)
+        for key in sorted(self._jobs)[: max(0, len(self._jobs) - SHOWN_ENDED)]:
+            del self._jobs[key]
+        return list(self._jobs.values())
+
+    def _take(self, rows: list[StoredJob]) -> None:
+        for stored in rows:
+            if not stored.ended:
+                self._open[stored.key] = stored.identity, stored.job_id
+                continue
+            self._open.pop(stored.key, None)
+            job = ended_job(stored)
+            if job is not None:
+                self._jobs[stored.key] = job

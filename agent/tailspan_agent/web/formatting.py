@@ -1,0 +1,103 @@
+"""How the page says things: times, durations, sizes, and the plots as SVG numbers. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from tailspan_agent.analysis.baseline import PastRun, PipelineHistory
+
+__all__ = ["Bar", "ago", "bars", "count", "duration", "exact", "visible", "visible_block"]
+
+_UNITS = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
+_PICTURES = {code: 0x2400 + code for code in range(0x20) if code != 0x09} | {0x7F: 0x2421}
+# What turns text round or hides it: a line must not be able to show something else than it is.
+_PICTURES |= dict.fromkeys(
+    (*range(0x80, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD
+)
+
+
+def duration(seconds: float | None) -> str:
+    """Return a duration in two units at most: ``850 ms``, ``12.3 s``, ``4m 05s``, ``3h 20m``, ``2d 04h``."""
+    if seconds is None:
+        return ""
+    if (whole_ms := round(seconds * 1000)) < 1000:
+        return f"{whole_ms} ms"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02}s"
+    if whole < 86400:
+        return f"{whole // 3600}h {whole % 3600 // 60:02}m"
+    return f"{whole // 86400}d {whole % 86400 // 3600:02}h"
+
+
+def ago(unix_nano: int | None, now_unix_nano: int) -> str:
+    """Return how long ago something was, in one unit: ``now``, ``12s ago``, ``3h ago``; ``in 5m`` for the future."""
+    if unix_nano is None:
+        return ""
+    seconds = (now_unix_nano - unix_nano) / 1e9
+    size = abs(seconds)
+    if size < 1:
+        return "now"
+    text = next(f"{size // unit:.0f}{name}" for unit, name in _UNITS if size >= unit)
+    return f"{text} ago" if seconds > 0 else f"in {text}"
+
+
+def exact(unix_nano: int | None) -> str:
+    """Return a time in UTC to the millisecond; what is outside of the calendar is said as a number."""
+    if unix_nano is None:
+        return ""
+    try:
+        when = datetime.fromtimestamp(unix_nano / 1e9, UTC)
+    except (OverflowError, ValueError, OSError):
+        return f"{unix_nano} ns"
+    return f"{when:%Y-%m-%d %H:%M:%S}.{when.microsecond // 1000:03} UTC"
+
+
+def count(number: float) -> str:
+    """Return a number with thousands apart, whole where it is whole."""
+    return f"{number:,.0f}" if number == round(number) else f"{number:,.2f}"
+
+
+def visible(text: str) -> str:
+    """Return a text with its control characters as pictures of them, and without any that reorder it."""
+    return text.translate(_PICTURES)
+
+
+def visible_block(text: str) -> str:
+    """Return a text of several lines, each as `visible` shows it."""
+    return "\n".join(map(visible, text.split("\n")))
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One run in a plot of durations.
+
+    Attributes:
+        run: The run.
+        x: Where it stands, 0 to 1000.
+        width: How wide it is.
+        y: Where it begins, 0 (top) to 100.
+        height: How high it is.
+    """
+
+    run: PastRun
+    x: float
+    width: float
+    y: float
+    height: float
+
+
+def bars(history: PipelineHistory, most: int = 60) -> Sequence[Bar]:
+    """Return the last runs of a pipeline as bars, oldest first; the longest fills the height."""
+    runs = history.runs[-most:]
+    longest_s = max((run.duration_s for run in runs), default=0.0) or 1.0
+    step = 1000 / max(len(runs), 12)
+    found = []
+    for number, run in enumerate(runs):
+        height = max(3.0, 100 * run.duration_s / longest_s)
+        found.append(Bar(run, round(number * step, 1), round(step * 0.72, 1), round(100 - height, 1), round(height, 1)))
+    return found

@@ -1,0 +1,200 @@
+"""Asking a service about one job until a deadline, through the faults that pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import anyio
+
+from tailspan._clock import Clock
+from tailspan.errors import (
+    CursorExpiredError,
+    ProtocolError,
+    ServiceError,
+    ServiceUnavailableError,
+    WaitTimeoutError,
+)
+from tailspan.logs.page import NANOS_PER_MS, LogPage, Message, Stream
+from tailspan.models import ListedJob, RunResponse
+from tailspan.services import JobService
+
+__all__ = ["UNANSWERED_S", "LogReader", "StatusPoll", "closing", "newer", "newest_of", "stamped"]
+
+T = TypeVar("T")
+Answer = TypeVar("Answer", RunResponse, ListedJob)
+
+UNANSWERED_S = 60.0
+"""How long a service that answered before may leave us without a status, in seconds."""
+
+_RETRY_S = 0.5
+_RETRY_MAX_S = 30.0
+
+
+class StatusPoll:
+    """Asks for a job's status again and again.
+
+    Attributes:
+        last: The newest answer, if there was any.
+        last_error: Why the newest request was not answered; None when it was.
+    """
+
+    def __init__(
+        self, service: JobService, job_id: str, clock: Clock, deadline_s: float, *, grace_s: float = 0.0
+    ) -> None:
+        """Ask this service about this job.
+
+        Args:
+            service: Where the job runs.
+            job_id: Its id there.
+            clock: What tells the time.
+            deadline_s: When to stop, on the clock's monotonic time.
+            grace_s: How long after the deadline a request may still be answered.
+        """
+        self.last: RunResponse | None = None
+        self.last_error: ServiceError | None = None
+        self._service = service
+        self._job_id = job_id
+        self._clock = clock
+        self._deadline_s = deadline_s
+        self._grace_s = grace_s
+        self._answered_s = 0.0
+
+    async def ask(self) -> RunResponse | None:
+        """Return the present status; the last one, ``stale``, if there is no answer now; None without any in time.
+
+        Raises:
+            JobNotFoundError: The service knows no such job.
+            ServiceError: It did not answer the first time, or for `UNANSWERED_S`, or it refuses to answer.
+        """
+        left_s = max(0.0, self._deadline_s - self._clock.monotonic_s())
+        with anyio.move_on_after(left_s + self._grace_s):
+            try:
+                self.last = stamped(await self._service.get_job(self._job_id), self._service)
+            except (ServiceUnavailableError, ProtocolError) as error:
+                self.last_error = error
+                if self.last is None or self._clock.monotonic_s() - self._answered_s > UNANSWERED_S:
+                    raise
+            else:
+                self.last_error = None
+                self._answered_s = self._clock.monotonic_s()
+                return self.last
+        return None if self.last is None else dataclasses.replace(self.last, stale=True)
+
+    def timeout_error(self, timeout_s: float) -> WaitTimeoutError:
+        """Return what to raise when the job did not end in time, with all that is known of it."""
+        seen = f"it is {self.last.state}" if self.last else "its status was not answered"
+        fault = f"; the last request failed: {self.last_error}" if self.last_error else ""
+        return WaitTimeoutError(
+            f"job {self._job_id} had not ended after {timeout_s:g} s: {seen}{fault}",
+            last_status=self.last,
+            service=self._service.name,
+            job_id=self._job_id,
+        )
+
+
+class LogReader:
+    """Reads a job's log from where it stopped, each time to its present end.
+
+    Attributes:
+        time_is_up: Whether the last read was ended by the deadline.
+    """
+
+    def __init__(self, service: JobService, job_id: str, clock: Clock, deadline_s: float, *, retries: int) -> None:
+        """Read this job's log from its start.
+
+        Args:
+            service: Where the job runs.
+            job_id: Its id there.
+            clock: What tells the time.
+            deadline_s: When to stop, on the clock's monotonic time.
+            retries: How many more times to try a request that failed and may succeed later.
+        """
+        self.time_is_up = False
+        self._service = service
+        self._job_id = job_id
+        self._clock = clock
+        self._deadline_s = deadline_s
+        self._retries = retries
+        self._cursor: bytes | None = None
+        self._gap = False
+
+    async def read(self) -> AsyncIterator[LogPage]:
+        """Yield the lines that came since the last read.
+
+        Raises:
+            ServiceError: The request failed once more than there are retries, or trying again cannot help.
+        """
+        failures = 0
+        while True:
+            try:
+                async with closing(self._service.read_logs(self._job_id, self._cursor)) as pages:
+                    while (page := await self._next(pages)) is not None:
+                        failures = 0
+                        self._cursor = page.cursor
+                        yield page
+                return
+            except CursorExpiredError as error:
+                if error.resume_cursor == self._cursor:
+                    raise
+                self._cursor, self._gap = error.resume_cursor, True
+            except (ServiceUnavailableError, ProtocolError) as error:
+                failures += 1
+                if failures > self._retries:
+                    raise
+                asked_s = error.retry_after_s if isinstance(error, ServiceUnavailableError) else None
+                wait_s = asked_s if asked_s is not None else min(_RETRY_MAX_S, _RETRY_S * 2 ** (failures - 1))
+                if self._clock.monotonic_s() + wait_s >= self._deadline_s:
+                    self.time_is_up = True
+                    return
+                await self._clock.sleep(wait_s)
+
+    def take_gap(self) -> bool:
+        """Return whether lines were lost since this was last asked."""
+        gap, self._gap = self._gap, False
+        return gap
+
+    async def _next(self, pages: AsyncIterator[LogPage]) -> LogPage | None:
+        with anyio.move_on_after(self._deadline_s - self._clock.monotonic_s()):
+            return await anext(pages, None)
+        self.time_is_up = True
+        return None
+
+
+@asynccontextmanager
+async def closing(items: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
+    """Close an iterator that may be an async generator, however its reader leaves."""
+    try:
+        yield items
+    finally:
+        close: Any = getattr(items, "aclose", None)
+        if close is not None:
+            await close()
+
+
+def stamped(answer: Answer, service: JobService) -> Answer:
+    """Return the answer, knowing which service gave it."""
+    if answer.origin is not None and answer.service is not None:
+        return answer
+    return dataclasses.replace(answer, origin=answer.origin or service, service=answer.service or service.name)
+
+
+def newest_of(page: LogPage) -> Message:
+    """Return a page's newest line; of several with one time the last."""
+    best_nano, best_line, best_stream, position = -1, 0, Stream.NONE, 0
+    for run in page.runs:
+        position += run.lines
+        nano = run.time_unix_nano + run.lines - 1
+        if nano >= best_nano:
+            best_nano, best_line, best_stream = nano, position - 1, run.stream
+    message = Message(message=page.lines[best_line].decode("utf-8", "replace"), timestamp=best_nano // NANOS_PER_MS)
+    if best_stream:
+        message["stream"] = Stream.NAMES[best_stream]
+    return message
+
+
+def newer(one: Message | None, other: Message) -> Message:
+    """Return the newer of two lines; of equally old ones the other."""
+    return other if one is None or other["timestamp"] >= one["timestamp"] else one

@@ -1,0 +1,167 @@
+"""What the agent follows and how: the table ``[agent]``."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+
+from tailspan.config.options import Options
+from tailspan.config.units import Duration, JsonList, PositiveDuration, StrList, StrTable, UserPath, platform_state_dir
+from tailspan.errors import ConfigError
+
+__all__ = ["AgentSettings", "Expect", "Watch", "read_secret_file"]
+
+Severity = Literal["TRACE", "DEBUG", "INFO", "WARN", "ERROR", "FATAL"]
+
+_SEVERITY_WORDS = {"WARNING": "WARN", "CRITICAL": "FATAL"}
+
+
+def read_secret_file(path: Path, *, key: str) -> str:
+    """Return the content of a file that holds one secret, without the space around it.
+
+    Args:
+        path: The file.
+        key: The configuration key that names it, for messages.
+
+    Raises:
+        ConfigError: The file cannot be read, is empty, or is not one line of text.
+    """
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError(f"{key}: cannot read {path}: {reason}", key=key) from None
+    if not text or not text.isprintable():
+        raise ConfigError(f"{key}: {path} must hold the token on one line, and nothing else", key=key)
+    return text
+
+
+class Watch(Options):
+    """Which jobs of one service the agent follows, and how.
+
+    Attributes:
+        service: The configured service; the default service where the file names none.
+        jobs: Ids of jobs to follow.
+        discover: Follow every job that the service lists.
+        name: Glob on the job's name.
+        exclude: Globs on names to leave out.
+        lookback: How old a finished job may be to be backfilled, in seconds.
+        settle: After the end of a job, how long lines may still come, in seconds.
+        late_window: How far back to look for lines that become visible late, in seconds.
+        final_read: Read an ended job's log once more in full, where the service knows only times.
+        min_severity: Drop (and count) lines below this; lines without a known severity stay.
+        attributes: Put on the telemetry of these jobs.
+    """
+
+    service: str = ""
+    jobs: StrList = []
+    discover: bool = False
+    name: str | None = None
+    exclude: StrList = []
+    lookback: Duration = 86400.0
+    settle: Duration = 10.0
+    late_window: Duration = 10.0
+    final_read: bool = True
+    min_severity: Severity | None = None
+    attributes: StrTable = {}
+
+    @field_validator("min_severity", mode="before")
+    @classmethod
+    def _severity_word(cls, value: object) -> object:
+        return _SEVERITY_WORDS.get(value.upper(), value.upper()) if isinstance(value, str) else value
+
+
+class Expect(Options):
+    """A job that should run regularly; the agent tells when it did not.
+
+    Attributes:
+        name: The job's name.
+        every: How often it should start, in seconds.
+        grace: How late it may be, in seconds.
+    """
+
+    name: str
+    every: PositiveDuration
+    grace: Duration = 3600.0
+
+
+class AgentSettings(Options):
+    """The agent's own settings.
+
+    Attributes:
+        state_dir: Checkpoints, dead letters and files.
+        listen: ``HOST:PORT`` of status page and metrics; empty: none.
+        token: What the status page asks for.
+        token_file: A file with that token, read when needed.
+        allowed_hosts: Further names in the Host header that the status page answers to.
+        allow_cancel: Whether the status page may cancel jobs.
+        drain_timeout: How long to wait at the end for exports, in seconds.
+        max_pipeline_names: How many names metrics tell apart; the rest is ``#other#``.
+        run_id_on_metrics: Put the job id on gauges.
+        service_name: ``service.name`` of the agent's own telemetry.
+        watch: What to follow, first match wins.
+        expect: Jobs that should run regularly.
+    """
+
+    state_dir: UserPath = Field(default_factory=lambda: platform_state_dir() / "agent")
+    listen: str = "127.0.0.1:8797"
+    token: SecretStr | None = None
+    token_file: UserPath | None = None
+    allowed_hosts: StrList = []
+    allow_cancel: bool = False
+    drain_timeout: Duration = 30.0
+    max_pipeline_names: int = Field(default=200, ge=1)
+    run_id_on_metrics: bool = False
+    service_name: str = Field(default="tailspan-agent", min_length=1)
+    watch: Annotated[list[Watch], JsonList] = []
+    expect: Annotated[list[Expect], JsonList] = []
+
+    @property
+    def listen_address(self) -> tuple[str, int] | None:
+        """Host and port to listen on, port 0 for a free one; None when there is nothing to listen on."""
+        if not self.listen:
+            return None
+        parts = urlsplit(f"//{self.listen}")
+        return parts.hostname or "0.0.0.0", parts.port or 0  # noqa: S104 - asked for by an empty host
+
+    def read_token(self) -> str | None:
+        """Return the token of the status page, from the file if it is there; None when there is none.
+
+        Raises:
+            ConfigError: The file cannot be read.
+        """
+        if self.token_file is not None:
+            return read_secret_file(self.token_file, key="agent.token_file")
+        return self.token.get_secret_value() if self.token else None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        try:
+            valid = not self.listen or urlsplit(f"//{self.listen}").port is not None
+            address = self.listen_address
+        except ValueError:
+            valid, address = False, None
+        if not valid or "/" in self.listen or "@" in self.listen:
+            raise ConfigError('expected "HOST:PORT", or "" for no status page', key="agent.listen")
+        if self.token is not None and self.token_file is not None:
+            raise ConfigError("token and token_file are both set: keep one of them", key="agent.token")
+        if address and not _is_loopback(address[0]) and self.token is None and self.token_file is None:
+            raise ConfigError(
+                f"{self.listen} can be reached from other machines: set agent.token_file, or listen on 127.0.0.1",
+                key="agent.listen",
+            )
+        for number, watch in enumerate(self.watch):
+            if not watch.jobs and not watch.discover:
+                raise ConfigError("name jobs = [...], or set discover = true", key=f"agent.watch[{number}]")
+        return self
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

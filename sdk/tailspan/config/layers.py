@@ -1,0 +1,225 @@
+"""The layers of the configuration, and where in each of them a key was written.
+
+A layer is a table shaped like the TOML file. Upper layers win key by key; `below` holds what "wins" means where two
+keys say the same thing.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tailspan.config.options import Loc
+from tailspan.errors import ConfigError
+
+__all__ = ["SIGNALS", "Layer", "below", "environment_layer", "file_layer", "parse_pairs", "set_in"]
+
+SIGNALS = ("logs", "traces", "metrics")
+_PREFIX = "TAILSPAN_"
+_HEADER = re.compile(r"""\s*(\[\[?)((?:[^\]"'#]|"[^"]*"|'[^']*')+)\]""")
+_KEY = re.compile(r"""\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*'))*)\s*=""")
+_KEY_PART = re.compile(r"""[A-Za-z0-9_-]+|"[^"]*"|'[^']*'""")
+_TOML_PLACE = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layer:
+    """One source of settings.
+
+    Attributes:
+        table: The settings, shaped like the TOML file.
+        places: Where each key was written; a key inside a listed one is at the same place.
+    """
+
+    table: dict[str, Any]
+    places: Mapping[Loc, str]
+
+    def where(self, loc: Loc) -> str | None:
+        """Return the place of a key, or of the nearest key around it; None when this layer does not set the key."""
+        inner: Any = self.table
+        for part in loc:
+            if isinstance(inner, str):
+                break  # a variable that sets a whole list is the place of all that is in it
+            try:
+                inner = inner[part]
+            except (LookupError, TypeError):
+                return None
+        for length in range(len(loc), 0, -1):
+            if loc[:length] in self.places:
+                return self.places[loc[:length]]
+        return None
+
+
+def set_in(table: dict[str, Any], path: Sequence[str], value: object) -> bool:
+    """Set a key in nested tables, making them; False where a key on the way is no table."""
+    inner: Any = table
+    for part in path[:-1]:
+        inner = inner.setdefault(part, {})
+        if not isinstance(inner, dict):
+            return False
+    inner[path[-1]] = value
+    return True
+
+
+def below(upper: Mapping[str, Any], lower: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the lower layer without what the upper one has decided in other words.
+
+    A general OTLP key of an upper layer beats the same key for one signal in a lower one; headers are one value, so
+    that no header goes to an endpoint it was not meant for; a token beats a token file, and the other way round.
+    """
+    result: dict[str, Any] = copy.deepcopy(dict(lower))
+    high, low = _table(upper.get("otlp")), _table(result.get("otlp"))
+    if "headers" in high:
+        low.pop("headers", None)
+    for signal in SIGNALS:
+        own = _table(low.get(signal))
+        for key in high:
+            own.pop(key, None)
+        if "headers" in _table(high.get(signal)):
+            own.pop("headers", None)
+    services = _table(upper.get("services"))
+    pairs = [(upper.get("agent"), result.get("agent"))]
+    pairs += [(services.get(name), options) for name, options in _table(result.get("services")).items()]
+    for above, under in pairs:
+        if _table(above).keys() & {"token", "token_file"}:
+            _table(under).pop("token", None)
+            _table(under).pop("token_file", None)
+    return result
+
+
+def _table(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def parse_pairs(text: str, *, variable: str) -> dict[str, str]:
+    """Return the pairs of ``key=value,key2=value2``, percent-decoded.
+
+    Source: OpenTelemetry specification, OTLP exporter, "Specifying headers via environment variables" and Resource
+    SDK, "Specifying resource information via an environment variable".
+
+    Raises:
+        ConfigError: A pair has no key or no ``=``; the message shows no value.
+    """
+    from urllib.parse import unquote
+
+    pairs: dict[str, str] = {}
+    for number, pair in enumerate(text.split(","), 1):
+        key, equals, value = pair.partition("=")
+        if not pair.strip():
+            continue
+        if not equals or not key.strip():
+            raise ConfigError(
+                f"{variable}: pair {number} is not of the form key=value (write , and = in values as %2C and %3D)"
+            )
+        pairs[unquote(key.strip())] = unquote(value.strip())
+    return pairs
+
+
+def environment_layer(environ: Mapping[str, str], known: Sequence[str], service_names: Sequence[str]) -> Layer:
+    """Return what the ``TAILSPAN_*`` variables set; an empty variable counts as unset.
+
+    Args:
+        environ: The environment.
+        known: The keys of the file's top level; a nested variable below another word is an error.
+        service_names: Names of sections, whose case the upper-case variables have lost.
+    """
+    table: dict[str, Any] = {}
+    places: dict[Loc, str] = {}
+    case = {name.lower(): name for name in service_names}
+    for variable, value in sorted(environ.items()):
+        if not variable.upper().startswith(_PREFIX) or not value:
+            continue
+        path = variable[len(_PREFIX) :].lower().split("__")
+        if path == ["state_dir"]:
+            path = ["services", "local", "state_dir"]
+            if environ.get("TAILSPAN_SERVICES__LOCAL__STATE_DIR"):
+                continue
+        if path[0] not in known:
+            if len(path) > 1:
+                raise ConfigError(f"{variable}: there is no key {path[0]!r}; known: {', '.join(known)}", key=path[0])
+            continue
+        if path[0] == "services" and len(path) > 1:
+            path[1] = case.get(path[1], path[1])
+        pairs = path[0] == "otlp" and path[-1] in {"headers", "resource"}
+        if not set_in(table, path, parse_pairs(value, variable=variable) if pairs else value):
+            outer = _PREFIX + "__".join(path[:-1]).upper()
+            raise ConfigError(f"{variable} and {outer} are both set: keep one of them", key=".".join(path))
+        places[tuple(path)] = variable
+    return Layer(table, places)
+
+
+def file_layer(path: Path | None) -> Layer:
+    """Return what the TOML file sets; without a file, an empty layer.
+
+    Raises:
+        ConfigError: The file cannot be read, is not UTF-8, or is not TOML.
+    """
+    if path is None:
+        return Layer({}, {})
+    try:
+        text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a directory: name the TOML file itself") from None
+    except FileNotFoundError:
+        raise ConfigError(f"there is no configuration file {path}: check --config or TAILSPAN_CONFIG") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"cannot read the configuration file {str(path)!r}: {reason}") from None
+    try:
+        table = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _broken_toml(path, text, error) from None
+    return Layer(table, {loc: f"{path}:{line}" for loc, line in _key_lines(text)})
+
+
+def _broken_toml(path: Path, text: str, error: Exception) -> ConfigError:
+    if isinstance(error, RecursionError):
+        return ConfigError(f"{path}: broken TOML: too deeply nested")
+    message = str(error)
+    found = _TOML_PLACE.search(message)
+    if found is None:
+        return ConfigError(f"{path}: broken TOML: {message}")
+    lines = text.split("\n")
+    line, column = (found[1], found[2]) if found[1] else (len(lines), len(lines[-1]) + 1)
+    return ConfigError(f"{path}:{line}:{column}: broken TOML: {message[: found.start()]}")
+
+
+def _key_lines(text: str) -> Iterator[tuple[Loc, int]]:
+    """Yield the path and line of each table and key; good enough for messages, and no TOML parser."""
+    table: Loc = ()
+    counts: dict[Loc, int] = {}
+    quote: str | None = None
+    for number, line in enumerate(text.split("\n"), 1):
+        if quote is not None:
+            quote = None if line.count(quote) % 2 else quote
+            continue
+        if header := _HEADER.match(line):
+            table = _inside(_parts(header[2]), counts)
+            if header[1] == "[[":
+                counts[table] = counts.get(table, -1) + 1
+                table = (*table, counts[table])
+            yield table, number
+        elif key := _KEY.match(line):
+            yield table + _parts(key[1]), number
+        quote = next((mark for mark in ('"""', "'''") if line.count(mark) % 2), None)
+
+
+def _parts(dotted: str) -> Loc:
+    return tuple(part.strip("\"'") for part in _KEY_PART.findall(dotted))
+
+
+def _inside(names: Loc, counts: Mapping[Loc, int]) -> Loc:
+    """Return a header's path with the number of the array element that it continues."""
+    path: Loc = ()
+    for position, name in enumerate(names):
+        path = (*path, name)
+        if path in counts and position < len(names) - 1:
+            path = (*path, counts[path])
+    return path

@@ -1,0 +1,285 @@
+"""The configuration that SDK and agent share: one TOML file, environment variables, and defaults that need neither.
+
+Precedence, key by key: command line > ``TAILSPAN_*`` > file > ``OTEL_*`` > default. Durations are float seconds and
+sizes are bytes once loaded. Each service type validates its own table with `Options` and `validate_options`.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Self
+from urllib.parse import quote
+
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from tailspan.config.agent import AgentSettings, Watch
+from tailspan.config.layers import Layer, below, environment_layer, file_layer
+from tailspan.config.options import Loc, Options, OptionsTable, config_error
+from tailspan.config.otel_env import otel_layer
+from tailspan.config.otlp import OtlpSettings
+from tailspan.config.units import (
+    JsonList,
+    Size,
+    StrList,
+    UserPath,
+)
+from tailspan.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tailspan.models import RunResponse
+
+__all__ = ["FilesSettings", "LinksSettings", "RedactPattern", "RedactSettings", "Settings", "load_settings"]
+
+
+_PLACEHOLDER = re.compile(r"\{(trace_id|job_id|job_name|service|start_ms|end_ms)\}")
+_AROUND_MS = 300_000
+
+
+class FilesSettings(Options):
+    """Files of OTLP JSON lines, for signals without endpoint.
+
+    Attributes:
+        max_size: Of one file in bytes, then the next is begun.
+        keep: How many files per signal.
+    """
+
+    max_size: Size = 100 * 2**20
+    keep: int = Field(default=10, ge=1)
+
+
+class RedactPattern(Options):
+    """A pattern whose matches are redacted.
+
+    Attributes:
+        literal: Text that every match contains; searched first because that is fast.
+        regex: The pattern.
+        slow: Allow a pattern without literal.
+    """
+
+    literal: str | None = Field(default=None, min_length=1)
+    regex: str
+    slow: bool = False
+
+    @field_validator("regex")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ConfigError(f"not a regular expression: {error}") from None
+        return value
+
+    @model_validator(mode="after")
+    def _has_literal(self) -> Self:
+        if self.literal is None and not self.slow:
+            raise ConfigError("set literal to text that every match contains, or slow = true")
+        return self
+
+
+class RedactSettings(Options):
+    """What must not leave this machine.
+
+    Attributes:
+        env: Environment variables of the agent whose values are redacted.
+        files: Files whose content is redacted (one secret each).
+        patterns: Patterns whose matches are redacted.
+    """
+
+    env: StrList = []
+    files: Annotated[list[UserPath], *StrList.__metadata__] = []
+    patterns: Annotated[list[RedactPattern], JsonList] = []
+
+
+def _check_link(value: object) -> object:
+    if isinstance(value, str) and value and not value.startswith(("http://", "https://")):
+        raise ConfigError("expected a URL that starts with http:// or https://")
+    return value or None
+
+
+class LinksSettings(Options):
+    """Where people look at telemetry: URLs with placeholders that `of` fills in.
+
+    Attributes:
+        trace: URL of a job's trace.
+        logs: URL of a job's lines.
+    """
+
+    trace: Annotated[str | None, BeforeValidator(_check_link)] = None
+    logs: Annotated[str | None, BeforeValidator(_check_link)] = None
+
+    def of(self, job: RunResponse) -> dict[str, str]:
+        """Return the configured links of one job, by ``trace`` and ``logs``.
+
+        Filled in, escaped for a URL: ``{trace_id}``, ``{job_id}``, ``{job_name}``, ``{service}``, ``{start_ms}`` and
+        ``{end_ms}``: five minutes around the job in ms since the epoch (``now`` while it runs), as Grafana's time
+        ranges take them. Other braces stay as they are: Grafana's own URLs have some.
+
+        Args:
+            job: Its status.
+        """
+        begun, ended = job.submitted_at or job.started_at, job.finished_at
+        values = {
+            "trace_id": job.trace_id,
+            "job_id": job.job_id,
+            "job_name": job.job_name,
+            "service": job.service or "",
+            "start_ms": str(int(begun.timestamp() * 1000) - _AROUND_MS) if begun is not None else "now-24h",
+            "end_ms": str(int(ended.timestamp() * 1000) + _AROUND_MS) if ended is not None else "now",
+        }
+
+        def fill(found: re.Match[str]) -> str:
+            return quote(values[found[1]], safe="", errors="replace")
+
+        templates = {"trace": self.trace, "logs": self.logs}
+        return {name: _PLACEHOLDER.sub(fill, template) for name, template in templates.items() if template}
+
+
+class Settings(BaseSettings):
+    """The loaded configuration; `load_settings` makes it. ``Settings()`` is all defaults, without any environment.
+
+    Attributes:
+        default_service: The service that the verbs ask when none is named.
+        services: Each service's raw options by name; ``local`` is always there. Every table has ``type``.
+        agent: The agent's own settings.
+        otlp: Where telemetry goes.
+        files: Files for signals without endpoint.
+        redact: What must not leave this machine.
+        links: Where people look at telemetry.
+    """
+
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    default_service: str = "local"
+    services: dict[str, dict[str, Any]] = Field(default={}, repr=False, validate_default=True)
+    agent: AgentSettings = Field(default_factory=AgentSettings)
+    otlp: OtlpSettings = Field(default_factory=OtlpSettings)
+    files: FilesSettings = FilesSettings()
+    redact: RedactSettings = RedactSettings()
+    links: LinksSettings = LinksSettings()
+    _path: Path | None = PrivateAttr(default=None)
+    _layers: Sequence[Layer] = PrivateAttr(default=())
+
+    @property
+    def path(self) -> Path | None:
+        """The file that was loaded; None when there was none."""
+        return self._path
+
+    def source_of(self, *loc: str | int) -> str | None:
+        """Return where a key was written: ``config.toml:12`` or a variable's name; None where it is a default.
+
+        Args:
+            *loc: The key's path, such as ``"agent", "watch", 0, "name"``.
+        """
+        return next((place for layer in self._layers if (place := layer.where(loc))), None)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take the layers that `load_settings` has read; see there for their order."""
+        return (init_settings, *(_LayerSource(settings_cls, layer) for layer in _LAYERS.get()))
+
+    @field_validator("services")
+    @classmethod
+    def _name_types(cls, services: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        named = {name: {"type": name, **options} for name, options in services.items()}
+        for name, options in named.items():
+            if not isinstance(options["type"], str):
+                raise ConfigError("expected text in quotes", key=f"services.{name}.type")
+        return {"local": {"type": "local"}, **named}
+
+    @model_validator(mode="after")
+    def _check_services(self) -> Self:
+        known = ", ".join(sorted(self.services))
+        if self.default_service not in self.services:
+            raise ConfigError(
+                f"no service {self.default_service!r} is configured; there is: {known}", key="default_service"
+            )
+        # An agent that was told nothing watches what there is.
+        watches = self.agent.watch or [Watch(discover=True)]
+        watches = [
+            watch if watch.service else watch.model_copy(update={"service": self.default_service}) for watch in watches
+        ]
+        for number, watch in enumerate(watches):
+            if watch.service not in self.services:
+                raise ConfigError(
+                    f"no service {watch.service!r} is configured; there is: {known}",
+                    key=f"agent.watch[{number}].service",
+                )
+        object.__setattr__(self, "agent", self.agent.model_copy(update={"watch": watches}))
+        return self
+
+
+class _LayerSource(PydanticBaseSettingsSource):
+    def __init__(self, settings_cls: type[BaseSettings], layer: Layer) -> None:
+        super().__init__(settings_cls)
+        self._layer = layer
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        return self._layer.table.get(field_name), field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        return below(self.current_state, self._layer.table)
+
+
+_LAYERS: contextvars.ContextVar[Sequence[Layer]] = contextvars.ContextVar("layers", default=())
+
+
+def load_settings(
+    path: Path | None = None, *, overrides: Mapping[str, Any] | None = None, telemetry: bool = True
+) -> Settings:
+    """Load the configuration.
+
+    Args:
+        path: The TOML file; None: the file that ``TAILSPAN_CONFIG`` names, and without that, none.
+        overrides: What the command line says, shaped like the TOML file; wins over everything.
+        telemetry: Whether the ``OTEL_*`` variables count. What only runs and reads jobs sends nothing, and must not
+            fail because of a variable that is meant for other programs.
+
+    Returns:
+        The settings, with every default filled in; the service tables are as written.
+
+    Raises:
+        ConfigError: The file cannot be read, a key is unknown, or a value does not fit; the message names the key
+            and where it was written, and shows no secret.
+    """
+    environ = os.environ
+    if path is None and environ.get("TAILSPAN_CONFIG"):
+        path = Path(environ["TAILSPAN_CONFIG"])
+    in_file = file_layer(path)
+    services = in_file.table.get("services")
+    in_environment = environment_layer(
+        environ, list(Settings.model_fields), list(services) if isinstance(services, dict) else []
+    )
+    given = Layer(dict(overrides or {}), {(key,): "command line" for key in overrides or {}})
+    layers = (given, in_environment, in_file, otel_layer(environ if telemetry else {}))
+
+    def where(loc: Loc) -> str | None:
+        for length in range(len(loc), 0, -1):
+            for layer in layers:
+                if place := layer.where(loc[:length]):
+                    return place
+        return None
+
+    reset = _LAYERS.set(layers)
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        raise config_error(error, Settings, (), where) from None
+    finally:
+        _LAYERS.reset(reset)
+    for name, options in settings.services.items():
+        settings.services[name] = OptionsTable(options, ("services", name), where)
+    settings._path, settings._layers = path, layers
+    return settings

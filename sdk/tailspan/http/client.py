@@ -1,0 +1,309 @@
+"""`HttpClient`: requests to one origin over kept-alive connections, with bodies of any size in pieces.
+
+This is httpcore, which pools connections, speaks to proxies and frames HTTP/1.1 for httpx. What httpx puts on top
+(cookies, redirects, authentication flows, models) is left out: nobody here needs it, and on loopback it costs as much
+as the request itself (``python -m tests.bench --only W1,W5``).
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import os
+import ssl
+import sys
+import zlib
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from contextlib import aclosing
+from typing import Any, cast
+from urllib.parse import quote, unquote, urlsplit
+
+import httpcore
+
+from tailspan import __version__
+from tailspan.errors import ConfigError
+from tailspan.http.asyncio_backend import AsyncioBackend
+
+__all__ = ["BROKEN", "FAULTY", "NEVER_SENT", "TOO_SLOW", "HttpClient", "Reply", "default_tls", "user_agent"]
+
+NEVER_SENT = (httpcore.ConnectError, httpcore.ConnectTimeout, httpcore.PoolTimeout, httpcore.ProxyError)
+"""Errors of a request that cannot have reached the server."""
+
+# What a server says of a missing client certificate comes while its answer is read, and past httpcore.
+BROKEN = (*NEVER_SENT, httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError, ssl.SSLError)
+"""All errors of a request that got no answer, or not all of it."""
+
+TOO_SLOW = httpcore.TimeoutException
+"""Those of them that say that nothing came in time."""
+
+FAULTY = httpcore.LocalProtocolError
+"""Those of them that say that no server can be asked this: nothing was sent, and trying again is of no use."""
+
+_SLICE_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 20
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_PROXY_SCHEMES = (b"http", b"https", b"socks5", b"socks5h")
+# RFC 3986: what may stand in a target as it is; a percent sign begins what is escaped already.
+_IN_TARGET = "/?:@!$&'()*+,;=-._~%[]"
+
+
+class Reply:
+    """An answer whose body is still to be read; close it.
+
+    Attributes:
+        status: The status code.
+        reason: The server's words for that; often empty.
+        headers: By lower-case name; values of equal names with commas between them.
+    """
+
+    def __init__(self, response: httpcore.Response) -> None:
+        self.status = response.status
+        self.reason = cast("bytes", response.extensions.get("reason_phrase", b"")).decode("latin-1")
+        self.headers: dict[str, str] = {}
+        for name, value in response.headers:
+            key, text = name.decode("latin-1").lower(), value.decode("latin-1")
+            self.headers[key] = f"{self.headers[key]}, {text}" if key in self.headers else text
+        self._response = response
+
+    @property
+    def is_success(self) -> bool:
+        """Whether it is what was asked for."""
+        return 200 <= self.status < 300
+
+    async def pieces(self) -> AsyncGenerator[bytes, None]:
+        """Yield the body, unpacked, in pieces of bounded size.
+
+        Raises:
+            zlib.error: It is not compressed as its header says.
+            httpcore.NetworkError: It broke off; see `BROKEN`.
+        """
+        encoding = self.headers.get("content-encoding", "").strip().lower()
+        unpacker = _Unpacker() if encoding in ("gzip", "x-gzip", "deflate") else None
+        unpack = unpacker.feed if unpacker is not None else _as_it_is
+        # A generator that is not closed ends whenever the garbage goes.
+        async with aclosing(cast("AsyncGenerator[bytes, None]", self._response.aiter_stream())) as chunks:
+            async for chunk in chunks:
+                for piece in unpack(chunk):
+                    yield piece
+        if unpacker is not None:
+            unpacker.close()
+
+    async def read_into(self, body: bytearray, most_bytes: int) -> None:
+        """Append the body, or its beginning: no more is read once it has more than so many bytes. See `pieces`."""
+        async with aclosing(self.pieces()) as pieces:
+            async for piece in pieces:
+                body += piece
+                if len(body) > most_bytes:
+                    return
+
+    async def aclose(self) -> None:
+        """Give the connection back, or close it where something of the body is unread."""
+        await self._response.aclose()
+
+
+class HttpClient:
+    """Sends requests to the origin of one URL; through a proxy where the environment asks for one, as httpx does.
+
+    Nothing is sent before the first request. It belongs to the event loop of that.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        key: str,
+        headers: Mapping[str, str],
+        timeout_s: float,
+        tls: ssl.SSLContext | None = None,
+        keep_alive_s: float,
+        max_idle: int,
+    ) -> None:
+        """Configure the client.
+
+        Args:
+            url: http or https; user and password in it are sent as basic authentication.
+            key: The configuration key that the URL is from, for errors.
+            headers: Sent with each request.
+            timeout_s: For connecting, and for each silence of the server, in seconds.
+            tls: What to trust and to show; needed for https.
+            keep_alive_s: How long an idle connection is kept, in seconds.
+            max_idle: How many of them are kept. How many may be busy has no limit: a reply that is read slowly holds
+                its connection, and others must not wait for that.
+
+        Raises:
+            ConfigError: The URL cannot be used, or the environment asks for a proxy that cannot be.
+        """
+        try:
+            parts = urlsplit(url)
+            host, port = _ascii_host(parts.hostname or ""), parts.port
+        except ValueError:
+            host = ""
+        if not host or parts.scheme not in _DEFAULT_PORTS:
+            raise ConfigError(f"{key}: {url.rpartition('@')[2]} cannot be used as a URL", key=key)
+        self._path = parts.path
+        self._query = parts.query
+        self._timeouts = {"connect": timeout_s, "read": timeout_s, "write": timeout_s}
+        shown = f"[{host}]" if ":" in host else host
+        self._origin = parts.scheme.encode(), host.encode(), port
+        named = shown if port in (None, _DEFAULT_PORTS[parts.scheme]) else f"{shown}:{port}"
+        own = {"Host": named, "User-Agent": user_agent(), "Accept": "*/*", "Accept-Encoding": "gzip"}
+        if parts.username is not None:
+            own["Authorization"] = _basic(unquote(parts.username), unquote(parts.password or ""))
+        self._headers = _replaced(_encoded(own), headers)
+        self._pool = httpcore.AsyncConnectionPool(
+            tls,
+            proxy=_proxy_of(parts.scheme, f"{shown}:{port or _DEFAULT_PORTS[parts.scheme]}", host),
+            max_connections=None,
+            max_keepalive_connections=max_idle,
+            keepalive_expiry=keep_alive_s,
+            network_backend=AsyncioBackend(),
+        )
+
+    async def send(
+        self,
+        method: str,
+        path: str = "",
+        query: str = "",
+        *,
+        headers: Mapping[str, str] | None = None,
+        content: bytes | None = None,
+    ) -> Reply:
+        """Send a request and return the answer as soon as its header is there.
+
+        Args:
+            method: ``GET``, ``POST`` ...
+            path: Added to the path of the client's URL.
+            query: The query, escaped; empty: that of the client's URL.
+            headers: More headers, or others than the client has by these names.
+            content: The body.
+
+        Raises:
+            httpcore.NetworkError: There is no answer; see `BROKEN`.
+        """
+        target = quote((self._path + path) or "/", safe=_IN_TARGET)
+        if found := query or self._query:
+            target += "?" + quote(found, safe=_IN_TARGET)
+        sent = _replaced(self._headers, headers) if headers else self._headers
+        if content is not None or method == "POST":
+            sent = [*sent, (b"Content-Length", str(len(content or b"")).encode())]
+        scheme, host, port = self._origin
+        request = httpcore.Request(
+            method,
+            httpcore.URL(scheme=scheme, host=host, port=port, target=target.encode()),
+            headers=sent,
+            content=_Slices(content) if content else None,
+            extensions={"timeout": self._timeouts},
+        )
+        return Reply(await self._pool.handle_async_request(request))
+
+    async def aclose(self) -> None:
+        """Close the connections; a later request opens new ones."""
+        await self._pool.aclose()
+
+
+def default_tls() -> ssl.SSLContext:
+    """Return what trusts whom httpx trusts: ``SSL_CERT_FILE``, ``SSL_CERT_DIR``, or else certifi's authorities."""
+    import certifi
+
+    ca_file, ca_directory = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
+    return ssl.create_default_context(
+        cafile=ca_file or (None if ca_directory else certifi.where()), capath=ca_directory
+    )
+
+
+def user_agent() -> str:
+    """Return what we call ourselves to servers."""
+    return f"tailspan/{__version__}"
+
+
+class _Slices:
+    """A body in parts: asyncio copies what the socket does not take at once.
+
+    It also lets go of the body when all is sent: responses are part of reference cycles, and with them lives whatever
+    their requests hold.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        view, self._content = memoryview(self._content), b""
+        for start in range(0, len(view), _SLICE_BYTES):
+            yield view[start : start + _SLICE_BYTES]
+
+
+class _Unpacker:
+    """Unpacks gzip or zlib, as the first bytes say, in bounded pieces: a few bytes can stand for gigabytes."""
+
+    def __init__(self) -> None:
+        self._inflate = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
+
+        self._begun = False
+
+    def feed(self, chunk: bytes) -> Iterator[bytes]:
+        self._begun = True
+        while chunk and not self._inflate.eof:
+            if piece := self._inflate.decompress(chunk, _PIECE_BYTES):
+                yield piece
+            chunk = self._inflate.unconsumed_tail
+
+    def close(self) -> None:
+        if self._begun and not self._inflate.eof:
+            raise zlib.error("it ends early")
+
+
+def _as_it_is(chunk: bytes) -> Iterator[bytes]:
+    yield chunk
+
+
+def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    return [(name.encode("latin-1"), value.encode("utf-8")) for name, value in headers.items()]
+
+
+def _replaced(own: list[tuple[bytes, bytes]], headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    """Return headers with others added, which take the place of those by the same names."""
+    given = _encoded(headers)
+    names = {name.lower() for name, _ in given}
+    return [*(pair for pair in own if pair[0].lower() not in names), *given]
+
+
+def _ascii_host(host: str) -> str:
+    """Return a host as it is looked up; of a name that has none, ValueError."""
+    if host.isascii():
+        # The limits of RFC 1035, which the look-up would complain of in its own way.
+        if any(not 0 < len(label) < 64 for label in host.removesuffix(".").split(".")):
+            raise ValueError(host)
+        return host
+    import idna
+
+    return idna.encode(host).decode()
+
+
+def _basic(user: str, password: str) -> str:
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
+def _proxy_of(scheme: str, named: str, host: str) -> httpcore.Proxy | None:
+    """Return the proxy that the environment (or macOS, or Windows) names for a host."""
+    if sys.platform not in ("darwin", "win32") and not any(name.lower().endswith("_proxy") for name in os.environ):
+        return None  # loading what looks for one takes longer than a request
+    from urllib.request import getproxies, proxy_bypass
+
+    proxies = getproxies()
+    proxy = proxies.get(scheme) or proxies.get("all")
+    if not proxy or proxy_bypass(named) or proxy_bypass(host):
+        return None
+    try:
+        parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+        url = httpcore.URL(
+            scheme=parts.scheme.encode(), host=_ascii_host(parts.hostname or "").encode(), port=parts.port, target=b"/"
+        )
+    except ValueError:
+        url = httpcore.URL(scheme=b"", host=b"", target=b"/")
+    if not url.host or url.scheme not in _PROXY_SCHEMES:
+        raise ConfigError("the proxy that the environment names is not an http, https or socks5 URL: see HTTPS_PROXY")
+    if url.scheme.startswith(b"socks") and importlib.util.find_spec("socksio") is None:
+        raise ConfigError("the environment names a SOCKS proxy, which needs: pip install 'httpx[socks]'")
+    if parts.username is None:
+        return httpcore.Proxy(url)
+    return httpcore.Proxy(url, (unquote(parts.username).encode(), unquote(parts.password or "").encode()))

@@ -1,0 +1,262 @@
+"""`LogPage`: one reply of lines and the next cursor, in columns rather than an object per line.
+
+Two facts about a line are needed to make a record that is the same after any restart: its exact time and its uid.
+Both are stored per *run* of lines (one read of a pipe, one millisecond of a log) and counted up within it:
+
+    time_unix_nano of line i of a run = run.time_unix_nano + i      (order and repeats survive stores that sort by time)
+    log.record.uid of line i          = run.uid_prefix + "%04x" % i (services with offsets)
+                                      = hex of digests[8 * i]       (services with times only)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any, NamedTuple, TypedDict
+
+from tailspan.logs.text import split_text
+
+__all__ = [
+    "CLEAN",
+    "DIGEST_BYTES",
+    "MAX_PAGE_BYTES",
+    "MAX_PAGE_LINES",
+    "NANOS_PER_MS",
+    "Line",
+    "LineRun",
+    "LogPage",
+    "Message",
+    "Stream",
+    "line_digest",
+]
+
+DIGEST_BYTES = 8
+MAX_PAGE_BYTES = 1 << 20
+MAX_PAGE_LINES = 5000
+NANOS_PER_MS = 1_000_000
+
+
+class Stream:
+    """Which stream a line came from, as stored and sent; 0 is unknown."""
+
+    NONE = 0
+    STDOUT = 1
+    STDERR = 2
+    NAMES = ("", "stdout", "stderr")
+
+
+CLEAN = 1
+"""Run flag: plain ASCII without CR, ESC or NUL, so `tailspan.logs.clean.clean` would change nothing in any line."""
+
+
+class Message(TypedDict, total=False):
+    """A line as `tailspan.job_get_logs` returns it; a service may add keys."""
+
+    message: str
+    timestamp: int
+    stream: str
+
+
+def _sharing_keys(**fields: Any) -> Any:
+    """Return a dict whose copies share one table of keys, as those of a class's instances do (PEP 412).
+
+    A copy takes 88 bytes where a dict of its own takes 184, and less time.
+    """
+    kind = type("_Fields", (), {})
+    # The first instances of a class have room for 30 attributes, each further one for one less, down to what is used.
+    for _ in range(30):
+        instance = kind()
+        for name, value in fields.items():
+            setattr(instance, name, value)
+    return vars(instance)
+
+
+# By stream; a line of none has no key for it.
+_EMPTY_MESSAGES: list[Message] = [
+    _sharing_keys(message="", timestamp=0, **({"stream": name} if name else {})) for name in Stream.NAMES
+]
+
+
+class Line(NamedTuple):
+    """One line as a simple service hands it over.
+
+    Attributes:
+        time_unix_nano: When the source says that it was written, in ns since the epoch.
+        message: The line as read, without its line ending.
+        stream: ``stdout``, ``stderr`` or empty.
+    """
+
+    time_unix_nano: int
+    message: str | bytes
+    stream: str = ""
+
+
+class LineRun(NamedTuple):
+    """Consecutive lines of one instant and one stream.
+
+    Attributes:
+        lines: How many.
+        time_unix_nano: The time of the first; each further line is 1 ns later.
+        stream: One of `Stream`.
+        flags: `CLEAN` or 0.
+        uid_prefix: Start of each line's uid for services with offsets; empty where the page has digests.
+    """
+
+    lines: int
+    time_unix_nano: int
+    stream: int = Stream.NONE
+    flags: int = 0
+    uid_prefix: str = ""
+
+
+def line_digest(identity: str, job_id: str, time_unix_nano: int, message: bytes, occurrence: int) -> bytes:
+    """Return the 8 bytes that tell a line from all others of a service that knows only times.
+
+    Args:
+        identity: The service's identity.
+        job_id: The job's id there.
+        time_unix_nano: The time as the source gave it (not counted up within the instant).
+        message: The line as read, before cleaning and redaction.
+        occurrence: 0 for the first line with this time and text, 1 for its repeat, and so on.
+    """
+    key = f"{identity}\0{job_id}\0{time_unix_nano}\0{occurrence}\0".encode()
+    return hashlib.blake2b(key + message, digest_size=DIGEST_BYTES).digest()
+
+
+class LogPage:
+    """At most 5,000 lines or 1 MiB (one longer line makes a page of its own), and where to go on.
+
+    Attributes:
+        runs: Times, streams and flags of its lines; their numbers of lines add up to as many as it has.
+        cursor: Where to resume once all these lines are acked; opaque, the service's own.
+        digests: 8 bytes a line for services that know only times; empty where runs have a uid prefix.
+        text: The lines with a newline after each, where the service has them so; empty otherwise. See `joined`.
+    """
+
+    __slots__ = ("_lines", "cursor", "digests", "runs", "text")
+
+    def __init__(
+        self, lines: list[bytes] | None, runs: list[LineRun], cursor: bytes, digests: bytes = b"", text: bytes = b""
+    ) -> None:
+        """Make a page.
+
+        Args:
+            lines: Each line as read, without its line ending, in the order in which the service returned them; None to
+                have them split from the text once somebody looks at them.
+            runs: As the attribute.
+            cursor: As the attribute.
+            digests: As the attribute.
+            text: As the attribute; only for a page without lines of its own.
+        """
+        self._lines = lines
+        self.runs = runs
+        self.cursor = cursor
+        self.digests = digests
+        self.text = text if lines is None else b""
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, LogPage):
+            return NotImplemented
+        mine = self.lines, self.runs, self.cursor, self.digests
+        return mine == (other.lines, other.runs, other.cursor, other.digests)
+
+    __hash__ = None  # type: ignore[assignment]  # it holds lists
+
+    def __repr__(self) -> str:
+        return f"LogPage(lines={self.lines!r}, runs={self.runs!r}, cursor={self.cursor!r}, digests={self.digests!r})"
+
+    @property
+    def lines(self) -> list[bytes]:
+        """Each line as read, without its line ending, in the order in which the service returned them."""
+        if self._lines is None:
+            self._lines = split_text(self.text)
+        return self._lines
+
+    @property
+    def line_count(self) -> int:
+        """How many lines there are."""
+        return sum(run.lines for run in self.runs) if self._lines is None else len(self._lines)
+
+    def last_lines(self, count: int) -> list[bytes]:
+        """Return the last lines as `lines` has them, without a look at the others.
+
+        Args:
+            count: How many, at least one; fewer where the page has fewer.
+        """
+        if self._lines is not None:
+            return self._lines[-count:]
+        start = len(self.text) - 1
+        while count and start >= 0:
+            start, count = self.text.rfind(b"\n", 0, start), count - 1
+        return split_text(self.text[start + 1 :])
+
+    @classmethod
+    def from_lines(cls, lines: Iterable[Line], *, cursor: bytes, identity: str, job_id: str) -> LogPage:
+        """Make a page of single lines, for services that are simple rather than fast.
+
+        Args:
+            lines: Oldest first; equal times are normal.
+            cursor: Where to resume after them.
+            identity: The service's identity; with the job id it makes the uids.
+            job_id: The job that they belong to.
+
+        Returns:
+            The page. Uids count equal lines of one time within the page: end a page between two times.
+        """
+        bodies: list[bytes] = []
+        runs: list[LineRun] = []
+        digests: list[bytes] = []
+        instants: dict[int, int] = {}
+        repeats: dict[tuple[int, bytes], int] = {}
+        for line in lines:
+            body = line.message if isinstance(line.message, bytes) else line.message.encode("utf-8", "replace")
+            ordinal = instants.get(line.time_unix_nano, 0)
+            instants[line.time_unix_nano] = ordinal + 1
+            occurrence = repeats.get((line.time_unix_nano, body), 0)
+            repeats[line.time_unix_nano, body] = occurrence + 1
+            digests.append(line_digest(identity, job_id, line.time_unix_nano, body, occurrence))
+            bodies.append(body)
+            stream = Stream.NAMES.index(line.stream)
+            nano = line.time_unix_nano + min(ordinal, NANOS_PER_MS - 1)
+            last = runs[-1] if runs else None
+            if last and last.stream == stream and last.time_unix_nano + last.lines == nano:
+                runs[-1] = last._replace(lines=last.lines + 1)
+            else:
+                runs.append(LineRun(1, nano, stream))
+        return cls(bodies, runs, cursor, b"".join(digests))
+
+    def joined(self) -> bytes:
+        """Return all lines as one text, with a newline after each."""
+        return self.text or b"\n".join((*self.lines, b""))
+
+    def times_unix_nano(self) -> list[int]:
+        """Return the time of each line, in ns since the epoch."""
+        times: list[int] = []
+        for run in self.runs:
+            times.extend(range(run.time_unix_nano, run.time_unix_nano + run.lines))
+        return times
+
+    def uids(self) -> list[str]:
+        """Return the ``log.record.uid`` of each line."""
+        if self.digests:
+            return self.digests.hex(" ", DIGEST_BYTES).split(" ")
+        return [f"{run.uid_prefix}{index:04x}" for run in self.runs for index in range(run.lines)]
+
+    def messages(self) -> Iterator[Message]:
+        """Yield each line as `tailspan.job_get_logs` returns it."""
+        if self.text:
+            texts = iter(self.text.decode("utf-8", "replace").split("\n"))
+        else:
+            texts = iter([line.decode("utf-8", "replace") for line in self.lines])
+        for run in self.runs:
+            nano, end = run.time_unix_nano, run.time_unix_nano + run.lines
+            empty = _EMPTY_MESSAGES[run.stream].copy()
+            while nano < end:
+                empty["timestamp"] = ms = nano // NANOS_PER_MS
+                past_nano = min(end, (ms + 1) * NANOS_PER_MS)
+                for text in islice(texts, past_nano - nano):
+                    message = empty.copy()
+                    message["message"] = text
+                    yield message
+                nano = past_nano

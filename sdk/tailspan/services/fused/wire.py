@@ -1,0 +1,259 @@
+"""The Fused wire format as values: URLs, a status reply, a row of the list, an error's text. Pure.
+
+Source: measured on the published ``fused`` clients 1.1.2 to 2.9.5, whose models are strict about the types of the
+twelve fields and ignore any other key. `tailspan serve` adds ours, which are taken where they make sense: another
+server may use the same names for other things.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import msgspec
+
+from tailspan._identity import trace_id
+from tailspan.errors import ConfigError
+from tailspan.logs.clean import printable
+from tailspan.models import JobState, ListedJob, RunResponse, fused_state
+
+__all__ = [
+    "DEFAULT_BASE_URL",
+    "decode_row",
+    "decode_status",
+    "error_text",
+    "is_loopback",
+    "line_times",
+    "normalise_base_url",
+    "path_segment",
+]
+
+DEFAULT_BASE_URL = "https://www.fused.io/server/v1"
+
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_TRACE_ID = re.compile(r"(?!0{32})[0-9a-f]{32}")
+_MAX_ERROR_CHARS = 500
+
+
+class _Status(msgspec.Struct, kw_only=True):
+    """The twelve fields, with the types that the published clients hold the server to."""
+
+    job_id: str
+    job_name: str
+    instance_id: str | None = None
+    instance_type: str | None = None
+    status: str
+    terminal_status: bool
+    last_heartbeat: datetime | None = None
+    job_status: str | None = None
+    job_status_date: datetime | None = None
+    finished_job_status: bool | None = None
+    total_tasks: int
+    finished_tasks: int
+
+
+def normalise_base_url(base_url: str) -> str:
+    """Return the one spelling of a base URL, which is the service's identity.
+
+    Scheme and host are in lower case; credentials, default port and trailing slashes are gone.
+
+    Raises:
+        ConfigError: It is not an http or https URL, or has a query or a fragment.
+    """
+    try:
+        parts = urlsplit(base_url.strip())
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise ConfigError(f"base_url cannot be read as a URL: {error}", key="base_url") from None
+    if parts.scheme not in _DEFAULT_PORTS or not host:
+        raise ConfigError("base_url is not a URL such as https://www.fused.io/server/v1", key="base_url")
+    if parts.query or parts.fragment:
+        raise ConfigError("base_url has a query or a fragment; give only scheme, host and path", key="base_url")
+    shown = f"[{host}]" if ":" in host else host
+    if port not in (None, _DEFAULT_PORTS[parts.scheme]):
+        shown += f":{port}"
+    return f"{parts.scheme}://{shown}{parts.path.rstrip('/')}"
+
+
+def is_loopback(base_url: str) -> bool:
+    """Return whether the URL's host is this machine, as far as its text tells."""
+    host = urlsplit(base_url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def path_segment(job_id: str) -> str:
+    """Return a job id as one segment of a path, whatever is in it."""
+    if job_id in (".", ".."):
+        # Unescaped, every client and proxy takes them for steps in the path.
+        return job_id.replace(".", "%2E")
+    return quote(job_id, safe="")
+
+
+def decode_status(reply: Mapping[str, Any], *, service: str, identity: str) -> RunResponse:
+    """Return the status that a reply tells.
+
+    Args:
+        reply: The decoded JSON object.
+        service: Name of the configured service.
+        identity: What the job's ids are hashed from, unless the reply tells where the job really runs.
+
+    Raises:
+        msgspec.ValidationError: A required field is missing, or a field has another type.
+    """
+    wire = msgspec.convert(reply, _Status)
+    told = _told_state(reply)
+    state = told or fused_state(wire.status, wire.terminal_status, wire.job_status, wire.finished_job_status)
+    identity = _text(reply, "identity") or identity
+    attempt = _number(reply, "attempt") or 1
+    told_trace = _text(reply, "trace_id") or ""
+    status_date = _aware(wire.job_status_date)
+    finished_at = _moment(reply, "finished_at")
+    if finished_at is None and state.is_terminal and told is None:
+        finished_at = status_date
+    return RunResponse(
+        job_id=wire.job_id,
+        job_name=wire.job_name,
+        instance_id=wire.instance_id,
+        instance_type=wire.instance_type,
+        status=wire.status,
+        terminal_status=wire.terminal_status,
+        last_heartbeat=_aware(wire.last_heartbeat),
+        job_status=wire.job_status,
+        job_status_date=status_date,
+        finished_job_status=wire.finished_job_status,
+        total_tasks=wire.total_tasks,
+        finished_tasks=wire.finished_tasks,
+        state=state,
+        submitted_at=_moment(reply, "submitted_at"),
+        started_at=_moment(reply, "started_at"),
+        finished_at=finished_at,
+        exit_code=_integer(reply, "exit_code"),
+        error=_text(reply, "error"),
+        attributes=_texts(reply, "attributes"),
+        details=_texts(reply, "details"),
+        parent=_text(reply, "parent"),
+        url=_text(reply, "url"),
+        service=service,
+        identity=identity,
+        attempt=attempt,
+        trace_id=told_trace if _TRACE_ID.fullmatch(told_trace) else trace_id(identity, wire.job_id, attempt),
+        logs_complete=_boolean(reply, "logs_complete"),
+    )
+
+
+def line_times(reply: Mapping[str, Any]) -> tuple[bool, tuple[int, int] | None]:
+    """Return whether a status reply tells the times of the first and last line, and these times in ms if any."""
+    if "first_line_ms" not in reply or "last_line_ms" not in reply:
+        return False, None
+    first, last = _number(reply, "first_line_ms"), _number(reply, "last_line_ms")
+    # Our server says null when there are no lines, and also when finding out is not cheap for it.
+    return (False, None) if first is None or last is None else (True, (first, max(first, last)))
+
+
+def decode_row(row: Any, *, service: str) -> ListedJob | None:
+    """Return a row of the list; None if it has no id."""
+    job_id = _text(row, "id") if isinstance(row, dict) else None
+    if not job_id:
+        return None
+    job_status = _text(row, "job_status")
+    return ListedJob(
+        job_id=job_id,
+        job_name=_text(row, "job_name") or _text(row, "name"),
+        state=_told_state(row) or fused_state("", False, job_status, None),
+        created_at=_moment(row, "creation_date"),
+        state_since=_moment(row, "job_status_date"),
+        instance_id=_text(row, "instance_id"),
+        instance_type=_text(row, "instance_type"),
+        service=service,
+        lines=_number(row, "lines"),
+    )
+
+
+def error_text(body: bytes) -> str:
+    """Return what an error reply says, in one line; empty if it says nothing that is meant for people.
+
+    Source: ``{"message": str}`` or ``{"detail": str}``; with status 422 ``detail`` is a list of findings.
+    """
+    try:
+        reply = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return ""
+    found = reply
+    if isinstance(reply, dict):
+        found = next((reply[key] for key in ("message", "detail", "error") if reply.get(key)), "")
+    if isinstance(found, list):
+        found = "; ".join(_finding(item) for item in found)
+    # An exception's text ends on a terminal as it is, in a traceback for example.
+    text = printable(" ".join(str(found).split()), colours=False) if isinstance(found, str | dict) else ""
+    return text if len(text) <= _MAX_ERROR_CHARS else text[:_MAX_ERROR_CHARS] + "..."
+
+
+def _finding(item: Any) -> str:
+    if not isinstance(item, dict):
+        return str(item)
+    place = item.get("loc")
+    where = ".".join(str(part) for part in place) if isinstance(place, list) else ""
+    text = str(item.get("msg") or item)
+    return f"{where}: {text}" if where else text
+
+
+def _told_state(reply: Mapping[str, Any]) -> JobState | None:
+    told = reply.get("state")
+    return JobState(told) if isinstance(told, str) and told in JobState.__members__ else None
+
+
+def _aware(moment: datetime | None) -> datetime | None:
+    # Python servers write naive UTC.
+    try:
+        if moment is None or moment.tzinfo is UTC:
+            return moment
+        return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+    except OverflowError:
+        # At the ends of the calendar not every offset has a UTC.
+        return None
+
+
+def _moment(reply: Mapping[str, Any], key: str) -> datetime | None:
+    value = reply.get(key)
+    try:
+        if isinstance(value, str) and value[10:11] == "T":
+            # A list has thousands of them, and this is ten times as fast.
+            return _aware(datetime.fromisoformat(value))
+    except ValueError:
+        pass  # Python 3.11 knows no fraction of more than six digits, for example
+    try:
+        return _aware(msgspec.convert(value, datetime | None))
+    except msgspec.ValidationError:
+        return None
+
+
+def _text(reply: Mapping[str, Any], key: str) -> str | None:
+    value = reply.get(key)
+    return value if isinstance(value, str) else None
+
+
+def _integer(reply: Mapping[str, Any], key: str) -> int | None:
+    value = reply.get(key)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _number(reply: Mapping[str, Any], key: str) -> int | None:
+    value = _integer(reply, key)
+    return value if value is not None and value >= 0 else None
+
+
+def _boolean(reply: Mapping[str, Any], key: str) -> bool | None:
+    value = reply.get(key)
+    return value if isinstance(value, bool) else None
+
+
+def _texts(reply: Mapping[str, Any], key: str) -> Mapping[str, str]:
+    value = reply.get(key)
+    return {name: text for name, text in value.items() if isinstance(text, str)} if isinstance(value, dict) else {}

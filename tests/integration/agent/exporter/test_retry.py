@@ -1,0 +1,409 @@
+"""The sender: what it does with each outcome, how long it waits, and what it tells about itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tailspan.testing import FakeClock
+from tailspan_agent.errors import AgentError, ExportRejectedError
+from tailspan_agent.exporter.outcome import Delivered, EndpointFault, Outcome, Rejected, Retry, TooLarge
+from tailspan_agent.exporter.retry import RetryingExporter, SendResult
+from tailspan_agent.otlp.signals import count_records, parse_request, split_request
+from tests.fakes.collector import Collector, Reply, Request
+from tests.fakes.otlp_rows import SIGNALS, log_rows, span_rows
+from tests.fakes.otlp_samples import exporter_to, logs_payload, metrics_payload, payload_of, traces_payload
+from tests.ports import free_port
+
+
+class FakeExporter:
+    """Answers by script, then delivers; remembers what it was given."""
+
+    endpoint = "fake://endpoint"
+
+    def __init__(self, *outcomes: Outcome) -> None:
+        self.outcomes = list(outcomes)
+        self.payloads: list[bytes] = []
+        self.closed = False
+        self.limit: int | None = None
+        self.block: asyncio.Event | None = None
+
+    async def export(self, payload: bytes, count: int) -> Outcome:
+        self.payloads.append(payload)
+        if self.block is not None:
+            await self.block.wait()
+        if self.outcomes:
+            return self.outcomes.pop(0)
+        if self.limit is not None and count > self.limit:
+            return TooLarge("HTTP 413")
+        return Delivered()
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+class FakeDeadLetter:
+    """Keeps what it is given, after refusing so many times."""
+
+    def __init__(self, refusals: int = 0) -> None:
+        self.refusals = refusals
+        self.kept: list[dict[str, Any]] = []
+
+    async def add(self, signal: str, payload: bytes, *, kind: str, reason: str, rejected: int, count: int) -> None:
+        if self.refusals:
+            self.refusals -= 1
+            raise AgentError("the dead letter is full")
+        self.kept.append(
+            {"signal": signal, "payload": payload, "kind": kind, "reason": reason, "rejected": rejected, "count": count}
+        )
+
+
+class Bench:
+    """A sender with everything around it."""
+
+    def __init__(self, *outcomes: Outcome, refusals: int = 0, **options: Any) -> None:
+        self.exporter = FakeExporter(*outcomes)
+        self.dead_letter = FakeDeadLetter(refusals)
+        self.clock = FakeClock(1000.0)
+        self.sender = RetryingExporter(
+            "logs", self.exporter, self.dead_letter, clock=self.clock, jitter=lambda: 0.5, **options
+        )
+
+    def send(self, payload: bytes = b"", count: int = 3) -> SendResult:
+        return asyncio.run(self.sender.send(payload or logs_payload(count), count))
+
+
+def test_delivered() -> None:
+    """The ordinary case, and what it leaves behind."""
+    bench = Bench()
+    assert bench.send() == SendResult(3)
+    sender = bench.sender
+    assert (sender.state, sender.last_error, sender.in_flight) == ("ok", None, 0)
+    assert (sender.requests, sender.delivered, sender.rejected, sender.retries) == (1, 3, Counter(), 0)
+    assert sender.last_delivered == 1000.0
+    assert sender.endpoint == "fake://endpoint"
+
+
+def test_nothing_is_not_sent() -> None:
+    """Empty envelopes only cost a request."""
+    bench = Bench()
+    assert asyncio.run(bench.sender.send(b"", 0)) == SendResult(0)
+    assert bench.exporter.payloads == []
+
+
+def test_each_export_that_was_not_taken_is_told_with_its_reason() -> None:
+    """The agent's metrics count them, whether somebody has to mend something or not."""
+    told: list[str] = []
+    outcomes = [Retry("HTTP 503"), EndpointFault("HTTP 401"), Retry("HTTP 503"), Rejected(None, "HTTP 400")]
+    bench = Bench(*outcomes, on_failure=told.append)
+    assert bench.send() == SendResult(0, 3, "HTTP 400")
+    assert bench.send() == SendResult(3)
+    assert told == ["unavailable", "endpoint_fault", "unavailable", "invalid"]
+
+
+def test_retries_send_the_same_bytes_and_wait_ever_longer() -> None:
+    """Identical bytes let a store recognise a repeat; the wait grows to half a minute and stays there."""
+    bench = Bench(*[Retry("HTTP 503")] * 60)
+    assert bench.send() == SendResult(3)
+    assert len(bench.exporter.payloads) == 61
+    assert set(bench.exporter.payloads) == {logs_payload(3)}
+    sleeps = bench.clock.sleeps
+    assert sleeps == sorted(sleeps)
+    assert sleeps[0] < 1
+    assert 15 <= sleeps[-1] <= 30
+    assert bench.sender.retries == 60
+    assert bench.dead_letter.kept == []
+
+
+def test_waits_are_jittered() -> None:
+    """Agents that lost the same collector must not come back at the same moment."""
+    sleeps = set()
+    for _ in range(5):
+        bench = Bench(Retry("HTTP 503"))
+        bench.sender = RetryingExporter("logs", bench.exporter, bench.dead_letter, clock=bench.clock)
+        bench.send()
+        sleeps.add(bench.clock.sleeps[0])
+    assert len(sleeps) == 5
+
+
+@pytest.mark.parametrize("after_s", [7.0, 3600.0])
+def test_retry_after_is_obeyed(after_s: float) -> None:
+    """Never sooner than the endpoint asked for, and not much later."""
+    bench = Bench(Retry("HTTP 429", after_s=after_s))
+    bench.send()
+    assert after_s <= bench.clock.sleeps[0] <= after_s * 1.1
+
+
+def test_server_errors_are_tried_ten_times() -> None:
+    """Gateways answer 500 in passing; a batch that always breaks the server must not stop the lane for ever."""
+    bench = Bench(*[Retry("HTTP 500: oops", server_error=True)] * 50)
+    result = bench.send()
+    assert (result.delivered, result.rejected) == (0, 3)
+    assert len(bench.exporter.payloads) == 10
+    (kept,) = bench.dead_letter.kept
+    assert (kept["kind"], kept["rejected"], kept["count"], kept["payload"]) == ("server_error", 3, 3, logs_payload(3))
+    assert "HTTP 500: oops" in kept["reason"]
+    assert bench.sender.rejected == Counter(server_error=3)
+
+
+@pytest.mark.parametrize(("tries", "requests"), [(0, 1), (1, 1), (3, 3)])
+def test_server_error_tries_are_a_setting(tries: int, requests: int) -> None:
+    """``otlp.retry_server_errors``."""
+    bench = Bench(*[Retry("HTTP 500", server_error=True)] * 50, retry_server_errors=tries)
+    assert bench.send().rejected == 3
+    assert len(bench.exporter.payloads) == requests
+
+
+def test_server_errors_count_only_in_a_row() -> None:
+    """An outage that is 503 most of the time is not the batch's fault."""
+    bench = Bench(*[Retry("HTTP 500", server_error=True), Retry("HTTP 503")] * 30)
+    assert bench.send() == SendResult(3)
+
+
+def test_endpoint_fault_pauses_until_it_is_mended() -> None:
+    """A wrong token costs time, and no record; /readyz fails meanwhile."""
+    bench = Bench(*[EndpointFault("HTTP 401")] * 3)
+    seen: list[tuple[str, str | None, float]] = []
+    for seconds in (1, 100):
+        bench.clock.at(seconds, lambda: seen.append((bench.sender.state, bench.sender.last_error, bench.sender.since)))
+    assert bench.send() == SendResult(3)
+    assert seen == [("paused", "HTTP 401", 1000.0)] * 2
+    assert len(bench.clock.sleeps) == 3
+    assert all(30 <= seconds <= 60 for seconds in bench.clock.sleeps)
+    assert (bench.sender.state, bench.sender.last_error) == ("ok", None)
+    assert bench.sender.since == pytest.approx(1000.0 + sum(bench.clock.sleeps))
+    assert bench.dead_letter.kept == []
+
+
+def test_rejected_batch_is_kept_and_counted() -> None:
+    """400: the same bytes would be refused again."""
+    bench = Bench(Rejected(None, "HTTP 400: bad"))
+    assert bench.send() == SendResult(0, 3, "HTTP 400: bad")
+    assert bench.dead_letter.kept == [
+        {
+            "signal": "logs",
+            "payload": logs_payload(3),
+            "kind": "invalid",
+            "reason": "HTTP 400: bad",
+            "rejected": 3,
+            "count": 3,
+        }
+    ]
+    assert bench.sender.rejected == Counter(invalid=3)
+    assert bench.sender.delivered == 0
+    assert bench.sender.state == "ok"
+
+
+def test_partial_success_keeps_the_whole_batch_and_is_not_retried() -> None:
+    """We know how many were refused, not which."""
+    bench = Bench(Rejected(2, "too old", kind="partial"))
+    assert bench.send() == SendResult(1, 2, "too old")
+    (kept,) = bench.dead_letter.kept
+    assert (kept["rejected"], kept["count"], kept["payload"]) == (2, 3, logs_payload(3))
+    assert len(bench.exporter.payloads) == 1
+    assert (bench.sender.delivered, bench.sender.rejected) == (1, Counter(partial=2))
+
+
+def test_full_dead_letter_pauses_without_asking_the_endpoint_again() -> None:
+    """After a partial success another try would repeat what the endpoint took."""
+    bench = Bench(Rejected(2, "too old", kind="partial"), refusals=3)
+    seen: list[tuple[str, str | None]] = []
+    bench.clock.at(1, lambda: seen.append((bench.sender.state, bench.sender.last_error)))
+    assert bench.send() == SendResult(1, 2, "too old")
+    assert seen == [("paused", "the dead letter is full")]
+    assert all(30 <= seconds <= 60 for seconds in bench.clock.sleeps)
+    assert len(bench.clock.sleeps) == 3
+    assert len(bench.exporter.payloads) == 1
+    assert (bench.sender.state, bench.sender.last_error) == ("ok", None)
+
+
+def test_warning_is_counted() -> None:
+    """A success with a message is a success."""
+    bench = Bench(Delivered("slow down"))
+    assert bench.send() == SendResult(3)
+    assert bench.sender.warnings == 1
+
+
+@pytest.mark.parametrize(("count", "limit"), [(10, 3), (7, 1), (2, 1)])
+def test_too_large_is_halved_in_order(count: int, limit: int) -> None:
+    """Every record arrives once and in order, in requests that the endpoint takes."""
+    bench = Bench()
+    bench.exporter.limit = limit
+    assert bench.send(count=count) == SendResult(count)
+    sizes = [count_records("logs", parse_request("logs", payload)) for payload in bench.exporter.payloads]
+    taken = [payload for payload, size in zip(bench.exporter.payloads, sizes, strict=True) if size <= limit]
+    rows = [row.body for payload in taken for row in log_rows(parse_request("logs", payload))]
+    assert rows == [f"job {index}" for index in range(count)]
+
+
+def test_single_record_that_is_too_large_is_kept() -> None:
+    """Its neighbours go through."""
+    bench = Bench(TooLarge("HTTP 413"), TooLarge("HTTP 413"))
+    assert bench.send(count=2) == SendResult(1, 1, "HTTP 413")
+    (kept,) = bench.dead_letter.kept
+    assert (kept["kind"], kept["count"]) == ("too_large", 1)
+    (row,) = log_rows(parse_request("logs", kept["payload"]))
+    assert row.body == "job 0"
+
+
+def test_refusals_of_halves_add_up() -> None:
+    """One half may be refused and the other taken."""
+    bench = Bench(TooLarge("HTTP 413"), Rejected(None, "HTTP 400"), Delivered())
+    assert bench.send(count=5) == SendResult(3, 2, "HTTP 400")
+
+
+def test_cancelled_send_is_not_an_ack() -> None:
+    """Whoever cancels keeps the records; the counters agree."""
+    bench = Bench()
+
+    async def run() -> None:
+        bench.exporter.block = asyncio.Event()
+        task = asyncio.ensure_future(bench.sender.send(logs_payload(3), 3))
+        await asyncio.sleep(0)
+        assert bench.sender.in_flight == 3
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
+    assert (bench.sender.in_flight, bench.sender.delivered, bench.sender.rejected) == (0, 0, Counter())
+
+
+def test_in_flight_adds_up_over_lanes() -> None:
+    """All lanes share one sender."""
+    bench = Bench()
+
+    async def run() -> None:
+        bench.exporter.block = asyncio.Event()
+        tasks = [asyncio.ensure_future(bench.sender.send(logs_payload(3), 3)) for _ in range(8)]
+        await asyncio.sleep(0)
+        assert bench.sender.in_flight == 24
+        bench.exporter.block.set()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(run())
+    assert (bench.sender.in_flight, bench.sender.delivered) == (0, 24)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "word"),
+    [([EndpointFault("HTTP 404")], "HTTP 404"), ([Retry("HTTP 503")] * 50, "HTTP 503")],
+)
+def test_a_command_does_not_wait_for_ever(outcomes: list[Outcome], word: str) -> None:
+    """Replay stops with the endpoint's words."""
+    bench = Bench(*outcomes, patience_s=60)
+    with pytest.raises(ExportRejectedError, match=word):
+        bench.send()
+    assert sum(bench.clock.sleeps) <= 60
+    assert bench.sender.in_flight == 0
+
+
+def test_a_short_outage_is_waited_out_by_a_command() -> None:
+    """Patience is not zero."""
+    bench = Bench(*[Retry("HTTP 503")] * 5, patience_s=60)
+    assert bench.send() == SendResult(3)
+
+
+def test_aclose_closes_the_exporter() -> None:
+    """Connections and files go with the sender."""
+    bench = Bench()
+    asyncio.run(bench.sender.aclose())
+    assert bench.exporter.closed
+
+
+@pytest.mark.parametrize("signal", SIGNALS)
+@given(sizes=st.lists(st.integers(0, 5), max_size=5))
+@settings(max_examples=30, deadline=None)
+def test_split_keeps_records_order_and_context(signal: str, sizes: list[int]) -> None:
+    """Both halves together are the request, for any number of groups, empty ones too."""
+    request_type = type(parse_request(signal, b""))
+    request = request_type()
+    for index, size in enumerate(sizes):
+        part = parse_request(signal, {"logs": logs_payload(size, job=f"j{index}")}.get(signal, payload_of(signal)))
+        request.MergeFrom(part)
+    payload = request.SerializeToString()
+    total = count_records(signal, request)
+    parts = split_request(signal, payload)
+    if total < 2:
+        assert parts == [(payload, total)]
+        return
+    assert [count for _, count in parts] == [total // 2, total - total // 2]
+    assert [count_records(signal, parse_request(signal, part)) for part, _ in parts] == [c for _, c in parts]
+    if signal == "logs":
+        rows = [row for part, _ in parts for row in log_rows(parse_request(signal, part))]
+        assert rows == list(log_rows(request))
+
+
+def test_split_of_spans_and_metrics() -> None:
+    """The other two signals halve by span and by metric."""
+    first, second = split_request("traces", traces_payload("a", "b", "c"))
+    names = [[span.name for span in span_rows(parse_request("traces", part))] for part, _ in (first, second)]
+    assert names == [["a"], ["b", "c"]]
+    assert split_request("metrics", metrics_payload()) == [(metrics_payload(), 1)]
+
+
+@pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
+def test_a_collector_that_comes_back_gets_everything(protocol: str) -> None:
+    """The same exporter finds it again, in real time, after the connection was lost and refused."""
+    grpc = protocol == "grpc"
+    with Collector(http_port=free_port(), grpc_port=free_port()) as before:
+        url = before.grpc_url if grpc else before.http_url
+        port = int(url.rpartition(":")[2])
+
+        async def run() -> RetryingExporter:
+            exporter = exporter_to(url, protocol=protocol)
+            sender = RetryingExporter("logs", exporter, FakeDeadLetter())
+            await sender.send(logs_payload(1, job="before"), 1)
+            await asyncio.to_thread(before.stop)
+            task = asyncio.ensure_future(sender.send(logs_payload(1, job="after"), 1))
+            while not sender.last_error:
+                await asyncio.sleep(0.01)
+            with Collector(**{"grpc_port" if grpc else "http_port": port}) as after:
+                assert not grpc or after.grpc_url == url
+                await task
+                assert [row.body for row in after.log_records()] == ["after 0"]
+            await sender.aclose()
+            return sender
+
+        sender = asyncio.run(run())
+        assert (sender.delivered, sender.last_error) == (2, None)
+        assert sender.retries > 0
+
+
+def refusing(share: Iterable[bool]) -> Callable[[Request], Reply]:
+    """Refuse requests as the booleans say."""
+    refuse = iter(share)
+    return lambda request: Reply(503) if next(refuse, False) else Reply()
+
+
+@pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
+def test_sent_is_received_while_most_requests_are_refused(protocol: str) -> None:
+    """The collector's own yardstick: 70% refused, nothing lost, nothing repeated, each lane in order."""
+    with Collector() as collector:
+        collector.always("logs", refusing((number * 7) % 10 < 7 for number in range(1000)))
+        url = collector.http_url if protocol == "http/protobuf" else collector.grpc_url
+
+        async def queue(sender: RetryingExporter, name: int) -> None:
+            for batch in range(10):
+                await sender.send(logs_payload(5, job=f"lane {name} batch {batch}"), 5)
+
+        async def run() -> RetryingExporter:
+            exporter = exporter_to(url, protocol=protocol)
+            sender = RetryingExporter("logs", exporter, FakeDeadLetter(), clock=FakeClock())
+            await asyncio.gather(*(queue(sender, name) for name in range(4)))
+            await sender.aclose()
+            return sender
+
+        sender = asyncio.run(run())
+        bodies = [row.body for row in collector.log_records()]
+        for name in range(4):
+            mine = [body for body in bodies if body.startswith(f"lane {name} ")]
+            assert mine == [f"lane {name} batch {batch} {index}" for batch in range(10) for index in range(5)]
+        assert len(bodies) == sender.delivered == 200
+        assert sender.retries > 80

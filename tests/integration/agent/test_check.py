@@ -1,0 +1,127 @@
+"""`agent check`: what it finds is what the agent would meet."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from tailspan.config import Settings
+from tailspan.errors import AuthError, ConfigError, ServiceUnavailableError
+from tailspan.services import JobService
+from tailspan.testing import FakeService
+from tailspan_agent.commands.check import Finding, check
+from tests.fakes.agents import Bench
+from tests.fakes.collector import Reply
+
+
+def findings(bench: Bench, *watches: dict[str, Any], settings: Settings | None = None, **keys: Any) -> list[Finding]:
+    async def look() -> list[Finding]:
+        return [finding async for finding in check(settings or bench.settings(*watches, **keys), bench.open)]
+
+    return asyncio.run(look())
+
+
+def about(found: list[Finding], subject: str) -> Finding:
+    (one,) = [finding for finding in found if finding.subject == subject]
+    return one
+
+
+def test_all_well(bench: Bench) -> None:
+    """Service, named job and signals are each reached and said; nothing is relayed, and the service is closed."""
+    bench.fake.add_job("j1", job_name="etl")
+    found = findings(bench, {"jobs": ["j1"]})
+    assert [finding.exit_code for finding in found] == [0] * 5
+    assert about(found, "services.fake").text == "answers; its newest job is j1"
+    assert about(found, "job j1").text == "etl: RUNNING"
+    assert about(found, "otlp traces").text == f"{bench.collector.http_url}/v1/traces takes them"
+    assert bench.collector.log_records() == []
+    assert bench.fake.calls[-1] == ("aclose", "")
+
+
+def test_a_service_without_jobs_is_well(bench: Bench) -> None:
+    """There is nothing to see yet."""
+    assert about(findings(bench), "services.fake").text == "answers; has no jobs yet"
+
+
+@pytest.mark.parametrize(("error", "code"), [(ServiceUnavailableError("away"), 3), (AuthError("who are you"), 2)])
+def test_a_service_that_does_not_answer(bench: Bench, error: Exception, code: int) -> None:
+    """Its own words, the exit code of its kind, and the rest is looked at all the same."""
+    bench.fake.fail_next("list_jobs", error)
+    found = findings(bench)
+    assert (about(found, "services.fake").exit_code, about(found, "services.fake").text) == (code, str(error))
+    assert about(found, "otlp logs").exit_code == 0
+
+
+def test_a_job_that_does_not_exist(bench: Bench) -> None:
+    """Each missing one is named, once."""
+    bench.fake.add_job("j1")
+    found = findings(bench, {"jobs": ["typo", "j1"]}, {"jobs": ["typo"]})
+    assert about(found, "job typo").exit_code == 4
+    assert about(found, "job j1").exit_code == 0
+
+
+def test_an_endpoint_that_is_wrong(bench: Bench) -> None:
+    """One that takes nothing is unreachable, one that refuses an empty request is a warning, a missing file a key."""
+    bench.collector.always("logs", Reply(404))
+    bench.collector.always("traces", Reply(400, message="empty"))
+    found = findings(bench)
+    assert about(found, "otlp logs").exit_code == 3
+    assert (about(found, "otlp traces").exit_code, about(found, "otlp traces").warning) == (0, True)
+    away = about(findings(bench, otlp={"endpoint": "http://127.0.0.1:1"}), "otlp logs")
+    assert (away.exit_code, away.text.count("127.0.0.1:1")) == (3, 1)
+    missing = findings(bench, otlp={"ca_file": str(bench.directory / "missing.pem")})
+    assert about(missing, "otlp logs").exit_code == 2
+
+
+def test_signals_that_are_not_sent_and_files(bench: Bench) -> None:
+    """Neither is a fault; where files go is said."""
+    found = findings(bench, otlp={"signals": ["traces"]})
+    assert about(found, "otlp logs").text == "not sent (otlp.signals)"
+    found = findings(bench, otlp={"endpoint": None})
+    assert str(bench.state_dir / "otlp" / "logs.jsonl") in about(found, "otlp logs").text
+
+
+def test_watches_in_each_others_way(bench: Bench) -> None:
+    """A job that is named twice, and a watch behind one that takes all its jobs, work hardly as meant."""
+    bench.fake.add_job("j1")
+    found = findings(
+        bench,
+        {"jobs": ["j1"]},
+        {"discover": True, "exclude": ["x"]},
+        {"discover": True, "name": "etl"},
+        {"jobs": ["j1"], "discover": True, "name": "etl"},
+    )
+    warnings = [(finding.subject, finding.text) for finding in found if finding.warning]
+    assert [subject for subject, _ in warnings] == ["agent.watch[3]"] * 2
+    assert "named by agent.watch[0] already" in warnings[0][1]
+    assert "agent.watch[2] comes first" in warnings[1][1]
+
+
+def test_one_service_by_two_names(bench: Bench) -> None:
+    """The agent would refuse it."""
+    bench.services["twin"] = FakeService("twin")
+    found = findings(bench, {"discover": True}, {"service": "twin", "discover": True})
+    assert [finding.exit_code for finding in found if finding.subject == "services.twin"] == [2, 0]
+
+
+def test_a_service_that_cannot_be_made(bench: Bench) -> None:
+    """Options that do not fit: the key, and the other findings."""
+
+    def opener(name: str, settings: Settings) -> JobService:
+        raise ConfigError("services.fake.token: no such file", key="services.fake.token")
+
+    async def look() -> list[Finding]:
+        return [finding async for finding in check(bench.settings(), opener)]
+
+    found = asyncio.run(look())
+    assert about(found, "services.fake").exit_code == 2
+    assert about(found, "otlp logs").exit_code == 0
+
+
+def test_the_sdk_switched_off(bench: Bench) -> None:
+    """What would make the agent refuse to start is found."""
+    settings = bench.settings()
+    off = settings.model_copy(update={"otlp": settings.otlp.model_copy(update={"disabled": True})})
+    assert about(findings(bench, settings=off), "OTEL_SDK_DISABLED").exit_code == 2

@@ -1,0 +1,555 @@
+"""`agent run`: jobs are followed while they run, through restarts, outages and drains."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Iterator
+from datetime import UTC, datetime, timedelta
+from itertools import count, islice, takewhile
+from zlib import crc32
+
+import httpx
+import pytest
+
+from tailspan._identity import span_id, trace_id
+from tailspan.errors import CursorExpiredError, JobNotFoundError, ServiceUnavailableError
+from tailspan.models import ListedJob
+from tailspan_agent.exporter.outcome import Delivered
+from tests.fakes.agents import Bench, OddService, looped, until
+from tests.fakes.collector import Collector, Reply, Request
+from tests.fakes.otlp_rows import log_rows
+
+
+@looped
+async def test_a_job_is_followed_from_its_start_to_its_end(bench: Bench) -> None:
+    """Found by discovery while the agent runs; its lines come as they are written, its spans as they end."""
+    async with bench.running():
+        bench.fake.add_job("j1", job_name="etl")
+        bench.fake.add_lines("j1", "a")
+        await bench.received(lambda: bench.bodies() == ["a"])
+        bench.fake.add_lines("j1", "b", "c")
+        await bench.received(lambda: bench.bodies() == ["a", "b", "c"])
+        bench.fake.set_state("j1", "SUCCEEDED")
+        await bench.received(lambda: "run" in bench.spans())
+    spans = bench.collector.spans()
+    assert sorted(span.name for span in spans) == ["RUN etl", "executing", "queued", "submitted"]
+    root = bench.spans()["run"]
+    assert all(span.parent_span_id in ("", root.span_id) for span in spans)
+    assert root.start_unix_nano <= bench.lines()[0].time_unix_nano
+    assert root.end_unix_nano >= bench.lines()[-1].time_unix_nano
+
+
+@looped
+async def test_a_running_job_is_visible_at_once(bench: Bench) -> None:
+    """The trace of a job without a line and without an end is there while it runs."""
+    bench.fake.add_job("j1")
+    async with bench.running() as agent:
+        await bench.received(lambda: {"submitted", "queued"} <= set(bench.spans()))
+        assert [tailer.job_id for tailer in agent.tailers] == ["j1"]
+        assert "run" not in bench.spans()
+        bench.fake.set_state("j1", "SUCCEEDED")
+        await bench.received(lambda: "run" in bench.spans())
+
+
+@looped
+async def test_a_running_job_is_in_its_trace_within_three_seconds(bench: Bench) -> None:
+    """From the moment at which the agent sees the job: a span with the job's own ids; in the end none is an orphan."""
+    seen_s: list[float] = []
+    async with bench.running():
+        bench.fake.before_next("get_job", lambda: seen_s.append(time.monotonic()))
+        job = bench.fake.add_job("j1", state="PENDING", started_at=None)
+        await bench.received(lambda: "submitted" in bench.spans())
+        assert time.monotonic() - seen_s[0] < 3
+        anchor = bench.spans()["submitted"]
+        assert (anchor.trace_id, anchor.parent_span_id) == (job.trace_id, span_id("fake", "j1", "run"))
+        bench.fake.set_state("j1", "SUCCEEDED")
+        await bench.received(lambda: "run" in bench.spans())
+    ids = {span.span_id for span in bench.collector.spans()}
+    assert all(span.parent_span_id in ids for span in bench.collector.spans() if span.parent_span_id)
+
+
+@looped
+async def test_a_job_starts_when_its_service_says_although_its_lines_come_first(bench: Bench) -> None:
+    """It began between the status and the read: the spans follow each other all the same."""
+    started = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
+
+    bench.fake.add_job("j1", state="PENDING", submitted_at=started - timedelta(seconds=1), started_at=None)
+    bench.fake.add_lines("j1", "a", timestamp_ms=round(started.timestamp() * 1000) + 70)
+    bench.fake.before_next("read_logs", lambda: bench.fake.set_state("j1", "RUNNING", started_at=started))
+    async with bench.running():
+        await bench.received(lambda: "queued" in bench.spans())
+        bench.fake.set_state("j1", "SUCCEEDED")
+        await bench.received(lambda: "run" in bench.spans())
+    spans = bench.spans()
+    assert spans["queued"].end_unix_nano == spans["executing"].start_unix_nano == round(started.timestamp()) * 10**9
+
+
+@looped
+async def test_the_list_saves_status_requests(bench: Bench) -> None:
+    """A silent job whose lines the list counts is asked for its status once and not read; its end is seen at once."""
+    bench.fake.add_job("j1")
+    async with bench.running():
+        await until(lambda: bench.fake.calls.count(("list_jobs", "")) > 2)
+        assert bench.fake.calls.count(("get_job", "j1")) == 1
+        assert bench.fake.calls.count(("read_logs", "j1")) == 0
+        bench.fake.add_lines("j1", "a")
+        await bench.received(lambda: bench.bodies() == ["a"])
+        bench.fake.set_state("j1", "SUCCEEDED")
+        await bench.received(lambda: "run" in bench.spans())
+
+
+@looped
+async def test_stopped_and_started_in_the_middle(bench: Bench) -> None:
+    """The next agent goes on behind the last acked line: nothing twice, nothing lost, one trace."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a", "b")
+    async with bench.running():
+        await bench.received(lambda: len(bench.bodies()) == 2)
+    bench.fake.add_lines("j1", "c")
+    async with bench.running():
+        await bench.received(lambda: len(bench.bodies()) == 3)
+        bench.fake.add_lines("j1", "d")
+        bench.fake.set_state("j1", "FAILED")
+        await bench.received(lambda: "run" in bench.spans())
+    assert bench.bodies() == ["a", "b", "c", "d"]
+    assert len(bench.collector.spans()) == 4
+    assert len({row.trace_id for row in bench.lines()}) == 1
+
+
+@looped
+async def test_the_drain_acks_what_was_read(bench: Bench) -> None:
+    """What is in flight when the agent is told to stop is waited for, and is not sent again."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a", "b")
+    bench.collector.script("logs", Reply(503, retry_after_s=0.3))
+    async with bench.running():
+        await bench.received(lambda: any(request.signal == "logs" for request in bench.collector.requests))
+    assert bench.bodies() == ["a", "b"]
+    assert (await bench.agent().run_once(10)).acked == 0
+
+
+@looped
+async def test_the_drain_has_an_end(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """An endpoint that takes nothing does not keep the agent beyond its drain timeout; the lines come later."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    bench.collector.always("logs", Reply(503))
+    async with bench.running(drain_timeout=0.1):
+        await bench.received(lambda: any(request.signal == "logs" for request in bench.collector.requests))
+    assert "stopped before all was acked" in caplog.text
+    bench.collector.always("logs", Reply())
+    assert (await bench.agent().run_once(10)).acked == 1
+    assert bench.bodies() == ["a"]
+
+
+@looped
+async def test_a_second_stop_skips_the_drain(bench: Bench) -> None:
+    """Whoever asks twice is in a hurry."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    bench.collector.always("logs", Reply(hang=True))
+    agent = bench.agent(drain_timeout=1000)
+    draining = asyncio.Event()
+    task = asyncio.create_task(agent.run(on_stop=draining.set))
+    await bench.received(lambda: any(request.signal == "logs" for request in bench.collector.requests))
+    agent.stop()
+    await draining.wait()
+    agent.stop()
+    await task
+    assert bench.agent().store.job("fake", "j1") is not None
+
+
+@looped
+async def test_an_end_that_is_taken_back_is_none(bench: Bench) -> None:
+    """A status that flaps to a terminal state and back ends nothing: the end is the one that stays."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    async with bench.running():
+        await bench.received(lambda: len(bench.bodies()) == 1)
+        bench.fake.set_state("j1", "FAILED", logs_complete=None)
+        bench.fake.before_next("get_job", lambda: None, lambda: bench.fake.set_state("j1", "RUNNING", finished_at=None))
+        bench.fake.add_lines("j1", "b")
+        await bench.received(lambda: len(bench.bodies()) == 2)
+        reads = bench.fake.calls.count(("read_logs", "j1"))
+        await until(lambda: bench.fake.calls.count(("read_logs", "j1")) > reads + 10)
+        assert "run" not in bench.spans()
+        bench.fake.add_lines("j1", "c")
+        bench.fake.set_state("j1", "SUCCEEDED")
+        await bench.received(lambda: "run" in bench.spans())
+    assert bench.bodies() == ["a", "b", "c"]
+    assert bench.spans()["run"].attributes["cicd.pipeline.result"] == "success"
+    assert bench.metric("cicd.pipeline.run.duration").count == 1
+
+
+@looped
+async def test_a_status_that_is_ahead_of_the_lines(bench: Bench) -> None:
+    """The end is seen before the last lines are: they are relayed, and lie within the run span."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    async with bench.running({"discover": True, "settle": 0.3}):
+        await bench.received(lambda: len(bench.bodies()) == 1)
+        bench.fake.set_state("j1", "SUCCEEDED", logs_complete=None)
+        reads = bench.fake.calls.count(("read_logs", "j1"))
+        await until(lambda: bench.fake.calls.count(("read_logs", "j1")) > reads + 2)
+        bench.fake.add_lines("j1", "last")
+        await bench.received(lambda: "run" in bench.spans())
+    assert bench.bodies() == ["a", "last"]
+    assert bench.spans()["run"].end_unix_nano >= bench.lines()[-1].time_unix_nano
+
+
+@looped
+async def test_a_log_that_stays_open_is_followed_on(bench: Bench) -> None:
+    """An hour after the job's end its trace is whole, and what a background process prints is still relayed."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    bench.fake.set_state("j1", "SUCCEEDED", finished_at=datetime.now(UTC) - timedelta(hours=2), logs_complete=False)
+    async with bench.running():
+        await bench.received(lambda: "run" in bench.spans())
+        bench.fake.add_lines("j1", "b")
+        await bench.received(lambda: bench.bodies() == ["a", "b"])
+        assert not bench.receipts()
+        bench.fake.add_lines("j1", "c")
+        bench.fake.set_state("j1", "SUCCEEDED", logs_complete=True)
+        await bench.received(lambda: bool(bench.receipts()))
+    assert bench.bodies() == ["a", "b", "c"]
+    assert len(bench.collector.spans()) == 4
+    assert bench.receipts()["j1"].attributes["tailspan.lines.read"] == 3
+
+
+@looped
+async def test_a_job_deleted_while_it_is_followed(bench: Bench) -> None:
+    """Its trace gets its root, its lines stay what they are, and one hiccup is no deletion."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    async with bench.running() as agent:
+        await bench.received(lambda: len(bench.bodies()) == 1)
+        bench.fake.fail_next("get_job", JobNotFoundError("hiccup"))
+        bench.fake.fail_next("read_logs", JobNotFoundError("hiccup"))
+        bench.fake.add_lines("j1", "b")
+        await bench.received(lambda: len(bench.bodies()) == 2)
+        assert "run" not in bench.spans()
+        bench.fake.fail_next("get_job", *[JobNotFoundError("gone")] * 9)
+        bench.fake.fail_next("read_logs", *[JobNotFoundError("gone")] * 9)
+        await bench.received(lambda: "run" in bench.spans())
+        await until(lambda: not agent.tailers)
+    root = bench.spans()["run"]
+    assert bench.fake.calls.count(("get_job", "j1")) < 12
+    assert (root.attributes["cicd.pipeline.result"], root.attributes["tailspan.logs.complete"]) == ("error", False)
+
+
+@looped
+async def test_a_service_that_is_away_for_a_while(bench: Bench) -> None:
+    """The job keeps its state, nobody calls it lost, readiness says what is wrong, and its lines come afterwards."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    async with bench.running() as agent:
+        await bench.received(lambda: len(bench.bodies()) == 1)
+        away = ServiceUnavailableError("away", retry_after_s=0.2)
+        bench.fake.fail_next("read_logs", away)
+        await until(lambda: agent.problems() == ["service_fake_unreachable"])
+        bench.fake.add_lines("j1", "b")
+        await bench.received(lambda: len(bench.bodies()) == 2)
+        await until(lambda: agent.problems() == [])
+        bench.fake.set_state("j1", "SUCCEEDED")
+        await bench.received(lambda: "run" in bench.spans())
+    root = bench.spans()["run"]
+    states = [event.attributes["tailspan.job.state"] for event in root.events]
+    assert states == ["RUNNING", "SUCCEEDED"]
+
+
+@looped
+async def test_an_endpoint_that_heals(bench: Bench) -> None:
+    """While it takes nothing the job is read on; when it answers again each line arrives once, in order."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", *[f"line {number}" for number in range(20)])
+    bench.collector.script("logs", Reply(503), Reply(cut="request"), Reply(429, retry_after_s=0.1))
+    async with bench.running():
+        bench.fake.add_lines("j1", "more")
+        await bench.received(lambda: len(bench.bodies()) == 21)
+    assert bench.bodies() == [f"line {number}" for number in range(20)] + ["more"]
+
+
+@looped
+async def test_a_hanging_endpoint_pauses_the_reader_of_its_lane(bench: Bench) -> None:
+    """The log is not read further than the bounded queue, and goes on from there when the endpoint answers."""
+    bench.services["fake"] = service = OddService("fake", page_lines=500)
+    service.add_job("j1")
+    service.add_lines("j1", *["x" * 1000] * 10_000)
+    service.set_state("j1", "SUCCEEDED")
+    bench.collector.script("logs", Reply(503, retry_after_s=1.0))
+    async with bench.running():
+        await bench.received(lambda: any(request.signal == "logs" for request in bench.collector.requests))
+        await until(lambda: service.pages > 3)
+        await asyncio.sleep(0.2)
+        assert service.pages < 16
+        await bench.received(lambda: "run" in bench.spans())
+    assert len(bench.bodies()) == 10_000
+    assert service.open_reads == 0
+
+
+@looped
+async def test_expired_lines_are_counted_and_the_job_goes_on(bench: Bench) -> None:
+    """A gap is a fact, not an end."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    async with bench.running():
+        await bench.received(lambda: len(bench.bodies()) == 1)
+        bench.fake.fail_next("read_logs", CursorExpiredError("gone", resume_cursor=b"2"))
+        bench.fake.add_lines("j1", "lost", "c")
+        await bench.received(lambda: len(bench.bodies()) >= 2)
+    assert bench.bodies() in (["a", "c"], ["a", "lost", "c"])
+    assert bench.metric("tailspan.agent.gaps", service="fake") == 1
+
+
+@looped
+async def test_the_oldest_job_of_a_pipeline_goes_first(bench: Bench) -> None:
+    """A fresh sibling does not push the window of their common stream past an old backlog; strangers do not wait."""
+    for hours, name in ((3, "etl"), (1, "etl"), (0, "etl"), (0, "other")):
+        began = datetime.now(UTC) - timedelta(hours=hours)
+        job_id = f"{name} {hours}"
+        bench.fake.add_job(job_id, job_name=name, submitted_at=began, started_at=began)
+        bench.fake.add_lines(job_id, job_id, timestamp_ms=int(began.timestamp() * 1000))
+        bench.fake.set_state(job_id, "SUCCEEDED", finished_at=began, job_status_date=began)
+    bench.collector.script("logs", Reply(503), Reply(503))
+    async with bench.running():
+        await bench.received(lambda: len(bench.bodies()) == 4)
+    assert [body for body in bench.bodies() if body != "other 0"] == ["etl 3", "etl 1", "etl 0"]
+
+
+@looped
+async def test_a_job_that_cannot_be_read_keeps_no_sibling_waiting(bench: Bench) -> None:
+    """Its pipeline's other jobs are relayed all the same."""
+    bench.services["fake"] = service = OddService("fake")
+    hours_ago = datetime.now(UTC) - timedelta(hours=3)
+    for job_id, ended in (("broken", hours_ago - timedelta(hours=2)), ("fine", hours_ago)):
+        service.add_job(job_id, job_name="etl")
+        service.add_lines(job_id, f"of {job_id}")
+        service.set_state(job_id, "SUCCEEDED", finished_at=ended, job_status_date=ended)
+    service.cut = ("broken", 0, ServiceUnavailableError("cannot read this one"))
+    async with bench.running():
+        await bench.received(lambda: bench.bodies() == ["of fine"])
+
+
+@looped
+async def test_health_and_metrics_are_served_while_it_runs(bench: Bench) -> None:
+    """Probes and Prometheus find the agent, and a run is in its text."""
+    bench.fake.add_job("j1", job_name="etl")
+    bench.fake.set_state("j1", "SUCCEEDED")
+    async with bench.running(listen="127.0.0.1:0") as agent:
+        await bench.received(lambda: "run" in bench.spans())
+        assert agent.server is not None
+        async with httpx.AsyncClient(base_url=agent.server.url) as client:
+            assert (await client.get("/readyz")).status_code == 200
+            text = (await client.get("/metrics")).text
+    assert 'cicd_pipeline_run_duration_seconds_count{cicd_pipeline_name="etl"' in text
+
+
+@looped
+async def test_an_endpoint_that_is_wrong_for_metrics_is_a_problem(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing of it is lost by waiting, but nobody would ever see a metric: readiness and the log say so."""
+    bench.collector.always("metrics", Reply(404))
+    async with bench.running() as agent:
+        await until(lambda: agent.problems() == ["endpoint_metrics_paused"])
+    assert any(record.levelname == "ERROR" and "metrics" in record.message for record in caplog.records)
+
+
+@looped
+async def test_a_lane_that_fails_ends_the_agent(bench: Bench) -> None:
+    """Going on behind a batch that is in nobody's hands would skip its lines: the next process sends them."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    agent = bench.agent()
+
+    class Broken:
+        endpoint = "nowhere"
+
+        async def export(self, payload: bytes, count: int) -> Delivered:
+            raise ZeroDivisionError("bug")
+
+        async def aclose(self) -> None:
+            """Nothing to close."""
+
+    logs = agent.endpoints.get("logs")
+    assert logs is not None
+    logs.sender.exporter = Broken()
+    with pytest.raises(ZeroDivisionError):
+        await agent.run()
+    assert (await bench.agent().run_once(10)).acked == 1
+
+
+@looped
+async def test_a_job_that_is_named_before_it_exists_is_not_asked_for_all_the_time(bench: Bench) -> None:
+    """A missing job costs two requests, not one a turn."""
+    async with bench.running({"jobs": ["soon"]}) as agent:
+        await until(lambda: bench.fake.calls.count(("get_job", "soon")) == 2)
+        await until(lambda: not agent.tailers)
+        await asyncio.sleep(0.7)
+        assert bench.fake.calls.count(("get_job", "soon")) == 2
+
+
+@looped
+async def test_one_dead_endpoint_does_not_keep_the_other_signal(bench: Bench) -> None:
+    """Traces go on with their own endpoint while logs have none that answers, and the other way round."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    with Collector() as second:
+        bench.collector.always("logs", Reply(503))
+        second.always("traces", Reply(503))
+        more = f'[otlp.traces]\nendpoint = "{second.http_url}/v1/traces"'
+        async with bench.running(more=more, drain_timeout=0):
+            bench.fake.set_state("j1", "SUCCEEDED")
+            await asyncio.to_thread(second.wait_until, lambda: any(r.signal == "traces" for r in second.requests))
+            second.always("traces", Reply())
+            await asyncio.to_thread(second.wait_until, lambda: any(span.name == "RUN j1" for span in second.spans()))
+            assert bench.bodies() == []
+            bench.collector.always("logs", Reply())
+            await bench.received(lambda: bench.bodies() == ["a"])
+
+
+@looped
+async def test_lines_come_in_the_order_of_the_service(bench: Bench) -> None:
+    """Many jobs at once, an endpoint that is slow and refuses now and then: order holds within each job."""
+    answered = iter(range(10**6))
+
+    def unsteady(request: Request) -> Reply:
+        return Reply(503) if next(answered) % 5 == 2 else Reply()
+
+    bench.collector.always("logs", unsteady)
+    names = [f"j{number}" for number in range(12)]
+    for name in names:
+        bench.fake.add_job(name)
+    async with bench.running():
+        for turn in range(5):
+            for name in names:
+                bench.fake.add_lines(name, *[f"{name} {turn} {number}" for number in range(10)])
+            await asyncio.sleep(0.02)
+        for name in names:
+            bench.fake.set_state(name, "SUCCEEDED")
+        await bench.received(lambda: len(bench.bodies()) >= 600)
+    for name in names:
+        assert bench.bodies(name) == [f"{name} {turn} {number}" for turn in range(5) for number in range(10)]
+
+
+@looped
+async def test_a_job_that_runs_again_is_followed_again(bench: Bench) -> None:
+    """Done was not the end: the lines that it writes then are relayed, its receipt is amended, its run counts once."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    bench.fake.set_state("j1", "SUCCEEDED", finished_at=datetime.now(UTC), logs_complete=None)
+    async with bench.running():
+        await bench.received(lambda: bool(bench.receipts()))
+        bench.fake.set_state("j1", "RUNNING")
+        bench.fake.add_lines("j1", "b")
+        await bench.received(lambda: bench.bodies() == ["a", "b"])
+        bench.fake.add_lines("j1", "c")
+        bench.fake.set_state("j1", "SUCCEEDED", finished_at=datetime.now(UTC), logs_complete=None)
+        await bench.received(lambda: bench.receipts()["j1"].attributes["tailspan.lines.read"] == 3)
+    assert bench.bodies() == ["a", "b", "c"]
+    assert bench.metric("cicd.pipeline.run.duration").count == 1
+
+
+@looped
+async def test_a_job_that_is_deleted_after_its_receipt_is_done(bench: Bench) -> None:
+    """All of it was relayed: nothing is amended, and no gap is told."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    bench.fake.set_state("j1", "SUCCEEDED", finished_at=datetime.now(UTC), logs_complete=None)
+    async with bench.running() as agent:
+        await bench.received(lambda: bool(bench.receipts()))
+        (tailer,) = agent.tailers
+        bench.fake.add_lines("j1", "b")  # has it looked at soon
+        del bench.fake._jobs["j1"]
+        await until(lambda: tailer.finished)
+    assert bench.bodies() == ["a"]
+    assert len([row for row in bench.collector.log_records() if row.event_name == "tailspan.receipt"]) == 1
+
+
+@looped
+async def test_a_retry_is_a_new_trace_linked_to_the_one_before(bench: Bench) -> None:
+    """A service that reports attempts: each has a whole trace and its own lines; the second leads back to the first."""
+    first, second = (trace_id("fake", "j1", attempt) for attempt in (1, 2))
+    bench.fake.add_job("j1", job_name="etl", trace_id=first)
+    async with bench.running():
+        bench.fake.add_lines("j1", "a")
+        await bench.received(lambda: bench.bodies() == ["a"])
+        bench.fake.set_state("j1", "PENDING", attempt=2, trace_id=second)
+        await bench.received(lambda: any(span.name == "RUN etl" for span in bench.collector.spans()))
+        bench.fake.add_lines("j1", "b")
+        await bench.received(lambda: bench.bodies() == ["a", "b"])
+        bench.fake.set_state("j1", "SUCCEEDED")
+        await bench.received(lambda: len([span for span in bench.collector.spans() if span.name == "RUN etl"]) == 2)
+    runs = {span.trace_id: span for span in bench.collector.spans() if span.name == "RUN etl"}
+    assert set(runs) == {first, second}
+    assert [row.trace_id for row in bench.lines()] == [first, second]
+    assert (runs[first].attributes["cicd.pipeline.result"], runs[first].links) == ("failure", [])
+    assert runs[second].attributes["cicd.pipeline.result"] == "success"
+    assert runs[second].links == [(first, runs[first].span_id)]
+    for span in bench.collector.spans():
+        assert span.parent_span_id in ("", runs[span.trace_id].span_id)
+
+
+class _EndlessList(OddService):
+    """A service whose list goes on after its first page without ever getting there."""
+
+    async def list_jobs(self) -> AsyncGenerator[list[ListedJob], None]:
+        """Yield the rows that there are, then nothing more."""
+        async for rows in super().list_jobs():
+            yield rows
+        await asyncio.Event().wait()
+
+
+@looped
+async def test_a_stop_in_the_middle_of_a_list_begins_nothing_new(bench: Bench) -> None:
+    """What a watcher had found is not read by tailers that nobody would drain: their lines would come again."""
+    bench.services["fake"] = service = _EndlessList("fake")
+    service.add_job("j1")
+    service.add_lines("j1", "a", "b")
+    async with bench.running() as agent:
+        await until(lambda: service.list_pages == 1)
+        agent.stop()
+    assert ("read_logs", "j1") not in service.calls
+    assert not agent.tailers
+
+
+@looped
+async def test_long_logs_do_not_keep_others_waiting(bench: Bench) -> None:
+    """A backlog of some hours is read in turns with what is written now, also in the same lane."""
+    bench.services["fake"] = service = OddService("fake", page_lines=20)
+    in_one_lane = (job_id for job_id in map(str, count()) if crc32(f"fake\0{job_id}".encode()) % 4 == 0)
+    *long, short = islice(in_one_lane, 7)
+    for job_id in long:
+        service.add_job(job_id)
+        service.add_lines(job_id, *["x"] * 4000)
+    service.add_job(short)
+    service.add_lines(short, "now")
+    async with bench.running():
+        await bench.received(lambda: len(bench.bodies()) == 6 * 4000 + 1)
+    # A request has its lines by job, so it is the requests before that count.
+    sent = [request for request in bench.collector.requests if request.signal == "logs"]
+    before = takewhile(lambda request: all(row.body != "now" for row in log_rows(request.message)), sent)
+    assert sum(request.count for request in before) < 2000
+    assert all(bench.bodies(job_id) == ["x"] * 4000 for job_id in long)
+
+
+@looped
+async def test_a_lane_that_is_stuck_does_not_keep_others_from_being_read(bench: Bench) -> None:
+    """However many jobs wait for room in it: a batch that is refused for ever costs the other lanes nothing."""
+
+    def of_lane(number: int) -> Iterator[str]:
+        return (job_id for job_id in map(str, count()) if crc32(f"fake\0{job_id}".encode()) % 4 == number)
+
+    bench.services["fake"] = service = OddService("fake", page_lines=1000)
+    for job_id in islice(of_lane(0), 8):
+        service.add_job(job_id)
+        service.add_lines(job_id, *["x" * 1000] * 5000)
+    bench.collector.always("logs", lambda request: Reply(503 if request.count > 1 else 200))
+    async with bench.running():
+        await until(lambda: service.pages >= 4)
+        other = next(of_lane(1))
+        service.add_job(other)
+        service.add_lines(other, "a")
+        await bench.received(lambda: bench.bodies(other) == ["a"])
+        bench.collector.always("logs", Reply())

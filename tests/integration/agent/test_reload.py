@@ -1,0 +1,278 @@
+"""Reload goes by difference: what a changed file leaves alone goes on undisturbed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import tempfile
+
+import pytest
+
+from tailspan.config import load_settings
+from tailspan.errors import ConfigError
+from tailspan.models import RunResponse
+from tailspan.testing import FakeService
+from tailspan_agent.process.reload import reload_on_hangup
+from tests.fakes.agents import Bench, OddService, looped, until
+from tests.fakes.collector import Collector, Reply
+
+
+async def relayed(bench: Bench, *bodies: str) -> None:
+    await bench.received(lambda: bench.bodies() == list(bodies))
+
+
+@looped
+async def test_a_changed_watch_keeps_its_jobs(bench: Bench) -> None:
+    """Severity, attributes and settling change for the next lines; tailer, cursor and what is in flight stay."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "[INFO] a")
+    async with bench.running() as agent:
+        await relayed(bench, "[INFO] a")
+        before = agent.tailers
+        await agent.reload(bench.settings({"discover": True, "min_severity": "ERROR", "attributes": {"team": "geo"}}))
+        assert agent.tailers == before
+        bench.fake.add_lines("j1", "[INFO] b", "[ERROR] c")
+        await relayed(bench, "[INFO] a", "[ERROR] c")
+    assert [row.resource.get("team") for row in bench.lines()] == [None, "geo"]
+
+
+@looped
+async def test_a_renamed_service_keeps_its_cursors(bench: Bench) -> None:
+    """Checkpoints are keyed by the service's identity, never by the section's name."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    async with bench.running() as agent:
+        await relayed(bench, "a")
+        renamed = FakeService("renamed", identity="fake")
+        renamed.add_job("j1")
+        renamed.add_lines("j1", "a", "b")
+        bench.services["renamed"] = renamed
+        await agent.reload(bench.settings({"service": "renamed", "discover": True}))
+        await relayed(bench, "a", "b")
+        assert [discovery.name for discovery in agent.discoveries] == ["renamed"]
+        renamed.set_state("j1", "SUCCEEDED")
+        await bench.received(lambda: "run" in bench.spans())
+    assert bench.lines()[-1].resource["service.namespace"] == "renamed"
+    assert ("aclose", "") in bench.fake.calls
+
+
+@looped
+async def test_a_changed_endpoint_gets_what_the_old_one_did_not_take(bench: Bench) -> None:
+    """A batch that is in flight to an endpoint that hangs is sent to the new one, byte for byte."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    bench.collector.always("logs", Reply(hang=True))
+    with Collector() as second:
+        async with bench.running() as agent:
+            await bench.received(lambda: any(request.signal == "logs" for request in bench.collector.requests))
+            await agent.reload(bench.settings(otlp={"endpoint": second.http_url}))
+            await asyncio.to_thread(second.wait_until, lambda: len(second.log_records()) == 1)
+            bench.fake.add_lines("j1", "b")
+            await asyncio.to_thread(second.wait_until, lambda: len(second.log_records()) == 2)
+        first = [request.payload for request in bench.collector.requests if request.signal == "logs"]
+        assert first == [next(request.payload for request in second.requests if request.signal == "logs")]
+        assert second.metrics() != []
+
+
+@looped
+async def test_a_watch_that_is_removed_and_added_again(bench: Bench) -> None:
+    """Lines that were in flight meanwhile are not read again: the job goes on behind them."""
+    bench.services["other"] = FakeService("other", identity="other")
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a", "b")
+    bench.collector.always("logs", Reply(503))
+    everything = ({"discover": True}, {"service": "other", "discover": True})
+    async with bench.running(*everything) as agent:
+        await bench.received(lambda: any(request.signal == "logs" for request in bench.collector.requests))
+        await agent.reload(bench.settings({"service": "other", "discover": True}))
+        assert agent.tailers == []
+        bench.fake.add_lines("j1", "c")
+        await agent.reload(bench.settings(*everything))
+        await until(lambda: agent.tailers)
+        bench.collector.always("logs", Reply())
+        await relayed(bench, "a", "b", "c")
+        await asyncio.sleep(0.1)
+    assert bench.bodies() == ["a", "b", "c"]
+
+
+@looped
+async def test_a_full_lane_and_a_reload(bench: Bench) -> None:
+    """A tailer that is ended while it waits for room in its lane has not sent that page: the next one does, once."""
+    bench.services["other"] = FakeService("other", identity="other")
+    bench.services["fake"] = FakeService("fake", page_lines=500)
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", *[f"{number} {'x' * 1500}" for number in range(6000)])
+    bench.collector.always("logs", Reply(503))
+    everything = ({"discover": True}, {"service": "other", "discover": True})
+    async with bench.running(*everything) as agent:
+        await bench.received(lambda: any(request.signal == "logs" for request in bench.collector.requests))
+        await agent.reload(bench.settings({"service": "other", "discover": True}))
+        await agent.reload(bench.settings(*everything))
+        bench.collector.always("logs", Reply())
+        await bench.received(lambda: len(bench.bodies()) >= 6000)
+        await asyncio.sleep(0.1)
+    assert [int(body.split()[0]) for body in bench.bodies()] == list(range(6000))
+
+
+@looped
+async def test_a_watch_that_no_longer_matches(bench: Bench) -> None:
+    """Its jobs are let go, the others stay; a wider one takes up what it left out before."""
+    for name in ("etl", "web"):
+        bench.fake.add_job(name)
+        bench.fake.add_lines(name, f"{name} 1")
+    async with bench.running({"discover": True, "name": "etl"}) as agent:
+        await relayed(bench, "etl 1")
+        await agent.reload(bench.settings({"discover": True, "name": "web"}))
+        await bench.received(lambda: bench.bodies("web") == ["web 1"])
+        assert [tailer.job_id for tailer in agent.tailers] == ["web"]
+        bench.fake.add_lines("etl", "etl 2")
+        await agent.reload(bench.settings({"discover": True}))
+        await bench.received(lambda: bench.bodies("etl") == ["etl 1", "etl 2"])
+    assert bench.bodies("web") == ["web 1"]
+
+
+@looped
+async def test_secrets_are_redacted_from_the_reload_on(bench: Bench) -> None:
+    """A pattern that was forgotten is added without a restart."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "token=abc")
+    async with bench.running() as agent:
+        await relayed(bench, "token=abc")
+        more = '[redact]\npatterns = [{ literal = "token=", regex = "token=\\\\w+" }]'
+        await agent.reload(bench.settings(more=more))
+        bench.fake.add_lines("j1", "token=def")
+        await bench.received(lambda: len(bench.bodies()) == 2)
+    assert "def" not in bench.bodies()[1]
+
+
+@pytest.mark.parametrize("fault", ["identity", "service", "endpoint"])
+@looped
+async def test_a_configuration_that_cannot_be_changes_nothing(bench: Bench, fault: str) -> None:
+    """The agent goes on with the old one: same watchers, same endpoint, and new lines still arrive."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    async with bench.running() as agent:
+        await relayed(bench, "a")
+        discoveries, settings = agent.discoveries, agent.settings
+        bench.services["twin"] = FakeService("twin", identity="fake" if fault == "identity" else "twin")
+        otlp = {"ca_file": str(bench.directory / "missing.pem")} if fault == "endpoint" else {}
+        changed = bench.settings({"discover": True}, {"service": "twin", "discover": True}, otlp=otlp)
+        if fault == "service":
+            del bench.services["twin"]
+        with pytest.raises((ConfigError, KeyError)):
+            await agent.reload(changed)
+        assert (agent.discoveries, agent.settings) == (discoveries, settings)
+        bench.fake.add_lines("j1", "b")
+        await relayed(bench, "a", "b")
+
+
+@looped
+async def test_hangup_reads_the_file_again(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """SIGHUP goes over to the changed file; a broken one is said and changes nothing; both as often as asked."""
+    caplog.set_level("INFO")
+    bench.fake.add_job("j1")
+    path = bench.config()
+    async with bench.running() as agent:
+        with reload_on_hangup(agent, path):
+            good = path.read_text()
+            path.write_text("what = ")
+            os.kill(os.getpid(), signal.SIGHUP)
+            await until(lambda: "was not reloaded" in caplog.text)
+            path.write_text(good.replace("settle = 0", "settle = 7"))
+            os.kill(os.getpid(), signal.SIGHUP)
+            await until(lambda: "the configuration was reloaded" in caplog.text)
+            assert [watch.settle for watch in agent.settings.agent.watch] == [7.0]
+        await asyncio.sleep(0)
+
+
+@looped
+async def test_systemd_is_told_when_a_reload_begins_and_ends(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of one that fails: `systemctl reload` waits for the end, and the agent goes on in any case."""
+    # tmp_path can be longer than a socket's address may be
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
+        end.bind(f"{directory}/notify")
+        end.setblocking(False)
+        async with bench.running() as agent:
+            monkeypatch.setenv("NOTIFY_SOCKET", f"{directory}/notify")
+            path = bench.config()
+            path.write_text("what = ")
+            with reload_on_hangup(agent, path):
+                os.kill(os.getpid(), signal.SIGHUP)
+                begun = await asyncio.get_running_loop().sock_recv(end, 100)
+                ended = await asyncio.get_running_loop().sock_recv(end, 100)
+            await asyncio.sleep(0)
+    assert begun.startswith(b"RELOADING=1\nMONOTONIC_USEC=")
+    assert ended == b"READY=1"
+
+
+@looped
+async def test_what_waits_for_the_next_start_is_said(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """Keys that a running agent cannot take up are named."""
+    async with bench.running() as agent:
+        await agent.reload(bench.settings(listen="127.0.0.1:0", otlp={"signals": ["logs"]}))
+    assert "agent.listen changed" in caplog.text
+    assert "otlp.signals changed" in caplog.text
+
+
+@looped
+async def test_nothing_changed(bench: Bench) -> None:
+    """The same file again touches no tailer, no service and no endpoint."""
+    bench.fake.add_job("j1")
+    async with bench.running() as agent:
+        await until(lambda: agent.tailers)
+        sender = agent.endpoints.get("logs")
+        assert sender is not None
+        before = (agent.tailers, agent.discoveries, sender.sender)
+        await agent.reload(load_settings(bench.directory / "config.toml"))
+        assert (agent.tailers, agent.discoveries, sender.sender) == before
+    assert bench.fake.calls.count(("aclose", "")) == 1
+
+
+@looped
+async def test_a_reload_while_the_agent_starts_or_stops_follows_nothing_twice(bench: Bench) -> None:
+    """It waits for the start, and comes to nothing after the stop: each line is relayed by one tailer."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    agent = bench.agent()
+    early = asyncio.create_task(agent.reload(bench.settings()))
+    await asyncio.sleep(0)
+    running = asyncio.create_task(agent.run())
+    await early
+    await bench.received(lambda: bench.bodies() == ["a"])
+    assert len(agent.tailers) == 1
+    agent.stop()
+    await agent.reload(bench.settings())
+    await running
+    assert bench.bodies() == ["a"]
+
+
+@looped
+async def test_a_reload_in_the_middle_of_a_look_counts_for_what_it_had_found(bench: Bench) -> None:
+    """A job that was listed by the old watches and not yet begun is not followed by them."""
+    service = bench.services["fake"] = SlowToName()
+    for job_id in ("j1", "j2"):
+        service.add_job(job_id)
+    async with bench.running() as agent:
+        await service.asked.wait()
+        await agent.reload(bench.settings({"discover": True, "name": "none"}))
+        service.answers.set()
+        await until(lambda: agent.discoveries[0].has_scanned)
+        assert agent.tailers == []
+
+
+class SlowToName(OddService):
+    """A service whose list has no names, and that takes its time to tell the second one."""
+
+    def __init__(self) -> None:
+        super().__init__("fake", poll_max_s=30.0)
+        self.lists_names = False
+        self.asked, self.answers = asyncio.Event(), asyncio.Event()
+
+    async def get_job(self, job_id: str) -> RunResponse:
+        """Return the status of the job that is listed first at once, of the other one when the test lets it."""
+        if job_id == "j1":
+            self.asked.set()
+            await self.answers.wait()
+        return await super().get_job(job_id)

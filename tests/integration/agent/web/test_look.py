@@ -1,0 +1,169 @@
+"""How the page looks and what a browser keeps of it: contrast, caches, and what it may not claim."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import httpx
+import pytest
+
+import tailspan_agent.web
+from tailspan.models import JobState
+from tailspan.testing import FakeService
+from tailspan_agent.analysis.baseline import PastRun
+from tailspan_agent.web.formatting import ago, duration, visible
+from tests.fakes.agents import looped, until
+from tests.integration.agent.web.test_page import ended, job_page, looking, relayed
+
+CSS = Path(tailspan_agent.web.__file__).with_name("static").joinpath("page.css").read_text()
+Colour = tuple[float, ...]
+
+
+def palette(scheme: str) -> dict[str, Colour]:
+    """Return the colours of a scheme by name."""
+    start = CSS.index(":root {" if scheme == "light" else ':root[data-theme="dark"] {')
+    found = re.findall(r"--(\w+): #([0-9a-f]{3,6});", CSS[start : CSS.index("}", start)])
+    wide = {name: "".join(digit * (6 // len(code)) for digit in code) for name, code in found}
+    return {name: tuple(int(code[at : at + 2], 16) for at in (0, 2, 4)) for name, code in wide.items()}
+
+
+def contrast(one: Colour, other: Colour) -> float:
+    """Return the contrast ratio of WCAG."""
+    light = []
+    for colour in (one, other):
+        parts = [part / 255 / 12.92 if part <= 10 else ((part / 255 + 0.055) / 1.055) ** 2.4 for part in colour]
+        light.append(0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2])
+    return (max(light) + 0.05) / (min(light) + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_and_all_edges_have_the_contrast_of_wcag_aa(scheme):
+    """Text 4.5 on each ground that it stands on, a linked line too; what one can press or fill in has an edge of 3."""
+    colours = palette(scheme)
+    share = int(re.search(r":target td .*?--accent\) (\d+)%", CSS)[1]) / 100
+    linked = tuple(share * a + (1 - share) * b for a, b in zip(colours["accent"], colours["card"], strict=True))
+    texts = dict.fromkeys(("text", "dim", "accent", "bad", "warn", "ok"), ("bg", "card", "soft"))
+    pairs = [(text, colours[ground]) for text, grounds in texts.items() for ground in grounds]
+    pairs += [(text, linked) for text in ("text", "dim", "bad", "warn", "accent")]
+    pairs += [(text, colours["warnbg"]) for text in ("text", "warn", "accent")]
+    pairs += [(text, colours["badbg"]) for text in ("text", "bad", "dim")]
+    assert [(text, ground) for text, ground in pairs if contrast(colours[text], ground) < 4.5] == []
+    edge = re.search(r"button, .button, input, select {.*?border: 1px solid var\(--(\w+)\)", CSS)[1]
+    assert all(contrast(colours[edge], colours[ground]) >= 3 for ground in ("bg", "card"))
+
+
+@looped
+async def test_a_browser_asks_whether_a_file_has_changed(bench):
+    """After an update the new pages do not meet the old script; an unchanged file is not sent again."""
+    async with looking(bench) as (_, client):
+        script = await client.get("/static/page.js")
+        again = await client.get("/static/page.js", headers={"if-none-match": script.headers["etag"]})
+    assert script.headers["cache-control"] == "no-cache"
+    assert script.headers["x-content-type-options"] == "nosniff"
+    assert again.status_code == 304
+
+
+@looped
+async def test_a_job_that_nobody_follows_is_not_called_silent(bench):
+    """Its lines are not read, so that there are none says nothing; and times are said to be UTC."""
+    began = datetime.now(UTC) - timedelta(hours=5)
+    bench.fake.add_job("other", job_name="nightly", started_at=began)
+    watches = [{"discover": True, "name": "watched-*"}]
+    async with bench.running(*watches, listen="127.0.0.1:0") as agent:
+        for number in range(12):
+            agent._context.pipeline_stats.histories.add(
+                PastRun(
+                    pipeline="nightly", job_id=f"{number}", identity="fake", trace_id="0" * 32, result="success",
+                    started_unix_nano=1, ended_unix_nano=number, duration_s=36_000.0, quiet_s=1.0,
+                )
+            )  # fmt: skip
+        async with httpx.AsyncClient(base_url=agent.server.url, trust_env=False) as client:
+            page = (await job_page(client, "other")).text
+    assert "usually 10h" in page
+    assert "silent" not in page
+    assert "times are UTC" in page
+
+
+@looped
+async def test_a_job_that_the_agent_never_saw_has_the_times_of_its_service(bench):
+    """What the status says is shown; what it does not say is a dash."""
+    began = datetime.now(UTC) - timedelta(hours=5, minutes=1)
+    times = {"submitted_at": began - timedelta(hours=2), "started_at": began}
+    bench.fake.add_job("other", job_name="nightly", **times)
+    bench.fake.add_job("done", job_name="nightly", **times)
+    bench.fake.set_state("done", JobState.SUCCEEDED, finished_at=began + timedelta(hours=4))
+    bench.fake.add_job("pending", job_name="nightly", state=JobState.PENDING, submitted_at=began, started_at=None)
+    async with looking(bench, {"discover": True, "name": "watched-*"}) as (_, client):
+        shown = {}
+        for job_id in ("other", "done", "pending"):
+            page = (await job_page(client, job_id)).text
+            shown[job_id] = dict(re.findall(r"<dt>(Submitted|Started|Ended)</dt><dd title=\"[^\"]*\">([^<]*)<", page))
+    assert shown == {
+        "other": {"Submitted": "7h ago", "Started": "5h ago"},
+        "done": {"Submitted": "7h ago", "Started": "5h ago", "Ended": "1h ago"},
+        "pending": {"Submitted": "5h ago", "Started": "–"},
+    }
+
+
+@looped
+async def test_what_has_no_name_of_its_own_can_be_read_and_leads_nowhere_wrong(bench):
+    """A job without a name is called by its id; no search finds pipelines that share a name or have none."""
+    for job_id, name in (("first", "known"), ("nameless", ""), ("blank", " ")):
+        ended(bench, job_id, "x", job_name=name)
+    async with looking(bench) as (_, client):
+        await relayed(bench, "first", "nameless", "blank")
+        page, table = (await job_page(client, "nameless")).text, (await client.get("/")).text
+        none = (await client.get("/pipelines")).text
+    bench.fake.add_job("late", job_name="more")
+    async with looking(bench, max_pipeline_names=1) as (_, client):
+        other = (await client.get("/pipelines")).text
+    assert "<h1>nameless <small" in page
+    assert '<a href="/?q=nameless">nameless</a>' in page
+    assert "<title>nameless ·" in page
+    assert ">nameless</a>" in table
+    assert ">blank</a>" in table
+    assert "without a name" in none
+    assert "></a>" not in none
+    assert ">#other#</span>" in other
+    assert "other%23" not in other
+
+
+@looped
+async def test_what_is_drawn_is_also_said(bench):
+    """A bar has a name, a line of stderr has a word, and no choice in a list leads away by itself."""
+    bench.services["other"] = FakeService("other", identity="other")
+    bench.fake.add_job("busy", job_name="train", total_tasks=4, finished_tasks=1)
+    bench.fake.add_lines("busy", "out", stream="stdout")
+    bench.fake.add_lines("busy", "oops", stream="stderr")
+    async with looking(bench, {"discover": True}, {"service": "other", "discover": True}) as (agent, client):
+        await until(lambda: agent.followed_jobs())
+        table, page = (await client.get("/")).text, (await job_page(client, "busy")).text
+        script = (await client.get("/static/page.js")).text
+    assert re.findall(r"<progress[^>]*>", table + page) != []
+    assert all('aria-label="' in bar for bar in re.findall(r"<progress[^>]*>", table + page))
+    said = re.findall(r'class="from">(.*?)</td><td class="text">([^<]*)', page)
+    assert said == [("", "out"), ('<abbr title="stderr">err</abbr>', "oops")]
+    assert '<select name="service" aria-label="Service">' in table
+    assert "requestSubmit" not in script
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0, "0 ms"), (0.9994, "999 ms"), (0.9996, "1.0 s"), (59.94, "59.9 s"), (59.96, "1m 00s"), (3599.6, "1h 00m")],
+)
+def test_a_duration_does_not_fill_its_unit(seconds, text):
+    """What is rounded up to a whole next unit is said in that unit."""
+    assert duration(seconds) == text
+
+
+def test_sixty_seconds_are_a_minute():
+    """A time is never said as 60s ago."""
+    assert [ago(0, int(seconds * 1e9)) for seconds in (0.9, 59.9, 60)] == ["now", "59s ago", "1m ago"]
+
+
+def test_no_character_that_turns_text_round_is_left():
+    """The Arabic letter mark does so like the others of Unicode's list."""
+    turns = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+    assert visible(turns) == "\ufffd" * len(turns)

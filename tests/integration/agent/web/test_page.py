@@ -1,0 +1,478 @@
+"""The agent's page over real HTTP: what it shows, whom it lets in, and that no text of a job acts on a browser."""
+
+from __future__ import annotations
+
+import asyncio
+import html
+import json
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from html.parser import HTMLParser
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tailspan.models import JobState
+from tailspan.testing import FakeService
+from tailspan_agent.agent import Agent
+from tailspan_agent.web.job_rows import job_path
+from tailspan_agent.web.session import COOKIE, Session, local_path
+from tests.fakes.agents import Bench, looped, until
+from tests.fakes.collector import Reply
+
+EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)> \u202egnp.exe"
+TOKEN = "page-tökén-s3cret"
+
+
+@asynccontextmanager
+async def looking(bench: Bench, *watches: dict, **keys) -> AsyncIterator[tuple[Agent, httpx.AsyncClient]]:
+    """Run an agent with its page, and a browser-like client."""
+    async with bench.running(*watches, listen="127.0.0.1:0", **keys) as agent:
+        assert agent.server is not None
+        async with httpx.AsyncClient(
+            base_url=agent.server.url, trust_env=False, headers={"accept": "text/html"}, timeout=20
+        ) as client:
+            yield agent, client
+
+
+def ended(bench: Bench, job_id: str, *lines: str, state: JobState = JobState.SUCCEEDED, **fields) -> None:
+    """Add a job that has ended."""
+    bench.fake.add_job(job_id, **fields)
+    bench.fake.add_lines(job_id, *lines)
+    bench.fake.set_state(job_id, state)
+
+
+async def relayed(bench: Bench, *job_ids: str) -> None:
+    """Wait until the receipts of these jobs were received."""
+    await bench.received(lambda: set(job_ids) <= set(bench.receipts()))
+
+
+def shown_ids(text: str) -> list[str]:
+    """Return the ids of the jobs in a table, in order."""
+    return [html.unescape(found) for found in re.findall(r'class="id" title="([^"]*)"', text)]
+
+
+async def job_page(client: httpx.AsyncClient, job_id: str, **query) -> httpx.Response:
+    """Get a job's page."""
+    return await client.get("/job", params={"service": "fake", "id": job_id, **query})
+
+
+@looped
+async def test_jobs_are_listed_running_ones_first(bench):
+    """The table has running and ended jobs with state, last line and number of lines; ended ones survive a restart."""
+    ended(bench, "old", "one", "two", job_name="nightly")
+    bench.fake.add_job("busy", job_name="train", total_tasks=4, finished_tasks=1)
+    bench.fake.add_lines("busy", "loading")
+    async with looking(bench) as (_, client):
+        await relayed(bench, "old")
+        await bench.received(lambda: bench.bodies("busy"))
+        text = (await client.get("/")).text
+    assert shown_ids(text) == ["busy", "old"]
+    assert ">nightly</a>" in text
+    assert 'value="0.2500"' in text
+    assert "loading" in text
+    async with looking(bench) as (agent, client):
+        await until(lambda: agent.tailers)
+        assert "old" in shown_ids((await client.get("/")).text)
+
+
+@looped
+async def test_jobs_are_filtered_by_text_state_and_service(bench):
+    """Filters are in the URL, so that a look can be shared; counts say what else there is."""
+    ended(bench, "a-1", "x", job_name="alpha")
+    ended(bench, "b-1", "x", job_name="beta", state=JobState.FAILED)
+    async with looking(bench) as (_, client):
+        await relayed(bench, "a-1", "b-1")
+        found = {
+            query: shown_ids((await client.get(f"/?{query}")).text)
+            for query in ("q=ALPH", "q=b-", "state=failed", "state=running", "service=none", "q=&page=9", "page=x")
+        }
+    assert found == {
+        "q=ALPH": ["a-1"],
+        "q=b-": ["b-1"],
+        "state=failed": ["b-1"],
+        "state=running": [],
+        "service=none": [],
+        "q=&page=9": found["page=x"],
+        "page=x": found["page=x"],
+    }
+    assert set(found["page=x"]) == {"a-1", "b-1"}
+
+
+class Markup(HTMLParser):
+    """What a browser would see: which attributes there are, and where scripts come from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attributes: set[str] = set()
+        self.scripts: set[str | None] = set()
+
+    def handle_starttag(self, tag, attrs):
+        """Note an element."""
+        self.attributes |= {name for name, _ in attrs}
+        if tag == "script":
+            self.scripts.add(dict(attrs).get("src"))
+
+
+@looped
+async def test_nothing_that_a_job_says_becomes_markup(bench):
+    """Names, ids, lines, errors and attributes are text, whatever they hold, and cannot reorder what is around them."""
+    ended(
+        bench, "evil", EVIL, f"ERROR {EVIL}", state=JobState.FAILED, job_name=EVIL, error=EVIL, attributes={EVIL: EVIL},
+        url="javascript:alert(1)",
+    )  # fmt: skip
+    async with looking(bench) as (_, client):
+        await relayed(bench, "evil")
+        pages = [
+            await client.get("/"),
+            await job_page(client, "evil"),
+            await job_page(client, "evil", q="<script>"),
+            await job_page(client, EVIL),
+            await client.get("/pipelines"),
+            await client.get("/", params={"q": EVIL[:50]}),
+            await client.get("/login", params={"next": f"/{EVIL}"}),
+        ]
+    for page in pages:
+        assert "<script>alert" not in page.text
+        assert "<img src=x" not in page.text
+        assert "\u202e" not in page.text
+        assert "javascript:" not in page.text
+        markup = Markup()
+        markup.feed(page.text)
+        assert markup.scripts <= {"/static/page.js"}
+        assert not {name for name in markup.attributes if name.startswith("on") or name == "style"}
+        policy = page.headers["content-security-policy"]
+        assert "script-src 'self'" in policy
+        assert "unsafe" not in policy
+        assert page.headers["x-content-type-options"] == "nosniff"
+    assert html.escape("<script>alert(1)</script>") in pages[1].text
+    assert pages[3].status_code == 404
+
+
+@looped
+async def test_texts_that_are_no_utf8_do_not_break_the_page(bench):
+    """Names, tags, commands and errors may hold undecodable bytes; a name's link finds the jobs of that name."""
+    odd = "caf\udce9\ud800"
+    texts = {"job_name": odd, "error": odd, "attributes": {odd: odd}, "details": {"process.command_line": odd}}
+    texts |= {"url": f"http://host/{odd}", "instance_id": odd}
+    bench.fake.add_job("busy", **texts)
+    ended(bench, "sad", f"ERROR {odd}", state=JobState.FAILED, **texts)
+    async with looking(bench) as (_, client):
+        await relayed(bench, "sad")
+        pages = {job_id: (await job_page(client, job_id)).text for job_id in ("busy", "sad")}
+        link = html.unescape(re.search(r'href="(/\?q=[^"]+)"', pages["busy"])[1])
+        found = (await client.get(link)).text
+        async with client.stream("GET", "/events/jobs") as answer:
+            event = await next_event(answer.aiter_lines(), "jobs")
+        others = [
+            (await client.get(path)).status_code
+            for path in ("/", "/pipelines", "/agent", "/job?service=fake&id=%ED%B3%A9")
+        ]
+    assert all(">caf??" in page and "http://host/caf??" in page for page in pages.values())
+    assert shown_ids(found) == ["busy", "sad"]
+    assert set(event["order"]) == {"fake\0busy", "fake\0sad"}
+    assert others == [200, 200, 200, 404]
+    assert job_path("fake", odd, q=odd) == "/job?service=fake&id=caf%3F%3F&q=caf%3F%3F"
+
+
+@looped
+async def test_a_failed_job_says_why_on_top_and_its_log_can_be_searched(bench):
+    """The digest stands before the log; search shows lines with their numbers, a jump goes to the first error."""
+    lines = [f"INFO step {number}" for number in range(1, 1200)]
+    trace = ["Traceback (most recent call last):", '  File "a.py", line 1, in <module>', "    boom()", "ValueError: no"]
+    ended(bench, "sad", *lines, "ERROR it broke", *trace, state=JobState.FAILED, exit_code=3)
+    ended(bench, "traced", "fine", *trace, state=JobState.FAILED)
+    async with looking(bench) as (_, client):
+        await relayed(bench, "sad", "traced")
+        page = (await job_page(client, "sad")).text
+        found = (await job_page(client, "sad", q="STEP 7")).text
+        jump = await job_page(client, "sad", jump="error")
+        traced = await job_page(client, "traced", jump="error")
+        window = (await job_page(client, "sad", **{"from": 500})).text
+        last = (await job_page(client, "sad", **{"from": 99999})).text
+    assert page.index("ValueError: no") < page.index('id="log"')
+    assert "exit 3" in page
+    assert "first seen now" in page
+    assert page.count('class="text"') == 200
+    assert found.count('class="text"') == 1 + 10 + 100
+    assert 'id="L7"' in found
+    assert jump.headers["location"].endswith("from=1180#L1200")
+    assert traced.headers["location"].endswith("from=1#L2")
+    assert window.count('class="text"') == 500
+    assert ('id="L500"' in window, 'id="L999"' in window, 'id="L1000"' in window) == (True, True, False)
+    assert "Earlier lines" in window
+    assert "Later lines" in window
+    assert "There are no lines from 99,999 on" in last
+
+
+@looped
+async def test_a_job_links_to_its_trace_and_a_failure_to_the_ones_before(bench):
+    """Links are those of the configuration, filled in; a failure that came before is told to be the same."""
+    links = """[links]\ntrace = "http://localhost:16686/trace/{trace_id}?job={job_name}"\n"""
+    for number in range(2):
+        ended(bench, f"run-{number}", "ERROR no such bucket", job_name="a b", state=JobState.FAILED, exit_code=1)
+        async with looking(bench, more=links) as (_, client):
+            await relayed(bench, f"run-{number}")
+            page = html.unescape((await job_page(client, f"run-{number}")).text)
+    trace_id = bench.spans("run-1")["run"].trace_id
+    assert f'href="http://localhost:16686/trace/{trace_id}?job=a%20b"' in page
+    assert "seen 2 times since" in page
+
+
+@looped
+async def test_secrets_are_neither_shown_nor_found(bench, monkeypatch):
+    """What redaction takes out of records is not on the page either, and a search does not tell whether it is there."""
+    monkeypatch.setenv("PAGE_SECRET", "hunter2hunter2")
+    ended(bench, "leak", "password hunter2hunter2 given", state=JobState.FAILED, error="bad hunter2hunter2")
+    async with looking(bench, more='[redact]\nenv = ["PAGE_SECRET"]') as (_, client):
+        await relayed(bench, "leak")
+        pages = [(await client.get("/")).text, (await job_page(client, "leak")).text]
+        searched = (await job_page(client, "leak", q="hunter2hunter2")).text
+    assert all("hunter2" not in page for page in pages)
+    assert searched.count('class="text"') == 0
+
+
+async def next_event(lines: AsyncIterator[str], name: str) -> dict:
+    """Return the data of the next event of a name."""
+    async for line in lines:
+        if line == f"event: {name}":
+            return json.loads((await anext(lines)).removeprefix("data: "))
+    raise AssertionError(f"the stream ended without {name}")
+
+
+@looped
+async def test_live_updates_send_only_what_changed(bench):
+    """The first event has all rows of the page, the next one only those that changed, and new ones in their order."""
+    bench.fake.add_job("one", total_tasks=4, finished_tasks=1)
+    bench.fake.add_job("two", state=JobState.PENDING)
+    async with looking(bench) as (_, client), client.stream("GET", "/events/jobs") as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        lines = answer.aiter_lines()
+        known: dict[str, str] = {}
+        while len(known) < 2:
+            known |= (await next_event(lines, "jobs"))["rows"]
+        bench.fake.set_state("two", JobState.RUNNING)
+        event = await next_event(lines, "jobs")
+        while "running" not in event["rows"].get("fake\0two", ""):
+            event = await next_event(lines, "jobs")
+        assert set(event["order"]) == {"fake\0one", "fake\0two"}
+
+
+@looped
+async def test_a_running_job_is_followed_live_to_its_end(bench):
+    """Lines come as they are written, the head changes with the state, and the stream says when it is over."""
+    bench.fake.add_job("live")
+    bench.fake.add_lines("live", "first")
+    path = "/events/job?service=fake&id=live"
+    async with looking(bench) as (_, client):
+        await bench.received(lambda: bench.bodies("live"))
+        page = (await job_page(client, "live")).text
+        assert html.unescape(re.findall(r'data-events="([^"]+)"', page)[0]) == path
+        async with client.stream("GET", path) as answer:
+            lines = answer.aiter_lines()
+            first = (await next_event(lines, "reset"))["html"]
+            assert "first" in first
+            assert 'id="L1"' in first
+            bench.fake.add_lines("live", "second <b>")
+            second = (await next_event(lines, "lines"))["html"]
+            assert "second &lt;b&gt;" in second
+            assert 'id="L2"' in second
+            bench.fake.set_state("live", JobState.SUCCEEDED)
+            while not (await next_event(lines, "head"))["ended"]:
+                pass
+            assert await next_event(lines, "end") == {}
+
+
+@looped
+async def test_streams_are_bounded_and_give_their_place_back(bench):
+    """Whoever opens more than there is room for is refused, and a stream that was left makes room."""
+    async with looking(bench) as (agent, client):
+        assert agent.server is not None
+        async with httpx.AsyncClient(base_url=agent.server.url, trust_env=False, timeout=20) as many:
+            requests = [many.build_request("GET", "/events/jobs") for _ in range(20)]
+            answers = [await many.send(request, stream=True) for request in requests]
+            assert {answer.status_code for answer in answers} == {200}
+            assert (await client.get("/events/jobs")).status_code == 503
+        for _ in range(100):
+            async with client.stream("GET", "/events/jobs") as answer:
+                if answer.status_code == 200:
+                    return
+            await asyncio.sleep(0.05)
+        raise AssertionError("no place was given back")
+
+
+@looped
+async def test_an_agent_that_stops_ends_its_streams_without_a_word_in_the_log(bench, caplog):
+    """Whoever looks while the agent stops neither holds it up nor fills its log with errors."""
+    async with looking(bench) as (agent, client):
+        request = client.build_request("GET", "/events/jobs")
+        answer = await client.send(request, stream=True)
+        parts = answer.aiter_text()
+        await anext(parts)
+        agent.stop()
+        async for _ in parts:
+            pass
+    assert [record.message for record in caplog.records if record.name.startswith("uvicorn")] == []
+
+
+@looped
+async def test_a_browser_logs_in_with_the_token_and_keeps_only_a_cookie(bench):
+    """The token goes in once; what the browser keeps is not the token, and is not for scripts or other sites."""
+    async with looking(bench, token=TOKEN) as (_, client):
+        first = await client.get("/pipelines?x=1")
+        assert (first.status_code, first.headers["location"]) == (303, "/login?next=%2Fpipelines%3Fx%3D1")
+        assert (await client.get("/", headers={"accept": "*/*"})).status_code == 401
+        assert (await client.get("/login", headers={"host": "evil.example"})).status_code == 421
+        wrong = await client.post("/login", data={"token": "wrong", "next": "/"})
+        assert (wrong.status_code, "set-cookie" in wrong.headers) == (401, False)
+        right = await client.post("/login", data={"token": TOKEN, "next": "//evil.example"})
+        assert (right.status_code, right.headers["location"]) == (303, "/")
+        cookie = right.headers["set-cookie"]
+        assert "HttpOnly" in cookie
+        assert "SameSite=strict" in cookie
+        assert TOKEN not in cookie
+        assert (await client.get("/")).status_code == 200
+        assert (await client.get("/", headers={"cookie": f"{COOKIE}=0000"})).status_code in (200, 303)
+        for path in ("/healthz", "/readyz"):
+            async with httpx.AsyncClient(base_url=client.base_url, trust_env=False) as stranger:
+                assert (await stranger.get(path)).status_code == 200
+        async with httpx.AsyncClient(base_url=client.base_url, trust_env=False) as stranger:
+            for path in ("/", "/job?service=fake&id=x", "/events/jobs", "/events/job", "/agent"):
+                assert (await stranger.get(path)).status_code == 401
+            assert (await stranger.post("/cancel")).status_code == 401
+
+
+@looped
+async def test_two_agents_of_one_machine_keep_their_logins(tmp_path, bench, collector):
+    """A browser sends one host's cookies to all its ports: the login of one agent must not end that of another."""
+    (tmp_path / "other").mkdir()
+    other = Bench(tmp_path / "other", collector)
+    async with looking(bench, token=TOKEN) as (_, client), looking(other, token=TOKEN) as (_, second):
+        names = set()
+        for one in (client, second):
+            answer = await one.post("/login", data={"token": TOKEN})
+            names.add(answer.headers["set-cookie"].partition("=")[0])
+            assert (await one.get("/")).status_code == 200
+    assert len(names) == 2
+
+
+@pytest.mark.parametrize(
+    ("headers", "form", "sent_by_us"),
+    [
+        ({}, None, True),
+        ({"origin": "http://127.0.0.1:8797", "sec-fetch-site": "same-origin"}, None, True),
+        ({"origin": "http://evil.example"}, None, False),
+        ({"origin": "null"}, None, False),
+        ({"sec-fetch-site": "cross-site"}, None, False),
+        ({"sec-fetch-site": "same-site"}, None, False),
+        ({}, "", False),
+        ({}, "0" * 64, False),
+        ({}, "ä", False),
+    ],
+)
+def test_only_our_own_form_is_taken(headers, form, sent_by_us):
+    """A form of another site is refused by its origin, and one that does not know the page's word in any case."""
+    session = Session(None)
+    given = session.form_token if form is None else form
+    assert session.sent_by_us({"host": "127.0.0.1:8797", **headers}, given) is sent_by_us
+
+
+@pytest.mark.parametrize(
+    ("target", "path"),
+    [("/job?id=1", "/job?id=1"), ("//evil", "/"), ("https://evil", "/"), ("/\\evil", "/"), ("", "/"), ("/a\r\nb", "/")],
+)
+def test_a_login_leads_nowhere_else(target, path):
+    """An address of another site after the login would be a gift to phishers."""
+    assert local_path(target) == path
+
+
+@looped
+async def test_cancel_is_off_unless_allowed_and_needs_our_form(bench):
+    """Without `allow_cancel` there is neither a button nor a way; with it only the page's own form cancels a job."""
+    bench.fake.add_job("busy")
+    async with looking(bench) as (agent, client):
+        await until(lambda: agent.tailers)
+        assert 'action="/cancel"' not in (await job_page(client, "busy")).text
+        assert (await client.post("/cancel", data={"service": "fake", "id": "busy"})).status_code == 403
+    async with looking(bench, allow_cancel=True) as (agent, client):
+        page = (await job_page(client, "busy")).text
+        word = re.findall(r'name="form_token" value="([0-9a-f]{64})"', page)[0]
+        form = {"service": "fake", "id": "busy", "form_token": word}
+        assert (await client.post("/cancel", data={**form, "form_token": "x"})).status_code == 403
+        foreign = await client.post("/cancel", data=form, headers={"origin": "http://evil.example"})
+        assert foreign.status_code == 403
+        assert (await client.get("/cancel")).status_code == 405
+        # with "no-referrer" a browser would send the form with the origin "null"
+        assert (await job_page(client, "busy")).headers["referrer-policy"] == "same-origin"
+        assert ("cancel", "busy") not in bench.fake.calls
+        assert (await client.post("/cancel", data=form)).status_code == 303
+        assert ("cancel", "busy") in bench.fake.calls
+
+
+@looped
+async def test_pipelines_and_agent_say_what_they_know(bench):
+    """Runs, success rate and durations by pipeline; endpoints, services and what was rejected of the agent."""
+    for number in range(3):
+        state = JobState.FAILED if number == 2 else JobState.SUCCEEDED
+        ended(bench, f"run-{number}", "x", job_name="nightly", state=state)
+    async with looking(bench) as (_, client):
+        await relayed(bench, "run-0", "run-1", "run-2")
+        pipelines = (await client.get("/pipelines")).text
+        agent_page = (await client.get("/agent")).text
+        none = await client.get("/job?service=none&id=x")
+    assert ">nightly</a>" in pipelines
+    assert "67%" in pipelines
+    assert pipelines.count("<rect") == 3
+    assert bench.collector.http_url in agent_page
+    assert "answers" in agent_page
+    assert none.status_code == 404
+
+
+@looped
+async def test_a_job_that_is_only_looked_at_takes_no_pipeline_a_place(bench):
+    """Names that get metrics of their own are few: those that the agent follows have them, not those that were seen."""
+    bench.fake.add_job("other", job_name="curious")
+    watch = {"discover": True, "name": "watched-*"}
+    async with looking(bench, watch, max_pipeline_names=1) as (_, client):
+        assert ">curious" in (await job_page(client, "other")).text
+        ended(bench, "real", "x", job_name="watched-one")
+        await relayed(bench, "real")
+        assert ">watched-one</a>" in (await client.get("/pipelines")).text
+
+
+@looped
+async def test_what_keeps_the_agent_from_relaying_stands_on_every_page(bench):
+    """An endpoint that has to be mended is a banner, not a line in some log."""
+    bench.fake.add_job("busy")
+    bench.fake.add_lines("busy", "x")
+    bench.collector.always("logs", Reply(401))
+    async with looking(bench) as (agent, client):
+        await until(agent.problems)
+        assert "endpoint logs paused" in (await client.get("/")).text
+
+
+@looped
+async def test_ten_thousand_jobs_come_in_pages(bench):
+    """Only the rows of one page are rendered, whatever there is; all of them are counted and can be found."""
+    bench.services["fake"] = FakeService(poll_min_s=30, poll_max_s=60)
+    for number in range(10_000):
+        bench.fake.add_job(f"job-{number:05}", job_name=f"pipeline-{number % 50}")
+    async with looking(bench) as (agent, client):
+        await until(lambda: sum(tailer.followed is not None for tailer in agent.tailers) == 10_000)
+        page = (await client.get("/")).text
+        last = (await client.get("/?page=200")).text
+        one = (await client.get("/?q=job-04711")).text
+    assert len(shown_ids(page)) == len(shown_ids(last)) == 50
+    assert "1–50 of 10,000" in page
+    assert shown_ids(one) == ["job-04711"]
+
+
+def test_templates_and_files_of_the_page_are_in_the_package():
+    """An installed agent has its page: what Hatchling packs lies in the package, and nothing is ignored by git."""
+    import tailspan_agent.web
+
+    folder = Path(tailspan_agent.web.__file__).parent
+    assert {"page.css", "page.js", "icon.svg"} <= {path.name for path in (folder / "static").iterdir()}
+    assert {"base.html", "jobs.html", "job.html"} <= {path.name for path in (folder / "templates").iterdir()}

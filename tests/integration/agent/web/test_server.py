@@ -1,0 +1,218 @@
+"""Health, readiness and metrics over real HTTP on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import httpx
+import pytest
+
+from tailspan.errors import ConfigError
+from tailspan_agent.web.server import Guard, StatusServer
+from tailspan_agent.web.session import Session
+
+T = TypeVar("T")
+TOKEN = "s3cret-tökén"
+
+
+def served(
+    visit: Callable[[httpx.AsyncClient, StatusServer], Awaitable[T]],
+    *,
+    problems: list[str] | None = None,
+    **options,
+) -> T:
+    """Start a server on a free port, visit it, stop it."""
+
+    async def main() -> T:
+        server = StatusServer(
+            ("127.0.0.1", 0),
+            metrics=lambda accept: (f"accept {accept}\n".encode(), "text/plain; version=0.0.4; charset=utf-8"),
+            delivery=lambda identity, job_id: {"identity": identity, "job_id": job_id},
+            readiness=lambda: problems or [],
+            **options,
+        )
+        async with server, httpx.AsyncClient(base_url=server.url, trust_env=False) as client:
+            return await visit(client, server)
+
+    return asyncio.run(main())
+
+
+def no_delivery(identity: str, job_id: str) -> dict[str, object]:
+    """Knows no job."""
+    return {}
+
+
+def got(path: str, headers: dict[str, str] | None = None, **options) -> httpx.Response:
+    """Get one page of a server of its own."""
+    return served(lambda client, _: client.get(path, headers=headers), **options)
+
+
+def test_what_programs_ask_for_answers():
+    """Probes, Prometheus and ``tailspan wait`` find what they look for."""
+
+    async def visit(client: httpx.AsyncClient, _: StatusServer) -> dict[str, httpx.Response]:
+        return {path: await client.get(path) for path in ("/delivery", "/healthz", "/readyz", "/metrics", "/none")}
+
+    answers = served(visit)
+    assert {path: answer.status_code for path, answer in answers.items()} == {
+        "/delivery": 200,
+        "/healthz": 200,
+        "/readyz": 200,
+        "/metrics": 200,
+        "/none": 404,
+    }
+    assert answers["/readyz"].text == "ready\n"
+
+
+def test_readyz_says_what_is_wrong_by_code():
+    """A probe gets 503 and an operator sees why; the process itself stays healthy."""
+
+    async def visit(client: httpx.AsyncClient, _: StatusServer) -> tuple[httpx.Response, httpx.Response]:
+        return await client.get("/readyz"), await client.get("/healthz")
+
+    ready, health = served(visit, problems=["endpoint_logs_paused", "lane_stuck"])
+    assert (ready.status_code, ready.text) == (503, "endpoint_logs_paused\nlane_stuck\n")
+    assert health.status_code == 200
+
+
+def test_metrics_are_what_the_accept_header_asks_for():
+    """Content negotiation is the caller's; the content type is passed on as it is."""
+    answer = got("/metrics", {"accept": "application/openmetrics-text"})
+    assert answer.text == "accept application/openmetrics-text\n"
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+
+
+@pytest.mark.parametrize(
+    ("authorization", "status"),
+    [
+        (None, 401),
+        ("", 401),
+        ("Bearer", 401),
+        ("Bearer wrong", 401),
+        (f"Basic {TOKEN}", 401),
+        (f"Bearer {TOKEN}", 200),
+        (f"bearer  {TOKEN}", 200),
+    ],
+)
+@pytest.mark.parametrize("path", ["/delivery", "/metrics"])
+def test_a_token_guards_what_is_not_for_probes(path, authorization, status):
+    """Without the right token there is nothing to read, and no hint of it."""
+    headers = {} if authorization is None else {"authorization": authorization.encode()}
+
+    async def visit(client: httpx.AsyncClient, _: StatusServer) -> httpx.Response:
+        return await client.get(path, headers=headers)  # type: ignore[arg-type]
+
+    answer = served(visit, token=TOKEN)
+    assert answer.status_code == status
+    assert TOKEN not in answer.text
+    assert (answer.headers.get("www-authenticate") == "Bearer") is (status == 401)
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz"])
+def test_probes_need_neither_token_nor_name(path):
+    """A kubelet or a load balancer asks under any name and has no secret."""
+    assert got(path, {"host": "tailspan.example.com"}, token=TOKEN).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed"),
+    [
+        ("localhost", True),
+        ("LOCALHOST:8797", True),
+        ("127.0.0.1:1", True),
+        ("[::1]:8797", True),
+        ("10.1.2.3", True),
+        ("agent.internal:8797", True),
+        ("Agent.Internal.", True),
+        ("evil.example", False),
+        ("localhost.evil.example", False),
+        ("127.0.0.1.evil.example", False),
+        ("agent.internal@evil.example", False),
+        ("", False),
+        ("[::1", False),
+        ("a:b:c", False),
+    ],
+)
+def test_only_known_names_and_addresses_are_answered(host, allowed):
+    """A foreign name that resolves to this machine reads nothing."""
+    refusal = Guard(Session(None), ["agent.internal"]).refusal(host, "")
+    assert (refusal is None) is allowed
+    if refusal:
+        assert refusal.status_code == 421
+
+
+def test_a_foreign_host_header_is_refused_over_http():
+    """The guard stands before the pages, and its words name the key."""
+    answer = got("/metrics", {"host": "evil.example"})
+    assert answer.status_code == 421
+    assert "agent.allowed_hosts" in answer.text
+    assert got("/metrics", {"host": "evil.example"}, allowed_hosts=["evil.example"]).status_code == 200
+
+
+def test_a_busy_port_is_an_error_that_names_the_key():
+    """The agent says at its start which address is taken, before anything is read."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = taken.getsockname()
+        with pytest.raises(ConfigError, match=rf"agent\.listen.*127\.0\.0\.1:{address[1]}.*in use") as caught:
+            StatusServer(address, metrics=lambda _: (b"", ""), readiness=list, delivery=no_delivery)
+    assert caught.value.key == "agent.listen"
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [(("no-such-host.invalid", 0), "no such host"), (("203.0.113.1", 0), "[Cc](an't|annot) assign requested address")],
+)
+def test_an_address_that_is_not_ours_is_an_error(address, reason):
+    """What cannot be listened on is a configuration error with its reason, not a traceback."""
+    with pytest.raises(ConfigError, match=rf"agent\.listen: cannot listen on .*: {reason}"):
+        StatusServer(address, metrics=lambda _: (b"", ""), readiness=list, delivery=no_delivery)
+
+
+def test_signals_are_left_to_the_agent():
+    """The server installs no handlers of its own: the agent drains first."""
+
+    async def visit(client: httpx.AsyncClient, _: StatusServer) -> object:
+        await client.get("/healthz")
+        return signal.getsignal(signal.SIGTERM)
+
+    # asyncio.run has its own handler for SIGINT
+    assert served(visit) == signal.getsignal(signal.SIGTERM)
+
+
+def test_stopping_frees_the_port_although_a_connection_is_open():
+    """A kept-alive connection does not hold up the end, and the next agent can listen there."""
+
+    async def main() -> None:
+        server = StatusServer(
+            ("127.0.0.1", 0),
+            metrics=lambda _: (b"", "text/plain"),
+            readiness=list,
+            delivery=no_delivery,
+        )
+        address = server.address
+        async with httpx.AsyncClient(base_url=server.url, trust_env=False) as client:
+            async with server:
+                assert (await client.get("/healthz")).status_code == 200
+            async with StatusServer(
+                address, metrics=lambda _: (b"", "text/plain"), readiness=lambda: ["new"], delivery=no_delivery
+            ):
+                assert (await client.get("/readyz")).text == "new\n"
+
+    asyncio.run(main())
+
+
+def test_stopping_a_server_that_never_served_is_quick():
+    """An agent that fails while starting leaves no socket behind."""
+
+    async def main() -> tuple[str, int]:
+        async with StatusServer(
+            ("127.0.0.1", 0), metrics=lambda _: (b"", ""), readiness=list, delivery=no_delivery
+        ) as server:
+            return server.address
+
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(asyncio.run(main()))

@@ -1,0 +1,213 @@
+"""Why a job failed, read from its last lines."""
+
+import sys
+import traceback
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tailspan_agent.analysis.failure import Digest, digest_of
+
+
+class OutOfTilesError(Exception):
+    """A module's own exception: its traceback has a dotted name."""
+
+
+def raise_plain() -> None:
+    raise ValueError("no such tile: 7")
+
+
+def raise_without_message() -> None:
+    raise KeyboardInterrupt
+
+
+def raise_own() -> None:
+    raise OutOfTilesError("none left")
+
+
+def raise_local() -> None:
+    class Inner(Exception): ...
+
+    raise Inner("local")
+
+
+def raise_during() -> None:
+    try:
+        raise_plain()
+    except ValueError:
+        raise KeyError("while handling")  # noqa: B904 - the implicit chain is what is tested
+
+
+def raise_from() -> None:
+    try:
+        raise ValueError("first\nof two lines")
+    except ValueError as error:
+        raise RuntimeError("second") from error
+
+
+def raise_recursion() -> None:
+    def again(depth: int) -> None:
+        again(depth + 1)
+
+    again(0)
+
+
+def raise_syntax() -> None:
+    compile("x = = 1", "script.py", "exec")
+
+
+def raise_group() -> None:
+    try:
+        raise_from()
+    except RuntimeError as error:
+        members = [ValueError("a\nb"), ExceptionGroup("in it", [TypeError("t")]), error]
+        raise ExceptionGroup("three went wrong", members)  # noqa: B904 - as above
+
+
+def raise_group_from() -> None:
+    try:
+        raise_group()
+    except ExceptionGroup as group:
+        raise OSError(28, "No space left on device") from group
+
+
+def raise_group_last() -> None:
+    try:
+        raise_plain()
+    except ValueError as error:
+        raise ExceptionGroup("it and another", [error, TypeError()]) from error
+
+
+RAISERS = [
+    raise_plain, raise_without_message, raise_own, raise_local, raise_during, raise_from, raise_recursion, raise_syntax,
+    raise_group, raise_group_from, raise_group_last,
+]  # fmt: skip
+
+
+def python_says(raiser: Callable[[], None]) -> tuple[str, str, str]:
+    """Return type and first line of the message as Python prints them, and the whole traceback."""
+    try:
+        raiser()
+    except BaseException:
+        kind, error, _ = sys.exc_info()
+        assert kind is not None
+        name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+        message = error.msg if isinstance(error, SyntaxError) else str(error)
+        return name, message.split("\n")[0], traceback.format_exc().rstrip("\n")
+    raise AssertionError("it did not raise")
+
+
+@pytest.mark.parametrize("raiser", RAISERS)
+@pytest.mark.parametrize("after", [[], ["", "make: *** [all] Error 1"]])
+def test_what_python_prints_is_found_whole(raiser: Callable[[], None], after: list[str]) -> None:
+    """Type, message and traceback are as Python printed them, chains and groups included, and nothing around them."""
+    name, message, printed = python_says(raiser)
+    digest = digest_of(["starting", "step 1", *printed.splitlines(), *after])
+    assert digest is not None
+    assert (digest.exception_type, digest.message) == (name, message)
+    assert digest.stacktrace == printed
+
+
+@pytest.mark.parametrize("prefix", ["[worker-3] ", "  worker 3 | ", "2024-05-12 12:00:00,123 "])
+@pytest.mark.parametrize("raiser", [raise_from, raise_group, raise_recursion])
+def test_a_prefix_of_constant_width_is_taken_off(prefix: str, raiser: Callable[[], None]) -> None:
+    """Lines that a launcher or container runtime prefixed join into the same traceback."""
+    name, message, printed = python_says(raiser)
+    digest = digest_of([prefix + line for line in printed.splitlines()])
+    assert digest is not None
+    assert (digest.exception_type, digest.message) == (name, message)
+
+
+def test_a_logger_before_the_first_line() -> None:
+    """A traceback whose first line stands behind a logger's prefix is found."""
+    printed = python_says(raise_plain)[2]
+    digest = digest_of(f"2024-05-12 ERROR app: {printed}".splitlines())
+    assert digest is not None
+    assert (digest.exception_type, digest.stacktrace) == ("ValueError", printed)
+
+
+def test_the_last_traceback_wins() -> None:
+    """An exception that was logged and survived is not why the job failed; the last one is, without the first."""
+    first, last = python_says(raise_plain)[2], python_says(raise_own)[2]
+    digest = digest_of([*first.splitlines(), "retrying", "", *last.splitlines()])
+    assert digest is not None
+    assert (digest.message, digest.stacktrace) == ("none left", last)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["Traceback (most recent call last):"],
+        ["Traceback (most recent call last):", "ValueError: no frame"],
+        ["Traceback (most recent call last):", '  File "x.py", line 1, in f'],
+        ["Traceback (most recent call last):", '  File "x.py", line 1, in f', "    f()", "and then it went on"],
+        ["Traceback (most recent call last):", "  File x.py line 1", "ValueError: frame without quotes"],
+        ["the words Traceback (most recent call last): in prose", '  File "x.py", line 1, in f', "ValueError: x"],
+        ["  + Exception Group Traceback (most recent call last):", '  |   File "x.py", line 1', "no name"],
+        ['  File "x.py", line 1, in f', "ValueError: without its first line"],
+        ["ValueError: printed by hand"],
+    ],
+)
+def test_what_only_looks_like_a_traceback(lines: list[str]) -> None:
+    """Without first line, frame and exception it is no traceback: the last lines are what is left to say."""
+    digest = digest_of(lines)
+    assert digest == Digest(exception_type=None, message=lines[-1], stacktrace=None, last_lines=tuple(lines))
+
+
+def test_without_traceback_the_last_lines_count() -> None:
+    """The last twenty lines that are not empty are kept, oldest first, and the last is the message."""
+    digest = digest_of([f"line {number}" for number in range(50)] + ["", "  "])
+    assert digest is not None
+    assert digest.last_lines == tuple(f"line {number}" for number in range(30, 50))
+    assert digest.message == "line 49"
+
+
+@pytest.mark.parametrize("lines", [[], ["", "   "]])
+def test_nothing_said_no_digest(lines: list[str]) -> None:
+    """A job that printed nothing has no digest."""
+    assert digest_of(lines) is None
+
+
+def test_everything_is_bounded() -> None:
+    """However long traceback, message and lines are, what comes out fits a record's attributes (64 KB)."""
+    frames = [line for number in range(900) for line in (f'  File "{"d" * 200}.py", line {number}, in f', "    é()")]
+    error = f"{'n' * 3000}: {'€' * 100_000}"
+    digest = digest_of(["Traceback (most recent call last):", *frames, error])
+    assert digest is not None
+    assert digest.stacktrace is not None
+    assert digest.stacktrace.startswith("Traceback (most recent call last):")
+    assert "the middle is left out" in digest.stacktrace
+    said = (digest.stacktrace, digest.message, digest.exception_type or "")
+    assert sum(len(text.encode()) for text in said) <= 60_000
+    assert sum(len(line.encode()) for line in digest.last_lines) <= 80_000
+
+
+PIECES = st.sampled_from(
+    ["Traceback (most recent call last):", "  + Exception Group Traceback (most recent call last):", "  | ", "    | ",
+     '  File "x.py", line 3, in f', "    code", "ValueError: x", "KeyError", "  +-+---------------- 1 ----------------",
+     "During handling of the above exception, another exception occurred:", "", " ", "x" * 50, ": ", "a.b.", "<locals>"]
+)  # fmt: skip
+
+
+@given(st.lists(st.lists(PIECES | st.text(max_size=5), max_size=4).map("".join), max_size=60))
+def test_any_text_has_a_digest_of_itself(lines: list[str]) -> None:
+    """Whatever was printed: no error, and every line of the digest was printed by the job."""
+    digest = digest_of(lines)
+    assert (digest is None) == (not any(line.strip() for line in lines))
+    if digest is not None and digest.stacktrace is not None:
+        printed = "\n".join(lines)
+        assert all(line in printed for line in digest.stacktrace.split("\n"))
+        assert digest.exception_type is not None
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["Traceback (most recent call last):", "a." * 500_000, "a" * 1_000_000 + "!", "  | " * 250_000, " " * 1_000_000,
+     '  File "' + "x" * 1_000_000],
+)  # fmt: skip
+def test_hostile_lines_are_linear(line: str) -> None:
+    """Long lines of almost the right form are read too; a search that backtracks would not end within the suite."""
+    head = ["Traceback (most recent call last):", '  File "x.py", line 1, in f']
+    assert digest_of([*head, line] * 700) is not None

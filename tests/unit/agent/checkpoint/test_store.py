@@ -1,0 +1,370 @@
+"""The checkpoint store: what was acked survives, what is damaged heals, what is newer stays untouched."""
+
+from __future__ import annotations
+
+import os
+import random
+import sqlite3
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tailspan_agent.analysis.run_totals import RunTotals
+from tailspan_agent.checkpoint.database import SCHEMA_VERSION, lock_holder
+from tailspan_agent.checkpoint.store import Ack, Checkpoint, OutboxSpan, Store, read_checkpoint
+from tailspan_agent.errors import CheckpointError
+
+FACTS = '{"first_seen_ns":1}'
+MANY = 2000
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    """An open store."""
+    store = Store(tmp_path)
+    yield store
+    store.close()
+
+
+def add(store: Store, job_id: str = "j1", identity: str = "id") -> Checkpoint:
+    return store.add_job(identity, job_id, "etl", backfill=False, ledger=FACTS)
+
+
+def again(store: Store) -> Store:
+    """Close it and open it anew."""
+    store.close()
+    return Store(store.path.parent)
+
+
+def spans(key: int, *ids: str, data: bytes = b"span") -> list[OutboxSpan]:
+    return [OutboxSpan(key, span_id, b"resource", data) for span_id in ids]
+
+
+def test_what_was_acked_survives(tmp_path: Path) -> None:
+    """Cursor, facts, instance id and the start of counting are the same after a restart."""
+    store = Store(tmp_path)
+    key = add(store).key
+    store.ack([Ack(key, b"cursor 1", FACTS), Ack(key, b"cursor 2", '{"first_seen_ns":2}')])
+    before = (store.instance_id, store.start_unix_nano)
+    store = again(store)
+    assert store.job("id", "j1") == Checkpoint(
+        key, "etl", False, b"cursor 2", '{"first_seen_ns":2}', False, False, False
+    )
+    assert (store.instance_id, store.start_unix_nano, store.recovered) == (*before, None)
+    store.close()
+
+
+def test_a_killed_process_loses_no_ack(tmp_path: Path) -> None:
+    """SIGKILL right after an ack: the ack is there, and the directory is free."""
+    code = (
+        "import os, sys\nfrom pathlib import Path\nfrom tailspan_agent.checkpoint.store import Ack, Store\n"
+        "store = Store(Path(sys.argv[1]))\n"
+        "job = store.add_job('id', 'j1', 'etl', backfill=True, ledger='{}')\n"
+        "store.ack([Ack(job.key, b'here', '{}', {7: (1, 2**64 - 1)})])\nos.kill(os.getpid(), 9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -9
+    with closing(Store(tmp_path)) as store:
+        job = store.job("id", "j1")
+        assert job is not None
+        assert (job.cursor, job.backfill) == (b"here", True)
+        assert store.seconds(job.key) == {7: (1, 2**64 - 1)}
+
+
+def test_a_job_is_known_by_identity_and_id(store: Store) -> None:
+    """Equal ids at two services are two jobs; adding a known one changes nothing."""
+    one, other = add(store), add(store, identity="other")
+    assert one.key != other.key
+    store.ack([Ack(one.key, b"x", FACTS)])
+    assert store.add_job("id", "j1", "renamed", backfill=True, ledger="{}") == store.job("id", "j1")
+    assert store.job("id", "j2") is None
+
+
+def test_an_ack_without_cursor_leaves_it(store: Store) -> None:
+    """Late lines are behind the cursor: their ack stores facts only."""
+    key = add(store).key
+    store.ack([Ack(key, b"here", FACTS)])
+    store.ack([Ack(key, None, '{"first_seen_ns":9}')])
+    job = store.job("id", "j1")
+    assert job is not None
+    assert (job.cursor, job.ledger) == (b"here", '{"first_seen_ns":9}')
+
+
+def test_seconds_add_up_modulo_2_to_64(store: Store) -> None:
+    """Counts and sums of uids are added, taken away, and gone with the end of the job."""
+    key = add(store).key
+    store.ack([Ack(key, b"1", FACTS, {5: (2, 2**64 - 1), 6: (1, 3)}), Ack(key, b"2", FACTS, {5: (1, 2)})])
+    assert store.seconds(key) == {5: (3, 1), 6: (1, 3)}
+    store.ack([Ack(key, None, FACTS, {5: (-1, 2**64 - 2)})])
+    assert store.seconds(key)[5] == (2, 2**64 - 1)
+    store.complete_logs(key)
+    assert store.seconds(key) == {}
+
+
+def test_acks_are_one_transaction(store: Store) -> None:
+    """An ack that cannot be written takes those of its batch with it: no cursor runs ahead of its sums."""
+    key = add(store).key
+    with pytest.raises(ZeroDivisionError):
+        store.ack(ack for ack in [Ack(key, b"1", FACTS, {5: (1, 1)}), 1 / 0])  # type: ignore[list-item]
+    job = store.job("id", "j1")
+    assert job is not None
+    assert (job.cursor, store.seconds(key)) == (None, {})
+
+
+def test_a_span_stays_as_it_was_first_written(store: Store) -> None:
+    """Written twice it is sent as it was first, acked it is not sent again; oldest jobs come first."""
+    late, early = add(store, "late").key, add(store, "early").key
+    store.add_spans(early, spans(early, "s1"))
+    store.add_spans(late, spans(late, "s1", "s2"))
+    assert store.add_spans(late, spans(late, "s2", "s3", data=b"other")) == 1
+    unsent = store.unsent_spans(10)
+    assert [(span.job, span.span_id, span.span) for span in unsent] == [
+        (late, "s1", b"span"),
+        (late, "s2", b"span"),
+        (late, "s3", b"other"),
+        (early, "s1", b"span"),
+    ]
+    store.ack_spans(unsent[:2])
+    assert len(store.unsent_spans(10)) == 2
+    assert store.add_spans(late, spans(late, "s1")) == 0
+    assert len(store.unsent_spans(1)) == 1
+
+
+def test_a_run_counts_once(tmp_path: Path) -> None:
+    """The end of a job writes spans and totals together, the first time only, and over restarts."""
+    store = Store(tmp_path)
+    key = add(store).key
+    totals = RunTotals("etl", "failure", "exit 3").add(12.0, trace_id="0a" * 16, span_id="0b" * 8, time_unix_nano=5)
+    assert store.end_job(key, spans(key, "run"), totals)
+    store = again(store)
+    assert not store.end_job(key, spans(key, "run", "more"), totals.add(1.0))
+    assert store.runs() == [totals]
+    assert [span.span_id for span in store.unsent_spans(9)] == ["run"]
+    store.close()
+
+
+def test_unfinished_jobs_are_those_with_work_left(store: Store) -> None:
+    """A job is finished when its run is counted and its log is complete."""
+    keys = {name: add(store, name).key for name in ("new", "ended", "read", "done")}
+    for name in ("ended", "done"):
+        store.end_job(keys[name], [], RunTotals("etl", "success"))
+    for name in ("read", "done"):
+        store.complete_logs(keys[name])
+    assert [job_id for job_id, _ in store.unfinished_jobs("id")] == ["new", "ended", "read"]
+    assert store.finished_jobs("id") == {"done"}
+    assert store.finished_jobs("other") == set()
+
+
+def test_names_are_cached(store: Store) -> None:
+    """Names are kept per service; the last one counts."""
+    store.add_name("id", "j1", "old")
+    store.add_name("id", "j1", "new")
+    store.add_name("other", "j2", "x")
+    assert store.names("id") == {"j1": "new"}
+
+
+def test_old_jobs_are_forgotten(store: Store) -> None:
+    """Jobs without change for long go, with all that belongs to them; runs stay counted."""
+    key = add(store, "old").key
+    store.ack([Ack(key, b"1", FACTS, {5: (1, 1)})])
+    store.add_name("id", "old", "etl")
+    sent = spans(key, "s1")
+    store.add_spans(key, sent)
+    store.end_job(key, [], RunTotals("etl", "success").add(1.0))
+    assert store.forget(3600) == 0
+    assert store.forget(-1) == 0, "an unsent span keeps its job"
+    store.ack_spans(sent)
+    assert store.forget(-1, keep={"old"}) == 0, "a job that is followed is kept however silent it is"
+    assert store.forget(-1) == 1
+    assert (store.job("id", "old"), store.names("id"), store.seconds(key)) == (None, {}, {})
+    assert [total.count for total in store.runs()] == [1]
+
+
+def test_without_traces_unsent_spans_keep_nothing(store: Store) -> None:
+    """Where traces are not sent the store must not grow for ever."""
+    key = add(store).key
+    store.add_spans(key, spans(key, "s1"))
+    assert store.forget(-1, keep_unsent=False) == 1
+    assert store.unsent_spans(9) == []
+
+
+def test_another_process_can_look(store: Store) -> None:
+    """`agent verify` reads beside the running agent; a directory without a store knows no job."""
+    key = add(store).key
+    store.ack([Ack(key, b"1", FACTS)])
+    assert read_checkpoint(store.path.parent, "id", "j1") == store.job("id", "j1")
+    assert read_checkpoint(store.path.parent, "id", "j2") is None
+    assert read_checkpoint(store.path.parent / "nowhere", "id", "j1") is None
+
+
+def test_looking_at_a_damaged_store_is_an_error(tmp_path: Path) -> None:
+    """A file that is none is said to be unreadable, and not changed."""
+    (tmp_path / "checkpoints.db").write_bytes(b"x" * 5000)
+    with pytest.raises(CheckpointError, match="cannot read"):
+        read_checkpoint(tmp_path, "id", "j1")
+    assert (tmp_path / "checkpoints.db").read_bytes() == b"x" * 5000
+
+
+def test_one_agent_per_directory(store: Store) -> None:
+    """The second is told who holds it; the holder is found by its lock, and gone with it."""
+    with pytest.raises(CheckpointError, match=rf"in use by agent pid {os.getpid()} on "):
+        Store(store.path.parent)
+    assert lock_holder(store.path.parent) == os.getpid()
+    reopened = again(store)
+    reopened.close()
+    assert lock_holder(store.path.parent) is None
+    assert lock_holder(store.path.parent / "nowhere") is None
+    store.__init__(store.path.parent)  # type: ignore[misc]
+
+
+def test_a_store_is_private(store: Store) -> None:
+    """Cursors and names are nobody else's business."""
+    assert stat.S_IMODE(store.path.stat().st_mode) == 0o600
+
+
+def test_a_directory_that_cannot_be_used_is_said(tmp_path: Path) -> None:
+    """A file in its place."""
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"cannot use agent\.state_dir"):
+        Store(tmp_path / "file")
+
+
+def test_a_newer_version_is_left_untouched(tmp_path: Path) -> None:
+    """Whatever a newer Tailspan wrote there, with what is not yet in the main file: not a byte changes."""
+    store = Store(tmp_path)
+    add(store)
+    store.close()
+    with closing(sqlite3.connect(store.path, isolation_level=None)) as newer:
+        newer.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+        newer.execute("CREATE TABLE novelty (x)")
+        before = {path.name: path.read_bytes() for path in tmp_path.glob("checkpoints.db*") if "shm" not in path.name}
+        assert len(before) == 2, "what this is about: a write-ahead log beside the file"
+        with pytest.raises(CheckpointError, match="made by a newer Tailspan"):
+            Store(tmp_path)
+        assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    with pytest.raises(CheckpointError, match="made by a newer Tailspan"):
+        Store(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The bytes of a store with many jobs."""
+    directory = tmp_path_factory.mktemp("many")
+    store = Store(directory)
+    with closing(sqlite3.connect(store.path)) as db, db:
+        db.executemany(
+            "INSERT INTO jobs (identity, job_id, name, backfill, cursor, facts, updated_s) VALUES (?,?,?,?,?,?,?)",
+            [("id", f"j{number}", "etl", 0, b"%d" % number, FACTS, time.time()) for number in range(MANY)],
+        )
+    store.close()
+    return store.path.read_bytes()
+
+
+@pytest.mark.parametrize("part", [0, 1, 50, 100, 4095, 4096, 4097, 0.5, 0.9])
+def test_a_file_that_was_cut_off_heals(tmp_path: Path, many: bytes, part: float) -> None:
+    """No crash loop: what is left is salvaged, the damaged file is set aside, and it is said."""
+    size = int(part * len(many)) if isinstance(part, float) else part
+    (tmp_path / "checkpoints.db").write_bytes(many[:size])
+    with closing(Store(tmp_path)) as store:
+        assert store.recovered
+        known = dict(store.unfinished_jobs("id"))
+        assert len(known) >= (MANY * part * 0.6 if isinstance(part, float) else 0)
+        assert all(store.job("id", job_id).cursor == job_id[1:].encode() for job_id in list(known)[:50])
+        add(store, "new")
+    aside = list(tmp_path.glob("checkpoints.corrupt-*.db"))
+    assert len(aside) == (size > 1)
+    with closing(Store(tmp_path)) as store:
+        assert store.recovered is None
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_damaged_file_heals(tmp_path: Path, many: bytes, seed: int) -> None:
+    """Whatever bytes are overwritten, the store opens, knows no cursor that is not its job's, and takes new ones."""
+    chance = random.Random(seed)
+    damaged = bytearray(many)
+    for _ in range(chance.choice([1, 3, 30])):
+        start, length = chance.randrange(len(damaged)), chance.choice([1, 8, 600])
+        damaged[start : start + length] = chance.randbytes(length)
+    (tmp_path / "checkpoints.db").write_bytes(damaged)
+    with closing(Store(tmp_path)) as store:
+        store.unfinished_jobs("id")
+        store.runs()
+        store.unsent_spans(10)
+        store.forget(3600)
+        assert store.job("id", add(store, "new").name) is None
+
+
+def test_a_flipped_bit_in_totals_costs_only_these(tmp_path: Path) -> None:
+    """Totals that cannot be read are left out; the others count on."""
+    store = Store(tmp_path)
+    for name in ("good", "bad"):
+        key = add(store, name).key
+        store.end_job(key, [], RunTotals(name, "success").add(1.0))
+    store.close()
+    with closing(sqlite3.connect(store.path)) as db, db:
+        db.execute("UPDATE runs SET buckets = '[oops' WHERE pipeline = 'bad'")
+    with closing(Store(tmp_path)) as store:
+        assert [total.pipeline for total in store.runs()] == ["good"]
+
+
+def test_a_disk_that_refuses_is_an_error_of_the_store(store: Store) -> None:
+    """Reads and writes that fail say so in one kind of error, and leave what was there."""
+    key = add(store).key
+    with closing(sqlite3.connect(store.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        for write in (
+            lambda: store.ack([Ack(key, b"x", FACTS)]),
+            lambda: store.complete_logs(key),
+            lambda: store.add_name("id", "j1", "x"),
+            lambda: store.forget(-1),
+        ):
+            with pytest.raises(CheckpointError, match="cannot write the checkpoint store"):
+                write()
+        assert store.job("id", "j1") == Checkpoint(key, "etl", False, None, FACTS, False, False, False)
+        assert (store.refused, store.usable()) == (True, False)
+    assert (store.usable(), store.refused) == (True, False)
+    store.ack([Ack(key, b"x", FACTS)])
+
+
+def test_a_store_that_was_taken_away_is_said(store: Store) -> None:
+    """SQLite would write on into a file that nobody finds again; one that is put back is used again."""
+    key = add(store).key
+    aside = store.path.with_name("aside.db")
+    store.path.rename(aside)
+    for in_its_place in (lambda: None, store.path.touch):
+        in_its_place()
+        with pytest.raises(CheckpointError, match="was removed or replaced under a running agent: put it back"):
+            store.ack([Ack(key, b"x", FACTS)])
+        assert not store.usable()
+    aside.replace(store.path)
+    assert store.usable()
+    store.ack([Ack(key, b"x", FACTS)])
+    assert store.job("id", "j1").cursor == b"x"
+
+
+def test_a_job_that_may_still_be_late_is_not_finished(store: Store) -> None:
+    """Its lines are complete, and a restart looks at it again; when its time is over it needs no more work."""
+    key = add(store).key
+    store.end_job(key, [], RunTotals("etl", "success").add(1.0))
+    store.ack([Ack(key, b"x", FACTS, {7: (1, 5)})])
+    store.complete_logs(key, late=True)
+    assert (store.finished_jobs("id"), store.unfinished_jobs("id")) == (set(), [("j1", "etl")])
+    assert store.seconds(key) == {7: (1, 5)}
+    found = store.job("id", "j1")
+    assert (found.logs_complete, found.late, found.ended) == (True, True, True)
+    store.complete_logs(key)
+    assert (store.finished_jobs("id"), store.unfinished_jobs("id"), store.seconds(key)) == ({"j1"}, [], {})
+
+
+def test_names_are_forgotten_too(store: Store) -> None:
+    """Also those of jobs that were never followed, of a service that nobody watches any more."""
+    store.add_name("gone", "j1", "etl")
+    store.forget(3600)
+    assert store.names("gone") == {"j1": "etl"}
+    store.forget(-1)
+    assert store.names("gone") == {}

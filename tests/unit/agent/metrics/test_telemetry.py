@@ -1,0 +1,491 @@
+"""The metrics of jobs and of the agent, as OTLP and as Prometheus text."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+import pytest
+from opentelemetry import metrics as otel_metrics
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from tailspan.errors import ConfigError, ServiceUnavailableError
+from tailspan.models import JobState, RunResponse
+from tailspan_agent.analysis.run_totals import BOUNDS_S, OTHER_PIPELINES, PipelineNames, RunTotals
+from tailspan_agent.exporter.outcome import Delivered, EndpointFault, Outcome, Rejected, Retry, TooLarge
+from tailspan_agent.metrics.telemetry import (
+    AgentMetrics,
+    JobSnapshot,
+    MetricsPush,
+    Telemetry,
+    agent_resource,
+    export_interval_s,
+)
+
+NOW_S = 1_800_000_000
+NOW_NS = NOW_S * 10**9
+START_NS = 1_700_000_000 * 10**9
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+SPAN = "b7ad6b7169203331"
+OPENMETRICS = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
+
+
+class World:
+    """What telemetry looks at, to be changed by a test."""
+
+    def __init__(self, *, limit: int = 200, run_id_on_metrics: bool = False) -> None:
+        self.now_s = float(NOW_S)
+        self.runs: list[RunTotals] = []
+        self.jobs: list[JobSnapshot] = []
+        self.agent = AgentMetrics(
+            agent_resource("tailspan-agent", "c0ffee", {"deployment.environment.name": "prod", "service.name": "no"}),
+            clock_s=lambda: self.now_s,
+        )
+        self.telemetry = Telemetry(
+            self.agent,
+            runs=lambda: self.runs,
+            jobs=lambda: self.jobs,
+            names=PipelineNames(limit),
+            start_unix_nano=START_NS,
+            run_id_on_metrics=run_id_on_metrics,
+            clock_ns=lambda: int(self.now_s * 10**9),
+        )
+
+    def request(self) -> ExportMetricsServiceRequest:
+        """Decode what would be sent."""
+        return ExportMetricsServiceRequest.FromString(self.telemetry.metrics_request()[0])
+
+    def metric(self, name: str):
+        """Return one metric of what would be sent; None where there is none."""
+        (resource,) = self.request().resource_metrics
+        found = [metric for scope in resource.scope_metrics for metric in scope.metrics if metric.name == name]
+        assert len(found) <= 1
+        return found[0] if found else None
+
+    def values(self, name: str) -> dict[tuple[str, ...], float]:
+        """Return a metric's numbers by attribute values, these in the order of attribute names."""
+        metric = self.metric(name)
+        if metric is None:
+            return {}
+        data = getattr(metric, metric.WhichOneof("data"))
+        return {
+            tuple(a.value.string_value for a in sorted(point.attributes, key=lambda each: each.key)): getattr(
+                point, point.WhichOneof("value")
+            )
+            for point in data.data_points
+        }
+
+    def families(self, accept: str = ""):
+        """Parse the Prometheus text by name of family."""
+        text, content_type = self.telemetry.prometheus_text(accept)
+        parse = parse_openmetrics if "openmetrics" in content_type else parse_text
+        return {family.name: family for family in parse(text.decode())}
+
+
+def job(
+    job_id: str = "j1", name: str = "etl", state: JobState = JobState.RUNNING, service: str = "local", **fields
+) -> JobSnapshot:
+    """Make a followed job."""
+    lines = {key: fields.pop(key) for key in ("first_line_unix_nano", "last_line_unix_nano") if key in fields}
+    status = RunResponse.from_state(state, job_id=job_id, job_name=name, identity="i", trace_id=TRACE, **fields)
+    return JobSnapshot(service=service, status=status, **lines)
+
+
+def failed_runs() -> RunTotals:
+    """Two failed runs, one with a trace."""
+    totals = RunTotals("etl", "failure", "KeyError").add(3.0, trace_id=TRACE, span_id=SPAN, time_unix_nano=NOW_NS)
+    return totals.add(20_000.0)
+
+
+def test_resource_is_the_agent_itself():
+    """The agent's name and its store's id identify the metrics, whatever the configuration adds."""
+    (resource,) = World().request().resource_metrics
+    attributes = {each.key: each.value.string_value for each in resource.resource.attributes}
+    assert attributes.pop("service.version")
+    assert attributes == {
+        "service.name": "tailspan-agent",
+        "service.instance.id": "c0ffee",
+        "deployment.environment.name": "prod",
+    }
+
+
+def test_run_duration_is_the_stores_histogram():
+    """Bounds, counts, sum, start time and exemplar go out as the store has them, cumulative."""
+    world = World()
+    world.runs = [failed_runs()]
+    metric = world.metric("cicd.pipeline.run.duration")
+    assert metric.unit == "s"
+    assert metric.histogram.aggregation_temporality == 2
+    (point,) = metric.histogram.data_points
+    assert {each.key: each.value.string_value for each in point.attributes} == {
+        "cicd.pipeline.name": "etl",
+        "cicd.pipeline.run.state": "executing",
+        "cicd.pipeline.result": "failure",
+        "error.type": "KeyError",
+    }
+    assert tuple(point.explicit_bounds) == BOUNDS_S
+    assert (point.count, point.sum, list(point.bucket_counts)) == (2, 20_003.0, [0, 0, 1, *[0] * 12, 1])
+    assert (point.start_time_unix_nano, point.time_unix_nano) == (START_NS, NOW_NS)
+    assert not point.HasField("min")
+    (exemplar,) = point.exemplars
+    assert (exemplar.trace_id.hex(), exemplar.span_id.hex(), exemplar.as_double) == (TRACE, SPAN, 3.0)
+
+
+def test_errors_count_runs_that_have_an_error_type():
+    """Failures and lost jobs count as errors, by type; successes and cancellations do not."""
+    world = World()
+    world.runs = [
+        failed_runs(),
+        RunTotals("etl", "error", "lost").add(1),
+        RunTotals("etl", "success").add(1),
+        RunTotals("etl", "cancellation").add(1),
+    ]
+    assert world.values("cicd.pipeline.run.errors") == {("etl", "KeyError"): 2, ("etl", "lost"): 1}
+    assert world.metric("cicd.pipeline.run.errors").sum.is_monotonic
+
+
+def test_the_age_of_the_last_end_is_told_by_result():
+    """A run that ended is recent at once, whatever its counter said before; another's error type does not hide it."""
+    world = World()
+    ended = {"trace_id": TRACE, "span_id": SPAN}
+    world.runs = [
+        RunTotals("etl", "failure", "KeyError").add(3, **ended, time_unix_nano=NOW_NS - 90 * 10**9),
+        RunTotals("etl", "failure", "OSError").add(900, **ended, time_unix_nano=NOW_NS - 30 * 10**9),
+        RunTotals("etl", "success").add(3, **ended, time_unix_nano=NOW_NS + 10**9),
+        RunTotals("load", "success").add(3),
+    ]
+    ages = {("etl", "failure"): 30, ("etl", "success"): 0}
+    assert world.values("tailspan.pipeline.last_end.age") == ages
+
+
+def test_active_says_zero_for_known_names():
+    """A pipeline that is idle is 0, not absent, also when it is known from the store only."""
+    world = World()
+    world.runs = [failed_runs()]
+    world.jobs = [job("1", "load"), job("2", "load", JobState.PENDING), job("3", "load", JobState.UNKNOWN)]
+    expected = {("etl", "pending"): 0, ("etl", "executing"): 0, ("etl", "finalizing"): 0}
+    busy = {("load", "pending"): 1, ("load", "executing"): 2, ("load", "finalizing"): 0}
+    assert world.values("cicd.pipeline.run.active") == expected | busy
+    assert not world.metric("cicd.pipeline.run.active").sum.is_monotonic
+    world.jobs = [job("1", "load", JobState.SUCCEEDED)]
+    assert world.values("cicd.pipeline.run.active")["load", "finalizing"] == 1
+    world.jobs = []
+    assert sum(world.values("cicd.pipeline.run.active").values()) == 0
+
+
+def test_names_past_the_cap_are_folded_together():
+    """Runs and jobs beyond the cap add up in one series; none is lost."""
+    world = World(limit=1)
+    world.jobs = [job("1", "a"), job("2", "b")]
+    world.runs = [RunTotals(name, "success").add(1) for name in "abc"]
+    counts = {
+        point.attributes[0].value.string_value: point.count
+        for point in world.metric("cicd.pipeline.run.duration").histogram.data_points
+    }
+    assert counts == {"a": 1, OTHER_PIPELINES: 2}
+    assert world.values("cicd.pipeline.run.active")[OTHER_PIPELINES, "executing"] == 1
+
+
+def test_gauges_of_running_jobs_join_by_pipeline():
+    """Without run ids tasks add up and the largest age is said; finished jobs leave nothing behind."""
+    world = World()
+    world.jobs = [
+        job("1", total_tasks=10, finished_tasks=4, last_heartbeat=datetime.fromtimestamp(NOW_S - 5, UTC)),
+        job(
+            "2",
+            total_tasks=5,
+            finished_tasks=5,
+            first_line_unix_nano=NOW_NS - 90 * 10**9,
+            last_line_unix_nano=NOW_NS - 30 * 10**9,
+        ),
+        job("3", first_line_unix_nano=NOW_NS, last_line_unix_nano=NOW_NS),
+    ]
+    assert world.values("tailspan.job.tasks.finished") == {("etl",): 9}
+    assert world.values("tailspan.job.tasks.total") == {("etl",): 15}
+    assert world.values("tailspan.job.heartbeat.age") == {("etl",): 5.0}
+    assert world.values("tailspan.job.last_line.age") == {("etl",): 30.0}
+    assert world.values("tailspan.job.exec_time") == {("etl",): 60.0}
+    world.jobs = [job("1", state=JobState.SUCCEEDED, total_tasks=10, last_line_unix_nano=NOW_NS)]
+    assert world.values("tailspan.job.tasks.total") == {}
+    assert world.values("tailspan.job.last_line.age") == {}
+
+
+@pytest.mark.parametrize("run_id_on_metrics", [True, False])
+def test_run_ids_are_on_gauges_only_where_asked_for(run_id_on_metrics):
+    """A series per run is a choice, and never one for the counts of ended runs."""
+    world = World(run_id_on_metrics=run_id_on_metrics)
+    world.jobs = [job("run-17", total_tasks=1), job("run-18", total_tasks=1)]
+    world.runs = [failed_runs()]
+    assert (world.values("tailspan.job.tasks.total") == {("etl", "run-17"): 1, ("etl", "run-18"): 1}) is (
+        run_id_on_metrics
+    )
+    assert (b"run-17" in world.telemetry.metrics_request()[0]) is run_id_on_metrics
+
+
+def test_agent_counts_what_it_is_told():
+    """Each call of a tailer ends up in the counter of its service."""
+    world = World()
+    agent = world.agent
+    agent.know_service("local")
+    agent.polled("fused", 3)
+    agent.poll_failed("fused", ServiceUnavailableError("down"))
+    agent.records_read("fused", 10, dropped=2, redactions=3, late=1)
+    agent.records_acked("fused", 4, NOW_NS)
+    agent.records_rejected("fused", 1, "invalid")
+    agent.records_abandoned("fused", 2)
+    agent.gap("fused")
+    agent.export_failed("logs", "unavailable")
+    assert world.values("tailspan.agent.polls") == {("local",): 0, ("fused",): 3}
+    assert world.values("tailspan.agent.poll.errors") == {("ServiceUnavailableError", "fused"): 1}
+    assert world.values("tailspan.agent.records.read") == {("local",): 0, ("fused",): 10}
+    assert world.values("tailspan.agent.records.acked") == {("local",): 0, ("fused",): 4}
+    assert world.values("tailspan.agent.records.rejected") == {("invalid", "fused"): 1}
+    assert world.values("tailspan.agent.records.dropped") == {("min_severity", "fused"): 2}
+    assert world.values("tailspan.agent.records.in_flight") == {("local",): 0, ("fused",): 3}
+    assert world.values("tailspan.agent.redactions") == {("local",): 0, ("fused",): 3}
+    assert world.values("tailspan.agent.lines.late") == {("local",): 0, ("fused",): 1}
+    assert world.values("tailspan.agent.gaps") == {("local",): 0, ("fused",): 1}
+    assert world.values("tailspan.agent.export.errors") == {("unavailable", "logs"): 1}
+
+
+def test_lag_and_checkpoint_age_grow_with_the_clock():
+    """Ages are those of the moment of asking; lag is silent for a service without jobs to follow."""
+    world = World()
+    world.agent.records_acked("local", 1, NOW_NS - 10**9)
+    world.agent.records_acked("local", 1, NOW_NS - 5 * 10**9)
+    assert world.values("tailspan.agent.lag") == {}
+    world.jobs = [job()]
+    assert world.values("tailspan.agent.lag") == {("local",): 1.0}
+    world.now_s += 60
+    assert world.values("tailspan.agent.lag") == {("local",): 61.0}
+    assert world.values("tailspan.agent.checkpoint.age") == {(): 60.0}
+    world.agent.checkpointed()
+    assert world.values("tailspan.agent.checkpoint.age") == {(): 0.0}
+
+
+def test_the_agent_says_who_it_is_and_since_when():
+    """An alert that it is down needs its name on the series itself, the same after a restart elsewhere."""
+    world = World()
+    world.now_s += 60
+    (point,) = world.metric("tailspan.agent.uptime").gauge.data_points
+    labels = {each.key: each.value.string_value for each in point.attributes}
+    assert point.as_double == 60
+    assert labels["tailspan.agent.id"] == "c0ffee"
+    assert labels["host.name"]
+    assert labels["tailspan.agent.version"]
+
+
+def test_jobs_followed_falls_back_to_zero():
+    """A service whose last job has ended says 0 and does not keep its last number."""
+    world = World()
+    world.jobs = [job("1"), job("2"), job("3", service="fused")]
+    assert world.values("tailspan.agent.jobs.followed") == {("local",): 2, ("fused",): 1}
+    world.jobs = [job("3", service="fused")]
+    assert world.values("tailspan.agent.jobs.followed") == {("local",): 0, ("fused",): 1}
+
+
+def test_the_global_meter_provider_is_left_alone():
+    """Whoever imports the agent keeps their own metrics."""
+    before = otel_metrics.get_meter_provider()
+    World().request()
+    assert otel_metrics.get_meter_provider() is before
+
+
+def test_data_points_are_counted():
+    """The exporter is told how many data points the request holds."""
+    world = World()
+    world.runs = [failed_runs()]
+    payload, count = world.telemetry.metrics_request()
+    (resource,) = ExportMetricsServiceRequest.FromString(payload).resource_metrics
+    metrics = [metric for scope in resource.scope_metrics for metric in scope.metrics]
+    assert count == sum(len(getattr(metric, metric.WhichOneof("data")).data_points) for metric in metrics) > 0
+
+
+@pytest.mark.parametrize("accept", ["", OPENMETRICS])
+def test_prometheus_names_are_those_of_its_own_otlp_receiver(accept):
+    """The text parses, and dashboards find the same names as over OTLP."""
+    world = World()
+    world.runs = [failed_runs()]
+    world.jobs = [job(total_tasks=3, last_line_unix_nano=NOW_NS)]
+    world.agent.records_read("local", 7)
+    world.agent.endpoint("logs", False)
+    samples = {
+        (sample.name, sample.labels.get("le")): sample
+        for family in world.families(accept).values()
+        for sample in family.samples
+    }
+    assert samples["cicd_pipeline_run_duration_seconds_count", None].value == 2
+    assert samples["cicd_pipeline_run_duration_seconds_sum", None].value == 20_003
+    assert samples["cicd_pipeline_run_duration_seconds_bucket", "2.0"].value == 0
+    assert samples["cicd_pipeline_run_duration_seconds_bucket", "4.0"].value == 1
+    assert samples["cicd_pipeline_run_duration_seconds_bucket", "+Inf"].value == 2
+    assert samples["cicd_pipeline_run_errors_total", None].labels == {
+        "cicd_pipeline_name": "etl",
+        "error_type": "KeyError",
+    }
+    assert samples["cicd_pipeline_run_active", None].labels["cicd_pipeline_run_state"] == "finalizing"
+    assert samples["tailspan_job_tasks_total", None].value == 3
+    assert samples["tailspan_job_last_line_age_seconds", None].value == 0
+    assert samples["tailspan_agent_records_read_total", None].value == 7
+    assert samples["tailspan_agent_endpoint_up", None].value == 0
+    assert samples["target_info", None].labels["service_instance_id"] == "c0ffee"
+
+
+def test_exemplars_are_in_openmetrics_only():
+    """The plain format cannot carry them; in OpenMetrics each lies on its own bucket."""
+    world = World()
+    world.runs = [failed_runs().add(30_000, trace_id=TRACE[::-1], span_id=SPAN, time_unix_nano=NOW_NS)]
+    assert TRACE.encode() not in world.telemetry.prometheus_text()[0]
+    found = {
+        sample.labels["le"]: (
+            sample.exemplar.labels["trace_id"],
+            sample.exemplar.value,
+            float(sample.exemplar.timestamp),
+        )
+        for sample in world.families(OPENMETRICS)["cicd_pipeline_run_duration_seconds"].samples
+        if sample.exemplar
+    }
+    assert found == {"4.0": (TRACE, 3.0, NOW_S), "+Inf": (TRACE[::-1], 30_000.0, NOW_S)}
+
+
+def test_hostile_values_break_neither_form():
+    """Names with quotes, line breaks and lone surrogates, and numbers past 64 bits, do not end the metrics."""
+    world = World(run_id_on_metrics=True)
+    world.jobs = [job("j1", name='a"b\\c\nd\ud800', total_tasks=10**400, finished_tasks=10**30)]
+    world.agent.poll_failed("s\ud800", ValueError())
+    assert world.metric("tailspan.job.tasks.total") is not None
+    sample = world.families()["tailspan_job_tasks_finished"].samples[0]
+    assert sample.labels["cicd_pipeline_name"] == 'a"b\\c\nd?'
+    assert math.isfinite(sample.value)
+
+
+class ScriptedExporter:
+    """Answers in turn, then takes everything; keeps what it was given."""
+
+    def __init__(self, *outcomes: Outcome) -> None:
+        self.outcomes = list(outcomes)
+        self.sent: list[tuple[bytes, int]] = []
+        self.called = asyncio.Event()
+
+    async def export(self, payload: bytes, count: int) -> Outcome:
+        """Take one request."""
+        self.sent.append((payload, count))
+        self.called.set()
+        return self.outcomes.pop(0) if self.outcomes else Delivered()
+
+
+def exported(world: World, outcomes: Sequence[Outcome]) -> list[bool]:
+    """Export once per outcome."""
+
+    async def main() -> list[bool]:
+        push = MetricsPush(world.telemetry, world.agent, ScriptedExporter(*outcomes))
+        return [await push.export() for _ in outcomes]
+
+    return asyncio.run(main())
+
+
+def test_export_counts_failures_and_says_each_change_once(caplog):
+    """A failure is counted by kind and logged when it begins and ends, not at each interval."""
+    caplog.set_level("INFO")
+    world = World()
+    down = Retry("connection refused")
+    outcomes = [Delivered(), down, down, EndpointFault("HTTP 404"), Rejected(3, "odd"), TooLarge("413"), Delivered()]
+    assert exported(world, outcomes) == [True, False, False, False, False, False, True]
+    assert world.values("tailspan.agent.export.errors") == {
+        ("unavailable", "metrics"): 2,
+        ("endpoint_fault", "metrics"): 1,
+        ("invalid", "metrics"): 1,
+        ("too_large", "metrics"): 1,
+    }
+    assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == [
+        "connection refused",
+        "HTTP 404",
+        "odd",
+        "413",
+        "metrics are taken again",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "up"),
+    [(Delivered("hm"), 1), (Rejected(1, "odd"), 1), (Retry("no"), 0), (EndpointFault("HTTP 404"), 0)],
+)
+def test_endpoint_up_follows_the_last_export(outcome, up):
+    """An endpoint that refuses a batch is up; one that cannot be reached or knows no metrics is not."""
+    world = World()
+    exported(world, [outcome])
+    assert world.values("tailspan.agent.endpoint.up") == {("metrics",): up}
+
+
+def test_metrics_that_cannot_be_made_do_not_end_the_agent():
+    """A store that fails at this moment costs one export, and is told."""
+    world = World()
+
+    class Broken(list):
+        def __iter__(self):
+            raise ValueError("disk on fire")
+
+    world.runs = Broken()
+
+    async def main() -> tuple[bool, str | None]:
+        push = MetricsPush(world.telemetry, world.agent, ScriptedExporter())
+        return await push.export(), push.problem
+
+    delivered, problem = asyncio.run(main())
+    assert not delivered
+    assert "disk on fire" in (problem or "")
+
+
+def test_run_exports_at_once_at_intervals_and_at_the_end():
+    """The last export holds what happened since the one before."""
+    world = World()
+
+    async def main() -> list[tuple[bytes, int]]:
+        exporter, stop = ScriptedExporter(), asyncio.Event()
+        push = MetricsPush(world.telemetry, world.agent, exporter, interval_s=0.001)
+        task = asyncio.create_task(push.run(stop))
+        while len(exporter.sent) < 3:
+            exporter.called.clear()
+            await exporter.called.wait()
+        world.agent.records_read("local", 41)
+        stop.set()
+        await task
+        return exporter.sent
+
+    sent = asyncio.run(main())
+    last = ExportMetricsServiceRequest.FromString(sent[-1][0])
+    assert "tailspan.agent.records.read" in str(last)
+    assert all(count > 0 for _, count in sent)
+
+
+def test_another_exporter_takes_over():
+    """After a reload the next export goes to the new endpoint."""
+    world = World()
+
+    async def main() -> tuple[int, int]:
+        old, new = ScriptedExporter(), ScriptedExporter()
+        push = MetricsPush(world.telemetry, world.agent, old)
+        await push.export()
+        push.use(new)
+        await push.export()
+        return len(old.sent), len(new.sent)
+
+    assert asyncio.run(main()) == (1, 1)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("", 15.0), ("1000", 1.0), (" 60000 ", 60.0), ("1", 0.001)])
+def test_export_interval_is_in_milliseconds(text, seconds):
+    """The variable means what the specification says."""
+    assert export_interval_s({"OTEL_METRIC_EXPORT_INTERVAL": text}) == seconds
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "soon", "1.5", "²"])
+def test_export_interval_that_is_none_is_refused(text):
+    """A wrong interval is named, not ignored."""
+    with pytest.raises(ConfigError, match="OTEL_METRIC_EXPORT_INTERVAL") as caught:
+        export_interval_s({"OTEL_METRIC_EXPORT_INTERVAL": text})
+    assert caught.value.key == "OTEL_METRIC_EXPORT_INTERVAL"

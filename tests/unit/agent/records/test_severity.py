@@ -1,0 +1,141 @@
+"""Which severity a line states."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tailspan.errors import ConfigError
+from tailspan_agent.records.severity import SEVERITIES, UNSPECIFIED, SeverityLearner, find_severity, severity_number
+
+LINES = [
+    ("INFO:root:basicConfig", 9, "INFO"),
+    ("2024-05-12 12:00:00,123 - geo.tiles - WARNING - slow", 13, "WARNING"),
+    ("2024-05-12 12:00:00,123 INFO geo.tiles: done", 9, "INFO"),
+    ("2024-05-12 12:00:00,123 geo.tiles ERROR failed", 17, "ERROR"),
+    ("2024-05-12T12:00:00.123456Z  INFO rust_app: started", 9, "INFO"),
+    ("24/05/12 12:00:00 WARN SparkContext: slow", 13, "WARN"),
+    ("12:00:00.000 [pool-1 thread-2] DEBUG c.f.Tiles - hit", 5, "DEBUG"),
+    ("2024-05-12 12:00:00.000 | SUCCESS  | app:main:3 - done", 10, "SUCCESS"),
+    ("2024-05-12 12:00:00 [info     ] structlog event", 9, "info"),
+    ("[2024-05-12 12:00:00,000: INFO/MainProcess] celery", 9, "INFO"),
+    ("[2024-05-12T12:00:00.000+0000] {taskinstance.py:1} ERROR - airflow", 17, "ERROR"),
+    ("[CRITICAL] out of disk", 21, "CRITICAL"),
+    ("2024/05/12 12:00:00 [error] 7#7: nginx", 17, "error"),
+    ("ERROR: no such table", 17, "ERROR"),
+    ("  error: expected ';'", 17, "error"),
+    ("Warning: deprecated", 13, "Warning"),
+    ("FATAL cannot go on", 21, "FATAL"),
+    ("ERROR", 17, "ERROR"),
+    ("time=2024-05-12T12:00:00Z level=warn msg=slow", 13, "warn"),
+    ('ts=1 level="error" msg="no"', 17, "error"),
+    ('{"level": "info", "msg": "ERROR: in the text"}', 9, "info"),
+    ('{"message": "x [ERROR] y", "severity":"NOTICE"}', 10, "NOTICE"),
+    ('{"levelname": "DEBUG"}', 5, "DEBUG"),
+    ("I0512 12:00:00.123456    7 main.cc:12] glog", 9, "INFO"),
+    ("W0512 12:00:00.123456    7 main.cc:12] glog", 13, "WARNING"),
+    ('E0512 12:00:00.123456    7 klog.go:12] "klog" err="x"', 17, "ERROR"),
+    ("F0512 12:00:00.123456    7 main.cc:12] glog", 21, "FATAL"),
+]
+
+UNSPECIFIED_LINES = [
+    "",
+    "plain text",
+    "there was no ERROR in it",
+    "an error occurred",
+    "Information about the run",
+    "INFORMATION desk",
+    "the info: see below",
+    "errors: 0",
+    "MYERROR: x",
+    "processed 12 ERROR rows",
+    "log_level=DEBUG is set",
+    '{"msg": "ERROR: only in the text"}',
+    '{"level": 30}',
+    '{"level": "beginner"}',
+    "<error>xml</error>",
+    "code: type[Warning] = None",
+    "I0512 is a part number",
+    "x" * 500 + " [ERROR] too far right to be a prefix",
+]
+
+
+@pytest.mark.parametrize(("line", "number", "text"), LINES)
+def test_known_formats(line: str, number: int, text: str) -> None:
+    """The formats that loggers write are understood; the text is the line's own word."""
+    assert SEVERITIES[find_severity(line.encode())] == (number, text)
+
+
+@pytest.mark.parametrize("line", UNSPECIFIED_LINES)
+def test_a_word_in_prose_is_no_level(line: str) -> None:
+    """What does not state its level is unspecified, so that it is never dropped as too low."""
+    assert find_severity(line.encode()) == UNSPECIFIED
+
+
+# Pieces of lines that levels stand between, so that random lines come near to real ones, and near misses to hits.
+PIECES = st.sampled_from(
+    [b"INFO", b"ERROR", b"WARNING", b"ERR", b"info", b"Error", b"12:00:00", b"2024-05-12 ", b" ", b"  ", b":", b": ",
+     b" - ", b"[", b"]", b"|", b"/", b"level=", b'"', b'{"', b'"level": "', b"=", b"'", b"\t", b"I0512 12:00:00", b"x",
+     b"S", b"7", b"root", b"(", b")", b"{", b"}", b"-", b"+", b",", b"a.b.c"]
+)  # fmt: skip
+RANDOM_LINES = st.lists(PIECES, max_size=9).map(b"".join)
+REAL_LINES = st.sampled_from([line.encode() for line, *_ in LINES] + [line.encode() for line in UNSPECIFIED_LINES])
+
+
+@given(st.lists(RANDOM_LINES | REAL_LINES, max_size=40), st.integers(1, 7))
+def test_the_learner_says_what_the_reference_says(lines: list[bytes], page: int) -> None:
+    """However a job's lines look and are paged, learning changes the cost and never the answer."""
+    learner = SeverityLearner()
+    if page > 3:
+        lines = lines * 20  # pages that are long enough to be learnt from a sample
+        page *= 40
+    found = [index for start in range(0, len(lines), page) for index in learner.find_all(lines[start : start + page])]
+    assert found == [find_severity(line) for line in lines]
+
+
+@given(RANDOM_LINES, RANDOM_LINES, st.text("0123456789", min_size=2, max_size=2))
+def test_what_was_learned_holds_for_lines_that_go_on_differently(start: bytes, end: bytes, digits: str) -> None:
+    """A line that begins like one seen before, but for digits, gets the severity that the reference gives it."""
+    learner = SeverityLearner()
+    other = start.replace(b"12", digits.encode()) + end
+    for line in (start, start + b" the rest of it", other, end, start[:-1], other[:-1]):
+        assert learner.find(line) == find_severity(line)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [b"ERR: x", b"ERROR", b"ERRORS happened"],
+        [b"12:00 INFO x", b"12:00 INFORM", b"12:00 INFO2"],
+        [b"x INFO - a", b"x INFO b", b"x INFO -b"],
+        [b"[info  ] a", b"[info b"],
+        [b'{"level": "info"}', b'{"level": "info": 1}', b'{"level": "information"}'],
+        [b"I0512 12:00:00.1 glog", b"I0512 12:00:0x"],
+        [b"level=info msg", b"level=information"],
+    ],
+)
+def test_near_misses_of_what_was_learned(lines: list[bytes]) -> None:
+    """Evidence is remembered to its last byte: a line that lacks it does not pass for one that has it."""
+    learner = SeverityLearner()
+    for _ in range(2):
+        assert [learner.find(line) for line in lines] == [find_severity(line) for line in lines]
+        assert list(learner.find_all(lines)) == [find_severity(line) for line in lines]
+
+
+def test_the_learner_is_bounded() -> None:
+    """A job whose level never stands in the same place twice does not make it grow without end."""
+    learner = SeverityLearner()
+    lines = [
+        b"12:00 " + b"n" * (index % 80) + bytes([97 + index % 26, 97 + index // 26 % 26]) + b" INFO x"
+        for index in range(3000)
+    ]
+    assert set(learner.find_all(lines)) == {find_severity(b"INFO x")}
+    assert len(learner._shapes) <= 512
+    assert len(learner._widths) <= 8
+    assert len(learner._wide) <= 512
+
+
+def test_names_of_severities() -> None:
+    """A configured severity is understood in any case; another is an error that says which there are."""
+    assert severity_number("warn") == severity_number("WARNING") == 13
+    with pytest.raises(ConfigError, match="'loud' is not a severity: use one of TRACE"):
+        severity_number("loud")
