@@ -1,4 +1,4 @@
 """The files and the supervisor of jobs on this machine.
 
-Capture, storage and reading of local jobs belong here, with the standard library only; nothing here may be slow to import.
+Capture, storage and reading of local jobs belong here, with the standard library only; nothing here may import slowly.
 """
