@@ -19,13 +19,15 @@ WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN || echo 3); echo $$((n < 3 ? n
 demo: $(VENV)/.installed-agent
 	$(BIN)/tailspan demo
 
+# The types are checked beside the tests, which wait for each other's processes and timers most of the time.
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(BIN)/mypy tests/typing_api.py
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/pytest -n $(WORKERS)
+	@$(BIN)/mypy > $(VENV)/mypy.txt 2>&1 & types=$$!; \
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal; tests=$$?; \
+	wait $$types; types=$$?; cat $(VENV)/mypy.txt; \
+	$(BIN)/mypy tests/typing_api.py && test $$types = 0 && exit $$tests
 
 # What is in deploy/ and the page against the real things: Debian's prometheus (with promtool), docker-compose and chromium, and npm for Grafana's grammars.
 GRAMMARS := @grafana/lezer-logql@0.4.2 @grafana/lezer-traceql@1.0.0

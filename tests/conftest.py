@@ -1,39 +1,96 @@
-"""What holds for all tests: they do not see the developer's settings, and do not touch the developer's jobs."""
+"""Rules for all tests: a clean environment, a time limit, and no process left behind.
+
+Tests do not see the developer's settings and do not touch the developer's jobs. A test that hangs is ended and named
+(`tests.leftovers`), and so is every process that a test started and did not end.
+"""
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import shutil
+import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests import leftovers
 from tests.fakes.agents import Bench
 from tests.fakes.collector import Collector
 
-# On a busy machine each of these has failed for being slow, and a timing is no test.
-settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("unhurried")
+# A loaded machine fails deadlines and `too_slow`, and neither says anything about the code.
+settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=25)
+settings.register_profile("ci", settings.get_profile("local"), max_examples=100)
+settings.register_profile("long", settings.get_profile("local"), max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "local"))
 
+# pytest-timeout fails a test in its own thread. Where that does not help (a loop in C, or hypothesis repeating the
+# example that hangs), the process ends this much later with a stack dump, and xdist names the test.
+_HARD_LIMIT_AFTER_S = 60.0
 _FOREIGN = ("TAILSPAN_", "OTEL_", "FUSED_", "TRACEPARENT", "TRACESTATE", "NOTIFY_SOCKET", "WATCHDOG_")
 _STATE_HOME = pytest.StashKey[str]()
+_STDERR = pytest.StashKey[int]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give this process, and all that it starts, an empty environment of ours and a state directory of its own."""
+    """Empty the environment of our variables, and give this process and its children a state directory."""
     for name in list(os.environ):
         if name.startswith(_FOREIGN):
             del os.environ[name]
+    leftovers.mark_session(config)
     config.stash[_STATE_HOME] = os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="tailspan-tests-")
+    config.stash[_STDERR] = os.dup(2)  # before pytest captures it
+    # In `make test &` of a script the shell ignores SIGINT, and what is ignored stays ignored in every child.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Remove the state directory."""
     if _STATE_HOME in config.stash:
         shutil.rmtree(config.stash[_STATE_HOME], ignore_errors=True)
+        os.close(config.stash[_STDERR])
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """End the process if the time limit of pytest-timeout did not end the test."""
+    limit_s = leftovers.time_limit_s(item)
+    if not limit_s:
+        return (yield)
+    faulthandler.dump_traceback_later(limit_s + _HARD_LIMIT_AFTER_S, exit=True, file=item.config.stash[_STDERR])
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """End the processes of a test that ran out of time."""
+    report = yield
+    if report.failed and leftovers.is_time_out(report):
+        ended = leftovers.end([process for process in leftovers.of_this_run() if process.test == item.nodeid])
+        report.sections.append(("processes ended with the test", "\n".join(map(str, ended)) or "none"))
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """End what a crashed worker left; the workers themselves check their own processes."""
+    if not hasattr(session.config, "workerinput"):
+        leftovers.end(leftovers.of_this_run())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_process_is_left() -> Iterator[None]:
+    """Fail, with names, if a test of this worker left a process behind."""
+    yield
+    left = leftovers.wait_for_end(leftovers.of_this_run)
+    leftovers.end(left)
+    assert not left, "processes outlived their tests:\n" + "\n".join(map(str, left))
 
 
 @pytest.fixture

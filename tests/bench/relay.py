@@ -108,7 +108,13 @@ def local(scale: Scale, directory: Path) -> Iterator[Row]:
         name = "W1 none, jobs wrote line by line"
         found = alternate({name: lambda: counted.relay(plan, jobs * (lines // 10), name)}, scale.times)
         yield _cost(name, jobs * (lines // 10), found[name], counted)
-    for how, store in (("whole", one), ("each", each)):
+    yield from _on_disk(scale, directory, {"whole": one, "each": each})
+    shutil.rmtree(four)
+
+
+def _on_disk(scale: Scale, directory: Path, stores: dict[str, Path]) -> Iterator[Row]:
+    """Yield the size of stored logs, and the supervisor's CPU time a line, by how the jobs write."""
+    for how, store in stores.items():
         text, files = text_bytes(store)
         yield Row(case=f"W1 disk, written {how}", figure=files / text, unit="x", goal=Goal(1.3))
         noted = []
@@ -121,7 +127,6 @@ def local(scale: Scale, directory: Path) -> Iterator[Row]:
             noted.append(json.loads(note.read_text())["cpu_ns"] / count / 1000)
         noted.sort()
         yield Row(case=f"W1 supervisor, written {how}", figure=noted[len(noted) // 2], unit="us", goal=Goal(0.3))
-    shutil.rmtree(four)
 
 
 def over_http(scale: Scale, directory: Path) -> Iterator[Row]:

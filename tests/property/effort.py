@@ -1,4 +1,4 @@
-"""How hard to try: a moment in ``make test``, long with ``HYPOTHESIS_PROFILE=long``."""
+"""How hard property tests try: ``HYPOTHESIS_PROFILE`` is ``local`` (the default), ``ci`` or ``long``."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from typing import Any
 
 from hypothesis import HealthCheck, settings
 
-_FACTOR = 10 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else 1
+_FACTOR = {"local": 0.25, "ci": 1, "long": 10}[os.environ.get("HYPOTHESIS_PROFILE", "local")]
 
 
 def fuzz(examples: int = 100) -> settings:
-    """Return the settings of a fuzz test that tries so many examples, or ten times as many."""
-    # No deadline of hypothesis': a loaded machine would fail it. What must not hang is held by sizes instead.
-    return settings(max_examples=examples * _FACTOR, deadline=None, suppress_health_check=list(HealthCheck))
+    """Return settings with a number of examples: a quarter of it in the profile `local`, ten times it in `long`."""
+    # No deadline of hypothesis: a loaded machine would exceed it. The tests limit sizes to find what is slow.
+    suppressed = list(HealthCheck)
+    return settings(max_examples=round(examples * _FACTOR), deadline=None, suppress_health_check=suppressed)
 
 
 def assert_linear(work: Callable[[Any], object], make: Callable[[int], Any], size: int) -> None:
     """Fail if input four times as large takes far more than four times as long.
 
     Args:
-        work: What is tried.
+        work: The call to measure.
         make: Returns input of a size.
         size: The smaller size; large enough that it takes at least a millisecond or so.
     """
@@ -33,5 +34,5 @@ def assert_linear(work: Callable[[Any], object], make: Callable[[int], Any], siz
         return time.process_time() - start
 
     small, large = make(size), make(4 * size)
-    # Quadratic work takes sixteen times as long; the half second and the second try are for the noise.
+    # Quadratic work takes sixteen times as long; half a second and a second try allow for noise.
     assert any(took_s(large) < 8 * took_s(small) + 0.5 for _ in range(2))

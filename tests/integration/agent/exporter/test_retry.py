@@ -319,7 +319,7 @@ def test_aclose_closes_the_exporter() -> None:
 
 @pytest.mark.parametrize("signal", SIGNALS)
 @given(sizes=st.lists(st.integers(0, 5), max_size=5))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_split_keeps_records_order_and_context(signal: str, sizes: list[int]) -> None:
     """Both halves together are the request, for any number of groups, empty ones too."""
     request_type = type(parse_request(signal, b""))
