@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import grpc
 import grpc.aio
 
+from tailspan._net import host_port
 from tailspan.config import SignalSettings
 from tailspan.errors import ConfigError
 from tailspan.http.client import user_agent
@@ -113,8 +114,7 @@ def _target(url: str) -> str:
         raise ConfigError(f"otlp.endpoint is {public_url(url)}; gRPC needs http(s)://HOST:PORT", key="otlp.endpoint")
     if parts.username:
         raise ConfigError("otlp.endpoint has a user in it; gRPC needs it in otlp.headers", key="otlp.endpoint")
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    return f"dns:///{host}:{parts.port or 4317}"
+    return f"dns:///{host_port(parts.hostname, parts.port or 4317)}"
 
 
 def _credentials(settings: SignalSettings) -> grpc.ChannelCredentials:

@@ -16,14 +16,14 @@ import ssl
 import zlib
 from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
+from tailspan._net import tls_context
 from tailspan.config import FilesSettings, SignalSettings
 from tailspan.errors import ConfigError
-from tailspan.http.client import BROKEN, FAULTY, TOO_SLOW, HttpClient, default_tls
+from tailspan.http.client import BROKEN, FAULTY, TOO_SLOW, HttpClient
 from tailspan_agent.exporter.outcome import (
     Delivered,
     EndpointFault,
@@ -221,37 +221,12 @@ def read_pem(path: Path, key: str) -> bytes:
         raise ConfigError(f"otlp.{key}: cannot read {path}: {error.strerror}", key=f"otlp.{key}") from error
 
 
-# Reading the authorities takes 50 ms: once for all signals.
-_default_tls_context = cache(default_tls)
-
-
 def _tls_context(settings: SignalSettings, url: str) -> ssl.SSLContext | None:
-    if settings.ca_file is None and settings.client_cert is None:
-        if urlsplit(url).scheme == "http":
-            return None  # nobody is asked, not even through a proxy
-        return _default_tls_context()
-    if settings.ca_file is not None:
-        read_pem(settings.ca_file, "ca_file")
-    try:
-        context = ssl.create_default_context(cafile=settings.ca_file)
-    except ssl.SSLError as error:
-        raise ConfigError(
-            f"otlp.ca_file: {settings.ca_file} has no PEM certificate: {error.reason}", key="otlp.ca_file"
-        ) from error
-    if settings.client_cert is not None:
-        read_pem(settings.client_cert, "client_cert")
-        if settings.client_key is not None:
-            read_pem(settings.client_key, "client_key")
-        try:
-            # An empty passphrase instead of OpenSSL's question on the terminal.
-            context.load_cert_chain(settings.client_cert, settings.client_key, password="")
-        except ssl.SSLError as error:
-            raise ConfigError(
-                f"otlp.client_cert: {settings.client_cert} and its key do not fit together or are no PEM:"
-                f" {error.reason or error}",
-                key="otlp.client_cert",
-            ) from error
-    return context
+    if settings.ca_file is None and settings.client_cert is None and urlsplit(url).scheme == "http":
+        return None  # plain HTTP: no TLS context is needed
+    return tls_context(
+        ca_file=settings.ca_file, client_cert=settings.client_cert, client_key=settings.client_key, table="otlp"
+    )
 
 
 def _is_tls_fault(error: BaseException) -> bool:

@@ -22,6 +22,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from tailspan._net import host_port
 from tailspan.errors import ConfigError
 from tailspan.http.server_limits import LimitedHttp
 from tailspan_agent.web.agent_view import AgentView
@@ -171,8 +172,7 @@ class StatusServer:
     @property
     def url(self) -> str:
         """Where the server is found, without a slash at the end."""
-        host, port = self.address
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return f"http://{host_port(*self.address)}"
 
     async def __aenter__(self) -> Self:
         """Begin to answer. Connections wait in the socket's queue from the constructor on."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from tailspan._net import read_secret_file
 from tailspan.cli.options import config_option, service_option, settings_for
 from tailspan.errors import ConfigError
 
@@ -66,11 +67,7 @@ def _read_token(path: Path | None) -> str | None:
         source = _TOKEN_VARIABLE
     else:
         source = str(path)
-        try:
-            token = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise ConfigError(f"cannot read the token in {source}: {reason}", key="token_file") from error
+        token = read_secret_file(path, key="--token-file")
     if token is None:
         return None
     token = token.strip()

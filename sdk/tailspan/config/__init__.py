@@ -3,11 +3,11 @@
 Models, layers and units of settings belong here; nothing here may open a service or read a job.
 """
 
+from tailspan._net import read_secret_file
 from tailspan.config.agent import (
     AgentSettings,
     Expect,
     Watch,
-    read_secret_file,
 )
 from tailspan.config.options import (
     Options,

@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-import ipaddress
-from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
+from tailspan._net import is_loopback, read_secret_file
 from tailspan.config.options import Options
 from tailspan.config.units import Duration, JsonList, PositiveDuration, StrList, StrTable, UserPath, platform_state_dir
 from tailspan.errors import ConfigError
 
-__all__ = ["AgentSettings", "Expect", "Watch", "read_secret_file"]
+__all__ = ["AgentSettings", "Expect", "Watch"]
 
 Severity = Literal["TRACE", "DEBUG", "INFO", "WARN", "ERROR", "FATAL"]
 
 _SEVERITY_WORDS = {"WARNING": "WARN", "CRITICAL": "FATAL"}
-
-
-def read_secret_file(path: Path, *, key: str) -> str:
-    """Return the content of a file that holds one secret, without the space around it.
-
-    Args:
-        path: The file.
-        key: The configuration key that names it, for messages.
-
-    Raises:
-        ConfigError: The file cannot be read, is empty, or is not one line of text.
-    """
-    try:
-        text = path.read_text(encoding="utf-8").strip()
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError(f"{key}: cannot read {path}: {reason}", key=key) from None
-    if not text or not text.isprintable():
-        raise ConfigError(f"{key}: {path} must hold the token on one line, and nothing else", key=key)
-    return text
 
 
 class Watch(Options):
@@ -149,7 +128,7 @@ class AgentSettings(Options):
             raise ConfigError('expected "HOST:PORT", or "" for no status page', key="agent.listen")
         if self.token is not None and self.token_file is not None:
             raise ConfigError("token and token_file are both set: keep one of them", key="agent.token")
-        if address and not _is_loopback(address[0]) and self.token is None and self.token_file is None:
+        if address and not is_loopback(address[0]) and self.token is None and self.token_file is None:
             raise ConfigError(
                 f"{self.listen} can be reached from other machines: set agent.token_file, or listen on 127.0.0.1",
                 key="agent.listen",
@@ -158,10 +137,3 @@ class AgentSettings(Options):
             if not watch.jobs and not watch.discover:
                 raise ConfigError("name jobs = [...], or set discover = true", key=f"agent.watch[{number}]")
         return self
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

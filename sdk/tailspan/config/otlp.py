@@ -11,6 +11,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
+from tailspan._net import host_port
 from tailspan.config.options import Options
 from tailspan.config.units import PositiveDuration, Size, StrList, StrTable, UserPath
 from tailspan.errors import ConfigError
@@ -173,6 +174,6 @@ def _endpoint_url(endpoint: str, protocol: OtlpProtocol, path: str, *, insecure:
     if "@" in parts.netloc:
         raise ConfigError("credentials do not belong in the URL: send them with otlp.headers", key=key)
     if protocol == "grpc":
-        shown = f"[{host}]" if ":" in host else host
-        return f"{parts.scheme}://{shown}:{port or (443 if parts.scheme == 'https' else _OTLP_GRPC_PORT)}"
+        port = port or (443 if parts.scheme == "https" else _OTLP_GRPC_PORT)
+        return f"{parts.scheme}://{host_port(host, port)}"
     return parts._replace(path=parts.path.rstrip("/") + path if path else parts.path or "/", fragment="").geturl()

@@ -21,10 +21,11 @@ from urllib.parse import quote, unquote, urlsplit
 import httpcore
 
 from tailspan import __version__
+from tailspan._net import host_port
 from tailspan.errors import ConfigError
 from tailspan.http.asyncio_backend import AsyncioBackend
 
-__all__ = ["BROKEN", "FAULTY", "NEVER_SENT", "TOO_SLOW", "HttpClient", "Reply", "default_tls", "user_agent"]
+__all__ = ["BROKEN", "FAULTY", "NEVER_SENT", "TOO_SLOW", "HttpClient", "Reply", "user_agent"]
 
 NEVER_SENT = (httpcore.ConnectError, httpcore.ConnectTimeout, httpcore.PoolTimeout, httpcore.ProxyError)
 """Errors of a request that cannot have reached the server."""
@@ -117,6 +118,7 @@ class HttpClient:
         tls: ssl.SSLContext | None = None,
         keep_alive_s: float,
         max_idle: int,
+        uses_proxy: bool = True,
     ) -> None:
         """Configure the client.
 
@@ -129,6 +131,7 @@ class HttpClient:
             keep_alive_s: How long an idle connection is kept, in seconds.
             max_idle: How many of them are kept. How many may be busy has no limit: a reply that is read slowly holds
                 its connection, and others must not wait for that.
+            uses_proxy: Whether the environment may name a proxy; not for the agent on this host.
 
         Raises:
             ConfigError: The URL cannot be used, or the environment asks for a proxy that cannot be.
@@ -143,16 +146,16 @@ class HttpClient:
         self._path = parts.path
         self._query = parts.query
         self._timeouts = {"connect": timeout_s, "read": timeout_s, "write": timeout_s}
-        shown = f"[{host}]" if ":" in host else host
         self._origin = parts.scheme.encode(), host.encode(), port
-        named = shown if port in (None, _DEFAULT_PORTS[parts.scheme]) else f"{shown}:{port}"
+        default_port = _DEFAULT_PORTS[parts.scheme]
+        named = host_port(host, None if port == default_port else port)
         own = {"Host": named, "User-Agent": user_agent(), "Accept": "*/*", "Accept-Encoding": "gzip"}
         if parts.username is not None:
             own["Authorization"] = _basic(unquote(parts.username), unquote(parts.password or ""))
         self._headers = _replaced(_encoded(own), headers)
         self._pool = httpcore.AsyncConnectionPool(
             tls,
-            proxy=_proxy_of(parts.scheme, f"{shown}:{port or _DEFAULT_PORTS[parts.scheme]}", host),
+            proxy=_proxy_of(parts.scheme, host_port(host, port or default_port), host) if uses_proxy else None,
             max_connections=None,
             max_keepalive_connections=max_idle,
             keepalive_expiry=keep_alive_s,
@@ -196,19 +199,41 @@ class HttpClient:
         )
         return Reply(await self._pool.handle_async_request(request))
 
+    async def fetch(
+        self,
+        method: str,
+        path: str = "",
+        query: str = "",
+        *,
+        headers: Mapping[str, str] | None = None,
+        content: bytes | None = None,
+        max_bytes: int,
+    ) -> tuple[Reply, bytes]:
+        """Send a request and return the answer, closed, and its body; see `send`.
+
+        Args:
+            method: ``GET``, ``POST`` ...
+            path: Added to the path of the client's URL.
+            query: The query, escaped.
+            headers: More headers.
+            content: The body to send.
+            max_bytes: Where to stop reading: the body may be cut off a little behind that.
+
+        Raises:
+            httpcore.NetworkError: There is no answer; see `BROKEN`.
+            zlib.error: The body is not compressed as its header says.
+        """
+        reply = await self.send(method, path, query, headers=headers, content=content)
+        body = bytearray()
+        try:
+            await reply.read_into(body, max_bytes)
+        finally:
+            await reply.aclose()
+        return reply, bytes(body)
+
     async def aclose(self) -> None:
         """Close the connections; a later request opens new ones."""
         await self._pool.aclose()
-
-
-def default_tls() -> ssl.SSLContext:
-    """Return what trusts whom httpx trusts: ``SSL_CERT_FILE``, ``SSL_CERT_DIR``, or else certifi's authorities."""
-    import certifi
-
-    ca_file, ca_directory = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
-    return ssl.create_default_context(
-        cafile=ca_file or (None if ca_directory else certifi.where()), capath=ca_directory
-    )
 
 
 def user_agent() -> str:
@@ -303,7 +328,7 @@ def _proxy_of(scheme: str, named: str, host: str) -> httpcore.Proxy | None:
     if not url.host or url.scheme not in _PROXY_SCHEMES:
         raise ConfigError("the proxy that the environment names is not an http, https or socks5 URL: see HTTPS_PROXY")
     if url.scheme.startswith(b"socks") and importlib.util.find_spec("socksio") is None:
-        raise ConfigError("the environment names a SOCKS proxy, which needs: pip install 'httpx[socks]'")
+        raise ConfigError("the environment names a SOCKS proxy, which needs: pip install 'httpcore[socks]'")
     if parts.username is None:
         return httpcore.Proxy(url)
     return httpcore.Proxy(url, (unquote(parts.username).encode(), unquote(parts.password or "").encode()))

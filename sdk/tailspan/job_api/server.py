@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import ipaddress
 import logging
 import re
 import signal
@@ -29,6 +28,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from tailspan._net import host_port, is_loopback
 from tailspan.errors import ConfigError, TailspanError
 
 try:
@@ -119,9 +119,8 @@ def serve(
     server = make_server(create_app(service, token=token, host=host))
     with listen(host, port, token) as listener, _stopped_by_signals(server):
         bound_port = listener.getsockname()[1]
-        shown_host = f"[{host}]" if ":" in host else host
         if on_ready is not None:
-            on_ready(f"http://{shown_host}:{bound_port}{BASE_PATH}")
+            on_ready(f"http://{host_port(host, bound_port)}{BASE_PATH}")
         asyncio.run(_serve(service, server, listener))
 
 
@@ -141,7 +140,7 @@ def listen(host: str, port: int, token: str | None) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=socket.AI_PASSIVE
         )
         family, kind, protocol, _, address = found[0]
-        if token is None and not _is_loopback(str(address[0])):
+        if token is None and not is_loopback(str(address[0])):
             raise ConfigError(
                 f"{host} is not a loopback address, and there is no token: give one by --token-file or"
                 " TAILSPAN_SERVE_TOKEN, or listen on 127.0.0.1",
@@ -229,14 +228,7 @@ class _Guard:
 
     def _is_own_host(self, host: str) -> bool:
         match = _HOST.fullmatch(host.lower())
-        return match is not None and (match[1] in ("localhost", self._host) or _is_loopback(match[1].strip("[]")))
-
-
-def _is_loopback(name: str) -> bool:
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
+        return match is not None and (match[1] == self._host or is_loopback(match[1].strip("[]")))
 
 
 @contextmanager

@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import anyio
 import msgspec
 
-from tailspan.errors import AuthError, ServiceUnavailableError
-from tailspan.http.client import BROKEN, HttpClient, default_tls
-from tailspan.services.fused.wire import error_text, is_loopback
+from tailspan._net import default_tls, read_secret_file
+from tailspan.errors import AuthError, ConfigError, ServiceUnavailableError
+from tailspan.http.client import BROKEN, HttpClient
+from tailspan.services.fused.wire import error_text, is_local
 
 __all__ = ["DEFAULT_SCHEME", "Authorization", "Credentials"]
 
@@ -112,7 +113,7 @@ class Credentials:
             if _expired(login):
                 login = await self._renew_login(refused=None)
             return self._from_login(login)
-        if is_loopback(self._base_url):
+        if is_local(self._base_url):
             return Authorization("", "nowhere")
         raise AuthError(self._nothing_found(token, scheme), service=self._service)
 
@@ -133,12 +134,9 @@ class Credentials:
 
     def _from_file(self, path: Path) -> Authorization:
         try:
-            token = path.expanduser().read_text("utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not text"
-            raise AuthError(
-                f"services.{self._service}.token_file {path} cannot be read: {reason}", service=self._service
-            ) from None
+            token = read_secret_file(path.expanduser(), key=f"services.{self._service}.token_file")
+        except ConfigError as error:
+            raise AuthError(str(error), service=self._service) from None
         return self._with_scheme(self._scheme, token, f"the file {path}")
 
     def _with_scheme(self, scheme: str, token: str, source: str) -> Authorization:
@@ -210,11 +208,8 @@ class Credentials:
             keep_alive_s=0.0,
             max_idle=0,
         )
-        body = bytearray()
         try:
-            reply = await client.send("POST", content=msgspec.json.encode(asked))
-            await reply.read_into(body, _MAX_OAUTH_BYTES)
-            await reply.aclose()
+            reply, body = await client.fetch("POST", content=msgspec.json.encode(asked), max_bytes=_MAX_OAUTH_BYTES)
         except (*BROKEN, zlib.error) as error:
             raise ServiceUnavailableError(
                 f"the login in {self._login_file} has expired and {self._oauth_url} cannot be reached to renew it: "
@@ -233,7 +228,7 @@ class Credentials:
             told: Any = msgspec.json.decode(body) if reply.is_success else None
             token, lifetime_s = told["access_token"], float(told["expires_in"])
         except (ValueError, KeyError, TypeError, RecursionError):
-            text = error_text(bytes(body)) or f"status {reply.status}"
+            text = error_text(body) or f"status {reply.status}"
             raise self._login_is_over(text.replace(refresh_token, "***")) from None
         if not isinstance(token, str):
             raise self._login_is_over("the reply has no token")

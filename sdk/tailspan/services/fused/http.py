@@ -17,6 +17,7 @@ import anyio
 import anyio.lowlevel
 
 from tailspan._backoff import backoff_s, parse_retry_after_s
+from tailspan._net import tls_context
 from tailspan.errors import (
     AuthError,
     ConfigError,
@@ -27,7 +28,7 @@ from tailspan.errors import (
     ServiceUnavailableError,
     TailspanError,
 )
-from tailspan.http.client import BROKEN, NEVER_SENT, TOO_SLOW, HttpClient, Reply, default_tls
+from tailspan.http.client import BROKEN, NEVER_SENT, TOO_SLOW, HttpClient, Reply
 from tailspan.logs.page_wire import CURSOR_MARK, RESUME_HEADER, FrameError, read_cursor
 from tailspan.services.fused.auth import Authorization, Credentials
 from tailspan.services.fused.stream import ReplyError, Splitter
@@ -378,17 +379,7 @@ class FusedHttp:
         if self._base_url.startswith("http:"):
             # Loading the authorities would take longer than the first request.
             return None
-        ca_file, client_cert, client_key = self._tls_files
-        if ca_file is None and client_cert is None:
-            return default_tls()
-        key, path = "ca_file", ca_file
-        try:
-            context = ssl.create_default_context(cafile=ca_file and ca_file.expanduser())
-            if client_cert is not None:
-                key, path = "client_cert", client_cert
-                # An empty passphrase instead of OpenSSL's question on the terminal.
-                context.load_cert_chain(client_cert.expanduser(), client_key and client_key.expanduser(), password="")
-        except (OSError, ssl.SSLError) as error:
-            key = f"services.{self._service}.{key}"
-            raise ConfigError(f"{key} {path} cannot be used: {error}", key=key) from None
-        return context
+        ca_file, client_cert, client_key = (path and path.expanduser() for path in self._tls_files)
+        return tls_context(
+            ca_file=ca_file, client_cert=client_cert, client_key=client_key, table=f"services.{self._service}"
+        )

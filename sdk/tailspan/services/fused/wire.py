@@ -7,7 +7,6 @@ server may use the same names for other things.
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ from urllib.parse import quote, urlsplit
 import msgspec
 
 from tailspan._identity import trace_id
+from tailspan._net import host_port, is_loopback
 from tailspan.errors import ConfigError
 from tailspan.logs.clean import printable
 from tailspan.models import JobState, ListedJob, RunResponse, fused_state
@@ -26,7 +26,7 @@ __all__ = [
     "decode_row",
     "decode_status",
     "error_text",
-    "is_loopback",
+    "is_local",
     "line_times",
     "normalise_base_url",
     "path_segment",
@@ -73,19 +73,14 @@ def normalise_base_url(base_url: str) -> str:
         raise ConfigError("base_url is not a URL such as https://www.fused.io/server/v1", key="base_url")
     if parts.query or parts.fragment:
         raise ConfigError("base_url has a query or a fragment; give only scheme, host and path", key="base_url")
-    shown = f"[{host}]" if ":" in host else host
-    if port not in (None, _DEFAULT_PORTS[parts.scheme]):
-        shown += f":{port}"
-    return f"{parts.scheme}://{shown}{parts.path.rstrip('/')}"
+    named = host_port(host, None if port == _DEFAULT_PORTS[parts.scheme] else port)
+    return f"{parts.scheme}://{named}{parts.path.rstrip('/')}"
 
 
-def is_loopback(base_url: str) -> bool:
-    """Return whether the URL's host is this machine, as far as its text tells."""
+def is_local(base_url: str) -> bool:
+    """Return whether the URL's host is this machine by its text alone (RFC 6761 reserves ``.localhost``)."""
     host = urlsplit(base_url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
+    return is_loopback(host) or host.endswith(".localhost")
 
 
 def path_segment(job_id: str) -> str:

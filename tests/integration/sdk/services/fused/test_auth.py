@@ -121,7 +121,7 @@ def test_a_file_that_holds_no_token(tmp_path, content):
 
 def test_a_missing_token_file_is_named(tmp_path):
     """The error names the key and the path."""
-    with pytest.raises(AuthError, match=r"services\.f\.token_file .*nowhere cannot be read"):
+    with pytest.raises(AuthError, match=r"^services\.f\.token_file: cannot read .*nowhere"):
         value(Credentials("f", HOSTED, token_file=tmp_path / "nowhere"))
 
 

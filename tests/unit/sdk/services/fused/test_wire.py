@@ -16,7 +16,7 @@ from tailspan.services.fused.wire import (
     decode_row,
     decode_status,
     error_text,
-    is_loopback,
+    is_local,
     line_times,
     normalise_base_url,
     path_segment,
@@ -101,7 +101,7 @@ def test_hostile_job_ids_are_one_segment(job_id):
 )
 def test_loopback(url, expected):
     """Only this machine's own addresses go without credentials."""
-    assert is_loopback(url) is expected
+    assert is_local(url) is expected
 
 
 @pytest.mark.parametrize(
