@@ -1,12 +1,15 @@
-"""Whether the agent has relayed a job to its last line: asked of the agent's own server, on ``agent.listen``."""
+"""Waits until the agent has delivered a job to its last line, by polling the agent's server on ``agent.listen``."""
 
 from __future__ import annotations
 
+import json
+import zlib
 from typing import TYPE_CHECKING
+from urllib.parse import urlencode
 
-import httpx
-
+from tailspan._net import host_port
 from tailspan.errors import AuthError, ConfigError, ProtocolError, ServiceUnavailableError, WaitTimeoutError
+from tailspan.http.client import BROKEN, HttpClient
 from tailspan.models import RunResponse
 
 if TYPE_CHECKING:
@@ -18,61 +21,72 @@ __all__ = ["wait_until_delivered"]
 
 _TIMEOUT_S = 10.0
 _POLL_S = 0.2
+_MAX_BYTES = 64 << 10
 
 
 async def wait_until_delivered(
     settings: Settings, service: JobService, status: RunResponse, clock: Clock, deadline: float
 ) -> None:
-    """Return once the agent has acked the last line of an ended job.
+    """Return once the endpoint has acknowledged the last line of an ended job.
 
     Args:
         settings: Says where the agent listens, and its token.
-        service: The job's service.
+        service: Where the job ran.
         status: The job's final status.
-        clock: What tells the time and waits.
-        deadline: When to give up, on that clock, in seconds.
+        clock: Tells the time and waits.
+        deadline: When to give up, in seconds of the clock's monotonic time.
 
     Raises:
-        ConfigError: The agent has no address to ask.
+        ConfigError: `agent.listen` is empty.
         ServiceUnavailableError: The agent does not answer.
-        AuthError: The agent wants another token.
-        ProtocolError: What listens there is no agent.
-        WaitTimeoutError: The agent had not acked all in time.
+        AuthError: The agent refused the token.
+        ProtocolError: The server there is not a Tailspan agent.
+        WaitTimeoutError: The agent had not delivered all lines in time.
     """
     address = settings.agent.listen_address
     if address is None:
-        raise ConfigError("agent.listen is empty: delivery is asked of the agent there", key="agent.listen")
-    host = f"[{address[0]}]" if ":" in address[0] else address[0]
-    url = f"http://{host}:{address[1]}/delivery"
+        raise ConfigError("agent.listen is empty: set it to where the agent reports its deliveries", key="agent.listen")
+    url = f"http://{host_port(*address)}/delivery"
     token = settings.agent.read_token()
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    asked = {"identity": service.identity, "job_id": status.job_id}
-    async with httpx.AsyncClient(headers=headers, timeout=_TIMEOUT_S, trust_env=False) as client:
-        while not await _is_complete(client, url, asked):
+    client = HttpClient(
+        url,
+        key="agent.listen",
+        headers={"Authorization": f"Bearer {token}"} if token else {},
+        timeout_s=_TIMEOUT_S,
+        keep_alive_s=_TIMEOUT_S,
+        max_idle=1,
+        uses_proxy=False,
+    )
+    query = urlencode({"identity": service.identity, "job_id": status.job_id})
+    try:
+        while not await _is_complete(client, url, query):
             left_s = deadline - clock.monotonic_s()
             if left_s <= 0:
                 raise WaitTimeoutError(
-                    f"job {status.job_id} has ended, but the agent had not acked its last line in time",
+                    f"job {status.job_id} has ended, but the agent had not delivered its last line in time",
                     last_status=status,
                     service=service.name,
                     job_id=status.job_id,
                 )
             await clock.sleep(min(_POLL_S, left_s))
+    finally:
+        await client.aclose()
 
 
-async def _is_complete(client: httpx.AsyncClient, url: str, asked: dict[str, str]) -> bool:
+async def _is_complete(client: HttpClient, url: str, query: str) -> bool:
     try:
-        answer = await client.get(url, params=asked)
-        answer.raise_for_status()
-        complete = answer.json()["logs_complete"]
-    except httpx.HTTPStatusError as error:
-        if error.response.status_code in (401, 403):
-            raise AuthError("the agent wants another token: set agent.token_file as the agent has it") from None
-        raise ProtocolError(f"the agent at {url} answered {error.response.status_code}: is it one?") from None
-    except httpx.TransportError as error:
+        reply, body = await client.fetch("GET", query=query, max_bytes=_MAX_BYTES)
+    except (*BROKEN, zlib.error) as error:
         raise ServiceUnavailableError(
-            f"the agent at {url} does not answer ({error}): start it (tailspan agent run), or mend agent.listen"
+            f"the agent at {url} does not answer ({str(error) or type(error).__name__}): start it (tailspan agent run),"
+            " or correct agent.listen"
         ) from None
-    except (ValueError, KeyError, TypeError):
-        raise ProtocolError(f"what answers at {url} is no Tailspan agent: mend agent.listen") from None
+    if reply.status in (401, 403):
+        raise AuthError(f"the agent at {url} refused the token: set agent.token_file to the agent's own token file")
+    if not reply.is_success:
+        raise ProtocolError(f"{url} answered {reply.status}: check that a Tailspan agent listens there (agent.listen)")
+    try:
+        complete = json.loads(body)["logs_complete"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ProtocolError(f"the server at {url} is not a Tailspan agent: correct agent.listen") from None
     return complete is True

@@ -28,7 +28,7 @@ def test_waiting_for_the_last_ack(machine: Machine, collector: Collector, addres
     machine.tailspan("wait", job_id)
     collector.wait_until(lambda: any(request.signal == "logs" for request in collector.requests))
     early = machine.tailspan("wait", job_id, "--delivered", "--timeout", "1", exit_code=124)
-    assert "had not acked" in early.stderr
+    assert "had not delivered" in early.stderr
     collector.always("logs", Reply())
     machine.tailspan("wait", job_id, "--delivered", "--timeout", "60")
     assert "last words" in [row.body for row in collector.log_records()]

@@ -13,17 +13,19 @@ import json
 import os
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import click
 
+from tailspan._net import host_port
 from tailspan.cli.options import config_option, json_option
 from tailspan.config import Settings, load_settings, platform_state_dir
 from tailspan.errors import ConfigError, TailspanError
+from tailspan.http.client import BROKEN, HttpClient
 from tailspan.logs.clean import printable
 from tailspan_agent.commands.doctor import machine as doctor_machine
 from tailspan_agent.commands.doctor.settings import secrets_of, secrets_of_broken, shown_settings
@@ -33,6 +35,7 @@ from tailspan_agent.records.redact import Redactor
 __all__ = ["Report", "doctor", "examine"]
 
 _PROBE_TIMEOUT_S = 3.0
+_MAX_HEALTH_BYTES = 64 << 10
 _CONFIG, _ERROR = 2, 1
 _ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - looked up, not listened on
 
@@ -137,7 +140,7 @@ def examine(config_path: Path | None) -> Report:
         state_dir = settings.agent.state_dir
         report.add("configuration", lambda: _configuration(settings))
         report.add("reach", lambda: asyncio.run(_reach(settings, report)))
-        report.add("running agent", lambda: _health(settings))
+        report.add("running agent", lambda: asyncio.run(_health(settings)))
     report.add("disk", lambda: [doctor_machine.disk(path) for path in (state_dir, *_local_dirs(settings))])
     report.add("store", lambda: doctor_machine.store(state_dir))
     report.add("dead letter", lambda: _dead_letter(state_dir))
@@ -169,23 +172,28 @@ async def _reach(settings: Settings, report: Report) -> dict[str, str]:
     return found
 
 
-def _health(settings: Settings) -> Iterator[tuple[str, str]]:
+async def _health(settings: Settings) -> dict[str, str]:
     """Ask the agent that listens where this configuration says, if there is one."""
-    import httpx
-
     address = settings.agent.listen_address
     if address is None or address[1] == 0:
-        return
+        return {}
     host = _ANY_ADDRESS.get(address[0], address[0])
-    base = f"http://[{host}]:{address[1]}" if ":" in host else f"http://{host}:{address[1]}"
-    with closing(httpx.Client(trust_env=False, timeout=_PROBE_TIMEOUT_S)) as client:
+    url = f"http://{host_port(host, address[1])}"
+    client = HttpClient(
+        url, key="agent.listen", headers={}, timeout_s=_PROBE_TIMEOUT_S, keep_alive_s=0.0, max_idle=0, uses_proxy=False
+    )
+    found = {}
+    try:
         for path in ("/healthz", "/readyz"):
             try:
-                reply = client.get(base + path)
-            except httpx.HTTPError as error:
-                yield path, f"{base}: {error}"
+                reply, body = await client.fetch("GET", path, max_bytes=_MAX_HEALTH_BYTES)
+            except (*BROKEN, zlib.error) as error:
+                found[path] = f"{url}: {str(error) or type(error).__name__}"
             else:
-                yield path, f"{reply.status_code} {' '.join(reply.text.split())[:500]}"
+                found[path] = f"{reply.status} {' '.join(body.decode('utf-8', 'replace').split())[:500]}"
+    finally:
+        await client.aclose()
+    return found
 
 
 def _dead_letter(state_dir: Path) -> list[str]:
