@@ -79,15 +79,15 @@ test-fused-client: $(VENV)/.installed-dev
 
 # The delivery guarantee under faults, about a quarter of an hour: PROVE_SEED=N repeats a run's choices, PROVE_KILLS=N is the number
 # of SIGKILLs, PROVE_ONLY='GLOB|...' takes some rows, PROVE_JSON=FILE keeps the table for machines,
-# PROVE_README=1 writes the rows that ran into README's table.
+# PROVE_DOCS=1 writes the rows that ran into docs/proof.md.
 PROVE_SEED := 0
 PROVE_KILLS := 200
 PROVE_ONLY :=
 PROVE_JSON :=
-PROVE_README :=
+PROVE_DOCS :=
 prove: $(VENV)/.installed-dev
 	@$(BIN)/python -m tests.prove --seed $(PROVE_SEED) --kills $(PROVE_KILLS) --only '$(PROVE_ONLY)' \
-	  $(if $(PROVE_JSON),--json '$(PROVE_JSON)') $(if $(PROVE_README),--readme)
+	  $(if $(PROVE_JSON),--json '$(PROVE_JSON)') $(if $(PROVE_DOCS),--docs)
 
 # What is known against the pinned dependencies; ends with 3, and says so, where no source of that can be reached.
 audit: $(VENV)/.installed-dev
@@ -96,15 +96,15 @@ audit: $(VENV)/.installed-dev
 	@$(BIN)/python -m tests.audit $(VENV)-audit/bin/pip-audit
 
 # What Tailspan costs, beside its baselines, about half an hour: BENCH_ONLY=W1,W5 takes some, BENCH_SCALE=0.1 is a
-# quick look, BENCH_JSON=FILE keeps the table for machines, BENCH_README=1 writes it into README. Fails if a ratio is much
+# quick look, BENCH_JSON=FILE keeps the table for machines, BENCH_DOCS=1 writes it into docs/benchmarks.md. Fails if a ratio is much
 # worse than tests/bench/expected.json.
 BENCH_ONLY :=
 BENCH_SCALE := 1
 BENCH_JSON :=
-BENCH_README :=
+BENCH_DOCS :=
 bench: $(VENV)/.installed-dev
 	@$(BIN)/python -m tests.bench --only '$(BENCH_ONLY)' --scale $(BENCH_SCALE) $(if $(BENCH_JSON),--json '$(BENCH_JSON)') \
-	  $(if $(BENCH_README),--readme)
+	  $(if $(BENCH_DOCS),--docs)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

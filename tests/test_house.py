@@ -1,4 +1,4 @@
-"""The rules of the house that neither ruff nor mypy hold: layers, names, sizes, and words that README must have."""
+"""House rules that neither ruff nor mypy check: layers, names, and what the docs must name."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_fakes_implement_the_seam() -> None:
 
 def shipped_texts() -> Iterator[tuple[Path, str]]:
     """Every text file of the project, without what tools leave behind."""
-    tops = ["sdk", "agent", "tests", "deploy", ".ci"]
+    tops = ["sdk", "agent", "tests", "deploy", "docs", ".ci"]
     files = [path for top in tops for path in (ROOT / top).rglob("*") if "__pycache__" not in path.parts]
     for path in [*files, *ROOT.glob("*.*"), ROOT / "Makefile"]:
         if path.is_file() and path != Path(__file__) and path.name != ".git":  # a file in a worktree
@@ -154,27 +154,27 @@ def test_the_version_is_told_as_it_is_packed() -> None:
     assert tailspan.__version__ == packed
 
 
-def test_readme_names_every_command_and_option() -> None:
-    """README is complete: each command by its whole name, each option by its long form."""
+def test_the_docs_name_every_command_and_option() -> None:
+    """docs/cli.md has each command by its whole name, and each option by its long form."""
     from tailspan.cli import main
 
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     missing = set()
     for path, command in commands(main, ("tailspan",)):
-        if not re.search(rf"\b{' '.join(path)}\b", readme) and not command.hidden:
+        if not re.search(rf"\b{' '.join(path)}\b", page) and not command.hidden:
             missing.add(" ".join(path))
         for parameter in command.params:
             if isinstance(parameter, click.Option) and not parameter.hidden:
                 option = max(parameter.opts, key=len)
-                if not re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", readme):
+                if not re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", page):
                     missing.add(f"{' '.join(path)} {option}")
     assert sorted(missing) == []
 
 
-def test_readme_names_every_verb() -> None:
-    """README names the seven verbs, and the two that we added."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [verb for verb in VERBS if verb not in readme] == []
+def test_the_docs_name_every_verb() -> None:
+    """docs/python.md has the seven verbs of the contract and the two added ones."""
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    assert [verb for verb in VERBS if f"`{verb}(" not in page] == []
 
 
 def test_verbs_have_the_promised_signatures() -> None:

@@ -1,4 +1,4 @@
-"""What README says works as it stands there."""
+"""The Python examples and the published ids of README and docs work as printed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,20 @@ import pytest
 from tailspan import JobNotFoundError, JobService, job_get_logs, job_get_status
 from tailspan._identity import span_id, trace_id
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parents[1]
+SERVICE = ROOT / "docs" / "services" / "writing-a-service.md"
 
 
-def test_the_service_of_the_readme_works(tmp_path: Path) -> None:
-    """A newcomer who copies it has a service that all verbs can use."""
-    (code,) = [block for block in PYTHON if "class FilesService" in block]
+def python_blocks(page: Path) -> list[str]:
+    """Return the page's Python examples."""
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_example_service_works(tmp_path: Path) -> None:
+    """A reader who copies it has a service that all verbs can use."""
+    (code,) = [block for block in python_blocks(SERVICE) if "class FilesService" in block]
     names: dict[str, Any] = {}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(code, SERVICE.name, "exec"), names)
     (tmp_path / "one.log").write_text("first\nsecond\n")
     service = names["FilesService"].from_options("files", {"folder": tmp_path}, None)
     assert isinstance(service, JobService)
@@ -31,18 +36,20 @@ def test_the_service_of_the_readme_works(tmp_path: Path) -> None:
     asyncio.run(service.aclose())
 
 
-def test_the_program_of_the_readme_works(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+def test_the_example_programs_work(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A job is submitted, tailed and waited for, as shown."""
-    (code,) = [block for block in PYTHON if "job_submit" in block]
-    exec(compile(code, "README.md", "exec"), {})
+    (code,) = [block for block in python_blocks(ROOT / page) if "job_submit" in block]
+    exec(compile(code, page, "exec"), {})
     printed = capsys.readouterr().out
     assert "hello" in printed
     assert "SUCCEEDED" in printed
 
 
 def test_the_published_vector_of_ids() -> None:
-    """Other programs compute ids by the rule in README: it must never change."""
+    """Other programs compute ids by the rule in docs/traces.md: the rule must never change."""
+    text = (ROOT / "docs" / "traces.md").read_text(encoding="utf-8")
     identity, job = "http://127.0.0.1:8798/server/v1", "job-1"
     for value in (identity, job, trace_id(identity, job), span_id(identity, job, "run")):
-        assert f"`{value}`" in README
+        assert f"`{value}`" in text
     assert trace_id(identity, job) == "50ff8522284b14410aa019fc12310394"

@@ -1,6 +1,6 @@
 """Ids that any program can compute from a job's id, so that a job has one trace however it is reached.
 
-The rules are part of the contract: README publishes a test vector.
+The rules are part of the contract: docs/traces.md publishes a test vector.
 """
 
 from __future__ import annotations

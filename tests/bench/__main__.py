@@ -21,7 +21,7 @@ from pathlib import Path
 import tailspan
 import tailspan_agent
 from tests.bench import capture, relay, sdk, standing
-from tests.bench.readme import write
+from tests.bench.docs_table import write
 from tests.bench.scale import Scale
 from tests.bench.table import Row, ratios, render, worse
 
@@ -52,7 +52,7 @@ def main() -> int:
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full size: 0.1 for a quick look")
     parser.add_argument("--times", type=int, default=3, help="how often each case runs")
     parser.add_argument("--json", type=Path, help="write the table there, too")
-    parser.add_argument("--readme", action="store_true", help="write the rows into README's table, too")
+    parser.add_argument("--docs", action="store_true", help="also write the rows into docs/benchmarks.md")
     given = parser.parse_args()
     chosen = [name for name in given.only.split(",") if name] or list(WORKLOADS)
     if unknown := set(chosen) - set(WORKLOADS):
@@ -76,7 +76,7 @@ def main() -> int:
     if given.json is not None:
         table = {"time": when, "where": where, "scale": given.scale, "rows": [row.to_json() for row in rows]}
         given.json.write_text(json.dumps({**table, "ratios": ratios(rows)}, indent=1))
-    if given.readme:
+    if given.docs:
         write(rows, when=when, where=where, scale=given.scale)
     # At a small scale fixed costs count for too much.
     regressions = worse(rows, json.loads(EXPECTED.read_text())) if given.scale >= 1 else []

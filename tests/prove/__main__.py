@@ -10,7 +10,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from tests.prove.readme import write
+from tests.prove.docs_table import write
 from tests.prove.rows import run, scenarios
 from tests.prove.scenarios import select
 from tests.prove.table import Row, render
@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200, help="SIGKILLs at least")
     parser.add_argument("--only", default="", help="globs on rows, with | between them")
     parser.add_argument("--json", type=Path, help="write the table there, too")
-    parser.add_argument("--readme", action="store_true", help="write the rows that ran into README's table")
+    parser.add_argument("--docs", action="store_true", help="write the rows that ran into docs/proof.md")
     given = parser.parse_args()
     seed = given.seed or int(time.time())
     chosen = list(select(scenarios(given.kills), given.only))
@@ -44,7 +44,7 @@ def main() -> int:
     table = [rows[scenario.name] for scenario in chosen]
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     print(f"\n{when}, seed {seed}\n\n{render(table)}")
-    if given.readme:
+    if given.docs:
         write({**row.to_json(), "verdict": row.cells()[-1], "date": when, "seed": str(seed)} for row in table)
     if given.json is not None:
         given.json.write_text(json.dumps({"time": when, "seed": seed, "rows": [row.to_json() for row in table]}))

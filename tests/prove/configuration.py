@@ -165,6 +165,6 @@ FAULTS = (
     Change("configuration: watches changed", other_attributes),
     Change("configuration: SIGHUP during an outage", outage),
     Change("configuration: SIGHUP to another endpoint during an outage", other_endpoint),
-    Change("configuration: endpoint of an unknown host, then mended", unknown_host),
+    Change("configuration: endpoint of an unknown host, then corrected", unknown_host),
     Change("configuration: forty SIGHUPs", storm),
 )

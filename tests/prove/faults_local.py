@@ -214,8 +214,8 @@ _FAST = "two jobs at full speed"
 FAULTS: dict[str, Fault] = {
     "supervisor killed": supervisor_killed,
     "machine rebooted, index torn": rebooted,
-    "log truncated by somebody": log_truncated,
-    "log removed by somebody": log_removed,
+    "log truncated by another process": log_truncated,
+    "log removed by another process": log_removed,
     "index emptied, and damaged": index_damaged,
     _FAST: partial(full_speed, lines=400_000),
     "children write on after the end": children_go_on,

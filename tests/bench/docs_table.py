@@ -1,4 +1,4 @@
-"""The table of the benchmarks in README, as the workloads that ran last have it; the others stay as they were."""
+"""The table of docs/benchmarks.md: new rows for the workloads that ran last, the other rows unchanged."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tests.bench.table import HEADS, Row
-from tests.readme_tables import README, part, rows, table, with_part
+from tests.docs_tables import BENCHMARKS, part, rows, table, with_part
 
 __all__ = ["BEGIN", "END", "with_rows", "write"]
 
-COMMAND = "make bench BENCH_README=1"
+COMMAND = "make bench BENCH_DOCS=1"
 BEGIN, END = f"<!-- bench: written by `{COMMAND}` -->", "<!-- bench: end -->"
 _COLUMNS = (*HEADS, "scale", "measured")
 _FIGURE, _GOAL, _MET = (HEADS.index(name) for name in ("figure", "goal", "met"))
 
 
 def with_rows(text: str, measured: Iterable[Row], *, when: str, where: str, scale: float) -> str:
-    """Return README's text with the rows of the workloads that were measured now, in place of their old ones.
+    """Return the page's text with new rows for the workloads that were measured.
 
     Args:
-        text: README.
+        text: docs/benchmarks.md.
         measured: The rows.
         when: The date.
         where: The machine.
         scale: Share of the full size.
 
     Raises:
-        LookupError: The text has no place for it.
+        LookupError: The text has no place for the table.
     """
     new = [[*row.cells(), f"{scale:g}", when] for row in measured]
     ran = {_workload(cells) for cells in new}
@@ -35,7 +35,7 @@ def with_rows(text: str, measured: Iterable[Row], *, when: str, where: str, scal
     every = sorted([*kept, *new], key=_workload)
     goals = [[row[0], row[_FIGURE], row[_GOAL], row[_MET]] for row in every if row[_GOAL]]
     lines = [
-        f"`{COMMAND}`, {where}; CPU is that of the whole process tree, user and system; medians:",
+        f"`{COMMAND}`, {where}. CPU is the whole process tree's, user and system. Figures are medians.",
         "",
         *table(("case", "measured", "goal", "met"), goals),
         "",
@@ -48,8 +48,8 @@ def with_rows(text: str, measured: Iterable[Row], *, when: str, where: str, scal
     return with_part(text, BEGIN, END, lines)
 
 
-def write(measured: Iterable[Row], *, when: str, where: str, scale: float, path: Path = README) -> None:
-    """Write the rows into README; see `with_rows`."""
+def write(measured: Iterable[Row], *, when: str, where: str, scale: float, path: Path = BENCHMARKS) -> None:
+    """Write the rows into docs/benchmarks.md; see `with_rows`."""
     text = with_rows(path.read_text(encoding="utf-8"), measured, when=when, where=where, scale=scale)
     path.write_text(text, encoding="utf-8")
 

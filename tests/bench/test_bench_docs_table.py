@@ -1,17 +1,17 @@
-"""The benchmarks' table in README: what ran is new, what did not run stays."""
+"""The table of docs/benchmarks.md: a run replaces its own rows and keeps the others."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.bench.readme import BEGIN, END, with_rows
+from tests.bench.docs_table import BEGIN, END, with_rows
 from tests.bench.table import Goal, Row
-from tests.readme_tables import README
+from tests.docs_tables import BENCHMARKS
 
 
 def test_only_the_workloads_that_ran_are_replaced() -> None:
-    """A partial run leaves the other rows alone, and a row that is no more goes with its workload."""
-    text = README.read_text(encoding="utf-8")
+    """A partial run keeps the other rows, and a removed row goes with its workload."""
+    text = BENCHMARKS.read_text(encoding="utf-8")
     start = f"{text[: text.index(BEGIN)]}{BEGIN}\n{text[text.index(END) :]}"
     fast = Row(case="W1 none | gzip, slope", figure=1.04, unit="us", goal=Goal(1.1))
     gone = Row(case="W1 gone", figure=7.0, unit="x")
@@ -30,7 +30,7 @@ def test_only_the_workloads_that_ran_are_replaced() -> None:
     assert later.replace(table, "") == start.replace(start[start.index(BEGIN) : start.index(END)], "")
 
 
-def test_a_readme_without_a_place_for_the_table_is_an_error() -> None:
-    """The table is not put somewhere by chance."""
+def test_a_page_without_a_place_for_the_table_is_an_error() -> None:
+    """The writer refuses a page without its markers."""
     with pytest.raises(LookupError, match="no part between"):
         with_rows("# Tailspan\n", [], when="", where="", scale=1)

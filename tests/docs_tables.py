@@ -1,4 +1,4 @@
-"""Tables in README that measurements write: each stands between two comments, and its rows can be read back."""
+"""Tables in the docs that measurements write: each stands between two comments, and its rows can be read back."""
 
 from __future__ import annotations
 
@@ -6,26 +6,33 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PROOF = ROOT / "docs" / "proof.md"
+BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 
 _ROW = re.compile(r"^\| (.*) \|$", re.MULTILINE)
 _BETWEEN_CELLS = re.compile(r"(?<!\\)\|")
 
 
 def part(text: str, begin: str, end: str) -> str:
-    """Return what stands between two comments.
+    """Return the text between two comments.
 
     Raises:
         LookupError: The text does not have them.
     """
     match = _pattern(begin, end).search(text)
     if match is None:
-        raise LookupError(f"README.md has no part between {begin!r} and {end!r}")
+        raise LookupError(f"the page has no part between {begin!r} and {end!r}")
     return match[0]
 
 
 def with_part(text: str, begin: str, end: str, lines: Iterable[str]) -> str:
-    """Return the text with other lines between two comments."""
+    """Replace the text between two comments.
+
+    Raises:
+        LookupError: The text does not have them.
+    """
     part(text, begin, end)
     return _pattern(begin, end).sub(lambda _: "".join(f"{line}\n" for line in lines), text)
 
@@ -41,7 +48,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def rows(text: str, width: int) -> list[list[str]]:
-    """Return the cells of the rows of all tables in the text that have so many columns, without their heads."""
+    """Return the cells of all table rows with `width` columns, without the head rows."""
     found = [[cell.replace(r"\|", "|").strip() for cell in _BETWEEN_CELLS.split(m[1])] for m in _ROW.finditer(text)]
     wide = [cells for cells in found if len(cells) == width]
     return [cells for cells, after in zip(wide, [*wide[1:], []], strict=False) if not _rule(cells) and not _rule(after)]

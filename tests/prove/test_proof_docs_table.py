@@ -1,4 +1,4 @@
-"""README's table of the proof cannot go stale: it has the rows that the proof has, and all of them held."""
+"""docs/proof.md cannot go stale: it has the rows that the proof has, and none of them failed."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import re
 
 import pytest
 
-from tests.prove.readme import BEGIN, COLUMNS, END, README, rows_of, with_rows
+from tests.docs_tables import PROOF, README
+from tests.prove.docs_table import BEGIN, COLUMNS, END, rows_of, with_rows, with_sum
 from tests.prove.rows import groups, scenarios
 
-TEXT = README.read_text(encoding="utf-8")
+TEXT = PROOF.read_text(encoding="utf-8")
 ROW = {**dict.fromkeys(COLUMNS, "0"), "verdict": "ok", "date": "2026-01-02 03:04 UTC", "seed": "7"}
 
 
-def test_readme_has_each_row_of_the_proof_and_no_other() -> None:
-    """Who adds a fault to the proof, or renames one, runs it and writes it down."""
+def test_the_page_has_each_row_of_the_proof_and_no_other() -> None:
+    """A fault that is added to the proof, or renamed, must be run and recorded."""
     assert list(rows_of(TEXT)) == [scenario.name for scenario in scenarios(200)]
 
 
-def test_readme_claims_what_its_rows_show() -> None:
-    """No line is missing in any row, none came out of order or with another time, and none of the rows failed."""
+def test_the_page_claims_what_its_rows_show() -> None:
+    """In every row, no line is missing, out of order or with another time, and the verdict is `ok`."""
     for row in rows_of(TEXT).values():
         assert (row["fault"], row["verdict"]) == (row["fault"], "ok")
         assert {row[name] for name in ("missing", "needless", "order", "time", "uid", "foreign", "spans")} == {"0"}
@@ -27,8 +28,14 @@ def test_readme_claims_what_its_rows_show() -> None:
         assert row["seed"].isdigit()
 
 
-def test_rows_that_ran_replace_those_that_were_there() -> None:
-    """A run of some rows leaves the others; a row that the proof has no more goes; all else of README stays."""
+def test_readme_has_the_sum_of_all_rows() -> None:
+    """The one row of figures in README agrees with docs/proof.md."""
+    readme = README.read_text(encoding="utf-8")
+    assert with_sum(readme, [*rows_of(TEXT).values()]) == readme
+
+
+def test_rows_that_ran_replace_the_old_ones() -> None:
+    """A run of some rows keeps the other rows and all other text, and drops rows of removed faults."""
     (first, second), *_ = (names for names in groups().values() if len(names) == 2)
     text = f"# Head\n{BEGIN}\n{END}\ntail | x\n"
     once = with_rows(text, [{**ROW, "fault": first}, {**ROW, "fault": second, "lines": "1500"}])
@@ -41,7 +48,7 @@ def test_rows_that_ran_replace_those_that_were_there() -> None:
     assert twice.endswith(f"{END}\ntail | x\n")
 
 
-def test_a_readme_without_a_place_for_it_is_said() -> None:
-    """Markers that somebody deleted are an error, not a table that is not written."""
-    with pytest.raises(LookupError, match=r"README\.md has no part between"):
+def test_a_page_without_a_place_for_the_table_is_an_error() -> None:
+    """The writer refuses a page without its markers."""
+    with pytest.raises(LookupError, match="the page has no part between"):
         with_rows("# Head\n", [{**ROW, "fault": "x"}])
