@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from tailspan.config import Settings
+from tailspan.config.signals import SIGNALS
 from tailspan.errors import ConfigError, JobNotFoundError, TailspanError
 from tailspan.services import JobService, open_service
 from tailspan_agent.analysis.assessment import Assessment, JobSnapshot, PipelineStats, assess
@@ -21,7 +22,7 @@ from tailspan_agent.analysis.baseline import Histories
 from tailspan_agent.analysis.run_totals import PipelineNames
 from tailspan_agent.checkpoint.store import Store
 from tailspan_agent.errors import CheckpointError
-from tailspan_agent.exporter.endpoints import SIGNALS, Endpoints
+from tailspan_agent.exporter.endpoints import Endpoints
 from tailspan_agent.job.ledger import JobLedger
 from tailspan_agent.metrics.agent import AgentMetrics, agent_resource
 from tailspan_agent.metrics.telemetry import MetricsPush, Telemetry, export_interval_s

@@ -225,12 +225,13 @@ def replay(
 
 
 async def _replay(files: tuple[Path, ...], settings: Settings, as_json: bool) -> int:
+    from tailspan.config.signals import SIGNALS, Signal
     from tailspan_agent.commands.replay import replay as send_files
-    from tailspan_agent.exporter.endpoints import SIGNALS
-    from tailspan_agent.exporter.http import Exporter, make_exporter
+    from tailspan_agent.exporter.factory import make_exporter
+    from tailspan_agent.exporter.protocol import Exporter
 
     async with AsyncExitStack() as stack:
-        exporters: dict[str, Exporter] = {}
+        exporters: dict[Signal, Exporter] = {}
         for name in SIGNALS:
             keys = settings.otlp.for_signal(name)
             if keys is None:

@@ -49,9 +49,9 @@ from opentelemetry.proto.collector.logs.v1 import logs_service_pb2
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 
+from tailspan.config.signals import SIGNALS
 from tests.fakes.otlp_rows import (
     REQUESTS,
-    SIGNALS,
     LogRow,
     MetricRow,
     SpanRow,

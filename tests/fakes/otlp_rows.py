@@ -15,8 +15,6 @@ from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 
-SIGNALS = ("logs", "traces", "metrics")
-
 REQUESTS: Mapping[str, type[Message]] = {
     "logs": logs_service_pb2.ExportLogsServiceRequest,
     "traces": trace_service_pb2.ExportTraceServiceRequest,

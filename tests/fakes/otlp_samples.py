@@ -10,7 +10,8 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from tailspan.config import FilesSettings, SignalSettings
-from tailspan_agent.exporter.http import Exporter, make_exporter
+from tailspan_agent.exporter.factory import make_exporter
+from tailspan_agent.exporter.protocol import Exporter
 
 TRACE_ID = bytes(range(16))
 SPAN_ID = bytes(range(8))

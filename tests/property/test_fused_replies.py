@@ -28,8 +28,8 @@ from tailspan.services.fused.window import Window
 from tailspan.services.fused.wire import decode_row, decode_status, error_text, line_times
 from tailspan_agent.job.ledger import JobLedger
 from tailspan_agent.job.mapping import failure_record, resource_attributes, spans_of
+from tailspan_agent.otlp.messages import parse_request
 from tailspan_agent.otlp.requests import logs_request
-from tailspan_agent.otlp.signals import parse_request
 from tailspan_agent.records.encode import LogContext, encode_lines
 from tests.property.effort import assert_linear, fuzz
 

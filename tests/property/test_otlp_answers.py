@@ -31,7 +31,7 @@ from tailspan_agent.exporter.outcome import (
     classify_success,
 )
 from tailspan_agent.otlp.json_lines import UnreadableLineError, decode_line, encode_line
-from tailspan_agent.otlp.signals import split_request
+from tailspan_agent.otlp.messages import split_request
 from tests.property.effort import fuzz
 
 OUTCOMES = (Delivered, EndpointFault, Rejected, Retry, TooLarge)

@@ -182,7 +182,7 @@ def dead_letter_full(seed: str, disk: Disk, *, patient: bool = True) -> Row:
         world.until(lambda: all(map(world.checkpoint, jobs)), "the first checkpoints")
         disk.fill(world)
         _speak(world, jobs, times=4)
-        world.until(lambda: "logs are paused: the dead letter" in world.log, "word of the full disk")
+        world.until(lambda: "export of logs paused: the dead letter" in world.log, "word of the full disk")
         world.until(lambda: _ready(world) == 503, "/readyz to fail")
         disk.free(world)
         if not patient:
@@ -345,7 +345,7 @@ def read_only(seed: str) -> Row:
         dead_letter.mkdir(mode=0o700)
         with _read_only(dead_letter):
             world.start()
-            world.until(lambda: "logs are paused: the dead letter" in world.log, "word of the read-only disk")
+            world.until(lambda: "export of logs paused: the dead letter" in world.log, "word of the read-only disk")
         found = world.finish(_LONG_S)
         row.found.append(found)
         _expect(row, found.dead_lettered >= 2 * LINES, "the refused lines are kept")

@@ -50,15 +50,15 @@ CHECKPOINT_BEFORE_ACK = Mutant(
     "the checkpoint advances before the ack",
     "tailspan_agent/pipeline/queue.py",
     """
-            result = await self._endpoint.send(payload, count)
+            result = await self._endpoint.deliver(payload, count)
 """,
     """
-            from tailspan_agent.exporter.retry import SendResult as Sent
+            from tailspan_agent.exporter.retry import DeliveryResult as Sent
 
             async def send(earlier, payload=payload, count=count):
                 if earlier is not None:
                     await earlier
-                await self._endpoint.send(payload, count)
+                await self._endpoint.deliver(payload, count)
 
             self._sending = asyncio.create_task(send(getattr(self, "_sending", None)))
             result = Sent(count)

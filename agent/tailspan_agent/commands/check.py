@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import cast
 
 from tailspan.config import Settings, Watch
+from tailspan.config.signals import SIGNALS, Signal
 from tailspan.errors import AuthError, ConfigError, JobNotFoundError, ServiceError, TailspanError
 from tailspan.models import ListedJob
 from tailspan.services import JobService, open_service
-from tailspan_agent.exporter.endpoints import SIGNALS, Signal
-from tailspan_agent.exporter.http import make_exporter
+from tailspan_agent.exporter.factory import make_exporter
 from tailspan_agent.exporter.outcome import Delivered, Rejected
 from tailspan_agent.records.redact import Redactor
 

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import IO, Final
 
 from tailspan._clock import Clock
+from tailspan.config.signals import Signal
 from tailspan_agent.errors import ExportRejectedError
-from tailspan_agent.exporter.http import Exporter
+from tailspan_agent.exporter.protocol import Exporter
 from tailspan_agent.exporter.retry import RetryingExporter
 from tailspan_agent.otlp.json_lines import UnreadableLineError, decode_line
-from tailspan_agent.otlp.signals import DecodeError, count_records, parse_request, split_request
+from tailspan_agent.otlp.messages import DecodeError, count_records, parse_request, split_request
 
 __all__ = ["ReplayResult", "replay"]
 
@@ -69,7 +70,7 @@ class ReplayResult:
 
 async def replay(
     paths: Sequence[Path],
-    exporters: Mapping[str, Exporter],
+    exporters: Mapping[Signal, Exporter],
     *,
     progress: Callable[[ReplayResult], None] = lambda result: None,
     patience_s: float = 60.0,
@@ -120,7 +121,7 @@ async def replay(
 
 
 async def _replay_line(
-    line: bytes, senders: Mapping[str, RetryingExporter], result: ReplayResult, path: Path, number: int
+    line: bytes, senders: Mapping[Signal, RetryingExporter], result: ReplayResult, path: Path, number: int
 ) -> None:
     result.lines += 1
     try:
@@ -138,7 +139,7 @@ async def _replay_line(
             parts[:0] = split_request(signal, part)
             continue
         try:
-            sent = await senders[signal].send(part, part_count)
+            sent = await senders[signal].deliver(part, part_count)
         except ExportRejectedError as error:
             raise ExportRejectedError(
                 f"stopped at {path}:{number} after {result.delivered} records: {error}"
@@ -149,7 +150,7 @@ async def _replay_line(
             result.add_problem(path, number, f"{sent.rejected} of {part_count} records rejected: {sent.reason}")
 
 
-def _decode(line: bytes) -> tuple[str, bytes, int]:
+def _decode(line: bytes) -> tuple[Signal, bytes, int]:
     signal, payload = decode_line(line)
     try:
         return signal, payload, count_records(signal, parse_request(signal, payload))
@@ -175,5 +176,5 @@ def _open(path: Path) -> IO[bytes]:
 class _NotKept:
     """Takes refused batches without keeping them: they stay in the file that is replayed."""
 
-    async def add(self, signal: str, payload: bytes, *, kind: str, reason: str, rejected: int, count: int) -> None:
+    async def add(self, signal: Signal, payload: bytes, *, kind: str, reason: str, rejected: int, count: int) -> None:
         """Keep nothing; `RetryingExporter` returns the reason, which is reported with its file and line."""

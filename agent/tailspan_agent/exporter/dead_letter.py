@@ -1,14 +1,15 @@
-"""The dead letter: every batch that an endpoint refused, wholly or in part, kept until a person decides.
+"""The dead letter: every batch that an endpoint rejected, fully or in part, kept until an operator decides.
 
-One line a batch: OTLP JSON as in the files mode, with the reason in front under a key that OTLP readers ignore, so that
-``tailspan agent replay``, the collector's ``otlpjsonfile`` receiver and jq all read it:
+Each line is a batch: OTLP JSON as in files mode, with the reason in front under a key that OTLP readers ignore, so that
+``tailspan agent replay``, the collector's ``otlpjsonfile`` receiver and jq can read it:
 
     {"tailspan":{"time":"2026-07-26T10:00:00+00:00","kind":"invalid","reason":"HTTP 400: ...","rejected":7,"count":7},
      "resourceLogs":[...]}
 
-``rejected`` of ``count`` records were refused; where they differ, the endpoint did not say which (``partial_success``
-tells only how many), so the whole batch is here and a replay repeats the others. Records are redacted already. Files
-are rotated by size; nothing is deleted. At the limit the dead letter refuses, and the sender waits for room.
+``rejected`` of ``count`` records were rejected. If the two differ, the endpoint did not report which records
+(``partial_success`` has only a count): the line has the whole batch, and a replay sends the accepted records again.
+Records are already redacted. Files are rotated by size and never deleted. At the size limit `add` fails, and the
+exporter waits until there is room.
 """
 
 from __future__ import annotations
@@ -24,23 +25,22 @@ from pathlib import Path
 import msgspec
 
 from tailspan._clock import Clock
+from tailspan.config.signals import SIGNALS, Signal
 from tailspan_agent.errors import AgentError
-from tailspan_agent.exporter.rotating_file import LineFiles, existing_files
-from tailspan_agent.otlp.json_lines import encode_line
-from tailspan_agent.otlp.signals import SIGNALS, DecodeError
+from tailspan_agent.exporter.rotating_file import RotatingFile, existing_files
 
 __all__ = ["DeadLetter", "DeadLetterEntry", "DeadLetterGroup", "DeadLetterNote", "read_entries", "summarize"]
 
 
 class DeadLetterNote(msgspec.Struct, frozen=True, kw_only=True):
-    """Why a batch is here.
+    """Why a batch was rejected.
 
     Attributes:
-        time: When it was refused, ISO 8601 in UTC.
-        kind: One of a few words: ``invalid``, ``partial``, ``too_large``, ``server_error``.
-        reason: What the endpoint said.
-        rejected: How many records it refused.
-        count: How many records the batch has.
+        time: When, ISO 8601 in UTC.
+        kind: ``invalid``, ``partial``, ``too_large`` or ``server_error``.
+        reason: The endpoint's message.
+        rejected: Number of rejected records.
+        count: Number of records in the batch.
     """
 
     time: str
@@ -52,17 +52,17 @@ class DeadLetterNote(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class DeadLetterEntry:
-    """One refused batch and where it is.
+    """One rejected batch and its location.
 
     Attributes:
-        signal: ``logs``, ``traces`` or ``metrics``.
-        path: Its file.
-        line: Its line there, from 1.
-        size: Bytes of that line.
-        note: Why it is here; None: the line cannot be read.
+        signal: The signal.
+        path: The file.
+        line: The line number in the file, from 1.
+        size: Size of the line in bytes.
+        note: Why the batch was rejected; None if the line cannot be decoded.
     """
 
-    signal: str
+    signal: Signal
     path: Path
     line: int
     size: int
@@ -71,18 +71,18 @@ class DeadLetterEntry:
 
 @dataclass(slots=True)
 class DeadLetterGroup:
-    """All refused batches of one signal, kind and reason.
+    """All rejected batches of one signal, kind and reason.
 
     Attributes:
-        signal, kind, reason: What they have in common.
-        batches: How many.
-        rejected: Records refused.
-        records: Records in these batches.
-        size: Bytes.
-        first, last: When the first and the last came, ISO 8601 in UTC.
+        signal, kind, reason: Shared by all batches.
+        batches: Number of batches.
+        rejected: Number of rejected records.
+        records: Number of records in these batches.
+        size: Total size in bytes.
+        first, last: When the first and the last batch was rejected, ISO 8601 in UTC.
     """
 
-    signal: str
+    signal: Signal
     kind: str
     reason: str
     batches: int = 0
@@ -94,13 +94,13 @@ class DeadLetterGroup:
 
 
 class DeadLetter:
-    """Keeps refused batches under ``directory``, one file series per signal.
+    """Store rejected batches in ``directory``, one series of files per signal.
 
     Args:
-        directory: ``agent.state_dir / "dead-letter"``; made with the first batch.
-        max_bytes: Of all files together; then `add` refuses.
-        max_size: Of one file in bytes, then the next is begun.
-        clock: Tells the time for the notes; None: the real one.
+        directory: ``agent.state_dir / "dead-letter"``; created with the first batch.
+        max_bytes: Maximum size of all files together; `add` fails beyond it.
+        max_size: Maximum size of one file in bytes.
+        clock: For the time of the notes; None is the real clock.
     """
 
     def __init__(
@@ -114,44 +114,49 @@ class DeadLetter:
         self.directory = directory
         self._max_bytes = max_bytes
         self._clock = clock or Clock()
-        self._files = {signal: LineFiles(directory, signal, max_size=max_size, keep=None) for signal in SIGNALS}
-        # One at a time, so that two batches cannot both take the last room.
-        self._guard = threading.Lock()
+        self._files = {signal: RotatingFile(directory, signal, max_size=max_size, keep=None) for signal in SIGNALS}
+        # One batch at a time: two batches must not take the same last room.
+        self._lock = threading.Lock()
 
-    async def add(self, signal: str, payload: bytes, *, kind: str, reason: str, rejected: int, count: int) -> None:
-        """Keep a refused batch; on return it is on the disk.
+    async def add(self, signal: Signal, payload: bytes, *, kind: str, reason: str, rejected: int, count: int) -> None:
+        """Store a rejected batch; on return it is on disk.
 
         Args:
-            signal: ``logs``, ``traces`` or ``metrics``.
+            signal: The signal.
             payload: The serialized Export*ServiceRequest.
             kind: See `DeadLetterNote`.
-            reason: What the endpoint said.
-            rejected: How many records it refused.
-            count: How many records the batch has.
+            reason: The endpoint's message.
+            rejected: Number of rejected records.
+            count: Number of records in the batch.
 
         Raises:
-            AgentError: There is no room; nothing was written, and the batch must not be acked.
+            AgentError: There is no room, or the disk fails. Nothing was written: do not acknowledge the batch.
         """
         await asyncio.to_thread(self._add, signal, payload, kind, reason, rejected, count)
 
     def total_bytes(self) -> int:
-        """Return the size of all files together."""
+        """Return the total size of all files in bytes."""
         return sum(files.total_bytes() for files in self._files.values())
 
     def close(self) -> None:
-        """Close the files; `add` opens them again."""
+        """Close the files; the next `add` opens them again."""
         for files in self._files.values():
             files.close()
 
-    def _add(self, signal: str, payload: bytes, kind: str, reason: str, rejected: int, count: int) -> None:
+    def _add(self, signal: Signal, payload: bytes, kind: str, reason: str, rejected: int, count: int) -> None:
+        from tailspan_agent.otlp.json_lines import encode_line
+        from tailspan_agent.otlp.messages import DecodeError
+
         time = datetime.fromtimestamp(self._clock.wall_s(), UTC).isoformat(timespec="seconds")
         note = DeadLetterNote(time=time, kind=kind, reason=reason, rejected=rejected, count=count)
         try:
             line = encode_line(signal, payload, note)
         except DecodeError as error:
-            raise AgentError(f"the dead letter cannot keep a batch of {signal} that is no OTLP: {error}") from error
+            raise AgentError(
+                f"the dead letter cannot store a batch of {signal}: not a valid OTLP request: {error}"
+            ) from error
         try:
-            with self._guard:
+            with self._lock:
                 if self.total_bytes() + len(line) > self._max_bytes:
                     raise AgentError(
                         f"the dead letter {self.directory} is full (otlp.dead_letter_max = {self._max_bytes} bytes):"
@@ -165,15 +170,15 @@ class DeadLetter:
 
 
 class _Line(msgspec.Struct):
-    # msgspec skips the rest of the line without making objects of it.
+    # msgspec skips the rest of the line without creating objects.
     tailspan: DeadLetterNote
 
 
 def read_entries(directory: Path) -> Iterator[DeadLetterEntry]:
-    """Yield every refused batch, per signal oldest first, without loading the batches.
+    """Yield every rejected batch, for each signal the oldest first, without loading the batches.
 
     Args:
-        directory: ``agent.state_dir / "dead-letter"``; may be missing.
+        directory: ``agent.state_dir / "dead-letter"``; may not exist.
     """
     decoder = msgspec.json.Decoder(_Line)
     for signal in SIGNALS:
@@ -188,7 +193,7 @@ def read_entries(directory: Path) -> Iterator[DeadLetterEntry]:
 
 
 def summarize(directory: Path) -> list[DeadLetterGroup]:
-    """Return what is in the dead letter, by signal, kind and reason, for ``tailspan agent dead-letter``."""
+    """Return the content of the dead letter by signal, kind and reason, for ``tailspan agent dead-letter``."""
     groups: dict[tuple[str, str, str], DeadLetterGroup] = {}
     for entry in read_entries(directory):
         note = entry.note or DeadLetterNote(

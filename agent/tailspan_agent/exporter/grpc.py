@@ -1,8 +1,9 @@
-"""OTLP over gRPC, with the request's bytes as they are."""
+"""The OTLP/gRPC exporter. It sends the serialized request as it is: no second encoding, no generated stubs."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -11,21 +12,27 @@ import grpc.aio
 
 from tailspan._net import host_port
 from tailspan.config import SignalSettings
+from tailspan.config.signals import Signal
 from tailspan.errors import ConfigError
 from tailspan.http.client import user_agent
-from tailspan_agent.exporter.http import header_values, public_url, read_pem, scrub
 from tailspan_agent.exporter.outcome import EndpointFault, Outcome, classify_grpc, classify_success
-from tailspan_agent.otlp.signals import SIGNALS
+from tailspan_agent.exporter.protocol import header_values, public_url, scrub
 
 __all__ = ["GrpcExporter"]
 
-# `RetryingExporter` waits and counts the tries: gRPC's own retries and its backoff (up to two minutes) would hide both.
+# `RetryingExporter` waits and counts: gRPC's own retries and backoff (up to two minutes) would hide both.
 _OPTIONS = (
     ("grpc.enable_retries", 0),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2000),
 )
+
+_METHODS: dict[Signal, str] = {
+    "logs": "/opentelemetry.proto.collector.logs.v1.LogsService/Export",
+    "traces": "/opentelemetry.proto.collector.trace.v1.TraceService/Export",
+    "metrics": "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export",
+}
 
 _METADATA_NAME = re.compile(r"[a-z0-9_.-]+")
 
@@ -34,15 +41,15 @@ class GrpcExporter:
     """OTLP over gRPC.
 
     Args:
-        signal: ``logs``, ``traces`` or ``metrics``.
-        url: ``http://HOST:PORT`` without TLS, ``https://HOST:PORT`` with it.
+        signal: The signal.
+        url: ``http://HOST:PORT`` without TLS, ``https://HOST:PORT`` with TLS.
         settings: Compression, headers (metadata), timeout and certificates.
 
     Raises:
-        ConfigError: Certificates that cannot be read, a compression or a URL that gRPC has not.
+        ConfigError: A certificate cannot be read, or gRPC does not support the compression or the URL.
     """
 
-    def __init__(self, signal: str, url: str, settings: SignalSettings) -> None:
+    def __init__(self, signal: Signal, url: str, settings: SignalSettings) -> None:
         self.endpoint = public_url(url)
         self._signal = signal
         self._timeout_s = settings.timeout
@@ -52,7 +59,7 @@ class GrpcExporter:
         self._target = _target(url)
         if settings.compression == "zstd":
             raise ConfigError(
-                "otlp.compression is zstd, which gRPC has not; there is gzip and none", key="otlp.compression"
+                "otlp.compression is zstd, which gRPC does not support; use gzip or none", key="otlp.compression"
             )
         gzip = settings.compression == "gzip"
         self._compression = grpc.Compression.Gzip if gzip else grpc.Compression.NoCompression
@@ -61,7 +68,7 @@ class GrpcExporter:
         self._call: Any = None
 
     async def export(self, payload: bytes, count: int) -> Outcome:
-        """See `tailspan_agent.exporter.http.Exporter.export`."""
+        """See `tailspan_agent.exporter.protocol.Exporter.export`."""
         if self._channel is None:
             self._open()
         try:
@@ -71,24 +78,24 @@ class GrpcExporter:
         except grpc.aio.AioRpcError as error:
             return scrub(self._failed(error), self._secrets)
         except grpc.aio.InternalError:
-            # gRPC says why only on stderr; the metadata is all that a configuration can make unfit to send.
-            return EndpointFault(f"{self.endpoint}: gRPC cannot send the request: look at otlp.headers")
+            # gRPC writes the reason to stderr only; of what it sends, only the metadata comes from the configuration.
+            return EndpointFault(f"{self.endpoint}: gRPC cannot send the request: check otlp.headers")
         return scrub(classify_success(self._signal, body, count), self._secrets)
 
     async def aclose(self) -> None:
-        """See `tailspan_agent.exporter.http.Exporter.aclose`."""
+        """See `tailspan_agent.exporter.protocol.Exporter.aclose`."""
         if self._channel is not None:
             await self._channel.close()
             self._channel = None
 
     def _open(self) -> None:
-        # A channel belongs to the event loop that is running when it is made.
+        # A channel belongs to the event loop that runs when it is created.
         options = (*_OPTIONS, ("grpc.primary_user_agent", user_agent()))
         if self._credentials is None:
             self._channel = grpc.aio.insecure_channel(self._target, options=options)
         else:
             self._channel = grpc.aio.secure_channel(self._target, self._credentials, options=options)
-        self._call = self._channel.unary_unary(SIGNALS[self._signal].grpc_method)
+        self._call = self._channel.unary_unary(_METHODS[self._signal])
 
     def _failed(self, error: grpc.aio.AioRpcError) -> Outcome:
         details = dict(error.trailing_metadata() or ()).get("grpc-status-details-bin")
@@ -97,12 +104,12 @@ class GrpcExporter:
 
 
 def _metadata_name(name: str) -> str:
-    # gRPC refuses upper case.
+    # gRPC accepts lower case only.
     lower = name.lower()
     if not _METADATA_NAME.fullmatch(lower) or lower.startswith("grpc-") or lower.endswith("-bin"):
         raise ConfigError(
-            f"otlp.headers.{name} cannot be sent over gRPC, which needs a name of letters, digits, '-', '_' and '.',"
-            " not beginning with grpc- and not ending with -bin",
+            f"otlp.headers.{name} is not a valid gRPC metadata name: use letters, digits, '-', '_' and '.',"
+            " without grpc- in front and -bin at the end",
             key=f"otlp.headers.{name}",
         )
     return lower
@@ -113,13 +120,20 @@ def _target(url: str) -> str:
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ConfigError(f"otlp.endpoint is {public_url(url)}; gRPC needs http(s)://HOST:PORT", key="otlp.endpoint")
     if parts.username:
-        raise ConfigError("otlp.endpoint has a user in it; gRPC needs it in otlp.headers", key="otlp.endpoint")
+        raise ConfigError("otlp.endpoint has a user name; for gRPC, use otlp.headers", key="otlp.endpoint")
     return f"dns:///{host_port(parts.hostname, parts.port or 4317)}"
 
 
 def _credentials(settings: SignalSettings) -> grpc.ChannelCredentials:
-    ca = read_pem(settings.ca_file, "ca_file") if settings.ca_file else None
-    cert = read_pem(settings.client_cert, "client_cert") if settings.client_cert else None
+    ca = _read_pem(settings.ca_file, "ca_file") if settings.ca_file else None
+    cert = _read_pem(settings.client_cert, "client_cert") if settings.client_cert else None
     key_file = settings.client_key or settings.client_cert
-    key = read_pem(key_file, "client_key") if key_file else None
+    key = _read_pem(key_file, "client_key") if key_file else None
     return grpc.ssl_channel_credentials(root_certificates=ca, private_key=key, certificate_chain=cert)
+
+
+def _read_pem(path: Path, key: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"otlp.{key}: cannot read {path}: {error.strerror}", key=f"otlp.{key}") from error

@@ -1,13 +1,14 @@
-"""What became of one export request, and the rules that say so: functions of status, headers and body.
+"""The outcome of one export request, and the rules for it: pure functions of status, headers and body.
 
-An answer speaks either of the *batch* (it is wrong, too large, partly refused) or of the *endpoint* (wrong address,
-wrong credentials, no such signal). Only the former may cost records; the latter pauses the signal until it is mended:
+A response is about the *batch* (invalid, too large, partly rejected) or about the *endpoint* (wrong address, wrong
+credentials, signal not supported). Only the former can cost records; the latter pauses the signal until an operator
+corrects the configuration or the endpoint:
 
-    2xx, OK                                                  Delivered, or Rejected where partial_success says so
-    429 502 503 504, connection failures; CANCELLED ...      Retry, for ever
-    408 425, other 5xx; INTERNAL UNKNOWN                     Retry with `server_error`: a bounded number of times
+    2xx, OK                                                  Delivered, or Rejected by partial_success
+    429 502 503 504, connection failures; CANCELLED ...      Retry, without limit
+    408 425, other 5xx; INTERNAL UNKNOWN                     Retry with `server_error`: a limited number of times
     400 422; INVALID_ARGUMENT and the like                   Rejected
-    413; a message over the receiver's limit                 TooLarge
+    413; a message above the receiver's limit                 TooLarge
     3xx, all other 4xx, TLS errors; UNIMPLEMENTED ...        EndpointFault
 
 Source: OpenTelemetry protocol specification 1.9, "OTLP/HTTP Response", "OTLP/gRPC Throttling".
@@ -21,6 +22,7 @@ from datetime import datetime
 from typing import Final, TypeAlias
 
 from tailspan._backoff import parse_retry_after_s
+from tailspan.config.signals import Signal
 
 __all__ = [
     "MAX_RETRY_AFTER_S",
@@ -36,17 +38,17 @@ __all__ = [
 ]
 
 MAX_RETRY_AFTER_S = 3600.0
-"""An endpoint that asks for more is asked again after an hour: a slip there must not stop the relay for days."""
+"""Longest Retry-After that the agent respects: a wrong value must not stop exports for days."""
 
 _REASON_CHARS = 300
 
 
 @dataclass(frozen=True, slots=True)
 class Delivered:
-    """The endpoint has all records.
+    """The endpoint accepted all records.
 
     Attributes:
-        warning: What the endpoint, or its odd answer, wants to be known.
+        warning: The endpoint's message, or what is wrong with its response; None without either.
     """
 
     warning: str | None = None
@@ -54,12 +56,12 @@ class Delivered:
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """Not now: send the same bytes again later.
+    """The request failed for now: send the same bytes again later.
 
     Attributes:
-        reason: For people.
-        after_s: Seconds that the endpoint asked to be left alone.
-        server_error: The endpoint broke in a way that OTLP does not call retryable: worth a few tries, not endless.
+        reason: Why, to be shown.
+        after_s: Seconds that the endpoint asked to wait (Retry-After).
+        server_error: Whether OTLP does not list the failure as retryable: limit the retries.
     """
 
     reason: str
@@ -69,12 +71,12 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """The endpoint refuses records, and would refuse them again.
+    """The endpoint rejected records, and would reject them again.
 
     Attributes:
-        rejected: How many; None: all of the batch.
-        reason: For people.
-        kind: One of a few words, for counting: ``invalid``, ``partial``, ``too_large``, ``server_error``.
+        rejected: Number of rejected records; None: the whole batch.
+        reason: Why, to be shown.
+        kind: The reason for metrics, of low cardinality: ``invalid``, ``partial``, ``too_large``, ``server_error``.
     """
 
     rejected: int | None
@@ -84,14 +86,14 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class EndpointFault:
-    """The endpoint takes nothing of this signal as it is configured. No fault of the batch."""
+    """The endpoint, as configured, accepts nothing of this signal; the batch may be valid."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class TooLarge:
-    """The request is over the endpoint's limit; parts of it may pass."""
+    """The request is above the endpoint's size limit; parts of it may be below."""
 
     reason: str
 
@@ -107,7 +109,7 @@ _RETRYABLE_GRPC: Final = frozenset(
 )
 _SERVER_ERROR_GRPC: Final = frozenset({"INTERNAL", "UNKNOWN"})
 _FAULT_GRPC: Final = frozenset({"UNIMPLEMENTED", "UNAUTHENTICATED", "PERMISSION_DENIED"})
-# grpc-go, -core, -java and -dotnet answer RESOURCE_EXHAUSTED, tonic OUT_OF_RANGE; only the text tells it from a quota.
+# grpc-go, -core, -java and -dotnet answer RESOURCE_EXHAUSTED, tonic OUT_OF_RANGE; only the text differs from a quota's.
 _TOO_LARGE_TEXTS: Final = (
     "larger than max",
     "message length too large",
@@ -120,21 +122,21 @@ _REJECTED_FIELDS: Final = ("rejected_log_records", "rejected_spans", "rejected_d
 
 
 def classify_http(
-    signal: str, status: int, headers: Mapping[str, str], body: bytes, count: int, now: datetime
+    signal: Signal, status: int, headers: Mapping[str, str], body: bytes, count: int, now: datetime
 ) -> Outcome:
-    """Return what an HTTP answer means.
+    """Return the outcome of an HTTP response.
 
     Args:
-        signal: ``logs``, ``traces`` or ``metrics``.
+        signal: The signal.
         status: The HTTP status.
-        headers: The answer's headers, by lower-case name.
-        body: The answer's body, decompressed; its beginning is enough.
-        count: Records in the request.
-        now: What a Retry-After that is a date counts from (aware).
+        headers: The response headers by lower-case name.
+        body: The decompressed response body; its beginning is enough.
+        count: Number of records in the request.
+        now: The time (aware) that a Retry-After date is relative to.
     """
     content_type = headers.get("content-type", "")
     if 200 <= status < 300:
-        # 204 (Loki) and an empty 200 are whole successes without a message to parse.
+        # 204 (Loki) and an empty 200 are full successes without a message to parse.
         return classify_success(signal, body, count, content_type)
     reason = f"HTTP {status}" + _explain(body, content_type)
     if status in _RETRYABLE_HTTP:
@@ -146,17 +148,17 @@ def classify_http(
     if status == 413:
         return TooLarge(reason)
     if 300 <= status < 400 and "location" in headers:
-        reason = f"HTTP {status} redirects elsewhere; exports follow no redirects, configure the final address"
+        reason = f"HTTP {status} redirects, and exports do not follow redirects: configure the final address"
     return EndpointFault(reason)
 
 
 def classify_grpc(code: str, message: str, status_details: bytes | None) -> Outcome:
-    """Return what a gRPC error means.
+    """Return the outcome of a gRPC error.
 
     Args:
         code: Name of the status code, such as ``UNAVAILABLE``.
         message: The status message.
-        status_details: ``grpc-status-details-bin`` of the trailing metadata, if there.
+        status_details: ``grpc-status-details-bin`` of the trailing metadata, if present.
     """
     reason = f"gRPC {code}" + (f": {_shorten(message)}" if message else "")
     text = message.lower()
@@ -174,28 +176,29 @@ def classify_grpc(code: str, message: str, status_details: bytes | None) -> Outc
     return Rejected(None, reason)
 
 
-def classify_success(signal: str, body: bytes, count: int, content_type: str = "application/x-protobuf") -> Outcome:
-    """Return what the body of a successful answer means: whole, partial, or a warning.
+def classify_success(signal: Signal, body: bytes, count: int, content_type: str = "application/x-protobuf") -> Outcome:
+    """Return the outcome of a successful response: full success, partial success, or a warning.
 
     Args:
-        signal: ``logs``, ``traces`` or ``metrics``.
-        body: An ``Export*ServiceResponse``, or whatever came.
-        count: Records in the request.
-        content_type: The body's; anything but protobuf or JSON is not looked into.
+        signal: The signal.
+        body: The ``Export*ServiceResponse``; an endpoint may send anything.
+        count: Number of records in the request.
+        content_type: The media type of the body, JSON or else protobuf.
     """
-    from tailspan_agent.otlp.json_lines import UnreadableLineError, decode_response
-    from tailspan_agent.otlp.signals import SIGNALS, DecodeError
-
     if not body:
         return Delivered()
+    # Most endpoints send an empty body: an agent that needs no protobuf does not import it.
+    from tailspan_agent.otlp.json_lines import UnreadableLineError, decode_response
+    from tailspan_agent.otlp.messages import MESSAGES, DecodeError
+
     try:
         if "json" in content_type:
             response = decode_response(signal, body)
         else:
-            response = SIGNALS[signal].response()
+            response = MESSAGES[signal].response()
             response.ParseFromString(body)
     except (DecodeError, UnreadableLineError):
-        return Delivered(f"the endpoint answered success with a body that is no OTLP response{_explain(body, '')}")
+        return Delivered(f"the endpoint answered success, but not with a valid OTLP response{_explain(body, '')}")
     partial = response.partial_success
     message = _shorten(partial.error_message)
     rejected = next(getattr(partial, field) for field in _REJECTED_FIELDS if hasattr(partial, field))
@@ -227,7 +230,7 @@ def _retry_info_s(status_details: bytes) -> float | None:
 
 
 def _explain(body: bytes, content_type: str) -> str:
-    """Return ``: text`` of an error body: a google.rpc.Status message as OTLP asks for, or the text itself."""
+    """Return ``: text`` of an error body: the message of a google.rpc.Status (required by OTLP), or the body itself."""
     if not body:
         return ""
     text = ""

@@ -1,14 +1,14 @@
-"""`RetryingExporter`: sends one signal's requests until they need no more work, however long that takes.
+"""`RetryingExporter`: send the requests of one signal until each is delivered or in the dead letter.
 
     Delivered       done
-    Retry           again, with jittered exponential backoff, never before Retry-After; for ever
-      server_error  the same, but after `retry_server_errors` in a row dead-lettered
-    TooLarge        halved, in order; a single record is dead-lettered
-    Rejected        dead-lettered, then counted
-    EndpointFault   the signal pauses 30-60 s and tries again; /readyz fails meanwhile
+    Retry           retry with jittered exponential backoff, never before Retry-After, without limit
+      server_error  the same, but after `retry_server_errors` in a row: dead letter
+    TooLarge        halve and send the parts in order; a single record: dead letter
+    Rejected        dead letter, then count
+    EndpointFault   pause the signal for 30-60 s, then retry; /readyz fails meanwhile
 
-A send that is cancelled was not acked: its records are sent again after a restart. While the dead letter has no room
-the send waits: nothing is dropped.
+A cancelled request was not acknowledged: its records are sent again after a restart. While the dead letter is full,
+the request waits: nothing is dropped.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from typing import Literal, Protocol
 
 from tailspan._backoff import backoff_s
 from tailspan._clock import Clock
+from tailspan.config.signals import Signal
 from tailspan_agent.errors import AgentError, ExportRejectedError
-from tailspan_agent.exporter.http import Exporter
 from tailspan_agent.exporter.outcome import Delivered, EndpointFault, Rejected, Retry, TooLarge
-from tailspan_agent.otlp.signals import DecodeError, split_request
+from tailspan_agent.exporter.protocol import Exporter
 
-__all__ = ["FAULT_PAUSE_S", "RejectSink", "RetryingExporter", "SendResult"]
+__all__ = ["FAULT_PAUSE_S", "DeliveryResult", "RejectSink", "RetryingExporter"]
 
 FAULT_PAUSE_S = (30.0, 60.0)
-"""Shortest and longest pause after an endpoint fault, and between tries of a dead letter without room."""
+"""Shortest and longest pause after an endpoint fault, or while the dead letter is full."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class SendResult:
-    """What became of a request whose records need no more work.
+class DeliveryResult:
+    """The result of a request that is done: delivered, or in the dead letter.
 
     Attributes:
-        delivered: Records that the endpoint has.
-        rejected: Records that it refused; their batch is in the dead letter.
-        reason: Why, in the endpoint's words; None when nothing was refused.
-        kind: Why, as one of a few words, for counting; see `tailspan_agent.exporter.outcome.Rejected`.
+        delivered: Number of records that the endpoint accepted.
+        rejected: Number of records that it rejected; their batch is in the dead letter.
+        reason: The endpoint's reason; None if it rejected nothing.
+        kind: The reason for metrics; see `tailspan_agent.exporter.outcome.Rejected`.
         retries: How often the whole request was sent again.
     """
 
@@ -54,9 +54,9 @@ class SendResult:
     kind: str | None = field(default=None, compare=False)
     retries: int = field(default=0, compare=False)
 
-    def __add__(self, other: SendResult) -> SendResult:
-        """Return both parts of a halved request together."""
-        return SendResult(
+    def __add__(self, other: DeliveryResult) -> DeliveryResult:
+        """Return the result of both parts of a halved request."""
+        return DeliveryResult(
             self.delivered + other.delivered,
             self.rejected + other.rejected,
             self.reason or other.reason,
@@ -66,44 +66,44 @@ class SendResult:
 
 
 class RejectSink(Protocol):
-    """Takes refused batches: `tailspan_agent.exporter.dead_letter.DeadLetter`, or a report for replay."""
+    """Receives rejected batches: `tailspan_agent.exporter.dead_letter.DeadLetter`, or the report of a replay."""
 
-    async def add(self, signal: str, payload: bytes, *, kind: str, reason: str, rejected: int, count: int) -> None:
-        """Keep it, or raise AgentError when there is no room; see `DeadLetter.add`."""
+    async def add(self, signal: Signal, payload: bytes, *, kind: str, reason: str, rejected: int, count: int) -> None:
+        """Store a batch, or raise AgentError if there is no room; see `DeadLetter.add`."""
         ...
 
 
 class RetryingExporter:
-    """Sends for one signal. Several sends may be in flight at once (one per lane); their order is the lanes' business.
+    """The exporter of one signal with retries. Several requests may be in flight; it does not order them.
 
     Args:
-        signal: ``logs``, ``traces`` or ``metrics``.
-        exporter: Tries once.
-        dead_letter: Keeps what the endpoint refuses.
-        retry_server_errors: Tries of a batch that meets a 5xx which OTLP does not call retryable; then dead-lettered.
-        patience_s: How long to retry before ExportRejectedError, in seconds; a fault of the endpoint raises at once.
-            None: for ever.
-        clock: Waits; None: the real one.
-        jitter: A random number in [0, 1).
-        on_failure: Told of each export that was not taken, with the reason as one of a few words: ``unavailable``,
-            ``endpoint_fault``, or the kind of a rejection.
+        signal: The signal.
+        exporter: Makes each attempt.
+        dead_letter: Receives rejected batches.
+        retry_server_errors: Maximum attempts of a batch that fails with a 5xx which OTLP does not list as retryable.
+        patience_s: How long to retry before ExportRejectedError, in seconds; an endpoint fault raises it at once.
+            None: without limit.
+        clock: Waits; None is the real clock.
+        jitter: Returns a random number in [0, 1).
+        on_failure: Called for each failed attempt with its reason: ``unavailable``, ``endpoint_fault``, or the kind of
+            a rejection.
 
     Attributes:
-        state: ``paused`` while the endpoint faults or the dead letter has no room, else ``ok``. For /readyz.
+        state: ``paused`` while the endpoint is at fault or the dead letter is full, else ``ok``; for /readyz.
         since: When that state began, in seconds since the epoch.
-        last_error: What failed last; None after a success.
-        in_flight: Records handed to `send` and not done.
-        requests: Requests made, failed ones included.
-        delivered: Records delivered.
-        rejected: Records refused, by a bounded kind: ``invalid``, ``partial``, ``too_large``, ``server_error``.
-        retries: Requests repeated.
-        warnings: Successes with a message.
+        last_error: The last failure; None after a success.
+        in_flight: Number of records in requests that are not done.
+        requests: Number of requests, including failed ones.
+        delivered: Number of records delivered.
+        rejected: Number of records rejected, by kind: ``invalid``, ``partial``, ``too_large``, ``server_error``.
+        retries: Number of repeated requests.
+        warnings: Number of successes with a message.
         last_delivered: When records were last delivered, in seconds since the epoch; None: never.
     """
 
     def __init__(
         self,
-        signal: str,
+        signal: Signal,
         exporter: Exporter,
         dead_letter: RejectSink,
         *,
@@ -140,24 +140,24 @@ class RetryingExporter:
 
     @property
     def endpoint(self) -> str:
-        """Where it sends to, without credentials."""
+        """The destination, without credentials."""
         return self.exporter.endpoint
 
-    async def send(self, payload: bytes, count: int) -> SendResult:
-        """Send a request and return when its records need no more work.
+    async def deliver(self, payload: bytes, count: int) -> DeliveryResult:
+        """Send a request until its records are delivered or in the dead letter.
 
         Args:
-            payload: A serialized Export*ServiceRequest; sent again byte for byte the same.
-            count: Records in it; with none, nothing is sent.
+            payload: A serialized Export*ServiceRequest; a retry sends the same bytes.
+            count: Number of records in it; if 0, nothing is sent.
 
         Raises:
-            ExportRejectedError: Only with `patience_s`: the endpoint faults, or did not answer for so long.
+            ExportRejectedError: Only with `patience_s`: the endpoint is at fault, or unavailable for that long.
         """
         if not count:
-            return SendResult(0)
+            return DeliveryResult(0)
         self.in_flight += count
         try:
-            return await self._send(payload, count)
+            return await self._deliver(payload, count)
         finally:
             self.in_flight -= count
 
@@ -165,8 +165,8 @@ class RetryingExporter:
         """Close the exporter."""
         await self.exporter.aclose()
 
-    async def _send(self, payload: bytes, count: int) -> SendResult:
-        again = SendResult(0)
+    async def _deliver(self, payload: bytes, count: int) -> DeliveryResult:
+        result = DeliveryResult(0)
         failures = server_errors = 0
         started_s = self._clock.monotonic_s()
         while True:
@@ -174,49 +174,46 @@ class RetryingExporter:
             outcome = await self.exporter.export(payload, count)
             match outcome:
                 case Delivered(warning):
-                    self._answered(warning)
+                    self._record_response(warning)
                     self._count_delivered(count)
-                    return again + SendResult(count)
+                    return result + DeliveryResult(count)
                 case Rejected(rejected, reason, kind):
-                    self._answered(None)
-                    refused = count if rejected is None else rejected
-                    return again + await self._reject(payload, count, refused, kind, reason)
+                    self._record_response(None)
+                    rejected_count = count if rejected is None else rejected
+                    return result + await self._reject(payload, count, rejected_count, kind, reason)
                 case TooLarge(reason):
-                    self._answered(None)
-                    return again + await self._halve(payload, count, reason)
+                    self._record_response(None)
+                    return result + await self._halve(payload, count, reason)
                 case EndpointFault(reason):
-                    self._fault(reason)
+                    self._record_fault(reason)
                     await self._pause()
                 case Retry(reason, after_s, server_error):
                     server_errors = server_errors + 1 if server_error else 0
                     if server_errors and server_errors >= self._retry_server_errors:
                         reason = f"{reason} ({server_errors} times in a row)"
-                        return again + await self._reject(payload, count, count, "server_error", reason)
-                    self._retrying(reason, failures)
+                        return result + await self._reject(payload, count, count, "server_error", reason)
+                    self._record_failure(reason, failures)
                     delay_s = backoff_s(failures, self._jitter(), retry_after_s=after_s)
                     waited_s = self._clock.monotonic_s() + delay_s - started_s
                     if self._patience_s is not None and waited_s > self._patience_s:
-                        raise ExportRejectedError(f"{self.endpoint} does not take {self.signal}: {reason}")
+                        raise ExportRejectedError(f"{self.endpoint} does not accept {self.signal}: {reason}")
                     await self._clock.sleep(delay_s)
                     failures += 1
             self.retries += 1
-            again += SendResult(0, retries=1)
+            result += DeliveryResult(0, retries=1)
 
-    async def _halve(self, payload: bytes, count: int, reason: str) -> SendResult:
-        try:
-            parts = await asyncio.to_thread(split_request, self.signal, payload)
-        except DecodeError:
-            parts = []
+    async def _halve(self, payload: bytes, count: int, reason: str) -> DeliveryResult:
+        parts = await asyncio.to_thread(_split, self.signal, payload)
         if len(parts) < 2:
             return await self._reject(payload, count, count, "too_large", reason)
-        result = SendResult(0)
+        result = DeliveryResult(0)
         for part, part_count in parts:
-            result += await self._send(part, part_count)
+            result += await self._deliver(part, part_count)
         return result
 
-    async def _reject(self, payload: bytes, count: int, rejected: int, kind: str, reason: str) -> SendResult:
+    async def _reject(self, payload: bytes, count: int, rejected: int, kind: str, reason: str) -> DeliveryResult:
         self._on_failure(kind)
-        # The endpoint is not asked again: after a partial success that would repeat what it took.
+        # No retry: after a partial success, a retry would send the accepted records again.
         while True:
             try:
                 await self._dead_letter.add(
@@ -226,7 +223,7 @@ class RetryingExporter:
             except AgentError as error:
                 if not self._dead_letter_full:
                     self._set_state(dead_letter_full=True)
-                _log.error("%s are paused: %s", self.signal, error)
+                _log.error("export of %s paused: %s", self.signal, error)
                 self.last_error = str(error)
                 await self._pause()
         if self._dead_letter_full:
@@ -237,44 +234,44 @@ class RetryingExporter:
         _log.warning(
             "%s: %d of %d records rejected, the batch is in the dead letter: %s", self.signal, rejected, count, reason
         )
-        return SendResult(count - rejected, rejected, reason, kind)
+        return DeliveryResult(count - rejected, rejected, reason, kind)
 
-    def _answered(self, warning: str | None) -> None:
+    def _record_response(self, warning: str | None) -> None:
         if self._endpoint_faults:
             self._set_state(endpoint_faults=False)
         if self.last_error is not None and not self._dead_letter_full:
-            _log.info("%s: %s answers again", self.signal, self.endpoint)
+            _log.info("%s: %s is available again", self.signal, self.endpoint)
             self.last_error = None
         if warning:
             self.warnings += 1
-            _log.warning("%s: %s warns: %s", self.signal, self.endpoint, warning)
+            _log.warning("%s: warning of %s: %s", self.signal, self.endpoint, warning)
 
     def _count_delivered(self, count: int) -> None:
         if count:
             self.delivered += count
             self.last_delivered = self._clock.wall_s()
 
-    def _fault(self, reason: str) -> None:
+    def _record_fault(self, reason: str) -> None:
         self._on_failure("endpoint_fault")
         if self._patience_s is not None:
-            raise ExportRejectedError(f"{self.endpoint} does not take {self.signal}: {reason}")
+            raise ExportRejectedError(f"{self.endpoint} does not accept {self.signal}: {reason}")
         self.last_error = reason
         if not self._endpoint_faults:
             self._set_state(endpoint_faults=True)
         _log.error(
-            "%s are paused, the endpoint %s has to be mended (address, credentials, or otlp.signals): %s",
+            "export of %s paused: endpoint %s rejects it; check otlp.endpoint, credentials or otlp.signals: %s",
             self.signal,
             self.endpoint,
             reason,
         )
 
-    def _retrying(self, reason: str, failures: int) -> None:
+    def _record_failure(self, reason: str, failures: int) -> None:
         self._on_failure("unavailable")
         if not self._endpoint_faults and not self._dead_letter_full:
             self.last_error = reason
-        # One line at the first failure, and one about every five minutes of an outage.
+        # One line at the first failure, then about one every five minutes.
         if failures % 10 == 0:
-            _log.warning("%s: trying again (%d failed): %s", self.signal, failures + 1, reason)
+            _log.warning("%s: retrying after %d failed attempts: %s", self.signal, failures + 1, reason)
 
     def _set_state(self, *, endpoint_faults: bool | None = None, dead_letter_full: bool | None = None) -> None:
         before = self.state
@@ -288,3 +285,14 @@ class RetryingExporter:
     async def _pause(self) -> None:
         shortest_s, longest_s = FAULT_PAUSE_S
         await self._clock.sleep(shortest_s + (longest_s - shortest_s) * self._jitter())
+
+
+def _split(signal: Signal, payload: bytes) -> list[tuple[bytes, int]]:
+    """Return the halves of a request; fewer than two if it cannot be halved."""
+    # Imports protobuf: only an endpoint with a size limit needs it.
+    from tailspan_agent.otlp.messages import DecodeError, split_request
+
+    try:
+        return split_request(signal, payload)
+    except DecodeError:
+        return []

@@ -1,10 +1,10 @@
-"""`LineFiles`: append-only files of lines that are rotated by size, with a line whole or absent after a crash.
+"""`RotatingFile`: an append-only file of lines, rotated by size. After a crash each line is complete or absent.
 
     {stem}.jsonl            the newest lines
-    {stem}-000001.jsonl     older ones, counted up: names sort by age, and a reader that holds one open loses nothing
+    {stem}-000001.jsonl     older lines; the number counts up, so names sort by age and an open reader loses nothing
 
-A line counts as written only after ``fdatasync``: an ack that survives a power loss must not be for a line that did
-not. What a crash or a full disk left behind half written is cut off before the next line, and was never acked.
+A line is written only after ``fdatasync``: an acknowledgement that survives a power failure needs a line that does.
+A partial line, left by a crash or a full disk, is truncated before the next line; it was never acknowledged.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pathlib import Path
 
 from tailspan._private_dirs import make_private
 
-__all__ = ["LineFiles", "existing_files"]
+__all__ = ["RotatingFile", "existing_files"]
 
 _sync = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 
 
 def existing_files(directory: Path, stem: str) -> list[Path]:
-    """Return the files of that stem, oldest lines first."""
+    """Return the files of a stem, oldest lines first."""
     pattern = re.compile(re.escape(stem) + r"-(\d+)\.jsonl")
     rotated = [
         (int(match[1]), path) for path in directory.glob(f"{stem}-*.jsonl") if (match := pattern.fullmatch(path.name))
@@ -33,14 +33,14 @@ def existing_files(directory: Path, stem: str) -> list[Path]:
     return [path for _, path in sorted(rotated)] + ([newest] if newest.exists() else [])
 
 
-class LineFiles:
-    """Safe to use from several threads; one process at a time.
+class RotatingFile:
+    """A file of lines and its rotated predecessors. Thread-safe; for one process at a time.
 
     Args:
-        directory: Made when the first line is written, for its owner only.
-        stem: Start of the files' names.
-        max_size: Bytes; a file that would grow past it is rotated first; only one long line makes a longer file.
-        keep: How many files to keep, the newest included; None: all.
+        directory: Created with the first line, readable by its owner only.
+        stem: Beginning of the file names.
+        max_size: Size in bytes at which a file is rotated; only a single longer line exceeds it.
+        keep: Number of files to keep, including the newest; None keeps all.
     """
 
     def __init__(self, directory: Path, stem: str, *, max_size: int, keep: int | None) -> None:
@@ -49,16 +49,16 @@ class LineFiles:
         self._stem = stem
         self._max_size = max_size
         self._keep = keep
-        self._guard = threading.Lock()
+        self._lock = threading.Lock()
         self._file: int | None = None
 
     def append(self, line: bytes) -> None:
-        """Write one line, newline included, and wait until it is on the disk.
+        """Write one line, including its newline, and wait until it is on disk.
 
         Raises:
-            OSError: It was not written; the file is as it was before.
+            OSError: The line was not written; the file is unchanged.
         """
-        with self._guard:
+        with self._lock:
             file = self._open()
             size = os.fstat(file).st_size
             if size and size + len(line) > self._max_size:
@@ -69,25 +69,25 @@ class LineFiles:
                 _write_all(file, line)
                 _sync(file)
             except OSError:
-                # A torn line would swallow the next one.
+                # The next line would be appended to a partial one.
                 with contextlib.suppress(OSError):
                     os.ftruncate(file, size)
                 self._close()
                 raise
 
     def total_bytes(self) -> int:
-        """Return the size of all files together."""
-        with self._guard:
+        """Return the total size of all files in bytes."""
+        with self._lock:
             return sum(path.stat().st_size for path in existing_files(self._directory, self._stem))
 
     def close(self) -> None:
-        """Close the file; the next line opens it again."""
-        with self._guard:
+        """Close the file; the next `append` opens it again."""
+        with self._lock:
             self._close()
 
     def _open(self) -> int:
         if self._file is not None and not self._is_current(self._file):
-            # Somebody moved or removed the file: go on with a new one instead of writing where nobody looks.
+            # The file was moved or deleted: start a new one, since what is written to the old one is lost.
             self._close()
         if self._file is None:
             make_private(self._directory)
@@ -127,7 +127,7 @@ class LineFiles:
 
 
 def _sync_directory(directory: Path) -> None:
-    """Make a new file's name as durable as its bytes."""
+    """Make the name of a new file as durable as its content."""
     file = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -140,12 +140,12 @@ def _write_all(file: int, data: bytes) -> None:
     while view:
         written = os.write(file, view)
         if not written:
-            raise OSError(errno.ENOSPC, "nothing could be written")
+            raise OSError(errno.ENOSPC, "no space to write")
         view = view[written:]
 
 
 def _whole_lines_size(file: int) -> int:
-    """Return the size up to and with the last newline."""
+    """Return the size up to the last newline, inclusive."""
     end = os.fstat(file).st_size
     while end:
         start = max(0, end - 65536)

@@ -21,7 +21,7 @@ from typing import TypeVar
 from tailspan_agent.checkpoint.store import Ack, OutboxSpan, Store
 from tailspan_agent.errors import CheckpointError
 from tailspan_agent.exporter.endpoints import Endpoint
-from tailspan_agent.exporter.retry import SendResult
+from tailspan_agent.exporter.retry import DeliveryResult
 from tailspan_agent.job.ledger import Fate
 from tailspan_agent.otlp.requests import logs_request, traces_request
 
@@ -168,12 +168,12 @@ class LogQueue:
 
     async def _deliver(self, batch: list[Chunk]) -> None:
         count = sum(chunk.count for chunk in batch)
-        result = SendResult(0)
+        result = DeliveryResult(0)
         if count:
             payload = logs_request(_by_resource((chunk.resource, chunk.records) for chunk in batch if chunk.count))
             for chunk in batch:
                 chunk.records = b""  # megabytes, which the payload has now
-            result = await self._endpoint.send(payload, count)
+            result = await self._endpoint.deliver(payload, count)
         settled = [chunk.settle(fate) for chunk, fate in zip(batch, _fates(batch, result), strict=True)]
         acks = [ack for ack in settled if ack is not None]
         await _insist(lambda: self._store.ack(acks), "the checkpoint of sent lines")
@@ -181,7 +181,7 @@ class LogQueue:
             chunk.done()
 
 
-def _fates(batch: Sequence[Chunk], result: SendResult) -> Iterator[Fate]:
+def _fates(batch: Sequence[Chunk], result: DeliveryResult) -> Iterator[Fate]:
     """Yield what became of each chunk of a batch."""
     # A partial success says only how many: the count is right, whose they were is known if there is one job only.
     all_of_them = result.delivered == 0 or len({chunk.resource for chunk in batch}) == 1
@@ -231,7 +231,7 @@ class SpanQueue:
             self._news.clear()
             while spans := _first_bytes(await _insist(self._unsent, "reading the spans to send")):
                 payload = traces_request(_by_resource((span.resource, span.span) for span in spans))
-                await self._endpoint.send(payload, len(spans))
+                await self._endpoint.deliver(payload, len(spans))
                 await _insist(partial(self._store.ack_spans, spans), "the checkpoint of sent spans")
             if not self._news.is_set():
                 self._idle.set()

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from tailspan.config.options import Loc
+from tailspan.config.signals import SIGNALS
 from tailspan.errors import ConfigError
 
-__all__ = ["SIGNALS", "Layer", "below", "environment_layer", "file_layer", "parse_pairs", "set_in"]
+__all__ = ["Layer", "below", "environment_layer", "file_layer", "parse_pairs", "set_in"]
 
-SIGNALS = ("logs", "traces", "metrics")
 _PREFIX = "TAILSPAN_"
 _HEADER = re.compile(r"""\s*(\[\[?)((?:[^\]"'#]|"[^"]*"|'[^']*')+)\]""")
 _KEY = re.compile(r"""\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*'))*)\s*=""")

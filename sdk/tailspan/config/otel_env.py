@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tailspan.config.layers import SIGNALS, Layer, parse_pairs, set_in
+from tailspan.config.layers import Layer, parse_pairs, set_in
 from tailspan.config.options import Loc
+from tailspan.config.signals import SIGNALS
 from tailspan.errors import ConfigError
 
 __all__ = ["otel_layer"]

@@ -13,12 +13,12 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 
 from tailspan._net import host_port
 from tailspan.config.options import Options
+from tailspan.config.signals import Signal
 from tailspan.config.units import PositiveDuration, Size, StrList, StrTable, UserPath
 from tailspan.errors import ConfigError
 
 __all__ = ["OtlpKeys", "OtlpSettings", "SignalSettings"]
 
-Signal = Literal["logs", "traces", "metrics"]
 OtlpProtocol = Literal["http/protobuf", "grpc"]
 Compression = Literal["gzip", "none", "zstd"]
 

@@ -374,7 +374,7 @@ async def test_a_lane_that_fails_ends_the_agent(bench: Bench) -> None:
 
     logs = agent.endpoints.get("logs")
     assert logs is not None
-    logs.sender.exporter = Broken()
+    logs.exporter.exporter = Broken()
     with pytest.raises(ZeroDivisionError):
         await agent.run()
     assert (await bench.agent().run_once(10)).acked == 1

@@ -222,11 +222,11 @@ async def test_nothing_changed(bench: Bench) -> None:
     bench.fake.add_job("j1")
     async with bench.running() as agent:
         await until(lambda: agent.tailers)
-        sender = agent.endpoints.get("logs")
-        assert sender is not None
-        before = (agent.tailers, agent.discoveries, sender.sender)
+        endpoint = agent.endpoints.get("logs")
+        assert endpoint is not None
+        before = (agent.tailers, agent.discoveries, endpoint.exporter)
         await agent.reload(load_settings(bench.directory / "config.toml"))
-        assert (agent.tailers, agent.discoveries, sender.sender) == before
+        assert (agent.tailers, agent.discoveries, endpoint.exporter) == before
     assert bench.fake.calls.count(("aclose", "")) == 1
 
 

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
+from tailspan.config.signals import SIGNALS
 from tailspan.testing import FakeClock
 from tailspan_agent.commands.replay import ReplayResult, replay
 from tailspan_agent.errors import ExportRejectedError
 from tailspan_agent.exporter.dead_letter import DeadLetter
 from tailspan_agent.exporter.file import FileExporter
-from tailspan_agent.exporter.http import Exporter
+from tailspan_agent.exporter.protocol import Exporter
 from tailspan_agent.otlp.json_lines import encode_line
 from tests.fakes.collector import Collector, Reply
-from tests.fakes.otlp_rows import SIGNALS
 from tests.fakes.otlp_samples import exporter_to, logs_payload, metrics_payload, payload_of, traces_payload
 
 

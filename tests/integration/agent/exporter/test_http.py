@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
+from tailspan.config.signals import SIGNALS
 from tailspan.errors import ConfigError
 from tailspan.http.client import user_agent
 from tailspan_agent.exporter.http import HttpExporter
 from tailspan_agent.exporter.outcome import Delivered, EndpointFault, Outcome, Rejected, Retry, TooLarge
 from tests.fakes.collector import Collector, Reply, success_body
-from tests.fakes.otlp_rows import SIGNALS
 from tests.fakes.otlp_samples import exporter_to, logs_payload, payload_of
 
 

@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tailspan.config.signals import SIGNALS
 from tailspan.testing import FakeClock
 from tailspan_agent.errors import AgentError, ExportRejectedError
 from tailspan_agent.exporter.outcome import Delivered, EndpointFault, Outcome, Rejected, Retry, TooLarge
-from tailspan_agent.exporter.retry import RetryingExporter, SendResult
-from tailspan_agent.otlp.signals import count_records, parse_request, split_request
+from tailspan_agent.exporter.retry import DeliveryResult, RetryingExporter
+from tailspan_agent.otlp.messages import count_records, parse_request, split_request
 from tests.fakes.collector import Collector, Reply, Request
-from tests.fakes.otlp_rows import SIGNALS, log_rows, span_rows
+from tests.fakes.otlp_rows import log_rows, span_rows
 from tests.fakes.otlp_samples import exporter_to, logs_payload, metrics_payload, payload_of, traces_payload
 from tests.ports import free_port
 
@@ -71,19 +72,19 @@ class Bench:
         self.exporter = FakeExporter(*outcomes)
         self.dead_letter = FakeDeadLetter(refusals)
         self.clock = FakeClock(1000.0)
-        self.sender = RetryingExporter(
+        self.retrying = RetryingExporter(
             "logs", self.exporter, self.dead_letter, clock=self.clock, jitter=lambda: 0.5, **options
         )
 
-    def send(self, payload: bytes = b"", count: int = 3) -> SendResult:
-        return asyncio.run(self.sender.send(payload or logs_payload(count), count))
+    def send(self, payload: bytes = b"", count: int = 3) -> DeliveryResult:
+        return asyncio.run(self.retrying.deliver(payload or logs_payload(count), count))
 
 
 def test_delivered() -> None:
     """The ordinary case, and what it leaves behind."""
     bench = Bench()
-    assert bench.send() == SendResult(3)
-    sender = bench.sender
+    assert bench.send() == DeliveryResult(3)
+    sender = bench.retrying
     assert (sender.state, sender.last_error, sender.in_flight) == ("ok", None, 0)
     assert (sender.requests, sender.delivered, sender.rejected, sender.retries) == (1, 3, Counter(), 0)
     assert sender.last_delivered == 1000.0
@@ -93,7 +94,7 @@ def test_delivered() -> None:
 def test_nothing_is_not_sent() -> None:
     """Empty envelopes only cost a request."""
     bench = Bench()
-    assert asyncio.run(bench.sender.send(b"", 0)) == SendResult(0)
+    assert asyncio.run(bench.retrying.deliver(b"", 0)) == DeliveryResult(0)
     assert bench.exporter.payloads == []
 
 
@@ -102,22 +103,22 @@ def test_each_export_that_was_not_taken_is_told_with_its_reason() -> None:
     told: list[str] = []
     outcomes = [Retry("HTTP 503"), EndpointFault("HTTP 401"), Retry("HTTP 503"), Rejected(None, "HTTP 400")]
     bench = Bench(*outcomes, on_failure=told.append)
-    assert bench.send() == SendResult(0, 3, "HTTP 400")
-    assert bench.send() == SendResult(3)
+    assert bench.send() == DeliveryResult(0, 3, "HTTP 400")
+    assert bench.send() == DeliveryResult(3)
     assert told == ["unavailable", "endpoint_fault", "unavailable", "invalid"]
 
 
 def test_retries_send_the_same_bytes_and_wait_ever_longer() -> None:
     """Identical bytes let a store recognise a repeat; the wait grows to half a minute and stays there."""
     bench = Bench(*[Retry("HTTP 503")] * 60)
-    assert bench.send() == SendResult(3)
+    assert bench.send() == DeliveryResult(3)
     assert len(bench.exporter.payloads) == 61
     assert set(bench.exporter.payloads) == {logs_payload(3)}
     sleeps = bench.clock.sleeps
     assert sleeps == sorted(sleeps)
     assert sleeps[0] < 1
     assert 15 <= sleeps[-1] <= 30
-    assert bench.sender.retries == 60
+    assert bench.retrying.retries == 60
     assert bench.dead_letter.kept == []
 
 
@@ -126,7 +127,7 @@ def test_waits_are_jittered() -> None:
     sleeps = set()
     for _ in range(5):
         bench = Bench(Retry("HTTP 503"))
-        bench.sender = RetryingExporter("logs", bench.exporter, bench.dead_letter, clock=bench.clock)
+        bench.retrying = RetryingExporter("logs", bench.exporter, bench.dead_letter, clock=bench.clock)
         bench.send()
         sleeps.add(bench.clock.sleeps[0])
     assert len(sleeps) == 5
@@ -149,7 +150,7 @@ def test_server_errors_are_tried_ten_times() -> None:
     (kept,) = bench.dead_letter.kept
     assert (kept["kind"], kept["rejected"], kept["count"], kept["payload"]) == ("server_error", 3, 3, logs_payload(3))
     assert "HTTP 500: oops" in kept["reason"]
-    assert bench.sender.rejected == Counter(server_error=3)
+    assert bench.retrying.rejected == Counter(server_error=3)
 
 
 @pytest.mark.parametrize(("tries", "requests"), [(0, 1), (1, 1), (3, 3)])
@@ -163,7 +164,7 @@ def test_server_error_tries_are_a_setting(tries: int, requests: int) -> None:
 def test_server_errors_count_only_in_a_row() -> None:
     """An outage that is 503 most of the time is not the batch's fault."""
     bench = Bench(*[Retry("HTTP 500", server_error=True), Retry("HTTP 503")] * 30)
-    assert bench.send() == SendResult(3)
+    assert bench.send() == DeliveryResult(3)
 
 
 def test_endpoint_fault_pauses_until_it_is_mended() -> None:
@@ -171,20 +172,22 @@ def test_endpoint_fault_pauses_until_it_is_mended() -> None:
     bench = Bench(*[EndpointFault("HTTP 401")] * 3)
     seen: list[tuple[str, str | None, float]] = []
     for seconds in (1, 100):
-        bench.clock.at(seconds, lambda: seen.append((bench.sender.state, bench.sender.last_error, bench.sender.since)))
-    assert bench.send() == SendResult(3)
+        bench.clock.at(
+            seconds, lambda: seen.append((bench.retrying.state, bench.retrying.last_error, bench.retrying.since))
+        )
+    assert bench.send() == DeliveryResult(3)
     assert seen == [("paused", "HTTP 401", 1000.0)] * 2
     assert len(bench.clock.sleeps) == 3
     assert all(30 <= seconds <= 60 for seconds in bench.clock.sleeps)
-    assert (bench.sender.state, bench.sender.last_error) == ("ok", None)
-    assert bench.sender.since == pytest.approx(1000.0 + sum(bench.clock.sleeps))
+    assert (bench.retrying.state, bench.retrying.last_error) == ("ok", None)
+    assert bench.retrying.since == pytest.approx(1000.0 + sum(bench.clock.sleeps))
     assert bench.dead_letter.kept == []
 
 
 def test_rejected_batch_is_kept_and_counted() -> None:
     """400: the same bytes would be refused again."""
     bench = Bench(Rejected(None, "HTTP 400: bad"))
-    assert bench.send() == SendResult(0, 3, "HTTP 400: bad")
+    assert bench.send() == DeliveryResult(0, 3, "HTTP 400: bad")
     assert bench.dead_letter.kept == [
         {
             "signal": "logs",
@@ -195,39 +198,39 @@ def test_rejected_batch_is_kept_and_counted() -> None:
             "count": 3,
         }
     ]
-    assert bench.sender.rejected == Counter(invalid=3)
-    assert bench.sender.delivered == 0
-    assert bench.sender.state == "ok"
+    assert bench.retrying.rejected == Counter(invalid=3)
+    assert bench.retrying.delivered == 0
+    assert bench.retrying.state == "ok"
 
 
 def test_partial_success_keeps_the_whole_batch_and_is_not_retried() -> None:
     """We know how many were refused, not which."""
     bench = Bench(Rejected(2, "too old", kind="partial"))
-    assert bench.send() == SendResult(1, 2, "too old")
+    assert bench.send() == DeliveryResult(1, 2, "too old")
     (kept,) = bench.dead_letter.kept
     assert (kept["rejected"], kept["count"], kept["payload"]) == (2, 3, logs_payload(3))
     assert len(bench.exporter.payloads) == 1
-    assert (bench.sender.delivered, bench.sender.rejected) == (1, Counter(partial=2))
+    assert (bench.retrying.delivered, bench.retrying.rejected) == (1, Counter(partial=2))
 
 
 def test_full_dead_letter_pauses_without_asking_the_endpoint_again() -> None:
     """After a partial success another try would repeat what the endpoint took."""
     bench = Bench(Rejected(2, "too old", kind="partial"), refusals=3)
     seen: list[tuple[str, str | None]] = []
-    bench.clock.at(1, lambda: seen.append((bench.sender.state, bench.sender.last_error)))
-    assert bench.send() == SendResult(1, 2, "too old")
+    bench.clock.at(1, lambda: seen.append((bench.retrying.state, bench.retrying.last_error)))
+    assert bench.send() == DeliveryResult(1, 2, "too old")
     assert seen == [("paused", "the dead letter is full")]
     assert all(30 <= seconds <= 60 for seconds in bench.clock.sleeps)
     assert len(bench.clock.sleeps) == 3
     assert len(bench.exporter.payloads) == 1
-    assert (bench.sender.state, bench.sender.last_error) == ("ok", None)
+    assert (bench.retrying.state, bench.retrying.last_error) == ("ok", None)
 
 
 def test_warning_is_counted() -> None:
     """A success with a message is a success."""
     bench = Bench(Delivered("slow down"))
-    assert bench.send() == SendResult(3)
-    assert bench.sender.warnings == 1
+    assert bench.send() == DeliveryResult(3)
+    assert bench.retrying.warnings == 1
 
 
 @pytest.mark.parametrize(("count", "limit"), [(10, 3), (7, 1), (2, 1)])
@@ -235,7 +238,7 @@ def test_too_large_is_halved_in_order(count: int, limit: int) -> None:
     """Every record arrives once and in order, in requests that the endpoint takes."""
     bench = Bench()
     bench.exporter.limit = limit
-    assert bench.send(count=count) == SendResult(count)
+    assert bench.send(count=count) == DeliveryResult(count)
     sizes = [count_records("logs", parse_request("logs", payload)) for payload in bench.exporter.payloads]
     taken = [payload for payload, size in zip(bench.exporter.payloads, sizes, strict=True) if size <= limit]
     rows = [row.body for payload in taken for row in log_rows(parse_request("logs", payload))]
@@ -245,7 +248,7 @@ def test_too_large_is_halved_in_order(count: int, limit: int) -> None:
 def test_single_record_that_is_too_large_is_kept() -> None:
     """Its neighbours go through."""
     bench = Bench(TooLarge("HTTP 413"), TooLarge("HTTP 413"))
-    assert bench.send(count=2) == SendResult(1, 1, "HTTP 413")
+    assert bench.send(count=2) == DeliveryResult(1, 1, "HTTP 413")
     (kept,) = bench.dead_letter.kept
     assert (kept["kind"], kept["count"]) == ("too_large", 1)
     (row,) = log_rows(parse_request("logs", kept["payload"]))
@@ -255,7 +258,7 @@ def test_single_record_that_is_too_large_is_kept() -> None:
 def test_refusals_of_halves_add_up() -> None:
     """One half may be refused and the other taken."""
     bench = Bench(TooLarge("HTTP 413"), Rejected(None, "HTTP 400"), Delivered())
-    assert bench.send(count=5) == SendResult(3, 2, "HTTP 400")
+    assert bench.send(count=5) == DeliveryResult(3, 2, "HTTP 400")
 
 
 def test_cancelled_send_is_not_an_ack() -> None:
@@ -264,15 +267,15 @@ def test_cancelled_send_is_not_an_ack() -> None:
 
     async def run() -> None:
         bench.exporter.block = asyncio.Event()
-        task = asyncio.ensure_future(bench.sender.send(logs_payload(3), 3))
+        task = asyncio.ensure_future(bench.retrying.deliver(logs_payload(3), 3))
         await asyncio.sleep(0)
-        assert bench.sender.in_flight == 3
+        assert bench.retrying.in_flight == 3
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
 
     asyncio.run(run())
-    assert (bench.sender.in_flight, bench.sender.delivered, bench.sender.rejected) == (0, 0, Counter())
+    assert (bench.retrying.in_flight, bench.retrying.delivered, bench.retrying.rejected) == (0, 0, Counter())
 
 
 def test_in_flight_adds_up_over_lanes() -> None:
@@ -281,14 +284,14 @@ def test_in_flight_adds_up_over_lanes() -> None:
 
     async def run() -> None:
         bench.exporter.block = asyncio.Event()
-        tasks = [asyncio.ensure_future(bench.sender.send(logs_payload(3), 3)) for _ in range(8)]
+        tasks = [asyncio.ensure_future(bench.retrying.deliver(logs_payload(3), 3)) for _ in range(8)]
         await asyncio.sleep(0)
-        assert bench.sender.in_flight == 24
+        assert bench.retrying.in_flight == 24
         bench.exporter.block.set()
         await asyncio.gather(*tasks)
 
     asyncio.run(run())
-    assert (bench.sender.in_flight, bench.sender.delivered) == (0, 24)
+    assert (bench.retrying.in_flight, bench.retrying.delivered) == (0, 24)
 
 
 @pytest.mark.parametrize(
@@ -301,19 +304,19 @@ def test_a_command_does_not_wait_for_ever(outcomes: list[Outcome], word: str) ->
     with pytest.raises(ExportRejectedError, match=word):
         bench.send()
     assert sum(bench.clock.sleeps) <= 60
-    assert bench.sender.in_flight == 0
+    assert bench.retrying.in_flight == 0
 
 
 def test_a_short_outage_is_waited_out_by_a_command() -> None:
     """Patience is not zero."""
     bench = Bench(*[Retry("HTTP 503")] * 5, patience_s=60)
-    assert bench.send() == SendResult(3)
+    assert bench.send() == DeliveryResult(3)
 
 
 def test_aclose_closes_the_exporter() -> None:
     """Connections and files go with the sender."""
     bench = Bench()
-    asyncio.run(bench.sender.aclose())
+    asyncio.run(bench.retrying.aclose())
     assert bench.exporter.closed
 
 
@@ -359,9 +362,9 @@ def test_a_collector_that_comes_back_gets_everything(protocol: str) -> None:
         async def run() -> RetryingExporter:
             exporter = exporter_to(url, protocol=protocol)
             sender = RetryingExporter("logs", exporter, FakeDeadLetter())
-            await sender.send(logs_payload(1, job="before"), 1)
+            await sender.deliver(logs_payload(1, job="before"), 1)
             await asyncio.to_thread(before.stop)
-            task = asyncio.ensure_future(sender.send(logs_payload(1, job="after"), 1))
+            task = asyncio.ensure_future(sender.deliver(logs_payload(1, job="after"), 1))
             while not sender.last_error:
                 await asyncio.sleep(0.01)
             with Collector(**{"grpc_port" if grpc else "http_port": port}) as after:
@@ -391,7 +394,7 @@ def test_sent_is_received_while_most_requests_are_refused(protocol: str) -> None
 
         async def queue(sender: RetryingExporter, name: int) -> None:
             for batch in range(10):
-                await sender.send(logs_payload(5, job=f"lane {name} batch {batch}"), 5)
+                await sender.deliver(logs_payload(5, job=f"lane {name} batch {batch}"), 5)
 
         async def run() -> RetryingExporter:
             exporter = exporter_to(url, protocol=protocol)

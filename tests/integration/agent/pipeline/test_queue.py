@@ -310,7 +310,7 @@ async def test_another_sender_takes_over_what_is_in_flight(store: Store) -> None
     async with running(queue):
         await queue.put(job.chunk(1))
         await until(lambda: old.payloads)
-        await endpoint.use(sender(new))
+        await endpoint.replace_exporter(sender(new))
         await queue.flush()
     assert new.payloads == old.payloads
     assert (old.closed, endpoint.delivered) == (True, 1)
@@ -323,9 +323,9 @@ async def test_an_outlet_that_is_ended_while_it_changes_hands_ends() -> None:
     old.open.clear()
     new.open.clear()
     endpoint = Endpoint(sender(old))
-    sending = asyncio.create_task(endpoint.send(b"x", 1))
+    sending = asyncio.create_task(endpoint.deliver(b"x", 1))
     await until(lambda: old.payloads)
-    using = asyncio.create_task(endpoint.use(sender(new)))
+    using = asyncio.create_task(endpoint.replace_exporter(sender(new)))
     await asyncio.sleep(0)
     sending.cancel()
     await asyncio.wait([sending])

@@ -16,7 +16,7 @@ import pytest
 
 from tailspan_agent.exporter.file import FileExporter
 from tailspan_agent.exporter.outcome import Delivered, Outcome, Retry
-from tailspan_agent.exporter.rotating_file import LineFiles, existing_files
+from tailspan_agent.exporter.rotating_file import RotatingFile, existing_files
 from tailspan_agent.otlp.json_lines import decode_line
 from tests.fakes.otlp_samples import exporter_to, logs_payload, payload_of
 
@@ -55,7 +55,7 @@ def test_files_are_for_their_owner_only(tmp_path: Path) -> None:
 
 def test_rotation_keeps_the_newest_files(tmp_path: Path) -> None:
     """No file grows past its size, and names sort by age."""
-    files = LineFiles(tmp_path, "logs", max_size=30, keep=3)
+    files = RotatingFile(tmp_path, "logs", max_size=30, keep=3)
     for number in range(10):
         files.append(b"line %05d\n" % number)
     files.close()
@@ -67,7 +67,7 @@ def test_rotation_keeps_the_newest_files(tmp_path: Path) -> None:
 
 def test_keep_one_keeps_the_newest_file_only(tmp_path: Path) -> None:
     """The smallest setting that the configuration allows."""
-    files = LineFiles(tmp_path, "logs", max_size=30, keep=1)
+    files = RotatingFile(tmp_path, "logs", max_size=30, keep=1)
     for number in range(10):
         files.append(b"line %05d\n" % number)
     files.close()
@@ -77,7 +77,7 @@ def test_keep_one_keeps_the_newest_file_only(tmp_path: Path) -> None:
 
 def test_a_line_over_the_size_has_a_file_of_its_own(tmp_path: Path) -> None:
     """A line is never cut."""
-    files = LineFiles(tmp_path, "logs", max_size=10, keep=None)
+    files = RotatingFile(tmp_path, "logs", max_size=10, keep=None)
     for line in (b"a\n", b"b" * 50 + b"\n", b"c\n"):
         files.append(line)
     files.close()
@@ -89,7 +89,7 @@ def test_a_line_over_the_size_has_a_file_of_its_own(tmp_path: Path) -> None:
 def test_a_torn_line_is_cut_off_before_the_next(tmp_path: Path, whole: bytes, torn: bytes) -> None:
     """What a crash left half written was never acked, and must not swallow the next line."""
     (tmp_path / "logs.jsonl").write_bytes(whole + torn)
-    files = LineFiles(tmp_path, "logs", max_size=1 << 20, keep=None)
+    files = RotatingFile(tmp_path, "logs", max_size=1 << 20, keep=None)
     files.append(b"next\n")
     files.close()
     assert (tmp_path / "logs.jsonl").read_bytes() == whole + b"next\n"
@@ -97,7 +97,7 @@ def test_a_torn_line_is_cut_off_before_the_next(tmp_path: Path, whole: bytes, to
 
 def test_removed_file_is_begun_anew(tmp_path: Path) -> None:
     """Lines written to a file that somebody moved away would be gone."""
-    files = LineFiles(tmp_path, "logs", max_size=1 << 20, keep=None)
+    files = RotatingFile(tmp_path, "logs", max_size=1 << 20, keep=None)
     files.append(b"one\n")
     (tmp_path / "logs.jsonl").rename(tmp_path / "moved")
     files.append(b"two\n")
@@ -118,7 +118,7 @@ def test_full_disk_is_retried(tmp_path: Path) -> None:
 
 def test_disk_that_takes_half_a_line_takes_none(tmp_path: Path) -> None:
     """A short write is undone; the same line fits later."""
-    files = LineFiles(tmp_path, "logs", max_size=1 << 20, keep=None)
+    files = RotatingFile(tmp_path, "logs", max_size=1 << 20, keep=None)
     files.append(b"first\n")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -146,8 +146,8 @@ def test_directory_that_cannot_be_made_is_retried(tmp_path: Path) -> None:
 _WRITER = """
 import sys
 from pathlib import Path
-from tailspan_agent.exporter.rotating_file import LineFiles
-files = LineFiles(Path(sys.argv[1]), "logs", max_size=2_000_000, keep=None)
+from tailspan_agent.exporter.rotating_file import RotatingFile
+files = RotatingFile(Path(sys.argv[1]), "logs", max_size=2_000_000, keep=None)
 for number in range(100_000):
     files.append(b"%08d" % number + b"x" * 300_000 + b"\\n")
     print(number, flush=True)
@@ -164,7 +164,7 @@ def test_killed_writer_leaves_whole_lines(tmp_path: Path) -> None:
     acked = 12 + len(process.stdout.read().splitlines())
     process.stdout.close()
     process.wait()
-    files = LineFiles(tmp_path, "logs", max_size=2_000_000, keep=None)
+    files = RotatingFile(tmp_path, "logs", max_size=2_000_000, keep=None)
     files.append(b"last\n")
     files.close()
     lines = b"".join(path.read_bytes() for path in existing_files(tmp_path, "logs")).split(b"\n")

@@ -1,0 +1,125 @@
+"""OTLP export requests as protobuf messages: the types of each signal, counting records, halving a request.
+
+Importing this module imports protobuf, which costs 15 ms. What runs for every batch (`requests`, `log_record`, `span`)
+does without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from google.protobuf.message import DecodeError, Message
+from opentelemetry.proto.collector.logs.v1 import logs_service_pb2 as logs
+from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2 as metrics
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as traces
+
+from tailspan.config.signals import Signal
+
+__all__ = ["MESSAGES", "DecodeError", "SignalMessages", "count_records", "parse_request", "split_request"]
+
+
+@dataclass(frozen=True, slots=True)
+class SignalMessages:
+    """The OTLP messages of one signal. A *record* is a log record, a span or a metric.
+
+    Attributes:
+        request: Export*ServiceRequest.
+        response: Export*ServiceResponse.
+        resources, scopes, records: Field names on the way from the request to the records.
+        json_key: The key of the resources in OTLP JSON.
+    """
+
+    request: type[Any]
+    response: type[Any]
+    resources: str
+    scopes: str
+    records: str
+    json_key: str
+
+
+MESSAGES: Final[Mapping[Signal, SignalMessages]] = {
+    "logs": SignalMessages(
+        logs.ExportLogsServiceRequest,
+        logs.ExportLogsServiceResponse,
+        "resource_logs",
+        "scope_logs",
+        "log_records",
+        "resourceLogs",
+    ),
+    "traces": SignalMessages(
+        traces.ExportTraceServiceRequest,
+        traces.ExportTraceServiceResponse,
+        "resource_spans",
+        "scope_spans",
+        "spans",
+        "resourceSpans",
+    ),
+    "metrics": SignalMessages(
+        metrics.ExportMetricsServiceRequest,
+        metrics.ExportMetricsServiceResponse,
+        "resource_metrics",
+        "scope_metrics",
+        "metrics",
+        "resourceMetrics",
+    ),
+}
+
+
+def parse_request(signal: Signal, payload: bytes) -> Any:
+    """Return the payload as the signal's Export*ServiceRequest.
+
+    Raises:
+        DecodeError: The payload is not a valid request.
+    """
+    return MESSAGES[signal].request.FromString(payload)
+
+
+def count_records(signal: Signal, request: Message) -> int:
+    """Return the number of log records, spans or metrics in a request."""
+    return sum(len(records) for _, _, records in _groups(MESSAGES[signal], request))
+
+
+def split_request(signal: Signal, payload: bytes) -> list[tuple[bytes, int]]:
+    """Halve a request by records, keeping order, resources and scopes.
+
+    Args:
+        signal: The signal.
+        payload: A serialized Export*ServiceRequest.
+
+    Returns:
+        Two pairs (payload, number of records), or one pair if the request has fewer than two records.
+
+    Raises:
+        DecodeError: The payload is not a valid request.
+    """
+    messages = MESSAGES[signal]
+    request = parse_request(signal, payload)
+    total = count_records(signal, request)
+    if total < 2:
+        return [(payload, total)]
+    halves = messages.request(), messages.request()
+    room = total // 2
+    for resource, scope, records in _groups(messages, request):
+        for half, part in ((halves[0], records[:room]), (halves[1], records[room:])):
+            if part:
+                _append(messages, half, resource, scope, part)
+        room = max(0, room - len(records))
+    return [(halves[0].SerializeToString(), total // 2), (halves[1].SerializeToString(), total - total // 2)]
+
+
+def _groups(messages: SignalMessages, request: Any) -> Iterator[tuple[Any, Any, Any]]:
+    for resource in getattr(request, messages.resources):
+        for scope in getattr(resource, messages.scopes):
+            yield resource, scope, getattr(scope, messages.records)
+
+
+def _append(messages: SignalMessages, request: Any, resource: Any, scope: Any, records: Any) -> None:
+    new_resource = getattr(request, messages.resources).add(schema_url=resource.schema_url)
+    if resource.HasField("resource"):
+        new_resource.resource.CopyFrom(resource.resource)
+    new_scope = getattr(new_resource, messages.scopes).add(schema_url=scope.schema_url)
+    if scope.HasField("scope"):
+        new_scope.scope.CopyFrom(scope.scope)
+    getattr(new_scope, messages.records).extend(records)
