@@ -7,8 +7,8 @@ PYTHONS := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 py
 ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 INSTALL := $(if $(UV),VIRTUAL_ENV=$(VENV) $(UV) pip install --quiet,$(BIN)/python -m pip install -qq --disable-pip-version-check)
 INSTALL += --constraint requirements.lock
-# What an installation has to be made anew after: the C files are compiled where there is a C compiler.
-INSTALLED := pyproject.toml requirements.lock agent/hatch_build.py agent/tailspan_agent/records/_framing.c sdk/tailspan/logs/_text.c
+# Installs again after a change of these: the C file is compiled where there is a C compiler.
+INSTALLED := pyproject.toml requirements.lock agent/hatch_build.py sdk/tailspan/_native.c
 
 # One more than there are cores, since tests wait for each other's processes and for timers, but at most four.
 WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN || echo 3); echo $$((n < 3 ? n + 1 : 4)))
@@ -51,7 +51,7 @@ $(VENV)/tools/.installed: Makefile | $(BIN)/python
 	@$(VENV)/tools/bin/python -m pip install -qq --disable-pip-version-check $(TOOLS)
 	@touch $@
 
-# What a release uploads: the source archive, the wheel made from it, and one with the parts in C, which needs a C compiler;
+# What a release uploads: the source archive, the wheel made from it, and one with the C part, which needs a C compiler;
 # on Linux it is told what it needs of the system (manylinux). The latter for each platform that has one.
 DIST := dist
 dist: $(VENV)/tools/.installed

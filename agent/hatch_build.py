@@ -1,8 +1,8 @@
-"""Builds the C files of both packages along with them, where there is a C compiler.
+"""Builds the C part (`sdk/tailspan/_native.c`) into wheels and editable installations, where there is a C compiler.
 
-Without one, or with ``TAILSPAN_PURE=1`` in the environment, nothing is compiled, and the same is done in Python
-(`tailspan_agent.records.framing`, `tailspan.logs.text`); `tailspan doctor` says which it is. What was built is for
-CPython 3.11 and all later versions (its limited API).
+Without a compiler, or with ``TAILSPAN_PURE=1`` in the environment, nothing is compiled and `tailspan._native` chooses
+the same functions in Python; `tailspan doctor` reports which are in use. The built extension serves CPython 3.11 and
+all later versions (the limited API).
 """
 
 from __future__ import annotations
@@ -19,71 +19,67 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from setuptools import Distribution, Extension
 from setuptools.errors import BaseError, CCompilerError
 
-_SOURCES = ("agent/tailspan_agent/records/_framing.c", "sdk/tailspan/logs/_text.c")
+_PACKAGE = "sdk/tailspan"
+_SOURCE = f"{_PACKAGE}/_native.c"
+_MODULE = "tailspan._compiled"
 _LIMITED_API = "0x030B0000"
 
 
 class CompileHook(BuildHookInterface[Any]):
-    """Puts the compiled parts into wheels, and beside their sources for editable installations."""
+    """Adds the compiled extension to a wheel; for an editable installation, puts it into the source tree."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile.
 
         Args:
             version: ``standard`` or ``editable``.
-            build_data: What the wheel is made of.
+            build_data: The wheel's contents and tag, changed in place.
         """
-        sources = [Path(self.root, source) for source in _SOURCES]
-        self._directory = tempfile.TemporaryDirectory()  # until the wheel is written, or the build ends otherwise
+        self._directory = tempfile.TemporaryDirectory()  # must exist until the wheel is written: see `finalize`
+        if version == "editable":
+            self._remove_extensions()
+        if os.environ.get("TAILSPAN_PURE", "0") not in ("", "0") or sys.implementation.name != "cpython":
+            return
         try:
+            extension = compiled(Path(self.root, _SOURCE), Path(self._directory.name))
             if version == "editable":
-                for source in sources:
-                    for stale in source.parent.glob(f"{source.stem}.*.so"):
-                        stale.unlink(missing_ok=True)
-            if os.environ.get("TAILSPAN_PURE", "0") not in ("", "0") or sys.implementation.name != "cpython":
-                return
-            built = {source: compiled(source, Path(self._directory.name)) for source in sources}
-            if version == "editable":
-                for source, extension in built.items():
-                    shutil.copy(extension, source.parent)
+                shutil.copy(extension, Path(self.root, _PACKAGE))
                 return
         except (BaseError, CCompilerError, OSError, ValueError) as error:
             self.app.display_warning(f"{error}; lines are counted and framed in Python, which costs more")
             return
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data |= {"pure_python": False, "tag": f"cp311-abi3-{platform}"}
-        for source, extension in built.items():
-            build_data["force_include"][str(extension)] = str(_in_package(source).with_name(extension.name))
+        build_data["force_include"][str(extension)] = f"tailspan/{extension.name}"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
-        """Clean up; see `initialize`."""
+        """Remove the build directory."""
         self._directory.cleanup()
+
+    def _remove_extensions(self) -> None:
+        """Remove what earlier installations compiled, also under former names."""
+        for package in ("sdk/tailspan", "agent/tailspan_agent"):
+            for stale in Path(self.root, package).glob("**/*.so"):
+                stale.unlink(missing_ok=True)
 
 
 def compiled(source: Path, directory: Path) -> Path:
-    """Return the extension, built within a directory.
+    """Return the extension, built in a directory.
 
     Raises:
-        CCompilerError: There is no compiler, or it has no headers of this Python.
-        BaseError: It cannot be called.
+        CCompilerError: There is no compiler, or the headers of this Python are missing.
+        BaseError: The compiler cannot be called.
     """
     extension = Extension(
-        ".".join(_in_package(source).with_suffix("").parts),
+        _MODULE,
         [str(source)],
         extra_compile_args=["-g0"],
-        # By the libc that an extension needs auditwheel knows what the wheel is for, also if it uses nothing of it.
+        # auditwheel reads the wheel's platform from the libc that the extension links to, used or not.
         extra_link_args=["-Wl,--no-as-needed"] if sys.platform == "linux" else [],
         define_macros=[("Py_LIMITED_API", _LIMITED_API)],
         py_limited_api=True,
     )
     places = {"build_lib": str(directory), "build_temp": str(directory)}
     Distribution({"ext_modules": [extension], "options": {"build_ext": places}}).run_command("build_ext")
-    (built,) = directory.glob(f"**/{source.stem}.*.so")
+    (built,) = directory.glob("**/_compiled.*.so")
     return built
-
-
-def _in_package(source: Path) -> Path:
-    """Return the path below ``sdk`` or ``agent``: where the extension stands in a wheel."""
-    parts = source.parts
-    first = max(index for index, part in enumerate(parts) if part in ("sdk", "agent"))
-    return Path(*parts[first + 1 :])

@@ -1,46 +1,65 @@
-"""The parts in C: they are there where they can be, and a strict compiler has nothing to say about them."""
+"""The C part: used where it can be compiled, replaced by Python elsewhere, and without a warning of the compiler."""
 
 from __future__ import annotations
 
-import importlib
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
 
+from tailspan import _native
+from tailspan.logs import text
+from tailspan_agent.records import framing
+
 ROOT = Path(__file__).parent.parent
-# Each beside the module that does the same in Python.
-SOURCES = {
-    "tailspan.logs.text": "sdk/tailspan/logs/_text.c",
-    "tailspan_agent.records.framing": "agent/tailspan_agent/records/_framing.c",
-}
+SOURCE = ROOT / "sdk/tailspan/_native.c"
 HEADERS = Path(sysconfig.get_path("include"))
 COMPILER = shutil.which((sysconfig.get_config_var("CC") or "cc").split()[0])
 
-pytestmark = pytest.mark.skipif(
+needs_a_compiler = pytest.mark.skipif(
     COMPILER is None or not (HEADERS / "Python.h").exists(), reason="there is no C compiler here, or no Python.h"
 )
 
+PURE = """
+import sys
+sys.modules["tailspan._compiled"] = None
+from tailspan import _native
+from tailspan.logs import text
+from tailspan_agent.records import framing
+assert not _native.COMPILED
+assert text.count_lines is text.count_lines_in_python
+assert framing.find_severities is framing.find_severities_in_python
+assert framing.frame is framing.frame_in_python
+"""
 
-def test_no_other_source_is_in_c() -> None:
-    """All are built (`agent/hatch_build.py`) and tested here."""
-    assert {str(path.relative_to(ROOT)) for path in ROOT.glob("[as]*/tailspan*/**/*.c")} == {*SOURCES.values()}
+
+def test_there_is_one_c_file() -> None:
+    """`agent/hatch_build.py` builds it, and the tests here cover it."""
+    assert [*ROOT.glob("[as]*/tailspan*/**/*.c")] == [SOURCE]
 
 
-@pytest.mark.parametrize("module", SOURCES)
-def test_c_does_it_where_it_could_be_compiled(module: str) -> None:
-    """Installing Tailspan compiled it, so that all other tests ran with it."""
-    assert importlib.import_module(module).COMPILED, (
-        "pip install -e . again: since then its compiled part was removed, or there was no compiler"
-    )
+@needs_a_compiler
+def test_c_is_used_where_it_could_be_compiled() -> None:
+    """The installation compiled it, so all other tests run with it."""
+    assert _native.COMPILED, "pip install -e . again: the C part was removed since, or there was no compiler"
+    assert text.count_lines is not text.count_lines_in_python
+    assert framing.find_severities is not framing.find_severities_in_python
+    assert framing.frame is not framing.frame_in_python
 
 
-@pytest.mark.parametrize("source", SOURCES.values())
-def test_a_source_has_no_warnings(source: str, tmp_path: Path) -> None:
-    """Of the compiler that this Python was made with."""
+def test_python_replaces_the_c_part_where_it_is_absent() -> None:
+    """Each function by its Python form, in a fresh interpreter."""
+    done = subprocess.run([sys.executable, "-c", PURE], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_a_compiler
+def test_the_source_has_no_warnings(tmp_path: Path) -> None:
+    """With the compiler that this Python was built with."""
     flags = ("-std=c11", "-Wall", "-Wextra", "-Wshadow", "-Werror", "-O2", "-fPIC", "-DPy_LIMITED_API=0x030B0000")
-    command = (str(COMPILER), *flags, f"-I{HEADERS}", "-c", str(ROOT / source), "-o", str(tmp_path / "compiled.o"))
+    command = (str(COMPILER), *flags, f"-I{HEADERS}", "-c", str(SOURCE), "-o", str(tmp_path / "compiled.o"))
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

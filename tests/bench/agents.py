@@ -72,7 +72,7 @@ class Plan:
         if self.in_python:
             module = Path(self._hiding, "sitecustomize.py")
             module.parent.mkdir(exist_ok=True)
-            hidden = "sys.modules['tailspan_agent.records._framing'] = sys.modules['tailspan.logs._text'] = None"
+            hidden = "sys.modules['tailspan._compiled'] = None"
             module.write_text(f"import sys\n{hidden}\n")
         path = self.directory / "config.toml"
         path.write_text(

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from tailspan._identity import span_id
+from tailspan._native import COMPILED
 from tailspan.logs.clean import MAX_BODY_BYTES, clean, is_clean, split_long
 from tailspan.logs.page import CLEAN, DIGEST_BYTES, LineRun, LogPage, Stream
 from tailspan.logs.text import count_lines
 from tailspan.models import RunResponse
 from tailspan_agent.otlp.log_record import origin_fields, severity_fields
 from tailspan_agent.otlp.wire import attributes_fields, bytes_field, fixed64_field
-from tailspan_agent.records.framing import COMPILED, LEFT_OUT, FramedRun, Lines, frame, split_lines
+from tailspan_agent.records.framing import LEFT_OUT, FramedRun, Lines, frame, split_lines
 from tailspan_agent.records.redact import Redactor
 from tailspan_agent.records.severity import SEVERITIES, SeverityLearner, severity_number
 

@@ -1,17 +1,17 @@
-"""What is done for every line: finding its severity by how it starts, and framing it as an OTLP log record. Pure.
+"""The work per line: find its severity by its start, and frame it as an OTLP log record. Pure.
 
-In C where that could be compiled (`_framing.c`), with the same results; this is the reference, and what runs elsewhere.
-It makes no Python call per line either. A record is five pieces, each a column over all lines, made with slices and
-tables; one join makes the bytes:
+`find_severities` and `frame` are in C where C was compiled (`tailspan._native`); the forms in Python below are the
+reference, and run everywhere else. They make no Python call per line either. A record is five pieces; each piece is a
+column over all lines, made with slices and tables, and one join makes the bytes:
 
     head     tag and length of the record, its severity, tags and lengths of the body: a table by severity and length
     body     the line's text
-    time     the time's tag and its low two bytes: a table, since the lines of a run are 1 ns apart
-    middle   what the lines of a run share: the time's high bytes, stream, ids, time of reading, the uid but for its end
+    time     the time's tag and its low two bytes: a table, because the lines of a run are 1 ns apart
+    middle   shared by a run: the time's high bytes, stream, ids, time of reading, and the uid without its end
     uid      the end of the uid, the line's number in its run: a table
 
-For services that know only times, `time` and `uid` hold the whole of either. Fields come in the order that keeps what
-is constant together. Field numbers are listed in `tailspan_agent.otlp.requests`.
+For services that know only times, `time` and `uid` are the whole time and the whole uid. The order of the fields keeps
+the constant ones together. `tailspan_agent.otlp.requests` lists the field numbers.
 """
 
 from __future__ import annotations
@@ -21,43 +21,44 @@ from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
 from itertools import compress, groupby, repeat
 from operator import getitem, itemgetter
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
+from tailspan._native import compiled
 from tailspan.logs.page import DIGEST_BYTES, MAX_PAGE_LINES
 from tailspan.logs.text import split_text
 from tailspan_agent.otlp.wire import varint
 
 __all__ = [
-    "COMPILED",
-    "IN_PYTHON",
     "LEFT_OUT",
     "SAME_DIGITS",
     "UNKNOWN",
     "FramedRun",
     "Lines",
     "find_severities",
+    "find_severities_in_python",
     "first_lines",
     "frame",
+    "frame_in_python",
     "split_lines",
 ]
 
 UNKNOWN = LEFT_OUT = 255
-"""Instead of a severity: what `find_severities` did not find, and what `frame` makes no record of."""
+"""In place of a severity: `find_severities` did not find one; `frame` drops the line."""
 
 Lines: TypeAlias = list[bytes] | bytes
-"""The lines of a page: each on its own, or a text with a newline after each."""
+"""The lines of a page: a list, or a text with a newline after each line."""
 
 SAME_DIGITS = bytes(ord("0") if 0x30 <= byte <= 0x39 else byte for byte in range(256))
-"""For ``bytes.translate``: all digits become 0."""
+"""A table for ``bytes.translate``: replaces each digit by 0."""
 
 
 class FramedRun(NamedTuple):
     """Consecutive lines of one instant and one stream.
 
     Attributes:
-        lines: How many; at most `MAX_PAGE_LINES` where they are numbered.
-        time_unix_nano: The time of the first, from 0; each further line is 1 ns later, at most 2**64 - 1.
-        shared: Fields that their records share; the uid comes last, but for its end.
+        lines: Number of lines; at most `MAX_PAGE_LINES` without digests.
+        time_unix_nano: Time of the first line, from 0; each next line is 1 ns later, up to 2**64 - 1.
+        shared: Fields that the records share; the uid without its end comes last.
     """
 
     lines: int
@@ -66,32 +67,35 @@ class FramedRun(NamedTuple):
 
 
 def split_lines(lines: Lines) -> list[bytes]:
-    """Return each line on its own."""
+    """Return the lines as a list."""
     return split_text(lines) if isinstance(lines, bytes) else lines
 
 
 def first_lines(lines: Lines, count: int) -> list[bytes]:
-    """Return the first lines, each on its own; fewer where there are fewer."""
+    """Return the first ``count`` lines as a list, or all where there are fewer."""
     if not isinstance(lines, bytes):
         return lines[:count]
     *found, _ = lines.split(b"\n", count)
     return found
 
 
-def find_severities(lines: Lines, width: int, known: dict[bytes, int], /) -> bytes:
-    """Return a byte per line: what is known of its start, or `UNKNOWN`.
+def find_severities_in_python(lines: Lines, width: int, known: dict[bytes, int], /) -> bytes:
+    """Return one byte per line: the severity that its start stands for, or `UNKNOWN`.
 
     Args:
         lines: The lines.
-        width: How many bytes make a start.
-        known: Severities by start, which has all digits as 0.
+        width: Length of a start, in bytes.
+        known: Severities by start, with each digit replaced by 0.
     """
     lines = split_lines(lines)
     starts = map(bytes.translate, map(itemgetter(slice(width)), lines), repeat(SAME_DIGITS))
     return bytes(map(known.get, starts, repeat(UNKNOWN)))
 
 
-def frame(
+find_severities = compiled("find_severities", find_severities_in_python)
+
+
+def frame_in_python(
     lines: Lines,
     severities: bytes,
     fields: tuple[bytes, ...],
@@ -100,24 +104,27 @@ def frame(
     max_body: int,
     /,
 ) -> bytes | None:
-    """Return the records of lines, one after the other; None if one of them needs more than one record.
+    """Return the records of the lines, concatenated; None if a line does not fit into one record.
 
     Args:
         lines: UTF-8, cleaned.
-        severities: A byte per line, its place in ``fields``; a line with another is left out.
-        fields: Fields by severity.
-        runs: What else the lines have; their numbers of lines add up.
-        digests: 8 bytes a line, with which the uids end in hexadecimal; empty where they end with the line's number in
-            its run, as four such digits.
-        max_body: How many bytes a record's body may have.
+        severities: One byte per line, an index into ``fields``; a line with any other value is dropped.
+        fields: The encoded fields of each severity.
+        runs: Times and shared fields; their line counts add up to the number of lines.
+        digests: 8 bytes per line, the end of its uid (written in hexadecimal); empty: the uid ends with the line's
+            number in its run, as four hexadecimal digits.
+        max_body: Longest body of a record, in bytes.
+
+    Raises:
+        ValueError: The arguments do not describe the same lines.
     """
     lines = split_lines(lines)
     if any(run.lines < 0 or (run.lines > MAX_PAGE_LINES and not digests) for run in runs):
-        raise ValueError("a run cannot have so many lines")
+        raise ValueError("a run has too many lines")
     if not sum(run.lines for run in runs) == len(lines) == len(severities):
-        raise ValueError("the runs or the severities are of other lines")
+        raise ValueError("the runs or the severities do not match the lines")
     if len(digests) not in (0, DIGEST_BYTES * len(lines)):
-        raise ValueError("there are not as many digests as lines")
+        raise ValueError("there must be as many digests as lines")
     times, middles, uids = _by_digest(runs, digests) if digests else _by_number(runs)
     rests = [len(time) + len(middle) + len(uid) for time, middle, uid in zip(times, middles, uids, strict=True)]
     columns: tuple[Sequence[bytes], ...] = lines, times, middles, uids
@@ -138,6 +145,9 @@ def frame(
     return b"".join(pieces)
 
 
+frame = compiled("frame", frame_in_python)
+
+
 _TIME_TAG = b"\x09"
 _LOW_TIMES = 1 << 16
 _ORDINALS = [b"%04x" % ordinal for ordinal in range(MAX_PAGE_LINES)]
@@ -145,7 +155,7 @@ _pack_time = struct.Struct("<cQ").pack
 
 
 def _by_number(runs: list[FramedRun]) -> tuple[list[bytes], list[bytes], list[bytes]]:
-    """Return the columns behind the bodies of lines that are told by their number in their run."""
+    """Return the columns after the body, for uids that end with the line's number in its run."""
     times: list[bytes] = []
     middles: list[bytes] = []
     uids: list[bytes] = []
@@ -158,7 +168,7 @@ def _by_number(runs: list[FramedRun]) -> tuple[list[bytes], list[bytes], list[by
 
 
 def _steps(run: FramedRun) -> Iterator[tuple[bytes, int, int]]:
-    """Yield the high six bytes of lines' times, the low two of the first of them, and how many lines that holds for."""
+    """Yield the high six bytes of the time, the low two of the first line, and the number of lines with these."""
     done = 0
     while done < run.lines:
         high, low = divmod(run.time_unix_nano + done, _LOW_TIMES)
@@ -169,14 +179,14 @@ def _steps(run: FramedRun) -> Iterator[tuple[bytes, int, int]]:
 
 @cache
 def _low_times() -> list[bytes]:
-    """Return the tag of a time and its low two bytes, for each value of these."""
+    """Return the tag of a time with its low two bytes, for each value of these two."""
     octets = [bytes([octet]) for octet in range(256)]
     lowest = [_TIME_TAG + octet for octet in octets]
     return [low + octet for octet in octets for low in lowest]
 
 
 def _by_digest(runs: list[FramedRun], digests: bytes) -> tuple[list[bytes], list[bytes], list[bytes]]:
-    """Return the columns behind the bodies of lines that are told by their digests."""
+    """Return the columns after the body, for uids that end with a digest."""
     values = [time for run in runs for time in range(run.time_unix_nano, run.time_unix_nano + run.lines)]
     middles = [shared for run in runs for shared in repeat(run.shared, run.lines)]
     return (
@@ -187,7 +197,7 @@ def _by_digest(runs: list[FramedRun], digests: bytes) -> tuple[list[bytes], list
 
 
 def _stretches(rests: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield each value of consecutive equal ones, and where they end."""
+    """Yield the value of each stretch of equal values, and the index after it."""
     if rests and rests.count(rests[0]) == len(rests):
         yield rests[0], len(rests)
         return
@@ -206,11 +216,11 @@ def _heads_of(severities: bytes, lengths: list[int], fields: tuple[bytes, ...], 
 
 
 class _Heads(dict[int, bytes]):
-    """The start of a record up to the body's text, by the length of that text in bytes."""
+    """The bytes of a record before its text, by the length of that text in bytes."""
 
     def __init__(self, severity: bytes, rest: int) -> None:
         self._severity = severity
-        self._rest = rest  # how many bytes come behind the body
+        self._rest = rest  # bytes after the body
 
     def __missing__(self, length: int) -> bytes:
         body = b"\x0a" + varint(length)  # AnyValue.string_value
@@ -227,16 +237,3 @@ _MAX_TABLE_LENGTH = 1024
 @lru_cache(maxsize=64)
 def _heads(severity: bytes, rest: int) -> _Heads:
     return _Heads(severity, rest)
-
-
-IN_PYTHON = find_severities, frame
-"""`find_severities` and `frame` as they stand above, also where compiled ones have taken their names."""
-
-if not TYPE_CHECKING:
-    try:
-        from tailspan_agent.records._framing import find_severities, frame
-    except ImportError:  # it was not compiled where this was built
-        pass
-
-COMPILED = frame is not IN_PYTHON[1]
-"""Whether the compiled part is here: it takes a text as it is, while Python would split it again in each function."""

@@ -1,18 +1,21 @@
-"""Texts of lines, with a newline after each. Pure, stdlib only; the supervisor imports this.
+"""Texts of lines, with a newline after each line. Pure; standard library only, because the supervisor imports it.
 
-Counting is done in C where that could be compiled (`_text.c`): a job that prints as fast as it can waits for it.
+A job that prints as fast as it can waits for `count_lines`, so that is in C where C was compiled (`tailspan._native`).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from tailspan._native import compiled
 
-__all__ = ["COMPILED", "count_lines", "split_text"]
+__all__ = ["count_lines", "count_lines_in_python", "split_text"]
 
 
-def count_lines(text: bytes) -> int:
-    """Return how many newlines there are: faster than ``bytes.count`` for lines of 30 bytes or more."""
+def count_lines_in_python(text: bytes) -> int:
+    """Return the number of newlines; for lines of 30 bytes or more this is faster than ``bytes.count``."""
     return len(text) - len(text.replace(b"\n", b""))
+
+
+count_lines = compiled("count_lines", count_lines_in_python)
 
 
 def split_text(text: bytes) -> list[bytes]:
@@ -20,16 +23,3 @@ def split_text(text: bytes) -> list[bytes]:
     lines = text.split(b"\n")
     lines.pop()
     return lines
-
-
-IN_PYTHON = count_lines
-"""`count_lines` as it stands above, also where a compiled one has taken its name."""
-
-if not TYPE_CHECKING:
-    try:
-        from tailspan.logs._text import count_lines
-    except ImportError:  # it was not compiled where this was built
-        pass
-
-COMPILED = count_lines is not IN_PYTHON
-"""Whether the compiled part is here."""

@@ -16,9 +16,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-from tailspan.logs.text import COMPILED as COUNTED_IN_C
+from tailspan._native import COMPILED
 from tailspan_agent.checkpoint.database import SCHEMA_VERSION, lock_holder
-from tailspan_agent.records.framing import COMPILED as FRAMED_IN_C
 
 __all__ = ["clock", "disk", "limits", "store", "variables", "versions"]
 
@@ -41,7 +40,7 @@ def versions() -> dict[str, str]:
         "python": f"{platform.python_implementation()} {platform.python_version()} at {sys.executable}",
         "platform": f"{platform.platform()} {' '.join(platform.libc_ver())}".strip(),
         "sqlite": sqlite3.sqlite_version,
-        "framing": "in C" if FRAMED_IN_C and COUNTED_IN_C else "in Python, which costs more: no compiled parts here",
+        "framing": "in C" if COMPILED else "in Python, which costs more: the C part is not installed",
     }
     named = (re.match(r"[\w.-]+", text) for text in metadata.requires("tailspan") or () if "extra == 'dev'" not in text)
     return found | {name: _version(name) for name in sorted({match[0] for match in named if match} - {"tailspan"})}

@@ -21,7 +21,7 @@ from tailspan_agent.otlp.log_record import LogRecordData, Severity, encode_log_r
 from tailspan_agent.otlp.requests import encode_resource, logs_request, traces_request
 from tailspan_agent.otlp.span import SpanData, SpanEvent, SpanKind, SpanLink, StatusCode, encode_span
 from tailspan_agent.records.encode import LogContext, encode_lines
-from tailspan_agent.records.framing import IN_PYTHON
+from tailspan_agent.records.framing import find_severities_in_python, frame_in_python
 from tailspan_agent.records.redact import Redactor
 from tailspan_agent.records.severity import SEVERITIES, find_severity
 
@@ -101,9 +101,9 @@ def _framing(request: pytest.FixtureRequest) -> Iterator[None]:
     """All of this holds for what was compiled and for what runs elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "in Python":
-            patch.setattr("tailspan_agent.records.severity.find_severities", IN_PYTHON[0])
+            patch.setattr("tailspan_agent.records.severity.find_severities", find_severities_in_python)
             # The package has a function of that name.
-            patch.setattr(sys.modules["tailspan_agent.records.encode"], "frame", IN_PYTHON[1])
+            patch.setattr(sys.modules["tailspan_agent.records.encode"], "frame", frame_in_python)
         yield
 
 

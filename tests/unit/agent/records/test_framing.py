@@ -1,30 +1,29 @@
-"""`tailspan_agent.records.framing`: what was compiled does what the reference in Python does, and nothing else."""
+"""`tailspan_agent.records.framing`: the functions in C return exactly what those in Python return."""
 
 from __future__ import annotations
 
-import importlib
-import sys
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tailspan._native import COMPILED
 from tailspan.logs.page import MAX_PAGE_LINES
 from tailspan_agent.records import framing
 from tailspan_agent.records.framing import (
-    COMPILED,
-    IN_PYTHON,
     LEFT_OUT,
     UNKNOWN,
     FramedRun,
     Lines,
     find_severities,
+    find_severities_in_python,
     frame,
+    frame_in_python,
     split_lines,
 )
 
-compiled = pytest.mark.skipif(not COMPILED, reason="nothing was compiled when Tailspan was installed")
+compiled = pytest.mark.skipif(not COMPILED, reason="Tailspan was installed without its C part")
 
 LINE = st.binary(max_size=200).map(lambda line: line.replace(b"\n", b" ")) | st.sampled_from(
     [b"", b"2026-01-01 12:00:00 INFO x", b"2027-01-01 12:00:00 INFO y", b"0", b"9" * 70, b"n" * 17000, b"\xff" * 128]
@@ -32,10 +31,10 @@ LINE = st.binary(max_size=200).map(lambda line: line.replace(b"\n", b" ")) | st.
 
 
 class Changes:
-    """A number that could change the lines while they are read."""
+    """A number whose conversion could change the lines while C reads them."""
 
     def __index__(self) -> int:
-        """As numbers do."""
+        """Return an integer, as numbers do."""
         return 2
 
 
@@ -44,14 +43,14 @@ FIELDS = (b"", b"\x10\x09\x1a\x04INFO", b"f" * 130)
 
 @st.composite
 def lines_(draw: st.DrawFn) -> Lines:
-    """Lines in both forms."""
+    """Lines as a list or as a text."""
     lines = draw(st.lists(LINE, max_size=40))
     return b"".join(line + b"\n" for line in lines) if draw(st.booleans()) else lines
 
 
 @st.composite
 def calls(draw: st.DrawFn) -> tuple[Any, ...]:
-    """Arguments of `frame` that go together."""
+    """Matching arguments of `frame`."""
     lines = draw(lines_())
     left = count = len(split_lines(lines))
     runs = []
@@ -69,17 +68,17 @@ def calls(draw: st.DrawFn) -> tuple[Any, ...]:
 @compiled
 @given(calls())
 def test_records_are_the_same_in_c(call: tuple[Any, ...]) -> None:
-    """Byte for byte, whatever the lines are."""
-    assert frame(*call) == IN_PYTHON[1](*call)
+    """Byte for byte, for any lines."""
+    assert frame(*call) == frame_in_python(*call)
 
 
 @compiled
 @given(lines_(), st.integers(0, 80), st.dictionaries(LINE, st.integers(0, UNKNOWN - 1)))
 def test_severities_are_the_same_in_c(lines: Lines, width: int, known: dict[bytes, int]) -> None:
-    """Also where more starts are known than are looked up at once, and where a line is shorter than a start."""
+    """Also with more starts than C remembers, and with a line shorter than a start."""
     starts = [line[:width].translate(framing.SAME_DIGITS) for line in split_lines(lines)]
     for table in (known, dict(zip(starts, range(UNKNOWN), strict=False))):
-        assert find_severities(lines, width, table) == IN_PYTHON[0](lines, width, table)
+        assert find_severities(lines, width, table) == find_severities_in_python(lines, width, table)
 
 
 @compiled
@@ -114,8 +113,8 @@ def test_severities_are_the_same_in_c(lines: Lines, width: int, known: dict[byte
         ({"digests": bytes(24)}, ValueError),
     ],
 )
-def test_arguments_that_do_not_go_together_are_errors(wrong: dict[str, Any], error: type[Exception]) -> None:
-    """Never memory that is not theirs."""
+def test_arguments_that_do_not_match_are_errors(wrong: dict[str, Any], error: type[Exception]) -> None:
+    """C never reads memory outside of them."""
     call = {"lines": [b"a", b"b"], "severities": bytes(2), "fields": FIELDS, "runs": [FramedRun(2, 5, b"")]}
     call |= {"digests": b"", "max_body": 10} | wrong
     with pytest.raises(error):
@@ -129,7 +128,7 @@ def test_arguments_that_do_not_go_together_are_errors(wrong: dict[str, Any], err
      ([b"a"], 1, {b"a": "x"}), (["a"], 1, {}), ("a\n", 1, {}), (b"a", 1, {})],
 )  # fmt: skip
 def test_starts_that_cannot_be_looked_up_are_errors(lines: Any, width: int, known: Any) -> None:
-    """A text without an end has one line fewer, which is none of them."""
+    """A text without a final newline has one line fewer: here none."""
     if lines == b"a":
         assert find_severities(lines, width, known) == b""
         return
@@ -138,21 +137,10 @@ def test_starts_that_cannot_be_looked_up_are_errors(lines: Any, width: int, know
 
 
 def test_a_numbered_run_of_more_lines_than_a_page_may_have_is_an_error() -> None:
-    """No service may make such a page; with digests it would be fine."""
+    """No service may make such a page; with digests it is allowed."""
     many = MAX_PAGE_LINES + 1
     run = [FramedRun(many, 5, b"")]
-    for one in {frame, IN_PYTHON[1]}:
-        with pytest.raises(ValueError, match="so many lines"):
+    for one in {frame, frame_in_python}:
+        with pytest.raises(ValueError, match="too many lines"):
             one(b"\n" * many, bytes(many), FIELDS, run, b"", 10)
         assert one(b"\n" * many, bytes(many), FIELDS, run, bytes(8 * many), 10)
-
-
-def test_python_does_it_where_nothing_was_compiled() -> None:
-    """The same module, without its compiled part."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "tailspan_agent.records._framing", None)
-        patch.delitem(sys.modules, framing.__name__)
-        alone = importlib.import_module(framing.__name__)
-        assert (alone.find_severities, alone.frame) == alone.IN_PYTHON
-        assert alone.frame([b"x"], b"\1", FIELDS, [FramedRun(1, 7, b"s")], b"", 10)
-    importlib.reload(sys.modules["tailspan_agent"])

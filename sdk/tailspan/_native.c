@@ -1,15 +1,38 @@
-/* What `tailspan_agent.records.framing` does in Python, for where this was compiled: the same functions, the same bytes, which
- * tests/unit/agent/records/test_framing.py compares. The format is explained in `tailspan_agent.otlp.requests`.
+/* The functions that run for every line, in C. `tailspan.logs.text` and `tailspan_agent.records.framing` have the same
+ * functions in Python, with the same results; tests/unit/sdk/logs/test_text.py and
+ * tests/unit/agent/records/test_framing.py compare them. `tailspan_agent.otlp.requests` explains the format of a record.
  *
- * Only the limited API of Python 3.11 is used: one build serves all later versions. `frame` never calls back into Python
- * code, so that what it measured is still there when it writes; it asks for exact types, and every length comes from the
- * object that is read. `find_severities` may call what compares odd keys: it reads no line after that without a check.
+ * Only the limited API of Python 3.11 is used: one build serves all later versions. `frame` never calls Python code, so
+ * the lines that it measured are still there when it writes: it accepts exact types only, and takes every length from the
+ * object that it reads. `find_severities` may call the comparison of a strange key: after that it checks every line again.
  */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <stdint.h>
 #include <string.h>
+
+/* Compilers turn a row into one vector step: each byte of `found` counts its own column, as long as it cannot overflow. */
+#define ROW 32
+#define ROWS 255
+
+PyDoc_STRVAR(count_lines_doc, "count_lines(text, /)\n--\n\n"
+"See `tailspan.logs.text.count_lines`.");
+
+static PyObject *count_lines(PyObject *Py_UNUSED(module), PyObject *text)
+{
+    char *bytes;
+    Py_ssize_t length, lines = 0;
+    if (PyBytes_AsStringAndSize(text, &bytes, &length) < 0) return NULL;
+    while (length >= ROW) {
+        unsigned char found[ROW] = {0};
+        for (int row = 0; row < ROWS && length >= ROW; row++, bytes += ROW, length -= ROW)
+            for (int i = 0; i < ROW; i++) found[i] += bytes[i] == '\n';
+        for (int i = 0; i < ROW; i++) lines += found[i];
+    }
+    for (Py_ssize_t i = 0; i < length; i++) lines += bytes[i] == '\n';
+    return PyLong_FromSsize_t(lines);
+}
 
 #define UNKNOWN 255
 #define MAX_FIELDS 255
@@ -34,11 +57,11 @@ static int piece_of(PyObject *object, Piece *piece)
     return 0;
 }
 
-/* The lines of a page, one after the other: of a list, or of a text that has a newline after each. */
+/* Reads the lines of a page in order, from a list or from a text with a newline after each. */
 typedef struct {
-    PyObject *list; /* NULL for a text */
+    PyObject *list; /* NULL: the lines are a text */
     Py_ssize_t index;
-    Piece text; /* what is left of it */
+    Piece text; /* the part that is still to be read */
 } Cursor;
 
 static int lines_of(PyObject *object, Cursor *lines)
@@ -80,9 +103,9 @@ static int no_more(const Cursor *lines)
     return -1;
 }
 
-/* Starts that were just looked up: most lines of a job have one of a few. */
+/* The starts that were looked up last: most lines of a job begin with one of a few. */
 typedef struct {
-    char *starts; /* RECENT of them, `width` bytes each */
+    char *starts; /* RECENT slots of `width` bytes */
     Py_ssize_t lengths[RECENT];
     unsigned char found[RECENT];
     int count, next;
@@ -97,7 +120,7 @@ static int look_up(PyObject *known, const char *start, Py_ssize_t length)
     if (place == NULL) return PyErr_Occurred() ? -1 : UNKNOWN;
     long value = PyLong_Check(place) ? PyLong_AsLong(place) : -1;
     if (value < 0 || value >= UNKNOWN) {
-        if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "a severity has no such place");
+        if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "a severity must be 0 to 254");
         return -1;
     }
     return (int)value;
@@ -127,7 +150,7 @@ static PyObject *find_severities(PyObject *Py_UNUSED(module), PyObject *args)
     PyObject *object, *known;
     Py_ssize_t width;
     if (!PyArg_ParseTuple(args, "OnO!", &object, &width, &PyDict_Type, &known)) return NULL;
-    if (width < 0 || width > MAX_WIDTH) return PyErr_Format(PyExc_ValueError, "no such width: %zd", width);
+    if (width < 0 || width > MAX_WIDTH) return PyErr_Format(PyExc_ValueError, "width is %zd, expected 0 to 65536", width);
     Cursor lines;
     if (lines_of(object, &lines) < 0) return NULL;
     Py_ssize_t count = count_of(&lines);
@@ -219,7 +242,7 @@ static int run_at(PyObject *runs, Py_ssize_t index, Run *run)
 {
     PyObject *tuple = PyList_GetItem(runs, index);
     if (tuple == NULL || !PyTuple_Check(tuple) || PyTuple_Size(tuple) != 3) {
-        if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "a run is a tuple of three");
+        if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "a run must be a tuple of three");
         return -1;
     }
     run->lines = PyLong_AsSsize_t(PyTuple_GetItem(tuple, 0));
@@ -228,7 +251,7 @@ static int run_at(PyObject *runs, Py_ssize_t index, Run *run)
     return PyErr_Occurred() ? -1 : piece_of(PyTuple_GetItem(tuple, 2), &run->shared);
 }
 
-/* One record: the line, and how many bytes its body, its fields, and all with tag and length have. */
+/* One record: its line, and the length in bytes of its body, of its fields, and of the record with tag and length. */
 typedef struct {
     Piece line, severity;
     uint64_t body, fields, record;
@@ -260,9 +283,9 @@ static char *put_record(char *at, const Record *record, const Run *run, Py_ssize
     return put_hex(at, number, sizeof number);
 }
 
-/* Go through the lines: add up what their records need, and with somewhere to put them, put them there.
- * Return that sum, FAILED, or TOO_LONG. */
-static Py_ssize_t go_through(const Page *page, char *at)
+/* Measure the records of all lines, and write them to `at` unless it is NULL.
+ * Return their length in bytes, FAILED, or TOO_LONG. */
+static Py_ssize_t write_records(const Page *page, char *at)
 {
     Py_ssize_t index = 0, count = page->severities.length, total = 0, runs = PyList_Size(page->runs);
     Cursor lines;
@@ -272,7 +295,7 @@ static Py_ssize_t go_through(const Page *page, char *at)
         if (run_at(page->runs, r, &run) < 0) return FAILED;
         int can_be_numbered = run.lines <= MAX_NUMBERED || page->digests.length;
         if (run.lines < 0 || run.lines > count - index || !can_be_numbered) {
-            PyErr_SetString(PyExc_ValueError, "a run cannot have so many lines");
+            PyErr_SetString(PyExc_ValueError, "a run has too many lines");
             return FAILED;
         }
         for (Py_ssize_t ordinal = 0; ordinal < run.lines; ordinal++, index++) {
@@ -313,24 +336,25 @@ static PyObject *frame(PyObject *Py_UNUSED(module), PyObject *args)
                           &digests, &page.max_body))
         return NULL;
     page.field_count = PyTuple_Size(fields);
-    if (page.field_count > MAX_FIELDS) return PyErr_Format(PyExc_ValueError, "too many severities");
+    if (page.field_count > MAX_FIELDS) return PyErr_Format(PyExc_ValueError, "there are more than 255 severities");
     for (Py_ssize_t i = 0; i < page.field_count; i++)
         if (piece_of(PyTuple_GetItem(fields, i), &page.fields[i]) < 0) return NULL;
     if (piece_of(severities, &page.severities) < 0 || piece_of(digests, &page.digests) < 0) return NULL;
     if (page.digests.length && page.digests.length != DIGEST_BYTES * page.severities.length)
-        return PyErr_Format(PyExc_ValueError, "there are not as many digests as lines");
-    Py_ssize_t total = go_through(&page, NULL);
+        return PyErr_Format(PyExc_ValueError, "there must be as many digests as lines");
+    Py_ssize_t total = write_records(&page, NULL);
     if (total == TOO_LONG) Py_RETURN_NONE;
     if (total == FAILED) return NULL;
     PyObject *records = PyBytes_FromStringAndSize(NULL, total);
-    if (records != NULL && go_through(&page, PyBytes_AsString(records)) != total) {
-        if (!PyErr_Occurred()) PyErr_SetString(PyExc_SystemError, "the lines have changed");
+    if (records != NULL && write_records(&page, PyBytes_AsString(records)) != total) {
+        if (!PyErr_Occurred()) PyErr_SetString(PyExc_SystemError, "the lines changed while they were framed");
         Py_CLEAR(records);
     }
     return records;
 }
 
 static PyMethodDef methods[] = {
+    {"count_lines", count_lines, METH_O, count_lines_doc},
     {"find_severities", find_severities, METH_VARARGS, find_severities_doc},
     {"frame", frame, METH_VARARGS, frame_doc},
     {NULL, NULL, 0, NULL},
@@ -340,13 +364,13 @@ static PyModuleDef_Slot slots[] = {{0, NULL}};
 
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
-    .m_name = "_framing",
-    .m_doc = "Records of lines, and the severities that lines state, in C.",
+    .m_name = "_compiled",
+    .m_doc = "The functions that run for every line, in C.",
     .m_methods = methods,
     .m_slots = slots,
 };
 
-PyMODINIT_FUNC PyInit__framing(void)
+PyMODINIT_FUNC PyInit__compiled(void)
 {
     return PyModuleDef_Init(&definition);
 }

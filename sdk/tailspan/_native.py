@@ -1,0 +1,37 @@
+"""The choice between a function in C (`_native.c`) and the same function in Python. Standard library only.
+
+The C part is absent where Tailspan was installed without a C compiler, or with ``TAILSPAN_PURE=1``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+__all__ = ["COMPILED", "compiled"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _load() -> Any:
+    try:
+        return importlib.import_module("tailspan._compiled")
+    except ImportError:
+        return None
+
+
+_extension = _load()
+
+COMPILED = _extension is not None
+"""Whether the C part is installed."""
+
+
+def compiled(name: str, python: F) -> F:
+    """Return the function of this name in C, or the one in Python where the C part is absent.
+
+    Args:
+        name: Its name in `_native.c`.
+        python: The same function in Python, with the same results.
+    """
+    return python if _extension is None else getattr(_extension, name)
