@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from tailspan.config import Settings
 from tailspan.config.signals import SIGNALS
 from tailspan.errors import ConfigError, JobNotFoundError, TailspanError
-from tailspan.services import JobService, open_service
+from tailspan.services import JobService
+from tailspan.services.registry import open_service
 from tailspan_agent.analysis.assessment import Assessment, JobSnapshot, PipelineStats, assess
 from tailspan_agent.analysis.baseline import Histories
 from tailspan_agent.analysis.run_totals import PipelineNames

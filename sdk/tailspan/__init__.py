@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from tailspan.logs.follow import TailUpdate
     from tailspan.logs.page import Line, LogPage, Message
     from tailspan.models import CoerceableToJobId, JobState, ListedJob, RunResponse
-    from tailspan.services import JobService, SubmitService, open_service
+    from tailspan.services import JobService, SubmitService
+    from tailspan.services.registry import open_service
 
 __all__ = [
     "AsyncJobClient",
@@ -84,7 +85,8 @@ _MODULES = {
     "tailspan.jobs": tuple(name for name in __all__ if name.startswith("job_")),
     "tailspan.models": ("CoerceableToJobId", "JobState", "ListedJob", "RunResponse"),
     "tailspan.logs.page": ("Line", "LogPage", "Message"),
-    "tailspan.services": ("JobService", "SubmitService", "open_service"),
+    "tailspan.services": ("JobService", "SubmitService"),
+    "tailspan.services.registry": ("open_service",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -24,13 +24,13 @@ from tailspan._identity import trace_id
 from tailspan.errors import CursorExpiredError, JobNotFoundError
 from tailspan.logs.page import MAX_PAGE_LINES, NANOS_PER_MS, Line, LogPage, Message
 from tailspan.models import JobState, ListedJob, RunResponse
-from tailspan.services import LATE_WINDOW_S
+from tailspan.services import LATE_WINDOW_S, SubmitService
 
 __all__ = ["FakeClock", "FakeService"]
 
 
-class FakeService:
-    """A `SubmitService` in memory, driven by the test. Safe to change from any thread while verbs read it.
+class FakeService(SubmitService):
+    """A job service in memory, driven by the test. Safe to change from any thread while verbs read it.
 
     Attributes:
         name: As configured services have one.
@@ -47,6 +47,7 @@ class FakeService:
         poll_min_s: float = 0.01,
         poll_max_s: float = 0.05,
         page_lines: int = MAX_PAGE_LINES,
+        polls_are_free: bool = True,
     ) -> None:
         """Make a service without jobs.
 
@@ -56,12 +57,14 @@ class FakeService:
             poll_min_s: How soon a busy job may be asked again, in seconds.
             poll_max_s: How rarely a silent job is asked, in seconds.
             page_lines: Longest page of lines and of listed jobs.
+            polls_are_free: As the attribute of `JobService`.
         """
         self.name = name
         self.identity = identity
         self.poll_min_s = poll_min_s
         self.poll_max_s = poll_max_s
-        self.final_read = False
+        self.polls_are_free = polls_are_free
+        self.has_offsets = True
         self.calls: list[tuple[str, str]] = []
         self.submitted: list[dict[str, Any]] = []
         self._page_lines = page_lines
@@ -149,7 +152,7 @@ class FakeService:
         *,
         since_ms: int | None = None,
         late_window_s: float = LATE_WINDOW_S,
-    ) -> AsyncIterator[LogPage]:
+    ) -> AsyncGenerator[LogPage, None]:
         """Yield the lines after the cursor; the cursor is the number of lines read."""
         await self._called("read_logs", job_id)
         job = self._job(job_id)
@@ -171,7 +174,7 @@ class FakeService:
             if lines:
                 yield LogPage.from_lines(lines, cursor=b"%d" % stop, identity=self.identity, job_id=job_id)
 
-    async def read_messages(self, job_id: str, since_ms: int | None = None) -> AsyncIterator[Sequence[Message]]:
+    async def read_messages(self, job_id: str, since_ms: int | None = None) -> AsyncGenerator[Sequence[Message], None]:
         """Yield the lines as messages."""
         await self._called("read_messages", job_id)
         job = self._job(job_id)
@@ -193,7 +196,7 @@ class FakeService:
             return self._status(job_id)
         return self.set_state(job_id, JobState.CANCELED)
 
-    async def list_jobs(self) -> AsyncIterator[Sequence[ListedJob]]:
+    async def list_jobs(self) -> AsyncGenerator[Sequence[ListedJob], None]:
         """Yield the jobs, the one that was added last first."""
         await self._called("list_jobs", "")
         statuses = [self._status(job_id) for job_id in reversed(self._jobs)]

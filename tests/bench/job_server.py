@@ -49,7 +49,7 @@ class Counting:
 def main() -> None:
     """Serve until SIGTERM."""
     service = LocalService(state_dir=Path(sys.argv[1]))
-    service.final_read = "--plain" in sys.argv
+    service.has_offsets = "--plain" not in sys.argv
     with listen("127.0.0.1", 0, None) as listener:
         print(f"{SERVING}http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
         asyncio.run(make_server(Counting(create_app(service))).serve(sockets=[listener]))

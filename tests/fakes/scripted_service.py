@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from tailspan._identity import trace_id
 from tailspan.errors import JobNotFoundError
 from tailspan.job_api.server import BASE_PATH, create_app, listen, make_server
-from tailspan.logs.page import Line, LogPage, Message
+from tailspan.logs.page import Line, LogPage
 from tailspan.models import JobState, ListedJob, RunResponse
 from tailspan.services import LATE_WINDOW_S, JobService
 
@@ -50,14 +50,15 @@ class ScriptedJob:
     reads: int = field(default=0, init=False)
 
 
-class ScriptedService:
-    """Jobs by id; implements `tailspan.services.JobService`."""
+class ScriptedService(JobService):
+    """Jobs by id."""
 
     name = "scripted"
     identity = "scripted-identity"
     poll_min_s = 0.01
     poll_max_s = 0.1
-    final_read = False
+    polls_are_free = True
+    has_offsets = True
 
     def __init__(self, jobs: dict[str, ScriptedJob]) -> None:
         self.jobs = jobs
@@ -81,7 +82,7 @@ class ScriptedService:
         *,
         since_ms: int | None = None,
         late_window_s: float = LATE_WINDOW_S,
-    ) -> AsyncIterator[LogPage]:
+    ) -> AsyncGenerator[LogPage, None]:
         job = self._job(job_id)
         job.reads += 1
         readable = job.lines[: job.reads] if job.growing else job.lines
@@ -107,7 +108,7 @@ class ScriptedService:
             job.state, job.statuses = JobState.CANCELED, 0
         return self._status(job_id, job.state)
 
-    async def list_jobs(self) -> AsyncIterator[Sequence[ListedJob]]:
+    async def list_jobs(self) -> AsyncGenerator[Sequence[ListedJob], None]:
         rows = [
             ListedJob(job_id=job_id, job_name=job.name, state=job.state, created_at=START, lines=len(job.lines))
             for job_id, job in self.jobs.items()
@@ -118,10 +119,6 @@ class ScriptedService:
     async def log_times_ms(self, job_id: str) -> tuple[int, int] | None:
         job = self._job(job_id)
         return (START_MS, START_MS + len(job.lines) - 1) if job.lines else None
-
-    async def read_messages(self, job_id: str, since_ms: int | None = None) -> AsyncIterator[Sequence[Message]]:
-        async for page in self.read_logs(job_id, since_ms=since_ms):
-            yield list(page.messages())
 
     async def aclose(self) -> None:
         self.closed = True

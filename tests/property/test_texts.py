@@ -17,7 +17,7 @@ from tailspan.errors import ConfigError
 from tailspan.local.command_line import default_name, redact_command
 from tailspan.local.environment import job_environment, parent_of
 from tailspan.logs.clean import clean, printable, split_long
-from tailspan.services import open_service
+from tailspan.services.registry import open_service
 from tailspan_agent.analysis.failure import digest_of, fingerprint_of
 from tailspan_agent.analysis.progress import read_line
 from tailspan_agent.records.redact import Redactor

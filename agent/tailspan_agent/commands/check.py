@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import cast
 
 from tailspan.config import Settings, Watch
 from tailspan.config.signals import SIGNALS, Signal
 from tailspan.errors import AuthError, ConfigError, JobNotFoundError, ServiceError, TailspanError
-from tailspan.models import ListedJob
-from tailspan.services import JobService, open_service
+from tailspan.services import JobService
+from tailspan.services.registry import open_service
 from tailspan_agent.exporter.factory import make_exporter
 from tailspan_agent.exporter.outcome import Delivered, Rejected
 from tailspan_agent.records.redact import Redactor
@@ -102,7 +101,7 @@ async def _service(service: JobService, watches: list[Watch]) -> AsyncIterator[F
     jobs = [job_id for watch in watches for job_id in watch.jobs]
     try:
         async with asyncio.timeout(_TIMEOUT_S):
-            listing = cast("AsyncGenerator[Sequence[ListedJob], None]", service.list_jobs())
+            listing = service.list_jobs()
             async with aclosing(listing):
                 rows = await anext(listing, None)  # an empty tuple here breaks anext of Python 3.11
             yield Finding(

@@ -9,7 +9,8 @@ from typing import Literal
 
 from tailspan.config import Settings
 from tailspan.errors import CursorExpiredError
-from tailspan.services import JobService, open_service
+from tailspan.services import JobService
+from tailspan.services.registry import open_service
 from tailspan_agent.checkpoint.store import read_checkpoint
 from tailspan_agent.errors import CheckpointError
 from tailspan_agent.job.ledger import JobLedger

@@ -6,10 +6,9 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import aclosing
 from fnmatch import fnmatchcase
-from typing import cast
 
 from tailspan._backoff import backoff_s
 from tailspan.config import Watch
@@ -252,7 +251,7 @@ class JobDiscovery:
         running = {job_id for job_id, tailer in self.tailers.items() if not tailer.late}
         unseen = running - self._unlisted if full or not self._source.is_cheap else set()
         self._context.health.polled(self.name)
-        listing = cast("AsyncGenerator[Sequence[ListedJob], None]", self._service.list_jobs())
+        listing = self._service.list_jobs()
         async with aclosing(listing):
             async for rows in listing:
                 news = False

@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from typing import Protocol, runtime_checkable
 
 from tailspan.config import Settings, Watch
 from tailspan.errors import AuthError, ConfigError, ServiceUnavailableError, TailspanError
@@ -25,13 +24,6 @@ __all__ = ["Receiver"]
 _CRASH_PAUSE_S = 30.0
 
 _log = logging.getLogger(__name__)
-
-
-@runtime_checkable
-class Insistent(Protocol):
-    """A service that tries a request several times unless it is told not to."""
-
-    tries: int
 
 
 class Receiver:
@@ -109,8 +101,7 @@ class Receiver:
             for name in _by_service(settings):
                 if name not in kept:
                     service = self._opener(name, settings)
-                    if isinstance(service, Insistent):
-                        service.tries = 1  # a tailer that tries again has a pace of its own
+                    service.tries = 1  # a tailer has a retry schedule of its own
                     source = Source(service)
                     undo.push_async_callback(source.service.aclose)
                     _check_identity(source, [*kept.values(), *opened.values()])

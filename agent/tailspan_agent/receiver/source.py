@@ -42,8 +42,8 @@ class Source:
 
     @property
     def is_cheap(self) -> bool:
-        """Whether looking costs no request: so it is with a service that may be asked each two seconds for each job."""
-        return self.service.poll_max_s <= 2.0
+        """Whether polling costs no request."""
+        return self.service.polls_are_free
 
     def merges(self, cursor: bytes | None) -> bool:
         """See `tailspan.services.MergingService`; False for other services."""

@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, cast
+from typing import Any
 
 from tailspan._backoff import backoff_s
 from tailspan.config import Watch
@@ -278,7 +278,7 @@ class Tailer:
         return lines, False
 
     async def _pages(self, cursor: bytes | None = None, **keys: Any) -> AsyncGenerator[LogPage, None]:
-        pages = cast("AsyncGenerator[LogPage, None]", self._service.read_logs(self.job_id, cursor, **keys))
+        pages = self._service.read_logs(self.job_id, cursor, **keys)
         # Closed at whatever page this task is cancelled, so that its connection is free at once.
         async with aclosing(pages):
             try:

@@ -15,7 +15,6 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import cast
 
 from tailspan.errors import CursorExpiredError
 from tailspan.logs.clean import clean
@@ -328,7 +327,7 @@ class _Shown:
 def _read(
     service: JobService, job_id: str, cursor: bytes | None = None, since_ms: int | None = None
 ) -> AsyncGenerator[LogPage, None]:
-    return cast("AsyncGenerator[LogPage, None]", service.read_logs(job_id, cursor, since_ms=since_ms))
+    return service.read_logs(job_id, cursor, since_ms=since_ms)
 
 
 def _severity(text: str) -> int:

@@ -116,8 +116,8 @@ def _attached(
 
     from tailspan.local import attached
     from tailspan.logs.printing import is_terminal
-    from tailspan.services import open_service
     from tailspan.services.local import LocalService
+    from tailspan.services.registry import open_service
 
     chosen = open_service(service or "local", settings_for(config_path))
     if not isinstance(chosen, LocalService):

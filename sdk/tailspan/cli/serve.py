@@ -47,7 +47,7 @@ def serve(host: str, port: int, service: str | None, token_file: Path | None, co
         from tailspan.job_api import server
     except ModuleNotFoundError as missing:
         raise ConfigError(str(missing)) from missing
-    from tailspan.services import open_service
+    from tailspan.services.registry import open_service
 
     token = _read_token(token_file)
     settings = settings_for(config_path)

@@ -200,7 +200,7 @@ class JobApi:
     @property
     def _has_pages(self) -> bool:
         """Whether lines are told by offsets, so that pages of them are the same for whoever reads them."""
-        return not self._service.final_read
+        return self._service.has_offsets
 
     async def list_jobs(self, request: Request) -> Response:
         """Return some rows of the list, newest first."""
@@ -218,7 +218,7 @@ class JobApi:
 
     async def _status_reply(self, job: RunResponse) -> Response:
         # A service that knows only times would have to fetch the log to say when it begins and ends.
-        times = None if self._service.final_read else await self._service.log_times_ms(job.job_id)
+        times = None if not self._service.has_offsets else await self._service.log_times_ms(job.job_id)
         first_ms, last_ms = times or (None, None)
         fields = {field.name: getattr(job, field.name) for field in dataclasses.fields(job)}
         reply = {name: value for name, value in fields.items() if name not in _NOT_SENT}

@@ -13,8 +13,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, NotRequired, Required, TypedDict
 
+from tailspan.errors import ConfigError
 from tailspan.logs.text import split_text
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Message",
     "Stream",
     "line_digest",
+    "numbered_pages",
 ]
 
 DIGEST_BYTES = 8
@@ -50,12 +52,18 @@ CLEAN = 1
 """Run flag: plain ASCII without CR, ESC or NUL, so `tailspan.logs.clean.clean` would change nothing in any line."""
 
 
-class Message(TypedDict, total=False):
-    """A line as `tailspan.job_get_logs` returns it; a service may add keys."""
+class Message(TypedDict):
+    """A line as `tailspan.job_get_logs` returns it; a service may add keys.
 
-    message: str
-    timestamp: int
-    stream: str
+    Attributes:
+        message: The text, without its line ending.
+        timestamp: In ms since the epoch.
+        stream: ``stdout`` or ``stderr``, where the service knows it.
+    """
+
+    message: Required[str]
+    timestamp: Required[int]
+    stream: NotRequired[str]
 
 
 def _sharing_keys(**fields: Any) -> Any:
@@ -217,13 +225,7 @@ class LogPage:
             repeats[line.time_unix_nano, body] = occurrence + 1
             digests.append(line_digest(identity, job_id, line.time_unix_nano, body, occurrence))
             bodies.append(body)
-            stream = Stream.NAMES.index(line.stream)
-            nano = line.time_unix_nano + min(ordinal, NANOS_PER_MS - 1)
-            last = runs[-1] if runs else None
-            if last and last.stream == stream and last.time_unix_nano + last.lines == nano:
-                runs[-1] = last._replace(lines=last.lines + 1)
-            else:
-                runs.append(LineRun(1, nano, stream))
+            _extend(runs, line.time_unix_nano + min(ordinal, NANOS_PER_MS - 1), Stream.NAMES.index(line.stream))
         return cls(bodies, runs, cursor, b"".join(digests))
 
     def joined(self) -> bytes:
@@ -260,3 +262,60 @@ class LogPage:
                     message["message"] = text
                     yield message
                 nano = past_nano
+
+
+def numbered_pages(
+    lines: Iterable[Line], cursor: bytes | None, *, identity: str, job_id: str, since_ms: int | None = None
+) -> Iterator[LogPage]:
+    """Yield the lines after a cursor as pages, for services whose lines have an order that never changes.
+
+    A line's uid and exact time follow from its number, so they are the same from whatever cursor a read starts.
+
+    Args:
+        lines: All lines of the job from the first one on, whatever the cursor.
+        cursor: The number of lines up to the end of a page, as ASCII digits. None: from the first line.
+        identity: The service's identity.
+        job_id: The job's id there.
+        since_ms: Only lines whose time is at or after this, in ms since the epoch.
+
+    Raises:
+        ConfigError: The cursor is not a number of lines.
+    """
+    if cursor is not None and not cursor.isdigit():
+        raise ConfigError(f"{cursor[:40]!r} is not a cursor of this service", job_id=job_id)
+    start, first_nano = int(cursor or 0), (since_ms or 0) * NANOS_PER_MS
+    key = f"{identity}\0{job_id}\0line\0".encode()
+    bodies: list[bytes] = []
+    runs: list[LineRun] = []
+    digests: list[bytes] = []
+    size = number = ordinal = 0
+    last_nano: int | None = None
+
+    def page() -> LogPage:
+        return LogPage(bodies, runs, b"%d" % number, b"".join(digests))
+
+    for number, line in enumerate(lines):
+        ordinal = ordinal + 1 if line.time_unix_nano == last_nano else 0
+        last_nano = line.time_unix_nano
+        if number < start or last_nano < first_nano:
+            continue
+        body = line.message if isinstance(line.message, bytes) else line.message.encode("utf-8", "replace")
+        if bodies and (len(bodies) == MAX_PAGE_LINES or size + len(body) > MAX_PAGE_BYTES):
+            yield page()
+            bodies, runs, digests, size = [], [], [], 0
+        bodies.append(body)
+        size += len(body) + 1
+        digests.append(hashlib.blake2b(key + b"%d" % number, digest_size=DIGEST_BYTES).digest())
+        _extend(runs, last_nano + min(ordinal, NANOS_PER_MS - 1), Stream.NAMES.index(line.stream))
+    if bodies:
+        number += 1
+        yield page()
+
+
+def _extend(runs: list[LineRun], nano: int, stream: int) -> None:
+    """Add a line to the last run if it continues it, else begin a run."""
+    last = runs[-1] if runs else None
+    if last and last.stream == stream and last.time_unix_nano + last.lines == nano:
+        runs[-1] = last._replace(lines=last.lines + 1)
+    else:
+        runs.append(LineRun(1, nano, stream))

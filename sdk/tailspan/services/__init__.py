@@ -1,19 +1,22 @@
-"""Job services: where jobs run, behind one small protocol.
+"""Job services: where jobs run, behind one small base class.
 
-To add a service, copy `local.py`, implement `JobService`, and announce the class by the entry point group
-``tailspan.services``; the entry's name is the ``type`` in the configuration. Built-in services are announced the
-same way. A service class is made by ``Service.from_options(name, options)``.
+`JobService` and what a service may add to it belong here; nothing here may know a particular service. To add one,
+subclass `JobService` and announce the class in the entry point group ``tailspan.services``; the entry's name is the
+``type`` in the configuration. `docs/services/writing-a-service.md` has an example, the contract and its test kit.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from tailspan.errors import ConfigError
-from tailspan.logs.page import LogPage, Message
-from tailspan.models import ListedJob, RunResponse
+from tailspan._identity import trace_id
+from tailspan.errors import ConfigError, RequestRejectedError
+from tailspan.logs.page import NANOS_PER_MS, Line, LogPage, Message, numbered_pages
+from tailspan.models import JobState, ListedJob, RunResponse
 
 if TYPE_CHECKING:
     from tailspan.config import Settings
@@ -25,43 +28,77 @@ __all__ = [
     "JobService",
     "MergingService",
     "SubmitService",
-    "open_service",
 ]
 
 LATE_WINDOW_S = 10.0
 
 
-@runtime_checkable
-class JobService(Protocol):
-    """Where jobs run. All methods translate foreign errors into the tree of `tailspan.errors`.
+class JobService(ABC):
+    """Base class of all job services.
+
+    A service needs a `name`, an `identity` and the three abstract methods. Every method translates foreign errors
+    (of an HTTP client, of the operating system) into the tree of `tailspan.errors`. A constructor does no I/O.
 
     Attributes:
         name: The configured name (``services.NAME``).
-        identity: The same for every configuration of the same service.
-        poll_min_s: How soon a busy job may be asked again, in seconds.
-        poll_max_s: How rarely a silent job is asked, in seconds.
-        final_read: Whether a job's log must be read once more from its start when it has ended, because lines may
-            have become visible late (services that know only times).
+        identity: What checkpoints, trace ids and uids are computed from: the same for every configuration of the same
+            service. A property may read it at first use.
+        poll_min_s: Shortest delay between two polls of a busy job, in seconds.
+        poll_max_s: Longest delay between two polls of a silent job, in seconds.
+        polls_are_free: Whether a poll costs no request: the agent then polls and lists as often as it likes.
+        has_offsets: Whether each line has the same time and uid for every reader, from whatever cursor. The job API
+            then serves the log as pages, and calls `log_times_ms` with every status: override that one, too.
+        final_read: Whether the agent must read the log of an ended job once more from its start, because lines may
+            become visible behind a cursor.
+        tries: How often the service sends a request that only reads before it raises the error. The agent sets 1,
+            because it has a retry schedule of its own.
     """
 
     name: str
-    poll_min_s: float
-    poll_max_s: float
-    final_read: bool
+    identity: str
+    poll_min_s: float = 1.0
+    poll_max_s: float = 30.0
+    polls_are_free: bool = False
+    has_offsets: bool = False
+    final_read: bool = False
+    tries: int = 1
 
-    @property
-    def identity(self) -> str:
-        """What checkpoints and ids are keyed by; a plain attribute will do, a property may read it when first asked."""
-        ...
+    @classmethod
+    def from_options(cls, name: str, options: Mapping[str, Any], settings: Settings) -> Self:
+        """Make the service of a configured section.
 
+        By default the keys of the section are the keyword arguments of the constructor.
+
+        Args:
+            name: The part after ``services.`` in the configuration.
+            options: The section, ``type`` included.
+            settings: The whole configuration.
+
+        Raises:
+            ConfigError: A key is unknown, missing or wrong; names the key.
+        """
+        given = {key: value for key, value in options.items() if key != "type"}
+        _, *parameters = inspect.signature(cls).parameters.values()
+        known = [one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+        needed = [one.name for one in parameters if one.name in known and one.default is one.empty]
+        takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters)
+        for key in [] if takes_all else sorted(given.keys() - known):
+            text = f"there is no such key; known here: {', '.join(sorted(known)) or 'none'}"
+            raise ConfigError(f"services.{name}.{key}: {text}", key=f"services.{name}.{key}", service=name)
+        for key in needed:
+            if key not in given:
+                raise ConfigError(f"services.{name}.{key}: is missing", key=f"services.{name}.{key}", service=name)
+        return cls(name, **given)  # type: ignore[call-arg]  # the subclass's constructor takes the name first
+
+    @abstractmethod
     async def get_job(self, job_id: str) -> RunResponse:
         """Return the job's status.
 
         Raises:
-            JobNotFoundError: The service knows no such job.
+            JobNotFoundError: The service has no such job.
         """
-        ...
 
+    @abstractmethod
     def read_logs(
         self,
         job_id: str,
@@ -69,55 +106,108 @@ class JobService(Protocol):
         *,
         since_ms: int | None = None,
         late_window_s: float = LATE_WINDOW_S,
-    ) -> AsyncIterator[LogPage]:
+    ) -> AsyncGenerator[LogPage, None]:
         """Yield the lines that are readable now, after the cursor, page by page, and then stop.
 
-        Closing the iterator is legal at any page; backpressure is not pulling.
+        The caller may close the generator at any page. It reads no faster than the caller takes pages.
 
         Args:
             job_id: The job.
-            cursor: A page's cursor: go on after that page. None: from the start.
+            cursor: A page's cursor: continue after that page. None: from the start.
             since_ms: Only without cursor: lines whose time is at or after this, in ms since the epoch.
-            late_window_s: How far before the cursor to look for lines that became visible late, in seconds; services
-                with offsets have none.
+            late_window_s: How far before the cursor to search for lines that became visible late, in seconds;
+                services with offsets ignore it.
 
         Yields:
-            Pages that are not empty, in the order in which the service returns lines.
+            Pages with at least one line, in the order of the service.
 
         Raises:
             CursorExpiredError: Lines before the cursor are gone.
-            JobNotFoundError: The service knows no such job.
+            JobNotFoundError: The service has no such job.
         """
-        ...
+
+    @abstractmethod
+    def list_jobs(self) -> AsyncGenerator[Sequence[ListedJob], None]:
+        """Yield the service's jobs, newest first, page by page, each once. The caller may close it at any page."""
 
     async def cancel(self, job_id: str) -> RunResponse:
-        """Ask the job to end and return its new status; an ended job stays as it is."""
-        ...
+        """Cancel the job and return its new status; an ended job stays as it is.
 
-    def list_jobs(self) -> AsyncIterator[Sequence[ListedJob]]:
-        """Yield the service's jobs, newest first, page by page, each once. Closing it at any page is legal."""
-        ...
+        By default a service cannot cancel.
+
+        Raises:
+            RequestRejectedError: The service cannot cancel jobs, or refuses to.
+            JobNotFoundError: The service has no such job.
+        """
+        status = await self.get_job(job_id)
+        if status.state.is_terminal:
+            return status
+        raise RequestRejectedError(f"the service {self.name!r} cannot cancel jobs", service=self.name, job_id=job_id)
 
     async def log_times_ms(self, job_id: str) -> tuple[int, int] | None:
-        """Return the times of the first and the last line in ms since the epoch, or None without lines.
+        """Return the times of the oldest and the newest line in ms since the epoch, or None without lines.
 
-        Reads as little as the service allows; memory stays bounded.
+        By default reads the whole log, in bounded memory.
         """
-        ...
+        times: tuple[int, int] | None = None
+        async with aclosing(self.read_logs(job_id)) as pages:
+            async for page in pages:
+                first = min(run.time_unix_nano for run in page.runs) // NANOS_PER_MS
+                last = max(run.time_unix_nano + run.lines - 1 for run in page.runs) // NANOS_PER_MS
+                times = (first, last) if times is None else (min(first, times[0]), max(last, times[1]))
+        return times
 
-    def read_messages(self, job_id: str, since_ms: int | None = None) -> AsyncIterator[Sequence[Message]]:
-        """Yield the lines as messages with all the keys that the service has, oldest first."""
-        ...
+    async def read_messages(self, job_id: str, since_ms: int | None = None) -> AsyncGenerator[Sequence[Message], None]:
+        """Yield the lines as messages with all the keys that the service has, oldest first.
+
+        By default the messages of `read_logs`.
+
+        Args:
+            job_id: The job.
+            since_ms: Only lines whose time is at or after this, in ms since the epoch.
+        """
+        async with aclosing(self.read_logs(job_id, since_ms=since_ms)) as pages:
+            async for page in pages:
+                yield list(page.messages())
 
     async def aclose(self) -> None:
-        """Release connections and files."""
-        ...
+        """Release connections and files. The caller may close twice. By default there is nothing to release."""
+        return
+
+    def make_status(self, job_id: str, state: JobState | str, **fields: Any) -> RunResponse:
+        """Return the status of a job of this service.
+
+        Args:
+            job_id: The job.
+            state: Its state.
+            **fields: Further fields of the status, for example ``job_name``; that one is the job's id by default.
+        """
+        own = {"service": self.name, "identity": self.identity, "trace_id": trace_id(self.identity, job_id)}
+        return RunResponse.from_state(JobState(state), **{"job_id": job_id, "job_name": job_id, **own, **fields})
+
+    def make_pages(
+        self, job_id: str, lines: Iterable[Line], cursor: bytes | None = None, *, since_ms: int | None = None
+    ) -> Iterator[LogPage]:
+        """Yield lines as pages; the cursor of a page is the number of lines up to its end.
+
+        For services that have a job's lines in an order that never changes; such a service ``has_offsets``.
+
+        Args:
+            job_id: The job.
+            lines: All lines of the job from the first one on, whatever the cursor.
+            cursor: As for `read_logs`.
+            since_ms: As for `read_logs`.
+
+        Raises:
+            ConfigError: The cursor is not a number of lines.
+        """
+        return numbered_pages(lines, cursor, identity=self.identity, job_id=job_id, since_ms=since_ms)
 
 
-@runtime_checkable
-class SubmitService(JobService, Protocol):
-    """A service that can also be given jobs."""
+class SubmitService(JobService):
+    """A service that also runs commands as jobs."""
 
+    @abstractmethod
     async def submit(
         self,
         command: Sequence[str],
@@ -129,22 +219,21 @@ class SubmitService(JobService, Protocol):
         env: Mapping[str, str] | None = None,
     ) -> RunResponse:
         """Start a command as a job and return its first status; see `tailspan.job_submit`."""
-        ...
 
 
-@runtime_checkable
-class MergingService(JobService, Protocol):
-    """A service that reads on, after a cursor, in many jobs by one request: ask for all of them at once."""
+class MergingService(JobService):
+    """A service that answers reads after a cursor, of many jobs, with one request: start them all at once."""
 
     @property
+    @abstractmethod
     def gather_s(self) -> float:
-        """For how long, at most, such a read waits for those of other jobs at present, in seconds; 0: not at all."""
-        ...
+        """How long such a read waits for reads of other jobs at present, at most, in seconds; 0 if it does not wait."""
 
+    @abstractmethod
     def merges(self, cursor: bytes | None) -> bool:
-        """Return whether a read after this cursor is one of these; then no line becomes visible late behind it."""
-        ...
+        """Return whether a read after this cursor is merged; then no line becomes visible late behind the cursor."""
 
+    @abstractmethod
     def read_logs(
         self,
         job_id: str,
@@ -153,39 +242,38 @@ class MergingService(JobService, Protocol):
         since_ms: int | None = None,
         late_window_s: float = LATE_WINDOW_S,
         long_reads: AbstractAsyncContextManager[object] | None = None,
-    ) -> AsyncIterator[LogPage]:
+    ) -> AsyncGenerator[LogPage, None]:
         """Yield the lines that are readable now; see `JobService.read_logs`.
 
         Args:
-            job_id: The job.
-            cursor: See there.
-            since_ms: See there.
-            late_window_s: See there.
-            long_reads: Entered, once at most, while a job has a reply of its own, which can be long: limits how many at
-                a time.
+            job_id: See `JobService.read_logs`.
+            cursor: See `JobService.read_logs`.
+            since_ms: See `JobService.read_logs`.
+            late_window_s: See `JobService.read_logs`.
+            long_reads: Entered, once at most, while a job has a reply of its own, which can be long: limits how many
+                there are at a time.
         """
-        ...
 
 
 class ChangeFeed(Protocol):
-    """Word of what happens to jobs. It makes looking for it cheaper and is never relied on: some may be lost."""
+    """Change notifications of jobs. They make polling cheaper and are never relied on: some may be lost."""
 
     def follow(self, job_id: str) -> bool:
-        """Begin to tell of a job; False where that is not possible and the job has to be asked for."""
+        """Begin to report changes of a job; False if that is not possible and the job must be polled."""
         ...
 
     def leave(self, job_id: str) -> None:
-        """Tell no more of a job; one that was not followed is fine."""
+        """Stop reporting changes of a job, also of one that was not followed."""
         ...
 
     async def wait(self) -> Collection[str] | None:
-        """Wait for news and return the ids of the jobs that have some: followed ones, and ones that are new.
+        """Wait for changes and return the ids of the changed jobs: followed ones, and new ones.
 
         Returns:
-            The ids; None when some news were lost and every job may have some.
+            The ids; None when notifications were lost and every job may have changed.
 
         Raises:
-            ServiceError: There will be no more news: close it and open another.
+            ServiceError: No further notification will come: close this feed and open another.
         """
         ...
 
@@ -194,51 +282,9 @@ class ChangeFeed(Protocol):
         ...
 
 
-@runtime_checkable
-class ChangeFeedService(JobService, Protocol):
-    """A service that can tell when a job has news, so that silent jobs need not be asked."""
+class ChangeFeedService(JobService):
+    """A service that notifies of changes, so that silent jobs need not be polled."""
 
+    @abstractmethod
     def open_changes(self) -> ChangeFeed | None:
-        """Begin to tell; None where that is not possible now."""
-        ...
-
-
-def open_service(name: str, settings: Settings) -> JobService:
-    """Make the configured service of that name. Does not reach out to it.
-
-    Args:
-        name: The part after ``services.`` in the configuration; ``local`` exists without being configured.
-        settings: The loaded configuration.
-
-    Returns:
-        A new service object; the caller closes it.
-
-    Raises:
-        ConfigError: No such section, no such type, or options that do not fit the type.
-    """
-    options: Mapping[str, Any] | None = settings.services.get(name)
-    if options is None:
-        known = ", ".join(sorted(settings.services))
-        raise ConfigError(f"no service named {name!r} is configured; there is: {known}", key=f"services.{name}")
-    kind = options.get("type", name)
-    # Without a look at all installed packages for those that everybody uses.
-    match kind:
-        case "fused":
-            from tailspan.services.fused import FusedService
-
-            return FusedService.from_options(name, options, settings)
-        case "local":
-            from tailspan.services.local import LocalService
-
-            return LocalService.from_options(name, options, settings)
-    from importlib.metadata import entry_points
-
-    found = entry_points(group="tailspan.services", name=str(kind))
-    if not found:
-        kinds = ", ".join(sorted(entry.name for entry in entry_points(group="tailspan.services")))
-        raise ConfigError(
-            f"services.{name}.type is {kind!r}, but no such service type is installed; there is: {kinds}",
-            key=f"services.{name}.type",
-        )
-    service: JobService = next(iter(found)).load().from_options(name, options, settings)
-    return service
+        """Open a feed of changes; None if that is not possible now."""

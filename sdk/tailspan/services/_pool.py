@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from tailspan.errors import ConfigError
 from tailspan.models import CoerceableToJobId, job_id_of
-from tailspan.services import JobService, open_service
+from tailspan.services import JobService
+from tailspan.services.registry import check_service_type, open_service
 
 if TYPE_CHECKING:
     from tailspan.config import Settings
@@ -63,6 +64,8 @@ class OpenedServices:
         if which is None:
             which = self._default
         if which is not None and not isinstance(which, str):
+            # Without a type checker, objects written to the protocol of earlier versions arrive here.
+            check_service_type(type(which), "service")
             return which
         settings = self.settings
         name = which or settings.default_service

@@ -10,7 +10,7 @@ import functools
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -32,9 +32,9 @@ from tailspan.local.signalling import signal_supervisor
 from tailspan.local.status import row_of, status_of, totals_of
 from tailspan.local.stdin import inherited_stdin
 from tailspan.local.store import JobStore, StoredJob, submitted_at_of
-from tailspan.logs.page import NANOS_PER_MS, LogPage, Message
+from tailspan.logs.page import NANOS_PER_MS, LogPage
 from tailspan.models import ListedJob, RunResponse
-from tailspan.services import LATE_WINDOW_S
+from tailspan.services import LATE_WINDOW_S, ChangeFeedService, SubmitService
 
 if TYPE_CHECKING:
     from tailspan.config import Settings
@@ -49,8 +49,8 @@ _PRUNE_EVERY_S = 3600.0
 _CANCEL_WAIT_S = 1.0
 
 
-class LocalService:
-    """Runs commands as jobs on this machine, and reads them. Implements `tailspan.services.SubmitService`.
+class LocalService(SubmitService, ChangeFeedService):
+    """Runs commands as jobs on this machine, and reads them.
 
     It holds nothing open between two calls, so it may be used in any thread and after a fork. Files are read on the
     event loop: that takes microseconds, and a page a millisecond.
@@ -58,7 +58,8 @@ class LocalService:
 
     poll_min_s = 0.2
     poll_max_s = 2.0
-    final_read = False
+    polls_are_free = True
+    has_offsets = True
 
     def __init__(
         self,
@@ -125,7 +126,7 @@ class LocalService:
         )
 
     @functools.cached_property
-    def identity(self) -> str:
+    def identity(self) -> str:  # type: ignore[override]  # read from disk at first use
         """The UUID of the state directory, made with it."""
         with self._translated():
             return self._store.identity
@@ -157,7 +158,7 @@ class LocalService:
         *,
         since_ms: int | None = None,
         late_window_s: float = LATE_WINDOW_S,
-    ) -> AsyncIterator[LogPage]:
+    ) -> AsyncGenerator[LogPage, None]:
         """Yield the lines after a cursor; see `tailspan.services.JobService`.
 
         The cursor is the byte of `log` where to go on. Lines never become visible late.
@@ -170,18 +171,13 @@ class LocalService:
                     yield page
                     await anyio.lowlevel.checkpoint()
 
-    async def read_messages(self, job_id: str, since_ms: int | None = None) -> AsyncIterator[Sequence[Message]]:
-        """Yield the lines as messages; see `tailspan.services.JobService`."""
-        async for page in self.read_logs(job_id, since_ms=since_ms):
-            yield list(page.messages())
-
     async def log_times_ms(self, job_id: str) -> tuple[int, int] | None:
         """Return the times of the first and the last line; see `tailspan.services.JobService`."""
         with self._translated(job_id):
             totals = totals_of(self._store.glance(job_id))
         return (totals.first_unix_nano // NANOS_PER_MS, totals.last_unix_nano // NANOS_PER_MS) if totals.lines else None
 
-    async def list_jobs(self) -> AsyncIterator[Sequence[ListedJob]]:
+    async def list_jobs(self) -> AsyncGenerator[Sequence[ListedJob], None]:
         """Yield the jobs, newest first; see `tailspan.services.JobService`."""
         with self._translated():
             ids = self._store.job_ids()
@@ -287,9 +283,6 @@ class LocalService:
         """
         with self._translated():
             return list(self._store.prune(older_than_s, time.time()))
-
-    async def aclose(self) -> None:
-        """Do nothing: nothing is held open."""
 
     def _identity_in(self, job: StoredJob) -> str:
         """Return the identity of the store that the job was submitted to, and remember it: it makes uids."""

@@ -9,14 +9,14 @@ from collections.abc import Collection
 import pytest
 
 from tailspan.errors import ServiceError, ServiceUnavailableError
-from tailspan.services import ChangeFeed
+from tailspan.services import ChangeFeed, ChangeFeedService
 from tailspan.testing import FakeService
 from tailspan_agent.receiver import tailer
 from tests.fakes.agents import Bench, looped, until
 from tests.fakes.collector import Reply
 
 
-class TellingService(FakeService):
+class TellingService(FakeService, ChangeFeedService):
     """A fake service with news: it tells what the test lets it tell."""
 
     def __init__(self) -> None:

@@ -266,7 +266,7 @@ class SlowToName(OddService):
     """A service whose list has no names, and that takes its time to tell the second one."""
 
     def __init__(self) -> None:
-        super().__init__("fake", poll_max_s=30.0)
+        super().__init__("fake", poll_max_s=30.0, polls_are_free=False)
         self.lists_names = False
         self.asked, self.answers = asyncio.Event(), asyncio.Event()
 

@@ -9,7 +9,7 @@ same times and uids, and one request does for many jobs: see `tailspan.logs.page
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from datetime import UTC, datetime
 from functools import partial
@@ -23,7 +23,7 @@ from tailspan.errors import ConfigError, ProtocolError, RequestRejectedError
 from tailspan.logs.page import LogPage, Message
 from tailspan.logs.page_wire import MEDIA_TYPE
 from tailspan.models import ListedJob, RunResponse
-from tailspan.services import LATE_WINDOW_S
+from tailspan.services import LATE_WINDOW_S, MergingService
 from tailspan.services.fused.auth import DEFAULT_SCHEME, Credentials
 from tailspan.services.fused.http import FusedHttp, Tls
 from tailspan.services.fused.log_times import Look, find_times
@@ -59,8 +59,8 @@ _any_json = msgspec.json.Decoder()
 _array_json = msgspec.json.Decoder(list[msgspec.Raw])
 
 
-class FusedService:
-    """A `tailspan.services.JobService` over HTTP. One pool of connections; nothing is sent before the first call.
+class FusedService(MergingService):
+    """A job service over HTTP. One pool of connections; nothing is sent before the first call.
 
     Attributes:
         name: The configured name.
@@ -178,7 +178,7 @@ class FusedService:
                 return job
             raise
 
-    async def list_jobs(self) -> AsyncIterator[Sequence[ListedJob]]:
+    async def list_jobs(self) -> AsyncGenerator[Sequence[ListedJob], None]:
         """Yield the service's jobs, newest first, page by page, each once.
 
         Pages are asked for with some overlap, because jobs that begin meanwhile shift all others. They grow, because
@@ -234,7 +234,7 @@ class FusedService:
         since_ms: int | None = None,
         late_window_s: float = LATE_WINDOW_S,
         long_reads: AbstractAsyncContextManager[object] | None = None,
-    ) -> AsyncIterator[LogPage]:
+    ) -> AsyncGenerator[LogPage, None]:
         """Yield the lines that are readable now, after the cursor; see `tailspan.services.MergingService.read_logs`."""
         if self._pages.are_for(cursor):
             async with aclosing(self._pages.read(job_id, cursor, since_ms, long_reads or nullcontext())) as served:
@@ -247,7 +247,7 @@ class FusedService:
                 for page in pages(window, entries):
                     yield page
 
-    async def read_messages(self, job_id: str, since_ms: int | None = None) -> AsyncIterator[Sequence[Message]]:
+    async def read_messages(self, job_id: str, since_ms: int | None = None) -> AsyncGenerator[Sequence[Message], None]:
         """Yield the lines as the server sent them, with all keys, at or after ``since_ms``.
 
         Each sequence is sorted by time, which changes nothing where the server sends the oldest first. Our own server

@@ -61,7 +61,7 @@ class Scene:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.service = OddService("fake", page_lines=10, poll_max_s=30.0)
+        self.service = OddService("fake", page_lines=10, poll_max_s=30.0, polls_are_free=False)
         self.started: list[Tailer] = []
         self.relay = PipelineContext(
             store=store,
@@ -266,7 +266,7 @@ class _Sparse(OddService):
 @looped
 async def test_a_page_of_the_list_may_be_empty(scene: Scene) -> None:
     """It is neither a fault nor the list's end: the jobs of a page may all be gone when it is made."""
-    scene.service = _Sparse("fake", page_lines=10, poll_max_s=30.0)
+    scene.service = _Sparse("fake", page_lines=10, poll_max_s=30.0, polls_are_free=False)
     scene.add("j1")
     discovery = scene.discovery()
     await discovery.scan()

@@ -456,7 +456,7 @@ async def test_what_keeps_the_agent_from_relaying_stands_on_every_page(bench):
 @looped
 async def test_ten_thousand_jobs_come_in_pages(bench):
     """Only the rows of one page are rendered, whatever there is; all of them are counted and can be found."""
-    bench.services["fake"] = FakeService(poll_min_s=30, poll_max_s=60)
+    bench.services["fake"] = FakeService(poll_min_s=30, poll_max_s=60, polls_are_free=False)
     for number in range(10_000):
         bench.fake.add_job(f"job-{number:05}", job_name=f"pipeline-{number % 50}")
     async with looking(bench) as (agent, client):

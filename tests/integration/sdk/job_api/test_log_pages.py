@@ -135,7 +135,7 @@ def test_messages_by_log_pages_are_those_of_the_json_reply(tmp_path, since):
 
 def test_messages_of_a_service_without_log_pages_are_json(service):
     """Nothing else is known of its lines."""
-    service.final_read = True
+    service.has_offsets = False
     assert ask(service, "/logs/j3", headers={"Accept": MEDIA_TYPE}).headers["content-type"] == "application/json"
 
 
@@ -283,7 +283,7 @@ def test_gap_in_the_middle_of_a_reply_ends_it_in_good_order():
 
 def test_service_that_knows_only_times_serves_no_pages(service):
     """Its lines become visible late, which only those who compare them by time find."""
-    service.final_read = True
+    service.has_offsets = False
     with serving(service) as server:
 
         async def work(fused):
@@ -305,7 +305,7 @@ def test_server_that_does_not_send_pages_any_more(service):
         async def work(fused):
             await fused.get_job("j5")
             cursor = (await read(fused, "j5"))[0].cursor
-            service.final_read = True
+            service.has_offsets = False
             await fused.get_job("j5")
             with pytest.raises(CursorExpiredError) as caught:
                 await read(fused, "j5", cursor)
@@ -317,13 +317,13 @@ def test_server_that_does_not_send_pages_any_more(service):
 
 def test_job_whose_reading_began_without_pages_goes_on_so(service):
     """A cursor that knows times stays good when the server learns to send pages."""
-    service.final_read = True
+    service.has_offsets = False
     with serving(service) as server:
 
         async def work(fused):
             await fused.get_job("j5")
             cursor = (await read(fused, "j5"))[-1].cursor
-            service.final_read = False
+            service.has_offsets = True
             await fused.get_job("j5")
             service.add_lines("j5", "one more")
             return await read(fused, "j5", cursor)

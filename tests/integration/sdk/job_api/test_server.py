@@ -106,7 +106,7 @@ def test_each_state_is_said_in_the_words_of_the_fused_api(state):
 
 def test_status_of_a_service_that_knows_only_times_does_not_read_its_log(service, api):
     """Where first and last time would cost a read of the log, the status leaves them out."""
-    service.final_read = True
+    service.has_offsets = False
     reply = api.get("/run/by-id/done").json()
     assert (reply["first_line_ms"], reply["last_line_ms"]) == (None, None)
 

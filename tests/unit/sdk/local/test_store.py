@@ -30,8 +30,8 @@ from tailspan.local.index import HEADER
 from tailspan.local.state import iso_time
 from tailspan.local.store import JobStore, new_job_id, submitted_at_of
 from tailspan.models import JobState
-from tailspan.services import open_service
 from tailspan.services.local import LocalService
+from tailspan.services.registry import open_service
 from tests.fakes.local_jobs import LocalJobs, until
 
 DAY_S = 86400
