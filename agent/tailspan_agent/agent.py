@@ -1,4 +1,4 @@
-"""The agent: puts the parts together, starts them, reloads them by difference, and stops them in order.
+"""The agent: builds its parts, starts them, reloads what changed, and stops them in order.
 
 discoveries -> tailers -> queues -> endpoints (retrying exporter) -> acks -> store
 """
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Agent", "OnceResult"]
 
-_LANES = 2
+_LOG_QUEUES = 2
 _FORGET_S = 30 * 86400.0
 _HOUSEKEEPING_S = 3600.0
 _LAST_PUSH_S = 5.0
@@ -63,14 +63,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class OnceResult:
-    """What one pass relayed.
+    """The result of one pass.
 
     Attributes:
-        jobs: How many jobs were looked at.
-        acked: How many log records the endpoint took.
-        rejected: How many records went to the dead letter.
-        failures: Services and jobs that could not be read, and why.
-        delivered: Whether all that was read is acked or dead-lettered.
+        jobs: Number of jobs read.
+        acked: Number of log records that the endpoint acknowledged.
+        rejected: Number of records in the dead letter.
+        failures: Why services and jobs could not be read.
+        delivered: True if everything that was read is acknowledged or in the dead letter.
     """
 
     jobs: int
@@ -81,19 +81,19 @@ class OnceResult:
 
 
 class Agent:
-    """One agent over one state directory. Make it, then `run` it or `run_once`, inside one event loop.
+    """One agent over one state directory. Create it, then call `run` or `run_once` in one event loop.
 
     Args:
         settings: The loaded configuration.
-        opener: Makes the configured service of a name.
+        opener: Opens the configured service of a name.
 
     Attributes:
-        pipeline_stats: What is known of pipelines from their past: ``histories.of(label)`` is a `PipelineHistory`
-            last runs, the success rate and the usual durations; iterating ``histories`` names them.
+        pipeline_stats: Past runs of pipelines: ``histories.of(label)`` is a `PipelineHistory` with the last runs, the
+            success rate and the usual durations; iterating over ``histories`` yields the labels.
 
     Raises:
-        ConfigError: The configuration asks for what cannot be.
-        CheckpointError: The state directory cannot be used, or another agent holds it.
+        ConfigError: The configuration cannot work.
+        CheckpointError: The state directory cannot be used, or another agent has locked it.
     """
 
     def __init__(self, settings: Settings, opener: Callable[[str, Settings], JobService] = open_service) -> None:
@@ -107,7 +107,7 @@ class Agent:
             self._make_parts(settings)
             undo.pop_all()
         self._receiver = Receiver(self._context, opener)
-        self._pumps: list[asyncio.Task[None]] = []
+        self._background: list[asyncio.Task[None]] = []
         self._pushing: asyncio.Task[None] | None = None
         self.server: StatusServer | None = None
         self._stopping = asyncio.Event()
@@ -122,14 +122,14 @@ class Agent:
         self.endpoints = Endpoints(settings, self.metrics)
         logs, traces = self.endpoints.get("logs"), self.endpoints.get("traces")
         runs = self.store.runs()
-        # What is expected comes first: it must not share a name with what is not, however many names there are.
+        # Expected pipelines come first, so that they keep their own label however many other names there are.
         known = [*(expect.name for expect in settings.agent.expect), *(total.pipeline for total in runs)]
         self.pipeline_stats = PipelineStats(
             histories=Histories(self.store.history.past_runs()), too_fast=self.store.history.too_fast()
         )
         self._context = PipelineContext(
             store=self.store,
-            queues=[LogQueue(self.store, logs) for _ in range(_LANES)] if logs else [],
+            queues=[LogQueue(self.store, logs) for _ in range(_LOG_QUEUES)] if logs else [],
             spans=SpanQueue(self.store, traces) if traces else None,
             stream_order=StreamOrder(),
             health=self.metrics,
@@ -142,7 +142,7 @@ class Agent:
         self.telemetry = Telemetry(
             self.metrics,
             runs=lambda: list(self._context.totals.values()),
-            jobs=self._followed,
+            jobs=self._snapshots,
             names=self._context.names,
             start_unix_nano=self.store.start_unix_nano,
             pipeline_stats=self.pipeline_stats,
@@ -151,26 +151,31 @@ class Agent:
 
     @property
     def tailers(self) -> list[Tailer]:
-        """The tailers that run now."""
+        """The running tailers."""
         return list(self._receiver.tailers)
 
     @property
     def discoveries(self) -> list[JobDiscovery]:
-        """The watchers, one per watched service."""
+        """The job discoveries, one per watched service."""
         return list(self._receiver.discoveries.values())
 
+    @property
+    def stopping(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopping.is_set()
+
     def problems(self) -> list[str]:
-        """Return short words for what keeps the agent from relaying; empty when it is ready."""
-        found = [f"endpoint_{signal}_paused" for signal in self.endpoints.paused()]
-        found += ["checkpoint_store_unwritable"] if self.store.refused else []
-        return found + [f"service_{name}_unreachable" for name in self._receiver.unreachable]
+        """Return codes of what keeps the agent from relaying; empty when it is ready."""
+        codes = [f"endpoint_{signal}_paused" for signal in self.endpoints.paused()]
+        codes += ["checkpoint_store_unwritable"] if self.store.refused else []
+        return codes + [f"service_{name}_unreachable" for name in self._receiver.unreachable]
 
     def delivery(self, identity: str, job_id: str) -> dict[str, object]:
-        """Return what became of a job's lines, for ``tailspan wait --delivered``.
+        """Return the delivery state of a job's lines, for ``tailspan wait --delivered``.
 
         Args:
             identity: The identity of the job's service.
-            job_id: The job; a job that the agent does not know is not complete.
+            job_id: An unknown job is not complete.
         """
         known = self.store.job(identity, job_id)
         if known is None:
@@ -179,22 +184,13 @@ class Agent:
         return {"known": True, "logs_complete": known.logs_complete, "lines": ledger.lines, **asdict(ledger.delivery)}
 
     def followed_jobs(self) -> list[tuple[JobSnapshot, Assessment]]:
-        """Return the jobs that are followed now, each with what can be told of it: progress, time left, what is odd."""
+        """Return the followed jobs, each with its assessment: progress, time left, anomalies."""
         now_ns, label, histories = time.time_ns(), self._context.names.label, self.pipeline_stats.histories
         jobs = self._receiver.followed
         return [(job, assess(job, histories.of(label(job.status.job_name)), now_ns)) for job in jobs]
 
-    def _followed(self) -> list[JobSnapshot]:
-        self.endpoints.paused()  # asked with each snapshot, so that the metrics say it too
-        return self._receiver.followed
-
-    @property
-    def stopping(self) -> bool:
-        """Whether `stop` was called."""
-        return self._stopping.is_set()
-
     def stop(self) -> None:
-        """Ask `run` to stop reading, finish what is in flight, and return; a second call skips the drain."""
+        """Ask `run` to stop reading, send what is in flight, and return; a second call skips the drain."""
         if self._stopping.is_set():
             self._skip_drain.set()
         self._stopping.set()
@@ -206,124 +202,71 @@ class Agent:
 
         Args:
             on_ready: Called once when jobs are followed.
-            on_stop: Called once when the drain begins.
+            on_stop: Called once when the drain starts.
         """
-        async with contextlib.AsyncExitStack() as stack:
-            stack.push_async_callback(self._close)
-            self._start_pumps()
-            address = self.settings.agent.listen_address
-            if address is not None:
-                # Uvicorn and Starlette take 90 ms, which a single pass does without.
-                from tailspan_agent.web.server import StatusServer
-
-                self.server = StatusServer(
-                    address,
-                    metrics=self.telemetry.prometheus_text,
-                    readiness=self.problems,
-                    delivery=self.delivery,
-                    shown=AgentView(
-                        context=self._context,
-                        receiver=self._receiver,
-                        settings=lambda: self.settings,
-                        endpoints=self.endpoints,
-                        problems=self.problems,
-                    ),
-                    token=self.settings.agent.read_token(),
-                    allowed_hosts=self.settings.agent.allowed_hosts,
-                )
-                await stack.enter_async_context(self.server)
-            self._start_pushing()
-            self._receiver.watch(await self._receiver.open(self.settings, {}), self.settings)
-            self._pumps.append(asyncio.create_task(self._housekeep()))
-            missing_runs = MissingRuns(
-                self._context,
-                jobs=lambda: self._receiver.followed,
-                settings=lambda: self.settings,
-                seen_all=lambda: self._receiver.has_seen_all,
-            )
-            self._pumps.append(asyncio.create_task(missing_runs.run()))
-            _log.info("the agent follows %s", ", ".join(sorted(self._receiver.discoveries)) or "nothing")
-            self._follows.set()
-            on_ready()
-            await self._first_of(self._stopping.wait())
-            on_stop()
-            _log.info("stopping: what was read is sent, for up to %g s", self.settings.agent.drain_timeout)
-            async with self._changing:
-                await self._receiver.stop_reading()
-            drained = await self._within(self._flush(), self.settings.agent.drain_timeout)
-            push = self._push()
-            if push is not None and not self._skip_drain.is_set():
-                await self._within(push.export(), _LAST_PUSH_S)
-            if not drained:
-                _log.warning("stopped before all was acked; the next start goes on from the last checkpoint")
+        try:
+            self._start_queues()
+            self.server = self._make_server()
+            async with self.server or contextlib.nullcontext():
+                self._start_pushing()
+                await self._follow()
+                on_ready()
+                await self._completes(self._stopping.wait())
+                on_stop()
+                await self._drain()
+        finally:
+            await self._close()
 
     async def run_once(self, timeout_s: float) -> OnceResult:
-        """Relay what is readable now: ended jobs completely, running jobs to their present end.
+        """Relay what is readable now: ended jobs completely, running jobs up to their current end.
 
         Args:
-            timeout_s: How long it may take, in seconds.
+            timeout_s: Time limit in seconds.
 
         Returns:
-            What was relayed, and whether all of it is acked.
+            What was relayed, and whether all of it is acknowledged.
         """
-        failures: list[TailspanError] = []
-        async with contextlib.AsyncExitStack() as stack:
-            stack.push_async_callback(self._close)
+        receiver = self._receiver
+        scan_failures: list[TailspanError] = []
+        try:
             for queue in self._context.queues:
-                queue.linger = False  # nothing more will come that would be worth to wait for
-            self._start_pumps()
-            receiver = self._receiver
+                queue.linger = False  # no further lines come that would be worth waiting for
+            self._start_queues()
             receiver.watch(await receiver.open(self.settings, {}), self.settings, once=True)
-
-            async def relay() -> None:
-                for discovery in self.discoveries:
-                    try:
-                        await discovery.scan()
-                    except TailspanError as error:
-                        failures.append(error)
-                    failures.extend(discovery.skipped.values())
-                while receiver.tailers:
-                    await asyncio.wait(receiver.tailers.values())
-                await self._flush()
-                push = self._push()
-                if push is not None:
-                    await push.export()
-
-            delivered = await self._first_of(self._stopping.wait(), relay(), timeout_s=timeout_s) == 1
+            delivered = await self._completes(
+                self._relay_readable(scan_failures), interrupt=self._stopping, timeout_s=timeout_s
+            )
             await receiver.stop_reading()
-            named = {job_id for watch in self.settings.agent.watch for job_id in watch.jobs}
-            # A job that was listed and deleted before it was read is not one that somebody misspelt.
-            failures += [
-                error for job_id, error in receiver.failed if not isinstance(error, JobNotFoundError) or job_id in named
-            ]
+            logs = self.endpoints.get("logs")
             return OnceResult(
                 jobs=receiver.started,
-                acked=logs.delivered if (logs := self.endpoints.get("logs")) else 0,
+                acked=logs.delivered if logs else 0,
                 rejected=self.endpoints.rejected,
-                failures=tuple(failures),
+                failures=(*scan_failures, *self._tailer_failures()),
                 delivered=delivered,
             )
-        raise AssertionError("unreachable")
+        finally:
+            await self._close()
 
     async def reload(self, settings: Settings) -> None:
-        """Go over to a changed configuration: stop what is gone, start what is new, leave the rest running.
+        """Apply a changed configuration: stop what is gone, start what is new, leave the rest running.
 
         Args:
             settings: The newly loaded configuration. ``agent.state_dir``, ``agent.listen``, the limits of metrics and
-                the set of relayed signals are taken up at the next start only.
+                the set of relayed signals take effect after a restart only.
 
         Raises:
-            ConfigError: The configuration asks for what cannot be; nothing was changed.
+            ConfigError: The configuration cannot work; nothing was changed.
         """
         _check_enabled(settings)
         redactor = Redactor.from_settings(settings.redact)
-        # Neither while it starts nor while it stops: what is followed then would be followed twice, or not be drained.
+        # Not during the start, which would follow jobs twice, nor during the stop, which would not drain new ones.
         await self._follows.wait()
         async with self._changing:
             if not self._stopping.is_set():
-                await self._go_over(settings, redactor)
+                await self._apply(settings, redactor)
 
-    async def _go_over(self, settings: Settings, redactor: Redactor | None) -> None:
+    async def _apply(self, settings: Settings, redactor: Redactor | None) -> None:
         kept = self._receiver.kept(self.settings, settings)
         async with contextlib.AsyncExitStack() as undo:
             sources = await self._receiver.open(settings, kept)
@@ -335,26 +278,105 @@ class Agent:
             finally:
                 self._start_pushing()
             undo.pop_all()
-        for key in changes_that_need_restart(self.settings, settings):
-            _log.warning("%s changed: it takes effect when the agent is started anew", key)
+        for key in _changes_that_need_restart(self.settings, settings):
+            _log.warning("%s changed: restart the agent to apply it", key)
         self.settings = settings
         self._context.redactor, self._context.otlp_resource = redactor, settings.otlp.resource
         await self._receiver.go_over(kept, sources, settings)
         _log.info("the configuration was reloaded")
 
-    def _start_pumps(self) -> None:
-        self._pumps += [asyncio.create_task(queue.run()) for queue in self._context.queues]
-        if self._context.spans is not None:
-            self._pumps.append(asyncio.create_task(self._context.spans.run()))
+    def _snapshots(self) -> list[JobSnapshot]:
+        self.endpoints.paused()  # updates the metrics of paused endpoints, which go into the same snapshot
+        return self._receiver.followed
 
-    def _push(self) -> MetricsPush | None:
+    def _make_server(self) -> StatusServer | None:
+        address = self.settings.agent.listen_address
+        if address is None:
+            return None
+        # Importing Uvicorn and Starlette takes 90 ms, which a single pass does not need.
+        from tailspan_agent.web.server import StatusServer
+
+        view = AgentView(
+            context=self._context,
+            receiver=self._receiver,
+            settings=lambda: self.settings,
+            endpoints=self.endpoints,
+            problems=self.problems,
+        )
+        return StatusServer(
+            address,
+            metrics=self.telemetry.prometheus_text,
+            readiness=self.problems,
+            delivery=self.delivery,
+            view=view,
+            token=self.settings.agent.read_token(),
+            allowed_hosts=self.settings.agent.allowed_hosts,
+        )
+
+    async def _follow(self) -> None:
+        """Start to discover and follow jobs, and the tasks that need the discoveries."""
+        receiver = self._receiver
+        receiver.watch(await receiver.open(self.settings, {}), self.settings)
+        missing_runs = MissingRuns(
+            self._context,
+            jobs=lambda: receiver.followed,
+            settings=lambda: self.settings,
+            seen_all=lambda: receiver.has_seen_all,
+        )
+        self._background += [asyncio.create_task(self._housekeep()), asyncio.create_task(missing_runs.run())]
+        _log.info("the agent follows %s", ", ".join(sorted(receiver.discoveries)) or "no service")
+        self._follows.set()
+
+    async def _drain(self) -> None:
+        """Stop reading, and send what was read for up to ``agent.drain_timeout``."""
+        timeout_s = self.settings.agent.drain_timeout
+        _log.info("stopping: sending what was read, for up to %g s", timeout_s)
+        async with self._changing:
+            await self._receiver.stop_reading()
+        drained = await self._completes(self._flush(), interrupt=self._skip_drain, timeout_s=timeout_s)
+        push = self._make_push()
+        if push is not None and not self._skip_drain.is_set():
+            await self._completes(push.export(), interrupt=self._skip_drain, timeout_s=_LAST_PUSH_S)
+        if not drained:
+            _log.warning("stopped before everything was acknowledged; the next start resumes at the last checkpoint")
+
+    async def _relay_readable(self, failures: list[TailspanError]) -> None:
+        """Read every watched job once and send its lines; collect the failures of services."""
+        for discovery in self.discoveries:
+            try:
+                await discovery.scan()
+            except TailspanError as error:
+                failures.append(error)
+            failures.extend(discovery.skipped.values())
+        while self._receiver.tailers:
+            await asyncio.wait(self._receiver.tailers.values())
+        await self._flush()
+        push = self._make_push()
+        if push is not None:
+            await push.export()
+
+    def _tailer_failures(self) -> list[TailspanError]:
+        named = {job_id for watch in self.settings.agent.watch for job_id in watch.jobs}
+        # A discovered job that was deleted before it was read is not a failure; a configured id without a job is.
+        return [
+            error
+            for job_id, error in self._receiver.failed
+            if not isinstance(error, JobNotFoundError) or job_id in named
+        ]
+
+    def _start_queues(self) -> None:
+        self._background += [asyncio.create_task(queue.run()) for queue in self._context.queues]
+        if self._context.spans is not None:
+            self._background.append(asyncio.create_task(self._context.spans.run()))
+
+    def _make_push(self) -> MetricsPush | None:
         exporter = self.endpoints.metrics_exporter
         if exporter is None:
             return None
         return MetricsPush(self.telemetry, self.metrics, exporter, interval_s=export_interval_s())
 
     def _start_pushing(self) -> None:
-        push = self._push()
+        push = self._make_push()
         if push is not None:
             self._pushing = asyncio.create_task(push.run(asyncio.Event()))
 
@@ -371,39 +393,51 @@ class Agent:
             try:
                 forgotten = self.store.forget(max(_FORGET_S, 2 * lookback), keep=keep, keep_unsent=sends_spans)
             except CheckpointError as error:
-                _log.warning("old jobs are not forgotten: %s", error)
+                _log.warning("old jobs were not removed from the checkpoint store: %s", error)
             else:
                 if forgotten:
-                    _log.info("%d jobs without change for 30 days were forgotten", forgotten)
+                    _log.info("removed %d jobs without a change for 30 days from the checkpoint store", forgotten)
             await asyncio.sleep(_HOUSEKEEPING_S)
 
-    async def _first_of(self, *work: Coroutine[Any, Any, object], timeout_s: float | None = None) -> int | None:
-        """Wait for the first of these, or for a pump to fail: what it had in hand is sent again by the next process.
+    async def _completes(
+        self,
+        work: Coroutine[Any, Any, object],
+        *,
+        interrupt: asyncio.Event | None = None,
+        timeout_s: float | None = None,
+    ) -> bool:
+        """Run work until it ends, an event is set, the time is up, or a background task fails.
+
+        A failed background task ends the agent: what it was sending is sent again by the next process.
+
+        Args:
+            work: Cancelled if it does not end first.
+            interrupt: The event.
+            timeout_s: Seconds; None means no limit.
 
         Returns:
-            Which one it was; None when the time was up.
+            True if the work completed.
         """
-        tasks = [asyncio.create_task(coroutine) for coroutine in work]
+        working = asyncio.create_task(work)
+        waiting = [working] if interrupt is None else [working, asyncio.create_task(interrupt.wait())]
         try:
-            await asyncio.wait([*tasks, *self._pumps], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-            for pump in self._pumps:
-                if pump.done():
-                    pump.result()
-            first = next((number for number, task in enumerate(tasks) if task.done()), None)
-            if first is not None:
-                tasks.pop(first).result()
-            return first
+            await asyncio.wait([*waiting, *self._background], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            for task in self._background:
+                if task.done():
+                    task.result()
+            if not working.done():
+                return False
+            waiting.remove(working)
+            working.result()
+            return True
         finally:
-            for task in tasks:
-                await cancelled(task)
+            for unfinished in waiting:
+                await cancelled(unfinished)
 
     async def _flush(self) -> None:
         await asyncio.gather(*(queue.flush() for queue in self._context.queues))
         if self._context.spans is not None:
             await self._context.spans.flush()
-
-    async def _within(self, work: Coroutine[Any, Any, object], timeout_s: float) -> bool:
-        return await self._first_of(work, self._skip_drain.wait(), timeout_s=timeout_s) == 0
 
     async def _close(self) -> None:
         async with contextlib.AsyncExitStack() as stack:
@@ -412,7 +446,7 @@ class Agent:
             stack.push_async_callback(self._receiver.aclose)
             await self._receiver.stop_reading()
             await self._stop_pushing()
-            for task in self._pumps:
+            for task in self._background:
                 await cancelled(task)
 
 
@@ -421,14 +455,9 @@ def _check_enabled(settings: Settings) -> None:
         raise ConfigError("OTEL_SDK_DISABLED is set: unset it to let the agent relay", key="OTEL_SDK_DISABLED")
 
 
-def changes_that_need_restart(old: Settings, new: Settings) -> list[str]:
-    """Return the changed keys that take effect only after a restart.
-
-    Args:
-        old: As the agent runs now.
-        new: As newly loaded.
-    """
-    waiting = [f"agent.{key}" for key in _RESTART_KEYS if getattr(new.agent, key) != getattr(old.agent, key)]
+def _changes_that_need_restart(old: Settings, new: Settings) -> list[str]:
+    """Return the changed keys that take effect only after a restart."""
+    keys = [f"agent.{key}" for key in _RESTART_KEYS if getattr(new.agent, key) != getattr(old.agent, key)]
     if any((new.otlp.for_signal(name) is None) != (old.otlp.for_signal(name) is None) for name in SIGNALS):
-        waiting.append("otlp.signals")
-    return waiting
+        keys.append("otlp.signals")
+    return keys

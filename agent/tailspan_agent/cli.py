@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -46,54 +46,54 @@ def agent() -> None:
 
 @agent.command()
 @config_option
-@click.option("--once", is_flag=True, help="Relay what is readable now, wait until it is acked, and exit.")
+@click.option("--once", is_flag=True, help="Relay what is readable now, wait until it is acknowledged, and exit.")
 @click.option(
     "--timeout",
     "timeout_s",
     type=click.FloatRange(min=0, min_open=True),
     default=_ONCE_TIMEOUT_S,
     show_default=True,
-    help="With --once: seconds that it may take.",
+    help="With --once: time limit in seconds.",
 )
 @click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"], case_sensitive=False),
     default="info",
     show_default=True,
-    help="What the agent says of itself, on stderr.",
+    help="Lowest level of the agent's own log, on stderr.",
 )
 def run(config_path: Path | None, once: bool, timeout_s: float, log_level: str) -> None:
-    """Run the agent until SIGTERM or Ctrl-C (drains; a second one skips the drain); SIGHUP reloads the file.
+    """Run the agent until SIGTERM or Ctrl-C. It drains first; a second signal skips the drain. SIGHUP reloads the file.
 
-    Without an endpoint the telemetry goes to OTLP JSON lines files under agent.state_dir, for a later replay.
+    Without an endpoint the telemetry goes to files of OTLP JSON lines under agent.state_dir, for a later replay.
 
     \b
-    Exit codes of --once: 0 all is acked; 1 something was rejected, see the dead letter; 3 not delivered in time,
-    or a service could not be reached; 4 a named job does not exist.
+    Exit codes of --once: 0 everything is acknowledged; 1 something was rejected, see the dead letter; 3 not delivered
+    in time, or a service could not be reached; 4 a configured job does not exist.
 
     Example:
       tailspan agent run --config config.toml --once --timeout 60
     """  # noqa: D301 - click wants the backspace character itself
     from tailspan_agent.process.logging_setup import set_up_logging
-    from tailspan_agent.process.signals import held, stop_in_good_order
+    from tailspan_agent.process.signals import exit_on_stop_signals, hold_signals
 
-    with stop_in_good_order():
-        _start_lean()
+    with exit_on_stop_signals():
+        _pause_garbage_collection()
         set_up_logging(log_level)
         settings = settings_for(config_path, telemetry=True)
-    with held() as release:
+    with hold_signals() as release:
         work = _run_once(settings, timeout_s, release) if once else _run(settings, config_path, release)
         code = asyncio.run(work)
     sys.exit(code)
 
 
-def _start_lean() -> None:
-    """Look for no garbage while modules are loaded: an eighth of the start."""
+def _pause_garbage_collection() -> None:
+    """Collect no garbage while modules are imported: it takes an eighth of the start."""
     gc.disable()
 
 
-def _started() -> None:
-    """Look for garbage from now on: not among what was loaded, and seldom, since little is made."""
+def _resume_garbage_collection() -> None:
+    """Collect rarely from now on, since there is little garbage, and never what the start has loaded."""
     gc.freeze()
     gc.set_threshold(_GARBAGE_OBJECTS, 10, 10)
     gc.enable()
@@ -101,42 +101,45 @@ def _started() -> None:
 
 async def _run(settings: Settings, config_path: Path | None, release: Callable[[], None]) -> int:
     from tailspan_agent.agent import Agent
-    from tailspan_agent.process.last_errors import keep_last_errors
+    from tailspan_agent.process.logging_setup import keep_last_errors
     from tailspan_agent.process.reload import reload_on_hangup
     from tailspan_agent.process.systemd import keep_watchdog, notify
 
     loop = asyncio.get_running_loop()
-    relay = Agent(settings)
-    _started()
+    agent = Agent(settings)
+    _resume_garbage_collection()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, relay.stop)
-    with keep_last_errors(settings.agent.state_dir), reload_on_hangup(relay, config_path), keep_watchdog():
+        loop.add_signal_handler(number, agent.stop)
+    with keep_last_errors(settings.agent.state_dir), reload_on_hangup(agent, config_path), keep_watchdog():
         release()
-        await relay.run(on_ready=lambda: notify("READY=1"), on_stop=lambda: notify("STOPPING=1"))
+        await agent.run(on_ready=lambda: notify("READY=1"), on_stop=lambda: notify("STOPPING=1"))
     return 0
 
 
 async def _run_once(settings: Settings, timeout_s: float, release: Callable[[], None]) -> int:
     from tailspan_agent.agent import Agent
-    from tailspan_agent.process.last_errors import keep_last_errors
+    from tailspan_agent.process.logging_setup import keep_last_errors
 
     loop = asyncio.get_running_loop()
-    relay = Agent(settings)
-    _started()
+    agent = Agent(settings)
+    _resume_garbage_collection()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, relay.stop)
+        loop.add_signal_handler(number, agent.stop)
     release()
     with keep_last_errors(settings.agent.state_dir):
-        result = await relay.run_once(timeout_s)
+        result = await agent.run_once(timeout_s)
     for failure in result.failures:
         say(str(failure))
-    targets = ", ".join(dict.fromkeys(relay.endpoints.targets.values()))
+    targets = ", ".join(dict.fromkeys(agent.endpoints.targets.values()))
     click.echo(
-        f"{result.jobs} jobs: {result.acked} log records acked, {result.rejected} rejected ({targets})", err=True
+        f"{result.jobs} jobs: {result.acked} log records acknowledged, {result.rejected} rejected ({targets})", err=True
     )
     if not result.delivered:
-        when = "before it was stopped" if relay.stopping else f"within {timeout_s:g} s"
-        click.echo(f"tailspan: not everything was acked {when}; the next run goes on from the last ack", err=True)
+        when = "before the agent was stopped" if agent.stopping else f"within {timeout_s:g} s"
+        click.echo(
+            f"tailspan: not everything was acknowledged {when}; the next run resumes after the last acknowledged line",
+            err=True,
+        )
         return _UNDELIVERED
     if result.failures:
         from tailspan.cli.group import exit_code_of
@@ -149,17 +152,17 @@ async def _run_once(settings: Settings, timeout_s: float, release: Callable[[], 
 @config_option
 @json_option
 def check(config_path: Path | None, as_json: bool) -> None:
-    """Validate the file, reach services and endpoint, and say what is wrong.
+    """Validate the file, connect to services and endpoint, and report problems.
 
     \b
-    Exit codes: 0 all is well, 2 configuration, 3 a service or the endpoint cannot be reached, 4 no such job.
+    Exit codes: 0 no problem, 2 configuration, 3 a service or the endpoint cannot be reached, 4 no such job.
 
     Example:
       tailspan agent check --config config.toml
     """  # noqa: D301 - click wants the backspace character itself
     settings = settings_for(config_path, telemetry=True)
 
-    async def look() -> int:
+    async def run_checks() -> int:
         from tailspan_agent.commands.check import check as findings_of
 
         code = 0
@@ -168,17 +171,17 @@ def check(config_path: Path | None, as_json: bool) -> None:
             if as_json:
                 click.echo(json.dumps(asdict(finding)))
             else:
-                word = "problem" if finding.exit_code else "warning" if finding.warning else "ok"
-                write(f"{word:8}{finding.subject}: {finding.text}")
+                label = "problem" if finding.exit_code else "warning" if finding.warning else "ok"
+                write(f"{label:8}{finding.subject}: {finding.text}")
         return code
 
-    sys.exit(asyncio.run(look()))
+    sys.exit(asyncio.run(run_checks()))
 
 
 @agent.command()
 @config_option
 def reload(config_path: Path | None) -> None:
-    """Have the running agent read its configuration again; jobs that are still watched go on undisturbed.
+    """Make the running agent load its configuration again; jobs that are still watched are not disturbed.
 
     \b
     Example:
@@ -195,24 +198,24 @@ def reload(config_path: Path | None) -> None:
         os.kill(pid, signal.SIGHUP)
     except PermissionError as error:
         raise ConfigError(f"agent pid {pid} belongs to another user: reload it as that user") from error
-    click.echo(f"agent pid {pid} reloads; its log says what changed", err=True)
+    click.echo(f"agent pid {pid} reloads its configuration; see its log for the result", err=True)
 
 
 @agent.command()
 @click.argument("files", nargs=-1, required=True, metavar="FILE...", type=click.Path(path_type=Path))
-@click.option("--endpoint", metavar="URL", help="Where to send. [default: otlp.endpoint]")
+@click.option("--endpoint", metavar="URL", help="Endpoint to send to. [default: otlp.endpoint]")
 @click.option("--protocol", type=click.Choice(["http/protobuf", "grpc"]), help="[default: otlp.protocol]")
 @config_option
 @json_option
 def replay(
     files: tuple[Path, ...], endpoint: str | None, protocol: str | None, config_path: Path | None, as_json: bool
 ) -> None:
-    """Send files of OTLP JSON lines (the agent's own, or its dead letter), in the order given.
+    """Send files of OTLP JSON lines (the agent's own, or its dead letter) in the given order.
 
-    The files stay as they are. Replaying twice is safe: repeated records carry the same log.record.uid.
+    The files are not changed. Replaying twice is safe: repeated records carry the same log.record.uid.
 
     \b
-    Exit codes: 0 all delivered, 1 something was rejected or unreadable, 3 the endpoint is not reachable.
+    Exit codes: 0 everything delivered, 1 something was rejected or unreadable, 3 the endpoint cannot be reached.
 
     Example:
       tailspan agent replay logs.jsonl traces.jsonl --endpoint http://localhost:4318
@@ -237,7 +240,7 @@ async def _replay(files: tuple[Path, ...], settings: Settings, as_json: bool) ->
             if keys is None:
                 continue
             if keys.url is None:
-                raise ConfigError("replay needs to know where to send: --endpoint URL", key="otlp.endpoint")
+                raise ConfigError("replay needs an endpoint: pass --endpoint URL", key="otlp.endpoint")
             exporters[name] = make_exporter(name, keys, state_dir=settings.agent.state_dir, files=settings.files)
             stack.push_async_callback(exporters[name].aclose)
         result = await send_files(files, exporters)
@@ -247,7 +250,7 @@ async def _replay(files: tuple[Path, ...], settings: Settings, as_json: bool) ->
     for problem in result.problems:
         say(problem)
     click.echo(
-        f"{result.lines} lines of {result.files} files: {result.delivered} records delivered,"
+        f"{result.lines} lines in {result.files} files: {result.delivered} records delivered,"
         f" {result.rejected} rejected, {result.skipped} skipped, {result.bad_lines} lines unreadable"
     )
     return 0 if result.ok else 1
@@ -257,7 +260,7 @@ async def _replay(files: tuple[Path, ...], settings: Settings, as_json: bool) ->
 @config_option
 @json_option
 def dead_letter(config_path: Path | None, as_json: bool) -> None:
-    """Show what the endpoint refused, by reason, and how to send it again.
+    """Show what the endpoint rejected, by reason, and how to send it again.
 
     \b
     Example:
@@ -271,7 +274,7 @@ def dead_letter(config_path: Path | None, as_json: bool) -> None:
         click.echo(json.dumps([asdict(group) for group in groups]))
         return
     if not groups:
-        click.echo(f"nothing was refused ({directory} is empty)")
+        click.echo(f"nothing was rejected ({directory} is empty)")
         return
     for group in groups:
         write(
@@ -290,7 +293,7 @@ def verify(job: str, service: str | None, config_path: Path | None, as_json: boo
     """Read a job's log again and compare it with what the agent relayed.
 
     \b
-    Exit codes: 0 the same, 1 not the same (or not relayed, or not complete yet).
+    Exit codes: 0 equal, 1 different, not relayed, or not complete yet.
 
     Example:
       tailspan agent verify JOB --config config.toml
@@ -299,9 +302,8 @@ def verify(job: str, service: str | None, config_path: Path | None, as_json: boo
 
     settings = settings_for(config_path)
     report = asyncio.run(compare(settings, service or settings.default_service, job))
-    shown: dict[str, Any] = asdict(report)
     if as_json:
-        click.echo(json.dumps(shown))
+        click.echo(json.dumps(asdict(report)))
     else:
         write(f"{report.verdict}: {report.text}")
     sys.exit(0 if report.verdict == "verified" else 1)

@@ -139,4 +139,4 @@ def test_jobs_run_in_it(installed: Path, tmp_path: Path) -> None:
     with container(installed, tmp_path, "tailspan", "doctor") as doctor:
         said, errors = doctor.communicate(timeout=PATIENCE_S)
         assert (doctor.returncode, errors) == (0, "")
-        assert "services.local: answers; its newest job is" in said
+        assert "services.local: reachable; its newest job is" in said

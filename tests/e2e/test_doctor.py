@@ -24,7 +24,7 @@ def test_beside_a_running_agent(machine: Machine, collector: Collector) -> None:
     assert report["versions"]["tailspan"] == machine.tailspan("--version").stdout.split()[-1]
     assert report["store"]["agent"] == f"runs as pid {agent.pid}"
     assert report["store"]["integrity"] == "ok"
-    assert report["reach"]["otlp logs"] == f"{collector.http_url}/v1/logs takes them"
+    assert report["reach"]["otlp logs"] == f"{collector.http_url}/v1/logs accepts them"
     assert report["configuration"]["agent.watch[0].service"] == f"local  ({machine.config}:8)"
     assert report["configuration"]["otlp.endpoint"].endswith("(TAILSPAN_OTLP__ENDPOINT)")
     assert len(report["disk"]) == 2

@@ -1,4 +1,4 @@
 """The commands of `tailspan agent`, `tailspan doctor` and `tailspan demo`.
 
-What one command does belongs here, options excepted (`tailspan_agent.cli`); nothing else may import it.
+What one command does belongs here; options belong in `tailspan_agent.cli`. No other package may import this one.
 """

@@ -1,4 +1,4 @@
-"""What ``tailspan agent check`` finds: whether the configuration can work, service by service, signal by signal."""
+"""Checks of ``tailspan agent check``: can the configuration work, service by service and signal by signal?"""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _CONFIG, _UNREACHABLE, _NO_JOB = 2, 3, 4
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        subject: What: a key of the configuration, a service, a signal, a job.
-        text: What was found.
-        exit_code: 0 when it is well or only a warning; else the exit code that it is worth.
-        warning: Whether it works, but hardly as meant.
+        subject: A key of the configuration, a service, a signal or a job.
+        text: The result for people.
+        exit_code: 0 without a problem; otherwise the exit code of the problem.
+        warning: True if it works, but probably not as intended.
     """
 
     subject: str
@@ -42,16 +42,16 @@ class Finding:
 async def check(
     settings: Settings, opener: Callable[[str, Settings], JobService] = open_service
 ) -> AsyncIterator[Finding]:
-    """Look at everything that the agent would use, and yield what was found as it is found.
+    """Check everything that the agent would use, and yield each finding at once.
 
     Args:
         settings: The loaded configuration (loading it is the first check).
-        opener: Makes the configured service of a name.
+        opener: Opens the configured service of a name.
 
     Yields:
-        A finding for each watched service, watch, named job and signal.
+        A finding for each watched service, configured job and signal, and for each watch with a problem.
     """
-    for finding in _static(settings):
+    for finding in _check_settings(settings):
         yield finding
     identities: dict[str, str] = {}
     for name in dict.fromkeys(watch.service for watch in settings.agent.watch):
@@ -63,40 +63,42 @@ async def check(
             continue
         other = identities.setdefault(service.identity, name)
         if other != name:
-            yield Finding(subject, f"is the same service as services.{other}: watch one of them", _CONFIG)
+            yield Finding(subject, f"is the same service as services.{other}: watch only one of them", _CONFIG)
         async with aclosing(service):
             watches = [watch for watch in settings.agent.watch if watch.service == name]
-            async for finding in _service(service, watches):
+            async for finding in _check_service(service, watches):
                 yield finding
     for signal in SIGNALS:
-        yield await _signal(signal, settings)
+        yield await _check_signal(signal, settings)
 
 
-def _static(settings: Settings) -> Iterator[Finding]:
+def _check_settings(settings: Settings) -> Iterator[Finding]:
     if settings.otlp.disabled:
-        yield Finding("OTEL_SDK_DISABLED", "is set: the agent refuses to relay", _CONFIG)
+        yield Finding("OTEL_SDK_DISABLED", "is set: the agent does not start", _CONFIG)
     try:
         Redactor.from_settings(settings.redact)
     except TailspanError as error:
         yield Finding("redact", str(error), _CONFIG)
-    seen: dict[tuple[str, str], int] = {}
+    first_watch: dict[tuple[str, str], int] = {}
     for index, watch in enumerate(settings.agent.watch):
         for job_id in watch.jobs:
-            first = seen.setdefault((watch.service, job_id), index)
+            first = first_watch.setdefault((watch.service, job_id), index)
             if first != index:
-                text = f"job {job_id} is named by agent.watch[{first}] already, which wins"
+                text = f"job {job_id} is already named by agent.watch[{first}], which takes precedence"
                 yield Finding(f"agent.watch[{index}]", text, warning=True)
         if not watch.discover:
             continue
         for earlier_index, earlier in enumerate(settings.agent.watch[:index]):
             same = earlier.service == watch.service and earlier.discover
             if same and earlier.name in (None, "*", watch.name) and not earlier.exclude:
-                text = f"agent.watch[{earlier_index}] comes first and matches all of its jobs: this one has no effect"
+                text = (
+                    f"agent.watch[{earlier_index}] comes first and matches all of these jobs: this watch has no effect"
+                )
                 yield Finding(f"agent.watch[{index}]", text, warning=True)
                 break
 
 
-async def _service(service: JobService, watches: list[Watch]) -> AsyncIterator[Finding]:
+async def _check_service(service: JobService, watches: list[Watch]) -> AsyncIterator[Finding]:
     subject = f"services.{service.name}"
     jobs = [job_id for watch in watches for job_id in watch.jobs]
     try:
@@ -105,7 +107,7 @@ async def _service(service: JobService, watches: list[Watch]) -> AsyncIterator[F
             async with aclosing(listing):
                 rows = await anext(listing, None)  # an empty tuple here breaks anext of Python 3.11
             yield Finding(
-                subject, f"answers; its newest job is {rows[0].job_id}" if rows else "answers; has no jobs yet"
+                subject, f"reachable; its newest job is {rows[0].job_id}" if rows else "reachable; it has no jobs yet"
             )
             for job_id in dict.fromkeys(jobs):
                 try:
@@ -120,7 +122,7 @@ async def _service(service: JobService, watches: list[Watch]) -> AsyncIterator[F
         yield Finding(subject, str(error), _CONFIG if isinstance(error, AuthError) else _UNREACHABLE)
 
 
-async def _signal(signal: Signal, settings: Settings) -> Finding:
+async def _check_signal(signal: Signal, settings: Settings) -> Finding:
     keys = settings.otlp.for_signal(signal)
     subject = f"otlp {signal}"
     if keys is None:
@@ -131,17 +133,17 @@ async def _signal(signal: Signal, settings: Settings) -> Finding:
         return Finding(subject, str(error), _CONFIG)
     async with aclosing(exporter):
         if keys.url is None:
-            return Finding(subject, f"no endpoint: kept as OTLP JSON lines in {exporter.endpoint}")
-        # An empty request is the smallest that every receiver must take.
+            return Finding(subject, f"no endpoint: written as OTLP JSON lines to {exporter.endpoint}")
+        # Every receiver must accept an empty request.
         outcome = await exporter.export(b"", 0)
     match outcome:
         case Delivered():
-            return Finding(subject, f"{exporter.endpoint} takes them")
+            return Finding(subject, f"{exporter.endpoint} accepts them")
         case Rejected(reason=reason):
             return Finding(
-                subject, f"{exporter.endpoint} answers, but refuses an empty request: {reason}", warning=True
+                subject, f"{exporter.endpoint} answers, but rejects an empty request: {reason}", warning=True
             )
         case _:
-            # Some reasons name the endpoint themselves.
+            # Some reasons already name the endpoint.
             reason = outcome.reason.removeprefix(f"{exporter.endpoint}: ")
             return Finding(subject, f"{exporter.endpoint}: {reason}", _UNREACHABLE)

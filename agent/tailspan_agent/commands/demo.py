@@ -1,4 +1,4 @@
-"""The command ``tailspan demo``: four small real pipelines as local jobs, and the agent that relays them."""
+"""The command ``tailspan demo``: four small real pipelines as local jobs, relayed by an agent."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ _LISTEN = ("127.0.0.1", 8797)
     "directory",
     metavar="DIR",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Where its jobs and telemetry are kept. [default: 'demo' in the platform's state directory]",
+    help="Directory for its jobs and telemetry. [default: 'demo' in the platform's state directory]",
 )
 @click.option(
     "--timeout",
@@ -67,21 +67,21 @@ _LISTEN = ("127.0.0.1", 8797)
     type=click.FloatRange(min=1),
     default=60.0,
     show_default=True,
-    help="Seconds that it may take.",
+    help="Time limit in seconds.",
 )
 @click.option(
     "--stay",
     "stay_s",
     metavar="S",
     type=click.FloatRange(min=0),
-    help="Seconds that the page stays after that. [default: 600 in a terminal, else 0]",
+    help="Seconds that the page stays available afterwards. [default: 600 in a terminal, otherwise 0]",
 )
 def demo(directory: Path | None, timeout_s: float, stay_s: float | None) -> None:
-    """See it work: sample pipelines, the agent, and what it sends. Needs no set-up.
+    """Run sample pipelines and the agent, and show what it sends. Needs no set-up.
 
     Runs four small programs as local jobs: one succeeds, one fails with a traceback, one shows progress and prints
-    many lines, one is cancelled. The agent relays them to OTEL_EXPORTER_OTLP_ENDPOINT where that is set, else into
-    OTLP JSON lines files that can be sent to any collector later. Meanwhile the agent's page shows them.
+    many lines, and one is cancelled. The agent relays them to OTEL_EXPORTER_OTLP_ENDPOINT if that is set, otherwise
+    to files of OTLP JSON lines that can be sent to any collector later. The agent's page shows the jobs live.
 
     \b
     Example:
@@ -98,7 +98,7 @@ def demo(directory: Path | None, timeout_s: float, stay_s: float | None) -> None
 
 
 def _write_config(home: Path, listen: str) -> Path:
-    """Write the configuration that the demo runs with, for the user to go on with."""
+    """Write the demo's configuration to a file that the user can keep using."""
     path = home / "config.toml"
     try:
         make_private(home)
@@ -117,7 +117,9 @@ def _write_config(home: Path, listen: str) -> Path:
             encoding="utf-8",
         )
     except OSError as error:
-        raise ConfigError(f"the demo cannot write {path}: {error.strerror}; choose another place with --dir") from error
+        raise ConfigError(
+            f"the demo cannot write {path}: {error.strerror}; choose another directory with --dir"
+        ) from error
     return path
 
 
@@ -137,7 +139,7 @@ def _free_address() -> str:
 
 @dataclass(slots=True)
 class _Sample:
-    """One sample job and what is known of it."""
+    """One sample job and its state."""
 
     job: RunResponse
     lines: int = 0
@@ -160,19 +162,19 @@ async def _demo(settings: Settings, home: Path, timeout_s: float, stay_s: float)
         submitted: list[asyncio.Task[RunResponse]] = []
         try:
             if agent.server is not None:
-                console.print(f"Look at them while they run: {agent.server.url}\n")
+                console.print(f"Watch them while they run: {agent.server.url}\n")
             for name, module in _PIPELINES.items():
                 submitted.append(asyncio.create_task(_submit(service, name, module)))
                 samples[name] = _Sample(await asyncio.shield(submitted[-1]))
             await _follow(service, agent, running, samples, console, time.monotonic() + timeout_s)
         finally:
-            # The long one would go on for an hour after a demonstration that was stopped, even while it began.
+            # The long one would run for an hour after the demo was stopped, even if it was stopped while it submitted.
             for task in submitted:
                 await service.cancel((await task).job_id)
         console.print(_table(samples))
-        console.print(_report(settings, home, agent, samples), soft_wrap=True, markup=False)
+        console.print(_summary(settings, home, agent, samples), soft_wrap=True, markup=False)
         if stay_s and agent.server is not None and not running.done():
-            console.print(f"\nThe page stays for {stay_s:g} s, at {agent.server.url}; Ctrl-C ends it.")
+            console.print(f"\nThe page stays available for {stay_s:g} s at {agent.server.url}; Ctrl-C ends it.")
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait([running], timeout=stay_s)
         agent.stop()
@@ -181,24 +183,24 @@ async def _demo(settings: Settings, home: Path, timeout_s: float, stay_s: float)
     if late:
         target = ", ".join(sorted(set(agent.endpoints.targets.values())))
         raise ServiceUnavailableError(
-            f"within {timeout_s:g} s {target} did not take all telemetry of {', '.join(late)}; nothing is lost:"
-            f" tailspan agent run --config {shlex.quote(str(home / 'config.toml'))} --once goes on"
+            f"{target} did not accept all telemetry of {', '.join(late)} within {timeout_s:g} s; nothing is lost."
+            f" To send the rest: tailspan agent run --config {shlex.quote(str(home / 'config.toml'))} --once"
         )
 
 
 async def _start_agent(settings: Settings, home: Path) -> tuple[Agent, asyncio.Task[None]]:
-    """Start the agent; return it with its task once it follows jobs, or has failed."""
+    """Start the agent; return it and its task once it follows jobs or has failed."""
     from tailspan.config import load_settings
 
-    agent, running = await _begin(settings)
+    agent, running = await _start(settings)
     failure = running.exception() if running.done() else None
     if isinstance(failure, ConfigError) and failure.key == "agent.listen":
-        # The port was free when we looked: another demo that was started at the same moment has taken it since.
-        agent, running = await _begin(load_settings(_write_config(home, f"{_LISTEN[0]}:0")))
+        # The port was free a moment ago: another demo that started at the same time has taken it.
+        agent, running = await _start(load_settings(_write_config(home, f"{_LISTEN[0]}:0")))
     return agent, running
 
 
-async def _begin(settings: Settings) -> tuple[Agent, asyncio.Task[None]]:
+async def _start(settings: Settings) -> tuple[Agent, asyncio.Task[None]]:
     from tailspan_agent.agent import Agent
 
     agent, ready = Agent(settings), asyncio.Event()
@@ -217,7 +219,7 @@ async def _follow(
     console: Console,
     deadline_s: float,
 ) -> None:
-    """Show what happens until all is relayed, the time is up or the agent has ended; cancel the long one meanwhile."""
+    """Show the jobs until all are relayed, the time is up or the agent has ended; cancel the long one."""
     from rich.live import Live
 
     with Live(_table(samples), console=console, transient=True, auto_refresh=False) as live:
@@ -242,7 +244,7 @@ async def _submit(service: LocalService, name: str, module: str) -> RunResponse:
     try:
         return await asyncio.shield(submitting)
     except asyncio.CancelledError:
-        # Stopped at the very moment of its start: nobody else knows this job.
+        # Interrupted during the submission: no other code has the id of this job.
         await service.cancel((await submitting).job_id)
         raise
 
@@ -282,12 +284,12 @@ def _table(samples: Mapping[str, _Sample]) -> Table:
 
 
 def _program() -> str:
-    """Return what to type for this program: its name where it is on the PATH, else where it lies."""
+    """Return how to call this program: by name if it is on the PATH, otherwise by path."""
     return "tailspan" if shutil.which("tailspan") else shlex.quote(os.path.relpath(sys.argv[0]))
 
 
-def _report(settings: Settings, home: Path, agent: Agent, samples: Mapping[str, _Sample]) -> str:
-    """Return what was exported where, and what to type next."""
+def _summary(settings: Settings, home: Path, agent: Agent, samples: Mapping[str, _Sample]) -> str:
+    """Return what was exported to which endpoint, and commands to try next."""
     targets = agent.endpoints.targets
     counts = {"logs": "log records", "traces": "spans", "metrics": "data points"}
     lines = [f"\n{name} failed: {sample.why}" for name, sample in samples.items() if sample.why]
@@ -300,23 +302,23 @@ def _report(settings: Settings, home: Path, agent: Agent, samples: Mapping[str, 
     config = f"TAILSPAN_CONFIG={shlex.quote(str(home / 'config.toml'))}"
     failed = next((sample.job for sample in samples.values() if sample.job.state.result == "failure"), None)
     if failed is not None:
-        lines += ["", "Look at the job that failed:"]
+        lines += ["", "Inspect the failed job:"]
         lines += [f"  {config} {program} status {failed.job_id}", f"  {config} {program} logs {failed.job_id}"]
     if settings.otlp.for_signal("logs") is not None and agent.endpoints.kept_in_files:
         files = shlex.quote(str(home / "agent" / "otlp")) + "/*.jsonl"
-        lines += ["", "Send what was kept in files to a collector that listens on port 4318:"]
+        lines += ["", "Send the files to a collector that listens on port 4318:"]
         lines += [f"  {program} agent replay {files} --endpoint http://localhost:4318"]
     lines += [
         "",
-        "See it in Grafana (logs, traces and metrics), at http://localhost:3000:",
+        "See it in Grafana (logs, traces and metrics) at http://localhost:3000:",
         "  docker run --rm -d -p 3000:3000 -p 4317:4317 -p 4318:4318 grafana/otel-lgtm",
         f"  OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4318 {program} demo",
         "",
-        "See it in Jaeger (traces), at http://localhost:16686:",
+        "See it in Jaeger (traces) at http://localhost:16686:",
         "  docker run --rm -d -p 16686:16686 -p 4318:4318 jaegertracing/jaeger:latest",
         f"  OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4318 TAILSPAN_OTLP__SIGNALS=traces {program} demo",
         "",
-        "Run a job of your own, and relay it:",
+        "Run your own job and relay it:",
         f"  {config} {program} run -- python3 -m compileall .",
         f"  {config} {program} agent run --once",
     ]

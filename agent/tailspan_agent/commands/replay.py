@@ -1,8 +1,9 @@
-"""Replay: files of OTLP JSON lines (the files mode's, the dead letter's, a collector's) sent to an endpoint.
+"""Replay: send files of OTLP JSON lines (files mode, dead letter, a collector's) to an endpoint.
 
-Line by line, in order, one request at a time, so that a job's lines keep their order. What cannot be read or is
-refused is reported with its file and line, and the replay goes on; an endpoint that faults or stays away ends it. The
-files stay as they are: a replay that was stopped is run again; repeated records are known by their ``log.record.uid``.
+Lines are sent in order, one request at a time, so that a job's lines keep their order. Unreadable and rejected lines
+are reported with file and line, and the replay continues. It stops if the endpoint fails permanently or does not
+answer in time. The files are not changed, so that a stopped replay can simply run again: a backend recognises repeated
+records by their ``log.record.uid``.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ _MAX_PROBLEMS: Final = 100
 
 @dataclass(slots=True)
 class ReplayResult:
-    """What a replay did, or has done so far.
+    """The result of a replay, or its progress so far.
 
     Attributes:
         files: Files read.
-        lines: Lines read, empty ones not counted.
+        lines: Lines read, without empty ones.
         delivered: Records delivered.
-        rejected: Records that the endpoint refused.
-        skipped: Records of signals that the endpoint does not get.
-        bad_lines: Lines that could not be read, and files.
-        problems: ``file:line: what``, the first hundred, for lines that could not be read or were refused.
+        rejected: Records that the endpoint rejected.
+        skipped: Records of signals that are not sent to the endpoint.
+        bad_lines: Unreadable lines and files.
+        problems: ``file:line: problem`` of the first hundred unreadable or rejected lines.
     """
 
     files: int = 0
@@ -54,18 +55,18 @@ class ReplayResult:
 
     @property
     def ok(self) -> bool:
-        """Whether every line was read and every record delivered or skipped (exit code 0, else 1)."""
+        """Whether every line was read and every record was delivered or skipped (exit code 0, otherwise 1)."""
         return not self.bad_lines and not self.rejected
 
-    def add_bad_line(self, path: Path, line: int, what: str) -> None:
-        """Count and note a line that cannot be read."""
+    def add_bad_line(self, path: Path, line: int, problem: str) -> None:
+        """Count and record an unreadable line."""
         self.bad_lines += 1
-        self.add_problem(path, line, what)
+        self.add_problem(path, line, problem)
 
-    def add_problem(self, path: Path, line: int, what: str) -> None:
-        """Note what went wrong with a line."""
+    def add_problem(self, path: Path, line: int, problem: str) -> None:
+        """Record a problem of a line, up to the limit."""
         if len(self.problems) < _MAX_PROBLEMS:
-            self.problems.append(f"{path}:{line}: {what}")
+            self.problems.append(f"{path}:{line}: {problem}")
 
 
 async def replay(
@@ -77,24 +78,24 @@ async def replay(
     retry_server_errors: int = 10,
     clock: Clock | None = None,
 ) -> ReplayResult:
-    """Send files of OTLP JSON lines, plain or ``.gz``, in the order given.
+    """Send files of OTLP JSON lines, plain or ``.gz``, in the given order.
 
     Args:
         paths: The files.
-        exporters: Where each signal goes; lines of signals that are not here are skipped and counted.
-        progress: Called after each line with the result so far; must not change it.
-        patience_s: How long to try again when the endpoint does not answer, in seconds.
+        exporters: One per signal; lines of other signals are skipped and counted.
+        progress: Called after each line with the result so far, which it must not change.
+        patience_s: How long to retry while the endpoint does not answer, in seconds.
         retry_server_errors: See `tailspan_agent.exporter.retry.RetryingExporter`.
-        clock: Waits; None: the real one.
+        clock: None means the real one.
 
     Returns:
-        What was done.
+        Counts and problems.
 
     Raises:
-        ExportRejectedError: The endpoint faults or stayed away; the message says at which file and line.
+        ExportRejectedError: The endpoint fails permanently, or did not answer in time. The message names file and line.
     """
     result = ReplayResult()
-    senders = {
+    retrying = {
         signal: RetryingExporter(
             signal,
             exporter,
@@ -113,7 +114,7 @@ async def replay(
                 while line := await asyncio.to_thread(_read_line, file):
                     number += 1
                     if line := line.strip():
-                        await _replay_line(line, senders, result, path, number)
+                        await _replay_line(line, retrying, result, path, number)
                         progress(result)
         except (OSError, EOFError, zlib.error) as error:
             result.add_bad_line(path, number + 1, f"cannot be read: {getattr(error, 'strerror', None) or error}")
@@ -121,7 +122,7 @@ async def replay(
 
 
 async def _replay_line(
-    line: bytes, senders: Mapping[Signal, RetryingExporter], result: ReplayResult, path: Path, number: int
+    line: bytes, exporters: Mapping[Signal, RetryingExporter], result: ReplayResult, path: Path, number: int
 ) -> None:
     result.lines += 1
     try:
@@ -129,7 +130,7 @@ async def _replay_line(
     except UnreadableLineError as error:
         result.add_bad_line(path, number, str(error))
         return
-    if signal not in senders:
+    if signal not in exporters:
         result.skipped += count
         return
     parts = [(payload, count)]
@@ -139,7 +140,7 @@ async def _replay_line(
             parts[:0] = split_request(signal, part)
             continue
         try:
-            sent = await senders[signal].deliver(part, part_count)
+            sent = await exporters[signal].deliver(part, part_count)
         except ExportRejectedError as error:
             raise ExportRejectedError(
                 f"stopped at {path}:{number} after {result.delivered} records: {error}"
@@ -155,12 +156,12 @@ def _decode(line: bytes) -> tuple[Signal, bytes, int]:
     try:
         return signal, payload, count_records(signal, parse_request(signal, payload))
     except DecodeError as error:
-        # Nested deeper than any protobuf reader goes.
-        raise UnreadableLineError(f"no OTLP request: {error}") from error
+        # nested deeper than any protobuf parser allows
+        raise UnreadableLineError(f"not a valid OTLP request: {error}") from error
 
 
 def _read_line(file: IO[bytes]) -> bytes:
-    """Return the next line with its newline; of one that is too long to hold, its beginning; empty at the end."""
+    """Return the next line with its newline, empty at the end; of a line beyond the limit, its start."""
     line = file.readline(_MAX_LINE_BYTES)
     rest = line
     while rest and not rest.endswith(b"\n"):
@@ -169,12 +170,12 @@ def _read_line(file: IO[bytes]) -> bytes:
 
 
 def _open(path: Path) -> IO[bytes]:
-    # Both are binary readers; typeshed gives them no common name.
+    # Both are binary readers; typeshed has no common type for them.
     return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
 class _NotKept:
-    """Takes refused batches without keeping them: they stay in the file that is replayed."""
+    """A dead letter that keeps nothing: rejected batches stay in the file that is replayed."""
 
     async def add(self, signal: Signal, payload: bytes, *, kind: str, reason: str, rejected: int, count: int) -> None:
         """Keep nothing; `RetryingExporter` returns the reason, which is reported with its file and line."""

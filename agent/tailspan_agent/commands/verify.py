@@ -1,4 +1,4 @@
-"""Whether the agent relayed what a job's log holds: the job is read again and compared with the checkpoint."""
+"""Compares a job's log with what the agent relayed: reads the job again and compares it with the checkpoint."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from tailspan_agent.checkpoint.store import read_checkpoint
 from tailspan_agent.errors import CheckpointError
 from tailspan_agent.job.ledger import JobLedger
 
-__all__ = ["Report", "verify"]
+__all__ = ["VerifyReport", "verify"]
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """What came of the comparison.
+class VerifyReport:
+    """The result of the comparison.
 
     Attributes:
-        verdict: ``verified``; ``different``; ``incomplete`` (not all lines are acked yet); ``source_gone`` (the service
-            kept fewer lines than were relayed); ``not_relayed`` (the agent does not know the job).
-        text: The same for people.
+        verdict: ``verified``; ``different``; ``incomplete`` (lines are not acknowledged yet); ``source_gone`` (the
+            service kept fewer lines than were relayed); ``not_relayed`` (the agent does not know the job).
+        text: The verdict with its reason, for people.
         job_id: The job.
-        lines_relayed: Lines that need no more work, as in the checkpoint.
+        lines_relayed: Lines in the checkpoint: acknowledged, rejected or filtered out.
         lines_now: Lines that the service has now.
     """
 
@@ -43,43 +43,51 @@ async def verify(
     service_name: str,
     job_id: str,
     opener: Callable[[str, Settings], JobService] = open_service,
-) -> Report:
-    """Read a job's log again and compare count and hash of its lines with what was acked.
+) -> VerifyReport:
+    """Read a job's log again and compare count and hash of its lines with the checkpoint.
 
-    It guards against accidents, not against forgers.
+    This detects accidents, not forgery.
 
     Args:
         settings: The agent's configuration.
         service_name: The configured service of the job.
         job_id: The job.
-        opener: Makes the configured service of a name.
+        opener: Opens the configured service of a name.
 
     Raises:
-        ServiceError: The service could not be asked, or knows no such job.
+        ServiceError: The service cannot be reached, or has no such job.
         CheckpointError: The store cannot be read.
     """
     async with aclosing(opener(service_name, settings)) as service:
         await service.get_job(job_id)
         checkpoint = read_checkpoint(settings.agent.state_dir, service.identity, job_id)
         if checkpoint is None:
-            return Report("not_relayed", f"the agent's store knows no job {job_id} of service {service_name}", job_id)
+            return VerifyReport(
+                "not_relayed", f"job {job_id} of service {service_name} is not in the agent's store", job_id
+            )
         try:
             relayed = JobLedger.from_json(checkpoint.ledger)
         except ValueError as error:
-            raise CheckpointError(f"what the store knows of job {job_id} is damaged: {error}") from error
+            raise CheckpointError(f"the store's record of job {job_id} is damaged: {error}") from error
         now = JobLedger(first_seen_ns=relayed.first_seen_ns)
         try:
             async for page in service.read_logs(job_id):
                 now = now.with_page(page)
         except CursorExpiredError as error:
-            return Report("source_gone", str(error), job_id, relayed.lines, now.lines)
+            return VerifyReport("source_gone", str(error), job_id, relayed.lines, now.lines)
     if now.lines < relayed.lines:
-        text = f"the service has {now.lines} lines, {relayed.lines} were relayed: it did not keep them all"
-        return Report("source_gone", text, job_id, relayed.lines, now.lines)
+        text = f"the service has {now.lines} lines, but {relayed.lines} were relayed: it did not keep all of them"
+        return VerifyReport("source_gone", text, job_id, relayed.lines, now.lines)
     if not checkpoint.logs_complete:
-        text = f"{relayed.lines} of {now.lines} lines are acked, and the log is not complete yet"
-        return Report("incomplete", text, job_id, relayed.lines, now.lines)
+        text = f"{relayed.lines} of {now.lines} lines are acknowledged; the log is not complete yet"
+        return VerifyReport("incomplete", text, job_id, relayed.lines, now.lines)
     if (now.lines, now.stream_hash) != (relayed.lines, relayed.stream_hash):
-        text = f"{relayed.lines} lines were relayed, the service has {now.lines} now, and they are not the same"
-        return Report("different", text, job_id, relayed.lines, now.lines)
-    return Report("verified", f"all {now.lines} lines of the log were acked, unchanged", job_id, now.lines, now.lines)
+        text = f"{relayed.lines} lines were relayed; the {now.lines} lines that the service has now differ from them"
+        return VerifyReport("different", text, job_id, relayed.lines, now.lines)
+    return VerifyReport(
+        "verified",
+        f"all {now.lines} lines of the log were acknowledged and are unchanged",
+        job_id,
+        now.lines,
+        now.lines,
+    )

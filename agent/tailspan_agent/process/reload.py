@@ -1,4 +1,4 @@
-"""SIGHUP: read the configuration again and go over to it; a bad file changes nothing."""
+"""SIGHUP: load the configuration again and apply it; a bad file changes nothing."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ _log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def reload_on_hangup(agent: Agent, config_path: Path | None) -> Iterator[None]:
-    """Reload at each SIGHUP, one reload at a time, until the context ends.
+    """Reload on each SIGHUP, one reload at a time, until the context ends.
 
     Args:
         agent: The running agent.
-        config_path: The file that it was started with; None: as the environment says.
+        config_path: The file that it was started with; None takes it from the environment.
     """
     loop = asyncio.get_running_loop()
-    asked = asyncio.Event()
+    requested = asyncio.Event()
 
     async def reload() -> None:
         while True:
-            await asked.wait()
-            asked.clear()
+            await requested.wait()
+            requested.clear()
             notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
             try:
                 await agent.reload(load_settings(config_path))
             except TailspanError as error:
-                _log.error("the configuration was not reloaded, the agent goes on with the old one: %s", error)
+                _log.error("the configuration was not reloaded; the old one stays in force: %s", error)
             except Exception:
-                _log.exception("the configuration was not reloaded: a fault of the agent")
+                _log.exception("the configuration was not reloaded: unexpected error (a bug in the agent)")
             notify("READY=1")
 
     task = asyncio.create_task(reload())
-    loop.add_signal_handler(signal.SIGHUP, asked.set)
+    loop.add_signal_handler(signal.SIGHUP, requested.set)
     try:
         yield
     finally:

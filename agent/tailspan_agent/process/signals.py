@@ -1,4 +1,4 @@
-"""Signals that come while the agent starts: they are obeyed as soon as it can, and never end it as a crash would."""
+"""Signals that arrive while the agent starts: handled as soon as possible, never as a crash."""
 
 from __future__ import annotations
 
@@ -9,23 +9,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["held", "stop_in_good_order"]
+__all__ = ["exit_on_stop_signals", "hold_signals"]
 
 _STOP = (signal.SIGTERM, signal.SIGINT)
 _ALL = (*_STOP, signal.SIGHUP)
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
+def _exit(number: int, frame: FrameType | None) -> None:
     sys.exit(0)
 
 
 @contextmanager
-def stop_in_good_order() -> Iterator[None]:
-    """While nothing was read yet: SIGTERM and Ctrl-C end the process with 0, SIGHUP asks for what is done anyway."""
+def exit_on_stop_signals() -> Iterator[None]:
+    """Exit with 0 on SIGTERM and Ctrl-C, and ignore SIGHUP, before anything was read.
+
+    A reload at this time is pointless: the configuration is about to be loaded.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
         return
-    before = {number: signal.signal(number, _stop) for number in _STOP}
+    before = {number: signal.signal(number, _exit) for number in _STOP}
     before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         yield
@@ -35,8 +38,8 @@ def stop_in_good_order() -> Iterator[None]:
 
 
 @contextmanager
-def held() -> Iterator[Callable[[], None]]:
-    """Hold signals back until the function that this gives is called, when there is somebody to take them."""
+def hold_signals() -> Iterator[Callable[[], None]]:
+    """Block signals until the yielded function is called, which is once their handlers are set."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _ALL)
 
     def release() -> None:

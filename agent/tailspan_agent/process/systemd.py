@@ -1,4 +1,4 @@
-"""Tells systemd how the agent fares, without its library: one datagram per message.
+"""Notifications to systemd without its library: one datagram per message.
 
 Source: sd_notify(3), sd_watchdog_enabled(3).
 """
@@ -18,11 +18,11 @@ def notify(state: str, environ: Mapping[str, str] = os.environ) -> bool:
     """Send a state such as ``READY=1``, ``WATCHDOG=1`` or ``STOPPING=1``.
 
     Args:
-        state: Assignments, one a line.
-        environ: Where ``NOTIFY_SOCKET`` is looked up.
+        state: Assignments, one per line.
+        environ: Where to find ``NOTIFY_SOCKET``.
 
     Returns:
-        Whether systemd was told; without it there is nobody to tell, which is no error.
+        True if systemd was notified. False without systemd, which is not an error.
     """
     path = environ.get("NOTIFY_SOCKET", "")
     if not path.startswith(("/", "@")):
@@ -37,11 +37,13 @@ def notify(state: str, environ: Mapping[str, str] = os.environ) -> bool:
 
 
 def watchdog_interval_s(environ: Mapping[str, str] = os.environ, pid: int | None = None) -> float | None:
-    """Return how often to send ``WATCHDOG=1``, in seconds: half of what systemd allows; None where it does not watch.
+    """Return the interval of ``WATCHDOG=1`` in seconds; None without a watchdog.
+
+    It is half of the time that systemd allows.
 
     Args:
-        environ: Where ``WATCHDOG_USEC`` and ``WATCHDOG_PID`` are looked up.
-        pid: The process that asks; None: this one.
+        environ: Where to find ``WATCHDOG_USEC`` and ``WATCHDOG_PID``.
+        pid: The id of the process that notifies; None means this one.
     """
     usec = environ.get("WATCHDOG_USEC", "")
     watched = environ.get("WATCHDOG_PID") or str(os.getpid() if pid is None else pid)
@@ -52,23 +54,23 @@ def watchdog_interval_s(environ: Mapping[str, str] = os.environ, pid: int | None
 
 @contextlib.contextmanager
 def keep_watchdog(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
-    """Send ``WATCHDOG=1`` from the running event loop: an agent whose loop hangs is restarted by systemd.
+    """Send ``WATCHDOG=1`` from the running event loop, so that systemd restarts a hung agent.
 
     Args:
-        environ: As `watchdog_interval_s` and `notify` read it; nothing is sent where systemd does not watch.
+        environ: See `watchdog_interval_s` and `notify`. Without a watchdog nothing is sent.
     """
     interval_s = watchdog_interval_s(environ)
     if interval_s is None:
         yield
         return
 
-    async def feed() -> None:
+    async def send_regularly() -> None:
         while True:
             notify("WATCHDOG=1", environ)
             await asyncio.sleep(interval_s)
 
-    feeding = asyncio.create_task(feed(), name="systemd watchdog")
+    sending = asyncio.create_task(send_regularly(), name="systemd watchdog")
     try:
         yield
     finally:
-        feeding.cancel()
+        sending.cancel()

@@ -112,7 +112,7 @@ class StatusServer:
         metrics: Returns the text for Prometheus and its content type, from the request's Accept header.
         readiness: Returns what keeps the agent from relaying, as short codes without anything private; empty: ready.
         delivery: Returns what became of a job's lines, from the service's identity and the job's id, as plain values.
-        shown: What the page may see; None serves no page.
+        view: What the page may see; None serves no page.
         token: What the guarded pages ask for; None: nothing.
         allowed_hosts: Further names in the Host header to answer to.
 
@@ -127,15 +127,15 @@ class StatusServer:
         metrics: Callable[[str], tuple[bytes, str]],
         readiness: Callable[[], Sequence[str]],
         delivery: Callable[[str, str], Mapping[str, object]],
-        shown: AgentView | None = None,
+        view: AgentView | None = None,
         token: str | None = None,
         allowed_hosts: Collection[str] = (),
     ) -> None:
         self._metrics = metrics
         self._readiness = readiness
         self._delivery = delivery
-        session = Session(token, shown.store.instance_id[:8] if shown is not None else "")
-        page = self._page = Page(shown, session) if shown is not None else None
+        session = Session(token, view.store.instance_id[:8] if view is not None else "")
+        page = self._page = Page(view, session) if view is not None else None
         guard = Guard(session, [address[0], *allowed_hosts], page.login_redirect if page else lambda _: None)
         app = Starlette(
             routes=[

@@ -1,4 +1,4 @@
-"""`agent check`: what it finds is what the agent would meet."""
+"""`agent check`: its findings are what the agent would encounter."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tests.fakes.collector import Reply
 
 
 def findings(bench: Bench, *watches: dict[str, Any], settings: Settings | None = None, **keys: Any) -> list[Finding]:
-    async def look() -> list[Finding]:
+    async def run_checks() -> list[Finding]:
         return [finding async for finding in check(settings or bench.settings(*watches, **keys), bench.open)]
 
-    return asyncio.run(look())
+    return asyncio.run(run_checks())
 
 
 def about(found: list[Finding], subject: str) -> Finding:
@@ -29,25 +29,25 @@ def about(found: list[Finding], subject: str) -> Finding:
 
 
 def test_all_well(bench: Bench) -> None:
-    """Service, named job and signals are each reached and said; nothing is relayed, and the service is closed."""
+    """Service, configured job and signals each have a finding; nothing is relayed, and the service is closed."""
     bench.fake.add_job("j1", job_name="etl")
     found = findings(bench, {"jobs": ["j1"]})
     assert [finding.exit_code for finding in found] == [0] * 5
-    assert about(found, "services.fake").text == "answers; its newest job is j1"
+    assert about(found, "services.fake").text == "reachable; its newest job is j1"
     assert about(found, "job j1").text == "etl: RUNNING"
-    assert about(found, "otlp traces").text == f"{bench.collector.http_url}/v1/traces takes them"
+    assert about(found, "otlp traces").text == f"{bench.collector.http_url}/v1/traces accepts them"
     assert bench.collector.log_records() == []
     assert bench.fake.calls[-1] == ("aclose", "")
 
 
 def test_a_service_without_jobs_is_well(bench: Bench) -> None:
-    """There is nothing to see yet."""
-    assert about(findings(bench), "services.fake").text == "answers; has no jobs yet"
+    """An empty list is not a problem."""
+    assert about(findings(bench), "services.fake").text == "reachable; it has no jobs yet"
 
 
 @pytest.mark.parametrize(("error", "code"), [(ServiceUnavailableError("away"), 3), (AuthError("who are you"), 2)])
 def test_a_service_that_does_not_answer(bench: Bench, error: Exception, code: int) -> None:
-    """Its own words, the exit code of its kind, and the rest is looked at all the same."""
+    """The finding has its message and exit code, and the other checks still run."""
     bench.fake.fail_next("list_jobs", error)
     found = findings(bench)
     assert (about(found, "services.fake").exit_code, about(found, "services.fake").text) == (code, str(error))
@@ -55,7 +55,7 @@ def test_a_service_that_does_not_answer(bench: Bench, error: Exception, code: in
 
 
 def test_a_job_that_does_not_exist(bench: Bench) -> None:
-    """Each missing one is named, once."""
+    """Each missing job has one finding."""
     bench.fake.add_job("j1")
     found = findings(bench, {"jobs": ["typo", "j1"]}, {"jobs": ["typo"]})
     assert about(found, "job typo").exit_code == 4
@@ -63,7 +63,7 @@ def test_a_job_that_does_not_exist(bench: Bench) -> None:
 
 
 def test_an_endpoint_that_is_wrong(bench: Bench) -> None:
-    """One that takes nothing is unreachable, one that refuses an empty request is a warning, a missing file a key."""
+    """Rejecting everything is a problem, rejecting an empty request a warning, a missing file a configuration error."""
     bench.collector.always("logs", Reply(404))
     bench.collector.always("traces", Reply(400, message="empty"))
     found = findings(bench)
@@ -76,7 +76,7 @@ def test_an_endpoint_that_is_wrong(bench: Bench) -> None:
 
 
 def test_signals_that_are_not_sent_and_files(bench: Bench) -> None:
-    """Neither is a fault; where files go is said."""
+    """Neither is a problem; the finding names the files."""
     found = findings(bench, otlp={"signals": ["traces"]})
     assert about(found, "otlp logs").text == "not sent (otlp.signals)"
     found = findings(bench, otlp={"endpoint": None})
@@ -84,7 +84,7 @@ def test_signals_that_are_not_sent_and_files(bench: Bench) -> None:
 
 
 def test_watches_in_each_others_way(bench: Bench) -> None:
-    """A job that is named twice, and a watch behind one that takes all its jobs, work hardly as meant."""
+    """A job that is named twice, and a watch whose jobs an earlier one takes, are warnings."""
     bench.fake.add_job("j1")
     found = findings(
         bench,
@@ -95,33 +95,33 @@ def test_watches_in_each_others_way(bench: Bench) -> None:
     )
     warnings = [(finding.subject, finding.text) for finding in found if finding.warning]
     assert [subject for subject, _ in warnings] == ["agent.watch[3]"] * 2
-    assert "named by agent.watch[0] already" in warnings[0][1]
+    assert "already named by agent.watch[0]" in warnings[0][1]
     assert "agent.watch[2] comes first" in warnings[1][1]
 
 
 def test_one_service_by_two_names(bench: Bench) -> None:
-    """The agent would refuse it."""
+    """The agent would reject it."""
     bench.services["twin"] = FakeService("twin")
     found = findings(bench, {"discover": True}, {"service": "twin", "discover": True})
     assert [finding.exit_code for finding in found if finding.subject == "services.twin"] == [2, 0]
 
 
 def test_a_service_that_cannot_be_made(bench: Bench) -> None:
-    """Options that do not fit: the key, and the other findings."""
+    """Invalid options: a finding with the key, and the other checks still run."""
 
     def opener(name: str, settings: Settings) -> JobService:
         raise ConfigError("services.fake.token: no such file", key="services.fake.token")
 
-    async def look() -> list[Finding]:
+    async def run_checks() -> list[Finding]:
         return [finding async for finding in check(bench.settings(), opener)]
 
-    found = asyncio.run(look())
+    found = asyncio.run(run_checks())
     assert about(found, "services.fake").exit_code == 2
     assert about(found, "otlp logs").exit_code == 0
 
 
 def test_the_sdk_switched_off(bench: Bench) -> None:
-    """What would make the agent refuse to start is found."""
+    """A setting that prevents the agent from starting is found."""
     settings = bench.settings()
     off = settings.model_copy(update={"otlp": settings.otlp.model_copy(update={"disabled": True})})
     assert about(findings(bench, settings=off), "OTEL_SDK_DISABLED").exit_code == 2

@@ -1,4 +1,4 @@
-"""`tailspan agent` as a user types it: words, files and exit codes."""
+"""`tailspan agent` as a user calls it: output, files and exit codes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOKEN = "a-token-of-the-test"
 
 @pytest.fixture(autouse=True)
 def own_logging() -> Iterator[None]:
-    """The command sets up the logging of its process, which here is the test's."""
+    """Restore logging: the command sets it up for its process, which here is the test's."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     yield
@@ -46,7 +46,7 @@ def api() -> Iterator[FakeJobApi]:
 
 @pytest.fixture
 def config(bench: Bench, api: FakeJobApi) -> Path:
-    """A configuration for it that names the job."""
+    """A configuration that names the job."""
     return write(bench, api, jobs='["j1"]')
 
 
@@ -72,7 +72,7 @@ def once(config: Path, *arguments: str) -> Result:
 
 @contextmanager
 def running(config: Path) -> Iterator[subprocess.Popen[str]]:
-    """Run the agent in a process of its own, from when it says that it follows."""
+    """Run the agent as a process; start the block once it follows jobs."""
     command = [sys.executable, "-c", "from tailspan.cli import main; main()", "agent", "run", "--config", str(config)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -86,12 +86,12 @@ def running(config: Path) -> Iterator[subprocess.Popen[str]]:
                 process.kill()
 
 
-def test_once_relays_and_says_how_much(bench: Bench, config: Path) -> None:
-    """0 when all is acked; nothing but its summary on stderr, and no request of the HTTP client in it."""
+def test_once_relays_and_prints_a_summary(bench: Bench, config: Path) -> None:
+    """0 once everything is acknowledged; stderr has only the summary, without requests of the HTTP client."""
     result = once(config)
     assert result.exit_code == 0, result.stderr
     assert result.stdout == ""
-    assert result.stderr == f"1 jobs: 3 log records acked, 0 rejected ({', '.join(targets(bench))})\n"
+    assert result.stderr == f"1 jobs: 3 log records acknowledged, 0 rejected ({', '.join(targets(bench))})\n"
     assert bench.bodies() == ["first", "second"]
     assert once(config).exit_code == 0
     assert bench.bodies() == ["first", "second"]
@@ -102,14 +102,14 @@ def targets(bench: Bench) -> list[str]:
 
 
 def test_once_with_rejected_records(bench: Bench, config: Path) -> None:
-    """1: the dead letter shows them by reason and says how to send them again, and replay sends them."""
+    """1; the dead letter shows them by reason with the command that sends them again, and replay sends them."""
     bench.collector.script("logs", Reply(rejected=1, message="too old"))
     result = once(config)
-    assert (result.exit_code, "2 log records acked, 1 rejected" in result.stderr) == (1, True)
-    shown = agent("dead-letter", "--config", config)
-    assert shown.exit_code == 0
-    assert "logs: 1 of 2 records in 1 batches" in shown.output
-    assert "too old" in shown.output
+    assert (result.exit_code, "2 log records acknowledged, 1 rejected" in result.stderr) == (1, True)
+    listed = agent("dead-letter", "--config", config)
+    assert listed.exit_code == 0
+    assert "logs: 1 of 2 records in 1 batches" in listed.output
+    assert "too old" in listed.output
     (group,) = json.loads(agent("dead-letter", "--config", config, "--json").output)
     assert (group["signal"], group["kind"], group["rejected"], group["records"]) == ("logs", "partial", 1, 2)
     bench.collector.clear()
@@ -117,16 +117,16 @@ def test_once_with_rejected_records(bench: Bench, config: Path) -> None:
     replayed = agent("replay", *files, "--endpoint", bench.collector.http_url)
     assert replayed.exit_code == 0
     assert "2 records delivered" in replayed.output
-    told = json.loads(agent("replay", *files, "--endpoint", bench.collector.http_url, "--json").output)
-    assert (told["delivered"], told["rejected"], told["problems"]) == (2, 0, [])
+    result_json = json.loads(agent("replay", *files, "--endpoint", bench.collector.http_url, "--json").output)
+    assert (result_json["delivered"], result_json["rejected"], result_json["problems"]) == (2, 0, [])
     assert bench.bodies() == ["first", "second"] * 2
 
 
-def test_once_with_an_endpoint_that_is_away(bench: Bench, config: Path) -> None:
-    """3 when the time is up; the next run sends what is missing."""
+def test_once_with_an_endpoint_that_is_down(bench: Bench, config: Path) -> None:
+    """3 when the time is up; the next run sends the rest."""
     bench.collector.always("logs", Reply(503))
     result = once(config, "--timeout", "0.5")
-    assert (result.exit_code, "not everything was acked within 0.5 s" in result.stderr) == (3, True)
+    assert (result.exit_code, "not everything was acknowledged within 0.5 s" in result.stderr) == (3, True)
     bench.collector.always("logs", Reply())
     assert once(config).exit_code == 0
 
@@ -142,7 +142,7 @@ def test_once_with_an_endpoint_that_is_away(bench: Bench, config: Path) -> None:
 def test_once_with_a_service_that_does_not_answer(
     config: Path, api: FakeJobApi, fault: object, exit_code: int, words: str
 ) -> None:
-    """One line that says what happened, the exit code of its kind, no traceback and no token."""
+    """One line with the error, the exit code of its class, no traceback and no token."""
     api.fault(fault, times=None)
     result = once(config)
     assert result.exit_code == exit_code
@@ -164,7 +164,7 @@ def test_once_with_a_job_that_does_not_exist(bench: Bench, api: FakeJobApi) -> N
 @pytest.mark.parametrize(
     "command", [["run"], ["run", "--once"], ["check"], ["reload"], ["dead-letter"], ["verify", "x"]]
 )
-def test_a_wrong_file_is_told_in_one_line(tmp_path: Path, command: list[str], text: str) -> None:
+def test_an_invalid_file_is_reported_in_one_line(tmp_path: Path, command: list[str], text: str) -> None:
     """Exit code 2 for every command."""
     path = tmp_path / "config.toml"
     path.write_text(text)
@@ -174,7 +174,7 @@ def test_a_wrong_file_is_told_in_one_line(tmp_path: Path, command: list[str], te
 
 
 def test_the_sdk_switched_off(config: Path) -> None:
-    """2: an agent that may not send is not started."""
+    """2: an agent that must not send does not start."""
     result = CliRunner().invoke(
         main, ["agent", "run", "--once", "--config", str(config)], env={"OTEL_SDK_DISABLED": "true"}
     )
@@ -182,7 +182,7 @@ def test_the_sdk_switched_off(config: Path) -> None:
 
 
 def test_a_second_agent_and_a_newer_store(bench: Bench, config: Path) -> None:
-    """2 for both; the message says who holds the directory, or that the file is from a newer version and untouched."""
+    """2 for both; the message names the process with the lock, or the newer version; the file is not changed."""
     first = Agent(bench.settings(), bench.open)
     result = once(config)
     assert (result.exit_code, f"agent pid {os.getpid()}" in result.stderr) == (2, True)
@@ -197,7 +197,7 @@ def test_a_second_agent_and_a_newer_store(bench: Bench, config: Path) -> None:
 
 
 def test_the_agent_runs_reloads_and_drains(bench: Bench, config: Path) -> None:
-    """A process of its own: it follows, takes SIGHUP by `agent reload`, refuses a twin, and ends 0 on SIGTERM."""
+    """As a process: it follows jobs, reloads by `agent reload`, locks out a second agent, and exits 0 on SIGTERM."""
     with running(config) as process:
         bench.collector.wait_until(lambda: bench.bodies() == ["first", "second"])
         config.write_text(config.read_text().replace("settle = 0", "settle = 1"))
@@ -214,16 +214,16 @@ def test_the_agent_runs_reloads_and_drains(bench: Bench, config: Path) -> None:
 
 
 def test_reload_without_an_agent(config: Path) -> None:
-    """2, and how to start one."""
+    """2, with the command that starts one."""
     result = agent("reload", "--config", config)
     assert (result.exit_code, "no agent runs on" in result.output) == (2, True)
 
 
-def test_check_finds_all_well(bench: Bench, config: Path) -> None:
-    """0: the service, the job and each signal are reached; the JSON has a line per finding."""
+def test_check_without_problems(bench: Bench, config: Path) -> None:
+    """0: service, job and signals are reachable; the JSON has one line per finding."""
     result = agent("check", "--config", config)
     assert result.exit_code == 0, result.output
-    assert "ok      services.fused: answers" in result.output
+    assert "ok      services.fused: reachable" in result.output
     assert "ok      job j1: etl: SUCCEEDED" in result.output
     assert "ok      otlp logs" in result.output
     findings = [json.loads(line) for line in agent("check", "--config", config, "--json").output.splitlines()]
@@ -231,22 +231,22 @@ def test_check_finds_all_well(bench: Bench, config: Path) -> None:
     assert bench.collector.log_records() == []
 
 
-def test_check_says_what_is_wrong(bench: Bench, api: FakeJobApi) -> None:
-    """The worst of it decides: an endpoint that is not there is 3, a job that does not exist 4."""
+def test_check_reports_problems(bench: Bench, api: FakeJobApi) -> None:
+    """The first problem decides: an unreachable endpoint is 3, a job that does not exist 4."""
     result = agent("check", "--config", write(bench, api, jobs='["typo"]'))
     assert (result.exit_code, "problem job typo" in result.output) == (4, True)
     result = agent("check", "--config", write(bench, api, jobs='["j1"]', endpoint="http://127.0.0.1:9"))
     assert (result.exit_code, "problem otlp logs" in result.output) == (3, True)
 
 
-def test_dead_letter_of_nothing(config: Path) -> None:
-    """An empty dead letter is no error."""
+def test_an_empty_dead_letter(config: Path) -> None:
+    """It is not an error."""
     result = agent("dead-letter", "--config", config)
-    assert (result.exit_code, "nothing was refused" in result.output) == (0, True)
+    assert (result.exit_code, "nothing was rejected" in result.output) == (0, True)
 
 
 def test_replay_needs_an_endpoint_that_answers(bench: Bench, config: Path, tmp_path: Path) -> None:
-    """2 without an endpoint, 1 for lines that are none, 3 for one that faults."""
+    """2 without an endpoint, 1 for unreadable lines, 3 for an endpoint that fails."""
     path = tmp_path / "logs.jsonl"
     path.write_text("no json\n")
     assert agent("replay", path).exit_code == 2
@@ -257,14 +257,17 @@ def test_replay_needs_an_endpoint_that_answers(bench: Bench, config: Path, tmp_p
     assert agent("replay", path, "--endpoint", bench.collector.http_url).exit_code == 3
 
 
-def test_verify_says_whether_all_was_relayed(bench: Bench, config: Path, api: FakeJobApi) -> None:
-    """0 when each line that the job has was acked; 1 before that, and when the source changed; 4 for no job."""
+def test_verify_compares_the_log_with_what_was_relayed(bench: Bench, config: Path, api: FakeJobApi) -> None:
+    """0 if every line was acknowledged; 1 before that and after a change of the source; 4 without the job."""
     assert agent("verify", "j1", "--config", config).exit_code == 1
     assert once(config).exit_code == 0
     result = agent("verify", "j1", "--config", config)
-    assert (result.exit_code, result.output) == (0, "verified: all 2 lines of the log were acked, unchanged\n")
-    shown = json.loads(agent("verify", "j1", "--config", config, "--json").output)
-    assert (shown["verdict"], shown["lines_relayed"]) == ("verified", 2)
+    assert (result.exit_code, result.output) == (
+        0,
+        "verified: all 2 lines of the log were acknowledged and are unchanged\n",
+    )
+    report = json.loads(agent("verify", "j1", "--config", config, "--json").output)
+    assert (report["verdict"], report["lines_relayed"]) == ("verified", 2)
     api.jobs["j1"].line("more", 1_767_225_502_000)
     result = agent("verify", "j1", "--config", config)
     assert (result.exit_code, result.output.startswith("different: ")) == (1, True)

@@ -1,4 +1,4 @@
-"""`tailspan demo` where something is in its way; what it shows is tested in `tests/e2e/test_demo.py`."""
+"""`tailspan demo` under adverse conditions; `tests/e2e/test_demo.py` tests its output."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from tests.fakes.agents import looped
 
 
 @looped
-async def test_a_port_that_another_demo_was_faster_to_take_is_not_needed(tmp_path):
-    """Both found it free at the same moment: the second one shows its page on another, and its file says so."""
+async def test_two_demos_at_once_use_different_ports(tmp_path):
+    """Both found the port free at the same moment: the second one takes another, also in its file."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         host, port = other.getsockname()
         settings = load_settings(demo._write_config(tmp_path, f"{host}:{port}"))

@@ -137,7 +137,7 @@ async def test_the_drain_has_an_end(bench: Bench, caplog: pytest.LogCaptureFixtu
     bench.collector.always("logs", Reply(503))
     async with bench.running(drain_timeout=0.1):
         await bench.received(lambda: any(request.signal == "logs" for request in bench.collector.requests))
-    assert "stopped before all was acked" in caplog.text
+    assert "stopped before everything was acknowledged" in caplog.text
     bench.collector.always("logs", Reply())
     assert (await bench.agent().run_once(10)).acked == 1
     assert bench.bodies() == ["a"]

@@ -1,4 +1,4 @@
-"""Replay of files into an endpoint: in order, with every problem said, and an end where the endpoint ends it."""
+"""Replay of files to an endpoint: in order, every problem reported, stopped if the endpoint fails."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.fakes.otlp_samples import exporter_to, logs_payload, metrics_payload,
 
 @pytest.fixture
 def collector() -> Iterator[Collector]:
-    """A receiver that takes everything unless told otherwise."""
+    """A receiver that accepts everything unless scripted otherwise."""
     with Collector() as collector:
         yield collector
 
@@ -50,12 +50,12 @@ def write(path: Path, *lines: bytes) -> Path:
 
 
 def bodies(collector: Collector) -> list[str]:
-    """Return the texts of all log records received."""
+    """Return the bodies of all received log records."""
     return [row.body for row in collector.log_records()]
 
 
-def test_what_the_files_mode_wrote_arrives(collector: Collector, tmp_path: Path) -> None:
-    """The zero-backend mode's promise: keep it in files now, send it to a backend later."""
+def test_files_of_files_mode_arrive(collector: Collector, tmp_path: Path) -> None:
+    """The promise of files mode: write files now, send them to a backend later."""
     for signal in SIGNALS:
         exporter = FileExporter(signal, tmp_path, max_size=1 << 20, keep=3)
         asyncio.run(exporter.export(payload_of(signal), 1))
@@ -65,8 +65,8 @@ def test_what_the_files_mode_wrote_arrives(collector: Collector, tmp_path: Path)
     assert {request.signal: request.payload for request in collector.requests} == {s: payload_of(s) for s in SIGNALS}
 
 
-def test_what_the_dead_letter_kept_arrives(collector: Collector, tmp_path: Path) -> None:
-    """The reason stays behind."""
+def test_files_of_the_dead_letter_arrive(collector: Collector, tmp_path: Path) -> None:
+    """The reject reason in the file is not sent."""
     letter = DeadLetter(tmp_path, max_bytes=1 << 20)
     asyncio.run(letter.add("logs", logs_payload(3), kind="invalid", reason="HTTP 400", rejected=3, count=3))
     letter.close()
@@ -76,7 +76,7 @@ def test_what_the_dead_letter_kept_arrives(collector: Collector, tmp_path: Path)
 
 
 def test_order_of_files_and_lines_is_kept(collector: Collector, tmp_path: Path) -> None:
-    """One request at a time, whatever comes between."""
+    """One request at a time, also with retries in between."""
     first = write(tmp_path / "b", *(encode_line("logs", logs_payload(2, job=f"b{n}")) for n in range(3)))
     second = write(tmp_path / "a", encode_line("logs", logs_payload(1, job="a")))
     collector.script("logs", Reply(), Reply(503), Reply(503))
@@ -94,8 +94,8 @@ def test_compressed_files(collector: Collector, tmp_path: Path) -> None:
     assert run(collector, path).delivered == 4
 
 
-def test_bad_lines_are_reported_and_passed_over(collector: Collector, tmp_path: Path) -> None:
-    """A torn last line, garbage and odd bytes cost themselves only."""
+def test_bad_lines_are_reported_and_skipped(collector: Collector, tmp_path: Path) -> None:
+    """An incomplete last line, garbage and invalid bytes do not affect other lines."""
     line = encode_line("logs", logs_payload(1))
     deep = b'{"arrayValue":{"values":[' * 60 + b'{"intValue":"1"}' + b"]}}" * 60
     nested = b'{"resourceLogs":[{"scopeLogs":[{"logRecords":[{"body":' + deep + b"}]}]}]}\n"
@@ -120,8 +120,8 @@ def test_files_that_cannot_be_read_are_reported(collector: Collector, tmp_path: 
     assert bodies(collector)[-1] == "good 0"
 
 
-def test_refused_lines_are_reported_and_passed_over(collector: Collector, tmp_path: Path) -> None:
-    """They stay in the file that is replayed; the rest goes on."""
+def test_rejected_lines_are_reported_and_skipped(collector: Collector, tmp_path: Path) -> None:
+    """They stay in the replayed file; the replay continues."""
     path = write(tmp_path / "f", *(encode_line("logs", logs_payload(2, job=f"j{n}")) for n in range(3)))
     collector.script("logs", Reply(), Reply(400, message="bad"), Reply(rejected=1, message="old"))
     result = run(collector, path)
@@ -133,7 +133,7 @@ def test_refused_lines_are_reported_and_passed_over(collector: Collector, tmp_pa
 
 
 def test_endpoint_fault_stops(collector: Collector, tmp_path: Path) -> None:
-    """With the place, so that a person knows how far it came."""
+    """The message has file and line, so that the user can resume there."""
     path = write(tmp_path / "f", *(encode_line("logs", logs_payload(2)) for _ in range(3)))
     collector.script("logs", Reply(), Reply(401, message="no token"))
     with pytest.raises(ExportRejectedError, match=rf"stopped at {path}:2 after 2 records: .*HTTP 401: no token"):
@@ -141,8 +141,8 @@ def test_endpoint_fault_stops(collector: Collector, tmp_path: Path) -> None:
     assert len(collector.requests) == 2
 
 
-def test_endpoint_that_stays_away_stops(collector: Collector, tmp_path: Path) -> None:
-    """A command ends some time."""
+def test_endpoint_that_does_not_answer_stops(collector: Collector, tmp_path: Path) -> None:
+    """A command does not retry without end."""
     path = write(tmp_path / "f", encode_line("logs", logs_payload(2)))
     collector.always("logs", Reply(503))
     with pytest.raises(ExportRejectedError, match="HTTP 503"):
@@ -150,8 +150,8 @@ def test_endpoint_that_stays_away_stops(collector: Collector, tmp_path: Path) ->
     assert len(collector.requests) > 3
 
 
-def test_signals_that_the_endpoint_does_not_get_are_skipped(collector: Collector, tmp_path: Path) -> None:
-    """Jaeger takes traces only."""
+def test_signals_without_an_exporter_are_skipped(collector: Collector, tmp_path: Path) -> None:
+    """For example, Jaeger accepts traces only."""
     path = write(
         tmp_path / "f",
         encode_line("logs", logs_payload(2)),
@@ -164,7 +164,7 @@ def test_signals_that_the_endpoint_does_not_get_are_skipped(collector: Collector
 
 
 def test_long_lines_of_other_writers_are_split(collector: Collector, tmp_path: Path) -> None:
-    """A collector's file may hold more in one line than its receiver takes in one request."""
+    """One line of a collector's file may hold more than a receiver accepts in one request."""
     path = write(tmp_path / "f", encode_line("logs", logs_payload(8, padding="x" * 1_000_000)))
     assert run(collector, path).delivered == 8
     assert [body.split("x")[0] for body in bodies(collector)] == [f"job {index}" for index in range(8)]

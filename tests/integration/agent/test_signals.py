@@ -1,4 +1,4 @@
-"""A signal that comes while the agent starts is obeyed, and never ends it as a crash would."""
+"""A signal that arrives while the agent starts is handled, and never ends it as a crash."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 
 from tests.prove.world import TAILSPAN
 
-HELD = """
+HOLDING = """
 import os, signal
-from tailspan_agent.process.signals import held
+from tailspan_agent.process.signals import hold_signals
 got = []
-with held() as release:
+with hold_signals() as release:
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         os.kill(os.getpid(), number)
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
@@ -29,15 +29,15 @@ assert len(got) == 4
 """
 
 
-def test_signals_wait_for_somebody_to_take_them() -> None:
-    """What came before the handlers is handed to them; afterwards all is as it was."""
-    subprocess.run([sys.executable, "-c", HELD], check=True)
+def test_signals_wait_for_their_handlers() -> None:
+    """Signals that arrive before the handlers reach them later; afterwards the mask is as before."""
+    subprocess.run([sys.executable, "-c", HOLDING], check=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("read", [False, True], ids=["before its file is read", "when it was just read"])
-def test_an_agent_that_is_stopped_at_its_start_ends_well(tmp_path: Path, number: int, read: bool) -> None:
-    """Nothing is lost then, so it is no failure; a reload that comes so early is no end either."""
+@pytest.mark.parametrize("read", [False, True], ids=["before its file is read", "just after that"])
+def test_an_agent_that_is_stopped_while_it_starts_exits_with_0(tmp_path: Path, number: int, read: bool) -> None:
+    """Nothing is lost, so it is not a failure; SIGHUP does not end it either."""
     config = tmp_path / "config.toml"
     os.mkfifo(config)
     command = [TAILSPAN, "agent", "run", "--config", str(config)]
@@ -52,5 +52,5 @@ def test_an_agent_that_is_stopped_at_its_start_ends_well(tmp_path: Path, number:
                 agent.send_signal(number)
         if read:
             agent.send_signal(number)
-        _, said = agent.communicate(timeout=30)
-    assert (agent.returncode, b"Traceback" in said) == (0, False), said
+        _, log = agent.communicate(timeout=30)
+    assert (agent.returncode, b"Traceback" in log) == (0, False), log

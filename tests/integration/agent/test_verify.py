@@ -1,4 +1,4 @@
-"""`agent verify`: what was acked is compared with what the service has now."""
+"""`agent verify` compares the acknowledged lines with those that the service has now."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from tailspan.errors import CursorExpiredError, JobNotFoundError
-from tailspan_agent.commands.verify import Report, verify
+from tailspan_agent.commands.verify import VerifyReport, verify
 from tailspan_agent.errors import CheckpointError
 from tests.fakes.agents import Bench, OddService
 from tests.fakes.collector import Reply
 
 
-def verdict(bench: Bench, job_id: str = "j1") -> Report:
+def verdict(bench: Bench, job_id: str = "j1") -> VerifyReport:
     return asyncio.run(verify(bench.settings(), "fake", job_id, bench.open))
 
 
@@ -27,7 +27,7 @@ def ended(bench: Bench, *lines: str) -> None:
 
 
 def test_a_job_that_was_relayed_completely(bench: Bench) -> None:
-    """Count and hash are those of the log; the service is closed afterwards."""
+    """Count and hash match the log; the service is closed afterwards."""
     ended(bench, "a", "b", "a")
     bench.once()
     report = verdict(bench)
@@ -36,7 +36,7 @@ def test_a_job_that_was_relayed_completely(bench: Bench) -> None:
 
 
 def test_a_job_relayed_by_several_passes(bench: Bench) -> None:
-    """Restarts in between make no difference, and lines dropped by severity count as read."""
+    """Restarts between passes make no difference, and lines dropped by severity count as read."""
     bench.fake.add_job("j1")
     for number in range(3):
         bench.fake.add_lines("j1", f"[INFO] {number}", f"[ERROR] {number}", timestamp_ms=1_700_000_000_000 + number)
@@ -48,7 +48,7 @@ def test_a_job_relayed_by_several_passes(bench: Bench) -> None:
 
 @pytest.mark.parametrize("late", [1, 2, 4])
 def test_late_lines_count_once(bench: Bench, late: int) -> None:
-    """Also where a second had to be sent again because its sums could not tell which lines were missing."""
+    """Even if a whole second is sent again because its sums do not identify the missing lines."""
     bench.services["fake"] = service = OddService("fake")
     service.final_read = True
     service.add_job("j1")
@@ -63,7 +63,7 @@ def test_late_lines_count_once(bench: Bench, late: int) -> None:
 
 
 def test_a_job_that_is_not_complete_yet(bench: Bench) -> None:
-    """Running, or with lines that the endpoint has not acked."""
+    """Still running, or with lines that the endpoint has not acknowledged."""
     bench.fake.add_job("j1")
     bench.fake.add_lines("j1", "a")
     bench.once()
@@ -77,7 +77,7 @@ def test_a_job_that_is_not_complete_yet(bench: Bench) -> None:
 
 
 def test_a_source_that_changed(bench: Bench) -> None:
-    """More lines, or others: the difference is told from lines that the service did not keep."""
+    """More lines or other lines are `different`; lines that the service did not keep are `source_gone`."""
     ended(bench, "a", "b")
     bench.once()
     bench.fake.add_lines("j1", "c")
@@ -92,7 +92,7 @@ def test_a_source_that_changed(bench: Bench) -> None:
 
 
 def test_a_job_that_the_agent_does_not_know(bench: Bench) -> None:
-    """Without a store too; one that the service does not know is an error."""
+    """Also without a store; a job that the service does not know is an error."""
     ended(bench, "a")
     assert verdict(bench).verdict == "not_relayed"
     with pytest.raises(JobNotFoundError):
@@ -100,7 +100,7 @@ def test_a_job_that_the_agent_does_not_know(bench: Bench) -> None:
 
 
 def test_a_damaged_store_is_an_error(bench: Bench) -> None:
-    """Facts that cannot be read are no verdict."""
+    """A ledger that cannot be read gives no verdict."""
     ended(bench, "a")
     bench.once()
     with closing(sqlite3.connect(bench.state_dir / "checkpoints.db")) as db, db:
@@ -110,7 +110,7 @@ def test_a_damaged_store_is_an_error(bench: Bench) -> None:
 
 
 def test_it_reads_beside_a_running_agent(bench: Bench) -> None:
-    """The lock is the agent's; looking needs none."""
+    """The lock belongs to the agent; reading needs none."""
     ended(bench, "a")
     bench.once()
     agent: Any = bench.agent()

@@ -1,1 +1,1 @@
-"""The sample pipelines of ``tailspan demo``: small real programs that know nothing of Tailspan."""
+"""The sample pipelines of ``tailspan demo``: small real programs that do not use Tailspan."""

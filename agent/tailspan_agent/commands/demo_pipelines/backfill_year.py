@@ -1,4 +1,4 @@
-"""A long pipeline: it would take an hour, and is cancelled."""
+"""A long pipeline: it would take an hour, and the demo cancels it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Work through a year, ten seconds a day."""
+    """Process a year, ten seconds for each day."""
     signal.signal(signal.SIGTERM, _stop)
     for day in range(1, 366):
         sys.stdout.write(f"day {day} of 365: loading partition\n")

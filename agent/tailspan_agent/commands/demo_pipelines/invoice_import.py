@@ -1,4 +1,4 @@
-"""A pipeline that fails: its input has a broken record, and it says so with a traceback."""
+"""A pipeline that fails with a traceback, because its input has a broken record."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _amount(record: dict[str, str]) -> Decimal:
 
 
 def main() -> None:
-    """Import invoices until one cannot be."""
+    """Import invoices until one is invalid."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     total = Decimal(0)
     for line in _RECORDS:

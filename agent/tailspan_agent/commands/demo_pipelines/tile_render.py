@@ -13,7 +13,7 @@ def _render(x: int, y: int) -> str:
 
 
 def main() -> None:
-    """Render all tiles, one line each, and redraw the bar after each row."""
+    """Render all tiles, one line per tile, and redraw the bar after each row."""
     total = _COLUMNS * _ROWS
     for y in range(_ROWS):
         for x in range(_COLUMNS):

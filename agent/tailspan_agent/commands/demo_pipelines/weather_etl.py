@@ -1,4 +1,4 @@
-"""A pipeline that succeeds: read measurements, clean them, and write daily means per station."""
+"""A pipeline that succeeds: read measurements, clean them, and write the mean per station."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
 """`tailspan doctor`: diagnostics for a bug report, without secrets.
 
-What gathers and prints diagnostics belongs here; nothing here may change state.
+Code that collects and prints diagnostics belongs here; nothing here may change state.
 """

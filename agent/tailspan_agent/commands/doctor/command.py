@@ -1,8 +1,8 @@
-"""The command ``tailspan doctor``: all that a bug report needs, and no secret.
+"""The command ``tailspan doctor``: diagnostics for a bug report, without secrets.
 
-problems   what is wrong, as far as can be seen from here
-versions, clock, limits, variables (names only), configuration (what was set, and where)
-reach      what ``agent check`` finds: services, endpoint; the running agent's own health
+problems   everything that was found to be wrong
+versions, clock, limits, variables (names only), configuration (keys that were set, and where)
+reach      the findings of ``agent check``: services, endpoint; the running agent's own health
 state      checkpoints, dead letter, disks, the agent's last warnings and errors
 """
 
@@ -27,25 +27,28 @@ from tailspan.config import Settings, load_settings, platform_state_dir
 from tailspan.errors import ConfigError, TailspanError
 from tailspan.http.client import BROKEN, HttpClient
 from tailspan.logs.clean import printable
-from tailspan_agent.commands.doctor import machine as doctor_machine
-from tailspan_agent.commands.doctor.settings import secrets_of, secrets_of_broken, shown_settings
-from tailspan_agent.process.last_errors import read_last_errors
+from tailspan_agent.commands.doctor import machine
+from tailspan_agent.commands.doctor.settings import known_secrets, possible_secrets, safe_settings
+from tailspan_agent.process.logging_setup import read_last_errors
 from tailspan_agent.records.redact import Redactor
 
-__all__ = ["Report", "doctor", "examine"]
+__all__ = ["DiagnosticsReport", "diagnose", "doctor"]
 
 _PROBE_TIMEOUT_S = 3.0
 _MAX_HEALTH_BYTES = 64 << 10
 _CONFIG, _ERROR = 2, 1
-_ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - looked up, not listened on
+_ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - replaced, not listened on
 
 
-class Report:
-    """What was found, section by section. Everything in it went through the redactor.
+class DiagnosticsReport:
+    """The findings, section by section. All text has passed the redactor.
+
+    Args:
+        redactor: Knows the secrets.
 
     Attributes:
         sections: Text, lists and tables of text, by section.
-        exit_code: 0 when nothing wrong was found; else that of the first problem, as ``agent check`` has it.
+        exit_code: 0 without a problem; otherwise that of the first problem, as in ``agent check``.
     """
 
     def __init__(self, redactor: Redactor) -> None:
@@ -53,36 +56,36 @@ class Report:
         self.sections: dict[str, Any] = {"problems": []}
         self.exit_code = 0
 
-    def problem(self, text: str, exit_code: int = _ERROR) -> None:
-        """Say what is wrong."""
+    def add_problem(self, text: str, exit_code: int = _ERROR) -> None:
+        """Report a problem."""
         self.sections["problems"].append(self._safe(text))
         self.exit_code = self.exit_code or exit_code
 
     def add(self, section: str, find: Callable[[], Any]) -> None:
-        """Add what a function finds; what keeps it from that is a problem, and the rest is looked at all the same.
+        """Add a section. An error of its function becomes a problem, and the other sections are still made.
 
         Args:
             section: The section's name.
             find: Returns text, or lists or tables of text, or yields pairs of text.
         """
-        found: Any = {}
-        several: dict[str, list[str]] = {}
+        content: Any = {}
+        pairs: dict[str, list[str]] = {}
         try:
-            found = find()
-            if isinstance(found, Iterator):
-                for name, value in found:
-                    several.setdefault(name, []).append(value)
+            content = find()
+            if isinstance(content, Iterator):
+                for name, value in content:
+                    pairs.setdefault(name, []).append(value)
         except ModuleNotFoundError as missing:
-            found = f"needs the agent's packages ({missing.name} is missing): pip install 'tailspan[agent]'"
+            content = f"needs the agent's packages ({missing.name} is missing): pip install 'tailspan[agent]'"
         except Exception as error:
-            # Services are also other people's code; and a report that breaks off helps nobody.
-            self.problem(f"{section}: {error}" if isinstance(error, TailspanError) else f"{section}: {error!r}")
-        if isinstance(found, Iterator):
-            found = {name: values if len(values) > 1 else values[0] for name, values in several.items()}
-        self.sections[section] = self._safe(found)
+            # A service plugin may raise anything, and the rest of the report is still needed.
+            self.add_problem(f"{section}: {error}" if isinstance(error, TailspanError) else f"{section}: {error!r}")
+        if isinstance(content, Iterator):  # with an error: the pairs before it
+            content = {name: values if len(values) > 1 else values[0] for name, values in pairs.items()}
+        self.sections[section] = self._safe(content)
 
     def text(self) -> str:
-        """Return the report for people."""
+        """Return the report as text."""
         return "\n".join(_lines(self.sections, "")) + "\n"
 
     def _safe(self, value: Any) -> Any:
@@ -109,49 +112,49 @@ def _lines(value: Any, indent: str) -> Iterator[str]:
         yield f"{indent}{value}"
 
 
-def examine(config_path: Path | None) -> Report:
-    """Look at everything.
+def diagnose(config_path: Path | None) -> DiagnosticsReport:
+    """Collect all sections.
 
     Args:
-        config_path: The configuration file; None: as the environment says.
+        config_path: The configuration file; None takes it from the environment.
     """
     if config_path is None and os.environ.get("TAILSPAN_CONFIG"):
         config_path = Path(os.environ["TAILSPAN_CONFIG"])
     settings: Settings | None = None
     failure: ConfigError | None = None
-    redactor = Redactor(secrets_of_broken(config_path))
+    redactor = Redactor(possible_secrets(config_path))
     try:
         settings = load_settings(config_path)
         own = Redactor.from_settings(settings.redact.model_copy(update={"files": []}))
-        redactor = Redactor(secrets_of(settings), own.patterns if own else ())
+        redactor = Redactor(known_secrets(settings), own.patterns if own else ())
     except ConfigError as error:
         failure = error
-    report = Report(redactor)
+    report = DiagnosticsReport(redactor)
     if failure is not None:
-        # A value is quoted as Python writes it, and shortened, which no search would find.
-        report.problem(re.sub(r", got .*", "", str(failure)), _CONFIG)
+        # The quoted value is escaped and shortened, so that the redactor would not find a secret in it.
+        report.add_problem(re.sub(r", got .*", "", str(failure)), _CONFIG)
     report.sections["time"] = datetime.now(UTC).isoformat(timespec="seconds")
-    report.add("versions", doctor_machine.versions)
-    report.add("clock", doctor_machine.clock)
-    report.add("limits", doctor_machine.limits)
-    report.add("variables", doctor_machine.variables)
+    report.add("versions", machine.versions)
+    report.add("clock", machine.clock)
+    report.add("limits", machine.limits)
+    report.add("variables", machine.variables)
     state_dir = platform_state_dir() / "agent"
     if settings is not None:
         state_dir = settings.agent.state_dir
         report.add("configuration", lambda: _configuration(settings))
         report.add("reach", lambda: asyncio.run(_reach(settings, report)))
         report.add("running agent", lambda: asyncio.run(_health(settings)))
-    report.add("disk", lambda: [doctor_machine.disk(path) for path in (state_dir, *_local_dirs(settings))])
-    report.add("store", lambda: doctor_machine.store(state_dir))
+    report.add("disk", lambda: [machine.disk(path) for path in (state_dir, *_local_dirs(settings))])
+    report.add("store", lambda: machine.store(state_dir))
     report.add("dead letter", lambda: _dead_letter(state_dir))
     report.add("last errors", lambda: read_last_errors(state_dir))
     if report.sections["store"].get("integrity", "ok") != "ok":
-        report.problem(f"the checkpoint store is damaged: {report.sections['store']['integrity']}")
+        report.add_problem(f"the checkpoint store is damaged: {report.sections['store']['integrity']}")
     return report
 
 
 def _configuration(settings: Settings) -> dict[str, str]:
-    return {"file": str(settings.path or "none"), **shown_settings(settings)}
+    return {"file": str(settings.path or "none"), **safe_settings(settings)}
 
 
 def _local_dirs(settings: Settings | None) -> list[Path]:
@@ -161,19 +164,19 @@ def _local_dirs(settings: Settings | None) -> list[Path]:
     return [Path(str(table.get("state_dir") or platform_state_dir())).expanduser() for table in tables]
 
 
-async def _reach(settings: Settings, report: Report) -> dict[str, str]:
+async def _reach(settings: Settings, report: DiagnosticsReport) -> dict[str, str]:
     from tailspan_agent.commands.check import check
 
     found = {}
     async for finding in check(settings):
         found[finding.subject] = finding.text
         if finding.exit_code:
-            report.problem(f"{finding.subject}: {finding.text}", finding.exit_code)
+            report.add_problem(f"{finding.subject}: {finding.text}", finding.exit_code)
     return found
 
 
 async def _health(settings: Settings) -> dict[str, str]:
-    """Ask the agent that listens where this configuration says, if there is one."""
+    """Request the health of the agent that listens on ``agent.listen``, if there is one."""
     address = settings.agent.listen_address
     if address is None or address[1] == 0:
         return {}
@@ -209,21 +212,26 @@ def _dead_letter(state_dir: Path) -> list[str]:
 @click.command()
 @config_option
 @json_option
-@click.option("--output", metavar="FILE", type=click.Path(path_type=Path), help="Write it there (0600), not here.")
+@click.option(
+    "--output",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Write to this file (mode 0600) instead of standard output.",
+)
 def doctor(config_path: Path | None, as_json: bool, output: Path | None) -> None:
-    """Say all that a bug report needs: versions, configuration, what can be reached, last errors; no secrets.
+    """Print diagnostics for a bug report: versions, configuration, reachability, last errors; secrets removed.
 
-    Secrets, credentials in URLs, headers, attributes and what [redact] finds are left out; paths, names of hosts, jobs
-    and services are in it. Read it before you publish it.
+    Secrets, credentials in URLs, headers, attributes and matches of [redact] are removed. Paths and the names of hosts,
+    jobs and services are not. Read the report before you publish it.
 
     \b
-    Exit codes: 0 nothing wrong was found, 1 a fault of the state directory, 2 configuration, 3 a service or the
-    endpoint cannot be reached, 4 no such job. The report is made in any case.
+    Exit codes: 0 no problem, 1 a problem of the state directory, 2 configuration, 3 a service or the endpoint cannot be
+    reached, 4 no such job. The report is written in any case.
 
     Example:
       tailspan doctor --config config.toml --output report.txt
     """  # noqa: D301 - click wants the backspace character itself
-    report = examine(config_path)
+    report = diagnose(config_path)
     text = json.dumps(report.sections, indent=2) + "\n" if as_json else report.text()
     if output is None:
         click.echo(text, nl=False)

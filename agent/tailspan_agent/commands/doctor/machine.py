@@ -1,4 +1,4 @@
-"""What a bug report says of the machine: versions, clock, limits, disks, and the state that the agent left there."""
+"""The machine in a bug report: versions, clock, limits, disks, and the agent's state directory."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ _NAMES = {"HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "TRACEPARENT", "
 
 
 def versions() -> dict[str, str]:
-    """Return versions of Tailspan, Python, the platform, all packages that Tailspan can use, and what frames lines."""
+    """Return versions of Tailspan, Python, the platform and packages, and whether compiled code is used."""
     found = {
         "tailspan": _version("tailspan"),
         "python": f"{platform.python_implementation()} {platform.python_version()} at {sys.executable}",
         "platform": f"{platform.platform()} {' '.join(platform.libc_ver())}".strip(),
         "sqlite": sqlite3.sqlite_version,
-        "framing": "in C" if COMPILED else "in Python, which costs more: the C part is not installed",
+        "framing": "in C" if COMPILED else "in Python (slower): the compiled part is not installed",
     }
     named = (re.match(r"[\w.-]+", text) for text in metadata.requires("tailspan") or () if "extra == 'dev'" not in text)
     return found | {name: _version(name) for name in sorted({match[0] for match in named if match} - {"tailspan"})}
@@ -54,7 +54,7 @@ def _version(name: str) -> str:
 
 
 def clock() -> dict[str, str]:
-    """Return the time, and whether the kernel holds it for right: all lines of local jobs carry it."""
+    """Return the time that lines of local jobs get, and whether the kernel considers it synchronised."""
     return {
         "utc": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "zone": "/".join(time.tzname),
@@ -71,7 +71,7 @@ def _synchronised() -> str:
 
 
 def limits() -> dict[str, str]:
-    """Return the limits that an agent meets."""
+    """Return the limits that apply to an agent."""
     files, memory = resource.getrlimit(resource.RLIMIT_NOFILE), resource.getrlimit(resource.RLIMIT_AS)
     found = {"cpus": str(os.cpu_count()), "open files": _limit(files), "address space": _limit(memory)}
     for name, path in _KERNEL.items():
@@ -84,7 +84,7 @@ def limits() -> dict[str, str]:
 
 def _limit(pair: tuple[int, int]) -> str:
     soft, hard = ("none" if value == resource.RLIM_INFINITY else str(value) for value in pair)
-    return f"{soft} (at most {hard})"
+    return f"{soft} (hard limit {hard})"
 
 
 def variables(environ: Mapping[str, str] = os.environ) -> str:
@@ -93,22 +93,23 @@ def variables(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def disk(directory: Path) -> str:
-    """Return how much room there is where a directory is or would be made, on what kind of file system."""
-    there = next(path for path in (directory.absolute(), *directory.absolute().parents) if os.path.exists(path))
-    room = os.statvfs(there)
-    free, total = room.f_bavail * room.f_frsize, room.f_blocks * room.f_frsize
-    ledger = [
+    """Return free space and file system of a directory, which need not exist yet."""
+    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if os.path.exists(path))
+    space = os.statvfs(existing)
+    free, total = space.f_bavail * space.f_frsize, space.f_blocks * space.f_frsize
+    facts = [
         f"{directory}: {free / 2**30:.1f} of {total / 2**30:.1f} GiB free",
-        f"{room.f_favail} of {room.f_files} inodes free",
-        _file_system(there),
-        "writable" if os.access(there, os.W_OK) else "not writable by this user",
+        f"{space.f_favail} of {space.f_files} inodes free",
+        _file_system(existing),
+        "writable" if os.access(existing, os.W_OK) else "not writable by this user",
     ]
-    return ", ".join(fact for fact in [*ledger, "" if there == directory.absolute() else "not made yet"] if fact)
+    facts.append("" if existing == directory.absolute() else "not created yet")
+    return ", ".join(fact for fact in facts if fact)
 
 
 def _file_system(path: Path) -> str:
-    """Return the type: SQLite's write-ahead log does not work on network file systems."""
-    best, kind = -1, ""
+    """Return the type of a file system: SQLite's write-ahead log does not work on network file systems."""
+    longest, fs_type = -1, ""
     try:
         mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     except OSError:
@@ -116,16 +117,16 @@ def _file_system(path: Path) -> str:
     for line in mounts:
         left, _, right = line.partition(" - ")
         point = left.split()[4].encode().decode("unicode_escape")
-        if path.resolve().is_relative_to(point) and len(point) >= best:
-            best, kind = len(point), right.split()[0]
-    return kind
+        if path.resolve().is_relative_to(point) and len(point) >= longest:
+            longest, fs_type = len(point), right.split()[0]
+    return fs_type
 
 
 def store(state_dir: Path) -> Iterator[tuple[str, str]]:
-    """Yield what is known of the agent's state, read without changing it; an agent may be running on it.
+    """Yield facts about the checkpoint store, without changing it; its agent may be running.
 
     Raises:
-        OSError: It cannot be read.
+        OSError: A file cannot be read.
         sqlite3.Error: The store is damaged.
     """
     pid = lock_holder(state_dir)
@@ -143,7 +144,7 @@ def store(state_dir: Path) -> Iterator[tuple[str, str]]:
         yield "version", f"{db.execute('PRAGMA user_version').fetchone()[0]} (this Tailspan: {SCHEMA_VERSION})"
         yield "integrity", str(db.execute("PRAGMA quick_check(1)").fetchone()[0])
         counts = db.execute("SELECT count(*), total(ended), total(logs_complete), max(updated_s) FROM jobs").fetchone()
-        yield "jobs", f"{counts[0]}, of these {counts[1]:.0f} ended and {counts[2]:.0f} relayed completely"
+        yield "jobs", f"{counts[0]}: {counts[1]:.0f} ended, {counts[2]:.0f} relayed completely"
         if counts[3] is not None:
             yield "last change", datetime.fromtimestamp(counts[3], UTC).isoformat(timespec="seconds")
         yield "spans to send", str(db.execute("SELECT count(*) FROM spans WHERE acked = 0").fetchone()[0])

@@ -1,7 +1,8 @@
-"""The configuration as a bug report may show it: what is known to be no secret, each with where it was written.
+"""The configuration in a bug report, without secrets.
 
-Two lines of defence. `shown_settings` lets through only what it knows; and `secrets_of` collects every secret that this
-process can know, for a `Redactor` that searches the whole report, whatever wrote it.
+There are two lines of defence. `safe_settings` shows only values of keys that are known to hold no secret. And because
+an error message or a log line may quote anything, `known_secrets` collects every secret that this process can know;
+a `Redactor` with these searches the whole report.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from pydantic import BaseModel, SecretStr
 from tailspan.config import Settings
 from tailspan_agent.records.redact import REDACTED
 
-__all__ = ["secrets_of", "secrets_of_broken", "shown_settings"]
+__all__ = ["known_secrets", "possible_secrets", "safe_settings"]
 
 _SECRET_NAME = re.compile(r"token|secret|passw|key|credential|auth|headers|cookie", re.IGNORECASE)
 _OURS = ("TAILSPAN_", "OTEL_", "FUSED_")
-# Whatever people write below these stays here.
+# Values below these keys are never shown.
 _NEVER = {"token", "headers", "attributes", "resource", "literal", "regex"}
 _FILES = {"token_file", "ca_file", "client_cert", "client_key", "files"}
 _OF_SERVICES = {"type", "base_url", "state_dir", "group", "keep_finished", "scheme", "requests_per_second", "timeout"}
-# Guesses need more length than what is known to be a secret: they must not blot out the report.
+# Guessed secrets need a minimum length: redacting short words would make the report unreadable.
 _GUESS_CHARS = 8
 _BROKEN_CHARS = 6
 _FILE_BYTES = 64 * 1024
@@ -36,22 +37,22 @@ _FILE_BYTES = 64 * 1024
 Loc = tuple[str | int, ...]
 
 
-def shown_settings(settings: Settings, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return each key that was set, with its value and place; secrets, and what may be one, as ``[REDACTED]``.
+def safe_settings(settings: Settings, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return each key that was set, with value and source; values that may be secret as ``[REDACTED]``.
 
     Args:
-        settings: The loaded configuration. Keys that have their default are left out.
-        environ: Tells which names of variables are such.
+        settings: The loaded configuration. Keys with their default are left out.
+        environ: A name in ``redact.env`` is shown if it is a variable here; otherwise it may be the secret itself.
     """
-    shown = {}
+    safe = {}
     for loc, value in _leaves((), settings):
         if value is not None and (source := settings.source_of(*loc)):
-            shown[_key(loc)] = f"{_shown(loc, value, environ)}  ({source})"
-    return shown
+            safe[_key(loc)] = f"{_safe_value(loc, value, environ)}  ({source})"
+    return safe
 
 
 def _plain_url(text: str) -> str:
-    """Return text that may be a URL without the credentials, query and fragment that it may carry."""
+    """Return text without the credentials, query and fragment that it has if it is a URL."""
     head, at, rest = text.rpartition("@")
     if at:
         scheme, separator, _ = head.partition("://")
@@ -80,15 +81,15 @@ def _key(loc: Loc) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
 
 
-def _shown(loc: Loc, value: object, environ: Mapping[str, str]) -> str:
+def _safe_value(loc: Loc, value: object, environ: Mapping[str, str]) -> str:
     name = loc[-1]
     if isinstance(value, list):
-        return "[" + ", ".join(_shown(loc, item, environ) for item in value) + "]"
+        return "[" + ", ".join(_safe_value(loc, item, environ) for item in value) + "]"
     if _NEVER & set(loc) or (loc[0] == "services" and name not in _OF_SERVICES | _FILES):
         return REDACTED
     if name in _FILES and isinstance(value, str | Path):
-        # Who writes the secret itself where its file belongs must not find it in the report.
-        return str(value) if _exists(Path(value)) else f"{REDACTED} (there is no such file)"
+        # The value may be the secret itself, written in place of its file.
+        return str(value) if _exists(Path(value)) else f"{REDACTED} (no such file)"
     if loc == ("redact", "env"):
         return str(value) if value in environ else f"{REDACTED} (no such variable)"
     if isinstance(value, bool | int | float | Path):
@@ -103,39 +104,46 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def secrets_of(settings: Settings, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the secrets of a configuration and of the environment by where they come from, for a `Redactor`.
+def known_secrets(settings: Settings, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the secrets of a configuration and the environment by their source, for a `Redactor`.
 
     Args:
-        settings: The loaded configuration; files that it names are read where they can be.
-        environ: The environment; values of variables that sound like secrets count too.
+        settings: The loaded configuration; files that it names are read if possible.
+        environ: The environment; variables whose name suggests a secret count too.
     """
-    found: dict[str, str] = {}
+    secrets: dict[str, str] = {}
     for loc, value in _leaves((), settings):
-        key = _key(loc)
         for number, item in enumerate(value if isinstance(value, list) else [value]):
-            place = f"{key} {number}"
-            if isinstance(item, SecretStr):
-                found[place] = item.get_secret_value()
-                # An error may quote a header's credentials without the word before them.
-                found[f"{place} credentials"] = item.get_secret_value().rpartition(" ")[2]
-            elif loc[0] == "services" and loc[-1] not in _OF_SERVICES | _FILES:
-                found[place] = str(item)
-            if loc[-1] in _FILES and item:
-                found[place] = _content(Path(str(item))) if _exists(Path(str(item))) else str(item)
-            elif isinstance(item, str):
-                found |= {f"{place} {part}": text for part, text in _parts_of_url(item).items()}
+            source = f"{_key(loc)} {number}"
+            secrets |= {f"{source} {part}".rstrip(): text for part, text in _secrets_of_value(loc, item)}
     for name in settings.redact.env:
-        found[f"redact.env {name}"] = environ.get(name, name)
-    return {**found, **_secrets_of_environment(environ)}
+        secrets[f"redact.env {name}"] = environ.get(name, name)
+    return {**secrets, **_environment_secrets(environ)}
 
 
-def secrets_of_broken(path: Path | None, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return what may be a secret where the configuration cannot be loaded: every text in it.
+def _secrets_of_value(loc: Loc, value: object) -> Iterator[tuple[str, str]]:
+    """Yield the secrets in one value of the configuration, each with the part that it is."""
+    if isinstance(value, SecretStr):
+        secret = value.get_secret_value()
+        yield "", secret
+        # an error may quote the credentials of a header without their scheme
+        yield "credentials", secret.rpartition(" ")[2]
+    elif loc[-1] in _FILES and value:
+        path = Path(str(value))
+        yield "", _content(path) if _exists(path) else str(value)
+    else:
+        if loc[0] == "services" and loc[-1] not in _OF_SERVICES | _FILES:
+            yield "", str(value)
+        if isinstance(value, str):
+            yield from _parts_of_url(value).items()
+
+
+def possible_secrets(path: Path | None, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return every text of a configuration that cannot be loaded: each may be a secret.
 
     Args:
-        path: The file; None: there is none.
-        environ: The environment; of our own variables every value counts.
+        path: The file; None without one.
+        environ: The environment; every value of our own variables counts.
     """
     table: dict[str, Any] = {}
     if path is not None:
@@ -144,7 +152,7 @@ def secrets_of_broken(path: Path | None, environ: Mapping[str, str] = os.environ
     texts = {_key(loc): str(value) for loc, value in _leaves((), _without_lists(table))}
     texts |= {name: value for name, value in environ.items() if name.upper().startswith(_OURS)}
     texts = {place: text for place, text in texts.items() if len(text) >= _BROKEN_CHARS and text != str(path)}
-    return {**texts, **_secrets_of_environment(environ)}
+    return {**texts, **_environment_secrets(environ)}
 
 
 def _without_lists(value: object) -> object:
@@ -153,7 +161,7 @@ def _without_lists(value: object) -> object:
     return {name: _without_lists(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
-def _secrets_of_environment(environ: Mapping[str, str]) -> dict[str, str]:
+def _environment_secrets(environ: Mapping[str, str]) -> dict[str, str]:
     found = {}
     for name, value in environ.items():
         if _SECRET_NAME.search(name) and len(value) >= _GUESS_CHARS and not name.upper().endswith("_FILE"):
@@ -176,7 +184,7 @@ def _parts_of_url(text: str) -> dict[str, str]:
 
 
 def _content(path: Path) -> str:
-    # a device has no end, and a pipe may have no beginning
+    # reading a device may never end, and reading a pipe may never start
     if not path.expanduser().is_file():
         return ""
     try:
