@@ -1,4 +1,4 @@
-"""What the agent follows and how: the table ``[agent]``."""
+"""Which jobs the agent follows, and how: the table ``[agent]``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from tailspan._net import is_loopback, read_secret_file
+from tailspan.config.fields import Duration, JsonList, PositiveDuration, StrList, StrTable, UserPath
 from tailspan.config.options import Options
-from tailspan.config.units import Duration, JsonList, PositiveDuration, StrList, StrTable, UserPath, platform_state_dir
+from tailspan.config.units import platform_state_dir
 from tailspan.errors import ConfigError
 
 __all__ = ["AgentSettings", "Expect", "Watch"]
@@ -23,17 +24,17 @@ class Watch(Options):
     """Which jobs of one service the agent follows, and how.
 
     Attributes:
-        service: The configured service; the default service where the file names none.
+        service: Name of a configured service; by default the default service.
         jobs: Ids of jobs to follow.
-        discover: Follow every job that the service lists.
+        discover: Whether to follow every job that the service lists.
         name: Glob on the job's name.
-        exclude: Globs on names to leave out.
+        exclude: Globs on the names of jobs to ignore.
         lookback: How old a finished job may be to be backfilled, in seconds.
-        settle: After the end of a job, how long lines may still come, in seconds.
-        late_window: How far back to look for lines that become visible late, in seconds.
-        final_read: Read an ended job's log once more in full, where the service knows only times.
-        min_severity: Drop (and count) lines below this; lines without a known severity stay.
-        attributes: Put on the telemetry of these jobs.
+        settle: How long lines may still arrive after the end of a job, in seconds.
+        late_window: How late a line may become visible, in seconds.
+        final_read: Whether to read the whole log of an ended job once more, if the service knows lines only by time.
+        min_severity: Drop (and count) lines below this severity; lines without a known severity are kept.
+        attributes: Added to the telemetry of these jobs.
     """
 
     service: str = ""
@@ -55,12 +56,12 @@ class Watch(Options):
 
 
 class Expect(Options):
-    """A job that should run regularly; the agent tells when it did not.
+    """A job that should run regularly; the agent reports a missing run.
 
     Attributes:
         name: The job's name.
-        every: How often it should start, in seconds.
-        grace: How late it may be, in seconds.
+        every: Longest time between two starts, in seconds.
+        grace: How late a start may be, in seconds.
     """
 
     name: str
@@ -73,16 +74,16 @@ class AgentSettings(Options):
 
     Attributes:
         state_dir: Checkpoints, dead letters and files.
-        listen: ``HOST:PORT`` of status page and metrics; empty: none.
-        token: What the status page asks for.
+        listen: ``HOST:PORT`` of status page and metrics; empty: no server.
+        token: Required by the status page.
         token_file: A file with that token, read when needed.
-        allowed_hosts: Further names in the Host header that the status page answers to.
+        allowed_hosts: More names that the status page accepts in the Host header.
         allow_cancel: Whether the status page may cancel jobs.
-        drain_timeout: How long to wait at the end for exports, in seconds.
-        max_pipeline_names: How many names metrics tell apart; the rest is ``#other#``.
-        run_id_on_metrics: Put the job id on gauges.
+        drain_timeout: How long to wait for exports at shutdown, in seconds.
+        max_pipeline_names: Number of pipeline names in metrics; further ones are counted as ``#other#``.
+        run_id_on_metrics: Whether gauges have the job id as an attribute.
         service_name: ``service.name`` of the agent's own telemetry.
-        watch: What to follow, first match wins.
+        watch: Which jobs to follow; the first match wins.
         expect: Jobs that should run regularly.
     """
 
@@ -101,14 +102,14 @@ class AgentSettings(Options):
 
     @property
     def listen_address(self) -> tuple[str, int] | None:
-        """Host and port to listen on, port 0 for a free one; None when there is nothing to listen on."""
+        """Host and port to listen on, port 0 for any free one; None if `listen` is empty."""
         if not self.listen:
             return None
         parts = urlsplit(f"//{self.listen}")
-        return parts.hostname or "0.0.0.0", parts.port or 0  # noqa: S104 - asked for by an empty host
+        return parts.hostname or "0.0.0.0", parts.port or 0  # noqa: S104 - an empty host means all interfaces
 
     def read_token(self) -> str | None:
-        """Return the token of the status page, from the file if it is there; None when there is none.
+        """Return the token of the status page, from `token_file` if set; None without a token.
 
         Raises:
             ConfigError: The file cannot be read.

@@ -1,7 +1,7 @@
-"""The layers of the configuration, and where in each of them a key was written.
+"""The layers of the configuration, and the place of each key in its layer. Standard library only.
 
-A layer is a table shaped like the TOML file. Upper layers win key by key; `below` holds what "wins" means where two
-keys say the same thing.
+A layer is a table shaped like the TOML file. Upper layers win key by key; `below` resolves different keys that set the
+same thing.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from tailspan.config.options import Loc
 from tailspan.config.signals import SIGNALS
 from tailspan.errors import ConfigError
 
-__all__ = ["Layer", "below", "environment_layer", "file_layer", "parse_pairs", "set_in"]
+__all__ = ["Layer", "Loc", "below", "environment_layer", "file_layer", "parse_pairs", "set_in"]
+
+Loc: TypeAlias = tuple[str | int, ...]
+"""The path of a key, such as ``("agent", "watch", 0, "name")``."""
 
 _PREFIX = "TAILSPAN_"
 _HEADER = re.compile(r"""\s*(\[\[?)((?:[^\]"'#]|"[^"]*"|'[^']*')+)\]""")
@@ -33,7 +35,8 @@ class Layer:
 
     Attributes:
         table: The settings, shaped like the TOML file.
-        places: Where each key was written; a key inside a listed one is at the same place.
+        places: Where each key was written, as ``FILE:LINE`` or a variable's name; a nested key without a place of
+            its own has that of the key around it.
     """
 
     table: dict[str, Any]
@@ -44,7 +47,7 @@ class Layer:
         inner: Any = self.table
         for part in loc:
             if isinstance(inner, str):
-                break  # a variable that sets a whole list is the place of all that is in it
+                break  # one variable sets a whole list: it is the place of every element
             try:
                 inner = inner[part]
             except (LookupError, TypeError):
@@ -56,7 +59,7 @@ class Layer:
 
 
 def set_in(table: dict[str, Any], path: Sequence[str], value: object) -> bool:
-    """Set a key in nested tables, making them; False where a key on the way is no table."""
+    """Set a key in nested tables, which are made as needed; return False if a key on the way is not a table."""
     inner: Any = table
     for part in path[:-1]:
         inner = inner.setdefault(part, {})
@@ -67,7 +70,7 @@ def set_in(table: dict[str, Any], path: Sequence[str], value: object) -> bool:
 
 
 def below(upper: Mapping[str, Any], lower: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the lower layer without what the upper one has decided in other words.
+    """Return the lower layer without the keys that the upper one overrides under another name.
 
     A general OTLP key of an upper layer beats the same key for one signal in a lower one; headers are one value, so
     that no header goes to an endpoint it was not meant for; a token beats a token file, and the other way round.
@@ -103,7 +106,7 @@ def parse_pairs(text: str, *, variable: str) -> dict[str, str]:
     SDK, "Specifying resource information via an environment variable".
 
     Raises:
-        ConfigError: A pair has no key or no ``=``; the message shows no value.
+        ConfigError: A pair has no key or no ``=``; the message contains no value.
     """
     from urllib.parse import unquote
 
@@ -113,20 +116,18 @@ def parse_pairs(text: str, *, variable: str) -> dict[str, str]:
         if not pair.strip():
             continue
         if not equals or not key.strip():
-            raise ConfigError(
-                f"{variable}: pair {number} is not of the form key=value (write , and = in values as %2C and %3D)"
-            )
+            raise ConfigError(f"{variable}: pair {number} is not key=value (write , and = in values as %2C and %3D)")
         pairs[unquote(key.strip())] = unquote(value.strip())
     return pairs
 
 
 def environment_layer(environ: Mapping[str, str], known: Sequence[str], service_names: Sequence[str]) -> Layer:
-    """Return what the ``TAILSPAN_*`` variables set; an empty variable counts as unset.
+    """Return the settings of the ``TAILSPAN_*`` variables; an empty variable counts as unset.
 
     Args:
         environ: The environment.
-        known: The keys of the file's top level; a nested variable below another word is an error.
-        service_names: Names of sections, whose case the upper-case variables have lost.
+        known: The top-level keys of the file; a nested variable below any other name is an error.
+        service_names: Names of configured services, to restore the case that upper-case variables have lost.
     """
     table: dict[str, Any] = {}
     places: dict[Loc, str] = {}
@@ -154,7 +155,7 @@ def environment_layer(environ: Mapping[str, str], known: Sequence[str], service_
 
 
 def file_layer(path: Path | None) -> Layer:
-    """Return what the TOML file sets; without a file, an empty layer.
+    """Return the settings of the TOML file; without a file, an empty layer.
 
     Raises:
         ConfigError: The file cannot be read, is not UTF-8, or is not TOML.
@@ -166,7 +167,7 @@ def file_layer(path: Path | None) -> Layer:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
     except IsADirectoryError:
-        raise ConfigError(f"{path} is a directory: name the TOML file itself") from None
+        raise ConfigError(f"{path} is a directory: give the path of the TOML file") from None
     except FileNotFoundError:
         raise ConfigError(f"there is no configuration file {path}: check --config or TAILSPAN_CONFIG") from None
     except (OSError, ValueError) as error:
@@ -192,7 +193,7 @@ def _broken_toml(path: Path, text: str, error: Exception) -> ConfigError:
 
 
 def _key_lines(text: str) -> Iterator[tuple[Loc, int]]:
-    """Yield the path and line of each table and key; good enough for messages, and no TOML parser."""
+    """Yield the path and line of each table and key, by patterns: exact enough for error messages."""
     table: Loc = ()
     counts: dict[Loc, int] = {}
     quote: str | None = None
@@ -216,7 +217,7 @@ def _parts(dotted: str) -> Loc:
 
 
 def _inside(names: Loc, counts: Mapping[Loc, int]) -> Loc:
-    """Return a header's path with the number of the array element that it continues."""
+    """Return a header's path, with the index of the array element that it extends."""
     path: Loc = ()
     for position, name in enumerate(names):
         path = (*path, name)

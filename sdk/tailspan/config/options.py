@@ -10,11 +10,11 @@ from typing import Any, TypeAlias, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from tailspan.config.layers import Loc
 from tailspan.errors import ConfigError
 
-__all__ = ["Loc", "Options", "OptionsTable", "Where", "config_error", "key_text", "validate_options"]
+__all__ = ["Options", "OptionsTable", "Where", "config_error", "key_text", "validate_options"]
 
-Loc: TypeAlias = tuple[str | int, ...]
 Where: TypeAlias = Callable[[Loc], str | None]
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -36,17 +36,17 @@ _EXPECTED = {
 
 
 class Options(BaseModel):
-    """Base of every table of the configuration: unknown keys are errors, values are fixed once loaded."""
+    """Base of every table of the configuration: unknown keys are errors, loaded values are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
 class OptionsTable(dict[str, Any]):
-    """A service's raw options, which also know where each was written. Its repr shows no values: some are secret.
+    """A service's raw options with the place of each key. Its repr shows no values, because some are secret.
 
     Attributes:
         loc: Path of the table.
-        where: Tells the place of a key, for error messages.
+        where: Returns the place of a key, for error messages.
     """
 
     def __init__(self, options: Mapping[str, Any], loc: Loc, where: Where) -> None:
@@ -62,7 +62,7 @@ def validate_options(model: type[Model], key_prefix: str, table: Mapping[str, An
     """Validate one service's table, so that errors name ``KEY_PREFIX.KEY`` and where it was written.
 
     Args:
-        model: The type's options, best a subclass of `Options`. It need not have the key ``type``.
+        model: The model of the service type's options, usually a subclass of `Options`; ``type`` is optional there.
         key_prefix: Path of the table, such as ``services.fused``.
         table: The raw options, as in `Settings.services`.
 
@@ -83,7 +83,7 @@ def _nowhere(_loc: Loc) -> str | None:
 
 
 def key_text(loc: Loc) -> str:
-    """Return a key's path as one writes it in TOML, with the place in an array in brackets, from 0."""
+    """Return a key's path as in TOML, with array indexes (from 0) in brackets."""
     text = ""
     for part in loc:
         if isinstance(part, int):
@@ -95,13 +95,13 @@ def key_text(loc: Loc) -> str:
 
 
 def config_error(error: ValidationError, model: type[BaseModel], prefix: Loc, where: Where) -> ConfigError:
-    """Return pydantic's findings as one error: a sentence for each key at fault.
+    """Return pydantic's errors as one `ConfigError`, with one line for each wrong key.
 
     Args:
-        error: What pydantic found.
-        model: The model that was validated; its keys are suggested for unknown ones.
-        prefix: Path of the table that was validated.
-        where: Tells the place of a key (``config.toml:12`` or the name of an environment variable).
+        error: From pydantic.
+        model: The validated model; its keys are suggested in place of unknown ones.
+        prefix: Path of the validated table.
+        where: Returns the place of a key (``config.toml:12`` or the name of an environment variable).
     """
     sentences: list[str] = []
     first: str | None = None

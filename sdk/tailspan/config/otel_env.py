@@ -1,4 +1,4 @@
-"""What the ``OTEL_*`` variables say, as a layer of the configuration.
+"""The ``OTEL_*`` variables as a layer of the configuration. Standard library only.
 
 Source: OpenTelemetry specification 1.5x, "OpenTelemetry Protocol Exporter" and "Environment Variable Specification".
 """
@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tailspan.config.layers import Layer, parse_pairs, set_in
-from tailspan.config.options import Loc
+from tailspan.config.layers import Layer, Loc, parse_pairs, set_in
 from tailspan.config.signals import SIGNALS
 from tailspan.errors import ConfigError
 
@@ -29,10 +28,10 @@ _KEYS = {
 
 
 def otel_layer(environ: Mapping[str, str]) -> Layer:
-    """Return what the ``OTEL_*`` variables set; as the specification says, an empty variable counts as unset.
+    """Return the settings of the ``OTEL_*`` variables; an empty variable counts as unset, by the specification.
 
     Raises:
-        ConfigError: A variable's value cannot be read.
+        ConfigError: A variable's value is not valid.
     """
     table: dict[str, Any] = {}
     places: dict[Loc, str] = {}
@@ -60,9 +59,9 @@ def _value(key: str, text: str, variable: str) -> object:
     if key in {"headers", "resource"}:
         return parse_pairs(text, variable=variable)
     if key in {"insecure", "disabled"}:
-        return text.lower() == "true"  # the specification: any other value is false
+        return text.lower() == "true"  # by the specification, any other value means false
     if key == "timeout":
-        # Milliseconds as the specification says; the Python exporters read seconds here.
+        # Milliseconds, by the specification; the Python exporters read seconds here.
         if not text.isascii() or not text.isdigit() or len(text) > 12:
             raise ConfigError(
                 f"{variable}: expected a whole number of milliseconds, got {text[:60]!r}", key="otlp.timeout"

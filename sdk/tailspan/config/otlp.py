@@ -1,4 +1,4 @@
-"""Where telemetry goes: the tables ``[otlp]`` and ``[otlp.logs|traces|metrics]``."""
+"""Where telemetry is sent: the tables ``[otlp]`` and ``[otlp.logs|traces|metrics]``."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from urllib.parse import SplitResult, urlsplit
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from tailspan._net import host_port
+from tailspan.config.fields import PositiveDuration, Size, StrList, StrTable, UserPath
 from tailspan.config.options import Options
 from tailspan.config.signals import Signal
-from tailspan.config.units import PositiveDuration, Size, StrList, StrTable, UserPath
 from tailspan.errors import ConfigError
 
 __all__ = ["OtlpKeys", "OtlpSettings", "SignalSettings"]
@@ -39,12 +39,12 @@ class OtlpKeys(Options):
     """How to reach an OTLP endpoint: for all signals in ``[otlp]``, for one in ``[otlp.logs]`` and so on.
 
     Attributes:
-        endpoint: For all signals: the base URL, ``/v1/logs`` and so on are appended for HTTP. For one signal: the
-            URL as it is. For gRPC ``HOST:PORT`` will do.
+        endpoint: For all signals: the base URL; ``/v1/logs`` and so on are appended for HTTP. For one signal: the
+            full URL. For gRPC ``HOST:PORT`` is enough.
         protocol: ``http/protobuf`` (the default) or ``grpc``.
         compression: ``gzip`` (the default), ``none`` or ``zstd``.
-        headers: Sent with every request; for one signal, instead of those for all signals.
-        timeout: Of one request, in seconds; 10 unless set.
+        headers: Sent with every request; headers of one signal replace those for all signals.
+        timeout: Time limit of a request, in seconds; 10 by default.
         ca_file: PEM certificates to trust instead of the system's.
         client_cert: PEM certificate to show to the endpoint.
         client_key: Its key, where it is not in the same file.
@@ -68,22 +68,22 @@ class OtlpKeys(Options):
     def _no_json(cls, value: object) -> object:
         if value == "http/json":
             raise ConfigError(
-                'expected "http/protobuf" or "grpc"; every collector that takes http/json takes http/protobuf'
+                'expected "http/protobuf" or "grpc"; every collector that accepts http/json accepts http/protobuf'
             )
         return value
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SignalSettings:
-    """Where one signal goes, with every default filled in.
+    """Where one signal is sent, with all defaults filled in.
 
     Attributes:
         signal: ``logs``, ``traces`` or ``metrics``.
         url: HTTP: the URL to post to. gRPC: ``http://HOST:PORT`` (no TLS) or ``https://HOST:PORT``. None: files.
-        protocol: How to speak to it.
-        compression: Of the request's body.
-        headers: To send; metadata for gRPC.
-        timeout: Of one request, in seconds.
+        protocol: ``http/protobuf`` or ``grpc``.
+        compression: Compression of the request body.
+        headers: Headers of each request; metadata for gRPC.
+        timeout: Time limit of a request, in seconds.
         ca_file: PEM certificates to trust instead of the system's.
         client_cert: PEM certificate to show.
         client_key: Its key, where it is not in the same file.
@@ -101,14 +101,14 @@ class SignalSettings:
 
 
 class OtlpSettings(OtlpKeys):
-    """Where telemetry goes.
+    """Where telemetry is sent.
 
     Attributes:
         signals: Which signals to send.
-        resource: Attributes of all telemetry, below a job's own.
-        dead_letter_max: How many bytes of refused batches to keep; then the agent waits.
-        retry_server_errors: How often to try again after a 5xx other than 502, 503 and 504.
-        disabled: The agent refuses to relay (``OTEL_SDK_DISABLED``).
+        resource: Attributes of all telemetry; a job's own attributes win.
+        dead_letter_max: Limit of the dead-letter files, in bytes; at the limit the agent stops sending.
+        retry_server_errors: Number of retries after a 5xx other than 502, 503 and 504.
+        disabled: Whether the agent refuses to run (``OTEL_SDK_DISABLED``).
         logs: Keys for logs only.
         traces: Keys for spans only.
         metrics: Keys for metrics only.
@@ -124,10 +124,10 @@ class OtlpSettings(OtlpKeys):
     metrics: OtlpKeys = OtlpKeys()
 
     def for_signal(self, signal: Signal) -> SignalSettings | None:
-        """Return where one signal goes, or None when it is not one of `signals`.
+        """Return where one signal is sent, or None if it is not one of `signals`.
 
         Raises:
-            ConfigError: The endpoint is not usable; `load_settings` has found that out before.
+            ConfigError: The endpoint is not usable; `load_settings` has already checked that.
         """
         if signal not in self.signals:
             return None

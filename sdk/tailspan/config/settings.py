@@ -1,4 +1,4 @@
-"""The configuration that SDK and agent share: one TOML file, environment variables, and defaults that need neither.
+"""The configuration that SDK and agent share: one TOML file, environment variables, and defaults.
 
 Precedence, key by key: command line > ``TAILSPAN_*`` > file > ``OTEL_*`` > default. Durations are float seconds and
 sizes are bytes once loaded. Each service type validates its own table with `Options` and `validate_options`.
@@ -19,16 +19,11 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from tailspan.config.agent import AgentSettings, Watch
-from tailspan.config.layers import Layer, below, environment_layer, file_layer
-from tailspan.config.options import Loc, Options, OptionsTable, config_error
+from tailspan.config.fields import JsonList, Size, StrList, UserPath
+from tailspan.config.layers import Layer, Loc, below, environment_layer, file_layer
+from tailspan.config.options import Options, OptionsTable, config_error
 from tailspan.config.otel_env import otel_layer
 from tailspan.config.otlp import OtlpSettings
-from tailspan.config.units import (
-    JsonList,
-    Size,
-    StrList,
-    UserPath,
-)
 from tailspan.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,11 +37,11 @@ _AROUND_MS = 300_000
 
 
 class FilesSettings(Options):
-    """Files of OTLP JSON lines, for signals without endpoint.
+    """Files of OTLP JSON lines, for signals without an endpoint.
 
     Attributes:
-        max_size: Of one file in bytes, then the next is begun.
-        keep: How many files per signal.
+        max_size: Size in bytes at which the next file begins.
+        keep: Number of files for each signal.
     """
 
     max_size: Size = 100 * 2**20
@@ -57,9 +52,9 @@ class RedactPattern(Options):
     """A pattern whose matches are redacted.
 
     Attributes:
-        literal: Text that every match contains; searched first because that is fast.
+        literal: Text that every match contains; it is searched first, which is fast.
         regex: The pattern.
-        slow: Allow a pattern without literal.
+        slow: Whether the pattern may have no `literal`.
     """
 
     literal: str | None = Field(default=None, min_length=1)
@@ -83,7 +78,7 @@ class RedactPattern(Options):
 
 
 class RedactSettings(Options):
-    """What must not leave this machine.
+    """Secrets that must not leave this machine.
 
     Attributes:
         env: Environment variables of the agent whose values are redacted.
@@ -103,7 +98,7 @@ def _check_link(value: object) -> object:
 
 
 class LinksSettings(Options):
-    """Where people look at telemetry: URLs with placeholders that `of` fills in.
+    """Links to a job's telemetry: URLs with placeholders that `of` fills in.
 
     Attributes:
         trace: URL of a job's trace.
@@ -116,12 +111,12 @@ class LinksSettings(Options):
     def of(self, job: RunResponse) -> dict[str, str]:
         """Return the configured links of one job, by ``trace`` and ``logs``.
 
-        Filled in, escaped for a URL: ``{trace_id}``, ``{job_id}``, ``{job_name}``, ``{service}``, ``{start_ms}`` and
-        ``{end_ms}``: five minutes around the job in ms since the epoch (``now`` while it runs), as Grafana's time
-        ranges take them. Other braces stay as they are: Grafana's own URLs have some.
+        Placeholders, escaped for a URL: ``{trace_id}``, ``{job_id}``, ``{job_name}``, ``{service}``, ``{start_ms}``
+        and ``{end_ms}``. The last two are a time range of Grafana: five minutes around the job in ms since the epoch
+        (``now`` while it runs). Other braces are kept, because Grafana's own URLs have some.
 
         Args:
-            job: Its status.
+            job: The job's status.
         """
         begun, ended = job.submitted_at or job.started_at, job.finished_at
         values = {
@@ -141,16 +136,16 @@ class LinksSettings(Options):
 
 
 class Settings(BaseSettings):
-    """The loaded configuration; `load_settings` makes it. ``Settings()`` is all defaults, without any environment.
+    """The loaded configuration, made by `load_settings`. ``Settings()`` has all defaults and reads no environment.
 
     Attributes:
-        default_service: The service that the verbs ask when none is named.
+        default_service: The service that the verbs use if none is named.
         services: Each service's raw options by name; ``local`` is always there. Every table has ``type``.
         agent: The agent's own settings.
         otlp: Where telemetry goes.
-        files: Files for signals without endpoint.
-        redact: What must not leave this machine.
-        links: Where people look at telemetry.
+        files: Files for signals without an endpoint.
+        redact: Secrets that must not leave this machine.
+        links: Links to a job's telemetry.
     """
 
     model_config = SettingsConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
@@ -167,7 +162,7 @@ class Settings(BaseSettings):
 
     @property
     def path(self) -> Path | None:
-        """The file that was loaded; None when there was none."""
+        """The loaded file; None without one."""
         return self._path
 
     def source_of(self, *loc: str | int) -> str | None:
@@ -187,7 +182,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Take the layers that `load_settings` has read; see there for their order."""
+        """Use the layers that `load_settings` has read, in its order."""
         return (init_settings, *(_LayerSource(settings_cls, layer) for layer in _LAYERS.get()))
 
     @field_validator("services")
@@ -206,7 +201,7 @@ class Settings(BaseSettings):
             raise ConfigError(
                 f"no service {self.default_service!r} is configured; there is: {known}", key="default_service"
             )
-        # An agent that was told nothing watches what there is.
+        # Without a watch the agent follows all jobs of the default service.
         watches = self.agent.watch or [Watch(discover=True)]
         watches = [
             watch if watch.service else watch.model_copy(update={"service": self.default_service}) for watch in watches
@@ -242,17 +237,17 @@ def load_settings(
     """Load the configuration.
 
     Args:
-        path: The TOML file; None: the file that ``TAILSPAN_CONFIG`` names, and without that, none.
-        overrides: What the command line says, shaped like the TOML file; wins over everything.
-        telemetry: Whether the ``OTEL_*`` variables count. What only runs and reads jobs sends nothing, and must not
-            fail because of a variable that is meant for other programs.
+        path: The TOML file; None: the file that ``TAILSPAN_CONFIG`` names, if any.
+        overrides: Settings from the command line, shaped like the TOML file; they win over everything.
+        telemetry: Whether to read the ``OTEL_*`` variables. Commands that only run and read jobs send nothing, so a
+            wrong variable of another program must not make them fail.
 
     Returns:
-        The settings, with every default filled in; the service tables are as written.
+        The settings with all defaults filled in; service tables stay as written.
 
     Raises:
-        ConfigError: The file cannot be read, a key is unknown, or a value does not fit; the message names the key
-            and where it was written, and shows no secret.
+        ConfigError: The file cannot be read, a key is unknown, or a value is not valid; the message names the key
+            and its place, and contains no secret.
     """
     environ = os.environ
     if path is None and environ.get("TAILSPAN_CONFIG"):
