@@ -15,6 +15,7 @@ import os
 import resource
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from tailspan.local.index import ENTRY_BYTES, HEADER_BYTES
@@ -269,8 +270,9 @@ def gaps(world: World) -> int:
 
 
 def _go_on(halts: Sequence[Iterator[None]]) -> None:
-    for fault in halts:
-        next(fault, None)
+    # At the same time: each waits for the agent, which polls a served job only every few seconds.
+    with ThreadPoolExecutor(len(halts)) as pool:
+        list(pool.map(lambda fault: next(fault, None), halts))
 
 
 def _relayed(world: World, job: ToldJob) -> None:
