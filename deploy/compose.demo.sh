@@ -1,5 +1,5 @@
 #!/bin/sh
-# The sample pipelines of `tailspan demo`, over and over: one succeeds, one fails, one shows progress, one runs out of time.
+# The sample pipelines of `tailspan demo`, repeatedly: one succeeds, one fails, one shows progress, one times out.
 while true; do
   tailspan run --name weather-etl -- python -m tailspan_agent.commands.demo_pipelines.weather_etl
   tailspan run --name invoice-import -- python -m tailspan_agent.commands.demo_pipelines.invoice_import

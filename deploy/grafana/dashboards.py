@@ -1,11 +1,11 @@
-"""The dashboards as code: `python deploy/grafana/dashboards.py` writes dashboards/*.json anew.
+"""The dashboards as code: `python deploy/grafana/dashboards.py` writes dashboards/*.json.
 
-    jobs        what runs, what ended, what is odd; leads to one job
+    jobs        running jobs, ended jobs, anomalies; links to one job
     job         one run: its trace, lines, progress and receipt
     pipelines   success, durations and errors over many runs
     agent       the agent's own health
 
-Every number is asked for under a name that OTLP and a scrape of /metrics share.
+Every query uses metric names that OTLP and a scrape of /metrics share.
 """
 
 from __future__ import annotations
@@ -57,16 +57,16 @@ Panel = Builder[model.Panel]
 
 
 def ended(metric: str, window: str, by: str = "", matchers: str = PIPELINE) -> str:
-    """Return PromQL for how many runs ended in a window.
+    """Return PromQL for the number of runs that ended in a window.
 
-    increase() does not see a run that is its counter's first sample, and most pipelines run rarely; the agent's
-    counters survive its restarts, so a difference is right.
+    increase() misses a run that is its counter's first sample, and most pipelines run rarely. The agent's counters
+    survive its restarts, so a difference is correct.
 
     Args:
         metric: A counter.
-        window: How long ago to compare with, as ``$__range``.
+        window: The range to count in, for example ``$__range``.
         by: Labels to keep.
-        matchers: Which series.
+        matchers: Label matchers of the series.
     """
     series = f"{metric}{{{matchers}}}"
     before = f"(last_over_time({series}[1h] offset {window}) or {series} * 0)"
@@ -96,13 +96,13 @@ def promql(
 
 
 def traceql(query: str, limit: int = 50) -> tempo.TempoQuery:
-    """Return a search of Tempo that has a row for each span."""
+    """Return a search of Tempo with one row for each span."""
     search = tempo.TempoQuery().datasource(TEMPO).query_type("traceql").query(query).limit(limit).ref_id("A")
     return search.filters([]).table_type(tempo_model.SearchTableType.SPANS)
 
 
 def number(title: str, expr: str, *, unit: str = "short", red_above: float | None = None, what: str = "") -> Panel:
-    """Return one number; red from the limit on, blue without one."""
+    """Return a panel with one number: red from the limit upwards, blue without a limit."""
     panel = stat.Panel().title(title).description(what).datasource(PROMETHEUS).unit(unit).height(4).span(3)
     panel = panel.with_target(promql(expr, instant=True)).no_value("0" if unit == "short" else "-")
     if red_above is None:
@@ -123,7 +123,7 @@ def lines(
     exemplar: bool = False,
     width: int = 12,
 ) -> Panel:
-    """Return values over time, by legend; as stacked bars for what is counted in each interval."""
+    """Return a panel of values over time, by legend; as stacked bars for counts in each interval."""
     panel = timeseries.Panel().title(title).description(what).datasource(PROMETHEUS).unit(unit).height(8).span(width)
     for number_, (expr, legend) in enumerate(queries):
         panel = panel.with_target(promql(expr, legend, ref=chr(ord("A") + number_), exemplar=exemplar))
@@ -169,7 +169,7 @@ def rows(
 
 
 def spans(title: str, query: str, *, what: str = "", height: int = 9, limit: int = 50) -> Panel:
-    """Return a table of spans whose run ids and trace ids lead to the dashboard of that one job."""
+    """Return a table of spans whose run ids and trace ids link to the dashboard of that job."""
     panel = table.Panel().title(title).description(what).datasource(TEMPO).height(height).span(24)
     panel = panel.with_target(traceql(query, limit))
     there = (
@@ -236,8 +236,8 @@ def by_pipeline(metric: str, join: str = "max") -> str:
 
 
 def jobs() -> dashboard.Dashboard:
-    """What runs, what ended, what is odd."""
-    what = "What runs, what ended, what is odd. A run id leads to that one job."
+    """Return the dashboard of running jobs, ended jobs and anomalies."""
+    what = "Running jobs, ended jobs and anomalies. A run id opens that job."
     board = new("jobs", "Tailspan: Jobs overview", what, [*map(source, ("prometheus", "loki", "tempo")), PIPELINES])
     alerts = 'ALERTS{alertstate="firing", alertname=~"Job.+|Agent.+|ServiceErrors"}'
     firing = rows(
@@ -291,15 +291,13 @@ def jobs() -> dashboard.Dashboard:
         )
         .with_panel(firing)
         .with_panel(spans("Ended runs", runs, what="The newest 50 of the time range."))
-        .with_panel(
-            spans("Jobs that were seen", seen, what="Also those that still run: each is seen once, at its start.")
-        )
+        .with_panel(spans("Jobs", seen, what="Running jobs included: each appears once, at its start."))
         .with_panel(records("Failures", '{service_name=~"$pipeline"} | exception_type != ""'))
     )
 
 
 def job() -> dashboard.Dashboard:
-    """One run."""
+    """Return the dashboard of one run."""
     variables = [
         *map(source, ("prometheus", "loki", "tempo")),
         text("pipeline", "Pipeline", ".+"),
@@ -330,21 +328,21 @@ def job() -> dashboard.Dashboard:
                 "Progress",
                 [(f"min by (cicd_pipeline_name) (tailspan_job_progress_ratio{{{ONE_RUN}}})", "{{cicd_pipeline_name}}")],
                 unit="percentunit",
-                what="Of the pipeline's running jobs the one that is least far, unless agent.run_id_on_metrics is set.",
+                what="The pipeline's running job with the least progress, unless agent.run_id_on_metrics is set.",
             )
         )
         .with_panel(per_level)
         .with_panel(spans("Its spans", found, height=7, what="Click the run id to fill in the trace id.", limit=20))
         .with_panel(trace)
         .with_panel(records("Why it failed", f'{RUN_LINES} | exception_type != ""', height=8))
-        .with_panel(records("What was odd", f'{RUN_LINES} | tailspan_alert != ""', height=5, width=12))
+        .with_panel(records("Anomalies", f'{RUN_LINES} | tailspan_alert != ""', height=5, width=12))
         .with_panel(records("Delivery receipt", f'{RUN_LINES} | tailspan_lines_read != ""', height=5, width=12))
         .with_panel(records("Lines", RUN_LINES, height=20))
     )
 
 
 def pipelines() -> dashboard.Dashboard:
-    """Many runs."""
+    """Return the dashboard of many runs."""
     what = "Success, durations and errors of pipelines over many runs."
     board = new("pipelines", "Tailspan: Pipelines", what, [source("prometheus"), PIPELINES])
     per = "cicd_pipeline_name"
@@ -367,7 +365,7 @@ def pipelines() -> dashboard.Dashboard:
     gauge = gauge.orientation(common_model.VizOrientation.HORIZONTAL)
     cells = promql(ended(bucket, "$__interval", "le"), "{{le}}", form="heatmap", exemplar=True)
     heat = heatmap.Panel().title("Durations").datasource(PROMETHEUS).with_target(cells).height(9).span(24)
-    heat = heat.description("Runs by how long they took; the dots lead to their traces.").calculate(False)
+    heat = heat.description("Runs by how long they took; the dots link to their traces.").calculate(False)
     heat = heat.y_axis(heatmap.YAxisConfig().unit("s")).exemplars_color("rgba(255,0,255,0.7)")
     return (
         board.with_panel(gauge)
@@ -391,7 +389,7 @@ def pipelines() -> dashboard.Dashboard:
                     ("Oldest pending", by_pipeline("tailspan_job_pending_age_seconds"), "s"),
                     ("Missing", by_pipeline("tailspan_pipeline_missing", "min"), "short"),
                 ],
-                what="Runs and success rate are of the time range, p50 and p95 of the last successful runs.",
+                what="Runs and success rate cover the time range; p50 and p95 cover the last successful runs.",
             )
         )
         .with_panel(heat)
@@ -410,7 +408,7 @@ def pipelines() -> dashboard.Dashboard:
                 "95th percentile of the last hour's runs",
                 [(quantile, "{{cicd_pipeline_name}}")],
                 unit="s",
-                what="The dots are single runs and lead to their traces.",
+                what="The dots are single runs and link to their traces.",
                 exemplar=True,
             )
         )
@@ -431,9 +429,11 @@ def pipelines() -> dashboard.Dashboard:
 
 
 def agent() -> dashboard.Dashboard:
-    """The agent's own health."""
+    """Return the dashboard of the agent's own health."""
     agents = choice("agent", "Agent", "label_values(tailspan_agent_uptime_seconds, instance)")
-    board = new("agent", "Tailspan: Agent health", "Whether agents keep up.", [source("prometheus"), agents])
+    board = new(
+        "agent", "Tailspan: Agent health", "Delivery, errors and lag of the agents.", [source("prometheus"), agents]
+    )
 
     def rate(metric: str, by: str) -> str:
         return f"sum by ({by}) (rate({metric}{{{AGENT}}}[$__rate_interval]))"
@@ -448,7 +448,9 @@ def agent() -> dashboard.Dashboard:
         .with_panel(number("Jobs followed", f"sum(tailspan_agent_jobs_followed{{{AGENT}}})"))
         .with_panel(number("In flight", f"sum(tailspan_agent_records_in_flight{{{AGENT}}})"))
         .with_panel(
-            number("Signals not taken", f"count(tailspan_agent_endpoint_up{{{AGENT}}} == 0) or vector(0)", red_above=1)
+            number(
+                "Signals not accepted", f"count(tailspan_agent_endpoint_up{{{AGENT}}} == 0) or vector(0)", red_above=1
+            )
         )
         .with_panel(number("Rejected", f"sum(tailspan_agent_records_rejected_total{{{AGENT}}})", red_above=1))
         .with_panel(number("Gaps", f"sum(tailspan_agent_gaps_total{{{AGENT}}})", red_above=1))
@@ -478,7 +480,7 @@ def agent() -> dashboard.Dashboard:
                     ),
                 ],
                 unit="cps",
-                what="Rejected: refused by the endpoint, in the dead letter. Dropped: left out on purpose.",
+                what="Rejected: by the endpoint, kept in the dead letter. Dropped: left out by min_severity.",
             )
         )
         .with_panel(lines("Lag", [(level("tailspan_agent_lag_seconds", "instance, service"), one)], unit="s"))
