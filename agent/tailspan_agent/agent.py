@@ -20,13 +20,14 @@ from tailspan.services import JobService
 from tailspan.services.registry import open_service
 from tailspan_agent.analysis.assessment import Assessment, JobSnapshot, PipelineStats, assess
 from tailspan_agent.analysis.baseline import Histories
-from tailspan_agent.analysis.run_totals import PipelineNames
+from tailspan_agent.analysis.pipeline_names import PipelineNames
 from tailspan_agent.checkpoint.store import Store
 from tailspan_agent.errors import CheckpointError
 from tailspan_agent.exporter.endpoints import Endpoints
 from tailspan_agent.job.ledger import JobLedger
 from tailspan_agent.metrics.agent import AgentMetrics, agent_resource
-from tailspan_agent.metrics.telemetry import MetricsPush, Telemetry, export_interval_s
+from tailspan_agent.metrics.push import MetricsPush, export_interval_s
+from tailspan_agent.metrics.snapshot import MetricsReader
 from tailspan_agent.pipeline.context import PipelineContext
 from tailspan_agent.pipeline.missing_runs import MissingRuns
 from tailspan_agent.pipeline.queue import LogQueue, SpanQueue
@@ -139,7 +140,7 @@ class Agent:
             totals={total.key: total for total in runs},
             pipeline_stats=self.pipeline_stats,
         )
-        self.telemetry = Telemetry(
+        self.metrics_reader = MetricsReader(
             self.metrics,
             runs=lambda: list(self._context.totals.values()),
             jobs=self._snapshots,
@@ -305,7 +306,7 @@ class Agent:
         )
         return StatusServer(
             address,
-            metrics=self.telemetry.prometheus_text,
+            metrics=self.metrics_reader.prometheus_text,
             readiness=self.problems,
             delivery=self.delivery,
             view=view,
@@ -373,7 +374,7 @@ class Agent:
         exporter = self.endpoints.metrics_exporter
         if exporter is None:
             return None
-        return MetricsPush(self.telemetry, self.metrics, exporter, interval_s=export_interval_s())
+        return MetricsPush(self.metrics_reader, self.metrics, exporter, interval_s=export_interval_s())
 
     def _start_pushing(self) -> None:
         push = self._make_push()

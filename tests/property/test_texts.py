@@ -18,7 +18,7 @@ from tailspan.local.command_line import default_name, redact_command
 from tailspan.local.environment import job_environment, parent_of
 from tailspan.logs.clean import clean, printable, split_long
 from tailspan.services.registry import open_service
-from tailspan_agent.analysis.failure import digest_of, fingerprint_of
+from tailspan_agent.analysis.failure import failure_of, fingerprint_of
 from tailspan_agent.analysis.progress import read_line
 from tailspan_agent.records.redact import Redactor
 from tailspan_agent.records.severity import SeverityLearner, find_severity
@@ -65,7 +65,7 @@ FUNCTIONS: dict[str, Callable[[bytes], object]] = {
     "severity": find_severity,
     "learner": lambda text: SeverityLearner().find_all([text, text]),
     "redact": lambda text: REDACTOR.redact(text.decode("utf-8", "replace")),
-    "digest": lambda text: digest_of(text.decode("utf-8", "replace").split("\n")),
+    "digest": lambda text: failure_of(text.decode("utf-8", "replace").split("\n")),
     "progress": lambda text: read_line(text.decode("utf-8", "replace")),
     "fingerprint": lambda text: fingerprint_of("x", text.decode("utf-8", "replace"), None),
     "split": split_long,
@@ -90,7 +90,7 @@ def test_any_line(lines: list[bytes]) -> None:
     for function in FUNCTIONS.values():
         for line in lines:
             function(line)
-    digest_of([clean(line) for line in lines])
+    failure_of([clean(line) for line in lines])
     REDACTOR.redact_lines(lines)
 
 

@@ -12,12 +12,12 @@ from typing import NamedTuple
 from tailspan.config import Expect
 from tailspan.models import JobState, RunResponse
 from tailspan_agent.analysis.baseline import Histories, PipelineHistory
+from tailspan_agent.analysis.progress import Progress
 
 __all__ = [
     "Assessment",
     "JobSnapshot",
     "PipelineStats",
-    "Progress",
     "assess",
     "is_unassessable",
     "last_starts",
@@ -27,25 +27,6 @@ __all__ = [
 
 _FULL_BAR_NS = 10_000_000_000
 _MAX_TASKS = 1 << 53
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """How far a job said that it is.
-
-    Attributes:
-        fraction: 0 to 1.
-        eta_s: How long it will still take as of `seen_unix_nano`, in seconds; None when that cannot be told yet.
-        seen_unix_nano: When it was said, in ns since the epoch.
-        source: ``tasks`` (the service counts them) or ``log`` (a progress line).
-        text: The line or the counts that say it.
-    """
-
-    fraction: float
-    eta_s: float | None
-    seen_unix_nano: int
-    source: str
-    text: str = ""
 
 
 # Not frozen, which takes three times as long: each scrape makes thousands of them.

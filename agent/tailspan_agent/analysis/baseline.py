@@ -12,7 +12,7 @@ from functools import cached_property
 
 import msgspec
 
-from tailspan_agent.analysis.run_totals import OTHER_PIPELINES
+from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
 
 __all__ = ["ENOUGH_RUNS", "KEPT_RUNS", "Histories", "PastRun", "PipelineHistory"]
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import re
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tailspan.models import JobState, RunResponse
 from tailspan_agent.analysis.stack_traces import last_stack
 
-__all__ = ["Digest", "digest_of", "fingerprint_of"]
+__all__ = ["Failure", "error_type", "exit_reason", "failure_of", "fingerprint_of", "out_of_memory_line"]
 
 _MAX_TYPE_CHARS = 200
 _MAX_MESSAGE_CHARS = 2000
@@ -26,9 +28,15 @@ _FOLDERS = re.compile(r"""(?<![\w/.@~+-])(?:[\w.@~+-]*+/)++(?=[^/\s])""")
 _ID = re.compile(r"(?i)\b(?:0x)?(?=[a-f]*+\d)[0-9a-f]{8,}+(?:-[0-9a-f]++)*+\b")
 _NUMBER = re.compile(r"\d++")
 
+_SIGNALLED = 128
+_BY_STATE = {JobState.LOST: "lost", JobState.TIMED_OUT: "timeout", JobState.CANCELED: "canceled"}
+_OUT_OF_MEMORY = re.compile(
+    r"(?i)\bout of memory\b|\bOutOfMemory|\bMemoryError\b|\boom[- ]?kill|\bcannot allocate memory\b|\bstd::bad_alloc\b"
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Digest:
+class Failure:
     """Why a job failed, as far as its log says.
 
     Attributes:
@@ -44,7 +52,7 @@ class Digest:
     last_lines: tuple[str, ...]
 
 
-def digest_of(lines: Sequence[str]) -> Digest | None:
+def failure_of(lines: Sequence[str]) -> Failure | None:
     """Return why a job failed.
 
     A stack trace counts if it has a frame and an exception; text that only begins like one does not. Lines may have a
@@ -54,7 +62,7 @@ def digest_of(lines: Sequence[str]) -> Digest | None:
         lines: The last lines of its log, cleaned, oldest first; some hundreds are enough.
 
     Returns:
-        The digest; None if all lines are empty.
+        The failure; None if all lines are empty.
     """
     lines = [line[:_MAX_LINE_CHARS] for line in lines[-_MAX_LINES:]]
     last_lines = tuple(line[:_LAST_LINE_CHARS] for line in lines if line.strip())[-_LAST_LINES:]
@@ -62,10 +70,10 @@ def digest_of(lines: Sequence[str]) -> Digest | None:
         return None
     found = last_stack(lines)
     if found is None:
-        return Digest(
+        return Failure(
             exception_type=None, message=last_lines[-1][:_MAX_MESSAGE_CHARS], stacktrace=None, last_lines=last_lines
         )
-    return Digest(
+    return Failure(
         exception_type=found.exception_type[:_MAX_TYPE_CHARS],
         message=found.message[:_MAX_MESSAGE_CHARS],
         stacktrace=_shortened("\n".join(found.lines)),
@@ -73,7 +81,7 @@ def digest_of(lines: Sequence[str]) -> Digest | None:
     )
 
 
-def fingerprint_of(error_type: str, message: str, digest: Digest | None) -> str:
+def fingerprint_of(error_type: str, message: str, failure: Failure | None) -> str:
     """Return 16 hexadecimal digits that are the same for the same failure of another run.
 
     With a stack it is made of the types and functions in it, else of the message. Line numbers, addresses, ids, counts
@@ -82,9 +90,9 @@ def fingerprint_of(error_type: str, message: str, digest: Digest | None) -> str:
     Args:
         error_type: The ``error.type``.
         message: Why the job failed.
-        digest: From its log, if it has one.
+        failure: From its log, if it has one.
     """
-    stack = digest.stacktrace if digest is not None else None
+    stack = failure.stacktrace if failure is not None else None
     parts = [error_type]
     for line in stack.split("\n") if stack else ():
         line = line.lstrip(" |+\t")
@@ -93,6 +101,47 @@ def fingerprint_of(error_type: str, message: str, digest: Digest | None) -> str:
     if len(parts) == 1:
         parts.append(_stable(message.split("\n")[0]))
     return hashlib.sha256("\0".join(parts).encode("utf-8", "replace")).hexdigest()[:16]
+
+
+def error_type(job: RunResponse, failure: Failure | None) -> str | None:
+    """Return the ``error.type`` of a job that failed, of low cardinality; None for all others.
+
+    ``lost``, else the exception's type, else ``SIGKILL`` and the like, else ``exit 3``, else ``_OTHER``.
+    """
+    if job.state is JobState.LOST:
+        return "lost"
+    if job.state is not JobState.FAILED:
+        return None
+    if failure and failure.exception_type:
+        return failure.exception_type
+    if job.exit_code is None:
+        return "_OTHER"
+    return _signal_name(job.exit_code) or f"exit {job.exit_code}"
+
+
+def exit_reason(job: RunResponse, failure: Failure | None) -> str | None:
+    """Return why a job ended: None if it succeeded or has not ended.
+
+    ``lost``, ``timeout``, ``canceled``; of one that failed ``out_of_memory`` (where log or service say so; a SIGKILL
+    alone proves nothing), ``exception``, ``signal``, ``exit_code`` or ``unknown``.
+    """
+    if job.state is not JobState.FAILED:
+        return _BY_STATE.get(job.state)
+    if out_of_memory_line(job, failure) is not None:
+        return "out_of_memory"
+    if failure and failure.exception_type:
+        return "exception"
+    if job.exit_code is None:
+        return "unknown"
+    return "signal" if _signal_name(job.exit_code) else "exit_code"
+
+
+def out_of_memory_line(job: RunResponse, failure: Failure | None) -> str | None:
+    """Return what says that memory ran out: the exception, a last line, or the service; None where nothing does."""
+    said = [job.error or ""]
+    if failure is not None:
+        said += [failure.exception_type or "", failure.message, *reversed(failure.last_lines)]
+    return next((text for text in said if _OUT_OF_MEMORY.search(text)), None)
 
 
 def _stable(text: str) -> str:
@@ -108,3 +157,10 @@ def _shortened(text: str) -> str:
     # The end says which exception it was and where it was raised.
     tail = data[len(data) - (_MAX_STACK_BYTES - _STACK_HEAD_BYTES - len(note)) :].decode("utf-8", "ignore")
     return head + note + tail
+
+
+def _signal_name(exit_code: int) -> str | None:
+    try:
+        return signal.Signals(exit_code - _SIGNALLED).name
+    except ValueError:
+        return None

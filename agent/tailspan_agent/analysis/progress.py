@@ -17,9 +17,8 @@ from functools import cache
 
 from tailspan.logs.clean import clean
 from tailspan.logs.page import LogPage
-from tailspan_agent.analysis.assessment import Progress
 
-__all__ = ["ProgressMeter", "Reading", "read_line"]
+__all__ = ["Progress", "ProgressMeter", "Reading", "read_line"]
 
 _LOOK_S = 1.0
 _LOOK_LINES = 8
@@ -85,6 +84,25 @@ _NO_PROGRESS = re.compile(r"(?i)\b(?:fail|error|missing|skip|invalid|corrupt|rej
 def _forms() -> tuple[re.Pattern[str], ...]:
     # When the first line looks like progress: compiling them takes longer than a command that needs none of them.
     return tuple(map(re.compile, _FORMS))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a job said that it is.
+
+    Attributes:
+        fraction: 0 to 1.
+        eta_s: How long it will still take as of `seen_unix_nano`, in seconds; None when that cannot be told yet.
+        seen_unix_nano: When it was said, in ns since the epoch.
+        source: ``tasks`` (the service counts them) or ``log`` (a progress line).
+        text: The line or the counts that say it.
+    """
+
+    fraction: float
+    eta_s: float | None
+    seen_unix_nano: int
+    source: str
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,19 +10,16 @@ import dataclasses
 import json
 import operator
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["BOUNDS_S", "COLUMNS", "OTHER_PIPELINES", "PipelineNames", "RunExemplar", "RunTotals", "utf8_name"]
+__all__ = ["BOUNDS_S", "COLUMNS", "RunExemplar", "RunTotals"]
 
 BOUNDS_S: tuple[float, ...] = tuple(float(2**power) for power in range(15))
 """Upper bounds of the duration buckets in seconds: 1 s to 16384 s; one more bucket lies above the last."""
 
 COLUMNS = ("pipeline", "result", "error_type", "sum_s", "buckets", "exemplars")
 """The columns of `RunTotals.to_row`; the first three are the key."""
-
-OTHER_PIPELINES = "#other#"
-"""The one name that all pipelines share that came after the cap was reached."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -126,45 +123,3 @@ def _newer(one: RunExemplar | None, other: RunExemplar | None) -> RunExemplar | 
     if one is None or other is None:
         return one or other
     return max(one, other, key=lambda exemplar: exemplar.time_unix_nano)
-
-
-def utf8_name(name: str) -> str:
-    """Return a name with ``?`` for each lone surrogate: it has no UTF-8, and must not end what all jobs share."""
-    return name.encode(errors="replace").decode()
-
-
-class PipelineNames:
-    """The names that get metrics of their own: the first ones up to a cap; all later ones share `OTHER_PIPELINES`.
-
-    Pipelines that put a date or an id into their name would otherwise make a new series for each run.
-    """
-
-    def __init__(self, limit: int, known: Iterable[str] = ()) -> None:
-        """Start with names in the order in which they were first seen.
-
-        Args:
-            limit: How many names there may be, at least one.
-            known: The names of earlier runs of the agent, oldest first.
-        """
-        self._limit = limit
-        self._names: dict[str, None] = {}
-        for name in known:
-            self.label(name)
-
-    def label(self, name: str) -> str:
-        """Register a name and return the one to use in metrics: the same each time, for as long as the order stays."""
-        label = self.find(name)
-        self._names[label] = None
-        return label
-
-    def find(self, name: str) -> str:
-        """Return the label that a name has, or would get now; for those who only look, a name takes no place."""
-        if name in self._names:
-            return name
-        name = utf8_name(name)
-        return name if name in self._names or len(self._names) < self._limit else OTHER_PIPELINES
-
-    @property
-    def used(self) -> tuple[str, ...]:
-        """The labels given so far, oldest first; with `OTHER_PIPELINES` once the cap was reached."""
-        return tuple(self._names)

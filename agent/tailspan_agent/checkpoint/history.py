@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tailspan_agent.analysis.baseline import KEPT_RUNS, PastRun
-from tailspan_agent.analysis.run_totals import OTHER_PIPELINES
+from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
 
 __all__ = ["KEPT_FAILURES", "StoredHistory"]
 

@@ -1,25 +1,26 @@
-"""What the checkpoint store takes and gives: plain values."""
+"""What the checkpoint store takes and returns: rows as plain values, and a reader of all ledgers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-__all__ = ["Ack", "Checkpoint", "OutboxSpan"]
+__all__ = ["Ack", "Checkpoint", "LedgerReader", "LedgerRow", "OutboxSpan"]
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What the store knows of one job.
+    """The stored state of one job.
 
     Attributes:
-        key: The store's own number for the job.
+        key: The store's number for the job.
         name: The job's name.
-        backfill: Whether the job was old when it was first seen: decided once.
-        cursor: Where the acked lines end; None when none was acked.
-        ledger: JSON of the job's facts as of that cursor.
-        logs_complete: Whether all lines of the ended job are acked.
-        late: Whether lines may still become visible: the job is looked at for some time more.
+        backfill: Whether the job was old when it was first seen; decided once.
+        cursor: The end of the acknowledged lines; None if there are none.
+        ledger: The JSON of the job's `JobLedger` as of that cursor.
+        logs_complete: Whether all lines of the ended job are acknowledged.
+        late: Whether lines may still become visible, so that the job is polled for some time.
         ended: Whether the run span was written and the run counted.
     """
 
@@ -35,13 +36,13 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Ack:
-    """Lines of one job that need no more work.
+    """Lines of one job that are delivered, or in the dead letter.
 
     Attributes:
         key: The store's number for the job.
-        cursor: Where these lines end; None leaves the cursor as it is (lines found by the final read).
-        ledger: JSON of the job's facts as of that cursor.
-        seconds: Second of source time to (lines, sum of uids), to be added; empty for services with offsets.
+        cursor: The end of these lines; None leaves the cursor unchanged (lines found after the job's end).
+        ledger: The JSON of the job's `JobLedger` as of that cursor.
+        seconds: Second of source time to (number of lines, sum of uids), to be added; empty for services with offsets.
     """
 
     key: int
@@ -52,9 +53,64 @@ class Ack:
 
 @dataclass(frozen=True, slots=True)
 class OutboxSpan:
-    """A span as it was first written, and as it is sent however often it is sent."""
+    """A span as it was first written. Each attempt to send it sends these bytes.
+
+    Attributes:
+        job: The store's number for its job.
+        span_id: 16 hexadecimal digits.
+        resource: The encoded resource.
+        span: The encoded span.
+    """
 
     job: int
     span_id: str
     resource: bytes
     span: bytes
+
+
+class LedgerRow(NamedTuple):
+    """The stored ledger of one job.
+
+    Attributes:
+        key: The store's number for the job; later jobs have larger numbers.
+        identity: The identity of its service.
+        job_id: The job's id.
+        name: The job's name.
+        ledger: The JSON of its `JobLedger`.
+        ended: Whether its run was counted.
+    """
+
+    key: int
+    identity: str
+    job_id: str
+    name: str
+    ledger: str
+    ended: bool
+
+
+_LEDGERS = "SELECT key, identity, job_id, name, facts, ended FROM jobs"
+
+
+class LedgerReader:
+    """The ledgers of all jobs in an open store.
+
+    Args:
+        select: Runs a query with its values and returns the rows.
+    """
+
+    def __init__(self, select: Callable[..., list[Any]]) -> None:
+        self._select = select
+
+    def newest_key(self) -> int:
+        """Return the largest number of a job; 0 without jobs."""
+        newest: int | None = self._select("SELECT max(key) FROM jobs")[0][0]
+        return newest or 0
+
+    def after(self, key: int, limit: int) -> list[LedgerRow]:
+        """Return at most `limit` jobs with larger numbers, smallest first."""
+        return [LedgerRow(*row) for row in self._select(f"{_LEDGERS} WHERE key > ? ORDER BY key LIMIT ?", key, limit)]
+
+    def by_key(self, keys: Sequence[int]) -> list[LedgerRow]:
+        """Return the jobs with these numbers; those that were deleted are missing."""
+        marks = ", ".join("?" * len(keys))
+        return [LedgerRow(*row) for row in self._select(f"{_LEDGERS} WHERE key IN ({marks})", *keys)]

@@ -29,11 +29,11 @@ from typing import Any
 
 from tailspan._private_dirs import make_private
 from tailspan_agent.analysis.baseline import PastRun
-from tailspan_agent.analysis.run_totals import RunTotals, utf8_name
+from tailspan_agent.analysis.pipeline_names import utf8_name
+from tailspan_agent.analysis.run_totals import RunTotals
 from tailspan_agent.checkpoint.database import connect, file_at, is_damage, lock, salvage
 from tailspan_agent.checkpoint.history import StoredHistory
-from tailspan_agent.checkpoint.jobs import StoredJobs
-from tailspan_agent.checkpoint.rows import Ack, Checkpoint, OutboxSpan
+from tailspan_agent.checkpoint.rows import Ack, Checkpoint, LedgerReader, OutboxSpan
 from tailspan_agent.errors import CheckpointError
 
 __all__ = ["Ack", "Checkpoint", "OutboxSpan", "Store", "read_checkpoint"]
@@ -85,7 +85,7 @@ class Store:
         start_unix_nano: When counting of runs began in this store.
         recovered: What was wrong with the file when it was opened and set aside, or None.
         history: The last ended runs of each pipeline, to be read.
-        jobs: All jobs, to be looked at.
+        ledgers: The ledgers of all jobs.
         refused: Whether the last write failed: the disk is full, or worse.
 
     Raises:
@@ -111,7 +111,7 @@ class Store:
             undo.pop_all()
         self.acked_at_s = time.time()
         self.history = StoredHistory(self._select)
-        self.jobs = StoredJobs(self._select)
+        self.ledgers = LedgerReader(self._select)
 
     def _open(self) -> sqlite3.Connection:
         try:

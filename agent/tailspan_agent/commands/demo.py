@@ -259,7 +259,7 @@ async def _refresh(service: LocalService, agent: Agent, samples: Mapping[str, _S
         if checkpoint is not None:
             ledger = JobLedger.from_json(checkpoint.ledger)
             sample.lines = ledger.lines
-            sample.why = failure_text(sample.job, ledger.digest) if sample.job.state.result == "failure" else None
+            sample.why = failure_text(sample.job, ledger.failure) if sample.job.state.result == "failure" else None
             sample.relayed = checkpoint.ended and (checkpoint.logs_complete or agent.endpoints.get("logs") is None)
 
 
@@ -296,7 +296,7 @@ def _summary(settings: Settings, home: Path, agent: Agent, samples: Mapping[str,
     lines += ["", "Exported:"]
     for signal, target in targets.items():
         endpoint = agent.endpoints.get(signal)
-        count = endpoint.delivered if endpoint is not None else agent.telemetry.metrics_request()[1]
+        count = endpoint.delivered if endpoint is not None else agent.metrics_reader.metrics_request()[1]
         lines.append(f"  {count:6,} {counts[signal]:12} to {target}")
     program = _program()
     config = f"TAILSPAN_CONFIG={shlex.quote(str(home / 'config.toml'))}"

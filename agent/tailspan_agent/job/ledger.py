@@ -1,8 +1,7 @@
-"""`JobLedger`: what the agent itself has seen of a job, as it is stored with the job's cursor. Pure."""
+"""`JobLedger`: what the agent has observed of a job, stored together with the job's cursor. Pure."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import operator
 from collections.abc import Callable, Mapping
@@ -13,29 +12,28 @@ import msgspec
 from tailspan.logs.clean import clean
 from tailspan.logs.page import LogPage
 from tailspan.models import JobState
-from tailspan_agent.analysis.failure import Digest
+from tailspan_agent.analysis.failure import Failure
 from tailspan_agent.fast_zlib import crc32
-from tailspan_agent.job.line_sums import page_uids
+from tailspan_agent.job.line_sums import add_uids, page_uids
 
-__all__ = ["Delivery", "Fate", "JobLedger"]
+__all__ = ["ChunkResult", "Delivery", "JobLedger"]
 
 _SHORT_NS = 1_000_000_000
-_MASK = (1 << 64) - 1
 _SHOWN_BYTES, _SHOWN_CHARS = 8192, 200
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Fate:
-    """What became of the records of one chunk.
+class ChunkResult:
+    """The result of delivering one chunk of a job's records.
 
     Attributes:
-        rejected: How many were refused, and are in the dead letter.
-        kind: Why, in one of a few words; empty when none was.
-        identified: Whether these are exactly this job's: of a batch of several jobs an endpoint says only how many
-            records it refused.
-        resent: How many were sent again because an earlier try was not answered well.
+        rejected: Number of records that were rejected and are in the dead letter.
+        kind: The kind of the rejection, as `tailspan_agent.exporter.outcome.Rejected` has it; empty without one.
+        identified: Whether the rejected records are known to be this job's: for a batch of several jobs, an endpoint
+            reports only a number.
+        resent: Number of records that were sent again because an earlier attempt failed.
     """
 
     rejected: int = 0
@@ -46,13 +44,13 @@ class Fate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delivery:
-    """What became of a job's records so far.
+    """The result of delivering a job's records so far.
 
     Attributes:
-        acked: Records that the endpoint took.
-        rejected: Records that it refused, by kind.
-        identified: False once a refusal could not be told apart from those of other jobs in the same batch.
-        resent: Records that were sent more than once, each further time counted.
+        acked: Number of records that the endpoint accepted.
+        rejected: Number of records that it rejected, by kind.
+        identified: False after a rejection in a batch of several jobs: the counts may be those of another job.
+        resent: How many times records were sent again.
     """
 
     acked: int = 0
@@ -60,43 +58,48 @@ class Delivery:
     identified: bool = True
     resent: int = 0
 
-    def after(self, records: int, fate: Fate) -> Delivery:
-        """Return the delivery with the records of one more chunk."""
+    def after(self, records: int, result: ChunkResult) -> Delivery:
+        """Return the delivery with one more chunk.
+
+        Args:
+            records: Number of records in the chunk.
+            result: Its result.
+        """
         rejected = dict(self.rejected)
-        if fate.rejected:
-            rejected[fate.kind] = rejected.get(fate.kind, 0) + fate.rejected
+        if result.rejected:
+            rejected[result.kind] = rejected.get(result.kind, 0) + result.rejected
         return Delivery(
-            acked=self.acked + records - fate.rejected,
+            acked=self.acked + records - result.rejected,
             rejected=rejected,
-            identified=self.identified and fate.identified,
-            resent=self.resent + fate.resent,
+            identified=self.identified and result.identified,
+            resent=self.resent + result.resent,
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobLedger:
-    """What the agent itself has seen of a job. Plain values, for `msgspec.json` to store.
+# The names in the store are older than those here: a field keeps the name under which it was first stored.
+class JobLedger(msgspec.Struct, frozen=True, kw_only=True):
+    """What the agent has observed of a job. Change it with `msgspec.structs.replace`.
 
     Attributes:
-        first_seen_ns: When the agent first saw it, in ns since the epoch.
+        first_seen_ns: When the agent first saw the job, in ns since the epoch.
         first_line_ns: The time of its earliest line, in ns since the epoch.
         last_line_ns: The time of its latest line, in ns since the epoch.
-        lines: Lines read.
-        states: When which state was first seen: (ns since the epoch, state).
-        stream_hash: Of all lines as read: the sum of their uids mod 2^64 where the service knows only times, else the
-            crc32 of their bytes, a newline after each.
-        digest: Why it failed.
-        failures_before: How many earlier runs of its pipeline failed in the same way.
-        first_failed_ns: When the first of them did, in ns since the epoch; None when this is the first.
-        fingerprint: What tells this way of failing from others; empty for a job that did not fail.
-        delivery: What became of its records.
-        logs_complete: None while its log is still followed; then whether it was read to its end.
-        failure_told: Whether the record that says why it failed was sent.
+        lines: Number of lines read.
+        states: When each state was first seen: (ns since the epoch, state).
+        stream_hash: Hash of all lines as read: the sum of their uids mod 2^64 if the service has only times, else the
+            crc32 of their bytes with a newline after each.
+        failure: Why it failed, from its log.
+        failures_before: Number of earlier runs of its pipeline with the same failure.
+        first_failed_ns: When the first of them failed, in ns since the epoch; None if this run is the first.
+        fingerprint: Identifies the failure across runs; empty for a job that did not fail.
+        delivery: The result of delivering its records.
+        logs_complete: None while its log is followed; then whether it was read to its end.
+        failure_reported: Whether the log record with the failure was sent.
         quiet_ns: The longest time between two of its lines, in ns.
-        heartbeat_gap_s: The longest time between two of its heartbeats that were seen, in seconds.
-        alerts: What was odd about it and was told: (ns since the epoch, kind).
-        receipts: How many receipts were written: each further one amends the one before.
-        last_line: Its newest line, cleaned, without secrets and cut off, for people to look at.
+        heartbeat_gap_s: The longest observed time between two of its heartbeats, in seconds.
+        alerts: The alerts sent for it: (ns since the epoch, alert).
+        receipts: Number of receipts written; each further one amends the one before.
+        last_line: Its newest line, cleaned, redacted and cut off, to be shown.
     """
 
     first_seen_ns: int
@@ -105,10 +108,10 @@ class JobLedger:
     lines: int = 0
     states: tuple[tuple[int, JobState], ...] = ()
     stream_hash: int = 0
-    digest: Digest | None = None
+    failure: Failure | None = msgspec.field(default=None, name="digest")
     delivery: Delivery = Delivery()
     logs_complete: bool | None = None
-    failure_told: bool = False
+    failure_reported: bool = msgspec.field(default=False, name="failure_told")
     quiet_ns: int = 0
     heartbeat_gap_s: float = 0.0
     alerts: tuple[tuple[int, str], ...] = ()
@@ -120,35 +123,35 @@ class JobLedger:
 
     @classmethod
     def from_json(cls, text: str) -> JobLedger:
-        """Make the facts back from `to_json`.
+        """Return the ledger that `to_json` made this text of.
 
         Raises:
-            ValueError: The text is not such JSON.
+            ValueError: The text is not a ledger in JSON.
         """
         return msgspec.json.decode(text, type=cls)
 
     @classmethod
     def restored(cls, text: str, job_id: str, first_seen_ns: int) -> JobLedger:
-        """Make the facts back; where they are damaged, begin anew, with a warning."""
+        """Return a stored ledger; if it is damaged, log a warning and return an empty one."""
         try:
             return cls.from_json(text)
         except ValueError as error:
-            _log.warning("job %s: what was stored of it is damaged, its cursor holds: %s", job_id, error)
+            _log.warning("job %s: its stored ledger is damaged and starts empty; its cursor is kept: %s", job_id, error)
             return cls(first_seen_ns=first_seen_ns)
 
     def to_json(self) -> str:
-        """Return the facts as JSON."""
+        """Return the ledger as JSON, to be stored."""
         return msgspec.json.encode(self).decode()
 
     def with_page(self, page: LogPage) -> JobLedger:
-        """Return the facts with the lines of one more page."""
+        """Return the ledger with the lines of one more page."""
         first_ns = min(run.time_unix_nano for run in page.runs)
         last_ns = max(run.time_unix_nano + run.lines - 1 for run in page.runs)
         if page.digests:
-            stream_hash = self.stream_hash + sum(page_uids(page)) & _MASK
+            stream_hash = add_uids(self.stream_hash, page_uids(page))
         else:
             stream_hash = crc32(page.joined(), self.stream_hash)
-        return dataclasses.replace(
+        return msgspec.structs.replace(
             self,
             first_line_ns=first_ns if self.first_line_ns is None else min(self.first_line_ns, first_ns),
             last_line_ns=last_ns if self.last_line_ns is None else max(self.last_line_ns, last_ns),
@@ -158,26 +161,26 @@ class JobLedger:
         )
 
     def with_last_line(self, line: bytes, redact: Callable[[str], str]) -> JobLedger:
-        """Return the facts with the job's newest line, cut off for people to look at."""
-        # The end of a line that overwrote itself is what it says now.
+        """Return the ledger with the job's newest line, cut off to be shown."""
+        # A progress bar overwrites its line: the end is what it shows now.
         part = line[-_SHOWN_BYTES:] if b"\r" in line else line[:_SHOWN_BYTES]
-        return dataclasses.replace(self, last_line=redact(clean(part))[:_SHOWN_CHARS])
+        return msgspec.structs.replace(self, last_line=redact(clean(part))[:_SHOWN_CHARS])
 
     def _quiet_ns(self, page: LogPage) -> int:
         times = [run.time_unix_nano for run in page.runs]
         last_ns = times[0] if self.last_line_ns is None else self.last_line_ns
-        # Lines that came late lie between others: what is between them is no pause.
+        # Late lines lie between other lines: the time between them is not a pause.
         if times[0] < last_ns:
             return self.quiet_ns
         quiet_ns = max(self.quiet_ns, times[0] - last_ns)
         if times[-1] - times[0] <= max(quiet_ns, _SHORT_NS):
-            return quiet_ns  # busy jobs write a page in less time than any pause that matters
+            return quiet_ns  # a busy job writes a page in less time than any pause that matters
         longest_ns: int = max(map(operator.sub, times[1:], times))
         return max(quiet_ns, longest_ns)
 
     def with_seen(self, seen: JobLedger) -> JobLedger:
-        """Return these facts about lines with all that was seen of the job otherwise."""
-        return dataclasses.replace(
+        """Return this ledger of lines with everything else from another one of the same job."""
+        return msgspec.structs.replace(
             self,
             states=seen.states,
             alerts=seen.alerts,
@@ -187,15 +190,15 @@ class JobLedger:
         )
 
     def with_heartbeat(self, gap_s: float) -> JobLedger:
-        """Return the facts with the time between two heartbeats, if it is longer than those before."""
-        return self if gap_s <= self.heartbeat_gap_s else dataclasses.replace(self, heartbeat_gap_s=gap_s)
+        """Return the ledger with the time between two heartbeats, if it is the longest so far."""
+        return self if gap_s <= self.heartbeat_gap_s else msgspec.structs.replace(self, heartbeat_gap_s=gap_s)
 
-    def with_alert(self, seen_ns: int, kind: str) -> JobLedger:
-        """Return the facts with something odd that is told."""
-        return dataclasses.replace(self, alerts=(*self.alerts, (seen_ns, kind)))
+    def with_alert(self, seen_ns: int, alert: str) -> JobLedger:
+        """Return the ledger with an alert that is sent."""
+        return msgspec.structs.replace(self, alerts=(*self.alerts, (seen_ns, alert)))
 
     def with_state(self, seen_ns: int, state: JobState) -> JobLedger:
-        """Return the facts with a state that was seen, if it is not the last one seen."""
+        """Return the ledger with a state, if the job was not in it before."""
         if self.states and self.states[-1][1] is state:
             return self
-        return dataclasses.replace(self, states=(*self.states, (seen_ns, state)))
+        return msgspec.structs.replace(self, states=(*self.states, (seen_ns, state)))

@@ -1,14 +1,14 @@
-"""What a job's log holds at its end that was never relayed. Pure.
+"""Sums of uids per second: find the lines of an ended job that were never relayed. Pure.
 
-A service that knows only times can let a line become visible later than any window looks back. So after a job's end
-its log is read once more and compared, per second of source time, with the count and the sum of uids of the lines
-that were relayed; what is missing is relayed late.
+A service that has only times can make a line visible after any window of re-reads. So after a job's end its log is
+read once more, and for each second of source time compared with the number of relayed lines and the sum of their
+uids; missing lines are relayed late.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 
 from tailspan.logs.page import DIGEST_BYTES, LogPage
@@ -16,6 +16,7 @@ from tailspan.logs.page import DIGEST_BYTES, LogPage
 __all__ = [
     "Seconds",
     "add_seconds",
+    "add_uids",
     "missing_lines",
     "page_seconds",
     "page_uids",
@@ -24,32 +25,37 @@ __all__ = [
 ]
 
 _NANOS = 1_000_000_000
-_MASK = (1 << 64) - 1
+_UINT64_MAX = (1 << 64) - 1
 
 Seconds = dict[int, tuple[int, int]]
-"""Second of source time to (count, sum of uids mod 2^64)."""
+"""Second of source time to (number of lines, sum of their uids mod 2^64)."""
+
+
+def add_uids(uid_sum: int, uids: Iterable[int]) -> int:
+    """Return a sum of uids mod 2^64 with more uids."""
+    return uid_sum + sum(uids) & _UINT64_MAX
 
 
 def page_uids(page: LogPage) -> tuple[int, ...]:
-    """Return the uid of each line as a number; empty for pages of services with offsets."""
+    """Return the uid of each line as a number; empty if the service has offsets."""
     return struct.unpack(f">{len(page.digests) // DIGEST_BYTES}Q", page.digests)
 
 
 def page_seconds(page: LogPage) -> Seconds:
-    """Return the sums of a page; empty for pages of services with offsets."""
+    """Return the sums of a page; empty if the service has offsets."""
     seconds: Seconds = {}
     uids = page_uids(page)
     position = 0
     for run in page.runs if uids else ():
         end = position + run.lines
         lines, uid_sum = seconds.get(run.time_unix_nano // _NANOS, (0, 0))
-        seconds[run.time_unix_nano // _NANOS] = (lines + run.lines, uid_sum + sum(uids[position:end]) & _MASK)
+        seconds[run.time_unix_nano // _NANOS] = (lines + run.lines, add_uids(uid_sum, uids[position:end]))
         position = end
     return seconds
 
 
 def page_uids_by_second(page: LogPage) -> Iterator[tuple[int, int]]:
-    """Yield second of source time and uid of each line."""
+    """Yield the second of source time and the uid of each line."""
     uids = iter(page_uids(page))
     for run in page.runs:
         for uid in islice(uids, run.lines):
@@ -57,10 +63,10 @@ def page_uids_by_second(page: LogPage) -> Iterator[tuple[int, int]]:
 
 
 def add_seconds(total: Seconds, more: Mapping[int, tuple[int, int]], sign: int = 1) -> None:
-    """Add sums to a total, in place; with ``sign`` -1 take them away."""
+    """Add sums to a total, in place; with a `sign` of -1, subtract them."""
     for second, (lines, uid_sum) in more.items():
         known_lines, known_sum = total.get(second, (0, 0))
-        total[second] = (known_lines + sign * lines, known_sum + sign * uid_sum & _MASK)
+        total[second] = (known_lines + sign * lines, known_sum + sign * uid_sum & _UINT64_MAX)
         if total[second] == (0, 0):
             del total[second]
 
@@ -68,16 +74,16 @@ def add_seconds(total: Seconds, more: Mapping[int, tuple[int, int]], sign: int =
 def missing_lines(uids: list[int], relayed_lines: int, relayed_sum: int) -> list[int]:
     """Return the indexes of the lines of one second that were not relayed.
 
-    One or two missing lines are found exactly. Where the sums cannot tell which lines are missing, all lines of the
-    second are returned: repeats carry the same uid, a lost line carries nothing.
+    One or two missing lines are found exactly. If the sums do not identify the missing lines, all lines of the second
+    are returned: a repeated line has the same uid, so a store can drop it; a lost line cannot be restored.
 
     Args:
         uids: The uids of all lines of that second that the service has now, in its order.
-        relayed_lines: How many lines of that second were relayed.
+        relayed_lines: Number of relayed lines of that second.
         relayed_sum: The sum of their uids mod 2^64.
     """
     missing = len(uids) - relayed_lines
-    rest = sum(uids) - relayed_sum & _MASK
+    rest = sum(uids) - relayed_sum & _UINT64_MAX
     if missing == 0 and rest == 0:
         return []
     if missing == 1 and rest in uids:
@@ -85,21 +91,21 @@ def missing_lines(uids: list[int], relayed_lines: int, relayed_sum: int) -> list
     if missing == 2:
         positions = {uid: index for index, uid in enumerate(uids)}
         for index, uid in enumerate(uids):
-            other = positions.get(rest - uid & _MASK, index)
+            other = positions.get(rest - uid & _UINT64_MAX, index)
             if other != index:
                 return sorted((index, other))
     return list(range(len(uids)))
 
 
 def select_lines(page: LogPage, keep: set[int]) -> LogPage | None:
-    """Return the page with only the lines whose uid is kept, or None where there is none.
+    """Return the page with only the lines that have one of these uids; None if there are none.
 
     Args:
-        page: A page of a service that knows only times.
-        keep: Uids of the lines to keep.
+        page: A page of a service that has only times.
+        keep: The uids.
 
     Returns:
-        A page whose lines have the same times, streams and uids as before; its cursor is the page's.
+        A page whose lines keep their times, streams and uids; its cursor is the page's.
     """
     lines: list[bytes] = []
     digests: list[bytes] = []

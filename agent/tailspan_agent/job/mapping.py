@@ -19,8 +19,7 @@ from datetime import UTC, datetime
 from tailspan._identity import job_hash, span_id, trace_id
 from tailspan.logs.page import NANOS_PER_MS
 from tailspan.models import JobState, RunResponse
-from tailspan_agent.analysis.exit_reason import error_type, exit_reason, out_of_memory_line
-from tailspan_agent.analysis.failure import Digest
+from tailspan_agent.analysis.failure import Failure, error_type, exit_reason, out_of_memory_line
 from tailspan_agent.job.ledger import JobLedger
 from tailspan_agent.job.times import JobTimes
 from tailspan_agent.otlp.log_record import LogRecordData, Severity
@@ -117,17 +116,17 @@ def failure_record(job: RunResponse, ledger: JobLedger, *, observed_unix_nano: i
         ledger: What was seen of it.
         observed_unix_nano: When its end was seen, in ns since the epoch.
     """
-    if error_type(job, ledger.digest) is None:
+    if error_type(job, ledger.failure) is None:
         return None
-    lines = ledger.digest.last_lines if ledger.digest else ()
+    lines = ledger.failure.last_lines if ledger.failure else ()
     return LogRecordData(
         time_unix_nano=JobTimes.of(job, ledger).finished_ns,
         observed_unix_nano=observed_unix_nano,
         severity=Severity(17, "ERROR"),
-        body="\n".join((f"{job.job_name}: {failure_text(job, ledger.digest)}", _recurrence(ledger), *lines)),
+        body="\n".join((f"{job.job_name}: {failure_text(job, ledger.failure)}", _recurrence(ledger), *lines)),
         attributes={
             "log.record.uid": f"{job_hash(job.identity, job.job_id)}.failure.{job.attempt}",
-            **_exception(job, ledger.digest),
+            **_exception(job, ledger.failure),
             **_failure(job, ledger),
         },
         trace_id=bytes.fromhex(job.trace_id),
@@ -203,7 +202,7 @@ def _run_span(job: RunResponse, ledger: JobLedger, times: JobTimes) -> SpanData:
         "cicd.pipeline.run.id": job.job_id,
         "cicd.pipeline.run.url.full": job.url,
         "cicd.pipeline.result": result,
-        "error.type": error_type(job, ledger.digest),
+        "error.type": error_type(job, ledger.failure),
         "process.exit.code": job.exit_code,
         **_failure(job, ledger),
         "tailspan.job.tasks.total": job.total_tasks or None,
@@ -221,7 +220,7 @@ def _run_span(job: RunResponse, ledger: JobLedger, times: JobTimes) -> SpanData:
         events=tuple(_events(job, ledger, times)),
         links=(*_links(job.parent), *_earlier_attempt(job)),
         status=StatusCode.ERROR if failed else StatusCode.UNSET,
-        status_message=failure_text(job, ledger.digest)[:_MAX_STATUS_CHARS] if failed else "",
+        status_message=failure_text(job, ledger.failure)[:_MAX_STATUS_CHARS] if failed else "",
     )
 
 
@@ -239,16 +238,16 @@ def _events(job: RunResponse, ledger: JobLedger, times: JobTimes) -> list[SpanEv
         SpanEvent(time_unix_nano=min(max(told_ns, times.submitted_ns), times.finished_ns), name=f"tailspan.job.{kind}")
         for told_ns, kind in ledger.alerts
     ]
-    if error_type(job, ledger.digest) is not None:
+    if error_type(job, ledger.failure) is not None:
         events.append(
-            SpanEvent(time_unix_nano=times.finished_ns, name="exception", attributes=_exception(job, ledger.digest))
+            SpanEvent(time_unix_nano=times.finished_ns, name="exception", attributes=_exception(job, ledger.failure))
         )
     return events
 
 
 def _failure(job: RunResponse, ledger: JobLedger) -> dict[str, AttributeValue]:
     """Return why a job ended without success, and how often its pipeline failed in this way."""
-    reason = exit_reason(job, ledger.digest)
+    reason = exit_reason(job, ledger.failure)
     attributes: dict[str, AttributeValue] = {} if reason is None else {"tailspan.exit.reason": reason}
     if ledger.fingerprint:
         attributes["tailspan.failure.fingerprint"] = ledger.fingerprint
@@ -268,21 +267,21 @@ def _iso(unix_nano: int) -> str:
     return datetime.fromtimestamp(unix_nano / 1e9, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _exception(job: RunResponse, digest: Digest | None) -> dict[str, AttributeValue]:
-    attributes: dict[str, AttributeValue] = {"exception.type": error_type(job, digest) or ""}
-    if digest and digest.stacktrace:
-        return {**attributes, "exception.message": digest.message, "exception.stacktrace": digest.stacktrace}
-    return {**attributes, "exception.message": failure_text(job, digest)}
+def _exception(job: RunResponse, failure: Failure | None) -> dict[str, AttributeValue]:
+    attributes: dict[str, AttributeValue] = {"exception.type": error_type(job, failure) or ""}
+    if failure and failure.stacktrace:
+        return {**attributes, "exception.message": failure.message, "exception.stacktrace": failure.stacktrace}
+    return {**attributes, "exception.message": failure_text(job, failure)}
 
 
-def failure_text(job: RunResponse, digest: Digest | None) -> str:
+def failure_text(job: RunResponse, failure: Failure | None) -> str:
     """Return in a line or a few, at most 2,000 characters, why a job did not succeed."""
-    if job.state is JobState.FAILED and digest and digest.exception_type:
-        text = f"{digest.exception_type}: {digest.message}" if digest.message else digest.exception_type
+    if job.state is JobState.FAILED and failure and failure.exception_type:
+        text = f"{failure.exception_type}: {failure.message}" if failure.message else failure.exception_type
     else:
         # What the service says of the end is surer than a last line, which may be about anything.
-        text = job.error or (digest.message if digest else f"the job ended as {job.state}")
-        memory = out_of_memory_line(job, digest) if job.state is JobState.FAILED else None
+        text = job.error or (failure.message if failure else f"the job ended as {job.state}")
+        memory = out_of_memory_line(job, failure) if job.state is JobState.FAILED else None
         if memory is not None and memory not in text:
             text = f"{text} ({memory})"
     return text[:_MAX_MESSAGE_CHARS]

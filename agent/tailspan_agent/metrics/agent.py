@@ -117,7 +117,7 @@ class AgentMetrics:
         # keeps the provider, and with it the collection, alive
         self._provider = provider
 
-    def know_service(self, service: str) -> None:
+    def add_service(self, service: str) -> None:
         """Say 0 for a service from now on, so that its first count is seen as a rise."""
         self._followed.setdefault(service, 0)
         for counter in (self._polls, self._read, self._acked, self._redactions, self._late, self._gaps):

@@ -22,7 +22,8 @@ from opentelemetry.sdk.metrics.export import (
 )
 
 from tailspan_agent.analysis.assessment import JobSnapshot
-from tailspan_agent.analysis.run_totals import BOUNDS_S, PipelineNames, RunTotals
+from tailspan_agent.analysis.pipeline_names import PipelineNames
+from tailspan_agent.analysis.run_totals import BOUNDS_S, RunTotals
 
 __all__ = ["job_metrics"]
 

@@ -8,14 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from opentelemetry.sdk.metrics.export import AggregationTemporality, Gauge, Metric, NumberDataPoint, Sum
 
 from tailspan_agent.analysis.assessment import JobSnapshot, PipelineStats, assess, is_unassessable, last_starts
-from tailspan_agent.analysis.run_totals import OTHER_PIPELINES, PipelineNames
+from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES, PipelineNames
 
-__all__ = ["insight_metrics"]
+__all__ = ["pipeline_metrics"]
 
 _Attributes = tuple[tuple[str, str], ...]
 
 
-def insight_metrics(
+def pipeline_metrics(
     *,
     jobs: Sequence[JobSnapshot],
     pipeline_stats: PipelineStats,

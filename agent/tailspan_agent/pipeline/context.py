@@ -9,7 +9,8 @@ from weakref import WeakValueDictionary
 from zlib import crc32
 
 from tailspan_agent.analysis.assessment import PipelineStats
-from tailspan_agent.analysis.run_totals import PipelineNames, RunTotals
+from tailspan_agent.analysis.pipeline_names import PipelineNames
+from tailspan_agent.analysis.run_totals import RunTotals
 from tailspan_agent.checkpoint.store import Store
 from tailspan_agent.metrics.agent import AgentMetrics
 from tailspan_agent.pipeline.queue import LogQueue, SpanQueue

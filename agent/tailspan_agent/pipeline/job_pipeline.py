@@ -10,19 +10,20 @@ import dataclasses
 import logging
 import time
 
+import msgspec
+
 from tailspan.config import Watch
 from tailspan.logs.page import LogPage
 from tailspan.models import JobState, RunResponse
 from tailspan.services import JobService
 from tailspan_agent.analysis.assessment import JobSnapshot, assess
 from tailspan_agent.analysis.baseline import PipelineHistory
-from tailspan_agent.analysis.exit_reason import error_type
-from tailspan_agent.analysis.failure import fingerprint_of
+from tailspan_agent.analysis.failure import error_type, fingerprint_of
 from tailspan_agent.analysis.progress import ProgressMeter
 from tailspan_agent.analysis.run_totals import RunTotals
 from tailspan_agent.checkpoint.store import Ack, Checkpoint, OutboxSpan
 from tailspan_agent.job.alerts import alert_record, alert_text, new_alerts
-from tailspan_agent.job.ledger import Fate, JobLedger
+from tailspan_agent.job.ledger import ChunkResult, JobLedger
 from tailspan_agent.job.line_sums import Seconds, add_seconds, page_seconds
 from tailspan_agent.job.mapping import failure_record, failure_text, receipt_record, resource_attributes, spans_of
 from tailspan_agent.job.times import past_run
@@ -72,7 +73,7 @@ class JobPipeline:
         self.checkpoint = known or self._first_checkpoint(first_seen_ns)
         self.cursor = self.checkpoint.cursor
         self.late = self.checkpoint.late
-        self.ledger = self._acked_facts = JobLedger.restored(self.checkpoint.ledger, job.job_id, first_seen_ns)
+        self.ledger = self._acked_ledger = JobLedger.restored(self.checkpoint.ledger, job.job_id, first_seen_ns)
         self._watch = watch
         self._log_context = LogContext.for_job(job, min_severity=watch.min_severity, redactor=context.redactor)
         self._resource = self._make_resource()
@@ -157,7 +158,7 @@ class JobPipeline:
             identity=self._service.identity,
             lines=self.ledger.lines,
             last_line=self.ledger.last_line,
-            behind_unix_nano=None if self.nothing_in_flight else self._acked_facts.last_line_ns,
+            behind_unix_nano=None if self.nothing_in_flight else self._acked_ledger.last_line_ns,
         )
 
     def see(self, job: RunResponse) -> None:
@@ -182,17 +183,17 @@ class JobPipeline:
         if not self.job.state.is_terminal:
             self.job = dataclasses.replace(self.job, state=JobState.FAILED, error="it failed and was tried again")
         now_ns = time.time_ns()
-        self.ledger = dataclasses.replace(self.ledger.with_state(now_ns, self.job.state), logs_complete=False)
+        self.ledger = msgspec.structs.replace(self.ledger.with_state(now_ns, self.job.state), logs_complete=False)
         self.write_spans()
         # What follows belongs to the next attempt: times anew, the count of all lines goes on.
-        self.ledger = dataclasses.replace(
+        self.ledger = msgspec.structs.replace(
             self.ledger, first_seen_ns=now_ns, first_line_ns=None, last_line_ns=None, states=(), logs_complete=None
         )
 
     def _keep_seen(self) -> None:
         """Store what was seen of the job without a line; of its lines what is acked."""
-        self._acked_facts = self._acked_facts.with_seen(self.ledger)
-        self._context.store.update_ledger(self.checkpoint.key, self._acked_facts.to_json())
+        self._acked_ledger = self._acked_ledger.with_seen(self.ledger)
+        self._context.store.update_ledger(self.checkpoint.key, self._acked_ledger.to_json())
 
     @property
     def _history(self) -> PipelineHistory:
@@ -242,14 +243,14 @@ class JobPipeline:
         assert self._queue is not None
         ledger, health = self.ledger, self._context.health
 
-        def settle(fate: Fate) -> Ack:
+        def settle(result: ChunkResult) -> Ack:
             # What a restart at this cursor must know: the lines up to this page, the states seen up to now.
-            delivery = self._acked_facts.delivery.after(count, fate)
-            self._acked_facts = dataclasses.replace(ledger.with_seen(self.ledger), delivery=delivery)
-            health.records_acked(self._service.name, count - fate.rejected, newest_ns)
-            if fate.rejected:
-                health.records_rejected(self._service.name, fate.rejected, fate.kind)
-            return Ack(self.checkpoint.key, cursor, self._acked_facts.to_json(), seconds)
+            delivery = self._acked_ledger.delivery.after(count, result)
+            self._acked_ledger = msgspec.structs.replace(ledger.with_seen(self.ledger), delivery=delivery)
+            health.records_acked(self._service.name, count - result.rejected, newest_ns)
+            if result.rejected:
+                health.records_rejected(self._service.name, result.rejected, result.kind)
+            return Ack(self.checkpoint.key, cursor, self._acked_ledger.to_json(), seconds)
 
         def done() -> None:
             self._off_the_way(seconds)
@@ -295,7 +296,7 @@ class JobPipeline:
         """
         lines, uid_sum = (sum(column) for column in zip(*repeated.values(), strict=True))
         stream_hash = (self.ledger.stream_hash - uid_sum) % (1 << 64)
-        self.ledger = dataclasses.replace(self.ledger, lines=self.ledger.lines - lines, stream_hash=stream_hash)
+        self.ledger = msgspec.structs.replace(self.ledger, lines=self.ledger.lines - lines, stream_hash=stream_hash)
         negative: Seconds = {}
         add_seconds(negative, repeated, -1)
         await self._put(b"", 0, None, negative, 0)
@@ -307,8 +308,8 @@ class JobPipeline:
     async def send_failure(self) -> None:
         """Put the record that says why the job failed, or that it was too fast, behind its lines, once."""
         record = failure_record(self._told, self.ledger, observed_unix_nano=time.time_ns())
-        if record is not None and not self.ledger.failure_told:
-            self.ledger = dataclasses.replace(self.ledger, failure_told=True)
+        if record is not None and not self.ledger.failure_reported:
+            self.ledger = msgspec.structs.replace(self.ledger, failure_reported=True)
             await self._send_event(record)
         if self._too_fast is not None:
             text, self._too_fast = self._too_fast, None
@@ -332,13 +333,13 @@ class JobPipeline:
             logs_complete: Whether its log was read to its end.
         """
         complete = logs_complete and self.nothing_in_flight
-        self.ledger = dataclasses.replace(self.ledger, logs_complete=complete, delivery=self._acked_facts.delivery)
+        self.ledger = msgspec.structs.replace(self.ledger, logs_complete=complete, delivery=self._acked_ledger.delivery)
         name, pipeline_stats = self._context.names.label(self.job.job_name), self._context.pipeline_stats
         history = pipeline_stats.histories.of(name)
         ended = past_run(self.job, self.ledger, name, history)
         if ended.too_fast:
             self.ledger = self.ledger.with_alert(ended.ended_unix_nano, "too_fast")
-        kind = error_type(self.job, self.ledger.digest)
+        kind = error_type(self.job, self.ledger.failure)
         if kind is not None and not self.ledger.fingerprint:
             self._recognise(name, kind)
         spans = spans_of(self._told, self.ledger)
@@ -363,9 +364,9 @@ class JobPipeline:
 
     def _recognise(self, pipeline: str, kind: str) -> None:
         """Note how often the pipeline failed in this way before."""
-        fingerprint = fingerprint_of(kind, failure_text(self._told, self.ledger.digest), self.ledger.digest)
+        fingerprint = fingerprint_of(kind, failure_text(self._told, self.ledger.failure), self.ledger.failure)
         count, first_ns = self._context.store.history.earlier_failures(pipeline, fingerprint)
-        self.ledger = dataclasses.replace(
+        self.ledger = msgspec.structs.replace(
             self.ledger, fingerprint=fingerprint, failures_before=count, first_failed_ns=first_ns
         )
         self._keep_seen()  # first: a run that is counted must not meet itself after a restart
@@ -379,8 +380,8 @@ class JobPipeline:
         """
         await self.all_acked()
         if self.sends_logs:
-            told = self._acked_facts
-            self.ledger = dataclasses.replace(told, logs_complete=logs_complete, receipts=told.receipts + 1)
+            told = self._acked_ledger
+            self.ledger = msgspec.structs.replace(told, logs_complete=logs_complete, receipts=told.receipts + 1)
             await self._send_event(receipt_record(self._told, self.ledger, observed_unix_nano=time.time_ns()))
             await self.all_acked()
             self.settle(late=late)

@@ -22,7 +22,7 @@ from tailspan_agent.checkpoint.store import Ack, OutboxSpan, Store
 from tailspan_agent.errors import CheckpointError
 from tailspan_agent.exporter.endpoints import Endpoint
 from tailspan_agent.exporter.retry import DeliveryResult
-from tailspan_agent.job.ledger import Fate
+from tailspan_agent.job.ledger import ChunkResult
 from tailspan_agent.otlp.requests import logs_request, traces_request
 
 __all__ = ["BATCH_BYTES", "Chunk", "LogQueue", "SpanQueue", "until_usable"]
@@ -56,7 +56,7 @@ class Chunk:
     resource: bytes
     records: bytes
     count: int
-    settle: Callable[[Fate], Ack | None]
+    settle: Callable[[ChunkResult], Ack | None]
     done: Callable[[], None]
 
     @property
@@ -181,7 +181,7 @@ class LogQueue:
             chunk.done()
 
 
-def _fates(batch: Sequence[Chunk], result: DeliveryResult) -> Iterator[Fate]:
+def _fates(batch: Sequence[Chunk], result: DeliveryResult) -> Iterator[ChunkResult]:
     """Yield what became of each chunk of a batch."""
     # A partial success says only how many: the count is right, whose they were is known if there is one job only.
     all_of_them = result.delivered == 0 or len({chunk.resource for chunk in batch}) == 1
@@ -190,7 +190,7 @@ def _fates(batch: Sequence[Chunk], result: DeliveryResult) -> Iterator[Fate]:
         rejected = min(left, chunk.count)
         left -= rejected
         identified = all_of_them or not result.rejected
-        yield Fate(rejected, result.kind or "", identified, chunk.count * result.retries)
+        yield ChunkResult(rejected, result.kind or "", identified, chunk.count * result.retries)
 
 
 class SpanQueue:

@@ -114,7 +114,7 @@ class Receiver:
         watches = _by_service(settings)
         for name, source in sources.items():
             self._sources[name] = source
-            self._context.health.know_service(name)
+            self._context.health.add_service(name)
             discovery = self.discoveries[name] = JobDiscovery(
                 self._context, source, watches[name], once=once, start=self._start
             )

@@ -15,6 +15,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+import msgspec
+
 from tailspan._backoff import backoff_s
 from tailspan.config import Watch
 from tailspan.errors import (
@@ -29,7 +31,7 @@ from tailspan.logs.follow import Follower
 from tailspan.logs.page import LogPage
 from tailspan.models import JobState, ListedJob
 from tailspan_agent.analysis.assessment import JobSnapshot, assess
-from tailspan_agent.analysis.failure import digest_of
+from tailspan_agent.analysis.failure import failure_of
 from tailspan_agent.job.alerts import new_alerts
 from tailspan_agent.job.ledger import JobLedger
 from tailspan_agent.pipeline.context import PipelineContext
@@ -297,8 +299,8 @@ class Tailer:
         """
         if self._may_lack_lines(sent) and sent.sends_logs and not self._follower.read_whole:
             await relay_missing(self._pages, sent)
-        if sent.job.state is not JobState.SUCCEEDED and sent.ledger.digest is None:
-            sent.ledger = dataclasses.replace(sent.ledger, digest=digest_of(await last_lines(self._pages, sent)))
+        if sent.job.state is not JobState.SUCCEEDED and sent.ledger.failure is None:
+            sent.ledger = msgspec.structs.replace(sent.ledger, failure=failure_of(await last_lines(self._pages, sent)))
         # The run span says what was acked, but it does not wait for a logs endpoint that is away, nor for room there.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_RUN_SPAN_WAIT_S):

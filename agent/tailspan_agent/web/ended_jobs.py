@@ -7,7 +7,7 @@ from collections.abc import Set
 from dataclasses import dataclass
 
 from tailspan.models import JobState
-from tailspan_agent.checkpoint.jobs import StoredJob, StoredJobs
+from tailspan_agent.checkpoint.rows import LedgerReader, LedgerRow
 from tailspan_agent.job.ledger import JobLedger
 
 __all__ = ["SHOWN_ENDED", "EndedJob", "EndedJobs", "ended_job"]
@@ -45,7 +45,7 @@ class EndedJob:
     alerts: tuple[str, ...]
 
 
-def ended_job(stored: StoredJob) -> EndedJob | None:
+def ended_job(stored: LedgerRow) -> EndedJob | None:
     """Return what the store has of an ended job; None when that is damaged."""
     try:
         ledger = JobLedger.from_json(stored.ledger)
@@ -75,7 +75,7 @@ class EndedJobs:
         stored: The jobs of the checkpoint store.
     """
 
-    def __init__(self, stored: StoredJobs) -> None:
+    def __init__(self, stored: LedgerReader) -> None:
         self._stored = stored
         self._jobs: dict[int, EndedJob] = {}
         self._open: dict[int, tuple[str, str]] = {}
@@ -104,7 +104,7 @@ class EndedJobs:
             del self._jobs[key]
         return list(self._jobs.values())
 
-    def _take(self, rows: list[StoredJob]) -> None:
+    def _take(self, rows: list[LedgerRow]) -> None:
         for stored in rows:
             if not stored.ended:
                 self._open[stored.key] = stored.identity, stored.job_id

@@ -9,7 +9,7 @@ from urllib.parse import urlencode
 from tailspan.models import JobState
 from tailspan_agent.analysis.assessment import JobSnapshot, assess
 from tailspan_agent.analysis.baseline import PastRun, PipelineHistory
-from tailspan_agent.analysis.run_totals import utf8_name
+from tailspan_agent.analysis.pipeline_names import utf8_name
 from tailspan_agent.job.times import unix_nano
 from tailspan_agent.web.ended_jobs import EndedJob
 from tailspan_agent.web.job_filter import Entry

@@ -13,7 +13,7 @@ from tailspan.models import JobState, RunResponse
 from tailspan.services import JobService
 from tailspan_agent.analysis.assessment import Assessment, JobSnapshot, assess
 from tailspan_agent.analysis.baseline import PipelineHistory
-from tailspan_agent.analysis.exit_reason import exit_reason
+from tailspan_agent.analysis.failure import exit_reason
 from tailspan_agent.checkpoint.store import Checkpoint
 from tailspan_agent.job.ledger import JobLedger
 from tailspan_agent.job.mapping import failure_text
@@ -139,8 +139,8 @@ async def view_of(shown: AgentView, service: JobService, job_id: str, *, timeout
         took_s=took_s,
         times=times,
         phases=_phases(times, now_ns, ended=ended) if times else (),
-        why=failure_text(status, ledger.digest if ledger else None) if failed else "",
-        reason=(exit_reason(status, ledger.digest if ledger else None) or "") if failed else "",
+        why=failure_text(status, ledger.failure if ledger else None) if failed else "",
+        reason=(exit_reason(status, ledger.failure if ledger else None) or "") if failed else "",
         complete=stored is not None and stored.logs_complete,
         problem=problem,
         followed=followed is not None,

@@ -17,7 +17,7 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from tailspan.errors import CursorExpiredError, JobNotFoundError, ServiceError, TailspanError
-from tailspan_agent.analysis.run_totals import OTHER_PIPELINES
+from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
 from tailspan_agent.web import formatting as present
 from tailspan_agent.web.agent_health import health_of
 from tailspan_agent.web.agent_view import AgentView
@@ -59,7 +59,7 @@ class Page:
     def __init__(self, shown: AgentView, session: Session) -> None:
         self._shown = shown
         self._session = session
-        self._ended = EndedJobs(shown.store.jobs)
+        self._ended = EndedJobs(shown.store.ledgers)
         self._logs = LogReader(shown.redact)
         self._streams = Streams()
         self._entries: list[Entry] = []

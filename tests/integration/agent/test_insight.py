@@ -35,7 +35,7 @@ def told(bench: Bench, job_id: str) -> dict[str, LogRow]:
 
 def value_of(bench: Bench, agent: Any, name: str, pipeline: str = "etl") -> float | None:
     """Return a gauge's or counter's present value for a pipeline."""
-    for scope in agent.telemetry.snapshot():
+    for scope in agent.metrics_reader.snapshot():
         for metric in scope.metrics:
             for point in metric.data.data_points if metric.name == name else ():
                 if point.attributes["cicd.pipeline.name"] == pipeline:

@@ -14,7 +14,7 @@ from tailspan_agent.checkpoint.store import Ack, OutboxSpan, Store
 from tailspan_agent.exporter.endpoints import Endpoint
 from tailspan_agent.exporter.outcome import Delivered, Outcome, Rejected, Retry
 from tailspan_agent.exporter.retry import RetryingExporter
-from tailspan_agent.job.ledger import Fate
+from tailspan_agent.job.ledger import ChunkResult
 from tailspan_agent.otlp.log_record import LogRecordData, encode_log_record
 from tailspan_agent.otlp.requests import encode_resource
 from tailspan_agent.pipeline.queue import BATCH_BYTES, Chunk, LogQueue, SpanQueue
@@ -90,7 +90,7 @@ class Job:
     def __init__(self, store: Store, name: str) -> None:
         self.name = name
         self.key = store.add_job("id", name, name, backfill=False, ledger="{}").key
-        self.fates: list[Fate] = []
+        self.fates: list[ChunkResult] = []
         self.done = 0
         self._store = store
 
@@ -106,7 +106,7 @@ class Job:
         return self._chunk(b"", 0, None)
 
     def _chunk(self, records: bytes, count: int, cursor: bytes | None) -> Chunk:
-        def settle(fate: Fate) -> Ack:
+        def settle(fate: ChunkResult) -> Ack:
             self.fates.append(fate)
             return Ack(self.key, cursor, "{}")
 

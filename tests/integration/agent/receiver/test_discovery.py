@@ -12,7 +12,8 @@ import pytest
 from tailspan.config import Watch
 from tailspan.errors import JobNotFoundError, ProtocolError, ServiceUnavailableError
 from tailspan.models import ListedJob
-from tailspan_agent.analysis.run_totals import PipelineNames, RunTotals
+from tailspan_agent.analysis.pipeline_names import PipelineNames
+from tailspan_agent.analysis.run_totals import RunTotals
 from tailspan_agent.checkpoint.store import Store
 from tailspan_agent.errors import AgentError
 from tailspan_agent.metrics.agent import AgentMetrics, agent_resource

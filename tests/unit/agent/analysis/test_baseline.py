@@ -26,7 +26,8 @@ from tailspan_agent.analysis.assessment import (
     missing_pipelines,
 )
 from tailspan_agent.analysis.baseline import ENOUGH_RUNS, KEPT_RUNS, Histories, PastRun, PipelineHistory
-from tailspan_agent.analysis.run_totals import OTHER_PIPELINES, RunTotals
+from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
+from tailspan_agent.analysis.run_totals import RunTotals
 from tailspan_agent.checkpoint.history import KEPT_FAILURES
 from tailspan_agent.checkpoint.store import Ack, Store
 from tailspan_agent.job.ledger import JobLedger

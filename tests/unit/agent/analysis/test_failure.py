@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tailspan_agent.analysis.failure import Digest, digest_of
+from tailspan_agent.analysis.failure import Failure, failure_of
 
 
 class OutOfTilesError(Exception):
@@ -104,10 +104,10 @@ def python_says(raiser: Callable[[], None]) -> tuple[str, str, str]:
 def test_what_python_prints_is_found_whole(raiser: Callable[[], None], after: list[str]) -> None:
     """Type, message and traceback are as Python printed them, chains and groups included, and nothing around them."""
     name, message, printed = python_says(raiser)
-    digest = digest_of(["starting", "step 1", *printed.splitlines(), *after])
-    assert digest is not None
-    assert (digest.exception_type, digest.message) == (name, message)
-    assert digest.stacktrace == printed
+    failure = failure_of(["starting", "step 1", *printed.splitlines(), *after])
+    assert failure is not None
+    assert (failure.exception_type, failure.message) == (name, message)
+    assert failure.stacktrace == printed
 
 
 @pytest.mark.parametrize("prefix", ["[worker-3] ", "  worker 3 | ", "2024-05-12 12:00:00,123 "])
@@ -115,25 +115,25 @@ def test_what_python_prints_is_found_whole(raiser: Callable[[], None], after: li
 def test_a_prefix_of_constant_width_is_taken_off(prefix: str, raiser: Callable[[], None]) -> None:
     """Lines that a launcher or container runtime prefixed join into the same traceback."""
     name, message, printed = python_says(raiser)
-    digest = digest_of([prefix + line for line in printed.splitlines()])
-    assert digest is not None
-    assert (digest.exception_type, digest.message) == (name, message)
+    failure = failure_of([prefix + line for line in printed.splitlines()])
+    assert failure is not None
+    assert (failure.exception_type, failure.message) == (name, message)
 
 
 def test_a_logger_before_the_first_line() -> None:
     """A traceback whose first line stands behind a logger's prefix is found."""
     printed = python_says(raise_plain)[2]
-    digest = digest_of(f"2024-05-12 ERROR app: {printed}".splitlines())
-    assert digest is not None
-    assert (digest.exception_type, digest.stacktrace) == ("ValueError", printed)
+    failure = failure_of(f"2024-05-12 ERROR app: {printed}".splitlines())
+    assert failure is not None
+    assert (failure.exception_type, failure.stacktrace) == ("ValueError", printed)
 
 
 def test_the_last_traceback_wins() -> None:
     """An exception that was logged and survived is not why the job failed; the last one is, without the first."""
     first, last = python_says(raise_plain)[2], python_says(raise_own)[2]
-    digest = digest_of([*first.splitlines(), "retrying", "", *last.splitlines()])
-    assert digest is not None
-    assert (digest.message, digest.stacktrace) == ("none left", last)
+    failure = failure_of([*first.splitlines(), "retrying", "", *last.splitlines()])
+    assert failure is not None
+    assert (failure.message, failure.stacktrace) == ("none left", last)
 
 
 @pytest.mark.parametrize(
@@ -152,36 +152,36 @@ def test_the_last_traceback_wins() -> None:
 )
 def test_what_only_looks_like_a_traceback(lines: list[str]) -> None:
     """Without first line, frame and exception it is no traceback: the last lines are what is left to say."""
-    digest = digest_of(lines)
-    assert digest == Digest(exception_type=None, message=lines[-1], stacktrace=None, last_lines=tuple(lines))
+    failure = failure_of(lines)
+    assert failure == Failure(exception_type=None, message=lines[-1], stacktrace=None, last_lines=tuple(lines))
 
 
 def test_without_traceback_the_last_lines_count() -> None:
     """The last twenty lines that are not empty are kept, oldest first, and the last is the message."""
-    digest = digest_of([f"line {number}" for number in range(50)] + ["", "  "])
-    assert digest is not None
-    assert digest.last_lines == tuple(f"line {number}" for number in range(30, 50))
-    assert digest.message == "line 49"
+    failure = failure_of([f"line {number}" for number in range(50)] + ["", "  "])
+    assert failure is not None
+    assert failure.last_lines == tuple(f"line {number}" for number in range(30, 50))
+    assert failure.message == "line 49"
 
 
 @pytest.mark.parametrize("lines", [[], ["", "   "]])
 def test_nothing_said_no_digest(lines: list[str]) -> None:
-    """A job that printed nothing has no digest."""
-    assert digest_of(lines) is None
+    """A job that printed nothing has no failure."""
+    assert failure_of(lines) is None
 
 
 def test_everything_is_bounded() -> None:
     """However long traceback, message and lines are, what comes out fits a record's attributes (64 KB)."""
     frames = [line for number in range(900) for line in (f'  File "{"d" * 200}.py", line {number}, in f', "    é()")]
     error = f"{'n' * 3000}: {'€' * 100_000}"
-    digest = digest_of(["Traceback (most recent call last):", *frames, error])
-    assert digest is not None
-    assert digest.stacktrace is not None
-    assert digest.stacktrace.startswith("Traceback (most recent call last):")
-    assert "the middle is left out" in digest.stacktrace
-    said = (digest.stacktrace, digest.message, digest.exception_type or "")
+    failure = failure_of(["Traceback (most recent call last):", *frames, error])
+    assert failure is not None
+    assert failure.stacktrace is not None
+    assert failure.stacktrace.startswith("Traceback (most recent call last):")
+    assert "the middle is left out" in failure.stacktrace
+    said = (failure.stacktrace, failure.message, failure.exception_type or "")
     assert sum(len(text.encode()) for text in said) <= 60_000
-    assert sum(len(line.encode()) for line in digest.last_lines) <= 80_000
+    assert sum(len(line.encode()) for line in failure.last_lines) <= 80_000
 
 
 PIECES = st.sampled_from(
@@ -193,13 +193,13 @@ PIECES = st.sampled_from(
 
 @given(st.lists(st.lists(PIECES | st.text(max_size=5), max_size=4).map("".join), max_size=60))
 def test_any_text_has_a_digest_of_itself(lines: list[str]) -> None:
-    """Whatever was printed: no error, and every line of the digest was printed by the job."""
-    digest = digest_of(lines)
-    assert (digest is None) == (not any(line.strip() for line in lines))
-    if digest is not None and digest.stacktrace is not None:
+    """Whatever was printed: no error, and every line of the failure was printed by the job."""
+    failure = failure_of(lines)
+    assert (failure is None) == (not any(line.strip() for line in lines))
+    if failure is not None and failure.stacktrace is not None:
         printed = "\n".join(lines)
-        assert all(line in printed for line in digest.stacktrace.split("\n"))
-        assert digest.exception_type is not None
+        assert all(line in printed for line in failure.stacktrace.split("\n"))
+        assert failure.exception_type is not None
 
 
 @pytest.mark.parametrize(
@@ -210,4 +210,4 @@ def test_any_text_has_a_digest_of_itself(lines: list[str]) -> None:
 def test_hostile_lines_are_linear(line: str) -> None:
     """Long lines of almost the right form are read too; a search that backtracks would not end within the suite."""
     head = ["Traceback (most recent call last):", '  File "x.py", line 1, in f']
-    assert digest_of([*head, line] * 700) is not None
+    assert failure_of([*head, line] * 700) is not None

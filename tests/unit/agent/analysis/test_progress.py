@@ -218,8 +218,8 @@ async def test_a_followed_job_shows_its_progress(bench: Bench) -> None:
         ((_, assessment),) = agent.followed_jobs()
         assert assessment.progress == 0.25
         assert assessment.eta_s == pytest.approx(15, abs=2)
-        text = agent.telemetry.prometheus_text()[0].decode()
+        text = agent.metrics_reader.prometheus_text()[0].decode()
         assert 'tailspan_job_progress_ratio{cicd_pipeline_name="etl"} 0.25' in text
         bench.fake.set_state("j1", "SUCCEEDED")
         await bench.received(lambda: "run" in bench.spans("j1"))
-        assert "tailspan_job_progress_ratio{" not in agent.telemetry.prometheus_text()[0].decode()
+        assert "tailspan_job_progress_ratio{" not in agent.metrics_reader.prometheus_text()[0].decode()

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tailspan_agent.analysis.run_totals import BOUNDS_S, COLUMNS, OTHER_PIPELINES, PipelineNames, RunTotals
+from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES, PipelineNames
+from tailspan_agent.analysis.run_totals import BOUNDS_S, COLUMNS, RunTotals
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 SPAN = "b7ad6b7169203331"

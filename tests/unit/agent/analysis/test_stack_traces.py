@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from tailspan.models import JobState, RunResponse
-from tailspan_agent.analysis.exit_reason import exit_reason
-from tailspan_agent.analysis.failure import Digest, digest_of, fingerprint_of
+from tailspan_agent.analysis.failure import Failure, exit_reason, failure_of, fingerprint_of
 from tailspan_agent.job.mapping import failure_text
 from tests.fakes.agents import Bench
 
@@ -21,8 +20,8 @@ def printed(name: str) -> list[str]:
     return (RECORDED / f"{name}.txt").read_text().splitlines()
 
 
-def digest(lines: list[str]) -> Digest:
-    found = digest_of(lines)
+def failure(lines: list[str]) -> Failure:
+    found = failure_of(lines)
     assert found is not None
     return found
 
@@ -65,7 +64,7 @@ def failed(state: JobState = JobState.FAILED, **fields: Any) -> RunResponse:
 )
 def test_recorded_failures(name: str, kind: str, message: str, first: str, last: str) -> None:
     """What Python, Java, Node.js and Rust printed when they failed: type, message and stack, whole and alone."""
-    found = digest(printed(name))
+    found = failure(printed(name))
     assert found.stacktrace is not None
     lines = found.stacktrace.split("\n")
     assert found.exception_type == kind
@@ -76,18 +75,18 @@ def test_recorded_failures(name: str, kind: str, message: str, first: str, last:
 
 def test_a_chain_is_joined_whole() -> None:
     """Three exceptions, both kinds of chain and a message of several lines with an empty one are one stack."""
-    assert digest(printed("python-multi")).stacktrace == "\n".join(printed("python-multi"))
-    java = digest(printed("java")).stacktrace
+    assert failure(printed("python-multi")).stacktrace == "\n".join(printed("python-multi"))
+    java = failure(printed("java")).stacktrace
     assert java is not None
     assert 'Caused by: java.lang.NumberFormatException: For input string: "x7"' in java
-    node = digest(printed("node")).stacktrace
+    node = failure(printed("node")).stacktrace
     assert node is not None
     assert "[cause]: SyntaxError: Expected property name" in node
 
 
 def test_workers_that_print_between_each_other() -> None:
     """Each line has its worker's name: only this one's lines are its traceback, without the name."""
-    found = digest(printed("python-workers"))
+    found = failure(printed("python-workers"))
     assert found.stacktrace is not None
     assert "step" not in found.stacktrace
     assert found.stacktrace.split("\n")[1] == '  File "/srv/job/workers.py", line 5, in work'
@@ -106,7 +105,7 @@ def test_workers_that_print_between_each_other() -> None:
 )
 def test_what_only_looks_like_a_stack(lines: list[str]) -> None:
     """Prose with the words of a stack is none."""
-    assert digest(lines).stacktrace is None
+    assert failure(lines).stacktrace is None
 
 
 @pytest.mark.parametrize(
@@ -134,14 +133,14 @@ def test_what_only_looks_like_a_stack(lines: list[str]) -> None:
 )
 def test_exit_reasons(job: RunResponse, lines: list[str], reason: str | None, text: str) -> None:
     """Why it ended, in one of few words, and in words for people; a SIGKILL alone does not prove a lack of memory."""
-    found = digest(lines)
+    found = failure(lines)
     assert exit_reason(job, found) == reason
     if reason is not None:
         assert failure_text(job, found).startswith(text)
 
 
 def fingerprint(lines: list[str]) -> str:
-    found = digest(lines)
+    found = failure(lines)
     return fingerprint_of(found.exception_type or "exit 1", found.message, found)
 
 

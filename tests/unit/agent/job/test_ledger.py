@@ -1,4 +1,4 @@
-"""What is known of a job's lines adds up, page by page, and survives as JSON."""
+"""A job's ledger adds up its pages and is stored as JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tailspan.logs.page import Line, LineRun, LogPage
 from tailspan.models import JobState
-from tailspan_agent.analysis.failure import digest_of
+from tailspan_agent.analysis.failure import failure_of
 from tailspan_agent.job.ledger import JobLedger
 
 
@@ -20,7 +20,7 @@ def timed(*lines: tuple[int, str]) -> LogPage:
 
 @given(st.lists(st.lists(st.tuples(st.integers(0, 9), st.text("ab", max_size=3)), min_size=1), min_size=1, max_size=5))
 def test_pages_add_up(pages: list[list[tuple[int, str]]]) -> None:
-    """Lines, first and last time and hash are those of all lines, and survive a restart after any page."""
+    """Count, first and last time and hash are those of all lines, also with a restart after any page."""
     ledger = JobLedger(first_seen_ns=5)
     uids = []
     for lines in pages:
@@ -36,7 +36,7 @@ def test_pages_add_up(pages: list[list[tuple[int, str]]]) -> None:
 
 
 def test_the_hash_of_a_service_with_offsets_is_that_of_its_bytes() -> None:
-    """In whatever pages the log came: count and crc32 of the bytes, a newline after each line."""
+    """Count and crc32 do not depend on the pages: the crc32 is of the bytes, with a newline after each line."""
     ledger = JobLedger(first_seen_ns=5)
     for lines in ([b"a", b"\xff b"], [b""], [b"c"]):
         ledger = ledger.with_page(LogPage(list(lines), [LineRun(len(lines), 7, uid_prefix="x")], b""))
@@ -50,7 +50,7 @@ def test_the_last_line_of_a_run_is_the_last() -> None:
 
 
 def test_states_are_kept_as_they_change() -> None:
-    """A state that is seen again adds nothing; one that comes back does."""
+    """A repeated state adds nothing; a state that comes back does."""
     ledger = JobLedger(first_seen_ns=5)
     for ns, state in ((1, JobState.PENDING), (2, JobState.PENDING), (3, JobState.RUNNING), (4, JobState.PENDING)):
         ledger = ledger.with_state(ns, state)
@@ -59,19 +59,34 @@ def test_states_are_kept_as_they_change() -> None:
 
 
 def test_everything_survives_as_json() -> None:
-    """Digest and states too."""
+    """Also the failure and the states."""
     ledger = JobLedger(
         first_seen_ns=1,
         states=((1, JobState.FAILED),),
-        digest=digest_of(["Traceback (most recent call last):", '  File "x", line 1', "ValueError: no"]),
+        failure=failure_of(["Traceback (most recent call last):", '  File "x", line 1', "ValueError: no"]),
         logs_complete=True,
     )
-    assert ledger.digest is not None
+    assert ledger.failure is not None
     assert JobLedger.from_json(ledger.to_json()) == ledger
+
+
+def test_stored_names_stay() -> None:
+    """An older agent's store is read, and what is written back is the same: an older agent can read it."""
+    stored = (
+        '{"first_seen_ns":1,"first_line_ns":2,"last_line_ns":3,"lines":4,"states":[[5,"RUNNING"],[6,"FAILED"]],'
+        '"stream_hash":7,"digest":{"exception_type":null,"message":"no such file","stacktrace":null,'
+        '"last_lines":["no such file"]},"delivery":{"acked":3,"rejected":{"invalid":1},"identified":true,"resent":0},'
+        '"logs_complete":true,"failure_told":true,"quiet_ns":8,"heartbeat_gap_s":0.5,"alerts":[[9,"slow"]],'
+        '"receipts":1,"failures_before":2,"first_failed_ns":10,"fingerprint":"f0","last_line":"no such file"}'
+    )
+    ledger = JobLedger.from_json(stored)
+    assert ledger.failure_reported
+    assert ledger.failure == failure_of(["no such file"])
+    assert ledger.to_json() == stored
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"first_seen_ns": "x"}', '{"first_seen_ns": 1, "states": [[1, "NO"]]}'])
 def test_damaged_json_is_a_value_error(text: str) -> None:
-    """So that whoever reads it can go on without."""
+    """The caller can handle it and start with an empty ledger."""
     with pytest.raises(ValueError, match=r".+"):
         JobLedger.from_json(text)

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from tailspan._identity import span_id, trace_id
 from tailspan.models import JobState, RunResponse
-from tailspan_agent.analysis.exit_reason import error_type
-from tailspan_agent.analysis.failure import Digest, digest_of
+from tailspan_agent.analysis.failure import Failure, error_type, failure_of
 from tailspan_agent.job.ledger import JobLedger
 from tailspan_agent.job.mapping import (
     failure_record,
@@ -26,7 +25,7 @@ from tailspan_agent.otlp.span import SpanData, SpanKind, SpanLink, StatusCode, e
 T0 = datetime(2024, 5, 12, 12, 0, 0, 123456, tzinfo=UTC)
 NS0 = 1_715_515_200_123_456_000
 S = 1_000_000_000
-DIGEST = digest_of(["Traceback (most recent call last):", '  File "x.py", line 1, in f', "ValueError: no tile"])
+FAILURE = failure_of(["Traceback (most recent call last):", '  File "x.py", line 1, in f', "ValueError: no tile"])
 
 
 def job(state: JobState = JobState.SUCCEEDED, **fields: Any) -> RunResponse:
@@ -179,39 +178,39 @@ def test_the_spans_of_a_job_that_succeeded() -> None:
 
 def test_a_job_that_failed_says_why() -> None:
     """Result, error type, status text and one exception event come from the traceback."""
-    root = spans_of(job(JobState.FAILED, exit_code=1, error="exit code 1"), ledger(digest=DIGEST))[-1]
+    root = spans_of(job(JobState.FAILED, exit_code=1, error="exit code 1"), ledger(failure=FAILURE))[-1]
     assert (root.attributes["cicd.pipeline.result"], root.attributes["error.type"]) == ("failure", "ValueError")
     assert (root.status, root.status_message) == (StatusCode.ERROR, "ValueError: no tile")
     (event,) = root.events
     assert (event.name, event.time_unix_nano) == ("exception", root.end_unix_nano)
-    assert DIGEST is not None
+    assert FAILURE is not None
     assert event.attributes == {
         "exception.type": "ValueError",
         "exception.message": "no tile",
-        "exception.stacktrace": DIGEST.stacktrace,
+        "exception.stacktrace": FAILURE.stacktrace,
     }
 
 
 @pytest.mark.parametrize(
-    ("state", "fields", "digest", "result", "error", "text"),
+    ("state", "fields", "failure", "result", "error", "text"),
     [
         (JobState.FAILED, {"exit_code": 3}, None, "failure", "exit 3", "the job ended as FAILED"),
         (JobState.FAILED, {"exit_code": 137, "error": "killed"}, None, "failure", "SIGKILL", "killed"),
-        (JobState.FAILED, {}, digest_of(["no such file"]), "failure", "_OTHER", "no such file"),
-        (JobState.LOST, {"error": "supervisor gone"}, DIGEST, "error", "lost", "supervisor gone"),
-        (JobState.TIMED_OUT, {"error": "over 5 s"}, DIGEST, "timeout", None, "over 5 s"),
+        (JobState.FAILED, {}, failure_of(["no such file"]), "failure", "_OTHER", "no such file"),
+        (JobState.LOST, {"error": "supervisor gone"}, FAILURE, "error", "lost", "supervisor gone"),
+        (JobState.TIMED_OUT, {"error": "over 5 s"}, FAILURE, "timeout", None, "over 5 s"),
         (JobState.CANCELED, {}, None, "cancellation", None, "the job ended as CANCELED"),
-        (JobState.CANCELED, {}, DIGEST, "cancellation", None, "no tile"),
+        (JobState.CANCELED, {}, FAILURE, "cancellation", None, "no tile"),
     ],
 )
 def test_how_jobs_end(
-    state: JobState, fields: dict[str, Any], digest: Digest | None, result: str, error: str | None, text: str
+    state: JobState, fields: dict[str, Any], failure: Failure | None, result: str, error: str | None, text: str
 ) -> None:
     """Each end has its result; only failure and error have an error type, an exception event and a record."""
-    run, seen = job(state, **fields), ledger(digest=digest)
+    run, seen = job(state, **fields), ledger(failure=failure)
     root = spans_of(run, seen)[-1]
     assert root.attributes["cicd.pipeline.result"] == result
-    assert root.attributes.get("error.type") == error == error_type(run, digest)
+    assert root.attributes.get("error.type") == error == error_type(run, failure)
     assert (root.status, root.status_message) == (StatusCode.ERROR, text)
     assert len(root.events) == (error is not None)
     assert (failure_record(run, seen, observed_unix_nano=1) is not None) == (error is not None)
@@ -219,14 +218,14 @@ def test_how_jobs_end(
 
 def test_no_error_without_failure() -> None:
     """A job that runs or succeeded has no error type and no failure record."""
-    assert error_type(job(), DIGEST) is None
-    assert failure_record(job(), ledger(digest=DIGEST), observed_unix_nano=1) is None
+    assert error_type(job(), FAILURE) is None
+    assert failure_record(job(), ledger(failure=FAILURE), observed_unix_nano=1) is None
     assert failure_record(job(JobState.RUNNING), ledger(), observed_unix_nano=1) is None
 
 
 def test_the_failure_record() -> None:
     """One record with the exception, at the end of the run, on its span, with the last lines as text."""
-    run, seen = job(JobState.FAILED), ledger(digest=DIGEST)
+    run, seen = job(JobState.FAILED), ledger(failure=FAILURE)
     record = failure_record(run, seen, observed_unix_nano=5)
     assert record is not None
     assert record.time_unix_nano == spans_of(run, seen)[-1].end_unix_nano
@@ -243,8 +242,8 @@ def test_the_failure_record() -> None:
 def test_the_failure_record_fits_loki() -> None:
     """However much a job says of its end, the attributes stay under 64 KB."""
     lines = ["Traceback (most recent call last):", *['  File "€.py", line 1, in f', "    " + "€" * 3000] * 500]
-    digest = digest_of([*lines, "E" * 4000 + ": " + "€" * 4000])
-    for seen in (ledger(digest=digest), ledger(digest=None)):
+    failure = failure_of([*lines, "E" * 4000 + ": " + "€" * 4000])
+    for seen in (ledger(failure=failure), ledger(failure=None)):
         record = failure_record(job(JobState.FAILED, error="€" * 100_000), seen, observed_unix_nano=1)
         assert record is not None
         assert len(encode_log_record(replace(record, body=""))) < 64 * 1024
@@ -332,8 +331,8 @@ def test_times_keep_microseconds() -> None:
 
 def test_the_text_of_a_failure_without_message() -> None:
     """An exception without message is told by its type."""
-    digest = Digest(exception_type="KeyboardInterrupt", message="", stacktrace="x", last_lines=("x",))
-    assert failure_text(job(JobState.FAILED), digest) == "KeyboardInterrupt"
+    failure = Failure(exception_type="KeyboardInterrupt", message="", stacktrace="x", last_lines=("x",))
+    assert failure_text(job(JobState.FAILED), failure) == "KeyboardInterrupt"
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from opentelemetry.sdk.metrics.export import Metric, NumberDataPoint, Sum
 from tailspan.models import JobState, RunResponse
 from tailspan_agent.analysis.assessment import JobSnapshot, PipelineStats
 from tailspan_agent.analysis.baseline import Histories, PastRun
-from tailspan_agent.analysis.run_totals import OTHER_PIPELINES, PipelineNames
-from tailspan_agent.metrics.pipelines import insight_metrics
+from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES, PipelineNames
+from tailspan_agent.metrics.pipelines import pipeline_metrics
 from tailspan_agent.metrics.prometheus import prometheus_text
 
 S = 1_000_000_000
@@ -38,7 +38,7 @@ def past(name: str, count: int, duration_s: float = 10.0) -> list[PastRun]:
 def made(*jobs: JobSnapshot, limit: int = 10, run_id_on_metrics: bool = False, **known: Any) -> list[Metric]:
     pipeline_stats = PipelineStats(**known)
     names = PipelineNames(limit, pipeline_stats.histories)
-    return insight_metrics(
+    return pipeline_metrics(
         jobs=jobs,
         pipeline_stats=pipeline_stats,
         names=names,

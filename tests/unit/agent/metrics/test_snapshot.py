@@ -2,88 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
-from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import pytest
 from opentelemetry import metrics as otel_metrics
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
-from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
-from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from tailspan.errors import ConfigError, ServiceUnavailableError
+from tailspan.errors import ServiceUnavailableError
 from tailspan.models import JobState, RunResponse
-from tailspan_agent.analysis.run_totals import BOUNDS_S, OTHER_PIPELINES, PipelineNames, RunTotals
-from tailspan_agent.exporter.outcome import Delivered, EndpointFault, Outcome, Rejected, Retry, TooLarge
-from tailspan_agent.metrics.telemetry import (
-    AgentMetrics,
-    JobSnapshot,
-    MetricsPush,
-    Telemetry,
-    agent_resource,
-    export_interval_s,
-)
-
-NOW_S = 1_800_000_000
-NOW_NS = NOW_S * 10**9
-START_NS = 1_700_000_000 * 10**9
-TRACE = "0af7651916cd43dd8448eb211c80319c"
-SPAN = "b7ad6b7169203331"
-OPENMETRICS = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
-
-
-class World:
-    """What telemetry looks at, to be changed by a test."""
-
-    def __init__(self, *, limit: int = 200, run_id_on_metrics: bool = False) -> None:
-        self.now_s = float(NOW_S)
-        self.runs: list[RunTotals] = []
-        self.jobs: list[JobSnapshot] = []
-        self.agent = AgentMetrics(
-            agent_resource("tailspan-agent", "c0ffee", {"deployment.environment.name": "prod", "service.name": "no"}),
-            clock_s=lambda: self.now_s,
-        )
-        self.telemetry = Telemetry(
-            self.agent,
-            runs=lambda: self.runs,
-            jobs=lambda: self.jobs,
-            names=PipelineNames(limit),
-            start_unix_nano=START_NS,
-            run_id_on_metrics=run_id_on_metrics,
-            clock_ns=lambda: int(self.now_s * 10**9),
-        )
-
-    def request(self) -> ExportMetricsServiceRequest:
-        """Decode what would be sent."""
-        return ExportMetricsServiceRequest.FromString(self.telemetry.metrics_request()[0])
-
-    def metric(self, name: str):
-        """Return one metric of what would be sent; None where there is none."""
-        (resource,) = self.request().resource_metrics
-        found = [metric for scope in resource.scope_metrics for metric in scope.metrics if metric.name == name]
-        assert len(found) <= 1
-        return found[0] if found else None
-
-    def values(self, name: str) -> dict[tuple[str, ...], float]:
-        """Return a metric's numbers by attribute values, these in the order of attribute names."""
-        metric = self.metric(name)
-        if metric is None:
-            return {}
-        data = getattr(metric, metric.WhichOneof("data"))
-        return {
-            tuple(a.value.string_value for a in sorted(point.attributes, key=lambda each: each.key)): getattr(
-                point, point.WhichOneof("value")
-            )
-            for point in data.data_points
-        }
-
-    def families(self, accept: str = ""):
-        """Parse the Prometheus text by name of family."""
-        text, content_type = self.telemetry.prometheus_text(accept)
-        parse = parse_openmetrics if "openmetrics" in content_type else parse_text
-        return {family.name: family for family in parse(text.decode())}
+from tailspan_agent.analysis.assessment import JobSnapshot
+from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
+from tailspan_agent.analysis.run_totals import BOUNDS_S, RunTotals
+from tests.unit.agent.metrics.world import NOW_NS, NOW_S, OPENMETRICS, SPAN, START_NS, TRACE, World
 
 
 def job(
@@ -223,14 +154,14 @@ def test_run_ids_are_on_gauges_only_where_asked_for(run_id_on_metrics):
     assert (world.values("tailspan.job.tasks.total") == {("etl", "run-17"): 1, ("etl", "run-18"): 1}) is (
         run_id_on_metrics
     )
-    assert (b"run-17" in world.telemetry.metrics_request()[0]) is run_id_on_metrics
+    assert (b"run-17" in world.reader.metrics_request()[0]) is run_id_on_metrics
 
 
 def test_agent_counts_what_it_is_told():
     """Each call of a tailer ends up in the counter of its service."""
     world = World()
     agent = world.agent
-    agent.know_service("local")
+    agent.add_service("local")
     agent.polled("fused", 3)
     agent.poll_failed("fused", ServiceUnavailableError("down"))
     agent.records_read("fused", 10, dropped=2, redactions=3, late=1)
@@ -299,7 +230,7 @@ def test_data_points_are_counted():
     """The exporter is told how many data points the request holds."""
     world = World()
     world.runs = [failed_runs()]
-    payload, count = world.telemetry.metrics_request()
+    payload, count = world.reader.metrics_request()
     (resource,) = ExportMetricsServiceRequest.FromString(payload).resource_metrics
     metrics = [metric for scope in resource.scope_metrics for metric in scope.metrics]
     assert count == sum(len(getattr(metric, metric.WhichOneof("data")).data_points) for metric in metrics) > 0
@@ -339,7 +270,7 @@ def test_exemplars_are_in_openmetrics_only():
     """The plain format cannot carry them; in OpenMetrics each lies on its own bucket."""
     world = World()
     world.runs = [failed_runs().add(30_000, trace_id=TRACE[::-1], span_id=SPAN, time_unix_nano=NOW_NS)]
-    assert TRACE.encode() not in world.telemetry.prometheus_text()[0]
+    assert TRACE.encode() not in world.reader.prometheus_text()[0]
     found = {
         sample.labels["le"]: (
             sample.exemplar.labels["trace_id"],
@@ -361,131 +292,3 @@ def test_hostile_values_break_neither_form():
     sample = world.families()["tailspan_job_tasks_finished"].samples[0]
     assert sample.labels["cicd_pipeline_name"] == 'a"b\\c\nd?'
     assert math.isfinite(sample.value)
-
-
-class ScriptedExporter:
-    """Answers in turn, then takes everything; keeps what it was given."""
-
-    def __init__(self, *outcomes: Outcome) -> None:
-        self.outcomes = list(outcomes)
-        self.sent: list[tuple[bytes, int]] = []
-        self.called = asyncio.Event()
-
-    async def export(self, payload: bytes, count: int) -> Outcome:
-        """Take one request."""
-        self.sent.append((payload, count))
-        self.called.set()
-        return self.outcomes.pop(0) if self.outcomes else Delivered()
-
-
-def exported(world: World, outcomes: Sequence[Outcome]) -> list[bool]:
-    """Export once per outcome."""
-
-    async def main() -> list[bool]:
-        push = MetricsPush(world.telemetry, world.agent, ScriptedExporter(*outcomes))
-        return [await push.export() for _ in outcomes]
-
-    return asyncio.run(main())
-
-
-def test_export_counts_failures_and_says_each_change_once(caplog):
-    """A failure is counted by kind and logged when it begins and ends, not at each interval."""
-    caplog.set_level("INFO")
-    world = World()
-    down = Retry("connection refused")
-    outcomes = [Delivered(), down, down, EndpointFault("HTTP 404"), Rejected(3, "odd"), TooLarge("413"), Delivered()]
-    assert exported(world, outcomes) == [True, False, False, False, False, False, True]
-    assert world.values("tailspan.agent.export.errors") == {
-        ("unavailable", "metrics"): 2,
-        ("endpoint_fault", "metrics"): 1,
-        ("invalid", "metrics"): 1,
-        ("too_large", "metrics"): 1,
-    }
-    assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == [
-        "connection refused",
-        "HTTP 404",
-        "odd",
-        "413",
-        "metrics are taken again",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("outcome", "up"),
-    [(Delivered("hm"), 1), (Rejected(1, "odd"), 1), (Retry("no"), 0), (EndpointFault("HTTP 404"), 0)],
-)
-def test_endpoint_up_follows_the_last_export(outcome, up):
-    """An endpoint that refuses a batch is up; one that cannot be reached or knows no metrics is not."""
-    world = World()
-    exported(world, [outcome])
-    assert world.values("tailspan.agent.endpoint.up") == {("metrics",): up}
-
-
-def test_metrics_that_cannot_be_made_do_not_end_the_agent():
-    """A store that fails at this moment costs one export, and is told."""
-    world = World()
-
-    class Broken(list):
-        def __iter__(self):
-            raise ValueError("disk on fire")
-
-    world.runs = Broken()
-
-    async def main() -> tuple[bool, str | None]:
-        push = MetricsPush(world.telemetry, world.agent, ScriptedExporter())
-        return await push.export(), push.problem
-
-    delivered, problem = asyncio.run(main())
-    assert not delivered
-    assert "disk on fire" in (problem or "")
-
-
-def test_run_exports_at_once_at_intervals_and_at_the_end():
-    """The last export holds what happened since the one before."""
-    world = World()
-
-    async def main() -> list[tuple[bytes, int]]:
-        exporter, stop = ScriptedExporter(), asyncio.Event()
-        push = MetricsPush(world.telemetry, world.agent, exporter, interval_s=0.001)
-        task = asyncio.create_task(push.run(stop))
-        while len(exporter.sent) < 3:
-            exporter.called.clear()
-            await exporter.called.wait()
-        world.agent.records_read("local", 41)
-        stop.set()
-        await task
-        return exporter.sent
-
-    sent = asyncio.run(main())
-    last = ExportMetricsServiceRequest.FromString(sent[-1][0])
-    assert "tailspan.agent.records.read" in str(last)
-    assert all(count > 0 for _, count in sent)
-
-
-def test_another_exporter_takes_over():
-    """After a reload the next export goes to the new endpoint."""
-    world = World()
-
-    async def main() -> tuple[int, int]:
-        old, new = ScriptedExporter(), ScriptedExporter()
-        push = MetricsPush(world.telemetry, world.agent, old)
-        await push.export()
-        push.use(new)
-        await push.export()
-        return len(old.sent), len(new.sent)
-
-    assert asyncio.run(main()) == (1, 1)
-
-
-@pytest.mark.parametrize(("text", "seconds"), [("", 15.0), ("1000", 1.0), (" 60000 ", 60.0), ("1", 0.001)])
-def test_export_interval_is_in_milliseconds(text, seconds):
-    """The variable means what the specification says."""
-    assert export_interval_s({"OTEL_METRIC_EXPORT_INTERVAL": text}) == seconds
-
-
-@pytest.mark.parametrize("text", ["0", "-1", "soon", "1.5", "²"])
-def test_export_interval_that_is_none_is_refused(text):
-    """A wrong interval is named, not ignored."""
-    with pytest.raises(ConfigError, match="OTEL_METRIC_EXPORT_INTERVAL") as caught:
-        export_interval_s({"OTEL_METRIC_EXPORT_INTERVAL": text})
-    assert caught.value.key == "OTEL_METRIC_EXPORT_INTERVAL"

@@ -1,0 +1,123 @@
+"""`MetricsPush`: export all metrics periodically, as OTLP."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Mapping
+
+from tailspan.errors import ConfigError
+from tailspan_agent.exporter.outcome import Delivered, EndpointFault, Outcome, Rejected, Retry
+from tailspan_agent.exporter.protocol import Exporter
+from tailspan_agent.metrics.agent import AgentMetrics
+from tailspan_agent.metrics.snapshot import MetricsReader
+
+__all__ = ["MetricsPush", "export_interval_s"]
+
+_log = logging.getLogger(__name__)
+
+_EXPORT_INTERVAL_S = 15.0
+
+
+class MetricsPush:
+    """Export all metrics at an interval, and once at the end.
+
+    Args:
+        reader: Reads the metrics.
+        agent: Counts failed exports.
+        exporter: The exporter of metrics; its owner closes it.
+        interval_s: Seconds between two exports.
+    """
+
+    def __init__(
+        self,
+        reader: MetricsReader,
+        agent: AgentMetrics,
+        exporter: Exporter,
+        *,
+        interval_s: float = _EXPORT_INTERVAL_S,
+    ) -> None:
+        self._reader = reader
+        self._agent = agent
+        self._exporter = exporter
+        self._interval_s = interval_s
+        self._problem: str | None = None
+
+    @property
+    def problem(self) -> str | None:
+        """Why the last export failed, fully or in part, to be shown; None if it succeeded."""
+        return self._problem
+
+    def replace_exporter(self, exporter: Exporter) -> None:
+        """Use another exporter from the next export on."""
+        self._exporter = exporter
+
+    async def export(self) -> bool:
+        """Export all metrics once and return whether the endpoint accepted all of them."""
+        try:
+            payload, count = self._reader.metrics_request()
+        except Exception as error:  # a value that cannot be encoded must not stop the relay of log lines
+            outcome: Outcome = Rejected(None, f"cannot encode metrics: {error!r}", "unencodable")
+        else:
+            outcome = await self._exporter.export(payload, count)
+        kind, reason = _kind(outcome), outcome.warning if isinstance(outcome, Delivered) else outcome.reason
+        self._agent.endpoint("metrics", not isinstance(outcome, Retry | EndpointFault))
+        fault = self._agent.metrics_fault = isinstance(outcome, EndpointFault)
+        if kind:
+            self._agent.export_failed("metrics", kind)
+        problem = reason if kind else None
+        if problem != self._problem:
+            if problem:
+                level = logging.ERROR if fault else logging.WARNING
+                _log.log(level, "export of metrics failed; the next export has the current values: %s", problem)
+            else:
+                _log.info("export of metrics works again")
+        elif reason and not kind:
+            _log.debug("metrics: warning of the endpoint: %s", reason)
+        self._problem = problem
+        return kind is None
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Export now and at each interval until `stop` is set, then once more."""
+        while not stop.is_set():
+            await self.export()
+            try:
+                await asyncio.wait_for(stop.wait(), self._interval_s)
+            except TimeoutError:
+                pass
+        await self.export()
+
+
+def _kind(outcome: Outcome) -> str | None:
+    """Return the ``error.type`` of an outcome; None for success."""
+    match outcome:
+        case Delivered():
+            return None
+        case Rejected():
+            return outcome.kind
+        case Retry():
+            return "unavailable"
+        case EndpointFault():
+            return "endpoint_fault"
+        case _:
+            return "too_large"
+
+
+def export_interval_s(environ: Mapping[str, str] = os.environ) -> float:
+    """Return the seconds between two exports: ``OTEL_METRIC_EXPORT_INTERVAL`` (milliseconds), else 15 s.
+
+    Raises:
+        ConfigError: The variable is not a positive integer.
+
+    Source: OpenTelemetry specification, "Periodic exporting MetricReader".
+    """
+    text = environ.get("OTEL_METRIC_EXPORT_INTERVAL", "").strip()
+    if not text:
+        return _EXPORT_INTERVAL_S
+    if not text.isdecimal() or int(text) == 0:
+        raise ConfigError(
+            f"OTEL_METRIC_EXPORT_INTERVAL is {text!r}: expected milliseconds, such as 15000",
+            key="OTEL_METRIC_EXPORT_INTERVAL",
+        )
+    return int(text) / 1000

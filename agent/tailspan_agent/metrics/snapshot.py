@@ -1,0 +1,102 @@
+"""All metrics of the agent as one snapshot, pushed as OTLP or scraped as Prometheus text.
+
+    AgentMetrics (this process) |
+    runs of the store           +--> MetricsReader --> metrics_request() --> MetricsPush
+    followed jobs               |                  --> prometheus_text() --> /metrics
+
+Metrics are state, not records: a failed export is not retried, since the next one has the same values and later ones.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
+from opentelemetry.sdk.metrics.export import MetricsData, ResourceMetrics, ScopeMetrics
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+
+from tailspan_agent.analysis.assessment import JobSnapshot, PipelineStats
+from tailspan_agent.analysis.pipeline_names import PipelineNames
+from tailspan_agent.analysis.run_totals import RunTotals
+from tailspan_agent.metrics.agent import AgentMetrics
+from tailspan_agent.metrics.jobs import job_metrics
+from tailspan_agent.metrics.pipelines import pipeline_metrics
+from tailspan_agent.metrics.prometheus import prometheus_text
+
+__all__ = ["MetricsReader"]
+
+
+class MetricsReader:
+    """Read the metrics of the agent, its jobs and their pipelines, with their current values.
+
+    Args:
+        agent: The agent's own metrics.
+        runs: Returns the totals of all ended runs, from the store.
+        jobs: Returns the followed jobs.
+        names: The pipelines with series of their own; the same object that names the store's runs.
+        start_unix_nano: When the store began to count runs, in ns since the epoch.
+        pipeline_stats: The history of pipelines.
+        run_id_on_metrics: ``agent.run_id_on_metrics``.
+        clock_ns: Returns the time in ns since the epoch.
+    """
+
+    def __init__(
+        self,
+        agent: AgentMetrics,
+        *,
+        runs: Callable[[], Iterable[RunTotals]],
+        jobs: Callable[[], Iterable[JobSnapshot]],
+        names: PipelineNames,
+        start_unix_nano: int,
+        pipeline_stats: PipelineStats | None = None,
+        run_id_on_metrics: bool = False,
+        clock_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self._agent = agent
+        self._runs = runs
+        self._jobs = jobs
+        self._names = names
+        self._start_unix_nano = start_unix_nano
+        self._pipeline_stats = pipeline_stats or PipelineStats()
+        self._run_id_on_metrics = run_id_on_metrics
+        self._clock_ns = clock_ns
+
+    def snapshot(self) -> list[ScopeMetrics]:
+        """Return all metrics with their current values: the agent's own, then those of jobs and pipelines."""
+        jobs, now_unix_nano = list(self._jobs()), self._clock_ns()
+        self._agent.jobs_followed(job.service for job in jobs)
+        of_jobs = job_metrics(
+            runs=self._runs(),
+            jobs=jobs,
+            names=self._names,
+            start_unix_nano=self._start_unix_nano,
+            now_unix_nano=now_unix_nano,
+            run_id_on_metrics=self._run_id_on_metrics,
+        )
+        of_jobs += pipeline_metrics(
+            jobs=jobs,
+            pipeline_stats=self._pipeline_stats,
+            names=self._names,
+            start_unix_nano=self._start_unix_nano,
+            now_unix_nano=now_unix_nano,
+            run_id_on_metrics=self._run_id_on_metrics,
+        )
+        return [*self._agent.collect(), ScopeMetrics(InstrumentationScope("tailspan.jobs"), of_jobs, schema_url="")]
+
+    def metrics_request(self) -> tuple[bytes, int]:
+        """Return an ``ExportMetricsServiceRequest`` of all metrics, and its number of data points."""
+        scopes = [scope for scope in self.snapshot() if scope.metrics]
+        count = sum(len(metric.data.data_points) for scope in scopes for metric in scope.metrics)
+        data = MetricsData([ResourceMetrics(self._agent.resource, scopes, schema_url="")])
+        request: bytes = encode_metrics(data).SerializeToString()
+        return request, count
+
+    def prometheus_text(self, accept: str = "") -> tuple[bytes, str]:
+        """Return all metrics as text for Prometheus, and its content type.
+
+        Args:
+            accept: The Accept header of the scrape.
+        """
+        metrics = [metric for scope in self.snapshot() for metric in scope.metrics]
+        return prometheus_text(metrics, self._agent.resource.attributes, accept)

@@ -1,0 +1,142 @@
+"""The periodic export of metrics."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+
+from tailspan.errors import ConfigError
+from tailspan_agent.exporter.outcome import Delivered, EndpointFault, Outcome, Rejected, Retry, TooLarge
+from tailspan_agent.metrics.push import MetricsPush, export_interval_s
+from tests.unit.agent.metrics.world import World
+
+
+class ScriptedExporter:
+    """Answers in turn, then takes everything; keeps what it was given."""
+
+    def __init__(self, *outcomes: Outcome) -> None:
+        self.outcomes = list(outcomes)
+        self.sent: list[tuple[bytes, int]] = []
+        self.called = asyncio.Event()
+
+    async def export(self, payload: bytes, count: int) -> Outcome:
+        """Take one request."""
+        self.sent.append((payload, count))
+        self.called.set()
+        return self.outcomes.pop(0) if self.outcomes else Delivered()
+
+
+def exported(world: World, outcomes: Sequence[Outcome]) -> list[bool]:
+    """Export once per outcome."""
+
+    async def main() -> list[bool]:
+        push = MetricsPush(world.reader, world.agent, ScriptedExporter(*outcomes))
+        return [await push.export() for _ in outcomes]
+
+    return asyncio.run(main())
+
+
+def test_export_counts_failures_and_says_each_change_once(caplog):
+    """A failure is counted by kind and logged when it begins and ends, not at each interval."""
+    caplog.set_level("INFO")
+    world = World()
+    down = Retry("connection refused")
+    outcomes = [Delivered(), down, down, EndpointFault("HTTP 404"), Rejected(3, "odd"), TooLarge("413"), Delivered()]
+    assert exported(world, outcomes) == [True, False, False, False, False, False, True]
+    assert world.values("tailspan.agent.export.errors") == {
+        ("unavailable", "metrics"): 2,
+        ("endpoint_fault", "metrics"): 1,
+        ("invalid", "metrics"): 1,
+        ("too_large", "metrics"): 1,
+    }
+    assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == [
+        "connection refused",
+        "HTTP 404",
+        "odd",
+        "413",
+        "export of metrics works again",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "up"),
+    [(Delivered("hm"), 1), (Rejected(1, "odd"), 1), (Retry("no"), 0), (EndpointFault("HTTP 404"), 0)],
+)
+def test_endpoint_up_follows_the_last_export(outcome, up):
+    """An endpoint that refuses a batch is up; one that cannot be reached or knows no metrics is not."""
+    world = World()
+    exported(world, [outcome])
+    assert world.values("tailspan.agent.endpoint.up") == {("metrics",): up}
+
+
+def test_metrics_that_cannot_be_made_do_not_end_the_agent():
+    """A store that fails at this moment costs one export, and is told."""
+    world = World()
+
+    class Broken(list):
+        def __iter__(self):
+            raise ValueError("disk on fire")
+
+    world.runs = Broken()
+
+    async def main() -> tuple[bool, str | None]:
+        push = MetricsPush(world.reader, world.agent, ScriptedExporter())
+        return await push.export(), push.problem
+
+    delivered, problem = asyncio.run(main())
+    assert not delivered
+    assert "disk on fire" in (problem or "")
+
+
+def test_run_exports_at_once_at_intervals_and_at_the_end():
+    """The last export holds what happened since the one before."""
+    world = World()
+
+    async def main() -> list[tuple[bytes, int]]:
+        exporter, stop = ScriptedExporter(), asyncio.Event()
+        push = MetricsPush(world.reader, world.agent, exporter, interval_s=0.001)
+        task = asyncio.create_task(push.run(stop))
+        while len(exporter.sent) < 3:
+            exporter.called.clear()
+            await exporter.called.wait()
+        world.agent.records_read("local", 41)
+        stop.set()
+        await task
+        return exporter.sent
+
+    sent = asyncio.run(main())
+    last = ExportMetricsServiceRequest.FromString(sent[-1][0])
+    assert "tailspan.agent.records.read" in str(last)
+    assert all(count > 0 for _, count in sent)
+
+
+def test_another_exporter_takes_over():
+    """After a reload the next export goes to the new endpoint."""
+    world = World()
+
+    async def main() -> tuple[int, int]:
+        old, new = ScriptedExporter(), ScriptedExporter()
+        push = MetricsPush(world.reader, world.agent, old)
+        await push.export()
+        push.replace_exporter(new)
+        await push.export()
+        return len(old.sent), len(new.sent)
+
+    assert asyncio.run(main()) == (1, 1)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("", 15.0), ("1000", 1.0), (" 60000 ", 60.0), ("1", 0.001)])
+def test_export_interval_is_in_milliseconds(text, seconds):
+    """The variable means what the specification says."""
+    assert export_interval_s({"OTEL_METRIC_EXPORT_INTERVAL": text}) == seconds
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "soon", "1.5", "²"])
+def test_export_interval_that_is_none_is_refused(text):
+    """A wrong interval is named, not ignored."""
+    with pytest.raises(ConfigError, match="OTEL_METRIC_EXPORT_INTERVAL") as caught:
+        export_interval_s({"OTEL_METRIC_EXPORT_INTERVAL": text})
+    assert caught.value.key == "OTEL_METRIC_EXPORT_INTERVAL"
