@@ -24,7 +24,7 @@ from tailspan.logs.page_wire import FrameError, FrameSplitter, encode_frame
 from tailspan.logs.printing import end_text
 from tailspan.services.fused.auth import Credentials
 from tailspan.services.fused.stream import ArraySplitter, ReplyError, lines, messages, pages
-from tailspan.services.fused.window import Window
+from tailspan.services.fused.window import LateWindow
 from tailspan.services.fused.wire import decode_row, decode_status, error_text, line_times
 from tailspan_agent.job.ledger import JobLedger
 from tailspan_agent.job.mapping import failure_record, resource_attributes, spans_of
@@ -149,7 +149,7 @@ PIECES = st.lists(
 def test_a_log_of_any_bytes(pieces: list[bytes], step: int, decoder: Any) -> None:
     """Lines that can be encoded, or the one error."""
     splitter = ArraySplitter(decoder, step)
-    window = Window("me", "job", late_window_s=10)
+    window = LateWindow("me", "job", late_window_s=10)
     try:
         found = [element for piece in pieces for element in splitter.feed(piece)] + splitter.close()
     except ReplyError:
@@ -235,7 +235,7 @@ def test_a_login_file_of_any_content(content: bytes) -> None:
 @given(data=st.data())
 def test_a_cursor_of_any_content(data: st.DataObject) -> None:
     """A stored cursor that is damaged is refused or used; it never breaks the read."""
-    window = Window("me", "job", late_window_s=10)
+    window = LateWindow("me", "job", late_window_s=10)
     count = data.draw(st.integers(0, 5))
     window.take([1000 + number // 2 for number in range(count)], [b"%d" % number for number in range(count)])
     cursor = bytearray(window.cursor())
@@ -246,26 +246,26 @@ def test_a_cursor_of_any_content(data: st.DataObject) -> None:
     if data.draw(st.integers(0, 5)) == 0:
         cursor = bytearray(data.draw(st.binary()))
     try:
-        again = Window("me", "job", bytes(cursor), late_window_s=10)
+        again = LateWindow("me", "job", bytes(cursor), late_window_s=10)
     except ConfigError:
         return
     again.take([1000, 1001, 1002, 10**12], [b"0", b"b", b"c", b"d"])
-    Window("me", "job", again.cursor(), late_window_s=10)
+    LateWindow("me", "job", again.cursor(), late_window_s=10)
 
 
 def test_a_cursor_whose_times_do_not_ascend_is_refused() -> None:
     """It would be used, and what it becomes would not."""
     for steps in ([1000, 0], [1000, -1]):
-        damaged = msgspec.msgpack.encode(["tailspan.services.fused.window/1", 0, steps, [1, 1], bytes(16)])
+        damaged = msgspec.msgpack.encode(["tailspan.window/1", 0, steps, [1, 1], bytes(16)])
         with pytest.raises(ConfigError):
-            Window("me", "job", damaged, late_window_s=10)
+            LateWindow("me", "job", damaged, late_window_s=10)
 
 
 def test_a_cursor_cannot_ask_for_memory() -> None:
     """A forged count of lines is not believed."""
-    forged = msgspec.msgpack.encode(["tailspan.services.fused.window/1", 0, [1] * 3, [20_000, 2**62, 5], b""])
+    forged = msgspec.msgpack.encode(["tailspan.window/1", 0, [1] * 3, [20_000, 2**62, 5], b""])
     with pytest.raises(ConfigError):
-        Window("me", "job", forged, late_window_s=10)
+        LateWindow("me", "job", forged, late_window_s=10)
 
 
 FRAMES = b"".join(

@@ -29,7 +29,7 @@ from tailspan.services.fused.http import FusedHttp, Tls
 from tailspan.services.fused.log_times import Look, find_times
 from tailspan.services.fused.pages import MessageSplitter, ServedPages
 from tailspan.services.fused.stream import STEP_BYTES, ArraySplitter, Splitter, decode_json, lines, messages, pages
-from tailspan.services.fused.window import Window
+from tailspan.services.fused.window import LateWindow
 from tailspan.services.fused.wire import (
     DEFAULT_BASE_URL,
     decode_row,
@@ -241,7 +241,7 @@ class FusedService(MergingService):
                 async for page in served:
                     yield page
             return
-        window = Window(self.identity, job_id, cursor, since_ms=since_ms, late_window_s=late_window_s)
+        window = LateWindow(self.identity, job_id, cursor, since_ms=since_ms, late_window_s=late_window_s)
         async with aclosing(self._elements(job_id, window.since_ms, lines)) as parts:
             async for entries in parts:
                 for page in pages(window, entries):

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Generic, Protocol, TypeVar, cast
 import msgspec
 
 from tailspan.logs.page import CLEAN, MAX_PAGE_BYTES, MAX_PAGE_LINES, NANOS_PER_MS, LineRun, LogPage, Stream
-from tailspan.services.fused.window import Window
+from tailspan.services.fused.window import LateWindow
 
 __all__ = [
     "STEP_BYTES",
@@ -236,7 +236,7 @@ _MESSAGE, _TIMESTAMP = operator.itemgetter("message"), operator.itemgetter("time
 messages: Any = _Messages()
 
 
-def pages(window: Window, entries: Sequence[Entry]) -> Iterator[LogPage]:
+def pages(window: LateWindow, entries: Sequence[Entry]) -> Iterator[LogPage]:
     """Yield those lines that the window has not seen, each page with the cursor after it.
 
     A line ending at the end of a message is not part of the line; newlines within it are.

@@ -1,19 +1,19 @@
-"""`Window`: which lines near the newest one were seen, as a multiset. Pure: no clock, no I/O.
+"""`LateWindow`: a multiset of the lines near the newest one, to find the new lines of a reply. Pure: no clock, no I/O.
 
-For services that know a line only by its time and text, and that may make lines visible late. Each read asks again
-for the last seconds before the newest line; the window tells which lines of the reply are new:
+For services that know a line only by its time and text, and that may make lines visible late. Each read asks again for
+the last seconds before the newest line, and the window finds which lines of the reply are new:
 
-- Two equal lines are two: of a pair (time, text), as many are dropped as were seen.
-- A line that becomes visible late, but within the window, is found.
-- What a line is called does not depend on where reads were cut: its uid is hashed from time, text and *occurrence*
-  (its place among equal lines), its time is counted up by its *ordinal* (its place within its millisecond), and both
-  come out the same from any reply that has the whole millisecond.
+- Two equal lines are two lines: of each pair (time, text) it drops as many as earlier reads had.
+- It finds a line that becomes visible late, but within the window.
+- The names of a line do not depend on where reads were cut. Its uid is a hash of time, text and *occurrence* (its
+  number among equal lines), and its time is counted up by its *ordinal* (its number within its millisecond). Both are
+  the same from any reply that has the whole millisecond.
 
-The window reaches `late_window_s` back from the newest line, or less: it holds about 20,000 lines, and shrinks by
-whole milliseconds. The newest millisecond always stays. Of one with more lines than that only their number is kept:
-its lines are told apart by their place, so a late line is found only if it comes after those that were seen.
+The window reaches `late_window_s` back from the newest line, or less: it holds about 20,000 lines and shrinks by whole
+milliseconds, but always keeps the newest one. Of a millisecond with more lines than that it keeps only their number:
+their place tells these lines apart, so a late line is found only if it comes after the lines that were seen.
 
-Only in one reply that is out of order by more than the window can equal lines of a millisecond get the same uid.
+Equal lines of one millisecond can get the same uid only in a reply that is out of order by more than the window.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ import msgspec
 from tailspan.errors import ConfigError
 from tailspan.logs.page import DIGEST_BYTES, NANOS_PER_MS
 
-__all__ = ["MAX_WINDOW_LINES", "NewLines", "Window"]
+__all__ = ["MAX_WINDOW_LINES", "LateWindow", "NewLines"]
 
 MAX_WINDOW_LINES = 20_000
 
 
-class _Cursor(msgspec.Struct, array_like=True, tag="tailspan.services.fused.window/1"):
+class _Cursor(msgspec.Struct, array_like=True, tag="tailspan.window/1"):
     """The serialised window.
 
     Attributes:
-        start_ms: Lines before this are not looked at again.
-        steps_ms: For each millisecond with lines: how long after the one before (the first: after ``start_ms``).
-        counts: How many lines each of them has.
-        digests: 8 bytes for each line, in that order; none for a millisecond with more than the window may hold.
+        start_ms: Lines before this time are not read again.
+        steps_ms: For each millisecond with lines, the time since the one before (the first: since ``start_ms``).
+        counts: Number of lines in each of them.
+        digests: 8 bytes for each line, in that order; none for a millisecond with more lines than the window may hold.
     """
 
     start_ms: int
@@ -57,10 +57,10 @@ _decode = msgspec.msgpack.Decoder(_Cursor).decode
 
 
 class NewLines(NamedTuple):
-    """The lines of a reply that were not seen before, in its order.
+    """The lines of a reply that no earlier read had, in the order of the reply.
 
     Attributes:
-        places: Where they were in what was given to `Window.take`.
+        places: Their indexes in the arguments of `LateWindow.take`.
         times_unix_nano: Their times, counted up within each millisecond, in ns since the epoch.
         digests: 8 bytes for each, as `tailspan.logs.page.line_digest` makes them.
     """
@@ -70,11 +70,115 @@ class NewLines(NamedTuple):
     digests: list[bytes]
 
 
-class Window:
-    """One read of a log: feed it the reply from start to end; take a cursor at any point.
+class _Kept:
+    """The lines in the window: what the next read must know.
 
     Attributes:
-        start_ms: Lines before this are not new. The reply must have all lines at or after it; None: all there are.
+        times_ms: The time of each line.
+        digests: The digest of each line as the first of its kind (occurrence 0).
+        totals: Number of lines by millisecond.
+        overfull: Milliseconds with more lines than the window may hold.
+        from_ms: Where the window begins.
+        newest_ms: Time of the newest line; -1 without lines.
+        is_sorted: Whether the lines are in order of time.
+    """
+
+    __slots__ = ("digests", "from_ms", "is_sorted", "newest_ms", "overfull", "times_ms", "totals")
+
+    def __init__(self, from_ms: int) -> None:
+        self.times_ms: list[int] = []
+        self.digests: list[bytes] = []
+        self.totals: dict[int, int] = {}
+        self.overfull: set[int] = set()
+        self.from_ms = from_ms
+        self.newest_ms = -1
+        self.is_sorted = True
+
+    @classmethod
+    def decode(cls, cursor: bytes, max_lines: int) -> _Kept:
+        """Return the window of a cursor.
+
+        Raises:
+            msgspec.DecodeError: The cursor is not one of a window of this size.
+        """
+        saved = _decode(cursor)
+        listed = sum(count for count in saved.counts if count <= max_lines)
+        fits = len(saved.steps_ms) == len(saved.counts) and len(saved.digests) == listed * DIGEST_BYTES
+        if not fits or min(saved.steps_ms[1:], default=1) < 1:
+            raise msgspec.DecodeError
+        kept = cls(saved.start_ms)
+        instants = list(accumulate(saved.steps_ms, initial=saved.start_ms))[1:]
+        kept.totals = dict(zip(instants, saved.counts, strict=True))
+        for ms, count in kept.totals.items():
+            if count > max_lines:
+                kept.overfull.add(ms)
+            else:
+                kept.times_ms += [ms] * count
+        kept.digests = [saved.digests[at : at + DIGEST_BYTES] for at in range(0, len(saved.digests), DIGEST_BYTES)]
+        kept.newest_ms = instants[-1] if instants else -1
+        return kept
+
+    def encode(self) -> bytes:
+        """Return the cursor of this window: about 10 bytes for each line."""
+        instants = sorted(self.totals)
+        steps = list(map(operator.sub, instants, [self.from_ms, *instants]))
+        counts = list(map(self.totals.__getitem__, instants))
+        digests = self.digests
+        if self.overfull:
+            digests = [digest for ms, digest in zip(self.times_ms, digests, strict=True) if ms not in self.overfull]
+        return _encode(_Cursor(self.from_ms, steps, counts, b"".join(digests)))
+
+    def prune(self, late_window_ms: int, max_lines: int) -> list[bytes]:
+        """Drop lines that are too old, and the oldest milliseconds above the limit; return the dropped digests."""
+        if not self.is_sorted:
+            order = sorted(range(len(self.times_ms)), key=self.times_ms.__getitem__)
+            self.times_ms = [self.times_ms[at] for at in order]
+            self.digests = [self.digests[at] for at in order]
+            self.is_sorted = True
+        keep_ms = max(self.from_ms, self.newest_ms - late_window_ms)
+        if len(self.times_ms) > max_lines:
+            keep_ms = max(keep_ms, self.times_ms[-max_lines - 1] + 1)
+        keep_ms = max(keep_ms, *(ms + 1 for ms in self.overfull), 0)
+        self.from_ms = keep_ms = max(self.from_ms, min(keep_ms, self.newest_ms))
+        cut = bisect_left(self.times_ms, keep_ms)
+        for ms in {*self.times_ms[:cut], *self.overfull}:
+            if ms < keep_ms:
+                self.totals.pop(ms, None)
+                self.overfull.discard(ms)
+        dropped = self.digests[:cut]
+        del self.times_ms[:cut]
+        del self.digests[:cut]
+        return dropped
+
+
+class _Earlier:
+    """The lines of earlier reads, and those of them that this reply has had again.
+
+    They stay until the end of the reply, because a reply may be in any order.
+
+    Attributes:
+        counts: Number of lines by digest (of occurrence 0).
+        overfull: Number of lines of each millisecond whose digests were not kept.
+        to_ms: Time of the newest line; -1 without lines.
+        again: Lines of this reply up to `to_ms`, by digest.
+        again_totals: The same, by millisecond.
+    """
+
+    __slots__ = ("again", "again_totals", "counts", "overfull", "to_ms")
+
+    def __init__(self, kept: _Kept) -> None:
+        self.counts = dict(Counter(kept.digests))
+        self.overfull = {ms: kept.totals[ms] for ms in kept.overfull}
+        self.to_ms = kept.newest_ms
+        self.again: dict[bytes, int] = {}
+        self.again_totals: dict[int, int] = {}
+
+
+class LateWindow:
+    """One read of a log: give it the reply from start to end; a cursor can be made at any point.
+
+    Attributes:
+        start_ms: Lines before this are not new. The reply must have all lines at or after it; None: all lines.
     """
 
     def __init__(
@@ -91,67 +195,68 @@ class Window:
 
         Args:
             identity: The service's identity.
-            job_id: The job; with the identity it goes into each digest.
+            job_id: The job; identity and job id are part of each digest.
             cursor: Where an earlier read stopped; None to begin.
-            since_ms: Only without cursor: lines before this are left out.
-            late_window_s: How far before the newest line others may still become visible, in seconds.
-            max_lines: How many lines the window may hold; the same for all reads of a job.
+            since_ms: Only without a cursor: drop lines before this time.
+            late_window_s: How late a line may become visible, in seconds.
+            max_lines: Number of lines that the window may hold; the same for all reads of a job.
 
         Raises:
-            ConfigError: The cursor was made by something else.
+            ConfigError: The cursor is of another kind.
         """
         since_ms = None if since_ms is None else max(0, since_ms)
         self._head = f"{identity}\0{job_id}\0".encode()
         self._late_window_ms = max(0, int(late_window_s * 1000))
         self._max_lines = max_lines
-        # What the next read must know: times and digests of lines, how many each millisecond has, and of which only
-        # that number is kept.
-        self._times: list[int] = []
-        self._ids: list[bytes] = []
-        self._totals: dict[int, int] = {}
-        self._full: set[int] = set()
-        self._kept_from_ms = since_ms or 0
-        self._newest_ms = -1
-        self._sorted = True
-        # Equal lines so far, in milliseconds that no earlier read saw.
-        self._repeats: dict[bytes, int] = {}
-        # What earlier reads saw: it must stay until the end of the reply, which may be in any order.
-        self._seen: dict[bytes, int] = {}
-        self._seen_full: dict[int, int] = {}
-        self._seen_to_ms = -1
-        # What of that has come again in this reply.
-        self._again: dict[bytes, int] = {}
-        self._again_totals: dict[int, int] = {}
+        self._kept = _Kept(since_ms or 0)
         if cursor is not None:
-            self._restore(cursor, job_id)
-        self.start_ms = since_ms if cursor is None else self._kept_from_ms
+            try:
+                self._kept = _Kept.decode(cursor, max_lines)
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                raise ConfigError(
+                    "the cursor is not one of a service that knows lines by time", job_id=job_id
+                ) from None
+        self._earlier = _Earlier(self._kept)
+        # Number of lines by digest, in milliseconds that no earlier read had.
+        self._repeats: dict[bytes, int] = {}
+        self.start_ms = since_ms if cursor is None else self._kept.from_ms
 
     @property
     def since_ms(self) -> int | None:
-        """What to ask the service for, whether it takes ``since_ms`` as inclusive or not."""
+        """The ``since_ms`` to send to the service, whether it includes lines of that time or not."""
         return self.start_ms - 1 if self.start_ms else None
 
+    def cursor(self) -> bytes:
+        """Return the cursor after all lines so far: about 10 bytes for each line in the window."""
+        return self._kept.encode()
+
     def take(self, times_ms: Sequence[int], messages: Sequence[bytes]) -> NewLines:
-        """Take in the next lines of the reply and return those that are new.
+        """Add the next lines of the reply and return those that are new.
 
         Args:
             times_ms: Their times, in ms since the epoch, 0 or more.
             messages: Their text as read, without line ending.
         """
-        fresh = self._take_fresh(times_ms, messages)
-        if fresh is not None:
-            return fresh
+        new = self._take_in_order(times_ms, messages)
+        if new is None:
+            new = self._take_line_by_line(times_ms, messages)
+        for digest in self._kept.prune(self._late_window_ms, self._max_lines):
+            self._repeats.pop(digest, None)
+        return new
+
+    def _take_line_by_line(self, times_ms: Sequence[int], messages: Sequence[bytes]) -> NewLines:
         places: list[int] = []
         times_unix_nano: list[int] = []
         digests: list[bytes] = []
+        kept = self._kept
+        # Local names: this loop is hot while the end of a log is read again and again.
         add_place, add_time, add_digest = places.append, times_unix_nano.append, digests.append
-        add_ms, add_id = self._times.append, self._ids.append
-        # Looked up once: the loop is hot while the end of a log is read again and again.
+        keep_ms, keep_digest = kept.times_ms.append, kept.digests.append
         blake2b, size, head = hashlib.blake2b, DIGEST_BYTES, self._head
-        totals, repeats, max_lines, start_ms = self._totals, self._repeats, self._max_lines, self.start_ms or 0
+        totals, repeats, max_lines, start_ms = kept.totals, self._repeats, self._max_lines, self.start_ms or 0
         last_ms = -1
         ordinal = nano = 0
-        known = False
+        is_earlier = False
         prefix = b""
         for place, (ms, message) in enumerate(zip(times_ms, messages, strict=True)):
             if ms != last_ms:
@@ -163,46 +268,46 @@ class Window:
                 ordinal = totals.get(ms, 0)
                 nano = ms * NANOS_PER_MS
                 prefix = b"%b%d\x000\x00" % (head, nano)
-                known = ms <= self._seen_to_ms
-                if ms >= self._newest_ms:
-                    self._newest_ms = ms
-                elif not known:
-                    self._sorted = False
+                is_earlier = ms <= self._earlier.to_ms
+                if ms >= kept.newest_ms:
+                    kept.newest_ms = ms
+                elif not is_earlier:
+                    kept.is_sorted = False
             digest = blake2b(prefix + message, digest_size=size).digest()
-            if known or ordinal >= max_lines:
-                taken = self._take_slowly(ms, digest, message, ordinal)
-                if taken is None:
+            if is_earlier or ordinal >= max_lines:
+                found = self._find_new(ms, digest, message, ordinal)
+                if found is None:
                     continue
-                digest = taken
+                digest = found
             else:
-                add_ms(ms)
-                add_id(digest)
+                keep_ms(ms)
+                keep_digest(digest)
                 occurrence = repeats.get(digest, 0)
                 repeats[digest] = occurrence + 1
                 if occurrence:
                     digest = self._digest(ms, occurrence, message)
             add_place(place)
-            # One line more than there are ns in a ms must not slip into the next.
+            # A millisecond with more lines than nanoseconds must not run into the next one.
             add_time(nano + (ordinal if ordinal < NANOS_PER_MS else NANOS_PER_MS - 1))
             add_digest(digest)
             ordinal += 1
         if ordinal:
             totals[last_ms] = ordinal
-        self._prune()
         return NewLines(places, times_unix_nano, digests)
 
-    def _take_fresh(self, times_ms: Sequence[int], messages: Sequence[bytes]) -> NewLines | None:
-        """Do what `take` does, without steps for each line, where all are new, in order and different; else nothing."""
+    def _take_in_order(self, times_ms: Sequence[int], messages: Sequence[bytes]) -> NewLines | None:
+        """Take lines that are all new, in order and different, without a step for each; None if they are not."""
+        kept = self._kept
         if not times_ms:
             return None
         first_ms, last_ms = times_ms[0], times_ms[-1]
-        if first_ms < max(self._newest_ms, self.start_ms or 0, self._seen_to_ms + 1):
+        if first_ms < max(kept.newest_ms, self.start_ms or 0, self._earlier.to_ms + 1):
             return None
         changes = list(compress(range(1, len(times_ms)), map(operator.ne, times_ms[1:], times_ms)))
         starts = [0, *changes]
         instants = [times_ms[place] for place in starts]
         counts = list(map(operator.sub, [*changes, len(times_ms)], starts))
-        before = self._totals.get(first_ms, 0)
+        before = kept.totals.get(first_ms, 0)
         if max(counts) + before > self._max_lines or any(ms > after for ms, after in pairwise(instants)):
             return None
         head, size, blake2b = self._head, DIGEST_BYTES, hashlib.blake2b
@@ -213,94 +318,41 @@ class Window:
         if len(once) != len(digests) or not self._repeats.keys().isdisjoint(once):
             return None
         self._repeats.update(once)
-        self._times += times_ms
-        self._ids += digests
-        self._totals.update(zip(instants, counts, strict=True))
-        self._totals[first_ms] = before + counts[0]
-        self._newest_ms = last_ms
+        kept.times_ms += times_ms
+        kept.digests += digests
+        kept.totals.update(zip(instants, counts, strict=True))
+        kept.totals[first_ms] = before + counts[0]
+        kept.newest_ms = last_ms
         times_unix_nano: list[int] = []
         ordinal = before
         for ms, count in zip(instants, counts, strict=True):
             nano = ms * NANOS_PER_MS + ordinal
             times_unix_nano += range(nano, nano + count)
             ordinal = 0
-        self._prune()
         return NewLines(range(len(digests)), times_unix_nano, digests)
 
-    def cursor(self) -> bytes:
-        """Return where to go on after all lines so far: about 10 bytes for each line that the window holds."""
-        instants = sorted(self._totals)
-        steps = list(map(operator.sub, instants, [self._kept_from_ms, *instants]))
-        counts = list(map(self._totals.__getitem__, instants))
-        ids = self._ids
-        if self._full:
-            ids = [digest for ms, digest in zip(self._times, ids, strict=True) if ms not in self._full]
-        return _encode(_Cursor(self._kept_from_ms, steps, counts, b"".join(ids)))
-
-    def _take_slowly(self, ms: int, digest: bytes, message: bytes, ordinal: int) -> bytes | None:
-        """Return the digest of a line in a millisecond that was seen before or is very full; None if it was seen."""
+    def _find_new(self, ms: int, digest: bytes, message: bytes, ordinal: int) -> bytes | None:
+        """Return the digest of a line in an earlier or overfull millisecond; None if an earlier read had the line."""
+        earlier = self._earlier
         place = ordinal
-        if ms <= self._seen_to_ms:
-            place = self._again_totals.get(ms, 0)
-            self._again_totals[ms] = place + 1
-        seen_full = self._seen_full.get(ms, 0)
+        if ms <= earlier.to_ms:
+            place = earlier.again_totals.get(ms, 0)
+            earlier.again_totals[ms] = place + 1
+        overfull = earlier.overfull.get(ms, 0)
         if ordinal >= self._max_lines:
-            self._full.add(ms)
-        if place >= self._max_lines or seen_full:
-            return None if place < seen_full else self._digest(ms, place, message)
-        occurrence = self._again.get(digest, 0)
-        self._again[digest] = occurrence + 1
-        if occurrence < self._seen.get(digest, 0):
+            self._kept.overfull.add(ms)
+        if place >= self._max_lines or overfull:
+            return None if place < overfull else self._digest(ms, place, message)
+        occurrence = earlier.again.get(digest, 0)
+        earlier.again[digest] = occurrence + 1
+        if occurrence < earlier.counts.get(digest, 0):
             return None
-        self._sorted = False
-        self._times.append(ms)
-        self._ids.append(digest)
+        kept = self._kept
+        kept.is_sorted = False
+        kept.times_ms.append(ms)
+        kept.digests.append(digest)
         return self._digest(ms, occurrence, message) if occurrence else digest
 
     def _digest(self, ms: int, occurrence: int, message: bytes) -> bytes:
         key = b"%b%d\x00%d\x00" % (self._head, ms * NANOS_PER_MS, occurrence)
         return hashlib.blake2b(key + message, digest_size=DIGEST_BYTES).digest()
-
-    def _prune(self) -> None:
-        """Forget what is too old, and the oldest milliseconds while there is too much."""
-        if not self._sorted:
-            order = sorted(range(len(self._times)), key=self._times.__getitem__)
-            self._times = [self._times[at] for at in order]
-            self._ids = [self._ids[at] for at in order]
-            self._sorted = True
-        keep_ms = max(self._kept_from_ms, self._newest_ms - self._late_window_ms)
-        if len(self._times) > self._max_lines:
-            keep_ms = max(keep_ms, self._times[-self._max_lines - 1] + 1)
-        keep_ms = max(keep_ms, *(ms + 1 for ms in self._full), 0)
-        self._kept_from_ms = keep_ms = max(self._kept_from_ms, min(keep_ms, self._newest_ms))
-        cut = bisect_left(self._times, keep_ms)
-        for ms in {*self._times[:cut], *self._full}:
-            if ms < keep_ms:
-                self._totals.pop(ms, None)
-                self._full.discard(ms)
-        for digest in self._ids[:cut]:
-            self._repeats.pop(digest, None)
-        del self._times[:cut]
-        del self._ids[:cut]
-
-    def _restore(self, cursor: bytes, job_id: str) -> None:
-        try:
-            saved = _decode(cursor)
-            listed = sum(count for count in saved.counts if count <= self._max_lines)
-            fits = len(saved.steps_ms) == len(saved.counts) and len(saved.digests) == listed * DIGEST_BYTES
-            if not fits or min(saved.steps_ms[1:], default=1) < 1:
-                raise msgspec.DecodeError
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            raise ConfigError("the cursor is not one of a service that knows lines by time", job_id=job_id) from None
-        self._kept_from_ms = saved.start_ms
-        instants = list(accumulate(saved.steps_ms, initial=saved.start_ms))[1:]
-        self._totals = dict(zip(instants, saved.counts, strict=True))
-        for ms, count in self._totals.items():
-            if count > self._max_lines:
-                self._seen_full[ms] = count
-            else:
-                self._times += [ms] * count
-        self._full = set(self._seen_full)
-        self._ids = [saved.digests[at : at + DIGEST_BYTES] for at in range(0, len(saved.digests), DIGEST_BYTES)]
-        self._seen = dict(Counter(self._ids))
-        self._newest_ms = self._seen_to_ms = instants[-1] if instants else -1

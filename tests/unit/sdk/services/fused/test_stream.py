@@ -21,7 +21,7 @@ from tailspan.services.fused.stream import (
     messages,
     pages,
 )
-from tailspan.services.fused.window import Window
+from tailspan.services.fused.window import LateWindow
 
 # Text that looks like the boundaries that are searched for, and escapes of all kinds.
 HOSTILE = st.lists(
@@ -214,7 +214,7 @@ def test_text_that_cannot_be_is_replaced(body, text):
 def read(entries, **window):
     """Return the pages of these (timestamp, message, stream) triples, read by a fresh window."""
     body = json.dumps([{"timestamp": t, "message": m, "stream": s} for t, m, s in entries]).encode()
-    return list(pages(Window("id", "job", late_window_s=10, **window), lines.decode(body)))
+    return list(pages(LateWindow("id", "job", late_window_s=10, **window), lines.decode(body)))
 
 
 def test_one_line_ending_is_no_part_of_a_line():

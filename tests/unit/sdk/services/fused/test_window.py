@@ -1,4 +1,4 @@
-"""The multiset window: every line once, and called the same, wherever reads are cut."""
+"""`tailspan.services.fused.window`: every line once, with the same uid, wherever reads are cut."""
 
 from collections import Counter
 
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tailspan.errors import ConfigError
 from tailspan.logs.page import line_digest
-from tailspan.services.fused.window import MAX_WINDOW_LINES, Window
+from tailspan.services.fused.window import MAX_WINDOW_LINES, LateWindow
 
 IDENTITY, JOB = "https://example.test/server/v1", "job-1"
 LATE_S = 0.05
@@ -17,14 +17,14 @@ TEXTS = st.sampled_from([b"heartbeat", b"heartbeat ", b"", "ü \0 \n".encode(), 
 
 
 class Server:
-    """Lines with the number of the read from which on they are visible, sorted by time as services do."""
+    """Lines with the number of the first read that sees them, sorted by time as services do."""
 
     def __init__(self, lines, *, inclusive):
         self.lines = lines
         self.inclusive = inclusive
 
     def reply(self, read, since_ms):
-        """Return what this read gets."""
+        """Return the lines that this read gets."""
         first = -1 if since_ms is None else since_ms if self.inclusive else since_ms + 1
         return sorted(
             ((ms, text) for ms, text, visible in self.lines if visible <= read and ms >= first),
@@ -33,12 +33,12 @@ class Server:
 
 
 def follow(server, reads, *, cuts=(), slice_lines=3, late_window_s=LATE_S, max_lines=MAX_WINDOW_LINES, since_ms=None):
-    """Read to the present end again and again; a read in ``cuts`` dies after so many slices. Returns lines in order."""
+    """Read to the present end, ``reads`` times; a read in ``cuts`` ends after that many slices. Return lines in order."""
     cursor = None
     cuts = dict(cuts)
     out = []
     for read in range(1, reads + 1):
-        window = Window(
+        window = LateWindow(
             IDENTITY,
             JOB,
             cursor,
@@ -60,7 +60,7 @@ def follow(server, reads, *, cuts=(), slice_lines=3, late_window_s=LATE_S, max_l
 
 
 def with_visibility(steps):
-    """Turn (advance of the newest line, how far back this line is, text, new read?) into lines that are late enough."""
+    """Turn (advance of the newest line, age of this line, text, new read?) into lines that are late within the window."""
     lines, newest, read = [], 1_000, 1
     for advance_ms, back_ms, text, next_read in steps:
         read += next_read
@@ -76,8 +76,8 @@ CUTS = st.dictionaries(st.integers(1, 40), st.integers(0, 5), max_size=6)
 @given(STEPS, CUTS, st.integers(1, 7), st.booleans())
 @example([(0, 0, b"a", False), (0, 0, b"a", True), (0, 0, b"b", True), (0, 0, b"a", False)], {}, 3, False)
 def test_late_lines_within_the_window_come_once(steps, cuts, slice_lines, inclusive):
-    """However late within the window lines become visible, and wherever reads die, each comes once with its uid."""
-    # A line may be as old as the window when it appears, but a read that was cut may lag behind: read on at the end.
+    """However late within the window a line becomes visible, and wherever reads end, it comes once with its uid."""
+    # A line may be as old as the window when it appears, and a read that was cut lags behind: read once more at the end.
     lines, last_read = with_visibility(steps)
     server = Server(lines, inclusive=inclusive)
     reads = last_read + 1
@@ -89,12 +89,12 @@ def test_late_lines_within_the_window_come_once(steps, cuts, slice_lines, inclus
 
 
 def server_at_end(lines, inclusive):
-    """Return the server when everything is visible."""
+    """Return the server with every line visible."""
     return Server([(ms, text, 1) for ms, text, _ in lines], inclusive=inclusive)
 
 
 @given(STEPS, CUTS, st.integers(1, 7), st.booleans(), st.integers(1, 8))
-def test_lines_in_order_are_called_the_same_wherever_reads_are_cut(steps, cuts, slice_lines, inclusive, max_lines):
+def test_lines_in_order_are_the_same_wherever_reads_are_cut(steps, cuts, slice_lines, inclusive, max_lines):
     """Without late lines, order, times and uids equal those of one full read, also when the window is full."""
     lines, last_read = with_visibility([(advance, 0, text, read) for advance, _, text, read in steps])
     server = Server(lines, inclusive=inclusive)
@@ -107,7 +107,7 @@ def test_lines_in_order_are_called_the_same_wherever_reads_are_cut(steps, cuts, 
 
 @given(st.lists(st.tuples(st.integers(0, 5_000), TEXTS), max_size=40), st.integers(1, 7))
 def test_a_reply_out_of_order_comes_whole(lines, slice_lines):
-    """A first reply in any order is passed on whole and in its order."""
+    """A first reply in any order is returned whole and in its order."""
 
     class Unsorted(Server):
         def reply(self, read, since_ms):
@@ -119,10 +119,10 @@ def test_a_reply_out_of_order_comes_whole(lines, slice_lines):
 
 @given(st.lists(st.tuples(st.integers(0, 40), TEXTS), min_size=1, max_size=40), st.permutations(range(40)))
 def test_a_reread_out_of_order_drops_what_was_seen(lines, order):
-    """What was seen stays seen until the reply's end, though newer lines move the window on in the middle of it."""
-    first = Window(IDENTITY, JOB, late_window_s=10)
+    """Lines of earlier reads stay known until the end of the reply, although newer lines move the window meanwhile."""
+    first = LateWindow(IDENTITY, JOB, late_window_s=10)
     first.take([ms for ms, _ in lines], [text for _, text in lines])
-    again = Window(IDENTITY, JOB, first.cursor(), late_window_s=10)
+    again = LateWindow(IDENTITY, JOB, first.cursor(), late_window_s=10)
     reply = [(10**6, b"new"), *(lines[place] for place in order if place < len(lines))]
     new = [again.take([ms], [text]).places for ms, text in reply]
     assert [len(places) for places in new] == [1] + [0] * len(lines)
@@ -130,36 +130,36 @@ def test_a_reread_out_of_order_drops_what_was_seen(lines, order):
 
 def test_uid_and_time_are_the_contract():
     """Uids are `line_digest` of the millisecond and the occurrence; times count up within the millisecond."""
-    new = Window(IDENTITY, JOB, late_window_s=10).take([7, 7, 7, 8], [b"a", b"b", b"a", b"a"])
+    new = LateWindow(IDENTITY, JOB, late_window_s=10).take([7, 7, 7, 8], [b"a", b"b", b"a", b"a"])
     assert new.times_unix_nano == [7_000_000, 7_000_001, 7_000_002, 8_000_000]
     expected = [(7_000_000, b"a", 0), (7_000_000, b"b", 0), (7_000_000, b"a", 1), (8_000_000, b"a", 0)]
     assert new.digests == [line_digest(IDENTITY, JOB, nano, text, nth) for nano, text, nth in expected]
 
 
-def test_since_leaves_out_older_lines():
-    """A read from a time on asks for one ms more, and drops what the service sends before it."""
-    window = Window(IDENTITY, JOB, since_ms=5, late_window_s=10)
+def test_since_drops_older_lines():
+    """A read since a time asks for one ms more, and drops older lines that the service sends."""
+    window = LateWindow(IDENTITY, JOB, since_ms=5, late_window_s=10)
     assert window.since_ms == 4
     assert list(window.take([4, 5, 6], [b"a", b"b", b"c"]).places) == [1, 2]
 
 
 def test_the_window_is_bounded():
-    """A busy job's cursor holds at most the lines of the cap and the newest millisecond."""
-    window = Window(IDENTITY, JOB, late_window_s=10, max_lines=100)
+    """A busy job's cursor holds at most the limit of lines and the newest millisecond."""
+    window = LateWindow(IDENTITY, JOB, late_window_s=10, max_lines=100)
     for start in range(0, 5_000, 50):
         window.take(range(start, start + 50), [b"x"] * 50)
         assert len(window.cursor()) < 100 * 12 + 100
     assert window.since_ms is None
-    assert Window(IDENTITY, JOB, window.cursor(), late_window_s=10, max_lines=100).since_ms == 4_899
+    assert LateWindow(IDENTITY, JOB, window.cursor(), late_window_s=10, max_lines=100).since_ms == 4_899
 
 
 def test_a_very_full_millisecond_is_bounded():
     """A million lines that share one timestamp make a small cursor, and the next read finds only what is new."""
-    window = Window(IDENTITY, JOB, late_window_s=10, max_lines=100)
+    window = LateWindow(IDENTITY, JOB, late_window_s=10, max_lines=100)
     window.take([1] * 1_000, [b"x"] * 1_000)
     cursor = window.cursor()
     assert len(cursor) < 100
-    again = Window(IDENTITY, JOB, cursor, late_window_s=10, max_lines=100)
+    again = LateWindow(IDENTITY, JOB, cursor, late_window_s=10, max_lines=100)
     new = again.take([1] * 1_002, [b"x"] * 1_002)
     assert list(new.places) == [1_000, 1_001]
     assert new.times_unix_nano == [1_001_000, 1_001_001]
@@ -167,43 +167,55 @@ def test_a_very_full_millisecond_is_bounded():
 
 def test_more_lines_than_ns_stay_in_their_millisecond():
     """The ordinal is capped below 1 ms."""
-    window = Window(IDENTITY, JOB, late_window_s=10, max_lines=3)
-    window._totals[1] = 999_999
+    window = LateWindow(IDENTITY, JOB, late_window_s=10, max_lines=3)
+    window._kept.totals[1] = 999_999
     assert window.take([1, 1, 1], [b"x"] * 3).times_unix_nano == [1_999_999] * 3
 
 
 @pytest.mark.parametrize("cursor", [b"", b"\x00", b"123:4", b"\x93\x01\x02\x03"])
 def test_a_foreign_cursor_is_refused(cursor):
-    """A cursor of another service says what is wrong instead of skipping lines."""
+    """A cursor of another service is an error that says so, instead of skipping lines."""
     with pytest.raises(ConfigError, match="cursor"):
-        Window(IDENTITY, JOB, cursor, late_window_s=10)
+        LateWindow(IDENTITY, JOB, cursor, late_window_s=10)
 
 
 def test_a_damaged_cursor_is_refused():
-    """A cursor that lost its end is not taken for a shorter window."""
-    window = Window(IDENTITY, JOB, late_window_s=10)
+    """A cursor that lost its end is not read as a shorter window."""
+    window = LateWindow(IDENTITY, JOB, late_window_s=10)
     window.take([1, 2], [b"a", b"b"])
     for end in range(len(window.cursor())):
         with pytest.raises(ConfigError):
-            Window(IDENTITY, JOB, window.cursor()[:end], late_window_s=10)
+            LateWindow(IDENTITY, JOB, window.cursor()[:end], late_window_s=10)
 
 
-class LineByLine(Window):
-    """A window that takes no step for many lines at once."""
+class LineByLine(LateWindow):
+    """A window that always goes line by line."""
 
-    def _take_fresh(self, times_ms, messages):
+    def _take_in_order(self, times_ms, messages):
         return None
 
 
 @given(
     st.lists(st.lists(st.tuples(st.integers(0, 30), TEXTS), max_size=12), max_size=8), st.booleans(), st.integers(1, 20)
 )
-def test_lines_taken_together_are_as_those_taken_one_by_one(slices, in_order, max_lines):
-    """The quick way gives the same places, times, uids and cursors as the slow one, whatever the lines."""
-    quick, slow = (kind(IDENTITY, JOB, late_window_s=0.01, max_lines=max_lines) for kind in (Window, LineByLine))
+def test_lines_taken_together_equal_lines_taken_one_by_one(slices, in_order, max_lines):
+    """The fast path gives the same places, times, uids and cursors as the slow one, for any lines."""
+    quick, slow = (kind(IDENTITY, JOB, late_window_s=0.01, max_lines=max_lines) for kind in (LateWindow, LineByLine))
     for lines in sorted(slices) if in_order else slices:
         part = sorted(lines, key=lambda line: line[0]) if in_order else lines
         times, texts = [ms for ms, _ in part], [text for _, text in part]
         found, expected = quick.take(times, texts), slow.take(times, texts)
         assert (list(found.places), *found[1:]) == (list(expected.places), *expected[1:])
         assert quick.cursor() == slow.cursor()
+
+
+def test_the_bytes_of_a_cursor_are_fixed():
+    """Checkpoints of earlier versions hold them: another form would stop every followed job."""
+    window = LateWindow("i", "j", late_window_s=10)
+    window.take([1000, 1000, 1003], [b"a", b"b", b"c"])
+    cursor = b"\x95\xb1tailspan.window/1\x00\x92\xcd\x03\xe8\x03\x92\x02\x01\xc4\x18" + b"".join(
+        line_digest("i", "j", ms * 1_000_000, text, 0) for ms, text in [(1000, b"a"), (1000, b"b"), (1003, b"c")]
+    )
+    assert window.cursor() == cursor
+    again = LateWindow("i", "j", cursor, late_window_s=10)
+    assert list(again.take([1000, 1000, 1003, 1003], [b"a", b"b", b"c", b"c"]).places) == [3]
