@@ -339,7 +339,8 @@ class LateWindow:
             place = earlier.again_totals.get(ms, 0)
             earlier.again_totals[ms] = place + 1
         overfull = earlier.overfull.get(ms, 0)
-        if ordinal >= self._max_lines:
+        # Only a millisecond that has left the window has a smaller ordinal than place.
+        if max(ordinal, place) >= self._max_lines:
             self._kept.overfull.add(ms)
         if place >= self._max_lines or overfull:
             return None if place < overfull else self._digest(ms, place, message)

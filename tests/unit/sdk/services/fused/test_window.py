@@ -33,7 +33,7 @@ class Server:
 
 
 def follow(server, reads, *, cuts=(), slice_lines=3, late_window_s=LATE_S, max_lines=MAX_WINDOW_LINES, since_ms=None):
-    """Read to the present end, ``reads`` times; a read in ``cuts`` ends after that many slices. Return lines in order."""
+    """Read to the present end ``reads`` times; a read in ``cuts`` ends after that many slices. Return the lines."""
     cursor = None
     cuts = dict(cuts)
     out = []
@@ -60,7 +60,7 @@ def follow(server, reads, *, cuts=(), slice_lines=3, late_window_s=LATE_S, max_l
 
 
 def with_visibility(steps):
-    """Turn (advance of the newest line, age of this line, text, new read?) into lines that are late within the window."""
+    """Turn (advance of the newest line, age of this line, text, new read?) into lines that are not too late."""
     lines, newest, read = [], 1_000, 1
     for advance_ms, back_ms, text, next_read in steps:
         read += next_read
@@ -77,7 +77,7 @@ CUTS = st.dictionaries(st.integers(1, 40), st.integers(0, 5), max_size=6)
 @example([(0, 0, b"a", False), (0, 0, b"a", True), (0, 0, b"b", True), (0, 0, b"a", False)], {}, 3, False)
 def test_late_lines_within_the_window_come_once(steps, cuts, slice_lines, inclusive):
     """However late within the window a line becomes visible, and wherever reads end, it comes once with its uid."""
-    # A line may be as old as the window when it appears, and a read that was cut lags behind: read once more at the end.
+    # A line may be as old as the window when it appears, and a read that was cut lags behind: read once more.
     lines, last_read = with_visibility(steps)
     server = Server(lines, inclusive=inclusive)
     reads = last_read + 1
@@ -219,3 +219,20 @@ def test_the_bytes_of_a_cursor_are_fixed():
     assert window.cursor() == cursor
     again = LateWindow("i", "j", cursor, late_window_s=10)
     assert list(again.take([1000, 1000, 1003, 1003], [b"a", b"b", b"c", b"c"]).places) == [3]
+
+
+SLICES = st.lists(st.lists(st.tuples(st.integers(0, 40), TEXTS), max_size=8), max_size=4)
+LOST = [[(0, b"a"), (2, b"a"), (2, b"a"), (2, b"b"), (38, b"c")], [(2, b"d")]]
+
+
+@given(st.lists(SLICES, max_size=4), st.integers(1, 5), st.sampled_from([0, 0.01, 10]))
+@example([[[(0, b"b"), (2, b"x")]], LOST], 2, 0)
+def test_a_window_can_always_read_its_own_cursor(reads, max_lines, late_window_s):
+    """Whatever order the lines come in, and although the server may lose lines that it has sent."""
+    cursor = None
+    for slices in reads:
+        window = LateWindow(IDENTITY, JOB, cursor, late_window_s=late_window_s, max_lines=max_lines)
+        for lines in slices:
+            window.take([ms for ms, _ in lines], [text for _, text in lines])
+            cursor = window.cursor()
+            LateWindow(IDENTITY, JOB, cursor, late_window_s=late_window_s, max_lines=max_lines)
