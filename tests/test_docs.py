@@ -170,6 +170,14 @@ def test_paths_in_the_architecture_page_exist() -> None:
     assert sorted(name for name in named if not any((root / name).exists() for root in roots)) == []
 
 
+def test_classes_in_the_glossary_exist() -> None:
+    """A renamed class gets its new name in docs/glossary.md."""
+    named = set(re.findall(r"`([A-Z][A-Za-z]+)`", text_of(DOCS / "glossary.md"))) - {"LOST"}
+    source = "".join(text_of(path) for top in ("sdk", "agent") for path in (ROOT / top).rglob("*.py"))
+    assert len(named) > 15
+    assert sorted(name for name in named if not re.search(rf"^class {name}\b", source, re.MULTILINE)) == []
+
+
 def test_the_configuration_page_has_every_key() -> None:
     """docs/configuration.md names each key of config.example.toml in the section of its table."""
     example = text_of(ROOT / "config.example.toml")
