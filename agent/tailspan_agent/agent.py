@@ -283,7 +283,7 @@ class Agent:
             _log.warning("%s changed: restart the agent to apply it", key)
         self.settings = settings
         self._context.redactor, self._context.otlp_resource = redactor, settings.otlp.resource
-        await self._receiver.go_over(kept, sources, settings)
+        await self._receiver.apply_configuration(kept, sources, settings)
         _log.info("the configuration was reloaded")
 
     def _snapshots(self) -> list[JobSnapshot]:

@@ -241,7 +241,7 @@ def run(seed: str, faults: Sequence[Fault], *, served: bool = False) -> Row:
         world.start(strict=True)
         _go_on(halts)
         row.found.append(world.finish())
-        row.problems += [line for line in world.log.splitlines() if "a fault of the agent" in line]
+        row.problems += [line for line in world.log.splitlines() if "unexpected error" in line]
     return row
 
 

@@ -52,9 +52,9 @@ BUILDS = (
         Mutant(
             "skips a page now and then",
             "tailspan_agent/receiver/tailer.py",
-            "                    await sent.send_page(page)\n                    left",
-            "                    if lines % 3:\n                        await sent.send_page(page)\n"
-            "                    else:\n                        sent.cursor = page.cursor\n"
+            "                    await pipeline.send_page(page)\n                    left",
+            "                    if lines % 3:\n                        await pipeline.send_page(page)\n"
+            "                    else:\n                        pipeline.skip_to(page.cursor)\n"
             "                    left",
         ),
         "job service: lines visible late (to 5 s), without a final read",
@@ -124,8 +124,8 @@ BUILDS = (
         Mutant(
             "looks back into no window",
             "tailspan_agent/receiver/tailer.py",
-            "late_window_s=self.watch.late_window,",
-            "late_window_s=0.0,",
+            "late_window_s=self.watch.late_window\n",
+            "late_window_s=0.0\n",
         ),
         "job service: lines visible late (to 5 s), without a final read",
         "missing",
@@ -143,9 +143,9 @@ BUILDS = (
     WrongBuild(
         Mutant(
             "has done with a job at its receipt",
-            "tailspan_agent/receiver/tailer.py",
-            "            late = sent.job.logs_complete is None",
-            "            late = sent.job.logs_complete is False",
+            "tailspan_agent/receiver/lifecycle.py",
+            "    late_lines = life.end_mark is None",
+            "    late_lines = life.end_mark is False",
         ),
         "job service: lines visible after the receipt",
         "the lines that came later",

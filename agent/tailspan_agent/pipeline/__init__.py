@@ -1,4 +1,4 @@
-"""From a job's page of lines to an acked checkpoint: job pipelines and send queues.
+"""From a page of lines to an acknowledged checkpoint: job pipelines and send queues.
 
-What holds lines between reading and ack belongs here; nothing here may ask a job service.
+What holds lines between their reading and their acknowledgement belongs here; nothing here may call a job service.
 """

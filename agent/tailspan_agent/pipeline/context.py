@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 from weakref import WeakValueDictionary
 from zlib import crc32
 
@@ -17,28 +17,32 @@ from tailspan_agent.pipeline.queue import LogQueue, SpanQueue
 from tailspan_agent.pipeline.stream_order import StreamOrder
 from tailspan_agent.records.redact import Redactor
 
-if TYPE_CHECKING:
-    from tailspan_agent.pipeline.job_pipeline import JobPipeline
+__all__ = ["InFlight", "PipelineContext"]
 
-__all__ = ["PipelineContext"]
+
+class InFlight(Protocol):
+    """A pipeline that may have unacknowledged lines."""
+
+    async def all_acked(self) -> None:
+        """Wait until all that was queued is acknowledged and stored."""
 
 
 @dataclass(kw_only=True)
 class PipelineContext:
-    """What all tailers share.
+    """What the pipelines of all jobs share.
 
     Attributes:
         store: The checkpoint store.
-        queues: The lanes of log records; empty when logs are not among the signals.
-        spans: The lane of spans; None when traces are not among the signals (spans are kept in the store).
-        stream_order: Who is behind.
-        health: The agent's own health.
-        redactor: Takes secrets out of lines; exchanged by a reload.
-        otlp_resource: Attributes for all telemetry, from the configuration; exchanged by a reload.
-        names: Which pipelines have metrics of their own.
+        queues: The log queues; empty if logs are not among the signals.
+        spans: The span queue; None if traces are not among the signals (the store then keeps the spans).
+        stream_order: The order in which jobs of one stream catch up.
+        health: The agent's own metrics.
+        redactor: Removes secrets from lines; a reload replaces it.
+        otlp_resource: Configured attributes of all telemetry; a reload replaces them.
+        names: The pipelines that have metrics of their own.
         totals: Run totals by their key, as in the store.
-        pipeline_stats: What is known of pipelines from their past, as in the store.
-        sending: What has lines on their way, by service identity and job id; also when its tailer is gone.
+        pipeline_stats: The past runs of pipelines, as in the store.
+        in_flight: Pipelines with unacknowledged lines, by (service identity, job id); also without their tailer.
     """
 
     store: Store
@@ -51,15 +55,15 @@ class PipelineContext:
     names: PipelineNames
     totals: dict[tuple[str, str, str], RunTotals] = field(default_factory=dict)
     pipeline_stats: PipelineStats = field(default_factory=PipelineStats)
-    sending: WeakValueDictionary[tuple[str, str], JobPipeline] = field(default_factory=WeakValueDictionary)
+    in_flight: WeakValueDictionary[tuple[str, str], InFlight] = field(default_factory=WeakValueDictionary)
 
     def queue(self, identity: str, job_id: str) -> LogQueue | None:
-        """Return the lane of a job: always the same one, so that order holds within the job."""
+        """Return the log queue of a job: always the same one, so that the order of its lines holds."""
         key = f"{identity}\0{job_id}".encode(errors="surrogatepass")
         return self.queues[crc32(key) % len(self.queues)] if self.queues else None
 
     async def nothing_in_flight(self, identity: str, job_id: str) -> None:
-        """Wait until what an earlier tailer of the job has sent is acked: only then the checkpoint is its end."""
-        earlier = self.sending.get((identity, job_id))
+        """Wait until the lines of an earlier tailer of the job are acknowledged: then its checkpoint is final."""
+        earlier = self.in_flight.get((identity, job_id))
         if earlier is not None:
             await earlier.all_acked()

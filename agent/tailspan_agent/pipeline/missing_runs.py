@@ -1,4 +1,4 @@
-"""`MissingRuns`: tells when a pipeline of `[[agent.expect]]` did not start in time."""
+"""`MissingRuns`: reports pipelines of `[[agent.expect]]` that did not start in time."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _log = logging.getLogger(__name__)
 
 
 class MissingRuns:
-    """Judges every few seconds; a pipeline that is late is told once, in the log and as a log record of its own.
+    """Checks every few seconds; reports each missing run once, in the agent's log and as a log record.
 
     Args:
-        relay: What is known of pipelines, and the way to the endpoint.
-        jobs: Returns the jobs that are followed now.
-        settings: Returns the configuration as it is now.
-        seen_all: Returns whether every watched service was looked at wholly and answers: before that, or while one is
-            away, nobody can say that a job did not start, and the last judgement holds.
+        context: The past runs of pipelines, and the log queues.
+        jobs: Returns the followed jobs.
+        settings: Returns the present configuration.
+        seen_all: Returns whether every watched service was listed completely and answers. Otherwise a run may have
+            started unseen, and the last result stays.
     """
 
     def __init__(
@@ -47,16 +47,16 @@ class MissingRuns:
         self._seen_all = seen_all
 
     async def run(self) -> None:
-        """Judge until cancelled."""
+        """Check until cancelled."""
         while True:
             await asyncio.sleep(_CHECK_S)
-            await self.judge(time.time_ns())
+            await self.check(time.time_ns())
 
-    async def judge(self, now_unix_nano: int) -> None:
-        """Judge once.
+    async def check(self, now_unix_nano: int) -> None:
+        """Check once.
 
         Args:
-            now_unix_nano: The moment, in ns since the epoch.
+            now_unix_nano: The present time, in ns since the epoch.
         """
         expects = self._settings().agent.expect
         pipeline_stats, names = self._context.pipeline_stats, self._context.names

@@ -1,10 +1,10 @@
-"""Lanes: the bounded queues between the tailers and the endpoint, and the acks that come back.
+"""`LogQueue` and `SpanQueue`: bounded queues between the tailers and the endpoint, and the acks that come back.
 
-A job's chunks all go through one lane, and a lane has one request in flight, so the order of a job's lines holds.
-A full lane pauses its tailers (backpressure): nothing is dropped, and memory stays bounded.
+All chunks of a job go through one queue, and a queue has one request in flight, so the order of a job's lines holds.
+A full queue pauses its tailers (backpressure): nothing is dropped, and memory stays bounded.
 
-    Lane      log chunks of the jobs hashed onto it -> batch -> Sender -> ack in the checkpoint store
-    SpanLane  finished spans from the store         -> batch -> Sender -> ack in the checkpoint store
+    LogQueue   log chunks of the jobs hashed onto it -> batch -> endpoint -> ack in the checkpoint store
+    SpanQueue  finished spans from the store         -> batch -> endpoint -> ack in the checkpoint store
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LINGER_S = 0.1
 _LINGER_LINES = 500
 _RETRY_STORE_S = 1.0
 _SPANS_A_REQUEST = 500
-_CHUNK_BYTES = 1024  # of a chunk itself: one whose lines were all dropped takes room too
+_CHUNK_BYTES = 1024  # of the object itself: a chunk whose lines were all dropped takes room too
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -47,10 +47,10 @@ class Chunk:
 
     Attributes:
         resource: The job's encoded resource.
-        records: Framed log records; empty when every line of the page was dropped on purpose.
-        count: How many records.
-        settle: Called once when they need no more work, with what became of them; returns what to write, if anything.
-        done: Called once after that was written.
+        records: Framed log records; empty if every line of the page was dropped by configuration.
+        count: The number of records.
+        settle: Called once with the outcome of the records; returns what to store, if anything.
+        done: Called once after that was stored.
     """
 
     resource: bytes
@@ -61,25 +61,25 @@ class Chunk:
 
     @property
     def size(self) -> int:
-        """How much room it takes, in bytes."""
+        """The room that the chunk takes in the queue, in bytes."""
         return len(self.records) + _CHUNK_BYTES
 
 
-async def _insist(use_store: Callable[[], T], what: str) -> T:
-    """Use the store, however long the disk refuses: giving up would repeat, going on would skip."""
-    complained = False
+async def _until_stored(use_store: Callable[[], T], what: str) -> T:
+    """Retry until the store works: to give up would repeat lines, to continue would skip them."""
+    logged = False
     while True:
         try:
             return use_store()
         except CheckpointError as error:
-            if not complained:
+            if not logged:
                 _log.error("%s: waiting until the disk is usable: %s", what, error)
-                complained = True
+                logged = True
             await asyncio.sleep(_RETRY_STORE_S)
 
 
 async def until_usable(store: Store) -> None:
-    """Wait until the disk takes writes again."""
+    """Wait until the store can be written again."""
     while True:
         await asyncio.sleep(_RETRY_STORE_S)
         if store.usable():
@@ -87,11 +87,14 @@ async def until_usable(store: Store) -> None:
 
 
 class LogQueue:
-    """One ordered way to the logs endpoint.
+    """A bounded, ordered queue of chunks with one request in flight.
 
     Args:
-        store: Where acks go.
-        endpoint: The way to the logs endpoint.
+        store: The store for the acks.
+        endpoint: The logs endpoint.
+
+    Attributes:
+        linger: Whether a few lines wait a moment for more.
     """
 
     def __init__(self, store: Store, endpoint: Endpoint) -> None:
@@ -109,7 +112,7 @@ class LogQueue:
         return not self._queue and not self._busy
 
     async def room(self) -> None:
-        """Wait while the lane is full; a page that waits is smaller than its records."""
+        """Wait while the queue is full; call it before encoding, because a page is smaller than its records."""
         if not self._has_room():
             async with self._changed:
                 await self._changed.wait_for(self._has_room)
@@ -118,7 +121,7 @@ class LogQueue:
         return self._queued_bytes < _QUEUE_BYTES
 
     async def put(self, chunk: Chunk) -> None:
-        """Queue a chunk; waits while the lane is full."""
+        """Queue a chunk; wait while the queue is full."""
         async with self._changed:
             await self._changed.wait_for(self._has_room)
             self._queue.append(chunk)
@@ -172,18 +175,18 @@ class LogQueue:
         if count:
             payload = logs_request(_by_resource((chunk.resource, chunk.records) for chunk in batch if chunk.count))
             for chunk in batch:
-                chunk.records = b""  # megabytes, which the payload has now
+                chunk.records = b""  # megabytes that the payload has now
             result = await self._endpoint.deliver(payload, count)
-        settled = [chunk.settle(fate) for chunk, fate in zip(batch, _fates(batch, result), strict=True)]
+        settled = [chunk.settle(outcome) for chunk, outcome in zip(batch, _chunk_results(batch, result), strict=True)]
         acks = [ack for ack in settled if ack is not None]
-        await _insist(lambda: self._store.ack(acks), "the checkpoint of sent lines")
+        await _until_stored(lambda: self._store.ack(acks), "the checkpoint of sent lines")
         for chunk in batch:
             chunk.done()
 
 
-def _fates(batch: Sequence[Chunk], result: DeliveryResult) -> Iterator[ChunkResult]:
-    """Yield what became of each chunk of a batch."""
-    # A partial success says only how many: the count is right, whose they were is known if there is one job only.
+def _chunk_results(batch: Sequence[Chunk], result: DeliveryResult) -> Iterator[ChunkResult]:
+    """Yield the outcome of each chunk of a batch."""
+    # A partial success has only a count: the jobs of the rejected records are known only if the batch has one job.
     all_of_them = result.delivered == 0 or len({chunk.resource for chunk in batch}) == 1
     left = result.rejected
     for chunk in batch:
@@ -194,28 +197,28 @@ def _fates(batch: Sequence[Chunk], result: DeliveryResult) -> Iterator[ChunkResu
 
 
 class SpanQueue:
-    """The way of finished spans from the store to the traces endpoint.
+    """Sends finished spans from the store to the traces endpoint.
 
     Args:
-        store: Holds the spans, exactly as first written, until they are acked.
-        endpoint: The way to the traces endpoint.
+        store: Holds the spans, exactly as first written, until they are acknowledged.
+        endpoint: The traces endpoint.
     """
 
     def __init__(self, store: Store, endpoint: Endpoint) -> None:
         self._store = store
         self._endpoint = endpoint
-        self._news = asyncio.Event()
+        self._has_spans = asyncio.Event()
         self._idle = asyncio.Event()
         self._hurry = asyncio.Event()
-        self._news.set()
+        self._has_spans.set()
 
     def wake(self) -> None:
-        """Say that there are spans to send."""
+        """Send the spans that were written to the store."""
         self._idle.clear()
-        self._news.set()
+        self._has_spans.set()
 
     async def flush(self) -> None:
-        """Wait until every span in the store is acked."""
+        """Wait until every span in the store is acknowledged."""
         self._hurry.set()
         self.wake()
         await self._idle.wait()
@@ -223,17 +226,17 @@ class SpanQueue:
     async def run(self) -> None:
         """Send spans until cancelled."""
         while True:
-            await self._news.wait()
-            # Jobs write their spans one by one; each request costs as much as a thousand lines.
+            await self._has_spans.wait()
+            # Jobs write their spans one by one, and a request costs as much as a thousand lines: gather them.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LINGER_S):
                     await self._hurry.wait()
-            self._news.clear()
-            while spans := _first_bytes(await _insist(self._unsent, "reading the spans to send")):
+            self._has_spans.clear()
+            while spans := _first_bytes(await _until_stored(self._unsent, "reading the spans to send")):
                 payload = traces_request(_by_resource((span.resource, span.span) for span in spans))
                 await self._endpoint.deliver(payload, len(spans))
-                await _insist(partial(self._store.ack_spans, spans), "the checkpoint of sent spans")
-            if not self._news.is_set():
+                await _until_stored(partial(self._store.ack_spans, spans), "the checkpoint of sent spans")
+            if not self._has_spans.is_set():
                 self._idle.set()
 
     def _unsent(self) -> list[OutboxSpan]:
@@ -241,7 +244,7 @@ class SpanQueue:
 
 
 def _by_resource(items: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, list[bytes]]]:
-    """Group by resource, keeping the order in which each first came and the order within each."""
+    """Group by resource, in the order of each resource's first item."""
     groups: dict[bytes, list[bytes]] = {}
     for resource, data in items:
         groups.setdefault(resource, []).append(data)
@@ -249,7 +252,7 @@ def _by_resource(items: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, list
 
 
 def _first_bytes(spans: list[OutboxSpan]) -> list[OutboxSpan]:
-    """Return as many of the first spans as fit into one request; at least one, if there is one."""
+    """Return the first spans that fit into one request; at least one of a list that is not empty."""
     size = 0
     for index, span in enumerate(spans):
         size += len(span.span) + len(span.resource)

@@ -1,15 +1,15 @@
-"""`PollSchedule`: when a tailer looks at its job, and whether it asks for the status then.
+"""`PollSchedule`: the poll schedule of one job, and whether a poll requests the status.
 
-Ten thousand silent jobs shall cost nothing. What is told of a job need not be asked for: by the rows of its service's
-list, where these count lines, and by the service's news. A job that both say is silent is *parked* once its
-lines are acked: its tailer waits, without a timer, until one of them says otherwise.
+Idle jobs cost no requests: a job covered by the list's line counts or by change notifications is not polled. Once its
+lines are acknowledged, its tailer is *parked*: it waits without a timer until the list or a notification wakes it.
 
-                     status asked                              next turn
-    nothing told     each turn                                 after the follower's delay, up to `poll_max_s`
-    listed           each 30 s, or when its row has changed    the same
-                     (2 min without tasks and heartbeat)
-    lines counted    the same, and when it has gone silent     the same up to a minute, then parked
-    news             each second, and when it has gone silent  at its news; else parked at once
+    covered by        status requested                           next poll
+    nothing           at each poll                               after the follower's delay, up to `poll_max_s`
+    the list          every 30 s, or if its row has changed      the same
+                      (every 2 min without tasks and heartbeat)
+    line counts       the same, and when it falls silent         the same up to a minute, then parked
+    notifications     at most every second, and when it falls    at a notification; parked at once
+                      silent
 """
 
 from __future__ import annotations
@@ -27,29 +27,30 @@ from tailspan.services import JobService
 from tailspan_agent.analysis.assessment import JobSnapshot
 from tailspan_agent.tasks import Flag
 
-__all__ = ["PollSchedule", "status_known_of"]
+__all__ = ["PollSchedule", "late_lines_delay_s", "status_known_of"]
 
 _LISTED_STATUS_S = 30.0
 _PLAIN_STATUS_S = 120.0
-_TOLD_STATUS_S = 1.0
+_NOTIFIED_STATUS_S = 1.0
 _SILENT_READS = 2
 _SILENCE_S = 60.0
+_SHORTEST_LATE_S, _LONGEST_LATE_S = 10.0, 600.0
 
 
 class PollSchedule:
-    """What is told of one job, and what follows from it.
+    """Decides when a tailer polls its job.
 
     Args:
-        follower: Says when to look at a job of which nothing is told.
+        follower: Poll delays for jobs without change notifications.
 
     Attributes:
-        told: Whether the service's news will tell of the job.
-        row: The job's row in the list; None when the list does not have it.
-        parked: Whether the tailer waits for somebody to say that there is something new.
+        has_changes: Whether the service pushes changes of this job.
+        row: The job's row of the list; None if the list does not have it.
+        parked: Whether the tailer waits without a timer for a change.
     """
 
     def __init__(self, follower: Follower) -> None:
-        self.told = False
+        self.has_changes = False
         self.row: ListedJob | None = None
         self.parked = False
         self._follower = follower
@@ -58,22 +59,22 @@ class PollSchedule:
         self._listed: tuple[ListedJob, JobSnapshot] | None = None
         self._status_at_s = float("-inf")
         self._is_plain = False
-        self._state_news = False
-        self._spoke = True
+        self._state_changed = False
+        self._had_lines = True
         self._silent_reads = 0
         self._woken = Flag()
 
     @property
     def is_counted(self) -> bool:
-        """Whether the list tells how many lines the job has."""
+        """Whether the list counts the job's lines."""
         return self.row is not None and self.row.lines is not None
 
     def listed(self, service: JobService, name: str) -> JobSnapshot | None:
-        """Return the job with as much of a status as its row has; None without a row.
+        """Return a snapshot of the job from its row; None without a row.
 
         Args:
             service: The service that lists the job.
-            name: The job's name, where the row does not have it.
+            name: The job's name, used if the row has none.
         """
         row = self.row
         if row is None:
@@ -92,101 +93,101 @@ class PollSchedule:
 
     @property
     def is_long_parked(self) -> bool:
-        """Whether the job has been parked for so long that its last status says nothing of it now."""
+        """Whether the job is parked and its last status is older than a minute."""
         return self.parked and time.monotonic() - self._status_at_s > _SILENCE_S
 
     @property
     def row_age_s(self) -> float:
-        """How long ago the list was last read, in seconds."""
+        """The age of the row, in seconds."""
         return time.monotonic() - self._row_at_s
 
     def on_row(self, row: ListedJob) -> None:
-        """Take in the job's row of a listing: the bulk status that saves a request per silent job."""
+        """Apply the job's row of the list: a bulk status that saves one request per silent job."""
         known = self.row
-        # An equal row stays the one that it is: what was made of it holds.
+        # Keep an equal row: the snapshot made from it stays valid.
         self.row = known if known == row else row
         self._row_at_s = time.monotonic()
         self._follower.poll_max_s = max(self._poll_max_s, _SILENCE_S if row.lines is not None else 0.0)
         if known is None:
             if self._status_at_s < 0:
                 return
-            self._state_news = row.state is not self._follower.state
+            self._state_changed = row.state is not self._follower.state
         elif row.state is not known.state:
-            self._state_news = True
+            self._state_changed = True
         elif row.lines == known.lines:
             return
         self.wake()
 
     def on_unlisted(self) -> None:
-        """Take in that the list does not have the job any more, or cannot be read: it has to be asked for."""
+        """Drop the row: the list lacks the job or cannot be read, so the job is polled."""
         self.row = None
         self._row_at_s = float("-inf")
         self._follower.poll_max_s = self._poll_max_s
         self.wake()
 
     def wake(self) -> None:
-        """Look at the job now: something says that there is news."""
+        """Poll the job now: a notification or the list reports a change."""
         self._follower.wake()
         self._woken.set()
 
     def on_status(self, job: RunResponse) -> float:
-        """Take in a status that was asked for; return when that was, on the monotonic clock."""
+        """Note a requested status; return the time, in seconds of the monotonic clock."""
         self._status_at_s = time.monotonic()
-        # Then there is hardly anything in it that the job's row does not tell.
+        # Such a status has hardly anything that the job's row does not have.
         self._is_plain = not job.total_tasks and job.last_heartbeat is None
-        self._state_news = self._spoke = False
+        self._state_changed = self._had_lines = False
         return self._status_at_s
 
     def on_read(self, lines: int) -> bool:
-        """Take in how many new lines a read found; return whether to ask for the status: perhaps the job has ended."""
+        """Note the new lines of a read; return whether to request the status, because the job may have ended."""
         if lines:
-            self._spoke, self._silent_reads = True, 0
+            self._had_lines, self._silent_reads = True, 0
             return False
         self._silent_reads += 1
-        # News that are not of a line are of the state.
-        return self.told or (self._spoke and self._silent_reads >= _SILENT_READS)
+        # A notification without a new line is one of the state.
+        return self.has_changes or (self._had_lines and self._silent_reads >= _SILENT_READS)
 
     def status_is_due(self, *, late: bool = False) -> bool:
-        """Return whether to ask for the status before the next read.
+        """Return whether to request the status before the next read.
 
         Args:
-            late: Whether all of the job was relayed, and it is looked at for late lines only.
+            late: Whether the job is complete and polled only for late lines.
         """
-        if self._state_news or self._follower.needs_status:
+        if self._state_changed or self._follower.needs_status:
             return True
         if late:
             return False
         age_s = time.monotonic() - self._status_at_s
-        if self.told:
-            return age_s >= _TOLD_STATUS_S
+        if self.has_changes:
+            return age_s >= _NOTIFIED_STATUS_S
         if self.row is None or self.row_age_s >= _LISTED_STATUS_S:
             return True
-        row_will_do = self._is_plain and self.row.state is not JobState.UNKNOWN
-        return age_s >= (_PLAIN_STATUS_S if row_will_do else _LISTED_STATUS_S)
+        row_suffices = self._is_plain and self.row.state is not JobState.UNKNOWN
+        return age_s >= (_PLAIN_STATUS_S if row_suffices else _LISTED_STATUS_S)
 
-    def delay_s(self, *, behind: bool = False, gather_s: float = 0.0) -> float | None:
-        """Return how long to wait for the next look, in seconds; None: until somebody wakes the tailer.
+    def delay_s(self, *, catching_up: bool = False, gather_s: float = 0.0) -> float | None:
+        """Return the delay before the next poll, in seconds; None parks the tailer until a change wakes it.
 
         Args:
-            behind: Whether others of its stream may wait for it, which its next look can end.
-            gather_s: For how long the service lets a look wait for those of others.
+            catching_up: Whether other jobs of the stream may wait for this one; the next poll can release them.
+            gather_s: How long the service holds a read back to merge it with reads of other jobs, in seconds.
         """
         now_s = time.monotonic()
         delay_s = self._follower.delay_s(now_s)
         if 0 < gather_s < delay_s:
-            # Not spread: who comes half of that before all go together will not miss it.
+            # No jitter: a read that comes half of that time before the merged request is part of it.
             delay_s -= gather_s / 2
         else:
             delay_s = self._follower.delay_s(now_s, random.random())
-        if self._follower.state.is_terminal or self._spoke or behind:
+        if self._follower.state.is_terminal or self._had_lines or catching_up:
             return delay_s
-        if self.told:
-            # The list stands in for news that were lost; where it does not have the job, we look ourselves.
+        if self.has_changes:
+            # The list makes up for lost notifications; a job without line counts is polled once a minute.
             return None if self.is_counted else _SILENCE_S * random.uniform(0.8, 1.0)
         return None if self.is_counted and delay_s >= 0.9 * _SILENCE_S else delay_s
 
     async def wait(self, delay_s: float | None) -> None:
-        """Wait until it is time, or until somebody says that there is news."""
+        """Wait for a delay in seconds, or for a change; None waits for a change only."""
         self.parked = delay_s is None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(delay_s):
@@ -195,16 +196,25 @@ class PollSchedule:
         self.parked = False
 
 
+def late_lines_delay_s(ended_ago_s: float) -> float:
+    """Return the delay before a complete job is polled for late lines again, in seconds.
+
+    Args:
+        ended_ago_s: How long ago the job ended, in seconds.
+    """
+    return min(max(_SHORTEST_LATE_S, ended_ago_s), _LONGEST_LATE_S) * random.uniform(0.9, 1.1)
+
+
 def status_known_of(
     service: JobService, job_id: str, name: str, state: JobState = JobState.UNKNOWN, **fields: Any
 ) -> RunResponse:
-    """Return what is known of a job whose status was not asked for.
+    """Return a status of a job from what is known without a request.
 
     Args:
         service: The service that has the job.
         job_id: The job.
-        name: Its name.
-        state: Its state as far as anybody knows.
+        name: The job's name.
+        state: The job's state, if known.
         **fields: Further fields of the status.
     """
     return RunResponse.from_state(

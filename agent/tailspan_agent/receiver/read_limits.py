@@ -1,4 +1,4 @@
-"""`ReadLimit`: of one service some jobs are read at a time, and who has waited longest is next."""
+"""`ReadLimit`: limits concurrent log reads per service, first come, first served."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from itertools import count
 __all__ = ["ReadLimit"]
 
 
-# Its number, by which it is known who came first.
+# The number orders the waiting reads of all queues.
 _Turn = tuple[int, asyncio.Future[None]]
 
 
 class ReadLimit:
-    """Reads at a time, of all lanes and of one: those that wait for a full lane keep no others waiting.
+    """Limits the reads of all queues together and of each queue; a full queue does not block the reads of others.
 
-    Who came first goes first, whatever its lane. With a limit for each lane alone, the lanes of a service that may be
-    asked 20 times a second would share that equally, and jobs of the fuller one would have fewer turns.
+    Reads are admitted in the order in which they came, whatever their queue. With a limit per queue alone, the queues
+    of a service that takes 20 requests a second would share them equally, and jobs of a longer queue would get fewer.
 
     Args:
-        most: How many read at a time.
-        most_a_lane: How many of them of one lane.
+        limit: The number of reads at a time.
+        limit_per_queue: The number of reads at a time of one queue.
     """
 
-    def __init__(self, most: float, most_a_lane: float) -> None:
-        self._free = most
-        self._most_a_lane = most_a_lane
+    def __init__(self, limit: float, limit_per_queue: float) -> None:
+        self._free = limit
+        self._limit_per_queue = limit_per_queue
         self._reading: Counter[object] = Counter()
         self._waiting: dict[object, deque[_Turn]] = {}
         self._numbers = count()
 
     @asynccontextmanager
     async def of(self, queue: object) -> AsyncIterator[None]:
-        """Hold a place among the readers.
+        """Wait for a place among the reads and hold it.
 
         Args:
-            queue: Where what is read goes to.
+            queue: The queue that takes the lines.
         """
         await self._enter(queue)
         try:
@@ -51,11 +51,11 @@ class ReadLimit:
         waiting = next(self._numbers), turn
         turns = self._waiting.setdefault(queue, deque())
         turns.append(waiting)
-        self._let_in()
+        self._admit()
         try:
             await turn
         except BaseException:
-            if turn.done() and not turn.cancelled():  # its turn had come
+            if turn.done() and not turn.cancelled():  # it was admitted just now
                 self._leave(queue)
             elif waiting in turns:
                 turns.remove(waiting)
@@ -64,9 +64,9 @@ class ReadLimit:
     def _leave(self, queue: object) -> None:
         self._free += 1
         self._reading[queue] -= 1
-        self._let_in()
+        self._admit()
 
-    def _let_in(self) -> None:
+    def _admit(self) -> None:
         while self._free > 0 and (next_queue := self._next()) is not None:
             queue, turns = next_queue
             _, turn = turns.popleft()
@@ -76,10 +76,10 @@ class ReadLimit:
                 self._reading[queue] += 1
 
     def _next(self) -> tuple[object, deque[_Turn]] | None:
-        """Return the lane whose first in line has waited longest, among those that have room for one more reader."""
+        """Return the queue whose first read has waited longest, among queues below their limit."""
         waiting = [
             (queue, turns)
             for queue, turns in self._waiting.items()
-            if turns and self._reading[queue] < self._most_a_lane
+            if turns and self._reading[queue] < self._limit_per_queue
         ]
         return min(waiting, key=lambda item: item[1][0][0], default=None)

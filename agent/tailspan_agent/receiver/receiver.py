@@ -1,4 +1,4 @@
-"""`Receiver`: the services that are watched, their watchers, and the tailers of their jobs, as tasks."""
+"""`Receiver`: the watched services, their discoveries, and the tailers of their jobs, as tasks."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _log = logging.getLogger(__name__)
 
 
 class Receiver:
-    """Who follows what now.
+    """Runs the discoveries of all watched services and the tailers of their jobs.
 
     Args:
-        context: What all tailers share.
+        context: Shared by all tailers.
         opener: Makes the configured service of a name.
 
     Attributes:
-        tailers: The tailers that run, with their tasks.
-        discoveries: The watchers by the configured name of their service.
-        started: How many jobs a single pass (`once`) has begun with.
-        failed: Ids of those that could not be relayed, and why.
+        tailers: The running tailers, with their tasks.
+        discoveries: The discoveries, by the configured name of their service.
+        started: The number of jobs that a single pass (`once`) started.
+        failed: The jobs of a single pass that could not be relayed, as (job id, reason).
     """
 
     def __init__(self, context: PipelineContext, opener: Callable[[str, Settings], JobService]) -> None:
@@ -52,10 +52,10 @@ class Receiver:
 
     @property
     def unreachable(self) -> list[str]:
-        """The services that cannot be asked now, by name."""
+        """The names of the services that fail to answer."""
         found = {name for name, discovery in self.discoveries.items() if discovery.failure}
-        troubles = (AuthError, ServiceUnavailableError)
-        return sorted(found | {one.service_name for one in self.tailers if isinstance(one.failure, troubles)})
+        causes = (AuthError, ServiceUnavailableError)
+        return sorted(found | {one.service_name for one in self.tailers if isinstance(one.failure, causes)})
 
     @property
     def services(self) -> dict[str, JobService]:
@@ -64,13 +64,13 @@ class Receiver:
 
     @property
     def followed(self) -> list[JobSnapshot]:
-        """The jobs that are followed now and whose status is known."""
+        """Snapshots of the followed jobs."""
         jobs = [tailer.followed for tailer in self.tailers]
         return [job for job in jobs if job is not None]
 
     @property
     def failures(self) -> dict[str, str]:
-        """Why services cannot be asked now, by name."""
+        """Why services could not be listed the last time, by name."""
         return {
             name: str(discovery.failure)
             for name, discovery in self.discoveries.items()
@@ -79,7 +79,7 @@ class Receiver:
 
     @property
     def has_seen_all(self) -> bool:
-        """Whether every watched service was looked at wholly, and answered the last time."""
+        """Whether every watched service was listed completely once, and answered the last time."""
         return all(discovery.has_scanned and discovery.failure is None for discovery in self.discoveries.values())
 
     def kept(self, old: Settings, new: Settings) -> dict[str, Source]:
@@ -91,10 +91,17 @@ class Receiver:
         }
 
     async def open(self, settings: Settings, kept: Mapping[str, Source]) -> dict[str, Source]:
-        """Open the watched services that are not kept: all, or with an error none.
+        """Open the watched services that are not kept; on an error, open none.
+
+        Args:
+            settings: The configuration.
+            kept: The services that stay open.
+
+        Returns:
+            The opened services, by name.
 
         Raises:
-            ConfigError: Options that do not fit, or two services that are one and the same.
+            ConfigError: Invalid options, or two sections configure the same service.
         """
         opened: dict[str, Source] = {}
         async with AsyncExitStack() as undo:
@@ -110,7 +117,7 @@ class Receiver:
         return opened
 
     def watch(self, sources: Mapping[str, Source], settings: Settings, *, once: bool = False) -> None:
-        """Watch opened services; with `once` they are not looked at before somebody scans."""
+        """Start the discoveries of opened services; with `once` the caller scans instead."""
         watches = _by_service(settings)
         for name, source in sources.items():
             self._sources[name] = source
@@ -121,12 +128,14 @@ class Receiver:
             if not once:
                 self._tasks[name] = asyncio.create_task(discovery.run())
 
-    async def go_over(self, kept: Mapping[str, Source], sources: Mapping[str, Source], settings: Settings) -> None:
-        """Go over to a changed configuration: end what is gone, begin what is new, leave the rest running.
+    async def apply_configuration(
+        self, kept: Mapping[str, Source], sources: Mapping[str, Source], settings: Settings
+    ) -> None:
+        """Apply a changed configuration: stop removed services, start new ones, leave the others running.
 
         Args:
-            kept: From `kept`.
-            sources: From `open`.
+            kept: The services that stay open, from `kept`.
+            sources: The new services, from `open`.
             settings: The new configuration.
         """
         for name in [name for name in self.discoveries if name not in kept]:
@@ -137,15 +146,15 @@ class Receiver:
         self.watch(sources, settings)
 
     async def stop_reading(self) -> None:
-        """End all watchers and tailers; what they have read is on its way."""
+        """Stop all discoveries and tailers; queued lines are still sent."""
         for task in list(self._tasks.values()):
             await cancelled(task)
-        # Only now: a watcher that is stopped in the middle of a list still starts the tailers of what it has found.
+        # Discoveries first: one that is stopped in the middle of a list still starts the tailers of the jobs it found.
         for task in list(self.tailers.values()):
             await cancelled(task)
 
     async def aclose(self) -> None:
-        """End everything and close the services."""
+        """Stop all tasks and close the services."""
         async with AsyncExitStack() as stack:
             for source in self._sources.values():
                 stack.push_async_callback(source.service.aclose)
@@ -160,16 +169,16 @@ class Receiver:
     async def _rematch(self, discovery: JobDiscovery, watches: Sequence[Watch]) -> None:
         changed = discovery.watches != watches
         if changed:
-            # It starts what it has found, so that this is matched too; begun anew, it looks at once.
+            # Stopped, it starts the tailers of the jobs it found, so that they match too; restarted, it lists at once.
             await cancelled(self._tasks[discovery.name])
         for tailer in list(discovery.tailers.values()):
             watch = match(watches, tailer.job_id, tailer.job_name)
             if watch is None:
                 await self._end(tailer)
             else:
-                tailer.use(watch)
+                tailer.apply_settings(watch)
         if changed:
-            discovery.use(watches)
+            discovery.apply_watches(watches)
             self._tasks[discovery.name] = asyncio.create_task(discovery.run())
 
     def _start(self, tailer: Tailer) -> None:
@@ -179,7 +188,7 @@ class Receiver:
 
         def ended(_: asyncio.Task[None]) -> None:
             del self.tailers[tailer]
-            tailer.leave_stream()  # a task that was cancelled before it began has not
+            tailer.leave_stream()  # a task that was cancelled before its start has not left
             discovery.forget(tailer)
             if tailer.once and tailer.failure is not None:
                 self.failed.append((tailer.job_id, tailer.failure))
@@ -194,12 +203,12 @@ class Receiver:
             _log.error("job %s: %s", tailer.job_id, error)
             tailer.failure = error
         except Exception as error:
-            _log.exception("job %s: a fault of the agent; the job is taken up again later", tailer.job_id)
-            tailer.failure = AgentError(f"job {tailer.job_id}: a fault of the agent: {error!r}")
+            _log.exception("job %s: unexpected error (a bug in the agent); the job will be retried", tailer.job_id)
+            tailer.failure = AgentError(f"job {tailer.job_id}: unexpected error (a bug in the agent): {error!r}")
         if tailer.once:
             return
         if isinstance(tailer.failure, CheckpointError) and self._context.store.refused:
-            # What this tailer holds may be ahead of the store: the next one begins where the store is.
+            # The memory of this tailer may be ahead of the store: the next tailer continues from the store.
             await until_usable(self._context.store)
         else:
             await asyncio.sleep(_CRASH_PAUSE_S)
@@ -214,7 +223,7 @@ def _check_identity(source: Source, others: Iterable[Source]) -> None:
     for other in others:
         if other.service.identity == source.service.identity:
             names = f"services.{other.service.name} and services.{source.service.name}"
-            raise ConfigError(f"{names} are one and the same service: watch one of them", key=names)
+            raise ConfigError(f"{names} configure the same service: watch only one of them", key=names)
 
 
 def _by_service(settings: Settings) -> dict[str, list[Watch]]:

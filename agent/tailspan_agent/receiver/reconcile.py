@@ -1,4 +1,7 @@
-"""What is read once more when a job has ended: its whole log for what was never relayed, its end for the digest."""
+"""Reconciliation after the end of a job: which lines of the whole log were never relayed, and the last lines.
+
+The last lines go into the failure digest.
+"""
 
 from __future__ import annotations
 
@@ -25,25 +28,25 @@ _DIGEST_LINES = 400
 _DIGEST_MS = 5000
 
 
-async def relay_missing(read: Callable[[], AsyncGenerator[LogPage, None]], sent: JobPipeline) -> int:
-    """Compare the whole log with what was relayed, and relay what became visible too late for any window.
+async def relay_missing(read: Callable[[], AsyncGenerator[LogPage, None]], pipeline: JobPipeline) -> int:
+    """Compare the whole log with what was relayed, and relay lines that became visible after the late window.
 
     Args:
         read: Reads the log from its start.
-        sent: The job.
+        pipeline: The pipeline of the job.
 
     Returns:
-        How many lines were relayed.
+        The number of lines relayed.
     """
-    # What is found is taken away at once: a job may have written in millions of seconds.
-    rest = sent.relayed_seconds()
+    # Subtract while reading: a job may have lines in millions of seconds.
+    rest = pipeline.relayed_seconds()
     first_s = float("inf")
     async with aclosing(read()) as pages:
         async for page in pages:
             found = page_seconds(page)
             add_seconds(rest, found, -1)
             first_s = min((first_s, *found))
-    # What is older than all that was found, the service has deleted.
+    # The service has deleted what is older than the first line that is left.
     uids: dict[int, list[int]] = {second: [] for second in rest if second >= first_s}
     if not uids:
         return 0
@@ -67,25 +70,25 @@ async def relay_missing(read: Callable[[], AsyncGenerator[LogPage, None]], sent:
         async for page in pages:
             selected = select_lines(page, late)
             if selected is not None:
-                await sent.send_page(selected, late=True)
+                await pipeline.send_page(selected, late=True)
     if repeated:
-        await sent.take_back(repeated)
+        await pipeline.discount_repeats(repeated)
     return len(late)
 
 
-async def last_lines(read: Callable[..., AsyncGenerator[LogPage, None]], sent: JobPipeline) -> list[str]:
+async def last_lines(read: Callable[..., AsyncGenerator[LogPage, None]], pipeline: JobPipeline) -> list[str]:
     """Return the job's last lines, for the failure digest.
 
     Args:
         read: Reads the log from ``since_ms`` on.
-        sent: The job.
+        pipeline: The pipeline of the job.
     """
     lines: deque[str] = deque(maxlen=_DIGEST_LINES)
-    if sent.ledger.last_line_ns is not None:
-        since_ms = sent.ledger.last_line_ns // NANOS_PER_MS - _DIGEST_MS
-        # Lines that were relayed may be gone by now, which must not keep the job from its end.
+    if pipeline.ledger.last_line_ns is not None:
+        since_ms = pipeline.ledger.last_line_ns // NANOS_PER_MS - _DIGEST_MS
+        # Relayed lines may be gone by now; the end of the job is reported all the same.
         with suppress(CursorExpiredError):
             async with aclosing(read(since_ms=since_ms)) as pages:
                 async for page in pages:
-                    lines.extend(sent.redact(clean(line)) for line in page.lines[-_DIGEST_LINES:])
+                    lines.extend(pipeline.redact(clean(line)) for line in page.lines[-_DIGEST_LINES:])
     return list(lines)

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
+from tailspan.errors import JobNotFoundError
+from tailspan.logs.page import LogPage
 from tailspan.services import JobService, MergingService
 from tailspan_agent.pipeline.queue import LogQueue
 from tailspan_agent.receiver.read_limits import ReadLimit
 
 __all__ = ["Source"]
 
-# They wait for their service most of the time. Of two lanes one that is stuck leaves the other two.
-_READERS, _READERS_A_LANE = 8, 6
-# Reading costs only CPU: a second reader is there so that one job's long log does not keep all others waiting.
-_READERS_A_LANE_IF_CHEAP = 2
-# Reads that go in one request: each holds at most 64 KiB.
-_READERS_A_LANE_IF_MERGED = 64
-_PAGES_A_TURN = 8
-_FIRST_LOOKS = 100
-_FIRST_LOOKS_PER_S = 2.0
+# Reads wait for their service most of the time. If one of two queues is stuck, the other has two reads left.
+_READS, _READS_PER_QUEUE = 8, 6
+# Free reads cost only CPU: with a second one, a long log does not delay all other jobs.
+_FREE_READS_PER_QUEUE = 2
+# Merged reads share one request; each holds at most 64 KiB.
+_MERGED_READS_PER_QUEUE = 64
+_PAGES_PER_TURN = 8
+_FIRST_POLLS = 100
+_FIRST_POLLS_PER_S = 2.0
 
 
 class Source:
-    """A job service as the agent uses it: a few reads at a time, however many jobs there are.
+    """A job service with a bounded number of reads at a time, however many jobs it has.
 
     Args:
         service: The service.
@@ -34,15 +37,15 @@ class Source:
     def __init__(self, service: JobService) -> None:
         self.service = service
         self._merging = service if isinstance(service, MergingService) else None
-        self._single = (
-            ReadLimit(math.inf, _READERS_A_LANE_IF_CHEAP) if self.is_cheap else ReadLimit(_READERS, _READERS_A_LANE)
+        self._reads = (
+            ReadLimit(math.inf, _FREE_READS_PER_QUEUE) if self.polls_are_free else ReadLimit(_READS, _READS_PER_QUEUE)
         )
-        self._merged = ReadLimit(math.inf, _READERS_A_LANE_IF_MERGED)
-        self._first_look_at_s = float("-inf")
+        self._merged_reads = ReadLimit(math.inf, _MERGED_READS_PER_QUEUE)
+        self._first_poll_at_s = float("-inf")
 
     @property
-    def is_cheap(self) -> bool:
-        """Whether polling costs no request."""
+    def polls_are_free(self) -> bool:
+        """Whether a poll costs no request."""
         return self.service.polls_are_free
 
     def merges(self, cursor: bytes | None) -> bool:
@@ -50,38 +53,65 @@ class Source:
         return self._merging is not None and self._merging.merges(cursor)
 
     def gather_s(self, cursor: bytes | None) -> float:
-        """Return for how long a read after this cursor waits for those of other jobs, in seconds."""
+        """Return how long a read after this cursor waits for reads of other jobs, in seconds."""
         return self._merging.gather_s if self._merging is not None and self._merging.merges(cursor) else 0.0
 
     @property
-    def pages_a_turn(self) -> float:
-        """How many pages of a log are read before others have their turn; a reply over HTTP is read to its end."""
-        return _PAGES_A_TURN if self.is_cheap else math.inf
+    def pages_per_turn(self) -> float:
+        """How many pages of a log are read before other jobs get their turn; an HTTP reply is read to its end."""
+        return _PAGES_PER_TURN if self.polls_are_free else math.inf
 
-    def readers(
-        self, queue: LogQueue | None, cursor: bytes | None
-    ) -> tuple[AbstractAsyncContextManager[None], dict[str, Any]]:
-        """Return what limits the reads of one lane's jobs.
+    @asynccontextmanager
+    async def open_log(
+        self, job_id: str, cursor: bytes | None, queue: LogQueue | None, *, late_window_s: float
+    ) -> AsyncIterator[AsyncGenerator[LogPage, None]]:
+        """Wait for a place among the reads of a queue, and hold it while the caller takes pages.
 
         Args:
-            queue: The lane; None where no lines are sent.
-            cursor: After which the job is read.
-
-        Returns:
-            What to hold while it is read, and further keywords for ``read_logs``.
+            job_id: The job.
+            cursor: The end of the lines that were read; None reads from the start.
+            queue: The queue that takes the lines; None if none are sent.
+            late_window_s: How far before the cursor to search for late lines, in seconds.
         """
+        limit, options = self._reads.of(queue), {}
         if self.merges(cursor):
-            return self._merged.of(queue), {"long_reads": self._single.of(queue)}
-        return self._single.of(queue), {}
+            # A merged read waits for a place among the other reads only if its job has a reply of its own.
+            limit, options = self._merged_reads.of(queue), {"long_reads": limit}
+        async with (
+            limit,
+            aclosing(self.pages(job_id, cursor, late_window_s=late_window_s, **options)) as pages,
+        ):
+            yield pages
 
-    def first_look_delay_s(self) -> float:
-        """Return when to look for the first time at one more job that has nothing new, in seconds from now.
+    async def pages(self, job_id: str, cursor: bytes | None = None, **options: Any) -> AsyncGenerator[LogPage, None]:
+        """Yield the pages of a log without a limit; no pages if the job exists and has no log.
 
-        The first hundred are looked at at once. With thousands, those that speak must not wait for all that do not.
+        Args:
+            job_id: The job.
+            cursor: The end of the lines that were read; None reads from the start.
+            **options: Further options of `JobService.read_logs`.
+
+        Raises:
+            JobNotFoundError: The service has no such job.
         """
-        if self.is_cheap:
+        pages = self.service.read_logs(job_id, cursor, **options)
+        # Closed at whatever page the task is cancelled, so that its connection is free at once.
+        async with aclosing(pages):
+            try:
+                async for page in pages:
+                    yield page
+            except JobNotFoundError:
+                # A job that wrote nothing may have no log; only its status says whether the job is gone.
+                await self.service.get_job(job_id)
+
+    def first_poll_delay_s(self) -> float:
+        """Return the delay before the first poll of one more job that has nothing new, in seconds.
+
+        The first hundred jobs are polled at once. With thousands, jobs with new lines must not wait for all the others.
+        """
+        if self.polls_are_free:
             return 0.0
         now_s = time.monotonic()
-        begun_s = now_s - _FIRST_LOOKS / _FIRST_LOOKS_PER_S
-        self._first_look_at_s = max(self._first_look_at_s, begun_s) + 1 / _FIRST_LOOKS_PER_S
-        return max(0.0, self._first_look_at_s - now_s)
+        begun_s = now_s - _FIRST_POLLS / _FIRST_POLLS_PER_S
+        self._first_poll_at_s = max(self._first_poll_at_s, begun_s) + 1 / _FIRST_POLLS_PER_S
+        return max(0.0, self._first_poll_at_s - now_s)

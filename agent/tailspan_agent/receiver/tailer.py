@@ -1,21 +1,17 @@
-"""The tailer: the task that follows one job, from its first sight to its run span.
+"""`Tailer`: the task that follows one job from its discovery to its last acknowledged line.
 
-It drives the pure `tailspan.logs.follow.Follower`, reads pages, and hands them to the job's `JobPipeline`.
+It polls the service, feeds the job's `Follower` and `JobLifecycle` with what it reads, and carries out the actions
+that the lifecycle returns. Lines go to the job's `JobPipeline`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from typing import Any
-
-import msgspec
+from functools import partial
 
 from tailspan._backoff import backoff_s
 from tailspan.config import Watch
@@ -28,7 +24,6 @@ from tailspan.errors import (
     TailspanError,
 )
 from tailspan.logs.follow import Follower
-from tailspan.logs.page import LogPage
 from tailspan.models import JobState, ListedJob
 from tailspan_agent.analysis.assessment import JobSnapshot, assess
 from tailspan_agent.analysis.failure import failure_of
@@ -36,7 +31,32 @@ from tailspan_agent.job.alerts import new_alerts
 from tailspan_agent.job.ledger import JobLedger
 from tailspan_agent.pipeline.context import PipelineContext
 from tailspan_agent.pipeline.job_pipeline import JobPipeline
-from tailspan_agent.receiver.poll_schedule import PollSchedule, status_known_of
+from tailspan_agent.pipeline.stream_order import CatchUp
+from tailspan_agent.receiver.lifecycle import (
+    Action,
+    AllAcked,
+    AwaitAcks,
+    CloseLog,
+    CompleteLog,
+    EndReported,
+    JobDeleted,
+    JobLifecycle,
+    LateLinesRead,
+    LogCompleted,
+    LogRead,
+    Observation,
+    ReadLateLines,
+    ReadLog,
+    Reconcile,
+    Reconciled,
+    ReportEnd,
+    ReportLost,
+    StatusSeen,
+    TailState,
+    WaitForChange,
+    advance,
+)
+from tailspan_agent.receiver.poll_schedule import PollSchedule, late_lines_delay_s, status_known_of
 from tailspan_agent.receiver.reconcile import last_lines, relay_missing
 from tailspan_agent.receiver.source import Source
 
@@ -45,40 +65,38 @@ __all__ = ["Tailer"]
 _FOLLOW_TO_END_S = 3600.0
 _AUTH_RETRY_S = 30.0
 _RUN_SPAN_WAIT_S = 2.0
-_LATE_POLLS_S = (10.0, 600.0)
 
 _log = logging.getLogger(__name__)
 
 
 class Tailer:
-    """Follows one job and relays it.
+    """Follows and relays one job.
 
     Args:
-        context: What all tailers share.
+        context: Shared by all jobs.
         source: The service that has the job.
-        watch: The watch that matched it.
+        watch: The watch that matched the job.
         job_id: The job.
-        name: Its name, where it is known before its first status.
+        name: The job's name; empty if it is not known before the first status.
         once: Relay what is readable now, then stop; an ended job completely.
 
     Attributes:
-        schedule: When it looks at the job.
-        finished: Whether the job has ended and everything of it was relayed and acked.
-        failure: Why the last attempt failed; None after one that succeeded.
+        schedule: When the job is polled.
+        lifecycle: The state of the job.
+        failure: Why the last poll failed; None after one that succeeded.
     """
 
     def __init__(
         self, context: PipelineContext, source: Source, watch: Watch, job_id: str, name: str = "", *, once: bool = False
     ) -> None:
-        self.finished = False
         self.failure: TailspanError | None = None
         self.watch = watch
         self.job_id = job_id
-        self.once = once
+        self.lifecycle = JobLifecycle(once=once, relays_logs=bool(context.queues))
         self._context = context
         self._source = source
         self._service = source.service
-        self._sent: JobPipeline | None = None
+        self._pipeline: JobPipeline | None = None
         self._first_seen_ns = time.time_ns()
         self._follower = Follower(
             poll_min_s=self._service.poll_min_s,
@@ -88,13 +106,8 @@ class Tailer:
         )
         self.schedule = PollSchedule(self._follower)
         self._name = name
-        self._done = self._end_told = self._came_late = False
         self._errors = 0
-        self._behind = True
-        self._stream = self._stream_of(name)
-        if name:
-            # Before anybody reads: who is the oldest of a pipeline is known only when all have said where they are.
-            context.stream_order.join(self._stream, self)
+        self._catch_up = CatchUp(context.stream_order, self._service.name, name)
 
     @property
     def service_name(self) -> str:
@@ -103,69 +116,88 @@ class Tailer:
 
     @property
     def job_name(self) -> str:
-        """The job's name; empty where it is not known before its first status."""
-        return self._sent.job.job_name if self._sent is not None else self._name
+        """The job's name; empty if it is not known before the first status."""
+        return self._pipeline.status.job_name if self._pipeline is not None else self._name
 
     @property
-    def late(self) -> bool:
-        """Whether all of the job was relayed, and it is looked at for lines that become visible late."""
-        return self._sent is not None and self._sent.late
+    def once(self) -> bool:
+        """Whether this is a single pass."""
+        return self.lifecycle.once
+
+    @property
+    def finished(self) -> bool:
+        """Whether the job has ended and all of it is relayed and acknowledged."""
+        return self.lifecycle.state is TailState.DONE
+
+    @property
+    def expects_late_lines(self) -> bool:
+        """Whether all of the job is relayed, and it is polled only for lines that become visible late."""
+        return self.lifecycle.state is TailState.LATE_LINES
 
     @property
     def followed(self) -> JobSnapshot | None:
-        """What the metrics say of this job now; None before anything is known of it and after its end."""
-        if self.finished or self.late:
+        """The job as metrics and page show it; None before anything is known of the job, and after its end."""
+        if self.finished or self.expects_late_lines:
             return None
-        if self._sent is not None:
-            return self._sent.followed
+        if self._pipeline is not None:
+            return self._pipeline.snapshot
         return self.schedule.listed(self._service, self._name)
 
     def on_row(self, row: ListedJob) -> None:
-        """Take in the job's row of a listing; a job that has become odd is looked at, too."""
+        """Apply the job's row of the list; wake the tailer of a parked job that has become silent or slow."""
         self.schedule.on_row(row)
-        if self._sent is not None and self._sent.job.last_heartbeat is not None and self.schedule.is_long_parked:
-            # A heartbeat that nobody looks for is not one that has stopped.
-            self._sent.job = dataclasses.replace(self._sent.job, last_heartbeat=None)
+        if self._pipeline is not None and self.schedule.is_long_parked:
+            self._pipeline.expire_heartbeat()
         followed = self.followed if self.schedule.parked else None
         if followed is not None:
             history = self._context.pipeline_stats.histories.of(self._context.names.find(self.job_name))
-            ledger = self._sent.ledger if self._sent is not None else JobLedger(first_seen_ns=self._first_seen_ns)
+            ledger = (
+                self._pipeline.ledger if self._pipeline is not None else JobLedger(first_seen_ns=self._first_seen_ns)
+            )
             if any(new_alerts(assess(followed, history, time.time_ns()), ledger)):
                 self.schedule.wake()
 
-    def use(self, watch: Watch) -> None:
-        """Go over to a changed watch; cursor and what is in flight stay."""
+    def apply_settings(self, watch: Watch) -> None:
+        """Apply changed watch settings; cursor and queued lines stay as they are."""
         self.watch = watch
         self._follower.settle_s = watch.settle
-        if self._sent is not None:
-            self._sent.use(watch)
+        if self._pipeline is not None:
+            self._pipeline.apply_settings(watch)
+
+    def leave_stream(self) -> None:
+        """Let the other jobs of the stream continue."""
+        self._catch_up.leave()
 
     async def run(self) -> None:
-        """Follow the job to its end; returns when nothing is left to do for it."""
+        """Follow the job; return when nothing is left to do for it.
+
+        Raises:
+            TailspanError: The store cannot be used, or the service broke a promise; a new tailer may retry.
+        """
         try:
-            if not self._source.is_cheap and self._has_nothing_new():
+            if not self._source.polls_are_free and self._has_nothing_new():
                 self.leave_stream()
-                await self.schedule.wait(self._source.first_look_delay_s())
-            while not (self._done or self.finished):
+                await self.schedule.wait(self._source.first_poll_delay_s())
+            while not self.lifecycle.is_over:
                 try:
                     delay_s = await self._turn()
                     self.failure, self._errors = None, 0
                 except ServiceError as error:
-                    if isinstance(error, JobNotFoundError) and await self._is_gone():
-                        await self._gone(error)
+                    if isinstance(error, JobNotFoundError) and await self._is_deleted():
+                        await self._on_deleted(error)
                         return
-                    delay_s = self._after(error)
+                    delay_s = self._on_error(error)
                     if self.once:
                         return
-                    # Others of its stream must not wait for a job that cannot be read.
+                    # A job that cannot be read must not hold up the others of its stream.
                     self.leave_stream()
-                if not (self._done or self.finished):
+                if not self.lifecycle.is_over:
                     await self.schedule.wait(delay_s)
         finally:
             self.leave_stream()
 
     def _has_nothing_new(self) -> bool:
-        """Return whether the list says that there is no line but those that were relayed."""
+        """Return whether the list shows no line but those that were relayed."""
         row = self.schedule.row
         if self.once or row is None or row.state not in (JobState.PENDING, JobState.RUNNING):
             return False
@@ -175,178 +207,167 @@ class Tailer:
         except ValueError:
             return False
 
-    def leave_stream(self) -> None:
-        """Let the others of its stream go on."""
-        self._context.stream_order.leave(self._stream, self)
-
-    def _stream_of(self, name: str) -> str:
-        return f"{self._service.name}/{name}"
+    def _advance(self, seen: Observation) -> Action:
+        self.lifecycle, action = advance(self.lifecycle, seen)
+        return action
 
     async def _turn(self) -> float | None:
-        """Ask, read and relay once; return how long to wait for the next time, see `PollSchedule.delay_s`."""
-        first = self._sent is None
-        sent = self._sent
-        asked = sent is None or self.schedule.status_is_due(late=self.late)
-        if sent is None or asked:
-            sent = await self._see_status()
-        if sent.done:
-            self.finished = True
-            return None
-        running = not self._follower.state.is_terminal
-        if first and running and not self.schedule.told and self._has_nothing_new():
-            await sent.tell_what_is_odd()
-            return None
-        if sent.late:
-            self._done = self.once
-            return await self._look_again(sent)
-        started_s, from_start = time.monotonic(), sent.cursor is None
-        unstarted = first or sent.ledger.first_line_ns is None
-        lines = await self._read(sent)
+        """Poll the job once; return the delay until the next poll, see `PollSchedule.delay_s`."""
+        pipeline, action = self._pipeline, self.lifecycle.next_read
+        opened = pipeline is None
+        status_polled = opened or self.schedule.status_is_due(late=self.expects_late_lines)
+        if pipeline is None or status_polled:
+            pipeline, action = await self._poll_status()
+        match action:
+            case ReadLog():
+                return await self._read_turn(pipeline, opened=opened, status_polled=status_polled)
+            case ReadLateLines():
+                return await self._late_turn(pipeline)
+            case WaitForChange():
+                await pipeline.report_anomalies()
+        return None
+
+    async def _poll_status(self) -> tuple[JobPipeline, Action]:
+        """Request the status; return the pipeline, which the first status opens, and the action that follows."""
+        pipeline = self._pipeline
+        self._context.health.polled(self._service.name)
+        status = await self._service.get_job(self.job_id)
+        now_s = self.schedule.on_status(status)
+        terminal, end_mark = status.state.is_terminal, status.logs_complete
+        if pipeline is not None:
+            pipeline.on_status(status)
+            self._follower.on_status(status, now_s, time.time())
+            return pipeline, self._advance(StatusSeen(terminal=terminal, end_mark=end_mark))
+        await self._context.nothing_in_flight(self._service.identity, self.job_id)
+        with self._context.store.together():
+            pipeline = JobPipeline(self._context, self._service, self.watch, status, self._first_seen_ns)
+            late_lines = pipeline.job.checkpoint.late
+            if late_lines or not pipeline.completed_before:
+                pipeline.on_status(status)
+        self._pipeline = pipeline
+        self._catch_up.move(self._service.name, status.job_name)
+        self._follower.on_status(status, now_s, time.time())
+        first = StatusSeen(
+            terminal=terminal,
+            end_mark=end_mark,
+            completed_before=pipeline.completed_before,
+            late_lines=late_lines,
+            nothing_new=not terminal and not self.schedule.has_changes and self._has_nothing_new(),
+        )
+        return pipeline, self._advance(first)
+
+    async def _read_turn(self, pipeline: JobPipeline, *, opened: bool, status_polled: bool) -> float | None:
+        """Relay the lines that are readable now, and the end of the job once it is certain."""
+        started_s, from_start = time.monotonic(), pipeline.cursor is None
+        unstarted = opened or pipeline.ledger.first_line_ns is None
+        lines = await self._read(pipeline)
         self._follower.on_read(lines, started_s, from_start=from_start)
         if lines and unstarted and not self._follower.state.is_terminal:
-            # A first line says that it has started; its service may know when. The last ones are written at its end.
-            sent = await self._see_status() if sent.job.state is JobState.PENDING else sent
-            sent.write_spans()
-        if self.schedule.on_read(lines) and not first:
-            await self._see_status()
-        if asked or not lines:
-            await sent.tell_what_is_odd()
-        if self._follower.complete:
-            # Something outlives the job and may still write. Its trace is whole now, its log is followed on.
-            still_open = sent.job.logs_complete is False and sent.sends_logs
-            if not (still_open and self._end_told):
-                await self._finish(sent, logs_complete=not still_open)
-        if self.once and (self._follower.complete or not self._follower.state.is_terminal):
-            await sent.all_acked()
-            self._done = True
-        return self.schedule.delay_s(behind=self._behind, gather_s=self._source.gather_s(sent.cursor))
+            # The first line shows that the job has started; its service may know when. The end writes all spans.
+            if pipeline.status.state is JobState.PENDING:
+                await self._poll_status()
+            pipeline.spans.write()
+        if self.schedule.on_read(lines) and not opened:
+            await self._poll_status()
+        if status_polled or not lines:
+            await pipeline.report_anomalies()
+        await self._carry_out(self._advance(LogRead(complete=self._follower.complete)), pipeline)
+        gather_s = self._source.gather_s(pipeline.cursor)
+        return self.schedule.delay_s(catching_up=self._catch_up.catching_up, gather_s=gather_s)
 
-    async def _see_status(self) -> JobPipeline:
-        sent = self._sent
-        self._context.health.polled(self._service.name)
-        job = await self._service.get_job(self.job_id)
-        now_s = self.schedule.on_status(job)
-        if sent is None:
-            await self._context.nothing_in_flight(self._service.identity, self.job_id)
-            with self._context.store.together():
-                sent = JobPipeline(self._context, self._service, self.watch, job, self._first_seen_ns)
-                if not sent.done:
-                    sent.see(job)
-            self._sent = sent
-            self.leave_stream()
-            self._stream = self._stream_of(job.job_name)
-        else:
-            sent.see(job)
-        self._follower.on_status(job, now_s, time.time())
-        return sent
+    async def _late_turn(self, pipeline: JobPipeline) -> float:
+        """Relay the lines that became visible after the log was complete."""
+        ended_ago_s = pipeline.job.ended_ago_s
+        lines = await self._read(pipeline)
+        may_lack_lines = self._may_lack_lines(pipeline)
+        seen = LateLinesRead(lines=lines, ended_ago_s=ended_ago_s, may_lack_lines=may_lack_lines)
+        await self._carry_out(self._advance(seen), pipeline)
+        return late_lines_delay_s(ended_ago_s)
 
-    async def _read(self, sent: JobPipeline) -> int:
+    async def _carry_out(self, action: Action, pipeline: JobPipeline) -> None:
+        """Carry out an action and those that follow from it, until the next one is to wait or to stop."""
+        while True:
+            match action:
+                case ReportEnd(log_complete=log_complete):
+                    await self._report_end(pipeline, log_complete=log_complete)
+                    ended_ago_s = pipeline.job.ended_ago_s
+                    action = self._advance(EndReported(log_complete=log_complete, ended_ago_s=ended_ago_s))
+                case CompleteLog(late_lines=late_lines):
+                    await pipeline.complete_log(read_to_end=True, late_lines=late_lines)
+                    action = self._advance(LogCompleted(late_lines=late_lines))
+                case CloseLog():
+                    pipeline.close_log()
+                    action = self._advance(LogCompleted())
+                case Reconcile(lines=lines):
+                    found = await relay_missing(partial(self._source.pages, self.job_id), pipeline)
+                    action = self._advance(Reconciled(lines=lines + found))
+                case AwaitAcks():
+                    await pipeline.all_acked()
+                    action = self._advance(AllAcked())
+                case ReportLost():
+                    await self._report_lost(pipeline)
+                    action = self._advance(LogCompleted())
+                case _:
+                    return
+
+    async def _read(self, pipeline: JobPipeline) -> int:
         """Relay the lines that are readable now; return how many."""
-        if self._behind and sent.sends_logs:
-            self._context.stream_order.join(self._stream, self, sent.position_ns)
-            await self._context.stream_order.turn(self._stream, self)
-        queue = self._context.queue(self._service.identity, self.job_id)
+        if pipeline.relays_logs:
+            await self._catch_up.turn(pipeline.position_ns)
         lines, more = 0, True
         while more:
-            readers, keys = self._source.readers(queue, sent.cursor)
-            # A long log is read in turns with the others of its lane, or a line of theirs would wait for all of it.
-            async with readers:
-                found, more = await self._read_from(sent, **keys)
+            # A long log is read in turns with the other jobs of its queue: their lines do not wait for all of it.
+            found, more = await self._read_pages(pipeline)
             lines += found
-        if not lines and sent.nothing_in_flight:
-            self._behind = False
-            self.leave_stream()
+        if not lines and pipeline.nothing_in_flight:
+            self._catch_up.caught_up()
         return lines
 
-    async def _read_from(self, sent: JobPipeline, **keys: Any) -> tuple[int, bool]:
-        """Relay lines after the cursor; return how many, and whether the log may have more behind the new cursor."""
-        self._context.health.polled(self._service.name)
-        lines, left = 0, self._source.pages_a_turn
-        try:
-            async with aclosing(self._pages(sent.cursor, late_window_s=self.watch.late_window, **keys)) as pages:
+    async def _read_pages(self, pipeline: JobPipeline) -> tuple[int, bool]:
+        """Relay one turn of pages after the cursor; return the number of lines, and whether to continue."""
+        queue = self._context.queue(self._service.identity, self.job_id)
+        lines, left = 0, self._source.pages_per_turn
+        async with self._source.open_log(
+            self.job_id, pipeline.cursor, queue, late_window_s=self.watch.late_window
+        ) as pages:
+            self._context.health.polled(self._service.name)
+            try:
                 async for page in pages:
                     lines += page.line_count
-                    await sent.send_page(page)
+                    await pipeline.send_page(page)
                     left -= 1
                     if not left:
                         return lines, True
-        except CursorExpiredError as error:
-            if error.resume_cursor == sent.cursor:
-                raise
-            _log.warning("job %s of service %s: lines are lost: %s", self.job_id, self._service.name, error)
-            self._context.health.gap(self._service.name)
-            sent.cursor = error.resume_cursor
-            return lines, True
+            except CursorExpiredError as error:
+                if error.resume_cursor == pipeline.cursor:
+                    raise
+                _log.warning("job %s of service %s: lines are lost: %s", self.job_id, self._service.name, error)
+                self._context.health.gap(self._service.name)
+                pipeline.skip_to(error.resume_cursor)
+                return lines, True
         return lines, False
 
-    async def _pages(self, cursor: bytes | None = None, **keys: Any) -> AsyncGenerator[LogPage, None]:
-        pages = self._service.read_logs(self.job_id, cursor, **keys)
-        # Closed at whatever page this task is cancelled, so that its connection is free at once.
-        async with aclosing(pages):
-            try:
-                async for page in pages:
-                    yield page
-            except JobNotFoundError:
-                # A job that wrote nothing may have no log; whether the job is gone only its own status says.
-                await self._service.get_job(self.job_id)
-
-    async def _finish(self, sent: JobPipeline, *, logs_complete: bool) -> None:
-        """The job has ended and its log was read to the end: relay what came late, write its spans, count its run.
-
-        Args:
-            sent: The job.
-            logs_complete: Whether no further line can come.
-        """
-        if self._may_lack_lines(sent) and sent.sends_logs and not self._follower.read_whole:
-            await relay_missing(self._pages, sent)
-        if sent.job.state is not JobState.SUCCEEDED and sent.ledger.failure is None:
-            sent.ledger = msgspec.structs.replace(sent.ledger, failure=failure_of(await last_lines(self._pages, sent)))
-        # The run span says what was acked, but it does not wait for a logs endpoint that is away, nor for room there.
+    async def _report_end(self, pipeline: JobPipeline, *, log_complete: bool) -> None:
+        """Relay what became visible late, find why the job failed, write the last spans and count the run."""
+        read = partial(self._source.pages, self.job_id)
+        if self._may_lack_lines(pipeline) and pipeline.relays_logs and not self._follower.read_whole:
+            await relay_missing(read, pipeline)
+        if pipeline.status.state is not JobState.SUCCEEDED and pipeline.ledger.failure is None:
+            pipeline.attach_failure(failure_of(await last_lines(read, pipeline)))
+        # The run span counts what is acknowledged, but does not wait for a logs endpoint that is down or slow.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_RUN_SPAN_WAIT_S):
-                await sent.all_acked()
-        sent.end(logs_complete=logs_complete)
-        self._end_told = True
-        await sent.send_failure()
-        if logs_complete:
-            # A service that does not mark the end of a log may show a line of it whenever it likes.
-            late = sent.job.logs_complete is None and sent.sends_logs and self._ended_ago_s(sent) < _FOLLOW_TO_END_S
-            await sent.complete(logs_complete=True, late=late)
-            self.finished = self.once or not late
+                await pipeline.all_acked()
+        pipeline.end_run(log_complete=log_complete)
+        await pipeline.alerts.send_pending()
 
-    async def _look_again(self, sent: JobPipeline) -> float | None:
-        """All of it was relayed: relay what became visible since then, and say when to look again."""
-        ago_s = self._ended_ago_s(sent)
-        lines = await self._read(sent)
-        self._came_late = self._came_late or lines > 0
-        over = ago_s >= _FOLLOW_TO_END_S
-        if over and self._came_late and self._may_lack_lines(sent):
-            # It has shown that it is late, so what lies before the window may be missing, too.
-            lines += await relay_missing(self._pages, sent)
-        if lines:
-            await sent.complete(logs_complete=True, late=not over)
-        elif over:
-            sent.settle()
-        self.finished = over
-        if over or self.once:
-            return None
-        shortest_s, longest_s = _LATE_POLLS_S
-        return min(max(shortest_s, ago_s), longest_s) * random.uniform(0.9, 1.1)
-
-    def _may_lack_lines(self, sent: JobPipeline) -> bool:
-        """Return whether lines may have become visible where no read looked for them."""
-        by_times = self._service.final_read and not self._source.merges(sent.cursor)
+    def _may_lack_lines(self, pipeline: JobPipeline) -> bool:
+        """Return whether lines may have become visible where no read looks for them."""
+        by_times = self._service.final_read and not self._source.merges(pipeline.cursor)
         return by_times and self.watch.final_read
 
-    @staticmethod
-    def _ended_ago_s(sent: JobPipeline) -> float:
-        """Return how long ago the job ended, in seconds, as well as anybody knows."""
-        now_ns = time.time_ns()
-        seen_ns = sent.ledger.states[-1][0] if sent.ledger.states else now_ns
-        return (now_ns - min(seen_ns, sent.ended_ns or sent.ledger.last_line_ns or seen_ns)) / 1e9
-
-    async def _is_gone(self) -> bool:
-        """Return whether the service has deleted the job: only a 404 on its own status says so, one on its log not."""
+    async def _is_deleted(self) -> bool:
+        """Return whether the service has deleted the job: only a 404 of the status says so, not one of the log."""
         try:
             await self._service.get_job(self.job_id)
         except JobNotFoundError:
@@ -355,47 +376,44 @@ class Tailer:
             return False
         return False
 
-    async def _gone(self, error: JobNotFoundError) -> None:
-        """The service deleted a job that was followed: what was read stays true, and its trace gets its root."""
-        if self._sent is None:
-            self._sent = self._remembered()
-        sent = self._sent
-        if sent is None:
+    async def _on_deleted(self, error: JobNotFoundError) -> None:
+        """Complete a job that the service deleted: what was read stays valid, and the trace gets its root span."""
+        if self._pipeline is None:
+            self._pipeline = self._restored_pipeline()
+        pipeline = self._pipeline
+        if pipeline is None:
             self.failure = error
             return
-        if sent.late:
-            sent.settle()
-            self.failure, self.finished = None, True
-            return
-        _log.warning("job %s is gone at service %s before its end was relayed", self.job_id, self._service.name)
-        self._context.health.gap(self._service.name)
-        if not sent.job.state.is_terminal:
-            reason = "the job was deleted at its service while it was followed"
-            sent.see(dataclasses.replace(sent.job, state=JobState.LOST, error=reason))
-        sent.end(logs_complete=False)
-        await sent.complete(logs_complete=False)
-        self.failure, self.finished = None, True
+        await self._carry_out(self._advance(JobDeleted(late_lines=pipeline.job.checkpoint.late)), pipeline)
+        self.failure = None
 
-    def _remembered(self) -> JobPipeline | None:
-        """Return a job that the service has forgotten and the store has not."""
+    def _restored_pipeline(self) -> JobPipeline | None:
+        """Return the pipeline of a job that the store has and the service does not."""
         known = self._context.store.job(self._service.identity, self.job_id)
         if known is None:
             return None
-        job = status_known_of(self._service, self.job_id, known.name)
-        sent = JobPipeline(self._context, self._service, self.watch, job, self._first_seen_ns)
-        if sent.ledger.states and sent.ledger.states[-1][1].is_terminal:
-            sent.job = dataclasses.replace(job, state=sent.ledger.states[-1][1])
-        return sent
+        status = status_known_of(self._service, self.job_id, known.name)
+        pipeline = JobPipeline(self._context, self._service, self.watch, status, self._first_seen_ns)
+        pipeline.recall_state()
+        return pipeline
 
-    def _after(self, error: ServiceError) -> float:
-        """Say what went wrong, once, and return how long to wait before the next try."""
+    async def _report_lost(self, pipeline: JobPipeline) -> None:
+        """Write the end of a job that was deleted before its end was relayed."""
+        _log.warning("job %s was deleted at service %s before its end was relayed", self.job_id, self._service.name)
+        self._context.health.gap(self._service.name)
+        pipeline.mark_lost("the job was deleted at its service while it was followed")
+        pipeline.end_run(log_complete=False)
+        await pipeline.complete_log(read_to_end=False)
+
+    def _on_error(self, error: ServiceError) -> float:
+        """Log the first of a series of errors; return the delay before the next poll, in seconds."""
         self._context.health.poll_failed(self._service.name, error)
         if self.failure is None:
             _log.warning("job %s of service %s: %s", self.job_id, self._service.name, error)
         self.failure = error
         self._errors += 1
-        if self._sent is not None:
-            self._sent.job = dataclasses.replace(self._sent.job, stale=True)
+        if self._pipeline is not None:
+            self._pipeline.mark_stale()
         if isinstance(error, AuthError):
             return _AUTH_RETRY_S
         asked_s = error.retry_after_s if isinstance(error, ServiceUnavailableError) else None

@@ -135,7 +135,7 @@ async def test_faulty_news_do_not_end_the_looking(bench: Bench, caplog: pytest.L
         fake.add_job("j1")
         fake.add_lines("j1", "a")
         await bench.received(lambda: bench.bodies() == ["a"])
-    assert "there are no news" in caplog.text
+    assert "falling back to polling" in caplog.text
 
 
 @looped

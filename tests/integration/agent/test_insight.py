@@ -124,16 +124,16 @@ async def test_an_expected_pipeline_that_did_not_start(bench: Bench, caplog: pyt
         )
         counted_ns = agent.store.start_unix_nano
         late_ns = counted_ns + 71 * 60 * 10**9
-        await judges.judge(counted_ns + 69 * 60 * 10**9)
+        await judges.check(counted_ns + 69 * 60 * 10**9)
         assert value_of(bench, agent, "tailspan.pipeline.missing", "nightly") == 0
         with caplog.at_level(logging.WARNING):
-            await judges.judge(late_ns)
-            await judges.judge(late_ns + 1)
+            await judges.check(late_ns)
+            await judges.check(late_ns + 1)
         assert value_of(bench, agent, "tailspan.pipeline.missing", "nightly") == 1
         await bench.received(lambda: any("nightly" in str(row.body) for row in bench.collector.log_records()))
         bench.fake.add_job("n1", job_name="nightly", started_at=datetime.now(UTC) + HOUR)
         await until(lambda: agent.followed_jobs() != [])
-        await judges.judge(late_ns)
+        await judges.check(late_ns)
         assert value_of(bench, agent, "tailspan.pipeline.missing", "nightly") == 0
         assert value_of(bench, agent, "tailspan.pipeline.last_start.age", "nightly") == 0
     (record,) = (row for row in bench.collector.log_records() if row.event_name == "tailspan.pipeline.missing")

@@ -20,6 +20,7 @@ from tailspan_agent.metrics.agent import AgentMetrics, agent_resource
 from tailspan_agent.pipeline.context import PipelineContext
 from tailspan_agent.pipeline.stream_order import StreamOrder
 from tailspan_agent.receiver.discovery import JobDiscovery, match
+from tailspan_agent.receiver.lifecycle import TailState
 from tailspan_agent.receiver.source import Source
 from tailspan_agent.receiver.tailer import Tailer
 from tests.fakes.agents import OddService, looped
@@ -55,6 +56,11 @@ def test_the_largest_lookback_of_all_that_match_counts() -> None:
     found = match(watches, "j1", "etl")
     assert found is not None
     assert (found.lookback, found.settle) == (50, 3)
+
+
+def finish(tailer: Tailer) -> None:
+    """Make a tailer that never ran one whose job is done."""
+    tailer.lifecycle = tailer.lifecycle.to(TailState.DONE)
 
 
 class Scene:
@@ -134,7 +140,7 @@ async def test_a_look_reads_no_further_than_there_is_news(scene: Scene) -> None:
     assert scene.service.list_pages == 2, "as far as lookback reaches"
     for tailer in list(discovery.tailers.values()):
         if tailer.job_id != "long":
-            tailer.finished = True
+            finish(tailer)
             discovery.forget(tailer)
     scene.service.list_pages = 0
     await discovery.scan()
@@ -219,7 +225,7 @@ async def test_a_tailer_that_ended_unfinished_is_started_anew(scene: Scene) -> N
     discovery = scene.discovery(watch(jobs=["missing"]))
     await discovery.scan()
     scene.ids()
-    discovery.tailers["done"].finished = True
+    finish(discovery.tailers["done"])
     discovery.tailers["missing"].failure = JobNotFoundError("gone")
     for tailer in list(discovery.tailers.values()):
         discovery.forget(tailer)
@@ -308,6 +314,6 @@ async def test_other_watches_match_every_job_anew(scene: Scene) -> None:
     discovery = scene.discovery(watch(lookback=3600))
     await discovery.scan()
     assert scene.ids() == []
-    discovery.use([watch(lookback=10 * 3600)])
+    discovery.apply_watches([watch(lookback=10 * 3600)])
     await discovery.scan()
     assert scene.ids() == ["j1"]

@@ -1,0 +1,82 @@
+"""`JobSpans`: the spans of one job, and the count of its run.
+
+Spans go into the store as soon as they have ended; the `SpanQueue` sends them from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tailspan_agent.analysis.baseline import PastRun
+from tailspan_agent.analysis.failure import error_type, fingerprint_of
+from tailspan_agent.analysis.run_totals import RunTotals
+from tailspan_agent.checkpoint.store import OutboxSpan
+from tailspan_agent.job.mapping import failure_text, spans_of
+from tailspan_agent.otlp.span import SpanData, encode_span
+from tailspan_agent.pipeline.tracked_job import TrackedJob
+
+__all__ = ["JobSpans"]
+
+
+class JobSpans:
+    """Writes the spans of one job to the store."""
+
+    __slots__ = ("_context", "_job")
+
+    def __init__(self, job: TrackedJob) -> None:
+        self._job = job
+        self._context = job.context
+
+    def write(self) -> None:
+        """Write the spans that have ended by now; a span that was written before stays as it was."""
+        spans = self._outbox(spans_of(self._job.redacted_status, self._job.ledger))
+        if self._context.store.add_spans(self._job.checkpoint.key, spans):
+            self._wake_queue()
+
+    def end_run(self, run: PastRun) -> bool:
+        """Write the last spans and count the run, once, whether or not the endpoint is available.
+
+        Args:
+            run: The run, for the history of its pipeline.
+
+        Returns:
+            Whether the run was counted now; False if an earlier call or process counted it.
+        """
+        job, name = self._job, run.pipeline
+        kind = error_type(job.status, job.ledger.failure)
+        if kind is not None and not job.ledger.fingerprint:
+            self._recognise_failure(name, kind)
+        spans = spans_of(job.redacted_status, job.ledger)
+        empty = RunTotals(name, run.result, kind)
+        totals = self._context.totals.get(empty.key, empty).add(
+            run.duration_s,
+            trace_id=spans[-1].trace_id,
+            span_id=spans[-1].span_id,
+            time_unix_nano=spans[-1].end_unix_nano,
+        )
+        fingerprint = job.ledger.fingerprint or None
+        counted = self._context.store.end_job(
+            job.checkpoint.key, self._outbox(spans), totals, run=run, fingerprint=fingerprint
+        )
+        if counted:
+            self._context.totals[totals.key] = totals
+            self._context.pipeline_stats.histories.add(run)
+        self._wake_queue()
+        return counted
+
+    def _recognise_failure(self, pipeline: str, kind: str) -> None:
+        """Note how often the pipeline failed in this way before."""
+        job = self._job
+        fingerprint = fingerprint_of(kind, failure_text(job.redacted_status, job.ledger.failure), job.ledger.failure)
+        count, first_ns = self._context.store.history.earlier_failures(pipeline, fingerprint)
+        job.update_ledger(fingerprint=fingerprint, failures_before=count, first_failed_ns=first_ns)
+        # Stored before the run is counted: after a restart, the run must not count as its own predecessor.
+        job.store_ledger()
+
+    def _outbox(self, spans: Sequence[SpanData]) -> list[OutboxSpan]:
+        job = self._job
+        return [OutboxSpan(job.checkpoint.key, span.span_id, job.resource, encode_span(span)) for span in spans]
+
+    def _wake_queue(self) -> None:
+        if self._context.spans is not None:
+            self._context.spans.wake()

@@ -1,0 +1,123 @@
+"""`TrackedJob`: the status, ledger and resource of one job, which its lines, spans and alerts share."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+
+from tailspan.config import Watch
+from tailspan.models import RunResponse
+from tailspan.services import JobService
+from tailspan_agent.analysis.baseline import PipelineHistory
+from tailspan_agent.checkpoint.store import Checkpoint
+from tailspan_agent.job.ledger import JobLedger
+from tailspan_agent.job.mapping import resource_attributes
+from tailspan_agent.otlp.requests import encode_resource
+from tailspan_agent.pipeline.context import PipelineContext
+from tailspan_agent.records.redact import Redactor
+
+__all__ = ["BACKFILL_S", "TrackedJob"]
+
+BACKFILL_S = 1800.0
+"""A job whose newest line is older than this when it is first seen is backfill: in Loki a stream of its own."""
+
+
+class TrackedJob:
+    """What the agent knows of one job.
+
+    Args:
+        context: Shared by all jobs.
+        service: The service that has the job.
+        watch: The watch that matched the job.
+        status: The first status.
+        first_seen_ns: When the agent first saw the job, in ns since the epoch.
+
+    Attributes:
+        status: The last status.
+        checkpoint: What the store had when this object was made.
+        ledger: The job's lines and states as read.
+        acked_ledger: The same with its lines as acknowledged: as in the store.
+        resource: The encoded OTLP resource.
+    """
+
+    def __init__(
+        self, context: PipelineContext, service: JobService, watch: Watch, status: RunResponse, first_seen_ns: int
+    ) -> None:
+        self.context = context
+        self.service = service
+        self.watch = watch
+        self.status = status
+        self._redacted: tuple[RunResponse, Redactor, RunResponse] | None = None
+        known = context.store.job(service.identity, status.job_id)
+        self.checkpoint = known or self._first_checkpoint(first_seen_ns)
+        self.ledger = self.acked_ledger = JobLedger.restored(self.checkpoint.ledger, status.job_id, first_seen_ns)
+        self.resource = self._encode_resource()
+
+    def _first_checkpoint(self, first_seen_ns: int) -> Checkpoint:
+        newest_ns = self.ended_ns
+        return self.context.store.add_job(
+            self.service.identity,
+            self.status.job_id,
+            self.status.job_name,
+            backfill=newest_ns is not None and first_seen_ns - newest_ns > BACKFILL_S * 1e9,
+            ledger=JobLedger(first_seen_ns=first_seen_ns).to_json(),
+        )
+
+    def _encode_resource(self) -> bytes:
+        return encode_resource(
+            resource_attributes(
+                self.redacted_status,
+                service_name=self.service.name,
+                watch_attributes=self.watch.attributes,
+                otlp_resource=self.context.otlp_resource,
+                backfill=self.checkpoint.backfill,
+            )
+        )
+
+    def apply_settings(self, watch: Watch) -> None:
+        """Apply the settings of a watch, and the present status, to what is encoded from now on."""
+        self.watch = watch
+        self.resource = self._encode_resource()
+
+    @property
+    def redacted_status(self) -> RunResponse:
+        """The status without the configured secrets, as it may leave this machine."""
+        redactor = self.context.redactor
+        if redactor is None:
+            return self.status
+        if self._redacted is None or self._redacted[0] is not self.status or self._redacted[1] is not redactor:
+            self._redacted = self.status, redactor, redactor.redact_job(self.status)
+        return self._redacted[2]
+
+    def redact(self, text: str) -> str:
+        """Return the text without the configured secrets."""
+        return self.context.redactor.redact(text)[0] if self.context.redactor is not None else text
+
+    @property
+    def ended_ns(self) -> int | None:
+        """When the job ended, in ns since the epoch: about the time of its newest line. None before its end."""
+        ended = self.status.finished_at or self.status.job_status_date
+        return int(ended.timestamp() * 1e9) if ended is not None and self.status.state.is_terminal else None
+
+    @property
+    def ended_ago_s(self) -> float:
+        """How long ago the job ended, in seconds, by its status, its newest line, or the first terminal status."""
+        now_ns = time.time_ns()
+        seen_ns = self.ledger.states[-1][0] if self.ledger.states else now_ns
+        return (now_ns - min(seen_ns, self.ended_ns or self.ledger.last_line_ns or seen_ns)) / 1e9
+
+    @property
+    def history(self) -> PipelineHistory:
+        """The past runs of the job's pipeline."""
+        return self.context.pipeline_stats.histories.of(self.context.names.find(self.status.job_name))
+
+    def update_ledger(self, **fields: Any) -> None:
+        """Change fields of the ledger as read."""
+        self.ledger = msgspec.structs.replace(self.ledger, **fields)
+
+    def store_ledger(self) -> None:
+        """Store the ledger: of lines what is acknowledged, of all else what was seen."""
+        self.acked_ledger = self.acked_ledger.with_seen(self.ledger)
+        self.context.store.update_ledger(self.checkpoint.key, self.acked_ledger.to_json())

@@ -1,0 +1,382 @@
+"""`JobLifecycle`: the state of a followed job, and what its tailer does next. Pure: no clock, no socket, no task.
+
+    state        the job                                                    next states
+    NEW          has no status yet                                          any
+    FOLLOWING    has not ended                                              SETTLING; STOPPED
+    SETTLING     has a terminal status; its last lines may still be unread  FOLLOWING, OPEN_END, LATE_LINES, DONE
+    OPEN_END     has ended and its run is reported; its log is still open   FOLLOWING, LATE_LINES, DONE; STOPPED
+    LATE_LINES   is relayed; lines may still become visible late            FOLLOWING, DONE
+    DONE         is relayed and acknowledged completely                     none
+    STOPPED      is read to its present end by a single pass (`--once`)     none
+
+`advance` takes one observation and returns the new lifecycle and one action. The tailer carries the action out and
+reports its result as the next observation, until the action is to wait or to stop. A state therefore changes only
+after the work that it stands for is finished, and a tailer that fails repeats that work.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, replace
+
+__all__ = [
+    "LATE_LINES_S",
+    "Action",
+    "AllAcked",
+    "AwaitAcks",
+    "CloseLog",
+    "CompleteLog",
+    "EndReported",
+    "JobDeleted",
+    "JobLifecycle",
+    "LateLinesRead",
+    "LogCompleted",
+    "LogRead",
+    "Observation",
+    "ReadLateLines",
+    "ReadLog",
+    "Reconcile",
+    "Reconciled",
+    "ReportEnd",
+    "ReportLost",
+    "StatusSeen",
+    "Stop",
+    "TailState",
+    "WaitForChange",
+    "WaitForPoll",
+    "advance",
+]
+
+LATE_LINES_S = 3600.0
+"""How long after the end of a job its log is polled for late lines, in seconds."""
+
+
+class TailState(enum.Enum):
+    """The states of a followed job; the table of this module says what each means."""
+
+    NEW = "new"
+    FOLLOWING = "following"
+    SETTLING = "settling"
+    OPEN_END = "open end"
+    LATE_LINES = "late lines"
+    DONE = "done"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatusSeen:
+    """The service returned the status of the job.
+
+    Attributes:
+        terminal: Whether the status is terminal.
+        end_mark: The service's mark at the end of a log: True if no line can follow, False if lines can follow, None
+            from a service that does not mark the end.
+        completed_before: Whether the store has the end of the run and the complete log. Of the first status only.
+        late_lines: Whether the store expects late lines of the job. Of the first status only.
+        nothing_new: Whether the job list shows no line but those that were relayed. Of the first status only.
+    """
+
+    terminal: bool
+    end_mark: bool | None = None
+    completed_before: bool = False
+    late_lines: bool = False
+    nothing_new: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogRead:
+    """The log was read to its present end.
+
+    Attributes:
+        complete: Whether the end of the job is certain and the log was read to its last line; see `Follower.complete`.
+    """
+
+    complete: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndReported:
+    """The end of the run was written to the store.
+
+    Attributes:
+        log_complete: As in the `ReportEnd` that asked for it.
+        ended_ago_s: How long ago the job ended, in seconds.
+    """
+
+    log_complete: bool
+    ended_ago_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LateLinesRead:
+    """The log of a relayed job was read again.
+
+    Attributes:
+        lines: The number of late lines found.
+        ended_ago_s: How long ago the job had ended when the read began, in seconds.
+        may_lack_lines: Whether lines may have become visible where no read looks for them.
+    """
+
+    lines: int
+    ended_ago_s: float
+    may_lack_lines: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reconciled:
+    """The whole log was compared with what was relayed.
+
+    Attributes:
+        lines: The number of late lines relayed since the last receipt.
+    """
+
+    lines: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogCompleted:
+    """The store has the log as complete.
+
+    Attributes:
+        late_lines: Whether the store still expects late lines.
+    """
+
+    late_lines: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AllAcked:
+    """All lines that were queued are acknowledged."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobDeleted:
+    """The service has deleted the job, which the store knows.
+
+    Attributes:
+        late_lines: Whether the store expects late lines of the job. Counts only before the first status.
+    """
+
+    late_lines: bool = False
+
+
+Observation = (
+    StatusSeen | LogRead | EndReported | LateLinesRead | Reconciled | LogCompleted | AllAcked | JobDeleted
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class ReadLog:
+    """Read the log from the cursor to its present end, then observe `LogRead`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadLateLines:
+    """Read the log from the cursor to its present end, then observe `LateLinesRead`."""
+
+
+@dataclass(frozen=True, slots=True)
+class WaitForChange:
+    """Wait without a timer until a notification or the job list reports a change, then poll."""
+
+
+@dataclass(frozen=True, slots=True)
+class WaitForPoll:
+    """Wait until the next poll is due."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportEnd:
+    """Write the run span and count the run, then observe `EndReported`. The store counts each run once.
+
+    Attributes:
+        log_complete: Whether no line can follow.
+    """
+
+    log_complete: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ReportLost:
+    """Report a job that was deleted before its end was relayed, then observe `LogCompleted`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompleteLog:
+    """Wait for the last acknowledgement, write the receipt, then observe `LogCompleted`.
+
+    Attributes:
+        late_lines: Whether lines may still become visible.
+    """
+
+    late_lines: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CloseLog:
+    """Store that no late line is expected any more, then observe `LogCompleted`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reconcile:
+    """Relay what the whole log has and was not relayed, then observe `Reconciled`.
+
+    Attributes:
+        lines: The number of late lines relayed since the last receipt; to be added to those found.
+    """
+
+    lines: int
+
+
+@dataclass(frozen=True, slots=True)
+class AwaitAcks:
+    """Wait until all queued lines are acknowledged, then observe `AllAcked`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Nothing is left to do."""
+
+
+Action = (
+    ReadLog
+    | ReadLateLines
+    | WaitForChange
+    | WaitForPoll
+    | ReportEnd
+    | ReportLost
+    | CompleteLog
+    | CloseLog
+    | Reconcile
+    | AwaitAcks
+    | Stop
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobLifecycle:
+    """Where a followed job is between its first status and its last acknowledgement.
+
+    Attributes:
+        once: Whether this is a single pass: a job that has not ended is read to its present end.
+        relays_logs: Whether logs are among the signals.
+        state: The present state.
+        end_mark: The end mark of the last status; see `StatusSeen.end_mark`.
+        completed_before: Whether an earlier process completed the job: one that runs again is not followed again.
+        end_reported: Whether the end of the run was reported; stays true if the job runs again.
+        saw_late_lines: Whether a line became visible late.
+    """
+
+    once: bool = False
+    relays_logs: bool = True
+    state: TailState = TailState.NEW
+    end_mark: bool | None = None
+    completed_before: bool = False
+    end_reported: bool = False
+    saw_late_lines: bool = False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the tailer of the job stops."""
+        return self.state in (TailState.DONE, TailState.STOPPED)
+
+    @property
+    def next_read(self) -> Action:
+        """The action of a poll that does not ask for the status."""
+        if self.is_over:
+            return Stop()
+        return ReadLateLines() if self.state is TailState.LATE_LINES else ReadLog()
+
+    def to(self, state: TailState) -> JobLifecycle:
+        """Return the lifecycle in another state."""
+        return replace(self, state=state)
+
+
+def advance(life: JobLifecycle, seen: Observation) -> tuple[JobLifecycle, Action]:
+    """Return the lifecycle after an observation, and what to do next.
+
+    Args:
+        life: The lifecycle before it.
+        seen: The observation.
+    """
+    if life.is_over:
+        return life, Stop()
+    match seen:
+        case StatusSeen():
+            return _after_status(life, seen)
+        case LogRead():
+            return _after_read(life, seen)
+        case EndReported():
+            return _after_end(life, seen)
+        case LateLinesRead():
+            return _after_late_read(life, seen)
+        case Reconciled():
+            return life, CompleteLog(late_lines=False) if seen.lines else CloseLog()
+        case LogCompleted():
+            # The next pass reads the late lines of a single one.
+            late = seen.late_lines and not life.once
+            return (life.to(TailState.LATE_LINES), WaitForPoll()) if late else (life.to(TailState.DONE), Stop())
+        case AllAcked():
+            return (life.to(TailState.STOPPED), Stop()) if life.once else (life, WaitForPoll())
+        case JobDeleted():
+            relayed = seen.late_lines if life.state is TailState.NEW else life.state is TailState.LATE_LINES
+            return life, CloseLog() if relayed else ReportLost()
+
+
+def _after_status(life: JobLifecycle, seen: StatusSeen) -> tuple[JobLifecycle, Action]:
+    first = life.state is TailState.NEW
+    if first:
+        life = replace(life, completed_before=seen.completed_before)
+    life = replace(life, state=_state_after(life, seen), end_mark=seen.end_mark)
+    if first and life.state is TailState.FOLLOWING and seen.nothing_new and not life.once:
+        return life, WaitForChange()
+    return life, life.next_read
+
+
+def _state_after(life: JobLifecycle, seen: StatusSeen) -> TailState:
+    late_lines = seen.late_lines if life.state is TailState.NEW else life.state is TailState.LATE_LINES
+    if late_lines and seen.terminal:
+        return TailState.LATE_LINES
+    if life.completed_before:
+        return TailState.DONE
+    if not seen.terminal:
+        return TailState.FOLLOWING
+    return TailState.OPEN_END if life.state is TailState.OPEN_END else TailState.SETTLING
+
+
+def _after_read(life: JobLifecycle, seen: LogRead) -> tuple[JobLifecycle, Action]:
+    if life.state is TailState.FOLLOWING:
+        return life, AwaitAcks() if life.once else WaitForPoll()
+    if not seen.complete:
+        return life, WaitForPoll()
+    # Something outlives the job and may still write: its trace is complete now, its log is followed further.
+    still_open = life.end_mark is False and life.relays_logs
+    if still_open and life.end_reported:
+        return _with_open_end(life)
+    return life, ReportEnd(log_complete=not still_open)
+
+
+def _after_end(life: JobLifecycle, seen: EndReported) -> tuple[JobLifecycle, Action]:
+    life = replace(life, end_reported=True)
+    if not seen.log_complete:
+        return _with_open_end(life)
+    # A service that does not mark the end of a log may show a line of it at any later time.
+    late_lines = life.end_mark is None and life.relays_logs and seen.ended_ago_s < LATE_LINES_S
+    return life, CompleteLog(late_lines=late_lines)
+
+
+def _with_open_end(life: JobLifecycle) -> tuple[JobLifecycle, Action]:
+    return life.to(TailState.OPEN_END), AwaitAcks() if life.once else WaitForPoll()
+
+
+def _after_late_read(life: JobLifecycle, seen: LateLinesRead) -> tuple[JobLifecycle, Action]:
+    life = replace(life, saw_late_lines=life.saw_late_lines or seen.lines > 0)
+    over = seen.ended_ago_s >= LATE_LINES_S
+    if over and life.saw_late_lines and seen.may_lack_lines:
+        # The service shows lines late, so lines before the window may be missing, too.
+        return life, Reconcile(lines=seen.lines)
+    if seen.lines:
+        return life, CompleteLog(late_lines=not over)
+    if over:
+        return life, CloseLog()
+    return (life.to(TailState.STOPPED), Stop()) if life.once else (life, WaitForPoll())
