@@ -1,18 +1,18 @@
-"""What type checkers see of the public API: `make test` runs mypy on this file; nothing runs it."""
+"""What type checkers see of the public API: `make test` runs mypy on this file; no program runs it."""
 
 from __future__ import annotations
 
 import sys
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import assert_type
 
 import tailspan
-from tailspan import AsyncJobClient, JobService, ListedJob, Message, RunResponse, SubmitService
+from tailspan import AsyncJobClient, Client, JobService, JobStatus, ListedJob, Message, RunResponse, SubmitService
 from tailspan.testing import FakeService
 
 
 def verbs(status: RunResponse, service: JobService) -> None:
-    """Each verb takes an id, a status or a row, and says what it returns."""
+    """Each verb takes an id, a status or a row, and declares what it returns."""
     for job in ("id", status, tailspan.job_list(1)[0]):
         assert_type(tailspan.job_get_status(job), RunResponse)
     assert_type(tailspan.job_get_logs("id", 1), list[Message])
@@ -28,13 +28,37 @@ def verbs(status: RunResponse, service: JobService) -> None:
     tailspan.job_get_status(5)  # type: ignore[arg-type]
 
 
+def handle(status: RunResponse) -> None:
+    """The methods of a status take the options of the functions; times may be given as objects."""
+    assert_type(status.wait_for_job(timeout=timedelta(minutes=5), delivered=True), RunResponse)
+    assert_type(status.get_exec_time(service="fused"), timedelta)
+    status.tail_logs(1, False, None, 3, file=sys.stderr, settle_seconds=0)
+    status.print_logs(datetime.now(UTC) - timedelta(hours=1), sys.stderr)
+    assert_type({status: 1}, dict[RunResponse, int])
+
+
+def synchronous() -> None:
+    """The client and what it returns."""
+    with Client(service=FakeService()) as one:
+        job = one.jobs.get("j")
+        assert_type(job, RunResponse)
+        assert_type(one.jobs.list(name="etl-*"), list[ListedJob])
+        assert_type(one.jobs.submit("make all"), RunResponse)
+        for line in one.iter_logs(job, timedelta(minutes=5)):
+            assert_type(line, Message)
+            assert_type(line["message"], str)
+        for update in job.follow_logs():
+            assert_type(update.complete, bool)
+
+
 async def client(status: RunResponse) -> None:
     """The awaitable methods return the same."""
     async with AsyncJobClient(service=FakeService()) as one:
         assert_type(await one.job_get_status(status), RunResponse)
         assert_type(await one.job_get_logs(status), list[Message])
+        assert_type(await one.wait_for_job(status), RunResponse)
         async for update in one.follow_logs(status):
-            assert_type(update.status, RunResponse)
+            assert_type(update.status, JobStatus)
 
 
 def fakes() -> tuple[JobService, SubmitService]:

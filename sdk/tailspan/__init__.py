@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tailspan.client import AsyncJobClient
+    from tailspan.client import AsyncJobClient, Client, RunResponse
     from tailspan.config import Settings, load_settings
     from tailspan.errors import (
         AuthError,
@@ -33,13 +33,14 @@ if TYPE_CHECKING:
     )
     from tailspan.logs.follow import TailUpdate
     from tailspan.logs.page import Line, LogPage, Message
-    from tailspan.models import CoerceableToJobId, JobState, ListedJob, RunResponse
+    from tailspan.models import CoerceableToJobId, JobState, JobStatus, ListedJob
     from tailspan.services import JobService, SubmitService
     from tailspan.services.registry import open_service
 
 __all__ = [
     "AsyncJobClient",
     "AuthError",
+    "Client",
     "CoerceableToJobId",
     "ConfigError",
     "CursorExpiredError",
@@ -47,6 +48,7 @@ __all__ = [
     "JobNotFoundError",
     "JobService",
     "JobState",
+    "JobStatus",
     "Line",
     "ListedJob",
     "LogPage",
@@ -78,12 +80,12 @@ __all__ = [
 __version__ = "0.1.0"
 
 _MODULES = {
-    "tailspan.client": ("AsyncJobClient",),
+    "tailspan.client": ("AsyncJobClient", "Client", "RunResponse"),
     "tailspan.config": ("Settings", "load_settings"),
     "tailspan.errors": tuple(name for name in __all__ if name.endswith(("Error", "Warning"))),
     "tailspan.logs.follow": ("TailUpdate",),
     "tailspan.jobs": tuple(name for name in __all__ if name.startswith("job_")),
-    "tailspan.models": ("CoerceableToJobId", "JobState", "ListedJob", "RunResponse"),
+    "tailspan.models": ("CoerceableToJobId", "JobState", "JobStatus", "ListedJob"),
     "tailspan.logs.page": ("Line", "LogPage", "Message"),
     "tailspan.services": ("JobService", "SubmitService"),
     "tailspan.services.registry": ("open_service",),

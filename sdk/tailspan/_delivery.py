@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 from tailspan._net import host_port
 from tailspan.errors import AuthError, ConfigError, ProtocolError, ServiceUnavailableError, WaitTimeoutError
 from tailspan.http.client import BROKEN, HttpClient
-from tailspan.models import RunResponse
+from tailspan.models import JobStatus
 
 if TYPE_CHECKING:
     from tailspan._clock import Clock
@@ -25,7 +25,7 @@ _MAX_BYTES = 64 << 10
 
 
 async def wait_until_delivered(
-    settings: Settings, service: JobService, status: RunResponse, clock: Clock, deadline: float
+    settings: Settings, service: JobService, status: JobStatus, clock: Clock, deadline: float
 ) -> None:
     """Return once the endpoint has acknowledged the last line of an ended job.
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import TypeVar
 
 import anyio
 
@@ -18,13 +18,12 @@ from tailspan.errors import (
     WaitTimeoutError,
 )
 from tailspan.logs.page import NANOS_PER_MS, LogPage, Message, Stream
-from tailspan.models import ListedJob, RunResponse
+from tailspan.models import JobStatus, ListedJob
 from tailspan.services import JobService
 
-__all__ = ["UNANSWERED_S", "LogReader", "StatusPoll", "closing", "newer", "newest_of", "stamped"]
+__all__ = ["UNANSWERED_S", "LogReader", "StatusPoll", "newer", "newest_of", "stamped"]
 
-T = TypeVar("T")
-Answer = TypeVar("Answer", RunResponse, ListedJob)
+Answer = TypeVar("Answer", JobStatus, ListedJob)
 
 UNANSWERED_S = 60.0
 """How long a service that answered before may leave us without a status, in seconds."""
@@ -53,7 +52,7 @@ class StatusPoll:
             deadline_s: When to stop, on the clock's monotonic time.
             grace_s: How long after the deadline a request may still be answered.
         """
-        self.last: RunResponse | None = None
+        self.last: JobStatus | None = None
         self.last_error: ServiceError | None = None
         self._service = service
         self._job_id = job_id
@@ -62,7 +61,7 @@ class StatusPoll:
         self._grace_s = grace_s
         self._answered_s = 0.0
 
-    async def ask(self) -> RunResponse | None:
+    async def ask(self) -> JobStatus | None:
         """Return the present status; the last one, ``stale``, if there is no answer now; None without any in time.
 
         Raises:
@@ -121,7 +120,7 @@ class LogReader:
         self._cursor: bytes | None = None
         self._gap = False
 
-    async def read(self) -> AsyncIterator[LogPage]:
+    async def read(self) -> AsyncGenerator[LogPage, None]:
         """Yield the lines that came since the last read.
 
         Raises:
@@ -130,7 +129,7 @@ class LogReader:
         failures = 0
         while True:
             try:
-                async with closing(self._service.read_logs(self._job_id, self._cursor)) as pages:
+                async with aclosing(self._service.read_logs(self._job_id, self._cursor)) as pages:
                     while (page := await self._next(pages)) is not None:
                         failures = 0
                         self._cursor = page.cursor
@@ -163,22 +162,11 @@ class LogReader:
         return None
 
 
-@asynccontextmanager
-async def closing(items: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
-    """Close an iterator that may be an async generator, however its reader leaves."""
-    try:
-        yield items
-    finally:
-        close: Any = getattr(items, "aclose", None)
-        if close is not None:
-            await close()
-
-
 def stamped(answer: Answer, service: JobService) -> Answer:
     """Return the answer, knowing which service gave it."""
-    if answer.origin is not None and answer.service is not None:
+    if answer._origin is not None and answer.service is not None:
         return answer
-    return dataclasses.replace(answer, origin=answer.origin or service, service=answer.service or service.name)
+    return dataclasses.replace(answer, _origin=answer._origin or service, service=answer.service or service.name)
 
 
 def newest_of(page: LogPage) -> Message:

@@ -1,7 +1,7 @@
-"""One event loop in a background thread, so that plain functions can use async code.
+"""`Portal`: an event loop in a background thread, so that plain functions can use async code (anyio has the name).
 
-Why not ``asyncio.run`` a call: a notebook already runs a loop in this thread, and a loop a call would throw away the
-kept-alive connections (one status request on loopback is 1 ms with them, over 200 ms with a new client each time).
+Why not ``asyncio.run`` per call: a notebook already runs a loop in this thread, and a loop per call would lose the
+kept-alive connections (a status request on loopback takes 1 ms with them, over 200 ms with a new client each time).
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import concurrent.futures
 import contextlib
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+import weakref
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass
-from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import anyio
 
@@ -30,13 +31,10 @@ _CLOSE_S = 2.0
 
 
 class Portal(Generic[R]):
-    """A background event loop that holds one resource; both are made at first use, and anew after a fork.
-
-    Meant for module globals: an instance lives as long as the process.
-    """
+    """A background event loop with one resource; both are made at first use, and again after a fork or a close."""
 
     def __init__(self, resource: Callable[[], AbstractAsyncContextManager[R]]) -> None:
-        """Remember how to make the resource.
+        """Start nothing yet.
 
         Args:
             resource: Makes the context manager that is entered in the background loop and exited when that stops.
@@ -45,32 +43,31 @@ class Portal(Generic[R]):
         self._lock = threading.Lock()
         self._running: _Running[R] | None = None
         self._before_fork: list[object] = []
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._after_fork)
-        atexit.register(self.close)
+        _portals.add(self)
 
     def call(
         self, function: Callable[Concatenate[R, P], Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """Run ``function(resource, ...)`` in the background loop and return its result.
 
-        Ctrl-C returns at once: what was begun is cancelled, and not waited for.
+        Ctrl-C returns at once: it cancels the call and does not wait for it.
         """
         running = self._start()
         return _result(lambda: self._begin(running, function(running.resource, *args, **kwargs)))
 
     def iterate(
-        self, function: Callable[Concatenate[R, P], AsyncIterator[T]], *args: P.args, **kwargs: P.kwargs
-    ) -> Iterator[T]:
+        self, function: Callable[Concatenate[R, P], AsyncGenerator[T, None]], *args: P.args, **kwargs: P.kwargs
+    ) -> Generator[T, None, None]:
         """Run the async generator ``function(resource, ...)`` in the background loop and yield its items here.
 
-        It is never more than one item ahead. All of it runs in one task, so that it may hold cancel scopes.
+        It is never more than one item ahead, and ends when this generator is closed. All of it runs in one task, so
+        that it may hold cancel scopes.
         """
         running = self._start()
         send, receive = anyio.create_memory_object_stream[T](0)
 
         async def pump() -> None:
-            async with send, receive, aclosing(cast("Any", function(running.resource, *args, **kwargs))) as items:
+            async with send, receive, aclosing(function(running.resource, *args, **kwargs)) as items:
                 async for item in items:
                     await send.send(item)
 
@@ -87,7 +84,7 @@ class Portal(Generic[R]):
             pumping.cancel()
 
     def close(self) -> None:
-        """Cancel what runs, exit the resource and end the thread. The next call starts anew."""
+        """Cancel running calls, exit the resource and end the thread. The next call starts them again."""
         with self._lock:
             running, self._running = self._running, None
             if running is not None:
@@ -104,17 +101,17 @@ class Portal(Generic[R]):
             return self._running
 
     def _begin(self, running: _Running[R], coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-        # By one message to the loop, as anyio's portal waits for one more: a quarter of a short request's time.
+        # One message to the loop; anyio's portal waits for a second one, a quarter of a short request's time.
         try:
             if threading.current_thread() is running.thread:
-                raise RuntimeError("a job function was called in the event loop thread that has to answer it")
-            # Messages are taken in order: what is begun before the portal closes is cancelled by that, never forgotten.
+                raise RuntimeError("a job function was called in the event loop thread that must answer it")
+            # The loop takes messages in order: closing cancels every call that began before it.
             with self._lock:
                 if self._running is not running:
-                    raise RuntimeError("the portal was closed meanwhile")
+                    raise RuntimeError("the client was closed during the call")
                 return asyncio.run_coroutine_threadsafe(coroutine, running.loop)
         except BaseException:
-            # Ctrl-C too: a coroutine that nobody awaits is complained of when the program ends.
+            # Ctrl-C too: Python warns about a coroutine that was never awaited.
             with contextlib.suppress(RuntimeError, ValueError):
                 coroutine.close()
             raise
@@ -138,11 +135,30 @@ class Portal(Generic[R]):
             started.set_exception(error)
 
     def _after_fork(self) -> None:
-        # The thread does not exist in the child. Its loop is kept, not freed: closing it would take sockets out of
-        # the epoll set that the child shares with the parent.
+        # The child has no such thread. Keep its loop: closing it would remove sockets from the epoll set that the child
+        # shares with the parent.
         self._before_fork.append(self._running)
         self._running = None
         self._lock = threading.Lock()
+
+
+# One hook for all: a hook cannot be removed, and would keep the portals of closed clients.
+_portals: weakref.WeakSet[Portal[Any]] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for portal in list(_portals):
+        portal._after_fork()
+
+
+def _close_all() -> None:
+    for portal in list(_portals):
+        portal.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+atexit.register(_close_all)
 
 
 @dataclass(frozen=True)
@@ -154,8 +170,8 @@ class _Running(Generic[R]):
 
 
 def _result(start: Callable[[], concurrent.futures.Future[T]]) -> T:
-    # Under asyncio.run, Ctrl-C does not raise here: it asks the main task to cancel, which we keep from noticing. How
-    # often it was asked before is looked at before anything starts: Ctrl-C may come at any moment from then on.
+    # Under asyncio.run, Ctrl-C does not raise here: it cancels the main task, which this function blocks. Count its
+    # cancellations before anything starts: Ctrl-C may come at any moment from then on.
     task = _task_of_this_thread()
     requests = task.cancelling() if task is not None else 0
     future = start()

@@ -1,51 +1,45 @@
-"""`AsyncJobClient`: every verb, once. `tailspan.jobs` and the command line are thin callers of it."""
+"""The clients: `Client` for ordinary code, `AsyncJobClient` to ``await``, and `RunResponse`, a status with the verbs.
+
+A client holds its own settings and connections. The functions in `tailspan.jobs` use one client for the whole process.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
-import math
-import operator
 import os
 import sys
 import warnings
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Self
 
-import anyio
-
 from tailspan._clock import Clock
-from tailspan._polling import LogReader, StatusPoll, closing, newer, newest_of, stamped
-from tailspan.errors import ConfigError, InProgressWarning, RequestRejectedError
-from tailspan.logs.clean import printable
-from tailspan.logs.follow import SETTLE_S, Follower, TailUpdate
+from tailspan._portal import Portal
+from tailspan._times import Seconds, Since, seconds_of, since_ms_of
+from tailspan._verbs import AsyncVerbs, in_progress_text
+from tailspan.errors import InProgressWarning
+from tailspan.logs.follow import SETTLE_S, TailUpdate
 from tailspan.logs.page import Message
-from tailspan.models import CoerceableToJobId, JobState, ListedJob, RunResponse
-from tailspan.services import JobService, SubmitService
-from tailspan.services._pool import OpenedServices
+from tailspan.models import CoerceableToJobId, JobState, JobStatus, ListedJob
+from tailspan.services import JobService
 
 if TYPE_CHECKING:
     from tailspan.config import Settings
 
-__all__ = ["AsyncJobClient"]
-
-LAST_ASK_S = 0.5
-"""How long after a deadline a request that is on its way may still be answered, in seconds."""
-
-_NAME_REQUESTS = 8
+__all__ = ["AsyncJobClient", "Client", "Jobs", "RunResponse", "process_client"]
 
 
-class AsyncJobClient:
+class AsyncJobClient(AsyncVerbs["RunResponse"]):
     """Every verb as an awaitable method, over any configured service.
 
-    Methods have the names, parameters and errors of the functions in `tailspan.jobs`. One client belongs to one event
-    loop. Services are opened at first use, kept, and closed with the client.
+    Methods have the parameters and errors of the functions in `tailspan.jobs`, and two names each: ``get_logs`` and
+    ``job_get_logs``. One client belongs to one event loop. Services are opened at first use, kept, and closed with
+    the client.
 
     Example:
         >>> async with AsyncJobClient() as client:
-        ...     status = await client.job_wait_for_job("nightly-42", timeout=3600)
+        ...     status = await client.wait_for_job("nightly-42", timeout=3600)
     """
 
     def __init__(
@@ -59,58 +53,68 @@ class AsyncJobClient:
 
         Args:
             settings: The configuration; None loads it as the command line does (``TAILSPAN_CONFIG``, environment).
-            service: What to ask when a call does not say; None is ``default_service`` of the configuration.
-            clock: What tells the time and waits; None is real time.
+            service: The service of calls that name none; None is ``default_service`` of the configuration.
+            clock: The clock that deadlines and waits go by; None is real time.
         """
-        self._opened = OpenedServices(settings, service)
-        self._clock = clock or Clock()
+        super().__init__(settings, service, clock, _response)
 
-    async def __aenter__(self) -> Self:
+
+class Client:
+    """Every verb as a method, over any configured service; works in scripts, notebooks and threads, and after a fork.
+
+    Services are opened at first use, kept, and closed with the client. A closed client opens again at its next call.
+
+    Attributes:
+        jobs: The service's jobs as objects: get one, list them, submit one.
+
+    Example:
+        >>> with Client(settings, service="local") as client:
+        ...     client.jobs.get("nightly-42").tail_logs()
+    """
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        service: str | JobService | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        """Make a client. Nothing is read or opened, and no thread started, before the first verb.
+
+        Args:
+            settings: The configuration; None loads it as the command line does (``TAILSPAN_CONFIG``, environment).
+            service: The service of calls that name none; None is ``default_service`` of the configuration.
+            clock: The clock that deadlines and waits go by; None is real time.
+        """
+        self._clock = clock or Clock()
+        self._portal = Portal(lambda: AsyncVerbs(settings, service, clock, self._response))
+        self.jobs = Jobs(self)
+
+    def __enter__(self) -> Self:
         return self
 
-    async def __aexit__(
+    def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self.aclose()
+        self.close()
 
-    async def aclose(self) -> None:
-        """Close the services that this client opened. Service objects given by the caller stay open."""
-        await self._opened.aclose()
+    def close(self) -> None:
+        """Cancel running calls of other threads and close the services that this client opened.
 
-    @property
-    def settings(self) -> Settings:
-        """The configuration; loaded now if it was not yet.
-
-        Raises:
-            ConfigError: It cannot be read, or a key is wrong.
+        Service objects given by the caller stay open.
         """
-        return self._opened.settings
+        self._portal.close()
 
-    def service(self, which: str | JobService | None = None) -> JobService:
-        """Return the service of that name, opening it if need be; an object is returned as it is.
-
-        Raises:
-            ConfigError: No such service is configured, or its options are wrong.
-        """
-        return self._opened.service(which)
-
-    async def job_get_logs(
-        self, job: CoerceableToJobId, since_ms: int | None = None, *, service: str | JobService | None = None
+    def get_logs(
+        self, job: CoerceableToJobId, since_ms: Since | None = None, *, service: str | JobService | None = None
     ) -> list[Message]:
         """Return the job's lines; see `tailspan.job_get_logs`."""
-        asked, job_id = self._opened.find(job, service)
-        messages: list[Message] = []
-        async with closing(asked.read_messages(job_id, since_ms)) as pages:
-            async for page in pages:
-                messages += page
-        # Stable: lines of one millisecond keep the service's order.
-        messages.sort(key=operator.itemgetter("timestamp"))
-        return messages
+        return self._portal.call(AsyncVerbs.get_logs, job, self._since_ms(since_ms), service=service)
 
-    async def job_print_logs(
+    def print_logs(
         self,
         job: CoerceableToJobId,
-        since_ms: int | None = None,
+        since_ms: Since | None = None,
         file: IO[str] | None = None,
         *,
         service: str | JobService | None = None,
@@ -119,27 +123,26 @@ class AsyncJobClient:
         from tailspan.logs.printing import LinePrinter
 
         printer = LinePrinter(file or sys.stdout)
-        async with closing(self.iter_logs(job, since_ms, service=service)) as pages:
-            async for page in pages:
-                printer.messages(page)
+        for messages in self._log_pages(job, since_ms, service):
+            printer.messages(messages)
 
-    async def job_tail_logs(
+    def tail_logs(
         self,
         job: CoerceableToJobId,
-        refresh_seconds: float = 1,
+        refresh_seconds: Seconds = 1,
         sample_logs: bool = True,
-        timeout: float | None = None,
+        timeout: Seconds | None = None,
         get_logs_retries: int = 1,
         *,
         service: str | JobService | None = None,
         file: IO[str] | None = None,
-        settle_seconds: float = SETTLE_S,
+        settle_seconds: Seconds = SETTLE_S,
     ) -> None:
         """Print the job's lines as they come; see `tailspan.job_tail_logs`."""
         from tailspan.logs.printing import TailPrinter
 
         printer = TailPrinter(file or sys.stdout)
-        updates = self.follow_logs(
+        for update in self.follow_logs(
             job,
             refresh_seconds,
             sample_logs,
@@ -147,166 +150,41 @@ class AsyncJobClient:
             get_logs_retries,
             service=service,
             settle_seconds=settle_seconds,
-        )
-        async with closing(updates) as following:
-            async for update in following:
-                printer.update(update)
+        ):
+            printer.update(update)
 
-    async def job_get_status(self, job: CoerceableToJobId, *, service: str | JobService | None = None) -> RunResponse:
+    def get_status(self, job: CoerceableToJobId, *, service: str | JobService | None = None) -> RunResponse:
         """Return the job's status; see `tailspan.job_get_status`."""
-        asked, job_id = self._opened.find(job, service)
-        return stamped(await asked.get_job(job_id), asked)
+        return self._portal.call(AsyncVerbs.get_status, job, service=service)
 
-    async def job_cancel(self, job: CoerceableToJobId, *, service: str | JobService | None = None) -> RunResponse:
+    def cancel(self, job: CoerceableToJobId, *, service: str | JobService | None = None) -> RunResponse:
         """Cancel the job; see `tailspan.job_cancel`."""
-        asked, job_id = self._opened.find(job, service)
-        status = await asked.get_job(job_id)
-        if not status.state.is_terminal:
-            try:
-                status = await asked.cancel(job_id)
-            except RequestRejectedError:
-                # It may have ended between the two requests, and some services refuse then.
-                status = await asked.get_job(job_id)
-                if not status.state.is_terminal:
-                    raise
-        return stamped(status, asked)
+        return self._portal.call(AsyncVerbs.cancel, job, service=service)
 
-    async def job_get_exec_time(self, job: CoerceableToJobId, *, service: str | JobService | None = None) -> timedelta:
+    def get_exec_time(self, job: CoerceableToJobId, *, service: str | JobService | None = None) -> timedelta:
         """Return the time from first to last line; see `tailspan.job_get_exec_time`."""
-        exec_time, status = await self.exec_time_and_status(job, service=service)
-        if not status.state.is_terminal:
-            warnings.warn(in_progress_text(status), InProgressWarning, stacklevel=2)
-        return exec_time
+        return self._exec_time(job, service)
 
-    async def job_wait_for_job(
+    def wait_for_job(
         self,
         job: CoerceableToJobId,
-        poll_interval_seconds: float = 5,
-        timeout: float | None = None,
+        poll_interval_seconds: Seconds = 5,
+        timeout: Seconds | None = None,
         *,
         service: str | JobService | None = None,
         delivered: bool = False,
-        on_status: Callable[[RunResponse], None] | None = None,
     ) -> RunResponse:
-        """Wait until the job has ended; see `tailspan.job_wait_for_job`.
+        """Wait until the job has ended; see `tailspan.job_wait_for_job`."""
+        return self._portal.call(
+            AsyncVerbs.wait_for_job,
+            job,
+            seconds_of(poll_interval_seconds),
+            seconds_of(timeout),
+            service=service,
+            delivered=delivered,
+        )
 
-        Args:
-            job: A job id, a status, or a row of a listing.
-            poll_interval_seconds: Seconds between two status requests.
-            timeout: Seconds after which to give up; None never does.
-            service: The service's name, or the service; None: the job's own, or the default one.
-            delivered: Wait also until the agent has acked its last line.
-            on_status: Called with each status on the way, to show progress.
-        """
-        _check_seconds("poll_interval_seconds", poll_interval_seconds, minimum=0.001)
-        asked, job_id = self._opened.find(job, service)
-        deadline = self._deadline(timeout)
-        poll = StatusPoll(asked, job_id, self._clock, deadline, grace_s=LAST_ASK_S)
-        while True:
-            status = await poll.ask()
-            if status is not None and status.state.is_terminal:
-                if delivered:
-                    from tailspan._delivery import wait_until_delivered  # brings an HTTP client
-
-                    await wait_until_delivered(self.settings, asked, status, self._clock, deadline)
-                return status
-            now = self._clock.monotonic_s()
-            if status is None or now >= deadline:
-                raise poll.timeout_error(timeout or 0.0) from poll.last_error
-            if on_status is not None:
-                on_status(status)
-            await self._clock.sleep(min(poll_interval_seconds, deadline - now))
-
-    async def iter_logs(
-        self, job: CoerceableToJobId, since_ms: int | None = None, *, service: str | JobService | None = None
-    ) -> AsyncIterator[Sequence[Message]]:
-        """Yield the lines that are readable now, some thousands at a time, in the order of the service.
-
-        Args:
-            job: A job id, a status, or a row of a listing.
-            since_ms: Only lines whose time is at or after this, in ms since the epoch.
-            service: The service's name, or the service; None: the job's own, or the default one.
-
-        Raises:
-            JobNotFoundError: The service knows no such job.
-            ServiceError: The service did not answer as it should.
-        """
-        asked, job_id = self._opened.find(job, service)
-        async with closing(asked.read_messages(job_id, since_ms)) as pages:
-            async for page in pages:
-                yield page
-
-    async def follow_logs(
-        self,
-        job: CoerceableToJobId,
-        refresh_seconds: float = 1,
-        sample_logs: bool = False,
-        timeout: float | None = None,
-        get_logs_retries: int = 1,
-        *,
-        service: str | JobService | None = None,
-        settle_seconds: float = SETTLE_S,
-    ) -> AsyncIterator[TailUpdate]:
-        """Yield what happens to a job until it has ended and its last line was read, or until the timeout.
-
-        Takes the arguments of `tailspan.job_tail_logs` and raises its errors.
-
-        Yields:
-            At least one update a refresh, with or without lines; the last one is ``complete`` unless time was up.
-        """
-        _check_seconds("refresh_seconds", refresh_seconds, minimum=0.001)
-        asked, job_id = self._opened.find(job, service)
-        clock, deadline = self._clock, self._deadline(timeout)
-        poll = StatusPoll(asked, job_id, clock, deadline)
-        follower = Follower(poll_min_s=refresh_seconds, poll_max_s=refresh_seconds, settle_s=settle_seconds)
-        reader = LogReader(asked, job_id, clock, deadline, retries=get_logs_retries)
-        while True:
-            status = await poll.ask()
-            if status is None:
-                return
-            if not status.stale:
-                follower.on_status(status, clock.monotonic_s(), clock.wall_s())
-            started = clock.monotonic_s()
-            lines = 0
-            newest: Message | None = None
-            async with closing(reader.read()) as pages:
-                async for page in pages:
-                    lines += page.line_count
-                    if sample_logs:
-                        newest = newer(newest, newest_of(page))
-                    else:
-                        yield TailUpdate(status=status, messages=list(page.messages()), gap=reader.take_gap())
-            if reader.time_is_up:
-                return
-            follower.on_read(lines, started)
-            yield TailUpdate(
-                status=status,
-                messages=(newest,) if newest else (),
-                left_out=lines - 1 if newest else 0,
-                gap=reader.take_gap(),
-                complete=follower.complete,
-            )
-            now = clock.monotonic_s()
-            if follower.complete or now >= deadline:
-                return
-            await clock.sleep(min(follower.delay_s(now), deadline - now))
-
-    async def exec_time_and_status(
-        self, job: CoerceableToJobId, *, service: str | JobService | None = None
-    ) -> tuple[timedelta, RunResponse]:
-        """Return the time from first to last line, and the status that was asked for before: it says if that is all.
-
-        Raises:
-            JobNotFoundError: The service knows no such job.
-            ServiceError: The service did not answer as it should.
-        """
-        asked, job_id = self._opened.find(job, service)
-        status = stamped(await asked.get_job(job_id), asked)
-        times = await asked.log_times_ms(job_id)
-        first, last = times or (0, 0)
-        return timedelta(milliseconds=max(0, last - first)), status
-
-    async def job_list(
+    def list_jobs(
         self,
         limit: int | None = 50,
         *,
@@ -315,83 +193,256 @@ class AsyncJobClient:
         service: str | JobService | None = None,
     ) -> list[ListedJob]:
         """Return the service's jobs, newest first; see `tailspan.job_list`."""
-        asked = self.service(service)
-        wanted = None if state is None else _state(state)
-        rows: list[ListedJob] = []
-        async with closing(asked.list_jobs()) as pages:
-            async for page in pages:
-                found = [row for row in page if wanted is None or row.state is wanted]
-                if name is not None:
-                    found = [row for row in await _named(found, asked) if fnmatch.fnmatchcase(row.job_name or "", name)]
-                rows.extend(stamped(row, asked) for row in found)
-                if limit is not None and len(rows) >= limit:
-                    break
-        return rows[:limit]
+        return self._portal.call(AsyncVerbs.list_jobs, limit, name=name, state=state, service=service)
 
-    async def job_submit(
+    def submit(
         self,
         command: str | Sequence[str],
         *,
         name: str | None = None,
         attributes: Mapping[str, str] | None = None,
-        timeout: float | None = None,
+        timeout: Seconds | None = None,
         cwd: str | os.PathLike[str] | None = None,
         env: Mapping[str, str] | None = None,
         service: str | JobService | None = None,
     ) -> RunResponse:
         """Start a command as a job; see `tailspan.job_submit`."""
-        asked = self.service(service)
-        if not isinstance(asked, SubmitService):
-            raise ConfigError(f"the service {asked.name!r} cannot be given jobs: submit to another", service=asked.name)
-        arguments = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
-        if not command or not all(isinstance(one, str) for one in arguments):
-            raise ConfigError("there is no command to run: give a string, or a list of strings")
-        if timeout is not None:
-            _check_seconds("timeout", timeout, minimum=0.0)
-        status = await asked.submit(
-            arguments,
+        return self._portal.call(
+            AsyncVerbs.submit,
+            command,
             name=name,
             attributes=attributes,
-            timeout_s=timeout,
-            cwd=None if cwd is None else os.fspath(cwd),
+            timeout=seconds_of(timeout),
+            cwd=cwd,
             env=env,
+            service=service,
         )
-        return stamped(status, asked)
 
-    def _deadline(self, timeout: float | None) -> float:
-        return math.inf if timeout is None else self._clock.monotonic_s() + timeout
+    def iter_logs(
+        self, job: CoerceableToJobId, since_ms: Since | None = None, *, service: str | JobService | None = None
+    ) -> Generator[Message, None, None]:
+        """Yield the lines that are readable now, one by one, in the order of the service.
+
+        Holds two pages of lines at most, and reads no further than the caller iterates. The caller may stop early.
+
+        Args:
+            job: A job id, a status, or a row of a listing.
+            since_ms: Only lines at or after this: ms since the epoch, an aware datetime, or a timedelta ago.
+            service: The service's name, or the service; None: the job's own, or the default one.
+
+        Raises:
+            JobNotFoundError: The service has no such job.
+            ServiceError: The service failed.
+        """
+        for messages in self._log_pages(job, since_ms, service):
+            yield from messages
+
+    def follow_logs(
+        self,
+        job: CoerceableToJobId,
+        refresh_seconds: Seconds = 1,
+        sample_logs: bool = False,
+        timeout: Seconds | None = None,
+        get_logs_retries: int = 1,
+        *,
+        service: str | JobService | None = None,
+        settle_seconds: Seconds = SETTLE_S,
+    ) -> Generator[TailUpdate, None, None]:
+        """Yield updates of a job until it has ended and its last line was read, or until the timeout.
+
+        Takes the arguments of `tailspan.job_tail_logs` and raises its errors. Is one update ahead at most. The caller
+        may stop early.
+
+        Yields:
+            At least one update per refresh, with or without lines; the last one is ``complete``, except after a
+            timeout.
+        """
+        return self._portal.iterate(
+            AsyncVerbs.follow_logs,
+            job,
+            seconds_of(refresh_seconds),
+            sample_logs,
+            seconds_of(timeout),
+            get_logs_retries,
+            service=service,
+            settle_seconds=seconds_of(settle_seconds),
+        )
+
+    def _log_pages(
+        self, job: CoerceableToJobId, since_ms: Since | None, service: str | JobService | None
+    ) -> Generator[Sequence[Message], None, None]:
+        return self._portal.iterate(AsyncVerbs.iter_logs, job, self._since_ms(since_ms), service=service)
+
+    def _exec_time(self, job: CoerceableToJobId, service: str | JobService | None) -> timedelta:
+        """Return the execution time; a warning points at the caller of this method's caller."""
+        exec_time, status = self._portal.call(AsyncVerbs.exec_time_and_status, job, service=service)
+        if not status.state.is_terminal:
+            warnings.warn(in_progress_text(status), InProgressWarning, stacklevel=3)
+        return exec_time
+
+    def _response(self, status: JobStatus) -> RunResponse:
+        return _response(status, self)
+
+    def _since_ms(self, since: Since | None) -> int | None:
+        return since_ms_of(since, self._clock.wall_s())
 
 
-def in_progress_text(status: RunResponse) -> str:
-    """Say that an execution time is not the whole."""
-    return f"job {printable(status.job_id, colours=False)} is {status.state}: this is its execution time so far"
+class Jobs:
+    """The jobs of a client's service; see `Client`."""
+
+    def __init__(self, client: Client) -> None:
+        """Use the connections of a client."""
+        self._client = client
+
+    def get(self, job: CoerceableToJobId, *, service: str | JobService | None = None) -> RunResponse:
+        """Return a job's status, which has the verbs as methods; see `tailspan.job_get_status`."""
+        return self._client.get_status(job, service=service)
+
+    def submit(
+        self,
+        command: str | Sequence[str],
+        *,
+        name: str | None = None,
+        attributes: Mapping[str, str] | None = None,
+        timeout: Seconds | None = None,
+        cwd: str | os.PathLike[str] | None = None,
+        env: Mapping[str, str] | None = None,
+        service: str | JobService | None = None,
+    ) -> RunResponse:
+        """Start a command as a job; see `tailspan.job_submit`."""
+        return self._client.submit(
+            command,
+            name=name,
+            attributes=attributes,
+            timeout=timeout,
+            cwd=cwd,
+            env=env,
+            service=service,
+        )
+
+    def list(
+        self,
+        limit: int | None = 50,
+        *,
+        name: str | None = None,
+        state: JobState | str | None = None,
+        service: str | JobService | None = None,
+    ) -> list[ListedJob]:
+        """Return the jobs, newest first; see `tailspan.job_list`."""
+        return self._client.list_jobs(limit, name=name, state=state, service=service)
 
 
-def _state(state: JobState | str) -> JobState:
-    try:
-        return JobState(state.upper())
-    except ValueError:
-        known = ", ".join(JobState)
-        raise ConfigError(f"{state!r} is not a job state; there is: {known}", key="state") from None
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class RunResponse(JobStatus):
+    """The status of one job, with the verbs as methods; see `JobStatus` for its fields.
+
+    Methods use the client and the service that returned the status; a status from elsewhere (unpickled, or made by a
+    service) uses those of the functions in `tailspan.jobs`. Each method takes the options of its function.
+    """
+
+    _client: Client | None = None
+
+    def get_status(self, *, service: str | JobService | None = None) -> RunResponse:
+        """Return this job's status as it is now; see `tailspan.job_get_status`."""
+        return self._verbs.get_status(self, service=service)
+
+    def get_logs(self, since_ms: Since | None = None, *, service: str | JobService | None = None) -> list[Message]:
+        """Return this job's lines; see `tailspan.job_get_logs`."""
+        return self._verbs.get_logs(self, since_ms, service=service)
+
+    def iter_logs(
+        self, since_ms: Since | None = None, *, service: str | JobService | None = None
+    ) -> Generator[Message, None, None]:
+        """Yield this job's lines one by one; see `Client.iter_logs`."""
+        return self._verbs.iter_logs(self, since_ms, service=service)
+
+    def print_logs(
+        self,
+        since_ms: Since | None = None,
+        file: IO[str] | None = None,
+        *,
+        service: str | JobService | None = None,
+    ) -> None:
+        """Print this job's lines; see `tailspan.job_print_logs`."""
+        self._verbs.print_logs(self, since_ms, file, service=service)
+
+    def tail_logs(
+        self,
+        refresh_seconds: Seconds = 1,
+        sample_logs: bool = True,
+        timeout: Seconds | None = None,
+        get_logs_retries: int = 1,
+        *,
+        service: str | JobService | None = None,
+        file: IO[str] | None = None,
+        settle_seconds: Seconds = SETTLE_S,
+    ) -> None:
+        """Print this job's lines as they come; see `tailspan.job_tail_logs`."""
+        self._verbs.tail_logs(
+            self,
+            refresh_seconds,
+            sample_logs,
+            timeout,
+            get_logs_retries,
+            service=service,
+            file=file,
+            settle_seconds=settle_seconds,
+        )
+
+    def follow_logs(
+        self,
+        refresh_seconds: Seconds = 1,
+        sample_logs: bool = False,
+        timeout: Seconds | None = None,
+        get_logs_retries: int = 1,
+        *,
+        service: str | JobService | None = None,
+        settle_seconds: Seconds = SETTLE_S,
+    ) -> Generator[TailUpdate, None, None]:
+        """Yield updates of this job; see `Client.follow_logs`."""
+        return self._verbs.follow_logs(
+            self,
+            refresh_seconds,
+            sample_logs,
+            timeout,
+            get_logs_retries,
+            service=service,
+            settle_seconds=settle_seconds,
+        )
+
+    def get_exec_time(self, *, service: str | JobService | None = None) -> timedelta:
+        """Return the time from first to last line; see `tailspan.job_get_exec_time`."""
+        return self._verbs._exec_time(self, service)
+
+    def wait_for_job(
+        self,
+        poll_interval_seconds: Seconds = 5,
+        timeout: Seconds | None = None,
+        *,
+        service: str | JobService | None = None,
+        delivered: bool = False,
+    ) -> RunResponse:
+        """Wait until this job has ended; see `tailspan.job_wait_for_job`."""
+        return self._verbs.wait_for_job(self, poll_interval_seconds, timeout, service=service, delivered=delivered)
+
+    def cancel(self, *, service: str | JobService | None = None) -> RunResponse:
+        """Cancel this job; see `tailspan.job_cancel`."""
+        return self._verbs.cancel(self, service=service)
+
+    @property
+    def _verbs(self) -> Client:
+        return self._client or process_client()
 
 
-def _check_seconds(name: str, seconds: float, *, minimum: float) -> None:
-    if not seconds >= minimum:
-        raise ConfigError(f"{name} is {seconds!r}: expected seconds, {minimum:g} or more", key=name)
+_process_client = Client()
 
 
-async def _named(rows: Sequence[ListedJob], service: JobService) -> list[ListedJob]:
-    """Return the rows with their names, asking for those that the list does not say."""
-    named = list(rows)
-    limit = anyio.CapacityLimiter(_NAME_REQUESTS)
+def process_client() -> Client:
+    """Return the client that the functions in `tailspan.jobs` share; it loads its settings at first use."""
+    return _process_client
 
-    async def ask(position: int) -> None:
-        async with limit:
-            status = await service.get_job(rows[position].job_id)
-        named[position] = dataclasses.replace(rows[position], job_name=status.job_name)
 
-    async with anyio.create_task_group() as group:
-        for position, row in enumerate(rows):
-            if row.job_name is None:
-                group.start_soon(ask, position)
-    return named
+def _response(status: JobStatus, client: Client | None = None) -> RunResponse:
+    """Return a status with the verbs of a client."""
+    fields = {one.name: getattr(status, one.name) for one in dataclasses.fields(JobStatus)}
+    return RunResponse(**fields, _client=client)

@@ -1,12 +1,12 @@
 """Everything Tailspan raises, as one tree.
 
-TailspanError                      carries service, job_id
+TailspanError                      service, job_id, retryable
   ConfigError(ValueError)          names the key
   ServiceError
     JobNotFoundError               404
     AuthError                      401, 403
     RequestRejectedError           other 4xx
-    ServiceUnavailableError        connect, timeout, 429, 5xx; retryable, retry_after_s
+    ServiceUnavailableError        connect, timeout, 429, 5xx; retryable; retry_after_s
     ProtocolError                  a reply that does not match the wire format
   CursorExpiredError               lines before the cursor are gone (a gap)
   WaitTimeoutError(TimeoutError)   last status attached
@@ -23,7 +23,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tailspan.models import RunResponse
+    from tailspan.models import JobStatus
 
 __all__ = [
     "AuthError",
@@ -44,9 +44,12 @@ class TailspanError(Exception):
     """Base of all errors that Tailspan raises.
 
     Attributes:
-        service: Name of the configured service that was asked, if one was.
-        job_id: Id of the job that was asked for, if one was.
+        service: Name of the configured service, if the error is about one.
+        job_id: Id of the job, if the error is about one.
+        retryable: Whether the same call may succeed later.
     """
+
+    retryable = False
 
     def __init__(self, message: str, *, service: str | None = None, job_id: str | None = None) -> None:
         super().__init__(message)
@@ -69,22 +72,22 @@ class ConfigError(TailspanError, ValueError):
 
 
 class ServiceError(TailspanError):
-    """A job service did not do what was asked."""
+    """A job service failed."""
 
 
 class JobNotFoundError(ServiceError):
-    """The service knows no such job."""
+    """The service has no such job."""
 
 
 class AuthError(ServiceError):
-    """The service wants other credentials, or there are none."""
+    """The service rejects the credentials, or there are none."""
 
 
 class RequestRejectedError(ServiceError):
-    """The service understood the request and refuses it.
+    """The service understood the request and rejects it.
 
     Attributes:
-        status_code: The HTTP status of the refusal, if it came over HTTP.
+        status_code: The HTTP status of the reply, if it came over HTTP.
     """
 
     def __init__(
@@ -100,10 +103,10 @@ class RequestRejectedError(ServiceError):
 
 
 class ServiceUnavailableError(ServiceError):
-    """The service cannot be reached, or cannot answer now. Asking again later is right.
+    """The service cannot be reached, or cannot answer now: retry later.
 
     Attributes:
-        retry_after_s: Seconds that the service asked to be left alone, if it said so.
+        retry_after_s: Delay that the service demands before a retry, in seconds, if it does.
     """
 
     retryable = True
@@ -128,7 +131,7 @@ class CursorExpiredError(TailspanError):
     """The lines before the cursor are gone at the service: a gap, which the agent counts.
 
     Attributes:
-        resume_cursor: Where reading can go on; None means from the oldest line that is left.
+        resume_cursor: Where reading can continue; None: from the oldest line that is left.
     """
 
     def __init__(
@@ -144,17 +147,17 @@ class CursorExpiredError(TailspanError):
 
 
 class WaitTimeoutError(TailspanError, TimeoutError):
-    """The job had not ended when the caller's time was up.
+    """The job had not ended at the caller's timeout.
 
     Attributes:
-        last_status: The last status seen, or None when no status request was answered in time.
+        last_status: The last status, or None when no status request was answered in time.
     """
 
     def __init__(
         self,
         message: str,
         *,
-        last_status: RunResponse | None = None,
+        last_status: JobStatus | None = None,
         service: str | None = None,
         job_id: str | None = None,
     ) -> None:

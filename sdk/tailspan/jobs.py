@@ -1,25 +1,20 @@
 """The verbs as plain functions: read, print, tail, status, cancel, exec time, wait; and list and submit.
 
 All of them work in a script, inside a running event loop (a notebook), from any thread, and after a fork; Ctrl-C
-returns at once. The logic is in `tailspan.client.AsyncJobClient`, which has the same verbs to ``await``.
+returns at once. They share one client with the settings of the process; `tailspan.Client` has settings of its own.
 """
 
 from __future__ import annotations
 
 import os
-import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import IO
 
-from tailspan._portal import Portal
-from tailspan.client import AsyncJobClient, in_progress_text
-from tailspan.errors import InProgressWarning
+from tailspan.client import RunResponse, process_client
 from tailspan.logs.follow import SETTLE_S
 from tailspan.logs.page import Message
-from tailspan.logs.printing import LinePrinter, TailPrinter
-from tailspan.models import CoerceableToJobId, JobState, ListedJob, RunResponse
+from tailspan.models import CoerceableToJobId, JobState, ListedJob
 from tailspan.services import JobService
 
 __all__ = [
@@ -34,13 +29,11 @@ __all__ = [
     "job_wait_for_job",
 ]
 
-_PORTAL: Portal[AsyncJobClient] = Portal(AsyncJobClient)
-
 
 def job_get_logs(
     job: CoerceableToJobId, since_ms: int | None = None, *, service: str | JobService | None = None
 ) -> list[Message]:
-    """Fetch logs for a job.
+    """Return the lines of a job.
 
     Args:
         job: A job id, a `RunResponse`, or a row of `job_list`.
@@ -49,14 +42,18 @@ def job_get_logs(
             row was given, else the default service.
 
     Returns:
-        Messages as dicts, oldest first, each once: ``message`` (str), ``timestamp`` (int, ms since the epoch) and the
-        keys that the service has besides. Lines of one millisecond keep the order of the service.
+        Messages as dicts, oldest first, each once: ``message`` (str), ``timestamp`` (int, ms since the epoch) and
+        further keys of the service. Lines of one millisecond keep the order of the service.
 
     Raises:
-        JobNotFoundError: The service knows no such job.
-        ServiceError: The service did not answer as it should.
+        JobNotFoundError: The service has no such job.
+        ServiceError: The service failed.
+
+    Example:
+        >>> job_get_logs("nightly-42")
+        [{'message': 'started', 'timestamp': 1000}, {'message': 'done', 'timestamp': 3500}]
     """
-    return _PORTAL.call(AsyncJobClient.job_get_logs, job, since_ms, service=service)
+    return process_client().get_logs(job, since_ms, service=service)
 
 
 def job_print_logs(
@@ -66,21 +63,23 @@ def job_print_logs(
     *,
     service: str | JobService | None = None,
 ) -> None:
-    """Fetch and print logs for a job, as the service orders them; a long log is never held in memory.
+    """Print the lines of a job in the order of the service; a long log is never held in memory.
 
     Args:
         job: A job id, a `RunResponse`, or a row of `job_list`.
         since_ms: Only lines whose time is at or after this, in ms since the epoch. None: all lines.
-        file: Where to print to. None: ``sys.stdout``. What could garble a terminal is taken out only on a terminal.
+        file: Text file to print to. None: ``sys.stdout``. On a terminal, control characters are removed.
         service: A service's name or a `JobService`; see `job_get_logs`.
 
     Raises:
-        JobNotFoundError: The service knows no such job.
-        ServiceError: The service did not answer as it should.
+        JobNotFoundError: The service has no such job.
+        ServiceError: The service failed.
+
+    Example:
+        >>> job_print_logs("nightly-42", since_ms=2000)
+        done
     """
-    printer = LinePrinter(file or sys.stdout)
-    for messages in _PORTAL.iterate(AsyncJobClient.iter_logs, job, since_ms, service=service):
-        printer.messages(messages)
+    process_client().print_logs(job, since_ms, file, service=service)
 
 
 def job_tail_logs(
@@ -96,41 +95,44 @@ def job_tail_logs(
 ) -> None:
     """Print a job's lines as they come, until the job has ended and its last lines are read.
 
-    Waits through pending, whatever the lines say. A status request that fails does not end it as long as the service
-    answers again within a minute.
+    Waits while the job is pending. A failed status request does not end it as long as the service answers again
+    within a minute.
 
     Args:
         job: A job id, a `RunResponse`, or a row of `job_list`.
-        refresh_seconds: How often to look, in seconds.
-        sample_logs: Print at most one line, the newest, a refresh, and say how many were left out. False: print every
-            line, once.
-        timeout: After how many seconds to return, whether or not the job has ended. None: never.
-        get_logs_retries: How many more times to try a log request that failed, before its error is raised.
+        refresh_seconds: Poll interval, in seconds.
+        sample_logs: Print at most one line per refresh, the newest, and the number of lines left out. False: print
+            every line, once.
+        timeout: Return after this many seconds, whether or not the job has ended. None: never.
+        get_logs_retries: Number of retries of a failed log request before its error is raised.
         service: A service's name or a `JobService`; see `job_get_logs`.
-        file: Where to print to. None: ``sys.stdout``.
-        settle_seconds: How long after the job's end lines may still become visible, in seconds. Services that mark
-            the end of a log, as the local one does, are not waited for.
+        file: Text file to print to. None: ``sys.stdout``.
+        settle_seconds: How long after the job's end lines may still become visible, in seconds. There is no wait for
+            services that mark the end of a log, as the local one does.
 
     Raises:
-        JobNotFoundError: The service knows no such job.
-        ServiceError: The service did not answer as it should.
+        JobNotFoundError: The service has no such job.
+        ServiceError: The service failed.
+
+    Example:
+        >>> job_tail_logs("nightly-42", sample_logs=False)
+        started
+        done
     """
-    printer = TailPrinter(file or sys.stdout)
-    for update in _PORTAL.iterate(
-        AsyncJobClient.follow_logs,
+    process_client().tail_logs(
         job,
         refresh_seconds,
         sample_logs,
         timeout,
         get_logs_retries,
         service=service,
+        file=file,
         settle_seconds=settle_seconds,
-    ):
-        printer.update(update)
+    )
 
 
 def job_get_status(job: CoerceableToJobId, *, service: str | JobService | None = None) -> RunResponse:
-    """Fetch the status of a job.
+    """Return the status of a job.
 
     Args:
         job: A job id, a `RunResponse`, or a row of `job_list`.
@@ -140,14 +142,18 @@ def job_get_status(job: CoerceableToJobId, *, service: str | JobService | None =
         The present status.
 
     Raises:
-        JobNotFoundError: The service knows no such job.
-        ServiceError: The service did not answer as it should.
+        JobNotFoundError: The service has no such job.
+        ServiceError: The service failed.
+
+    Example:
+        >>> job_get_status("nightly-42")
+        RunResponse(job_id='nightly-42', job_name='nightly', state=SUCCEEDED, ...)
     """
-    return _PORTAL.call(AsyncJobClient.job_get_status, job, service=service)
+    return process_client().get_status(job, service=service)
 
 
 def job_cancel(job: CoerceableToJobId, *, service: str | JobService | None = None) -> RunResponse:
-    """Cancel a job. Cancelling an ended job is not an error and changes nothing.
+    """Cancel a job. Cancelling an ended job is no error and changes nothing.
 
     Args:
         job: A job id, a `RunResponse`, or a row of `job_list`.
@@ -157,16 +163,20 @@ def job_cancel(job: CoerceableToJobId, *, service: str | JobService | None = Non
         The new status. The job may still need a moment to end: `job_wait_for_job` waits for that.
 
     Raises:
-        JobNotFoundError: The service knows no such job.
-        ServiceError: The service did not answer as it should.
+        JobNotFoundError: The service has no such job.
+        ServiceError: The service failed.
+
+    Example:
+        >>> job_cancel("nightly-43").state
+        <JobState.CANCELED: 'CANCELED'>
     """
-    return _PORTAL.call(AsyncJobClient.job_cancel, job, service=service)
+    return process_client().cancel(job, service=service)
 
 
 def job_get_exec_time(job: CoerceableToJobId, *, service: str | JobService | None = None) -> timedelta:
-    """Determine the execution time of a job from its log: the time from its first to its last line.
+    """Return the execution time of a job by its log: the time from its first to its last line.
 
-    The log is not held in memory, and where the service allows it not even fetched.
+    The log is never held in memory, and not even read where the service knows the two times.
 
     Args:
         job: A job id, a `RunResponse`, or a row of `job_list`.
@@ -176,13 +186,14 @@ def job_get_exec_time(job: CoerceableToJobId, *, service: str | JobService | Non
         Zero or more; zero with fewer than two lines. While the job runs the time so far, with an `InProgressWarning`.
 
     Raises:
-        JobNotFoundError: The service knows no such job.
-        ServiceError: The service did not answer as it should.
+        JobNotFoundError: The service has no such job.
+        ServiceError: The service failed.
+
+    Example:
+        >>> print(job_get_exec_time("nightly-42"))
+        0:00:02.500000
     """
-    exec_time, status = _PORTAL.call(AsyncJobClient.exec_time_and_status, job, service=service)
-    if not status.state.is_terminal:
-        warnings.warn(in_progress_text(status), InProgressWarning, stacklevel=2)
-    return exec_time
+    return process_client()._exec_time(job, service)
 
 
 def job_wait_for_job(
@@ -197,22 +208,24 @@ def job_wait_for_job(
 
     Args:
         job: A job id, a `RunResponse`, or a row of `job_list`.
-        poll_interval_seconds: How often to ask, in seconds.
-        timeout: After how many seconds to give up. None: never.
+        poll_interval_seconds: Poll interval, in seconds.
+        timeout: Give up after this many seconds. None: never.
         service: A service's name or a `JobService`; see `job_get_logs`.
-        delivered: Wait also until the agent has acked the job's last line; the agent is asked on ``agent.listen``.
+        delivered: Wait also until the agent, which listens on ``agent.listen``, has acknowledged the last line.
 
     Returns:
         The final status, whether the job succeeded or not: a failed job is a state, not an exception.
 
     Raises:
         WaitTimeoutError: The job had not ended in time; a `TimeoutError` with ``last_status``.
-        JobNotFoundError: The service knows no such job.
-        ServiceError: The service did not answer the first time, or stopped answering for a minute.
+        JobNotFoundError: The service has no such job.
+        ServiceError: The service failed at the first request, or for a minute.
+
+    Example:
+        >>> job_wait_for_job("nightly-42", timeout=3600).state.is_terminal
+        True
     """
-    return _PORTAL.call(
-        AsyncJobClient.job_wait_for_job, job, poll_interval_seconds, timeout, service=service, delivered=delivered
-    )
+    return process_client().wait_for_job(job, poll_interval_seconds, timeout, service=service, delivered=delivered)
 
 
 def job_list(
@@ -225,9 +238,9 @@ def job_list(
     """List a service's jobs, newest first.
 
     Args:
-        limit: At most so many. None: all.
+        limit: Maximum number of jobs. None: all.
         name: Only jobs whose name matches this glob, for example ``etl-*``. Where the list has no names, as with
-            Fused, each job is asked for its own.
+            Fused, this costs a status request per job.
         state: Only jobs in this state.
         service: A service's name or a `JobService`. None: the default service.
 
@@ -235,10 +248,14 @@ def job_list(
         Rows that every verb takes as ``job``.
 
     Raises:
-        ServiceError: The service did not answer as it should.
+        ServiceError: The service failed.
         ConfigError: There is no such state.
+
+    Example:
+        >>> [job.job_id for job in job_list(state="SUCCEEDED")]
+        ['nightly-42']
     """
-    return _PORTAL.call(AsyncJobClient.job_list, limit, name=name, state=state, service=service)
+    return process_client().list_jobs(limit, name=name, state=state, service=service)
 
 
 def job_submit(
@@ -255,22 +272,25 @@ def job_submit(
 
     Args:
         command: The program and its arguments; or one string, which ``/bin/sh -c`` runs.
-        name: The job's name: what its runs have in common. None: made from the command.
+        name: The job's name, which its runs have in common. None: made from the command.
         attributes: Texts that go onto the job's logs and spans.
-        timeout: After how many seconds the service ends the job as TIMED_OUT. None: never.
+        timeout: The service ends the job as TIMED_OUT after this many seconds. None: never.
         cwd: The directory to run in. None: this process's.
         env: Environment variables on top of this process's.
-        service: A service's name or a `JobService` that takes jobs. None: the default service.
+        service: A service's name or a `SubmitService`. None: the default service.
 
     Returns:
         The first status of the new job.
 
     Raises:
-        ConfigError: There is no command, or the service does not take jobs.
-        ServiceError: The service did not answer as it should.
+        ConfigError: There is no command, or the service cannot run jobs.
+        ServiceError: The service failed.
+
+    Example:
+        >>> job_submit(["python", "etl.py"], name="etl").state
+        <JobState.PENDING: 'PENDING'>
     """
-    return _PORTAL.call(
-        AsyncJobClient.job_submit,
+    return process_client().submit(
         command,
         name=name,
         attributes=attributes,

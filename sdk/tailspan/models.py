@@ -1,4 +1,4 @@
-"""What a job is: its states, its status as `RunResponse`, and a row of a listing."""
+"""What a job is: its states, its status, and a row of a listing. Data only."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ import dataclasses
 import enum
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from typing import IO, TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 from tailspan._identity import check_job_id
 from tailspan.errors import ConfigError
 
-if TYPE_CHECKING:
-    from tailspan.logs.page import Message
-    from tailspan.services import JobService
-
-__all__ = ["CoerceableToJobId", "JobState", "ListedJob", "RunResponse", "fused_state", "job_id_of"]
+__all__ = ["CoerceableToJobId", "JobState", "JobStatus", "ListedJob", "fused_state", "job_id_of"]
 
 
 class JobState(enum.StrEnum):
@@ -79,54 +75,70 @@ def fused_state(
 ) -> JobState:
     """Return the state that the four status fields of the Fused API mean.
 
-    ``job_status`` and ``finished_job_status`` speak of the job and win; ``status`` and ``terminal_status`` speak of
-    the instance that runs it. A string that nobody knows is decided by the booleans.
+    ``job_status`` and ``finished_job_status`` are about the job and win; ``status`` and ``terminal_status`` are about
+    the instance that runs it. The booleans decide about an unknown string.
 
-    Source: shared wire facts measured on the fused clients 1.1.2 to 2.9.5; other status strings are unknown.
+    Source: wire facts measured on the fused clients 1.1.2 to 2.9.5; other status strings are unknown.
     """
     known = _BY_JOB_STATUS.get((job_status or "").lower())
     if known is not None and (known.is_terminal or not (finished_job_status or terminal_status)):
         return known
     if finished_job_status or terminal_status:
-        # Ended by a word that we do not know, or the instance is gone: only "Done" is known to be success.
+        # Ended with an unknown word, or the instance is gone: only "Done" is known to mean success.
         return JobState.FAILED
     return {"running": JobState.RUNNING, "pending": JobState.PENDING}.get(status.lower(), JobState.UNKNOWN)
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class RunResponse:
-    """The status of one job: the twelve fields of the Fused API, and ours.
+# What a repr leaves out: implied by the state, or only of use to the agent.
+_NOT_SHOWN = {
+    "status",
+    "terminal_status",
+    "job_status",
+    "job_status_date",
+    "finished_job_status",
+    "details",
+    "parent",
+    "identity",
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class JobStatus:
+    """The status of one job as a service reports it: the twelve fields of the Fused API, and ours.
+
+    `tailspan.RunResponse` is a status with the verbs as methods. Two statuses are equal if all their fields are; the
+    hash is that of the job, so that statuses and their jobs can be members of sets and keys of dicts.
 
     Attributes:
         job_id: The id of this job at its service.
         job_name: Its name (the pipeline); ``service.name`` of its telemetry.
-        instance_id: The machine that runs it, if the service says so.
+        instance_id: The machine that runs it, if the service reports it.
         instance_type: The type of that machine.
         status: The status of the *instance*, in the service's own words.
         terminal_status: Whether the instance has ended.
-        last_heartbeat: When the job last said that it lives (aware UTC).
+        last_heartbeat: Time of the job's last sign of life (aware UTC).
         job_status: The status of the *job*, in the service's own words.
         job_status_date: When ``job_status`` last changed (aware UTC).
         finished_job_status: Whether the job has ended.
-        total_tasks: How many tasks the job has; 0 when it does not count them.
-        finished_tasks: How many of them have ended.
+        total_tasks: Number of the job's tasks; 0 when it does not count them.
+        finished_tasks: Number of ended tasks.
         state: What all of that means.
-        submitted_at: When the job was handed to its service (aware UTC).
+        submitted_at: When the service accepted the job (aware UTC).
         started_at: When it began to execute (aware UTC).
         finished_at: When it ended (aware UTC).
         exit_code: The exit code of its main process; 128 + n after signal n.
         error: Why it did not succeed, in one sentence.
         attributes: What the user attached at submit; on the job's logs and spans.
-        details: Facts for the run span only, by semantic-convention name (``process.command``, ``host.name``, ...).
-        parent: The W3C traceparent that the job was itself started with; becomes a span link.
+        details: For the run span only, by semantic-convention name (``process.command``, ``host.name``, ...).
+        parent: The W3C traceparent in the environment that the job was started from; becomes a span link.
         url: The job's page at its service.
         service: The name of the configured service that answered.
         identity: What the job's ids are hashed from: the identity of the service where the job really runs.
         attempt: 1 unless the service reports retries of one job.
         trace_id: The trace that the agent gives this job: deterministic, known before the agent ran.
-        logs_complete: True when the service marks that no further line will come, False when it says that lines
-            may still come, None when it does not say.
-        stale: True when the service could not be reached and this is its last known answer.
+        logs_complete: True when the service marks that no further line will come, False when it reports that lines
+            may still come, None when it reports neither.
+        stale: True when the service did not answer and this is its last known answer.
     """
 
     job_id: str
@@ -157,13 +169,24 @@ class RunResponse:
     trace_id: str
     logs_complete: bool | None = None
     stale: bool = False
-    origin: JobService | None = dataclasses.field(default=None, repr=False, compare=False)
+    _origin: object | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _without_origin(self)
+        return _unpickle, (type(self), _public_fields(self))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, JobStatus):
+            return NotImplemented
+        return all(getattr(self, name) == getattr(other, name) for name in _STATUS_FIELDS)
+
+    def __hash__(self) -> int:
+        return hash((self.identity, self.job_id))
+
+    def __repr__(self) -> str:
+        return _short_repr(self)
 
     @classmethod
-    def from_state(cls, state: JobState, **fields: Any) -> RunResponse:
+    def from_state(cls, state: JobState, **fields: Any) -> Self:
         """Build a status from our state, filling the Fused status fields to match it.
 
         Args:
@@ -190,63 +213,24 @@ class RunResponse:
             return None
         return max(timedelta(0), (self.finished_at or datetime.now(UTC)) - self.started_at)
 
-    def get_status(self) -> RunResponse:
-        """Fetch this job's status anew; see `tailspan.job_get_status`."""
-        from tailspan import jobs
 
-        return jobs.job_get_status(self)
-
-    def get_logs(self, since_ms: int | None = None) -> list[Message]:
-        """Fetch this job's lines; see `tailspan.job_get_logs`."""
-        from tailspan import jobs
-
-        return jobs.job_get_logs(self, since_ms)
-
-    def print_logs(self, since_ms: int | None = None, file: IO[str] | None = None) -> None:
-        """Print this job's lines; see `tailspan.job_print_logs`."""
-        from tailspan import jobs
-
-        jobs.job_print_logs(self, since_ms, file)
-
-    def tail_logs(self, refresh_seconds: float = 1, sample_logs: bool = True, timeout: float | None = None) -> None:
-        """Print this job's lines as they come; see `tailspan.job_tail_logs`."""
-        from tailspan import jobs
-
-        jobs.job_tail_logs(self, refresh_seconds, sample_logs, timeout)
-
-    def get_exec_time(self) -> timedelta:
-        """Return the time from first to last line; see `tailspan.job_get_exec_time`."""
-        from tailspan import jobs
-
-        return jobs.job_get_exec_time(self)
-
-    def wait_for_job(self, poll_interval_seconds: float = 5, timeout: float | None = None) -> RunResponse:
-        """Wait until this job has ended; see `tailspan.job_wait_for_job`."""
-        from tailspan import jobs
-
-        return jobs.job_wait_for_job(self, poll_interval_seconds, timeout)
-
-    def cancel(self) -> RunResponse:
-        """Cancel this job; see `tailspan.job_cancel`."""
-        from tailspan import jobs
-
-        return jobs.job_cancel(self)
+_STATUS_FIELDS = tuple(one.name for one in dataclasses.fields(JobStatus) if not one.name.startswith("_"))
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class ListedJob:
-    """One row of a service's list. What the service's list does not say is None.
+    """One row of a service's list. What the list does not report is None.
 
     Attributes:
         job_id: The id of the job at its service.
         job_name: Its name; the Fused list has none.
-        state: Its state as far as the row tells.
+        state: Its state as far as the row shows it.
         created_at: When the job was made (aware UTC).
         state_since: When its state last changed (aware UTC).
         instance_id: The machine that runs it.
         instance_type: The type of that machine.
         service: The name of the configured service that answered.
-        lines: How many lines its log has, where the list says so: saves a request per silent job.
+        lines: Number of lines in its log, where the list has it: saves a request per silent job.
     """
 
     job_id: str
@@ -258,35 +242,53 @@ class ListedJob:
     instance_type: str | None = None
     service: str | None = None
     lines: int | None = None
-    origin: JobService | None = dataclasses.field(default=None, repr=False, compare=False)
+    _origin: object | None = dataclasses.field(default=None, compare=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _without_origin(self)
+        return _unpickle, (type(self), _public_fields(self))
+
+    def __repr__(self) -> str:
+        return _short_repr(self)
 
 
-def _without_origin(job: RunResponse | ListedJob) -> tuple[Any, ...]:
-    """Pickle a job for another process: the service holds connections, but its name leads back to it there."""
-    fields = {one.name: getattr(job, one.name) for one in dataclasses.fields(job) if one.name != "origin"}
-    return _unpickle, (type(job), fields)
+def _public_fields(job: JobStatus | ListedJob) -> dict[str, Any]:
+    """Return a job's fields for another process: the service holds connections, but its name leads back to it there."""
+    return {one.name: getattr(job, one.name) for one in dataclasses.fields(job) if not one.name.startswith("_")}
 
 
-def _unpickle(kind: type[RunResponse | ListedJob], fields: Mapping[str, Any]) -> RunResponse | ListedJob:
+def _unpickle(kind: type[JobStatus | ListedJob], fields: Mapping[str, Any]) -> JobStatus | ListedJob:
     return kind(**fields)
 
 
-CoerceableToJobId: TypeAlias = str | RunResponse | ListedJob
+def _short_repr(job: JobStatus | ListedJob) -> str:
+    """Return the fields that are set, in order."""
+    shown = []
+    for one in dataclasses.fields(job):
+        value = getattr(job, one.name)
+        if one.name in _NOT_SHOWN or one.name.startswith("_") or value == one.default or value == {}:
+            continue
+        if isinstance(value, datetime):
+            value = value.isoformat()
+        shown.append(f"{one.name}={value if isinstance(value, JobState) else repr(value)}")
+    return f"{type(job).__name__}({', '.join(shown)})"
+
+
+CoerceableToJobId: TypeAlias = str | JobStatus | ListedJob
 """What every verb takes as ``job``: a job id, a status, or a row of a listing."""
 
 
 def job_id_of(job: CoerceableToJobId) -> str:
-    """Return the id of what a verb was given.
+    """Return the id of the ``job`` argument of a verb.
 
     Raises:
-        ConfigError: It is none of the things that name a job.
+        ConfigError: It names no job.
     """
-    if isinstance(job, RunResponse | ListedJob):
+    if isinstance(job, JobStatus | ListedJob):
         return job.job_id
     if isinstance(job, str):
         return check_job_id(job)
     # Callers without a type checker do pass other things.
     raise ConfigError(f"a job is an id or a RunResponse, not {type(job).__name__}")
+
+
+RunResponse = JobStatus  # the agent's name for it, until its modules say JobStatus

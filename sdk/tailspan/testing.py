@@ -23,7 +23,7 @@ from tailspan._clock import Clock
 from tailspan._identity import trace_id
 from tailspan.errors import CursorExpiredError, JobNotFoundError
 from tailspan.logs.page import MAX_PAGE_LINES, NANOS_PER_MS, Line, LogPage, Message
-from tailspan.models import JobState, ListedJob, RunResponse
+from tailspan.models import JobState, JobStatus, ListedJob
 from tailspan.services import LATE_WINDOW_S, SubmitService
 
 __all__ = ["FakeClock", "FakeService"]
@@ -72,13 +72,13 @@ class FakeService(SubmitService):
         self._faults: dict[str, list[Exception]] = {}
         self._hooks: dict[str, list[Callable[[], None]]] = {}
 
-    def add_job(self, job_id: str = "job-1", *, state: JobState | str = JobState.RUNNING, **fields: Any) -> RunResponse:
+    def add_job(self, job_id: str = "job-1", *, state: JobState | str = JobState.RUNNING, **fields: Any) -> JobStatus:
         """Add a job.
 
         Args:
             job_id: Its id.
             state: Its first state.
-            **fields: Further fields of its `RunResponse`, for example ``job_name`` or ``total_tasks``.
+            **fields: Further fields of its `JobStatus`, for example ``job_name`` or ``total_tasks``.
 
         Returns:
             Its status.
@@ -104,13 +104,13 @@ class FakeService(SubmitService):
             Line((first + index * step_ms) * NANOS_PER_MS, message, stream) for index, message in enumerate(messages)
         )
 
-    def set_state(self, job_id: str, state: JobState | str, **fields: Any) -> RunResponse:
+    def set_state(self, job_id: str, state: JobState | str, **fields: Any) -> JobStatus:
         """Change a job's state.
 
         Args:
             job_id: The job.
             state: Its new state. A terminal one also sets ``finished_at`` to now and marks the log as complete.
-            **fields: Fields of its `RunResponse` to set besides, or instead: ``logs_complete=None`` is a service
+            **fields: Fields of its `JobStatus` to set besides, or instead: ``logs_complete=None`` is a service
                 that does not say whether lines will come.
 
         Returns:
@@ -140,7 +140,7 @@ class FakeService(SubmitService):
         """Forget a job's first lines, as services with short retention do: older cursors raise CursorExpiredError."""
         self._jobs[job_id].expired = lines
 
-    async def get_job(self, job_id: str) -> RunResponse:
+    async def get_job(self, job_id: str) -> JobStatus:
         """Return the job's status."""
         await self._called("get_job", job_id)
         return self._status(job_id)
@@ -189,7 +189,7 @@ class FakeService(SubmitService):
         times = [line.time_unix_nano // NANOS_PER_MS for line in self._job(job_id).lines]
         return (min(times), max(times)) if times else None
 
-    async def cancel(self, job_id: str) -> RunResponse:
+    async def cancel(self, job_id: str) -> JobStatus:
         """End the job as CANCELED, if it has not ended."""
         await self._called("cancel", job_id)
         if self._job(job_id).state.is_terminal:
@@ -224,7 +224,7 @@ class FakeService(SubmitService):
         timeout_s: float | None = None,
         cwd: str | None = None,
         env: Mapping[str, str] | None = None,
-    ) -> RunResponse:
+    ) -> JobStatus:
         """Add a PENDING job and note what it was submitted with; the test makes it run."""
         job_id = f"job-{len(self._jobs) + 1}"
         await self._called("submit", job_id)
@@ -260,10 +260,10 @@ class FakeService(SubmitService):
                 f"the service {self.name!r} knows no job {job_id!r}", service=self.name, job_id=job_id
             ) from None
 
-    def _status(self, job_id: str) -> RunResponse:
+    def _status(self, job_id: str) -> JobStatus:
         job = self._job(job_id)
         required = {"identity": self.identity, "trace_id": trace_id(self.identity, job_id), "service": self.name}
-        return RunResponse.from_state(job.state, **{"job_id": job_id, **required, **job.fields})
+        return JobStatus.from_state(job.state, **{"job_id": job_id, **required, **job.fields})
 
 
 @dataclasses.dataclass(slots=True)

@@ -14,7 +14,7 @@ from typing import Self
 from tailspan.cli.show import seconds_text
 from tailspan.logs.clean import printable
 from tailspan.logs.printing import is_terminal
-from tailspan.models import RunResponse
+from tailspan.models import JobStatus
 
 __all__ = ["StateLine", "state_text"]
 
@@ -22,7 +22,7 @@ _TICK_S = 1.0
 _ERASE = "\r\x1b[2K"
 
 
-def state_text(status: RunResponse, seen_s: float) -> str:
+def state_text(status: JobStatus, seen_s: float) -> str:
     """Return the line for a status: state, progress, time and name.
 
     Args:
@@ -52,7 +52,7 @@ class StateLine:
         self._shown = is_terminal(sys.stderr)
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self._status: RunResponse | None = None
+        self._status: JobStatus | None = None
         self._ticks = 0
         self._thread = threading.Thread(target=self._tick, name="tailspan-state-line", daemon=True)
 
@@ -68,7 +68,7 @@ class StateLine:
         with self.paused():
             pass
 
-    def show(self, status: RunResponse) -> None:
+    def show(self, status: JobStatus) -> None:
         """Show this status from now on."""
         with self._lock:
             self._status = status

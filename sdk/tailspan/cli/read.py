@@ -125,9 +125,9 @@ def exec_time(job: str, service: str | None, config_path: Path | None, as_json: 
     Example:
       tailspan exec-time 01J8ZK --json
     """  # noqa: D301 - click wants the backspace character itself
+    from tailspan._verbs import in_progress_text
     from tailspan.cli.show import json_line, write
     from tailspan.cli.watch import say
-    from tailspan.client import in_progress_text
 
     took, status = with_client(config_path, service, lambda client: client.exec_time_and_status(job))
     running = not status.state.is_terminal

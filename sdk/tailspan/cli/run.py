@@ -12,7 +12,7 @@ from tailspan.cli.options import config_option, json_option, service_option, set
 from tailspan.errors import ConfigError, TailspanError
 
 if TYPE_CHECKING:
-    from tailspan.models import RunResponse
+    from tailspan.models import JobStatus
 
 __all__ = ["run"]
 
@@ -123,7 +123,7 @@ def _attached(
     if not isinstance(chosen, LocalService):
         raise ConfigError(f"the service {chosen.name!r} is not on this machine: add --detach to submit a job to it")
 
-    def say(status: RunResponse) -> None:
+    def say(status: JobStatus) -> None:
         # Under cron every word on standard error is a mail.
         if is_terminal(sys.stderr):
             click.echo(f"tailspan: this is job {status.job_id}", err=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from tailspan.logs.clean import printable
 from tailspan.logs.printing import LinePrinter, end_text, is_terminal
-from tailspan.models import JobState, ListedJob, RunResponse
+from tailspan.models import JobState, JobStatus, ListedJob
 
 __all__ = ["ended", "jobs_table", "json_line", "json_lines", "json_of", "seconds_text", "status_fields", "write"]
 
@@ -30,14 +30,14 @@ def write(text: str) -> None:
     LinePrinter(sys.stdout).write(_safe(text) + "\n")
 
 
-def json_of(answer: RunResponse | ListedJob) -> dict[str, Any]:
+def json_of(answer: JobStatus | ListedJob) -> dict[str, Any]:
     """Return every field of a status or a row by its own name; times as ISO 8601, durations in seconds."""
     fields = {
         field.name: _plain(getattr(answer, field.name))
         for field in dataclasses.fields(answer)
-        if field.name != "origin"
+        if not field.name.startswith("_")
     }
-    if isinstance(answer, RunResponse):
+    if isinstance(answer, JobStatus):
         fields["duration_s"] = answer.duration.total_seconds() if answer.duration is not None else None
     return fields
 
@@ -54,7 +54,7 @@ def json_lines(values: Iterable[Any]) -> None:
         LinePrinter(sys.stdout).write(text)
 
 
-def ended(status: RunResponse) -> None:
+def ended(status: JobStatus) -> None:
     """Say how a job ended."""
     took = f", after {seconds_text(status.duration)}" if status.duration is not None else ""
     write(_safe(end_text(status)) + took)
@@ -71,7 +71,7 @@ def seconds_text(duration: timedelta) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
-def status_fields(status: RunResponse, links: Mapping[str, str]) -> None:
+def status_fields(status: JobStatus, links: Mapping[str, str]) -> None:
     """Show a status, one field a line.
 
     Args:

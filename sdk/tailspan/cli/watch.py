@@ -19,7 +19,7 @@ from tailspan.cli.options import (
 
 if TYPE_CHECKING:
     from tailspan.client import AsyncJobClient
-    from tailspan.models import RunResponse
+    from tailspan.models import JobStatus
 
 __all__ = ["cancel", "exit_code_for", "say", "status", "wait"]
 
@@ -100,7 +100,7 @@ def wait(
     from tailspan.cli.live import StateLine
     from tailspan.cli.show import ended, json_line, json_of
 
-    async def use(client: AsyncJobClient) -> RunResponse:
+    async def use(client: AsyncJobClient) -> JobStatus:
         with StateLine() as line:
             return await client.job_wait_for_job(job, poll, timeout, delivered=delivered, on_status=line.show)
 
@@ -112,7 +112,7 @@ def wait(
     ctx.exit(exit_code_for(answer))
 
 
-def exit_code_for(status: RunResponse) -> int:
+def exit_code_for(status: JobStatus) -> int:
     """Return what ``wait`` and ``tail`` exit with for a job that ended like this."""
     from tailspan.models import JobState
 

@@ -27,7 +27,7 @@ from tailspan.config.otlp import OtlpSettings
 from tailspan.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tailspan.models import RunResponse
+    from tailspan.models import JobStatus
 
 __all__ = ["FilesSettings", "LinksSettings", "RedactPattern", "RedactSettings", "Settings", "load_settings"]
 
@@ -108,7 +108,7 @@ class LinksSettings(Options):
     trace: Annotated[str | None, BeforeValidator(_check_link)] = None
     logs: Annotated[str | None, BeforeValidator(_check_link)] = None
 
-    def of(self, job: RunResponse) -> dict[str, str]:
+    def of(self, job: JobStatus) -> dict[str, str]:
         """Return the configured links of one job, by ``trace`` and ``logs``.
 
         Placeholders, escaped for a URL: ``{trace_id}``, ``{job_id}``, ``{job_name}``, ``{service}``, ``{start_ms}``

@@ -38,7 +38,7 @@ from tailspan.errors import (
 )
 from tailspan.logs.page import NANOS_PER_MS, LogPage, Stream
 from tailspan.logs.page_wire import MAX_JOBS, MEDIA_TYPE, RESUME_HEADER, cursor_text, encode_frame, read_cursor
-from tailspan.models import JobState, ListedJob, RunResponse
+from tailspan.models import JobState, JobStatus, ListedJob
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
@@ -66,10 +66,10 @@ _TAILS = [
     for name in Stream.NAMES
 ]
 _JOB_STATUS = {
-    state: RunResponse.from_state(state, job_id="", job_name="", identity="", trace_id="").job_status
+    state: JobStatus.from_state(state, job_id="", job_name="", identity="", trace_id="").job_status
     for state in JobState
 }
-_NOT_SENT = {"service", "origin"}
+_NOT_SENT = {"service", "_origin"}
 
 _logger = logging.getLogger("tailspan.job_api.server")
 _encoder = msgspec.json.Encoder()
@@ -216,7 +216,7 @@ class JobApi:
             await _close(pages)
         return _json_reply(rows[:limit])
 
-    async def _status_reply(self, job: RunResponse) -> Response:
+    async def _status_reply(self, job: JobStatus) -> Response:
         # A service that knows only times would have to fetch the log to say when it begins and ends.
         times = None if not self._service.has_offsets else await self._service.log_times_ms(job.job_id)
         first_ms, last_ms = times or (None, None)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from tailspan.local.launch import Launched, Request, standard_fds_taken
 from tailspan.local.stdin import Stdin
-from tailspan.models import JobState, RunResponse
+from tailspan.models import JobState, JobStatus
 
 if TYPE_CHECKING:
     from tailspan.services.local import LocalService
@@ -25,7 +25,7 @@ OUR_ERROR = 125
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def exit_code_of(job: RunResponse) -> int:
+def exit_code_of(job: JobStatus) -> int:
     """Return what ``tailspan run`` exits with for a job that has ended.
 
     Returns:
@@ -43,8 +43,8 @@ def run_attached(
     name: str | None = None,
     attributes: Mapping[str, str] | None = None,
     timeout_s: float | None = None,
-    on_start: Callable[[RunResponse], None] | None = None,
-) -> RunResponse:
+    on_start: Callable[[JobStatus], None] | None = None,
+) -> JobStatus:
     """Run a command as a job in the foreground and return its last status.
 
     Its output appears on this process's standard output and standard error as it is printed; its standard input is

@@ -6,21 +6,31 @@ import re
 import shlex
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 
 from tailspan._identity import trace_id
 from tailspan.errors import ProtocolError
 from tailspan.local.reader import LogReader, Totals
 from tailspan.local.store import StoredJob, submitted_at_of, time_of
-from tailspan.models import JobState, ListedJob, RunResponse
-from tailspan.services import JobService
+from tailspan.models import JobState, JobStatus, ListedJob
 
 __all__ = ["row_of", "status_of", "totals_of"]
 
 _TRACE_ID = re.compile(r"(?!0{32})[0-9a-f]{32}")
 
 
-def status_of(job: StoredJob, service: JobService) -> RunResponse:
+class Owner(Protocol):
+    """The service that a job belongs to."""
+
+    name: str
+
+    @property
+    def identity(self) -> str:
+        """The identity of the state directory; read from disk at first use."""
+        ...
+
+
+def status_of(job: StoredJob, service: Owner) -> JobStatus:
     """Return the status that a job's files tell.
 
     Args:
@@ -34,7 +44,7 @@ def status_of(job: StoredJob, service: JobService) -> RunResponse:
         finished, error = _lost(job, alive)
     identity = spec.get("identity") or service.identity
     stored_trace = spec.get("trace_id", "")
-    return RunResponse.from_state(
+    return JobStatus.from_state(
         state,
         job_id=job.job_id,
         job_name=job.name,
@@ -52,11 +62,10 @@ def status_of(job: StoredJob, service: JobService) -> RunResponse:
         identity=identity,
         trace_id=stored_trace if _TRACE_ID.fullmatch(stored_trace) else trace_id(identity, job.job_id),
         logs_complete=job.logs_complete,
-        origin=service,
     )
 
 
-def row_of(job: StoredJob, service: JobService) -> ListedJob:
+def row_of(job: StoredJob, service: Owner) -> ListedJob:
     """Return the row of a listing that a job's files tell; see `status_of`."""
     return ListedJob(
         job_id=job.job_id,
@@ -66,7 +75,6 @@ def row_of(job: StoredJob, service: JobService) -> ListedJob:
         state_since=time_of(job.recorded.get("finished_at") or job.recorded.get("started_at")),
         service=service.name,
         lines=_lines(job),
-        origin=service,
     )
 
 

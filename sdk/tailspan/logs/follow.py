@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tailspan.logs.page import Message
-from tailspan.models import JobState, RunResponse
+from tailspan.models import JobState, JobStatus
 
 __all__ = ["SETTLE_S", "Follower", "TailUpdate"]
 
@@ -52,7 +52,7 @@ class Follower:
     _complete_read: bool = field(default=False, init=False)
     _settled_when_seen: bool = field(default=False, init=False)
 
-    def on_status(self, job: RunResponse, now_s: float, wall_s: float) -> None:
+    def on_status(self, job: JobStatus, now_s: float, wall_s: float) -> None:
         """Take in a status.
 
         Args:
@@ -166,7 +166,7 @@ class TailUpdate:
         complete: Whether the job has ended and this is the last of its lines: nothing follows.
     """
 
-    status: RunResponse
+    status: JobStatus
     messages: Sequence[Message] = ()
     left_out: int = 0
     gap: bool = False

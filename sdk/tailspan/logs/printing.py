@@ -9,7 +9,7 @@ from typing import IO
 from tailspan.logs.clean import printable
 from tailspan.logs.follow import TailUpdate
 from tailspan.logs.page import Message
-from tailspan.models import RunResponse
+from tailspan.models import JobStatus
 
 __all__ = ["LinePrinter", "TailPrinter", "end_text", "is_terminal"]
 
@@ -82,7 +82,7 @@ class TailPrinter:
             self._printer.note(f"{end_text(update.status)}, without a line")
 
 
-def end_text(status: RunResponse) -> str:
+def end_text(status: JobStatus) -> str:
     """Say in one line how a job ended."""
     how = status.state.lower().replace("_", " ")
     why = status.error or (f"exit code {status.exit_code}" if status.exit_code else "")

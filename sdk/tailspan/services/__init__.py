@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from tailspan._identity import trace_id
 from tailspan.errors import ConfigError, RequestRejectedError
 from tailspan.logs.page import NANOS_PER_MS, Line, LogPage, Message, numbered_pages
-from tailspan.models import JobState, ListedJob, RunResponse
+from tailspan.models import JobState, JobStatus, ListedJob
 
 if TYPE_CHECKING:
     from tailspan.config import Settings
@@ -91,7 +91,7 @@ class JobService(ABC):
         return cls(name, **given)  # type: ignore[call-arg]  # the subclass's constructor takes the name first
 
     @abstractmethod
-    async def get_job(self, job_id: str) -> RunResponse:
+    async def get_job(self, job_id: str) -> JobStatus:
         """Return the job's status.
 
         Raises:
@@ -130,7 +130,7 @@ class JobService(ABC):
     def list_jobs(self) -> AsyncGenerator[Sequence[ListedJob], None]:
         """Yield the service's jobs, newest first, page by page, each once. The caller may close it at any page."""
 
-    async def cancel(self, job_id: str) -> RunResponse:
+    async def cancel(self, job_id: str) -> JobStatus:
         """Cancel the job and return its new status; an ended job stays as it is.
 
         By default a service cannot cancel.
@@ -174,7 +174,7 @@ class JobService(ABC):
         """Release connections and files. The caller may close twice. By default there is nothing to release."""
         return
 
-    def make_status(self, job_id: str, state: JobState | str, **fields: Any) -> RunResponse:
+    def make_status(self, job_id: str, state: JobState | str, **fields: Any) -> JobStatus:
         """Return the status of a job of this service.
 
         Args:
@@ -183,7 +183,7 @@ class JobService(ABC):
             **fields: Further fields of the status, for example ``job_name``; that one is the job's id by default.
         """
         own = {"service": self.name, "identity": self.identity, "trace_id": trace_id(self.identity, job_id)}
-        return RunResponse.from_state(JobState(state), **{"job_id": job_id, "job_name": job_id, **own, **fields})
+        return JobStatus.from_state(JobState(state), **{"job_id": job_id, "job_name": job_id, **own, **fields})
 
     def make_pages(
         self, job_id: str, lines: Iterable[Line], cursor: bytes | None = None, *, since_ms: int | None = None
@@ -217,7 +217,7 @@ class SubmitService(JobService):
         timeout_s: float | None = None,
         cwd: str | None = None,
         env: Mapping[str, str] | None = None,
-    ) -> RunResponse:
+    ) -> JobStatus:
         """Start a command as a job and return its first status; see `tailspan.job_submit`."""
 
 

@@ -83,9 +83,9 @@ class OpenedServices:
         job_id = job_id_of(job)
         if service is not None or isinstance(job, str):
             return self.service(service), job_id
-        if job.origin is None:
-            return self.service(job.service), job_id
-        return self._own(job.origin), job_id
+        if isinstance(job._origin, JobService):
+            return self._own(job._origin), job_id
+        return self.service(job.service), job_id
 
     async def aclose(self) -> None:
         """Close what was opened here; service objects given by the caller stay open."""

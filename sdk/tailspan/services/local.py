@@ -33,7 +33,7 @@ from tailspan.local.status import row_of, status_of, totals_of
 from tailspan.local.stdin import inherited_stdin
 from tailspan.local.store import JobStore, StoredJob, submitted_at_of
 from tailspan.logs.page import NANOS_PER_MS, LogPage
-from tailspan.models import ListedJob, RunResponse
+from tailspan.models import JobStatus, ListedJob
 from tailspan.services import LATE_WINDOW_S, ChangeFeedService, SubmitService
 
 if TYPE_CHECKING:
@@ -136,11 +136,11 @@ class LocalService(SubmitService, ChangeFeedService):
         """Where the jobs' files are."""
         return self._store.state_dir
 
-    async def get_job(self, job_id: str) -> RunResponse:
+    async def get_job(self, job_id: str) -> JobStatus:
         """Return the job's status; see `tailspan.services.JobService`."""
         return self.status(job_id)
 
-    def status(self, job_id: str) -> RunResponse:
+    def status(self, job_id: str) -> JobStatus:
         """Return the job's status, for callers without an event loop.
 
         Raises:
@@ -205,7 +205,7 @@ class LocalService(SubmitService, ChangeFeedService):
         timeout_s: float | None = None,
         cwd: str | None = None,
         env: Mapping[str, str] | None = None,
-    ) -> RunResponse:
+    ) -> JobStatus:
         """Start a command as a job in the background; see `tailspan.job_submit`.
 
         Standard input is this process's, unless that is a terminal. A command that cannot be executed is a job that
@@ -250,7 +250,7 @@ class LocalService(SubmitService, ChangeFeedService):
         self._prune_sometimes()
         return launched
 
-    async def cancel(self, job_id: str) -> RunResponse:
+    async def cancel(self, job_id: str) -> JobStatus:
         """End the job: SIGTERM to all its processes, SIGKILL after a grace time; an ended job stays as it is.
 
         Returns:
@@ -320,9 +320,7 @@ class LocalService(SubmitService, ChangeFeedService):
             return None
         except PermissionError:
             # Of another user, say of root by sudo: it must not hide the jobs of this one. Asked for, it says so itself.
-            return ListedJob(
-                job_id=job_id, job_name="unknown", created_at=submitted_at_of(job_id), service=self.name, origin=self
-            )
+            return ListedJob(job_id=job_id, job_name="unknown", created_at=submitted_at_of(job_id), service=self.name)
         row = row_of(job, self)
         if job.logs_complete:
             self._final_rows[job_id] = row

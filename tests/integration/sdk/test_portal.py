@@ -145,7 +145,7 @@ def test_closing_cancels_what_runs_while_the_resource_is_there(portal):
     portal.close()
     thread.join(30)
     assert seen == [[], "cancelled"]
-    with pytest.raises(RuntimeError, match="closed meanwhile"):
+    with pytest.raises(RuntimeError, match="closed during the call"):
         next(numbers)
 
 

@@ -116,13 +116,13 @@ def test_printing_keeps_indentation_and_every_line(do):
 def test_status_knows_its_service(service, do):
     """A status and a listed job lead back to where they came from, without naming it again."""
     status = do(AsyncJobClient.job_get_status, "j")
-    assert status.origin is service
+    assert status._origin is service
     other = FakeService("other")
     assert do(AsyncJobClient.job_get_status, status).job_id == "j"
     with pytest.raises(JobNotFoundError):
         do(AsyncJobClient.job_get_status, status, service=other)
     (row,) = do(AsyncJobClient.job_list)
-    assert row.origin is service
+    assert row._origin is service
 
 
 def test_answers_can_be_sent_to_another_process(service, do):
@@ -130,7 +130,7 @@ def test_answers_can_be_sent_to_another_process(service, do):
     for answer in (do(AsyncJobClient.job_get_status, "j"), *do(AsyncJobClient.job_list)):
         received = pickle.loads(pickle.dumps(answer))
         assert received == answer
-        assert (received.origin, received.service) == (None, "fake")
+        assert (received._origin, received.service) == (None, "fake")
 
 
 def test_cancel_asks_once_and_leaves_ended_jobs_alone(service, do):
@@ -490,7 +490,7 @@ def test_a_status_of_another_client_is_asked_for_through_our_own_service(monkeyp
             theirs = one.service("local")
             status = FakeService().add_job("j")
             async with AsyncJobClient() as two:
-                found, _ = two._opened.find(dataclasses.replace(status, origin=theirs), None)
+                found, _ = two._opened.find(dataclasses.replace(status, _origin=theirs), None)
                 return theirs, found
 
     theirs, found = anyio.run(run)

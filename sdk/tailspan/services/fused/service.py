@@ -22,7 +22,7 @@ from tailspan._identity import check_job_id
 from tailspan.errors import ConfigError, ProtocolError, RequestRejectedError
 from tailspan.logs.page import LogPage, Message
 from tailspan.logs.page_wire import MEDIA_TYPE
-from tailspan.models import ListedJob, RunResponse
+from tailspan.models import JobStatus, ListedJob
 from tailspan.services import LATE_WINDOW_S, MergingService
 from tailspan.services.fused.auth import DEFAULT_SCHEME, Credentials
 from tailspan.services.fused.http import FusedHttp, Tls
@@ -161,12 +161,12 @@ class FusedService(MergingService):
     def tries(self, tries: int) -> None:
         self._http.tries = tries
 
-    async def get_job(self, job_id: str) -> RunResponse:
+    async def get_job(self, job_id: str) -> JobStatus:
         """Return the job's status."""
         path = _status_path(job_id)
         return self._status(f"GET {path}", await self._http.get(path, job_id=job_id), job_id)[0]
 
-    async def cancel(self, job_id: str) -> RunResponse:
+    async def cancel(self, job_id: str) -> JobStatus:
         """Ask the job to end and return its new status; an ended job stays as it is."""
         path = f"{_status_path(job_id)}/cancel"
         try:
@@ -313,7 +313,7 @@ class FusedService(MergingService):
         splitter = partial(ArraySplitter, decoder, step_bytes)
         return self._http.parts(path, params, splitter, expected, job_id=job_id, others=others)
 
-    def _status(self, request: str, body: bytes, job_id: str) -> tuple[RunResponse, Mapping[str, Any]]:
+    def _status(self, request: str, body: bytes, job_id: str) -> tuple[JobStatus, Mapping[str, Any]]:
         expected = "the status of a job"
         reply = self._json(request, expected, body, job_id)
         if not isinstance(reply, dict):

@@ -19,7 +19,7 @@ from tailspan._identity import trace_id
 from tailspan._net import host_port, is_loopback
 from tailspan.errors import ConfigError
 from tailspan.logs.clean import printable
-from tailspan.models import JobState, ListedJob, RunResponse, fused_state
+from tailspan.models import JobState, JobStatus, ListedJob, fused_state
 
 __all__ = [
     "DEFAULT_BASE_URL",
@@ -91,7 +91,7 @@ def path_segment(job_id: str) -> str:
     return quote(job_id, safe="")
 
 
-def decode_status(reply: Mapping[str, Any], *, service: str, identity: str) -> RunResponse:
+def decode_status(reply: Mapping[str, Any], *, service: str, identity: str) -> JobStatus:
     """Return the status that a reply tells.
 
     Args:
@@ -112,7 +112,7 @@ def decode_status(reply: Mapping[str, Any], *, service: str, identity: str) -> R
     finished_at = _moment(reply, "finished_at")
     if finished_at is None and state.is_terminal and told is None:
         finished_at = status_date
-    return RunResponse(
+    return JobStatus(
         job_id=wire.job_id,
         job_name=wire.job_name,
         instance_id=wire.instance_id,

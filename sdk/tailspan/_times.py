@@ -1,0 +1,46 @@
+"""Times and durations as callers may give them, in the units that services take. Pure."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import TypeAlias, overload
+
+from tailspan.errors import ConfigError
+
+__all__ = ["Seconds", "Since", "seconds_of", "since_ms_of"]
+
+Since: TypeAlias = int | datetime | timedelta
+"""A moment: ms since the epoch, an aware datetime, or how long ago."""
+
+Seconds: TypeAlias = float | timedelta
+"""A duration: seconds, or a timedelta."""
+
+
+def since_ms_of(since: Since | None, now_s: float) -> int | None:
+    """Return a moment in ms since the epoch; None stays None.
+
+    Args:
+        since: The moment.
+        now_s: The present moment, in seconds since the epoch: what a timedelta counts back from.
+
+    Raises:
+        ConfigError: A datetime without a time zone.
+    """
+    if isinstance(since, timedelta):
+        return int((now_s - since.total_seconds()) * 1000)
+    if isinstance(since, datetime):
+        if since.tzinfo is None:
+            raise ConfigError(
+                f"since_ms is {since.isoformat()}, which has no time zone: use an aware datetime", key="since_ms"
+            )
+        return int(since.timestamp() * 1000)
+    return since
+
+
+@overload
+def seconds_of(duration: Seconds) -> float: ...
+@overload
+def seconds_of(duration: Seconds | None) -> float | None: ...
+def seconds_of(duration: Seconds | None) -> float | None:
+    """Return a duration in seconds; None stays None."""
+    return duration.total_seconds() if isinstance(duration, timedelta) else duration
