@@ -1,7 +1,7 @@
-"""Where the ``Authorization`` header of the Fused API comes from, and how it is renewed. Tokens are never shown.
+"""The ``Authorization`` header of the Fused API: its sources and its renewal. No message contains a token.
 
-In this order: the service's own options, the environment, and the login that the official client leaves in
-``~/.fused/credentials``, which is the only one that can expire by itself.
+Sources, in this order: the service's own options, the environment, and the login of the official client in
+``~/.fused/credentials``, the only one that expires by itself.
 
 Source: ``fused`` 2.9.5, ``_auth.py`` and ``_options.py``.
 """
@@ -35,16 +35,16 @@ _OAUTH_URL = "https://dev-tjcykxcetrz6bps6.us.auth0.com/oauth/token"
 _OAUTH_CLIENT_ID = "OK8Yjyl2vJoJP4QNescjImHNkdMK8f2k"
 _OAUTH_TIMEOUT_S = 5.0
 _MAX_OAUTH_BYTES = 1 << 20
-# A token that ends while the request is on its way would be refused.
+# A token that expires while the request is on its way is refused.
 _LEEWAY = timedelta(seconds=30)
 
 
 class Authorization(NamedTuple):
-    """What to send, and where it is from.
+    """A header to send, and its source.
 
     Attributes:
-        value: The header; empty to send none.
-        source: Where the token is kept, for messages.
+        value: The header; empty: send none.
+        source: Where the token is stored, for messages.
     """
 
     value: str
@@ -55,7 +55,7 @@ class Authorization(NamedTuple):
 
 
 class Credentials:
-    """The credentials of one configured service. Sources are read anew at each request."""
+    """The credentials of one configured service. Sources are read at each request."""
 
     def __init__(
         self,
@@ -69,17 +69,17 @@ class Credentials:
         oauth_url: str = _OAUTH_URL,
         environ: Mapping[str, str] = os.environ,
     ) -> None:
-        """Look for credentials in these places.
+        """Configure the sources.
 
         Args:
             service: Name of the configured service, for messages.
-            base_url: Where they are sent. A login is sent over https only; on loopback none are needed.
+            base_url: Where the header is sent. A login is sent over https only; on loopback none is needed.
             token: A fixed token.
             token_file: A file with a token, which may change at any time.
-            scheme: What goes before ``token`` or the content of ``token_file``.
-            login_file: The official client's login; None: where it puts it, if ``base_url`` is https.
+            scheme: The word before ``token`` or the content of ``token_file``.
+            login_file: The official client's login; None: its usual place, if ``base_url`` is https.
             oauth_url: Where a login is renewed.
-            environ: The environment.
+            environ: The environment variables.
         """
         self._service = service
         self._base_url = base_url
@@ -89,15 +89,15 @@ class Credentials:
         self._login_file = login_file or (Path(_LOGIN_FILE) if base_url.startswith("https:") else None)
         self._oauth_url = oauth_url
         self._environ = environ
-        # A renewed login whose file could not be written, and the content of the file that it replaces.
+        # A renewed login whose file could not be written, and the content of the file that it should replace.
         self._unsaved: tuple[bytes, dict[str, Any]] | None = None
         self._renewing = anyio.Lock()
 
     async def authorization(self) -> Authorization:
-        """Return what to send with the next request, after renewing a login that has expired.
+        """Return the header of the next request; renew an expired login first.
 
         Raises:
-            AuthError: There are no credentials, or they cannot be used.
+            AuthError: There are no credentials, or they are not usable.
             ServiceUnavailableError: The login could not be renewed now.
         """
         if self._token is not None:
@@ -118,10 +118,10 @@ class Credentials:
         raise AuthError(self._nothing_found(token, scheme), service=self._service)
 
     async def renew(self, refused: Authorization) -> Authorization | None:
-        """Return other credentials than those that were refused; None if there are none.
+        """Return other credentials than the refused ones; None if there are none.
 
         Raises:
-            AuthError: The login is not valid any more.
+            AuthError: The login is no longer valid.
             ServiceUnavailableError: The login could not be renewed now.
         """
         current = await self.authorization()
@@ -142,7 +142,7 @@ class Credentials:
     def _with_scheme(self, scheme: str, token: str, source: str) -> Authorization:
         header = f"{scheme} {token}"
         if not token or not header.isascii() or not header.isprintable():
-            wrong = "has characters that no token has" if token else "is empty"
+            wrong = "has characters that a token cannot have" if token else "is empty"
             raise AuthError(f"the token of service {self._service} from {source} {wrong}", service=self._service)
         return Authorization(header, source)
 
@@ -168,7 +168,7 @@ class Credentials:
         try:
             return self._login_file.expanduser().read_bytes()
         except (OSError, RuntimeError):
-            # Also: there is no home directory. Then there is no login.
+            # RuntimeError: there is no home directory, so there is no login.
             return None
 
     def _read_login(self) -> dict[str, Any] | None:
@@ -198,7 +198,7 @@ class Credentials:
 
     async def _ask_for_token(self, refresh_token: str) -> dict[str, Any]:
         asked = {"client_id": _OAUTH_CLIENT_ID, "grant_type": "refresh_token", "refresh_token": refresh_token}
-        # Not the job API's client: that one may trust a private authority only.
+        # Not the job API's client, which may trust a private authority only.
         client = HttpClient(
             self._oauth_url,
             key=f"services.{self._service}.oauth_url",
@@ -225,15 +225,15 @@ class Credentials:
                 service=self._service,
             )
         try:
-            told: Any = msgspec.json.decode(body) if reply.is_success else None
-            token, lifetime_s = told["access_token"], float(told["expires_in"])
+            granted: Any = msgspec.json.decode(body) if reply.is_success else None
+            token, lifetime_s = granted["access_token"], float(granted["expires_in"])
         except (ValueError, KeyError, TypeError, RecursionError):
             text = error_text(body) or f"status {reply.status}"
             raise self._login_is_over(text.replace(refresh_token, "***")) from None
         if not isinstance(token, str):
             raise self._login_is_over("the reply has no token")
         expires_at = datetime.now(UTC) + timedelta(seconds=lifetime_s - 1)
-        return {**told, "expires_at": expires_at.isoformat()}
+        return {**granted, "expires_at": expires_at.isoformat()}
 
     def _login_is_over(self, why: str) -> AuthError:
         return AuthError(
@@ -243,7 +243,7 @@ class Credentials:
         )
 
     def _save_login(self, replaced: bytes, login: dict[str, Any]) -> None:
-        """Write the file as a whole or not at all; whoever reads it meanwhile sees the old or the new login."""
+        """Replace the file in one step: another reader sees the old login or the new one."""
         assert self._login_file is not None
         path = self._login_file.expanduser()
         try:

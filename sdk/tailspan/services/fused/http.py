@@ -1,4 +1,4 @@
-"""Requests to one Fused API: credentials, pace, retries, and the one place where HTTP becomes our errors."""
+"""Requests to one Fused API: credentials, rate, retries, and the one place that turns HTTP into our errors."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ Params = Mapping[str, int | str] | Sequence[tuple[str, str]]
 
 
 class Pace:
-    """A token bucket: on average so many a second, at most a second's worth at once."""
+    """A token bucket: an average rate per second, with bursts of at most one second's worth."""
 
     def __init__(self, per_second: float) -> None:
         self._interval_s = 1.0 / per_second
         self._next_s = 0.0
 
     async def wait(self) -> None:
-        """Wait for one's turn; turns are given in the order of asking."""
+        """Wait for the next turn; turns are given in the order of the calls."""
         now = time.monotonic()
         self._next_s = max(self._next_s, now - 1.0) + self._interval_s
         if self._next_s > now:
@@ -63,7 +63,7 @@ class Pace:
 
 
 class Retries:
-    """The tries of one request: bounded in number and time."""
+    """The attempts of one request, limited in number and time."""
 
     def __init__(self, tries: int) -> None:
         self._tries = tries
@@ -74,15 +74,15 @@ class Retries:
         """Wait until the request may be tried again.
 
         Raises:
-            ServiceUnavailableError: The error that was given, if it was tried often or long enough. When the service
-                asks for more patience than we have, its wish is in the error.
+            ServiceUnavailableError: The given error, after enough attempts or time, or if the service asks for a longer
+                delay than is left; the error has that delay.
         """
         delay_s = backoff_s(self._failed, random.random(), retry_after_s=error.retry_after_s)
         self._failed += 1
-        # A caller whose time will be up by then is better served by the service's words than by a bare timeout.
+        # A caller whose time ends before the delay gets the service's error rather than a bare timeout.
         left_s = anyio.current_effective_deadline() - anyio.current_time()
-        tired = time.monotonic() + delay_s > self._started_s + _RETRY_FOR_S
-        if self._failed >= self._tries or tired or delay_s >= left_s:
+        is_over = time.monotonic() + delay_s > self._started_s + _RETRY_FOR_S
+        if self._failed >= self._tries or is_over or delay_s >= left_s:
             raise error
         await anyio.sleep(delay_s)
 
@@ -105,8 +105,7 @@ class FusedHttp:
     """One API at one base URL, over one pool of kept-alive connections.
 
     Attributes:
-        tries: How often a request that only reads is sent before its error is raised; 1 for callers with a pace of
-            their own.
+        tries: Number of attempts of a request that only reads; 1 for callers with a schedule of their own.
     """
 
     def __init__(
@@ -136,10 +135,10 @@ class FusedHttp:
         Args:
             path: Below the base URL, escaped.
             params: The query.
-            job_id: The job that it is about.
+            job_id: The job that the request is about.
 
         Raises:
-            ServiceError: As the tree in `tailspan.errors` says.
+            ServiceError: See the tree in `tailspan.errors`.
         """
         retries = Retries(self.tries)
         while True:
@@ -151,7 +150,7 @@ class FusedHttp:
     async def post(self, path: str, *, job_id: str) -> bytes:
         """Send an empty POST and return the body of the reply.
 
-        It is sent again only if it never left: what it asks for may have happened although no answer came.
+        It is sent again only if it never left this host: without an answer, the server may still have acted on it.
         """
         retries = Retries(self.tries)
         while True:
@@ -172,15 +171,15 @@ class FusedHttp:
         job_id: str | None,
         others: Mapping[str, Callable[[], Splitter[T]]] | None = None,
     ) -> AsyncGenerator[list[T], None]:
-        """Yield the parts of a reply of any size as they come in. Tries again as long as nothing was yielded.
+        """Yield the parts of a reply of any size as they arrive. Retries until the first part.
 
         Args:
             path: Below the base URL, escaped.
             params: The query.
-            make_splitter: Makes what cuts a reply into parts.
-            expected: What the reply should be, for errors.
-            job_id: The job that it is about; None where it is about several.
-            others: The same by media types that the reply may have as well as JSON.
+            make_splitter: Makes the splitter of a JSON reply.
+            expected: The expected reply, for errors.
+            job_id: The job that the request is about; None for several.
+            others: Makers of splitters for other accepted replies, by media type.
         """
         retries = Retries(self.tries)
         begun = False
@@ -220,7 +219,7 @@ class FusedHttp:
     async def _whole(self, method: str, path: str, params: Params | None, job_id: str | None) -> bytes:
         await self._pace.wait()
         try:
-            # The client limits each step; a server that sends a byte now and then would never reach that.
+            # The client limits each wait; a server that sends a byte now and then never reaches that limit.
             with anyio.fail_after(2 * self._timeout_s):
                 async with self._reply(method, path, params, job_id, paced=True) as response:
                     body = bytearray()
@@ -249,7 +248,7 @@ class FusedHttp:
         paced: bool = False,
         also: Sequence[str] = (),
     ) -> AsyncIterator[Reply]:
-        """Send a request and give the answer if it is one; else raise what it means. Renews credentials once."""
+        """Send a request and yield a successful answer; raise an error for any other. Renews credentials once."""
         if not paced:
             await self._pace.wait()
         client = self._open_client()
@@ -304,10 +303,10 @@ class FusedHttp:
     async def _error(
         self, response: Reply, method: str, path: str, job_id: str | None, authorization: Authorization
     ) -> TailspanError:
-        """Return what an answer that is not a success means, in the server's own words if it has any."""
+        """Return the error for an answer that is not a success, with the server's own text if it has any."""
         code = response.status
-        told = await self._told(response, authorization)
-        text = f"{method} {path}: {code} {response.reason}".rstrip() + (f": {told}" if told else "")
+        detail = await self._error_detail(response, authorization)
+        text = f"{method} {path}: {code} {response.reason}".rstrip() + (f": {detail}" if detail else "")
         html = "html" in response.headers.get("content-type", "")
         if code in (401, 403):
             hint = f"; the token came from {authorization.source}" if authorization.value else "; none was sent"
@@ -319,29 +318,29 @@ class FusedHttp:
                 job_id=job_id,
             )
         if code == 404 and job_id is not None:
-            shown = f"service {self._service} knows no job {job_id}"
-            return JobNotFoundError(f"{shown}: {told}" if told else shown, service=self._service, job_id=job_id)
+            unknown = f"service {self._service} knows no job {job_id}"
+            return JobNotFoundError(f"{unknown}: {detail}" if detail else unknown, service=self._service, job_id=job_id)
         if code == 410 and (resume := response.headers.get(RESUME_HEADER.lower())) is not None:
             try:
                 cursor = CURSOR_MARK + read_cursor(resume) if resume else None
             except ConfigError as error:
                 return ProtocolError(f"{text}: {RESUME_HEADER}: {error}", service=self._service, job_id=job_id)
-            return CursorExpiredError(told or text, resume_cursor=cursor, service=self._service, job_id=job_id)
+            return CursorExpiredError(detail or text, resume_cursor=cursor, service=self._service, job_id=job_id)
         if code in (408, 429) or code >= 500:
             after_s = parse_retry_after_s(response.headers.get("retry-after"), datetime.now(UTC))
             return self._unavailable(text, job_id, after_s)
         return RequestRejectedError(text, status_code=code, service=self._service, job_id=job_id)
 
-    async def _told(self, response: Reply, authorization: Authorization) -> str:
+    async def _error_detail(self, response: Reply, authorization: Authorization) -> str:
         body = bytearray()
         try:
             await response.read_into(body, _MAX_ERROR_BYTES)
         except (*BROKEN, zlib.error):
-            # The status alone says enough.
+            # The status alone must do.
             return ""
-        told = error_text(bytes(body))
+        detail = error_text(bytes(body))
         token = authorization.value.partition(" ")[2]
-        return told.replace(token, "***") if token else told
+        return detail.replace(token, "***") if token else detail
 
     def _unavailable(
         self, text: str, job_id: str | None, retry_after_s: float | None = None
@@ -360,7 +359,7 @@ class FusedHttp:
         return text
 
     def _open_client(self) -> HttpClient:
-        # Connections belong to an event loop: a service object that outlives one starts anew in the next.
+        # Connections belong to an event loop: in the next loop a service needs new ones.
         loop = anyio.lowlevel.current_token()
         if self._client is None or self._client_loop != loop:
             self._client = HttpClient(
@@ -377,7 +376,7 @@ class FusedHttp:
 
     def _tls(self) -> ssl.SSLContext | None:
         if self._base_url.startswith("http:"):
-            # Loading the authorities would take longer than the first request.
+            # Plain HTTP: no TLS context is needed, and loading one takes longer than the first request.
             return None
         ca_file, client_cert, client_key = (path and path.expanduser() for path in self._tls_files)
         return tls_context(

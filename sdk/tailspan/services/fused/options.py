@@ -16,7 +16,7 @@ __all__ = ["FusedOptions"]
 
 
 class FusedOptions(Options):
-    """Table ``services.NAME`` of type ``fused``."""
+    """The table ``services.NAME`` of type ``fused``."""
 
     base_url: str = DEFAULT_BASE_URL
     token: SecretStr | None = None
@@ -31,17 +31,17 @@ class FusedOptions(Options):
     @model_validator(mode="after")
     def _fits(self) -> FusedOptions:
         if self.token is not None and self.token_file is not None:
-            raise ConfigError("has both token and token_file; give one of them")
+            raise ConfigError("token and token_file are both set: keep one of them")
         if self.client_key is not None and self.client_cert is None:
-            raise ConfigError("has client_key without client_cert")
+            raise ConfigError("client_key needs client_cert")
         return self
 
     @classmethod
     def read(cls, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments for `tailspan.services.fused.service.FusedService`.
+        """Return the arguments of `tailspan.services.fused.service.FusedService`.
 
         Raises:
-            ConfigError: A key is unknown or a value does not fit.
+            ConfigError: A key is unknown or a value is not valid.
         """
         found = validate_options(cls, f"services.{name}", options)
         return {

@@ -1,9 +1,9 @@
-"""`ServedPages`: logs of jobs as the pages that they are where the jobs run; see `tailspan.logs.page_wire`.
+"""`ServedPages`: logs as the log pages of the service where the jobs run; see `tailspan.logs.page_wire`.
 
-From its start a log is a reply of its own. Where reading goes on, one request brings the next page of many jobs. An
-agent that follows a hundred speaking jobs would need a hundred requests a second, each of which costs as much as a
-thousand lines, and twenty are allowed. Who asks waits for the others until the next half second of the clock begins,
-unless there were no others lately; and while a request is on its way, all who ask gather for the next one.
+A log read from its start is a reply of its own. Later reads share requests: one request returns the next pages of many
+jobs. Without that, an agent that follows a hundred busy jobs would send a hundred requests per second, each as
+expensive as a thousand lines; twenty are allowed. A read waits for others until the next half second of the clock,
+unless there were none lately; and while a request is on its way, new reads gather for the next one.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ __all__ = ["MessageSplitter", "ServedPages"]
 
 _GATHER_S = 0.5
 _LATELY_S = 2.0
-# A request line that every server takes.
+# A request line of this length is accepted by every server.
 _MOST_QUERY_CHARS = 6000
 
 
 @dataclass(eq=False, slots=True)
-class _Ask:
+class _Read:
     job_id: str
     cursor: str
     answer: tuple[LogPage | None, bool] | ServiceError | None = None
@@ -48,27 +48,27 @@ class _Ask:
 
 
 class _Gathering:
-    """Those who ask, in one event loop."""
+    """The waiting reads of one event loop."""
 
     def __init__(self) -> None:
-        self.waiting: dict[_Ask, None] = {}
+        self.waiting: dict[_Read, None] = {}
         self.turn = anyio.Lock()
         self._last_jobs: set[str] = set()
         self._last_s = 0.0
 
     @property
     def last_jobs(self) -> set[str]:
-        """The jobs of the last request; none where that was some time ago."""
+        """The jobs of the last request; empty if it was some time ago."""
         return self._last_jobs if time.monotonic() - self._last_s < _LATELY_S else set()
 
-    def batch(self, first: _Ask) -> list[_Ask]:
-        """Return those whose turn it is with one of them: as many as one request takes."""
+    def batch(self, first: _Read) -> list[_Read]:
+        """Return the reads of the next request: the first, and as many others as fit."""
         batch, room = [first], _MOST_QUERY_CHARS - first.query_chars
-        for ask in self.waiting:
-            if ask is not first and ask.answer is None and len(batch) < MAX_JOBS and ask.query_chars < room:
-                batch.append(ask)
-                room -= ask.query_chars + 1
-        self._last_jobs, self._last_s = {ask.job_id for ask in batch}, time.monotonic()
+        for read in self.waiting:
+            if read is not first and read.answer is None and len(batch) < MAX_JOBS and read.query_chars < room:
+                batch.append(read)
+                room -= read.query_chars + 1
+        self._last_jobs, self._last_s = {read.job_id for read in batch}, time.monotonic()
         return batch
 
 
@@ -79,7 +79,7 @@ class ServedPages:
         http: The job API.
 
     Attributes:
-        offered: Whether the server sends them, as it said in its last status reply; None before the first.
+        offered: Whether the server offers log pages, by its last status reply; None before the first.
     """
 
     def __init__(self, http: FusedHttp) -> None:
@@ -90,11 +90,11 @@ class ServedPages:
 
     @property
     def gather_s(self) -> float:
-        """For how long a read waits for others at present, in seconds; 0 where there were none lately."""
+        """How long a read waits for others at present, in seconds; 0 if there were none lately."""
         return _GATHER_S if len(self._gathering.last_jobs) > 1 else 0.0
 
     def are_for(self, cursor: bytes | None) -> bool:
-        """Return whether to read on after a cursor by pages: one that knows times goes on as it began."""
+        """Return whether to read log pages after a cursor; a cursor of times continues with times."""
         return bool(self.offered) if cursor is None else cursor.startswith(CURSOR_MARK)
 
     async def read(
@@ -106,7 +106,8 @@ class ServedPages:
         if cursor is not None:
             if self.offered is False:
                 raise CursorExpiredError(
-                    "the server sends no log pages any more: the log is read anew, by times", job_id=job_id
+                    "the server no longer offers log pages: the log is read again from its start, by times",
+                    job_id=job_id,
                 )
             page, more = await self._next(job_id, cursor)
             if page is not None:
@@ -129,30 +130,30 @@ class ServedPages:
                                 cursor = frame.page.cursor
                                 yield frame.page
                 if cursor == before:
-                    return  # whatever it says, it has no more
+                    return  # the server made no progress: stop, although it reports more
 
     async def _next(self, job_id: str, cursor: bytes) -> tuple[LogPage | None, bool]:
-        """Return a job's next page, None without one, and whether to go on with a request for this job alone."""
+        """Return a job's next page (None without one), and whether to continue with a request for this job alone."""
         gathering = self._open_gathering()
-        ask = _Ask(job_id, cursor_text(cursor[len(CURSOR_MARK) :]))
-        gathering.waiting[ask] = None
+        read = _Read(job_id, cursor_text(cursor[len(CURSOR_MARK) :]))
+        gathering.waiting[read] = None
         try:
             async with gathering.turn:
-                # Whoever has the turn asks for the others, too; most find their answer when they get it.
-                if ask.answer is None:
+                # One read sends the request for all; the others find their answer when their turn comes.
+                if read.answer is None:
                     if gathering.last_jobs - {job_id}:
                         await anyio.sleep(_GATHER_S - time.monotonic() % _GATHER_S)
-                    await self._answer(gathering.batch(ask))
+                    await self._answer(gathering.batch(read))
         finally:
-            gathering.waiting.pop(ask, None)
-        if isinstance(ask.answer, ServiceError):
-            raise copy.copy(ask.answer)
-        assert ask.answer is not None
-        return ask.answer
+            gathering.waiting.pop(read, None)
+        if isinstance(read.answer, ServiceError):
+            raise copy.copy(read.answer)
+        assert read.answer is not None
+        return read.answer
 
-    async def _answer(self, batch: list[_Ask]) -> None:
+    async def _answer(self, batch: list[_Read]) -> None:
         answers: dict[int, tuple[LogPage | None, bool]] = {}
-        # Which of them is to blame shows when each asks alone.
+        # A request for each job alone shows which one is wrong.
         rest: tuple[LogPage | None, bool] | ServiceError = None, True
         query = _query(batch)
         try:
@@ -165,12 +166,12 @@ class ServedPages:
         except (RequestRejectedError, ProtocolError, CursorExpiredError):
             pass
         except ServiceError as error:
-            rest = error  # of a reply that breaks off, what came is good
-        for number, ask in enumerate(batch):
-            ask.answer = answers.get(number, rest)
+            rest = error  # the pages before a broken end are valid
+        for number, read in enumerate(batch):
+            read.answer = answers.get(number, rest)
 
     def _open_gathering(self) -> _Gathering:
-        # Locks belong to an event loop: after a fork, and in the next loop, nobody would ever give them free.
+        # Locks belong to an event loop: after a fork and in the next loop they would never be released.
         loop = anyio.lowlevel.current_token()
         if self._loop != loop:
             self._gathering, self._loop = _Gathering(), loop
@@ -178,36 +179,36 @@ class ServedPages:
 
 
 class MessageSplitter:
-    """Takes the pieces of a reply of log pages for one job, and gives each page's lines as messages, oldest first."""
+    """Turns the pieces of a reply of log pages for one job into messages, oldest first in each page."""
 
     def __init__(self) -> None:
         self._frames = FrameSplitter(for_one=True)
 
     def feed(self, piece: bytes) -> list[Message]:
-        """Take in the next piece and return the lines of the pages that are complete; often none.
+        """Add the next piece and return the lines of complete pages; often none.
 
         Raises:
-            FrameError: This is no such reply.
+            FrameError: The reply has another form.
         """
         return self._messages(self._frames.feed(piece))
 
     def close(self) -> list[Message]:
-        """Say that the reply has ended.
+        """End the reply.
 
         Raises:
-            FrameError: It has no end.
+            FrameError: The reply is incomplete.
         """
         return self._messages(self._frames.close())
 
     @staticmethod
     def _messages(frames: list[Frame]) -> list[Message]:
         if any(frame.more for frame in frames):
-            raise FrameError("it has no end")
-        # Page by page, whatever pieces the reply came in.
+            raise FrameError("it is incomplete")
+        # By page: the result must not depend on the pieces of the reply.
         when = itemgetter("timestamp")
         pages = [sorted(frame.page.messages(), key=when) for frame in frames if frame.page is not None]
         return list(chain.from_iterable(pages))
 
 
-def _query(batch: list[_Ask]) -> list[tuple[str, str]]:
-    return [pair for ask in batch for pair in (("job", ask.job_id), ("cursor", ask.cursor))]
+def _query(batch: list[_Read]) -> list[tuple[str, str]]:
+    return [pair for read in batch for pair in (("job", read.job_id), ("cursor", read.cursor))]

@@ -1,9 +1,8 @@
 """`FusedService`: jobs of a Fused job API, the hosted one or any server that speaks its wire protocol.
 
-Lines are known by time and text only, and may become visible late: see `tailspan.services.fused.window` for what
-follows from that.
-Where the server is `tailspan serve` over a service with offsets, lines come as the pages that they are there, with the
-same times and uids, and one request does for many jobs: see `tailspan.logs.page_wire`.
+A line is known by its time and text only, and may become visible late: `tailspan.services.fused.window` says what
+follows from that. If the server is `tailspan serve` over a service with offsets, it sends log pages instead, with the
+times and uids that the lines have there, and one request reads many jobs: see `tailspan.logs.page_wire`.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from tailspan.models import JobStatus, ListedJob
 from tailspan.services import LATE_WINDOW_S, MergingService
 from tailspan.services.fused.auth import DEFAULT_SCHEME, Credentials
 from tailspan.services.fused.http import FusedHttp, Tls
-from tailspan.services.fused.log_times import Look, find_times
+from tailspan.services.fused.log_times import Probe, find_times
 from tailspan.services.fused.pages import MessageSplitter, ServedPages
 from tailspan.services.fused.stream import STEP_BYTES, ArraySplitter, Splitter, decode_json, lines, messages, pages
 from tailspan.services.fused.window import LateWindow
@@ -50,9 +49,9 @@ _TRIES = 4
 _ROWS = 100
 _MOST_ROWS = 1600
 _OVERLAP_ROWS = 10
-_LOOK_LINES = 5_000
-_LOOK_BYTES = 64 << 10
-# Of a list's text, what is remembered until it is read again: a longer list is read anew from there on.
+_PROBE_LINES = 5_000
+_PROBE_BYTES = 64 << 10
+# How much of a list's text is cached until the next list; rows beyond that are decoded each time.
 _REMEMBERED_BYTES = 16 << 20
 
 _any_json = msgspec.json.Decoder()
@@ -65,8 +64,6 @@ class FusedService(MergingService):
     Attributes:
         name: The configured name.
         identity: The normalised base URL.
-        poll_min_s: How soon a busy job may be asked again, in seconds.
-        poll_max_s: How rarely a silent job is asked, in seconds.
         final_read: True: lines may become visible late.
     """
 
@@ -95,20 +92,20 @@ class FusedService(MergingService):
         Args:
             name: The configured name.
             base_url: Where the API is, for example ``http://127.0.0.1:8798/server/v1``.
-            token: What to authenticate with; None: see `tailspan.services.fused.auth`.
-            token_file: A file with the token, read anew at each request.
-            scheme: The word before the token.
-            requests_per_second: How many requests this service sends at most, on average.
-            timeout_s: For connecting, and for each silence of the server, in seconds.
+            token: A fixed token; None: see `tailspan.services.fused.auth`.
+            token_file: A file with the token, read at each request.
+            scheme: The authentication scheme, the word before the token.
+            requests_per_second: Highest average rate of requests.
+            timeout_s: Time limit for connecting and for each wait on the server, in seconds.
             ca_file: PEM certificates to trust instead of the system's.
             client_cert: PEM certificate to show to the server, for mutual TLS.
             client_key: Its key, where it is not in the same file.
-            tries: How often a request that only reads is sent before its error is raised; 1 for callers with a pace
-                of their own. All tries together take at most about 5 s and one timeout.
+            tries: Number of attempts of a request that only reads; 1 for callers with a schedule of their own. All
+                attempts together take at most about 5 s and one timeout.
             credentials: Instead of token, token_file and scheme.
 
         Raises:
-            ConfigError: The base URL is none.
+            ConfigError: `base_url` is not a valid URL.
         """
         self.name = name
         self.identity = normalise_base_url(base_url)
@@ -132,9 +129,9 @@ class FusedService(MergingService):
         """Make the service of a section ``services.NAME``.
 
         Raises:
-            ConfigError: An option is unknown or does not fit; names the key.
+            ConfigError: An option is unknown or not valid; names the key.
         """
-        from tailspan.services.fused.options import FusedOptions  # pydantic: only where there is a configuration
+        from tailspan.services.fused.options import FusedOptions  # pydantic: only with a configuration
 
         found = FusedOptions.read(name, options)
         try:
@@ -172,7 +169,7 @@ class FusedService(MergingService):
         try:
             return self._status(f"POST {path}", await self._http.post(path, job_id=job_id), job_id)[0]
         except RequestRejectedError:
-            # The server may refuse to cancel what has ended, which is no error here.
+            # The server may refuse to cancel an ended job; that is not an error here.
             job = await self.get_job(job_id)
             if job.state.is_terminal:
                 return job
@@ -181,8 +178,8 @@ class FusedService(MergingService):
     async def list_jobs(self) -> AsyncGenerator[Sequence[ListedJob], None]:
         """Yield the service's jobs, newest first, page by page, each once.
 
-        Pages are asked for with some overlap, because jobs that begin meanwhile shift all others. They grow, because
-        most servers start from the newest for each; the first is small, because most callers need no more.
+        Requests overlap, because jobs that begin meanwhile shift all others. They grow, because most servers start from
+        the newest job for each; the first is small, because most callers need no more.
         """
         known: set[str] = set()
         skip = longest = 0
@@ -195,7 +192,7 @@ class FusedService(MergingService):
             except RequestRejectedError:
                 if limit == _ROWS:
                     raise
-                # It does not say how many it allows.
+                # The reply does not say how many rows are allowed.
                 self._most_rows = limit = _ROWS
                 continue
             rows = self._rows(body, before)
@@ -203,7 +200,7 @@ class FusedService(MergingService):
             new = list({row.job_id: row for row in rows if row.job_id not in known}.values())
             known.update(row.job_id for row in new)
             longest = max(longest, len(rows))
-            # A full page without news can also mean that a page's worth of jobs began meanwhile.
+            # A full page without new jobs can also mean that a page of jobs began meanwhile.
             if not rows or (not new and (nothing_new or len(rows) < longest)):
                 return
             nothing_new = not new
@@ -212,7 +209,7 @@ class FusedService(MergingService):
             skip += len(rows) if len(rows) <= _OVERLAP_ROWS or not new else len(rows) - _OVERLAP_ROWS
 
     def _rows(self, body: bytes, before: Mapping[bytes, ListedJob]) -> list[ListedJob]:
-        """Return the rows of a reply; of one that was the same before, what it was."""
+        """Return the rows of a reply; a row whose text has not changed is not decoded again."""
         request, expected = "GET /job/self", "an array of jobs"
         rows = []
         for text in map(bytes, self._json(request, expected, body, None, _array_json)):
@@ -250,7 +247,7 @@ class FusedService(MergingService):
     async def read_messages(self, job_id: str, since_ms: int | None = None) -> AsyncGenerator[Sequence[Message], None]:
         """Yield the lines as the server sent them, with all keys, at or after ``since_ms``.
 
-        Each sequence is sorted by time, which changes nothing where the server sends the oldest first. Our own server
+        Each sequence is sorted by time, which changes nothing if the server sends the oldest first. Our own server
         sends log pages, which have the same lines and cost less.
         """
         first_ms = max(0, since_ms or 0)
@@ -264,34 +261,34 @@ class FusedService(MergingService):
     async def log_times_ms(self, job_id: str) -> tuple[int, int] | None:
         """Return the times of the first and the last line in ms since the epoch, or None without lines.
 
-        Our own server tells them in the status. Of another, a short log is read, and of a long one a small part: its
-        begin, and what is needed to find its end; see `tailspan.services.fused.log_times`.
+        Our own server reports them in the status. From another server this reads a short log whole, and a small part of
+        a long one: its start, and what is needed to find its end; see `tailspan.services.fused.log_times`.
         """
         path = _status_path(job_id)
         job, reply = self._status(f"GET {path}", await self._http.get(path, job_id=job_id), job_id)
-        told, times = line_times(reply)
-        if told:
+        is_reported, times = line_times(reply)
+        if is_reported:
             return times
 
-        async def look(since_ms: int | None, most_lines: float = _LOOK_LINES) -> Look:
+        async def probe(since_ms: int | None, most_lines: float = _PROBE_LINES) -> Probe:
             first_ms, last_ms, count = -1, -1, 0
             ask_ms = None if since_ms is None else since_ms - 1
-            async with aclosing(self._elements(job_id, ask_ms, lines, step_bytes=_LOOK_BYTES)) as parts:
+            async with aclosing(self._elements(job_id, ask_ms, lines, step_bytes=_PROBE_BYTES)) as parts:
                 async for entries in parts:
                     found = [entry.timestamp for entry in entries if entry.timestamp >= (since_ms or 0)]
                     first_ms = min(found + [first_ms] * (first_ms >= 0), default=-1)
                     last_ms = max(last_ms, *found, -1)
                     count += len(found)
                     if count > most_lines:
-                        return Look(first_ms, last_ms, whole=False)
-            return Look(first_ms, last_ms, whole=True)
+                        return Probe(first_ms, last_ms, whole=False)
+            return Probe(first_ms, last_ms, whole=True)
 
         async def read_newest_ms(since_ms: int) -> int:
-            return (await look(since_ms, math.inf)).last_ms
+            return (await probe(since_ms, math.inf)).last_ms
 
         now = datetime.now(UTC)
         end = job.job_status_date if job.state.is_terminal and job.job_status_date else now
-        return await find_times(look, read_newest_ms, end_ms=_ms(end), now_ms=_ms(now))
+        return await find_times(probe, read_newest_ms, end_ms=_ms(end), now_ms=_ms(now))
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -306,7 +303,7 @@ class FusedService(MergingService):
         *,
         others: Mapping[str, Callable[[], Splitter[T]]] | None = None,
     ) -> AsyncGenerator[list[T], None]:
-        """Yield the elements of a log reply as they come in; see `FusedHttp.parts` for the others."""
+        """Yield the elements of a log reply as they arrive; see `FusedHttp.parts` for ``others``."""
         path = f"/logs/{path_segment(check_job_id(job_id))}"
         params = None if since_ms is None else {"since_ms": max(0, since_ms)}
         expected = " or ".join(('an array of {"message": text, "timestamp": ms}', *(others or ())))
@@ -317,7 +314,7 @@ class FusedService(MergingService):
         expected = "the status of a job"
         reply = self._json(request, expected, body, job_id)
         if not isinstance(reply, dict):
-            raise self._protocol_error(request, expected, "it is no object", job_id)
+            raise self._protocol_error(request, expected, "it is not an object", job_id)
         try:
             job = decode_status(reply, service=self.name, identity=self.identity)
         except msgspec.ValidationError as error:
@@ -336,7 +333,7 @@ class FusedService(MergingService):
         try:
             return decode_json(decoder, body)
         except msgspec.ValidationError:
-            raise self._protocol_error(request, expected, "it is none", job_id) from None
+            raise self._protocol_error(request, expected, "it does not match that form", job_id) from None
         except (msgspec.DecodeError, UnicodeDecodeError):
             what = "it is HTML" if body.lstrip().startswith(b"<") else "it is not JSON" if body else "it is empty"
             raise self._protocol_error(request, expected, what, job_id) from None

@@ -1,8 +1,9 @@
-"""A log reply as a stream: one JSON array of any size, cut into lists of lines, and these into pages. Pure.
+"""A log reply as a stream: cuts one JSON array of any size into lists of lines, and these into pages. Pure.
 
-No Python code runs for a byte. To find the end of an element, the last ``},{"`` in the buffer is tried: what precedes
-it is valid JSON exactly if it is a boundary between elements, because within a string it would be unterminated and
-within an object that would be incomplete. That the prefix decodes is the proof, and the lines are decoded by then.
+No Python code runs per byte. To find the end of an element, the splitter tries the last ``},{"`` in the buffer. The
+text before it is valid JSON exactly if it is a boundary between elements: inside a string the string would be
+unterminated, and inside an object the object would be incomplete. So decoding the prefix proves the boundary, and the
+lines are decoded by then.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tailspan.services.fused.window import LateWindow
 __all__ = [
     "STEP_BYTES",
     "ArraySplitter",
-    "Entry",
+    "LogEntry",
     "ReplyError",
     "Splitter",
     "decode_json",
@@ -52,10 +53,10 @@ _STREAMS = {name: Stream.NAMES.index(name) for name in Stream.NAMES}
 
 
 class ReplyError(ValueError):
-    """The reply is not the JSON that was expected; the text says what it is instead."""
+    """The reply is not the expected JSON; the message describes what it is instead."""
 
 
-class Entry(msgspec.Struct, gc=False):
+class LogEntry(msgspec.Struct, gc=False):
     """One element of a log reply; other keys are ignored."""
 
     message: str
@@ -63,15 +64,15 @@ class Entry(msgspec.Struct, gc=False):
     stream: Any = None
 
 
-lines = msgspec.json.Decoder(list[Entry])
+lines = msgspec.json.Decoder(list[LogEntry])
 _objects = msgspec.json.Decoder(list[dict[str, Any]])
 
 
 def decode_json(decoder: msgspec.json.Decoder[T], text: bytes | memoryview) -> T:
-    """Decode JSON; invalid UTF-8 and halves of surrogate pairs, which no text can hold, become U+FFFD. A BOM goes.
+    """Decode JSON. Invalid UTF-8 and halves of surrogate pairs become U+FFFD; a BOM is removed.
 
     Raises:
-        msgspec.DecodeError: It is not JSON, or (`msgspec.ValidationError`) not of the decoder's type.
+        msgspec.DecodeError: The text is not JSON, or (`msgspec.ValidationError`) not of the decoder's type.
     """
     try:
         return decoder.decode(text)
@@ -98,26 +99,26 @@ def _whole_pair(escape: re.Match[bytes]) -> bytes:
 
 
 class Splitter(Protocol[T]):
-    """Takes the pieces of a reply and gives its parts."""
+    """Turns the pieces of a reply into its parts."""
 
     def feed(self, piece: bytes) -> list[T]:
-        """Take in the next piece and return the parts that are complete; often none."""
+        """Add the next piece and return the complete parts; often none."""
         ...
 
     def close(self) -> list[T]:
-        """Return the parts that are left when the reply has ended."""
+        """End the reply and return the remaining parts."""
         ...
 
 
 class ArraySplitter(Generic[T]):
-    """Takes the pieces of one JSON array of objects and gives lists of its elements; holds a bounded buffer."""
+    """Turns the pieces of one JSON array of objects into lists of its elements, with a bounded buffer."""
 
     def __init__(self, decoder: msgspec.json.Decoder[list[T]], step_bytes: int = STEP_BYTES) -> None:
         """Begin a reply.
 
         Args:
             decoder: Decodes a JSON array of elements.
-            step_bytes: How much to gather before elements are looked for.
+            step_bytes: How much to gather before cutting off elements.
         """
         self._decoder = decoder
         self._step_bytes = step_bytes
@@ -128,14 +129,15 @@ class ArraySplitter(Generic[T]):
         self._begun = False
 
     def feed(self, piece: bytes) -> list[T]:
-        """Take in the next piece and return the elements that are complete; often none.
+        """Add the next piece and return the complete elements; often none.
 
         Raises:
-            ReplyError: This is not an array of such elements, or one of them is larger than 64 MiB.
+            ReplyError: The reply is not an array of such elements, or an element is larger than 64 MiB.
         """
         self._came.append(piece)
         self._came_bytes += len(piece)
-        # Joined at once: a buffer that grows is copied for each piece. A long element's does, not to have it twice.
+        # Pieces are joined together, because a growing buffer is copied for each piece. A long element does grow the
+        # buffer, so that it is not held twice.
         gathers = self._begun and len(self._buffer) <= self._step_bytes and len(self._came) < _MOST_PIECES
         if gathers and len(self._buffer) + self._came_bytes < self._want_bytes:
             return []
@@ -143,10 +145,10 @@ class ArraySplitter(Generic[T]):
         return self._cut() if len(self._buffer) >= self._want_bytes else []
 
     def close(self) -> list[T]:
-        """Return the elements that are left when the reply has ended.
+        """End the reply and return the remaining elements.
 
         Raises:
-            ReplyError: It is not an array of such elements, or it has no end.
+            ReplyError: The reply is not an array of such elements, or is incomplete.
         """
         self._join()
         if not self._begun:
@@ -174,29 +176,29 @@ class ArraySplitter(Generic[T]):
     def _cut(self) -> list[T]:
         buffer = self._buffer
         size = len(buffer)
-        # From the second byte on: each part is decoded behind the opening bracket.
+        # From the second byte on: the opening bracket stays before each part.
         tail = max(1, size - _SEARCH_BYTES)
-        # Elements begin alike, which tells boundaries between them from those of lists within them.
+        # Elements begin with the same key, unlike the objects in lists within them.
         opening = bytes(buffer[1 : buffer.find(b":") + 1])
         alike = re.compile(_BOUNDARY.pattern + b"(?=" + re.escape(opening) + b")")
         found: list[re.Match[bytes]] = []
         for boundary, begin in ((alike, tail), (alike, 1), (_BOUNDARY, tail), (_BOUNDARY, 1)):
             found = found or list(boundary.finditer(buffer, begin))
         for start, end in [match.span() for match in found[: -_MAX_CANDIDATES - 1 : -1]]:
-            # The array is closed in its place, without a copy: what stands there is a space or the comma.
-            behind, buffer[start + 1] = buffer[start + 1], _CLOSING
+            # Close the array in place, without a copy: the replaced byte is a space or the comma.
+            replaced, buffer[start + 1] = buffer[start + 1], _CLOSING
             try:
                 with memoryview(buffer) as text:
                     elements = self._decode(text[: start + 2])
             except _NotJsonError:
-                buffer[start + 1] = behind
+                buffer[start + 1] = replaced
                 continue
             buffer[:end] = b"["
             self._want_bytes = len(buffer) + self._step_bytes
             return elements
         if size > MAX_ELEMENT_BYTES:
             raise ReplyError(f"an element is larger than {MAX_ELEMENT_BYTES >> 20} MiB, or it is not JSON")
-        # Looking again after each piece would be quadratic.
+        # Trying again after each piece would take quadratic time.
         self._want_bytes = min(2 * size, MAX_ELEMENT_BYTES + 1)
         return []
 
@@ -210,14 +212,14 @@ class ArraySplitter(Generic[T]):
 
 
 class _NotJsonError(ReplyError):
-    """Not JSON: of a prefix it means no more than that it was cut at the wrong place."""
+    """Invalid JSON. For a prefix, this only means that the cut was not at an element boundary."""
 
 
 class _Messages:
-    """Decodes whole objects, which must be lines."""
+    """Decodes lines with all their keys."""
 
     def decode(self, text: bytes | memoryview) -> list[dict[str, Any]]:
-        """Return the objects of an array, oldest first; see `Entry` for what they must have."""
+        """Return the objects of an array, oldest first; `LogEntry` has the required keys."""
         found = _objects.decode(text)
         try:
             kinds = set(map(type, map(_MESSAGE, found)))
@@ -236,13 +238,13 @@ _MESSAGE, _TIMESTAMP = operator.itemgetter("message"), operator.itemgetter("time
 messages: Any = _Messages()
 
 
-def pages(window: LateWindow, entries: Sequence[Entry]) -> Iterator[LogPage]:
-    """Yield those lines that the window has not seen, each page with the cursor after it.
+def pages(window: LateWindow, entries: Sequence[LogEntry]) -> Iterator[LogPage]:
+    """Yield the lines that are new to the window, each page with the cursor after it.
 
-    A line ending at the end of a message is not part of the line; newlines within it are.
+    A line ending at the end of a message is removed; newlines within the message are kept.
 
     Args:
-        window: The read that these entries are the next part of.
+        window: The read that these entries continue.
         entries: Elements of the reply, in its order.
     """
     times = list(map(_timestamp, entries))
@@ -267,7 +269,7 @@ _stream = operator.attrgetter("stream")
 
 
 def _bodies(texts: list[str]) -> tuple[list[bytes], int]:
-    """Return the lines as bytes, without their endings, and their flags; in one step where no line has a NUL."""
+    """Return the lines as bytes, without their endings, and their flags; in one step if no line has a NUL."""
     joined = "\0".join(texts).encode()
     bodies = joined.split(b"\0") if texts else []
     plain = len(bodies) == len(texts) and joined.isascii() and b"\r" not in joined and b"\x1b" not in joined
@@ -284,19 +286,19 @@ def _without_ending(body: bytes) -> bytes:
 
 
 def _streams(values: list[Any]) -> int | list[int]:
-    """Return the stream of each line; of all, where it is one."""
+    """Return the stream of each line, or one value if all are the same."""
     if values and values.count(values[0]) == len(values):
         return _stream_of(values[0])
     return list(map(_stream_of, values))
 
 
 def _stream_of(value: Any) -> int:
-    # It may be no text, nor anything else that can be a key.
+    # The value may have any type, also one that is not hashable.
     return _STREAMS.get(value, Stream.NONE) if value.__class__ is str else Stream.NONE
 
 
 def _page_bounds(bodies: Sequence[bytes]) -> Iterator[tuple[int, int]]:
-    """Yield start and end of each page's lines."""
+    """Yield the first index and the end of each page's lines."""
     if len(bodies) <= MAX_PAGE_LINES and sum(map(len, bodies)) <= MAX_PAGE_BYTES:
         yield 0, len(bodies)
         return
@@ -310,7 +312,7 @@ def _page_bounds(bodies: Sequence[bytes]) -> Iterator[tuple[int, int]]:
 
 
 def _runs(times_unix_nano: Sequence[int], streams: int | Sequence[int], flags: int) -> list[LineRun]:
-    """Return runs of lines whose times count up by one nanosecond, and that are of one stream."""
+    """Return the runs: consecutive lines of one stream whose times count up by one nanosecond."""
     following = pairwise(times_unix_nano)
     starts = [0, *(place for place, (nano, after) in enumerate(following, 1) if after - nano != 1)]
     if not isinstance(streams, int):
@@ -319,7 +321,7 @@ def _runs(times_unix_nano: Sequence[int], streams: int | Sequence[int], flags: i
     counts = map(operator.sub, [*starts[1:], len(times_unix_nano)], starts)
     firsts = map(times_unix_nano.__getitem__, starts)
     kinds = repeat(streams) if isinstance(streams, int) else map(streams.__getitem__, starts)
-    # Most lines have a millisecond, hence a run, of their own: this is `Run(...)` without a Python call for each.
+    # Most lines have a millisecond, and so a run, of their own: this makes `LineRun`s without a Python call for each.
     return list(map(_new_run, zip(counts, firsts, kinds, repeat(flags), repeat(""), strict=False)))
 
 

@@ -1,8 +1,8 @@
 """The Fused wire format as values: URLs, a status reply, a row of the list, an error's text. Pure.
 
 Source: measured on the published ``fused`` clients 1.1.2 to 2.9.5, whose models are strict about the types of the
-twelve fields and ignore any other key. `tailspan serve` adds ours, which are taken where they make sense: another
-server may use the same names for other things.
+twelve fields and ignore any other key. `tailspan serve` adds keys of ours. They are used only if their values make
+sense, because another server may use the same names for other things.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _MAX_ERROR_CHARS = 500
 
 
 class _Status(msgspec.Struct, kw_only=True):
-    """The twelve fields, with the types that the published clients hold the server to."""
+    """The twelve fields, with the types that the published clients require."""
 
     job_id: str
     job_name: str
@@ -57,22 +57,22 @@ class _Status(msgspec.Struct, kw_only=True):
 
 
 def normalise_base_url(base_url: str) -> str:
-    """Return the one spelling of a base URL, which is the service's identity.
+    """Return the normal form of a base URL, which is the service's identity.
 
-    Scheme and host are in lower case; credentials, default port and trailing slashes are gone.
+    Scheme and host become lower case; credentials, default port and trailing slashes are removed.
 
     Raises:
-        ConfigError: It is not an http or https URL, or has a query or a fragment.
+        ConfigError: `base_url` is not an http or https URL, or has a query or a fragment.
     """
     try:
         parts = urlsplit(base_url.strip())
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise ConfigError(f"base_url cannot be read as a URL: {error}", key="base_url") from None
+        raise ConfigError(f"base_url is not a valid URL: {error}", key="base_url") from None
     if parts.scheme not in _DEFAULT_PORTS or not host:
         raise ConfigError("base_url is not a URL such as https://www.fused.io/server/v1", key="base_url")
     if parts.query or parts.fragment:
-        raise ConfigError("base_url has a query or a fragment; give only scheme, host and path", key="base_url")
+        raise ConfigError("base_url has a query or a fragment; use only scheme, host and path", key="base_url")
     named = host_port(host, None if port == _DEFAULT_PORTS[parts.scheme] else port)
     return f"{parts.scheme}://{named}{parts.path.rstrip('/')}"
 
@@ -84,33 +84,33 @@ def is_local(base_url: str) -> bool:
 
 
 def path_segment(job_id: str) -> str:
-    """Return a job id as one segment of a path, whatever is in it."""
+    """Return a job id as one segment of a URL path, escaped."""
     if job_id in (".", ".."):
-        # Unescaped, every client and proxy takes them for steps in the path.
+        # Unescaped, clients and proxies resolve them as steps in the path.
         return job_id.replace(".", "%2E")
     return quote(job_id, safe="")
 
 
 def decode_status(reply: Mapping[str, Any], *, service: str, identity: str) -> JobStatus:
-    """Return the status that a reply tells.
+    """Return the status in a reply.
 
     Args:
         reply: The decoded JSON object.
         service: Name of the configured service.
-        identity: What the job's ids are hashed from, unless the reply tells where the job really runs.
+        identity: The job's ids are hashed from it, unless the reply has the identity of the job's own service.
 
     Raises:
         msgspec.ValidationError: A required field is missing, or a field has another type.
     """
     wire = msgspec.convert(reply, _Status)
-    told = _told_state(reply)
-    state = told or fused_state(wire.status, wire.terminal_status, wire.job_status, wire.finished_job_status)
+    own_state = _own_state(reply)
+    state = own_state or fused_state(wire.status, wire.terminal_status, wire.job_status, wire.finished_job_status)
     identity = _text(reply, "identity") or identity
     attempt = _number(reply, "attempt") or 1
-    told_trace = _text(reply, "trace_id") or ""
+    own_trace_id = _text(reply, "trace_id") or ""
     status_date = _aware(wire.job_status_date)
     finished_at = _moment(reply, "finished_at")
-    if finished_at is None and state.is_terminal and told is None:
+    if finished_at is None and state.is_terminal and own_state is None:
         finished_at = status_date
     return JobStatus(
         job_id=wire.job_id,
@@ -138,17 +138,17 @@ def decode_status(reply: Mapping[str, Any], *, service: str, identity: str) -> J
         service=service,
         identity=identity,
         attempt=attempt,
-        trace_id=told_trace if _TRACE_ID.fullmatch(told_trace) else trace_id(identity, wire.job_id, attempt),
+        trace_id=own_trace_id if _TRACE_ID.fullmatch(own_trace_id) else trace_id(identity, wire.job_id, attempt),
         logs_complete=_boolean(reply, "logs_complete"),
     )
 
 
 def line_times(reply: Mapping[str, Any]) -> tuple[bool, tuple[int, int] | None]:
-    """Return whether a status reply tells the times of the first and last line, and these times in ms if any."""
+    """Return whether a status reply reports the times of the first and last line, and these times in ms, if any."""
     if "first_line_ms" not in reply or "last_line_ms" not in reply:
         return False, None
     first, last = _number(reply, "first_line_ms"), _number(reply, "last_line_ms")
-    # Our server says null when there are no lines, and also when finding out is not cheap for it.
+    # Our server sends null without lines, and also if finding the times would be expensive.
     return (False, None) if first is None or last is None else (True, (first, max(first, last)))
 
 
@@ -161,7 +161,7 @@ def decode_row(row: Any, *, service: str) -> ListedJob | None:
     return ListedJob(
         job_id=job_id,
         job_name=_text(row, "job_name") or _text(row, "name"),
-        state=_told_state(row) or fused_state("", False, job_status, None),
+        state=_own_state(row) or fused_state("", False, job_status, None),
         created_at=_moment(row, "creation_date"),
         state_since=_moment(row, "job_status_date"),
         instance_id=_text(row, "instance_id"),
@@ -172,7 +172,7 @@ def decode_row(row: Any, *, service: str) -> ListedJob | None:
 
 
 def error_text(body: bytes) -> str:
-    """Return what an error reply says, in one line; empty if it says nothing that is meant for people.
+    """Return the text of an error reply, in one line; empty if it has none for people.
 
     Source: ``{"message": str}`` or ``{"detail": str}``; with status 422 ``detail`` is a list of findings.
     """
@@ -185,7 +185,7 @@ def error_text(body: bytes) -> str:
         found = next((reply[key] for key in ("message", "detail", "error") if reply.get(key)), "")
     if isinstance(found, list):
         found = "; ".join(_finding(item) for item in found)
-    # An exception's text ends on a terminal as it is, in a traceback for example.
+    # An exception's text reaches terminals unchanged, for example in a traceback.
     text = printable(" ".join(str(found).split()), colours=False) if isinstance(found, str | dict) else ""
     return text if len(text) <= _MAX_ERROR_CHARS else text[:_MAX_ERROR_CHARS] + "..."
 
@@ -199,9 +199,9 @@ def _finding(item: Any) -> str:
     return f"{where}: {text}" if where else text
 
 
-def _told_state(reply: Mapping[str, Any]) -> JobState | None:
-    told = reply.get("state")
-    return JobState(told) if isinstance(told, str) and told in JobState.__members__ else None
+def _own_state(reply: Mapping[str, Any]) -> JobState | None:
+    value = reply.get("state")
+    return JobState(value) if isinstance(value, str) and value in JobState.__members__ else None
 
 
 def _aware(moment: datetime | None) -> datetime | None:
@@ -211,7 +211,7 @@ def _aware(moment: datetime | None) -> datetime | None:
             return moment
         return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
     except OverflowError:
-        # At the ends of the calendar not every offset has a UTC.
+        # Near the ends of the calendar, some offsets have no time in UTC.
         return None
 
 
@@ -219,10 +219,10 @@ def _moment(reply: Mapping[str, Any], key: str) -> datetime | None:
     value = reply.get(key)
     try:
         if isinstance(value, str) and value[10:11] == "T":
-            # A list has thousands of them, and this is ten times as fast.
+            # A list has thousands of times, and this is ten times as fast.
             return _aware(datetime.fromisoformat(value))
     except ValueError:
-        pass  # Python 3.11 knows no fraction of more than six digits, for example
+        pass  # for example, Python 3.11 reads no fraction of more than six digits
     try:
         return _aware(msgspec.convert(value, datetime | None))
     except msgspec.ValidationError:

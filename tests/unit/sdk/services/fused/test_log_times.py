@@ -5,7 +5,7 @@ import asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tailspan.services.fused.log_times import Look, find_times
+from tailspan.services.fused.log_times import Probe, find_times
 
 MOST = 5
 
@@ -18,7 +18,7 @@ def find(times, *, end_ms, now_ms):
         found = [ms for ms in times if since_ms is None or ms >= since_ms]
         some = found[: MOST + 1]
         seen.append(len(some))
-        return Look(some[0], some[-1], len(some) == len(found)) if some else Look(-1, -1, True)
+        return Probe(some[0], some[-1], len(some) == len(found)) if some else Probe(-1, -1, True)
 
     async def read_newest_ms(since_ms):
         found = [ms for ms in times if ms >= since_ms]
