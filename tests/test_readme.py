@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tailspan import JobNotFoundError, JobService, job_get_logs, job_get_status
+from tailspan import JobNotFoundError, JobService, errors, job_get_logs, job_get_status
 from tailspan._identity import span_id, trace_id
 
 ROOT = Path(__file__).parents[1]
@@ -36,14 +36,20 @@ def test_the_example_service_works(tmp_path: Path) -> None:
     asyncio.run(service.aclose())
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
-def test_the_example_programs_work(page: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A job is submitted, tailed and waited for, as shown."""
-    (code,) = [block for block in python_blocks(ROOT / page) if "job_submit" in block]
-    exec(compile(code, page, "exec"), {})
+@pytest.mark.parametrize(("page", "number"), [("README.md", 0), ("docs/python.md", 0), ("docs/python.md", 1)])
+def test_the_example_programs_work(page: str, number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each program submits a job, waits for it and prints its line and its state, as shown."""
+    exec(compile(python_blocks(ROOT / page)[number], page, "exec"), {})
     printed = capsys.readouterr().out
     assert "hello" in printed
     assert "SUCCEEDED" in printed
+
+
+def test_the_error_tree_is_that_of_the_code() -> None:
+    """docs/python.md draws the tree as `tailspan.errors` does, without the agent's errors."""
+    drawn = re.search(r"^TailspanError .*?(?=^  AgentError)", str(errors.__doc__), re.MULTILINE | re.DOTALL)
+    assert drawn is not None
+    assert drawn[0] in (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
 
 
 def test_the_published_vector_of_ids() -> None:
