@@ -96,7 +96,7 @@ class Bench:
         lines = ['default_service = "fake"']
         for name in self.services:
             lines += [f"[services.{name}]", 'type = "fused"']
-        agent = {"state_dir": str(self.state_dir), "listen": "", "drain_timeout": 10, **agent}
+        agent = {"state_dir": str(self.state_dir), "listen": "", "drain_timeout": 1, **agent}
         lines += ["[agent]", *_keys(agent)]
         for watch in watches or ({"discover": True},):
             lines += ["[[agent.watch]]", *_keys({"service": "fake", "settle": 0, **watch})]

@@ -124,6 +124,11 @@ def run(machine: Machine, sweep: Sweep, *arguments: str, **env: str) -> str:
     return done.stdout
 
 
+def invoke(machine: Machine, sweep: Sweep, *arguments: str, **env: str) -> None:
+    done = machine.invoke(*arguments, exit_code=None, env=env)
+    sweep.hear(" ".join(arguments), done.stdout, done.stderr)
+
+
 def test_credentials_stay_where_they_are(machine: Machine, sweep: Sweep, echo: Echo) -> None:
     """Servers that echo headers, of services and of telemetry: what they say is shown without the credentials."""
     token_file = sweep.file("token", sweep.canary("token_file") + "\n")
@@ -142,18 +147,21 @@ def test_credentials_stay_where_they_are(machine: Machine, sweep: Sweep, echo: E
     machine.detach("echo", "hello")
     for service in ("byfile", "bytoken"):
         for command in (("status", "j"), ("logs", "j"), ("jobs",)):
-            run(machine, sweep, *command, "--service", service)
-    run(machine, sweep, "status", "j", "--service", "env", FUSED_AUTH_TOKEN=sweep.canary("fused_env"))
+            invoke(machine, sweep, *command, "--service", service)
+    run(machine, sweep, "status", "j", "--service", "bytoken")
+    invoke(machine, sweep, "status", "j", "--service", "env", FUSED_AUTH_TOKEN=sweep.canary("fused_env"))
     run(machine, sweep, "agent", "check")
-    run(machine, sweep, "agent", "run", "--once", "--timeout", "2", "--log-level", "debug")
+    run(machine, sweep, "agent", "run", "--once", "--timeout", "1", "--log-level", "debug")
     run(machine, sweep, "doctor", "--output", "report.txt")
     environment = f"authorization=Bearer%20{sweep.canary('otel_headers')}"
     machine.configure(common)
-    run(machine, sweep, "agent", "check", OTEL_EXPORTER_OTLP_ENDPOINT=echo.url, OTEL_EXPORTER_OTLP_HEADERS=environment)
+    invoke(
+        machine, sweep, "agent", "check", OTEL_EXPORTER_OTLP_ENDPOINT=echo.url, OTEL_EXPORTER_OTLP_HEADERS=environment
+    )
     for protocol in ("http/protobuf", "grpc"):
         unreachable = {"TAILSPAN_OTLP__ENDPOINT": "http://127.0.0.1:9", "TAILSPAN_OTLP__PROTOCOL": protocol}
         headers = f"authorization={sweep.canary('header_of_' + protocol.partition('/')[0])}"
-        run(machine, sweep, "agent", "check", TAILSPAN_OTLP__HEADERS=headers, **unreachable)
+        invoke(machine, sweep, "agent", "check", TAILSPAN_OTLP__HEADERS=headers, **unreachable)
     seen = "".join(echo.seen)
     for place in ("token_file", "token", "header", "header2", "otel_headers"):
         assert sweep.canary(place) in seen, f"the test does not send {place}"
@@ -186,8 +194,8 @@ def test_broken_configurations_are_named_without_their_values(machine: Machine, 
     for number, broken in enumerate(BROKEN):
         watch = '[[agent.watch]]\nservice = "f"\njobs = ["j"]\n' if "services.f" in broken else ""
         machine.config.write_text(whole + watch + broken.format(sweep.canary(f"broken{number}")))
-        done = machine.tailspan("agent", "check", exit_code=None)
-        assert done.returncode == 2, f"this is not broken: {broken}"
+        done = machine.invoke("agent", "check", exit_code=None)
+        assert done.exit_code == 2, f"this is not broken: {broken}"
         sweep.hear(broken, done.stdout, done.stderr)
     bad = {"TAILSPAN_AGENT__TOKEN": "[", "TAILSPAN_OTLP__HEADERS": sweep.canary("no_pair")}
     machine.configure()
