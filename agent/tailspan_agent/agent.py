@@ -168,7 +168,7 @@ class Agent:
     def problems(self) -> list[str]:
         """Return codes of what keeps the agent from relaying; empty when it is ready."""
         codes = [f"endpoint_{signal}_paused" for signal in self.endpoints.paused()]
-        codes += ["checkpoint_store_unwritable"] if self.store.refused else []
+        codes += ["checkpoint_store_unwritable"] if self.store.write_failed else []
         return codes + [f"service_{name}_unreachable" for name in self._receiver.unreachable]
 
     def delivery(self, identity: str, job_id: str) -> dict[str, object]:

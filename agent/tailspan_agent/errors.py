@@ -1,12 +1,12 @@
-"""What only the agent raises, below `tailspan.errors.TailspanError`.
+"""The errors of the agent, below `tailspan.errors.TailspanError`.
 
 TailspanError
-  AgentError                the agent cannot go on with what it was doing
+  AgentError                the agent or a command cannot continue
     CheckpointError         the checkpoint store cannot be opened, read or written
-    ExportRejectedError     the endpoint does not take what it was sent, and waiting will not help
+    ExportRejectedError     the endpoint rejects a request, or is unavailable for too long
 
-A batch that the endpoint rejects while the agent runs is not an exception but an outcome (`exporter.outcome`);
-these are for commands that have to stop.
+A batch that the endpoint rejects while the agent runs is an outcome (`exporter.outcome`), not an exception; these
+errors end a command.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ __all__ = ["AgentError", "CheckpointError", "ExportRejectedError"]
 
 
 class AgentError(TailspanError):
-    """The agent cannot go on with what it was doing; the message says what to do about it.
+    """The agent or a command cannot continue; the message says what to do.
 
     Attributes:
-        exit_code: What a command ends with that raises it.
+        exit_code: The exit code of the command.
     """
 
     exit_code = 2
@@ -31,6 +31,6 @@ class CheckpointError(AgentError):
 
 
 class ExportRejectedError(AgentError):
-    """The endpoint does not take what it was sent, or was not reachable for as long as the caller would wait."""
+    """The endpoint rejects a request, or was unavailable for as long as the caller waits."""
 
     exit_code = 3

@@ -266,7 +266,7 @@ def newer_version(seed: str) -> Row:
         version = _set_version(world, lambda version: version + 1)
         before = _contents(world)
         world.start()
-        _expect_refusal(row, world, "made by a newer Tailspan")
+        _expect_refusal(row, world, "of a newer Tailspan")
         _expect(row, _contents(world) == before, "the store of a newer version is untouched")
         _set_version(world, lambda _: version)
         _speak(world, [job])

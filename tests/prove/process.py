@@ -43,7 +43,7 @@ def state_taken_away(world: World) -> None:
     away = world.home / "elsewhere"
     world.state_dir.rename(away)
     speak(world)
-    world.until(lambda: "was removed or replaced under a running agent" in world.log, "word of the missing store")
+    world.until(lambda: "was deleted or replaced while the agent runs" in world.log, "word of the missing store")
     speak(world)
     away.rename(world.state_dir)
 

@@ -1,4 +1,4 @@
-"""What can be concluded from a job's lines and its pipeline's past runs.
+"""Conclusions from a job's lines and from earlier runs of its pipeline.
 
-Pure analysis belongs here: progress, failures, baselines, assessments; nothing here may do I/O.
+Pure analysis belongs here: progress, failures, baselines, assessments. Nothing here may do I/O.
 """

@@ -1,6 +1,6 @@
-"""`Assessment`: what can be told of a running job beyond its state: how far it is, how long it will take, what is odd.
+"""`Assessment`: progress, time left and anomalies of a running job: silent, slow.
 
-Pure, and cheap enough to be asked for each followed job at each scrape; the metrics, the log and the page all read it.
+Pure, and cheap enough to be computed for each followed job at each scrape. The metrics, the log and the page use it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from tailspan_agent.analysis.baseline import Histories, PipelineHistory
 from tailspan_agent.analysis.progress import Progress
 
 __all__ = [
+    "MAX_TASKS",
     "Assessment",
     "JobSnapshot",
     "PipelineStats",
@@ -26,26 +27,28 @@ __all__ = [
 
 
 _FULL_BAR_NS = 10_000_000_000
-_MAX_TASKS = 1 << 53
+MAX_TASKS = 1 << 53
+"""Largest task count in metrics: a service may report any number, OTLP has 64 bits and a chart has floats."""
 
 
-# Not frozen, which takes three times as long: each scrape makes thousands of them.
+# Not frozen: that takes three times as long, and each scrape creates thousands.
 @dataclass(slots=True, kw_only=True)
 class JobSnapshot:
-    """A job that the agent follows now.
+    """A followed job at one moment.
 
     Attributes:
         service: The configured name of its service.
         status: Its newest status.
-        first_line_unix_nano: The time of its first line, if it has lines.
-        last_line_unix_nano: The time of its newest line.
-        progress: What its log last said of its progress, if it did.
+        first_line_unix_nano: The time of its first line, in ns since the epoch; None without lines.
+        last_line_unix_nano: The time of its newest line, in ns since the epoch; None without lines.
+        progress: The last progress in its log, if any.
         identity: The identity of its service.
-        lines: How many lines were read.
-        last_line: The newest line, cleaned, without secrets and cut off.
-        behind_unix_nano: The time of the newest acked line while lines are on their way; None when all is acked.
+        lines: Number of lines read.
+        last_line: The newest line, cleaned, redacted and cut off.
+        behind_unix_nano: The time of the newest acknowledged line while lines are in flight; None without lines in
+            flight.
         phase: The ``cicd.pipeline.run.state``: an ended job whose last lines are still read is finalizing.
-        started_unix_nano: When it started, by its service or else by its first line, in ns since the epoch.
+        started_unix_nano: When it started, in ns since the epoch: by its service, else by its first line.
     """
 
     service: str
@@ -61,26 +64,26 @@ class JobSnapshot:
     started_unix_nano: int | None = field(init=False)
 
     def __post_init__(self) -> None:
-        """Work out what each scrape asks for more than once."""
+        """Compute what each scrape needs several times."""
         state, started_at = self.status.state, self.status.started_at
         self.phase = "finalizing" if state.is_terminal else "pending" if state is JobState.PENDING else "executing"
         self.started_unix_nano = self.first_line_unix_nano if started_at is None else int(started_at.timestamp() * 1e9)
 
 
-# As a frozen dataclass it would take three times as long.
+# A frozen dataclass takes three times as long to create.
 class Assessment(NamedTuple):
-    """What can be told of a followed job at one moment.
+    """The assessment of a followed job at one moment.
 
     Attributes:
-        progress: How far it is, 0 to 1; None when nobody says.
-        eta_s: How long it will still take, in seconds; None when that cannot be told.
-        progress_text: The counts or the line that say it.
+        progress: Its progress, 0 to 1; None if neither service nor log report it.
+        eta_s: The estimated time left, in seconds; None without an estimate.
+        progress_text: The task counts or the line with the progress.
         running_s: How long it has been running, in seconds; None before it started.
-        usual_s: How long its pipeline usually takes (median of succeeded runs), in seconds; None without such a run.
-        quiet_s: How long there was no line, in seconds; None before it started.
-        silent: Whether it is silent for longer than its pipeline's past says.
-        slow: Whether it is running for longer than its pipeline's past says.
-        past_runs: How many succeeded runs that past has.
+        usual_s: The median duration of succeeded runs of its pipeline, in seconds; None without such a run.
+        quiet_s: The time without a line, in seconds; None before it started.
+        silent: Whether it has been silent for longer than is usual for its pipeline.
+        slow: Whether it has been running for longer than is usual for its pipeline.
+        past_runs: Number of succeeded runs in the pipeline's history.
         enough_history: Whether these are enough to call a job silent or slow.
     """
 
@@ -98,12 +101,12 @@ class Assessment(NamedTuple):
 
 @dataclass(kw_only=True)
 class PipelineStats:
-    """What the agent has learned of pipelines; its tailers and metrics share one.
+    """The history of all pipelines, shared by tailers and metrics.
 
     Attributes:
-        histories: The last ended runs by the label of their pipeline.
-        too_fast: How many runs of a pipeline succeeded suspiciously fast, since the store was made.
-        missing: Which expected pipelines did not start in time, by their configured name.
+        histories: The last ended runs of each pipeline.
+        too_fast: Number of suspiciously fast runs since the store was created, by pipeline.
+        missing: Whether an expected pipeline did not start in time, by its configured name.
     """
 
     histories: Histories = field(default_factory=Histories)
@@ -112,12 +115,12 @@ class PipelineStats:
 
 
 def assess(job: JobSnapshot, history: PipelineHistory, now_unix_nano: int) -> Assessment:
-    """Return what can be told of a job.
+    """Return the assessment of a job.
 
     Args:
         job: The job.
-        history: The past of its pipeline.
-        now_unix_nano: The moment, in ns since the epoch.
+        history: The history of its pipeline.
+        now_unix_nano: The time, in ns since the epoch.
     """
     started_ns = job.started_unix_nano
     running = job.phase == "executing" and started_ns is not None
@@ -130,8 +133,8 @@ def assess(job: JobSnapshot, history: PipelineHistory, now_unix_nano: int) -> As
     heartbeat_s = _seconds(now_unix_nano - int(heartbeat.timestamp() * 1e9)) if heartbeat is not None else 0.0
     progress = _of_tasks(job.status, running_s, now_unix_nano) or job.progress
     if progress and progress.fraction >= 1 and now_unix_nano - progress.seen_unix_nano > _FULL_BAR_NS:
-        progress = None  # a bar that was full a while ago was not that of the whole job
-    # A status or a log that cannot be read now says nothing of a silence.
+        progress = None  # the job goes on after a full bar: it was the bar of one step
+    # While status or log cannot be read, the job is not known to be silent.
     silent = not job.status.stale and (
         _exceeds(quiet_s, history.silent_after_s) or _exceeds(heartbeat_s, history.heartbeat_after_s)
     )
@@ -150,20 +153,19 @@ def assess(job: JobSnapshot, history: PipelineHistory, now_unix_nano: int) -> As
 
 
 def is_unassessable(job: JobSnapshot, history: PipelineHistory) -> bool:
-    """Return whether nobody says how far the job is, and its pipeline's past does not say what is odd.
+    """Return whether there is no progress, and too little history to find an anomaly.
 
-    Then its insight has no progress and calls it neither silent nor slow: thousands of jobs need not be looked at.
+    The assessment of such a job is empty, so thousands of them need not be assessed at each scrape.
 
     Args:
         job: The job.
-        history: The past of its pipeline.
+        history: The history of its pipeline.
     """
     return job.progress is None and job.status.total_tasks <= 0 and not history.is_enough
 
 
 def _of_tasks(status: RunResponse, running_s: float, now_unix_nano: int) -> Progress | None:
-    # A service may say any number.
-    if not 0 < status.total_tasks <= _MAX_TASKS or status.finished_tasks < 0:
+    if not 0 < status.total_tasks <= MAX_TASKS or status.finished_tasks < 0:
         return None
     finished = min(status.finished_tasks, status.total_tasks)
     fraction = finished / status.total_tasks
@@ -177,7 +179,7 @@ def _of_tasks(status: RunResponse, running_s: float, now_unix_nano: int) -> Prog
 
 
 def _eta_s(progress: Progress, now_unix_nano: int) -> float | None:
-    """Return what is left of an estimate; None once it was overdue: then it was wrong."""
+    """Return the rest of an estimate; None once it is overdue, since it was wrong."""
     if progress.eta_s is None:
         return None
     left_s = progress.eta_s - _seconds(now_unix_nano - progress.seen_unix_nano)
@@ -193,10 +195,10 @@ def _exceeds(value_s: float, limit_s: float | None) -> bool:
 
 
 def last_starts(histories: Histories, jobs: Sequence[tuple[str, JobSnapshot]]) -> dict[str, int]:
-    """Return when each pipeline last started, in ns since the epoch, as far as that was seen.
+    """Return when each pipeline last started, in ns since the epoch; those never seen to start are missing.
 
     Args:
-        histories: Ended runs.
+        histories: The ended runs.
         jobs: The followed jobs, each with the label of its pipeline.
     """
     starts = {name: start for name in histories if (start := histories.of(name).last_start_unix_nano) is not None}
@@ -213,10 +215,10 @@ def missing_pipelines(
     """Return for each expected pipeline whether it did not start in time.
 
     Args:
-        expects: What is expected.
+        expects: The expected pipelines.
         starts: When each pipeline last started, in ns since the epoch.
-        since_unix_nano: Since when runs are counted: one that never started is late from then on.
-        now_unix_nano: The moment.
+        since_unix_nano: The start time of a pipeline that was never seen to start, in ns since the epoch.
+        now_unix_nano: The time, in ns since the epoch.
     """
     return {
         expect.name: _seconds(now_unix_nano - starts.get(expect.name, since_unix_nano)) > expect.every + expect.grace

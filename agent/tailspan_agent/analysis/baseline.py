@@ -1,4 +1,4 @@
-"""What is remembered of a pipeline's last ended runs, and what its own past says is usual. Pure.
+"""The last ended runs of each pipeline, and the limits that they set for its next run. Pure.
 
 The checkpoint store keeps the newest `KEPT_RUNS` runs of each pipeline; `Histories` is the same in memory.
 """
@@ -17,13 +17,13 @@ from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
 __all__ = ["ENOUGH_RUNS", "KEPT_RUNS", "Histories", "PastRun", "PipelineHistory"]
 
 KEPT_RUNS = 100
-"""How many runs of one pipeline are remembered."""
+"""Maximum number of runs in a pipeline's history."""
 
 ENOUGH_RUNS = 10
-"""How many succeeded runs it takes before anything is called silent, slow or too fast."""
+"""Minimum number of succeeded runs for a limit: before, no run is silent, slow or too fast."""
 
 _SUCCESS = "success"
-# A pause is seen late by up to a minute (how rarely a silent job is read), and some spread is no news.
+# A silent job is polled only once a minute, so that a pause is seen up to a minute late.
 _LEAST_SILENCE_S = 60.0
 _SILENCE_FACTOR = 2.0
 _SLOW_FACTOR, _SLOW_S = 1.1, 1.0
@@ -35,17 +35,17 @@ class PastRun:
     """One ended run, as it is stored.
 
     Attributes:
-        pipeline: The pipeline's name, as `PipelineNames.label` gives it.
-        job_id: The job.
+        pipeline: The label of the pipeline, from `PipelineNames.label`.
+        job_id: The job's id.
         identity: The identity of its service.
-        trace_id: Its trace, 32 hexadecimal digits.
+        trace_id: 32 hexadecimal digits.
         result: The ``cicd.pipeline.result``.
         started_unix_nano: When it started, in ns since the epoch; None for a job that never did.
-        ended_unix_nano: When it ended.
+        ended_unix_nano: When it ended, in ns since the epoch.
         duration_s: How long it ran, in seconds.
-        lines: How many lines it wrote.
+        lines: Number of lines it wrote.
         quiet_s: Its longest time without a line, in seconds.
-        heartbeat_gap_s: The longest time between two of its heartbeats, as far as they were seen, in seconds.
+        heartbeat_gap_s: The longest observed time between two of its heartbeats, in seconds.
         too_fast: Whether it succeeded suspiciously fast.
     """
 
@@ -64,7 +64,7 @@ class PastRun:
 
     @classmethod
     def from_json(cls, text: str) -> PastRun:
-        """Make the run back from `to_json`.
+        """Return the run that `to_json` made this text of.
 
         Raises:
             ValueError: The text is not such JSON.
@@ -72,7 +72,7 @@ class PastRun:
         return msgspec.json.decode(text, type=cls)
 
     def to_json(self) -> str:
-        """Return the run as JSON."""
+        """Return the run as JSON, to be stored."""
         return msgspec.json.encode(self).decode()
 
 
@@ -80,8 +80,8 @@ class PastRun:
 class PipelineHistory:
     """The last ended runs of one pipeline, and the limits that they set for the next.
 
-    Durations and pauses are those of succeeded runs: a run that failed at once or hung until it was killed does not
-    say what is usual. A limit is None before there are `ENOUGH_RUNS` of them ("not enough history").
+    Only succeeded runs count: a run that failed at once or hung until it was killed is not usual. A limit is None
+    before there are `ENOUGH_RUNS` of them.
 
     Attributes:
         runs: Oldest end first, at most `KEPT_RUNS`.
@@ -90,7 +90,7 @@ class PipelineHistory:
     runs: tuple[PastRun, ...] = ()
 
     def with_run(self, run: PastRun) -> PipelineHistory:
-        """Return the history with one more run, and without the oldest beyond the limit."""
+        """Return the history with one more run; the oldest run is dropped at the limit."""
         runs = sorted((*self.runs, run), key=lambda one: one.ended_unix_nano)
         return PipelineHistory(tuple(runs[-KEPT_RUNS:]))
 
@@ -101,57 +101,57 @@ class PipelineHistory:
 
     @cached_property
     def is_enough(self) -> bool:
-        """Whether there are enough succeeded runs to judge others by."""
+        """Whether there are enough succeeded runs for limits."""
         return len(self.succeeded) >= ENOUGH_RUNS
 
     @cached_property
     def success_rate(self) -> float | None:
-        """The part of all remembered runs that succeeded, 0 to 1; None without runs."""
+        """The share of runs that succeeded, 0 to 1; None without runs."""
         return sum(run.result == _SUCCESS for run in self.runs) / len(self.runs) if self.runs else None
 
     @cached_property
     def durations_s(self) -> tuple[float, ...]:
-        """How long the succeeded runs ran, in seconds, shortest first."""
+        """The durations of the succeeded runs in seconds, shortest first."""
         return tuple(sorted(run.duration_s for run in self.succeeded))
 
     @cached_property
     def p50_s(self) -> float | None:
-        """The usual duration in seconds; None without a succeeded run."""
+        """The median duration in seconds; None without a succeeded run."""
         return _quantile(self.durations_s, 0.5)
 
     @cached_property
     def p95_s(self) -> float | None:
-        """The duration that 95 of 100 succeeded runs did not exceed, in seconds; None without one."""
+        """The 95th percentile of the duration in seconds; None without a succeeded run."""
         return _quantile(self.durations_s, 0.95)
 
     @cached_property
     def slow_after_s(self) -> float | None:
-        """Running for longer than this many seconds is slow: past p95, with a tenth and a second to spare."""
+        """A run that takes more seconds is slow: p95 plus a tenth and a second."""
         return self.p95_s * _SLOW_FACTOR + _SLOW_S if self.is_enough and self.p95_s is not None else None
 
     @cached_property
     def fast_below_s(self) -> float | None:
-        """Succeeding in fewer seconds is suspiciously fast: half of what the fastest twentieth took, or less."""
+        """A run that succeeds in fewer seconds is suspiciously fast: at most half of the 5th percentile."""
         least_s = _quantile(self.durations_s, 0.05)
         return min(least_s * _FAST_FACTOR, least_s - _FAST_S) if self.is_enough and least_s is not None else None
 
     @cached_property
     def silent_after_s(self) -> float | None:
-        """No line for longer than this many seconds is silence: twice the longest usual pause, at least a minute."""
+        """A run without a line for more seconds is silent: twice the longest usual pause, at least a minute."""
         return self._pause_limit_s([run.quiet_s for run in self.succeeded])
 
     @cached_property
     def heartbeat_after_s(self) -> float | None:
-        """No heartbeat for longer than this many seconds is silence; only for jobs that have heartbeats."""
+        """A run without a heartbeat for more seconds is silent; None for pipelines without heartbeats."""
         return self._pause_limit_s([run.heartbeat_gap_s for run in self.succeeded])
 
     @cached_property
     def last_start_unix_nano(self) -> int | None:
-        """When the newest of the runs started, in ns since the epoch."""
+        """When the newest run started, in ns since the epoch; None if no run started."""
         return max((run.started_unix_nano for run in self.runs if run.started_unix_nano is not None), default=None)
 
     def is_too_fast(self, result: str, duration_s: float) -> bool:
-        """Return whether a run that ended now succeeded suspiciously fast.
+        """Return whether a run succeeded suspiciously fast.
 
         Args:
             result: Its ``cicd.pipeline.result``.
@@ -167,15 +167,15 @@ class PipelineHistory:
 
 
 def _quantile(ordered: Sequence[float], part: float) -> float | None:
-    """Return the nearest-rank quantile of values in order: always one that was there."""
+    """Return the nearest-rank quantile of sorted values: always one of the values."""
     return ordered[max(0, math.ceil(part * len(ordered)) - 1)] if ordered else None
 
 
 class Histories:
-    """The histories of all pipelines that have metrics of their own; the rest share a name that says nothing."""
+    """The histories of all pipelines with metrics of their own."""
 
     def __init__(self, runs: Iterable[PastRun] = ()) -> None:
-        """Start with stored runs, in any order."""
+        """Create the histories of stored runs, in any order."""
         self._histories: dict[str, PipelineHistory] = {}
         by_pipeline: dict[str, list[PastRun]] = {}
         for run in runs:
@@ -185,12 +185,12 @@ class Histories:
             self._histories[pipeline] = PipelineHistory(tuple(past[-KEPT_RUNS:]))
 
     def add(self, run: PastRun) -> None:
-        """Take in a run that has ended."""
+        """Add a run that has ended; one of `OTHER_PIPELINES` is dropped."""
         if run.pipeline != OTHER_PIPELINES:
             self._histories[run.pipeline] = self.of(run.pipeline).with_run(run)
 
     def of(self, pipeline: str) -> PipelineHistory:
-        """Return the history of a pipeline by its label; empty for one that never ended a run."""
+        """Return the history of a pipeline by its label; empty for one without an ended run."""
         return self._histories.get(pipeline, _NONE)
 
     def __iter__(self) -> Iterator[str]:

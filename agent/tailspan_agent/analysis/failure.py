@@ -1,4 +1,4 @@
-"""Why a job failed, from the last lines of its log: the last traceback, joined, or else the last lines. Pure."""
+"""Why a job failed: stack trace or last lines of its log, error type, exit reason, fingerprint. Pure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MAX_LINE_CHARS = 4000
 _MAX_LINES = 2000
 _LAST_LINES = 20
 _LAST_LINE_CHARS = 1000
-# Loki refuses a record whose attributes together are over 64 KB.
+# Loki rejects a record whose attributes have more than 64 KB in total.
 _MAX_STACK_BYTES = 48 * 1024
 _STACK_HEAD_BYTES = 8 * 1024
 
@@ -37,12 +37,12 @@ _OUT_OF_MEMORY = re.compile(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """Why a job failed, as far as its log says.
+    """Why a job failed, from its log.
 
     Attributes:
-        exception_type: Of the exception that ended the last stack trace; None without one.
-        message: Its message, or the last line that is not empty.
-        stacktrace: The joined stack trace with all that it is chained to, at most 48 KB; None without one.
+        exception_type: The type of the exception in the last stack trace; None without one.
+        message: The message of the exception, or the last line that is not empty.
+        stacktrace: The stack trace with the traces that it is chained to, at most 48 KB; None without one.
         last_lines: The last lines that are not empty, at most 20, oldest first.
     """
 
@@ -55,11 +55,11 @@ class Failure:
 def failure_of(lines: Sequence[str]) -> Failure | None:
     """Return why a job failed.
 
-    A stack trace counts if it has a frame and an exception; text that only begins like one does not. Lines may have a
-    prefix of constant width (a worker's name, with other workers between), and the first line any (a logger's).
+    A stack trace must have a frame and an exception. Its lines may have a prefix of constant width (a worker's name,
+    with lines of other workers between), and its first line any prefix (a logger's).
 
     Args:
-        lines: The last lines of its log, cleaned, oldest first; some hundreds are enough.
+        lines: The last lines of its log, cleaned, oldest first; a few hundred are enough.
 
     Returns:
         The failure; None if all lines are empty.
@@ -82,15 +82,15 @@ def failure_of(lines: Sequence[str]) -> Failure | None:
 
 
 def fingerprint_of(error_type: str, message: str, failure: Failure | None) -> str:
-    """Return 16 hexadecimal digits that are the same for the same failure of another run.
+    """Return 16 hexadecimal digits that are equal for the same failure in another run.
 
-    With a stack it is made of the types and functions in it, else of the message. Line numbers, addresses, ids, counts
-    and folders do not matter, so it survives edits of other lines, other machines and other data.
+    They depend on the types and functions of the stack trace, or else on the message, but not on line numbers,
+    addresses, ids, counts and folders: edits of other lines, another host or other data do not change them.
 
     Args:
         error_type: The ``error.type``.
         message: Why the job failed.
-        failure: From its log, if it has one.
+        failure: The failure from its log, if any.
     """
     stack = failure.stacktrace if failure is not None else None
     parts = [error_type]
@@ -104,9 +104,10 @@ def fingerprint_of(error_type: str, message: str, failure: Failure | None) -> st
 
 
 def error_type(job: RunResponse, failure: Failure | None) -> str | None:
-    """Return the ``error.type`` of a job that failed, of low cardinality; None for all others.
+    """Return the ``error.type`` of a failed job, of low cardinality; None for other jobs.
 
-    ``lost``, else the exception's type, else ``SIGKILL`` and the like, else ``exit 3``, else ``_OTHER``.
+    It is ``lost``, the exception's type, the signal (``SIGKILL``), the exit code (``exit 3``) or ``_OTHER``: the first
+    that is known.
     """
     if job.state is JobState.LOST:
         return "lost"
@@ -120,10 +121,10 @@ def error_type(job: RunResponse, failure: Failure | None) -> str | None:
 
 
 def exit_reason(job: RunResponse, failure: Failure | None) -> str | None:
-    """Return why a job ended: None if it succeeded or has not ended.
+    """Return why a job ended without success; None if it succeeded or has not ended.
 
-    ``lost``, ``timeout``, ``canceled``; of one that failed ``out_of_memory`` (where log or service say so; a SIGKILL
-    alone proves nothing), ``exception``, ``signal``, ``exit_code`` or ``unknown``.
+    It is ``lost``, ``timeout`` or ``canceled``; for a failed job ``out_of_memory`` (if the log or the service reports
+    it; a SIGKILL alone is no proof), ``exception``, ``signal``, ``exit_code`` or ``unknown``.
     """
     if job.state is not JobState.FAILED:
         return _BY_STATE.get(job.state)
@@ -137,11 +138,11 @@ def exit_reason(job: RunResponse, failure: Failure | None) -> str | None:
 
 
 def out_of_memory_line(job: RunResponse, failure: Failure | None) -> str | None:
-    """Return what says that memory ran out: the exception, a last line, or the service; None where nothing does."""
-    said = [job.error or ""]
+    """Return the text that reports out of memory: the service's, the exception or a last line; None without one."""
+    texts = [job.error or ""]
     if failure is not None:
-        said += [failure.exception_type or "", failure.message, *reversed(failure.last_lines)]
-    return next((text for text in said if _OUT_OF_MEMORY.search(text)), None)
+        texts += [failure.exception_type or "", failure.message, *reversed(failure.last_lines)]
+    return next((text for text in texts if _OUT_OF_MEMORY.search(text)), None)
 
 
 def _stable(text: str) -> str:
@@ -154,7 +155,7 @@ def _shortened(text: str) -> str:
         return text
     note = "\n  [... the middle is left out ...]\n"
     head = data[:_STACK_HEAD_BYTES].decode("utf-8", "ignore")
-    # The end says which exception it was and where it was raised.
+    # The end has the exception and the place that raised it.
     tail = data[len(data) - (_MAX_STACK_BYTES - _STACK_HEAD_BYTES - len(note)) :].decode("utf-8", "ignore")
     return head + note + tail
 

@@ -1,4 +1,4 @@
-"""The pipeline names that metrics may have: a bounded number of series. Pure."""
+"""The pipeline names in metrics: a limited number, so that the number of series is limited. Pure."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from collections.abc import Iterable
 __all__ = ["OTHER_PIPELINES", "PipelineNames", "utf8_name"]
 
 OTHER_PIPELINES = "#other#"
-"""The one name that all pipelines share that came after the cap was reached."""
+"""The name that all further pipelines share after the limit is reached."""
 
 
 def utf8_name(name: str) -> str:
-    """Return a name with ``?`` for each lone surrogate: it has no UTF-8, and must not end what all jobs share."""
+    """Return a name with ``?`` for each lone surrogate, which UTF-8 cannot encode."""
     return name.encode(errors="replace").decode()
 
 
 class PipelineNames:
-    """The names that get metrics of their own: the first ones up to a cap; all later ones share `OTHER_PIPELINES`.
+    """The pipelines with metrics of their own: the first ones up to a limit; all further ones share `OTHER_PIPELINES`.
 
-    Pipelines that put a date or an id into their name would otherwise make a new series for each run.
+    Without a limit, a pipeline with a date or an id in its name would create a new series for each run.
     """
 
     def __init__(self, limit: int, known: Iterable[str] = ()) -> None:
-        """Start with names in the order in which they were first seen.
+        """Start with the names of earlier runs of the agent.
 
         Args:
-            limit: How many names there may be, at least one.
-            known: The names of earlier runs of the agent, oldest first.
+            limit: Maximum number of names, at least 1.
+            known: The names, oldest first.
         """
         self._limit = limit
         self._names: dict[str, None] = {}
@@ -34,13 +34,13 @@ class PipelineNames:
             self.label(name)
 
     def label(self, name: str) -> str:
-        """Register a name and return the one to use in metrics: the same each time, for as long as the order stays."""
+        """Register a name and return its label for metrics, which stays the same."""
         label = self.find(name)
         self._names[label] = None
         return label
 
     def find(self, name: str) -> str:
-        """Return the label that a name has, or would get now; for those who only look, a name takes no place."""
+        """Return the label that a name has or would get, without registering it."""
         if name in self._names:
             return name
         name = utf8_name(name)
@@ -48,5 +48,5 @@ class PipelineNames:
 
     @property
     def used(self) -> tuple[str, ...]:
-        """The labels given so far, oldest first; with `OTHER_PIPELINES` once the cap was reached."""
+        """The labels in use, oldest first; with `OTHER_PIPELINES` after the limit was reached."""
         return tuple(self._names)

@@ -1,11 +1,11 @@
-"""How far a job is, by the progress lines that it prints. Pure.
+"""The progress of a job, from the progress lines that it prints. Pure.
 
-Read are the forms that progress really has: tqdm, pip and other rich bars, Keras, Spark, pytest, wget, rsync, CMake and
-ninja, `epoch k/n`, and `k/n` or `n%` beside a word that means progress. Numbers that only look like it (dates, ratios,
-paths, addresses, `100% sure`) are none: a wrong bar is worse than no bar.
+It reads the formats of tqdm, pip and other rich bars, Keras, Spark, pytest, wget, rsync, CMake and ninja, `epoch k/n`,
+and `k/n` or `n%` next to a word that means progress. It ignores other numbers (dates, ratios, paths, addresses,
+`100% sure`): a wrong bar is worse than no bar.
 
-Every expression is linear, and a look costs microseconds: `ProgressMeter` looks at the last lines of a page, at most
-once a second and when somebody asks.
+Every expression takes linear time, and reading a page takes microseconds: `ProgressMeter` reads only its last lines,
+at most once a second or when the progress is needed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from tailspan.logs.page import LogPage
 
 __all__ = ["Progress", "ProgressMeter", "Reading", "read_line"]
 
-_LOOK_S = 1.0
-_LOOK_LINES = 8
+_READ_INTERVAL_S = 1.0
+_LAST_LINES = 8
 _MAX_LINE_BYTES = 2000
 _MAX_CHARS = 400
 _TEXT_CHARS = 120
@@ -39,10 +39,10 @@ _DONE = (
 )
 _BAR = "━─╸╺"
 
-# What every form has: most lines are done with here.
+# Every format matches this: most lines are ruled out here.
 _CANDIDATE = re.compile(r"\d%|\d(?:[kMGT]?i?B?/| / |\) / | of | out of )\d|\(\d++ \+ \d++\) / |\d/ ?\d|\d /\d")
-# Each is tried in turn; groups: k and n, or p for per cent, and left for the time that is left.
-_FORMS = (
+# Tried in this order. Groups: k and n, or p for per cent, and left for the time left.
+_FORMATS = (
     # tqdm: "tiles:  45%|####      | 18/40 [00:01<00:02, 19.88it/s]"
     r"(?<!\d)\d{1,3}%\|[^|]*+\| *(?P<k>\d[\d.]*+)(?P<ks>[kMGT]?)i?B?/(?P<n>\d[\d.]*+)(?P<ns>[kMGT]?)i?B?"
     r" \[[\d:]++<(?P<left>[\d:?]++)",
@@ -68,7 +68,7 @@ _FORMS = (
     rf"(?i)(?<![\d.,/:-])(?P<k>\d[\d,]*+) ?(?:/|of|out of) ?(?P<n>\d[\d,]*+) (?:{_THINGS}|{_DONE})\b",
     rf"(?i)(?<![\d.,+-])(?P<p>\d{{1,3}}(?:\.\d++)?)% ?(?:{_DONE})\b",
     rf"(?i)\b(?:{_DONE})\b[ :=.\[(]*+(?P<p>\d{{1,3}}(?:\.\d++)?)%(?! ?(?:sure|certain|of|off|confiden\w*+|cpu)\b)",
-    # nothing but a bar: "45%", "[#####     ] 45%"
+    # only a bar: "45%", "[#####     ] 45%"
     r"^[^\w%]*+(?<![-+.])(?P<p>\d{1,3}(?:\.\d++)?)%[^\w%]*+$",
 )
 _PYTEST = re.compile(r"\[ *+(\d{1,3})%\]$")
@@ -81,21 +81,21 @@ _NO_PROGRESS = re.compile(r"(?i)\b(?:fail|error|missing|skip|invalid|corrupt|rej
 
 
 @cache
-def _forms() -> tuple[re.Pattern[str], ...]:
-    # When the first line looks like progress: compiling them takes longer than a command that needs none of them.
-    return tuple(map(re.compile, _FORMS))
+def _formats() -> tuple[re.Pattern[str], ...]:
+    # Compiled for the first line that may have progress: it takes longer than a command that needs none of them.
+    return tuple(map(re.compile, _FORMATS))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far a job said that it is.
+    """The progress that a job reported.
 
     Attributes:
         fraction: 0 to 1.
-        eta_s: How long it will still take as of `seen_unix_nano`, in seconds; None when that cannot be told yet.
-        seen_unix_nano: When it was said, in ns since the epoch.
-        source: ``tasks`` (the service counts them) or ``log`` (a progress line).
-        text: The line or the counts that say it.
+        eta_s: The time left as of `seen_unix_nano`, in seconds; None without an estimate.
+        seen_unix_nano: When it was reported, in ns since the epoch.
+        source: ``tasks`` (task counts of the service) or ``log`` (a progress line).
+        text: The line, or the task counts as text.
     """
 
     fraction: float
@@ -107,12 +107,12 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What one line says.
+    """The progress in one line.
 
     Attributes:
         fraction: 0 to 1.
-        left_s: The time that is left, in seconds, as far as the line says it.
-        epochs: For a line about epochs, how many there are: what follows is progress within one of them.
+        left_s: The time left in seconds, if the line has it.
+        epochs: Number of epochs in a line about epochs: the lines after it are about progress within one epoch.
     """
 
     fraction: float
@@ -121,22 +121,22 @@ class Reading:
 
 
 def read_line(text: str) -> Reading | None:
-    """Return what a line says of progress; None for a line that says nothing of it.
+    """Return the progress in a line; None without one.
 
     Args:
-        text: The line, cleaned (of a bar that draws over itself the last state). Only its first 400 characters count.
+        text: The line, cleaned: of a bar that overwrites itself, the last state. Only the first 400 characters count.
     """
     text = text[:_MAX_CHARS].rstrip()
     if not _CANDIDATE.search(text):
         return None
-    if (epoch := _EPOCH.search(text)) and (told := _fraction(epoch[1], epoch[2])) is not None:
+    if (epoch := _EPOCH.search(text)) and (fraction := _fraction(epoch[1], epoch[2])) is not None:
         ended = _EPOCH_ENDED.search(text) is not None
         epochs = int(epoch[2])
-        return Reading(told if ended else max(0.0, told - 1 / epochs), epochs=epochs)
+        return Reading(fraction if ended else max(0.0, fraction - 1 / epochs), epochs=epochs)
     if (found := _PYTEST.search(text)) and _PYTEST_START.match(text):
         return _reading(_per_cent(found[1]), None)
-    for form in _forms():
-        if found := form.search(text):
+    for line_format in _formats():
+        if found := line_format.search(text):
             break
     else:
         return None
@@ -172,7 +172,7 @@ def _fraction(done: str, total: str, done_scale: str = "", total_scale: str = ""
 
 
 def _clock_s(text: str) -> float | None:
-    """Return the seconds of ``1:02:03``, ``02:03`` or ``3s``; None for what says none, such as ``?``."""
+    """Return the seconds of ``1:02:03``, ``02:03`` or ``3s``; None for another text, such as ``?``."""
     parts = text.removesuffix("s").split(":")
     if len(parts) > 3 or not all(part.isdecimal() and len(part) < 7 for part in parts):
         return None
@@ -183,49 +183,49 @@ def _clock_s(text: str) -> float | None:
 
 
 class ProgressMeter:
-    """The progress of one job, kept up to date by its pages.
+    """The progress of one job, updated with its pages.
 
-    A bar within an epoch counts as a part of it. A bar that starts anew is another one: what is said is always the
-    progress of the bar that the log shows now.
+    A bar within an epoch counts as part of the epoch. A bar that starts again is another one: the progress is always
+    that of the current bar.
 
     Args:
-        redact: Takes secrets out of the line that is shown.
+        redact: Redacts the line that is shown.
     """
 
     def __init__(self, redact: Callable[[str], str] = str) -> None:
         self._redact = redact
         self._unread: tuple[list[bytes], int] | None = None
-        self._looked_s = float("-inf")
+        self._read_s = float("-inf")
         self._progress: Progress | None = None
         self._first: tuple[float, int] = (0.0, 0)
         self._epoch: Reading | None = None
 
-    def see(self, page: LogPage, now_s: float) -> None:
-        """Take in a page; it is looked at now if the last look was a second ago, else when somebody asks.
+    def add_page(self, page: LogPage, now_s: float) -> None:
+        """Add a page. It is read now if the last one was read a second ago, else when the progress is needed.
 
         Args:
-            page: Its lines.
+            page: The page.
             now_s: Seconds of a monotonic clock.
         """
-        self._unread = page.last_lines(_LOOK_LINES), page.runs[-1].time_unix_nano
-        if now_s - self._looked_s >= _LOOK_S:
-            self._looked_s = now_s
-            self._look()
+        self._unread = page.last_lines(_LAST_LINES), page.runs[-1].time_unix_nano
+        if now_s - self._read_s >= _READ_INTERVAL_S:
+            self._read_s = now_s
+            self._read_lines()
 
     @property
     def progress(self) -> Progress | None:
-        """What was said last; None before anything was."""
-        self._look()
+        """The last progress; None before the first."""
+        self._read_lines()
         return self._progress
 
-    def _look(self) -> None:
+    def _read_lines(self) -> None:
         if self._unread is None:
             return
         lines, at_unix_nano = self._unread
         self._unread = None
         newest: tuple[Reading, str] | None = None
         for line in reversed(lines):
-            # Of a long line only the end can be a bar that draws over itself.
+            # Only the end of a long line can be a bar that overwrites itself.
             if len(line) > _MAX_LINE_BYTES:
                 line = line[-_MAX_LINE_BYTES:]
                 if b"\r" not in line:
@@ -240,9 +240,9 @@ class ProgressMeter:
                 self._epoch = reading
                 break
         if newest is not None:
-            self._take(*newest, at_unix_nano)
+            self._update(*newest, at_unix_nano)
 
-    def _take(self, reading: Reading, text: str, at_unix_nano: int) -> None:
+    def _update(self, reading: Reading, text: str, at_unix_nano: int) -> None:
         fraction, left_s = reading.fraction, reading.left_s
         epoch = self._epoch
         if epoch is not None and epoch.epochs is not None and reading.epochs is None:
@@ -260,7 +260,7 @@ class ProgressMeter:
         )
 
     def _left_s(self, fraction: float, at_unix_nano: int) -> float | None:
-        """Return what is left at the pace since this bar was first seen; None while that says little."""
+        """Return the time left at the pace since this bar was first seen; None in its first second."""
         first, first_ns = self._first
         took_s = (at_unix_nano - first_ns) / 1e9
         if fraction >= 1:

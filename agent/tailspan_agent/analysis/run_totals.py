@@ -1,7 +1,7 @@
-"""What is known of ended runs, as values that add up: counts and durations per pipeline, result and error type.
+"""Totals of ended runs: counts and durations by pipeline, result and error type. Pure.
 
-The checkpoint store keeps one row per `RunTotals` and replaces it in the transaction that acks the run span. So the
-numbers survive restarts, count runs that ended while the agent was down, and count each run once.
+The checkpoint store has one row for each `RunTotals` and replaces it in the transaction that writes the run span. So
+the totals survive restarts, include runs that ended while the agent was down, and count each run once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 __all__ = ["BOUNDS_S", "COLUMNS", "RunExemplar", "RunTotals"]
 
 BOUNDS_S: tuple[float, ...] = tuple(float(2**power) for power in range(15))
-"""Upper bounds of the duration buckets in seconds: 1 s to 16384 s; one more bucket lies above the last."""
+"""Upper bounds of the duration buckets in seconds, 1 to 16384; one more bucket is above the last."""
 
 COLUMNS = ("pipeline", "result", "error_type", "sum_s", "buckets", "exemplars")
 """The columns of `RunTotals.to_row`; the first three are the key."""
@@ -24,13 +24,13 @@ COLUMNS = ("pipeline", "result", "error_type", "sum_s", "buckets", "exemplars")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RunExemplar:
-    """One run that stands for its bucket.
+    """A run as the example of its bucket.
 
     Attributes:
-        trace_id: The job's trace, 32 hexadecimal digits.
-        span_id: Its run span, 16 hexadecimal digits.
+        trace_id: 32 hexadecimal digits.
+        span_id: The run span, 16 hexadecimal digits.
         duration_s: How long it ran, in seconds.
-        time_unix_nano: When it ended.
+        time_unix_nano: When it ended, in ns since the epoch.
     """
 
     trace_id: str
@@ -41,15 +41,15 @@ class RunExemplar:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RunTotals:
-    """All ended runs of one pipeline with one result, since the store was made.
+    """All ended runs of one pipeline with one result and error type, since the store was created.
 
     Attributes:
-        pipeline: The pipeline's name, as `PipelineNames.label` gives it.
+        pipeline: The label of the pipeline, from `PipelineNames.label`.
         result: The ``cicd.pipeline.result``.
         error_type: The ``error.type``; None for runs without one.
-        sum_s: All durations together, in seconds.
-        buckets: How many runs fell into each bucket of `BOUNDS_S`; the last one is above all bounds.
-        exemplars: For each bucket the newest run with a trace that fell into it.
+        sum_s: The sum of all durations in seconds.
+        buckets: Number of runs in each bucket of `BOUNDS_S`; the last bucket is above all bounds.
+        exemplars: The newest run with a trace in each bucket.
     """
 
     pipeline: str
@@ -66,17 +66,17 @@ class RunTotals:
 
     @property
     def count(self) -> int:
-        """How many runs these are."""
+        """Number of runs."""
         return sum(self.buckets)
 
     def add(self, duration_s: float, *, trace_id: str = "", span_id: str = "", time_unix_nano: int = 0) -> RunTotals:
-        """Return these totals with one more run.
+        """Return the totals with one more run.
 
         Args:
-            duration_s: How long it ran, in seconds. Below zero (a clock that stepped back) counts as zero.
-            trace_id: Its trace as 32 hexadecimal digits; without both ids the run is no exemplar.
-            span_id: Its run span as 16 hexadecimal digits.
-            time_unix_nano: When it ended.
+            duration_s: How long it ran, in seconds. A negative value (the clock was set back) counts as 0.
+            trace_id: 32 hexadecimal digits; without both ids, the run is no exemplar.
+            span_id: The run span, 16 hexadecimal digits.
+            time_unix_nano: When it ended, in ns since the epoch.
         """
         duration_s = max(0.0, duration_s)
         bucket = bisect_left(BOUNDS_S, duration_s)
@@ -87,7 +87,7 @@ class RunTotals:
         return dataclasses.replace(self, sum_s=self.sum_s + duration_s, buckets=buckets, exemplars=tuple(exemplars))
 
     def merge(self, other: RunTotals) -> RunTotals:
-        """Return both totals together, under this one's key."""
+        """Return the sum of both totals, with the key of this one."""
         return dataclasses.replace(
             self,
             sum_s=self.sum_s + other.sum_s,
@@ -96,16 +96,16 @@ class RunTotals:
         )
 
     def to_row(self) -> tuple[str, str, str, float, str, str]:
-        """Return the values of `COLUMNS`: plain text and numbers, buckets and exemplars as JSON."""
+        """Return the values of `COLUMNS`: text and numbers, buckets and exemplars as JSON."""
         exemplars = [exemplar and dataclasses.astuple(exemplar) for exemplar in self.exemplars]
         return *self.key, self.sum_s, json.dumps(self.buckets), json.dumps(exemplars)
 
     @classmethod
     def from_row(cls, row: Sequence[Any]) -> RunTotals:
-        """Make the totals back from the values of `COLUMNS`.
+        """Return the totals of a row with the values of `COLUMNS`.
 
         Raises:
-            ValueError: The row is not one that `to_row` made.
+            ValueError: The row does not come from `to_row`.
         """
         try:
             pipeline, result, error_type, sum_s, buckets, exemplars = row

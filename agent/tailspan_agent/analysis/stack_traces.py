@@ -1,6 +1,6 @@
-"""Finds stack traces in lines, as Python, Java, Node.js and Rust print them. Pure, and linear in the lines.
+"""Find stack traces of Python, Java, Node.js and Rust in lines. Pure; its time is linear in the lines.
 
-Each language's form is the one that its runtime really prints: tests/data/failures has what they printed.
+The formats are those that the runtimes print: tests/data/failures has real output.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class Stack:
     """One stack trace.
 
     Attributes:
-        exception_type: The exception's type as printed.
-        message: What it says; the first line and those that belong to it.
-        lines: All of its lines, without what a launcher put before each; with the stacks that it is chained to.
-        end: The position behind its last line.
+        exception_type: The type of the exception, as printed.
+        message: The message of the exception; may have several lines.
+        lines: All lines, including those of chained stacks, without the prefix of a launcher.
+        end: The position after its last line.
     """
 
     exception_type: str
@@ -60,7 +60,7 @@ class Stack:
 
 
 def last_stack(lines: Sequence[str]) -> Stack | None:
-    """Return the last stack trace: why the job failed, if anything does; None if there is none.
+    """Return the last stack trace, the likely reason of a failure; None without one.
 
     Args:
         lines: Cleaned, oldest first.
@@ -72,9 +72,9 @@ def last_stack(lines: Sequence[str]) -> Stack | None:
         if found is None:
             position += 1
             continue
-        # What a destructor or a callback could not raise did not end anything.
+        # An ignored exception (of a destructor or a callback) did not end the program.
         if position == 0 or _IGNORED not in lines[position - 1]:
-            # Chained exceptions are one stack: what stands between two of its tracebacks belongs to it.
+            # Chained exceptions are one stack, including the lines between its tracebacks.
             if last is not None and _is_chain(lines, last.end, position):
                 text = [*last.lines, *lines[last.end : position], *found.lines]
                 found = Stack(found.exception_type, found.message, text, found.end)
@@ -84,7 +84,7 @@ def last_stack(lines: Sequence[str]) -> Stack | None:
 
 
 def _python_at(lines: Sequence[str], position: int) -> Stack | None:
-    """Return the traceback whose first line is at a position, or None if there is none."""
+    """Return the Python traceback that starts at a position, or None."""
     header = lines[position].rstrip()
     if header.endswith(_GROUP_INDENT + _GROUP_HEADER):
         start, margin = header.rindex(_GROUP_INDENT), "  | "
@@ -96,8 +96,8 @@ def _python_at(lines: Sequence[str], position: int) -> Stack | None:
         first = next(numbered, (0, ""))
         if not first[1].startswith(margin) or not _FRAME.match(first[1], len(margin)):
             continue
-        # Behind prefixes that differ nothing tells a line of the message from one of somebody else.
-        body, error, end = _group(first, numbered) if margin else _plain(first, numbered, is_told_apart=way < 2)
+        # With a varying prefix, a line of the message cannot be told from a line of another worker.
+        body, error, end = _group(first, numbered) if margin else _plain(first, numbered, is_separable=way < 2)
         if error:
             lines_of_message = [] if margin else body[body.index(error.string) + 1 :]
             message = "\n".join((error[2] or "", *lines_of_message))
@@ -106,10 +106,10 @@ def _python_at(lines: Sequence[str], position: int) -> Stack | None:
 
 
 def _ways(lines: Sequence[str], position: int, start: int) -> Iterator[_Numbered]:
-    """Yield the lines behind a header as they would be without the prefix that the header has.
+    """Yield the lines after a header without the header's prefix, in each way that it may continue.
 
-    A logger writes it once; a launcher before each line, perhaps with lines of other workers between; a container
-    runtime writes another one of the same width before each.
+    A logger writes a prefix once; a launcher before each line, with lines of other workers between; a container
+    runtime writes another prefix of the same width before each line.
     """
     behind = range(position + 1, len(lines))
     yield ((index, lines[index]) for index in behind)
@@ -130,16 +130,16 @@ def _of_worker(lines: Sequence[str], position: int, start: int) -> _Numbered:
 
 
 def _plain(
-    first: tuple[int, str], numbered: _Numbered, *, is_told_apart: bool
+    first: tuple[int, str], numbered: _Numbered, *, is_separable: bool
 ) -> tuple[list[str], re.Match[str] | None, int]:
-    """Return all lines up to the end of the message, what names the exception, and the position behind.
+    """Return all lines up to the end of the message, the match of the exception, and the position after them.
 
-    Messages of several lines and notes follow the exception as they are: up to an empty line or one of a logger.
+    A message of several lines, and notes, follow the exception and end at an empty line or a logger's line.
     """
     body, end, error = [first[1]], first[0] + 1, None
     more = 0
     for index, line in numbered:
-        if error is not None and (more == _MAX_MORE_LINES or _begins_anew(line)):
+        if error is not None and (more == _MAX_MORE_LINES or _starts_other_output(line)):
             break
         body.append(line)
         end = index + 1
@@ -147,12 +147,12 @@ def _plain(
             more += 1
         elif not line.startswith("  "):
             error = _EXCEPTION.match(line)
-            if error is None or not is_told_apart:
+            if error is None or not is_separable:
                 break
     return body, error, end
 
 
-def _begins_anew(line: str) -> bool:
+def _starts_other_output(line: str) -> bool:
     return (
         not line.strip()
         or line.startswith((_HEADER, _GROUP_INDENT, _IGNORED, "Exception in thread "))
@@ -162,7 +162,7 @@ def _begins_anew(line: str) -> bool:
 
 
 def _group(first: tuple[int, str], numbered: _Numbered) -> tuple[list[str], re.Match[str] | None, int]:
-    """Return all lines with a margin, the group's own and its members', what names the group, and the end."""
+    """Return all lines of an exception group and its members, the match of the group, and the position after them."""
     body, end = [first[1]], first[0] + 1
     for index, line in numbered:
         if not _MARGIN.match(line):
@@ -174,7 +174,7 @@ def _group(first: tuple[int, str], numbered: _Numbered) -> tuple[list[str], re.M
 
 
 def _syntax_error_at(lines: Sequence[str], position: int) -> Stack | None:
-    """Return the error of a program that never began: Python prints it without the words before a traceback."""
+    """Return a syntax error in the program itself: Python prints it without the header of a traceback."""
     if not _FRAME.fullmatch(lines[position]):
         return None
     for index in range(position + 1, min(position + 4, len(lines))):
@@ -187,19 +187,19 @@ def _syntax_error_at(lines: Sequence[str], position: int) -> Stack | None:
 
 
 def _is_chain(lines: Sequence[str], start: int, stop: int) -> bool:
-    """Return whether two tracebacks with these lines between them are one; messages may have several lines."""
+    """Return whether the lines between two tracebacks chain them; a message may have several lines."""
     between = [line.strip() for line in lines[start:stop] if line.strip()]
     return len(between) <= _MAX_MESSAGE_LINES and bool(between) and between[-1].endswith(_CHAINS)
 
 
 def _foreign_at(lines: Sequence[str], position: int) -> Stack | None:
-    """Return the stack of Java, Node.js or Rust whose first line is at a position, or None if there is none."""
+    """Return the stack of Java, Node.js or Rust that starts at a position, or None."""
     behind = lines[position + 1] if position + 1 < len(lines) else ""
     if _AT.match(behind):
         error = _THROWN.match(lines[position].rstrip(" {"))
         if error is None:
             return None
-        # Java indents with a tab, Node.js with blanks; each chains causes in its own way.
+        # Java indents with a tab, Node.js with spaces; they chain causes differently.
         more = _JAVA_MORE if behind.startswith("\t") else _NODE_MORE
         end = _end(lines, position + 1, more)
         return Stack(error[1], error[2] or "", list(lines[position:end]), end)

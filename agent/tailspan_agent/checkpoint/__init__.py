@@ -1,4 +1,4 @@
-"""The checkpoint store: acked cursors, ledgers, spans and run totals in SQLite.
+"""The checkpoint store: acknowledged cursors, ledgers, spans and run totals in SQLite.
 
-Everything that is read from or written to the store's file belongs here; nothing here may interpret a ledger.
+All reads and writes of the store's file belong here. Nothing here may interpret a ledger.
 """

@@ -1,4 +1,4 @@
-"""The checkpoint store's file: its schema, its lock, and what happens when it is damaged or from another version."""
+"""The file of the checkpoint store: its schema and migration, its lock, and the recovery of a damaged file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tailspan_agent.errors import CheckpointError
 
 __all__ = ["SCHEMA_VERSION", "connect", "file_at", "is_damage", "lock", "lock_holder", "salvage"]
 
-# The checks find damage that leaves the file a database: `connect` asks for them, and `salvage` leaves such rows out.
+# The checks find damage in a file that is still a database: `connect` runs them, and `salvage` skips such rows.
 _VERSION_1 = """
 CREATE TABLE meta (
     key TEXT PRIMARY KEY, value TEXT NOT NULL CHECK (typeof(value) = 'text'),
@@ -86,31 +86,31 @@ CREATE TABLE too_fast (
     pipeline TEXT PRIMARY KEY, runs INTEGER NOT NULL CHECK (typeof(pipeline) = 'text' AND typeof(runs) = 'integer')
 ) WITHOUT ROWID;
 """
-# What each version added to the one before: a new store runs all of them, an older one those that it lacks.
+# The changes of each version: a new store applies all, an older one those that it lacks.
 VERSIONS = (_VERSION_1, _VERSION_2)
 SCHEMA_VERSION = len(VERSIONS)
 TABLES = ("meta", "jobs", "seconds", "spans", "runs", "names", "history", "failures", "too_fast")
-# Nobody else writes the store; whoever does all the same must not stop the agent's event loop for long.
+# No other process should write the store; if one does, it must not block the agent's event loop for long.
 _BUSY_S = 0.2
-_FILE_FORMAT = 2  # the newest that there is
-_MAX_FILLED_BYTES = 1 << 36  # a damaged header may say anything
+_FILE_FORMAT = 2  # the newest file format of SQLite
+_MAX_FILLED_BYTES = 1 << 36  # a damaged header may have any size
 
 
 def lock(state_dir: Path) -> int:
-    """Hold the directory for this process; the lock goes with the process, however it ends.
+    """Lock the directory for this process; the lock ends with the process, however it ends.
 
     Returns:
         The file descriptor that holds the lock.
 
     Raises:
-        CheckpointError: Another agent holds it; the message says which.
+        CheckpointError: Another agent has the lock; the message names it.
     """
     path = state_dir / "agent.lock"
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        holder = os.pread(fd, 500, 0).decode("utf-8", "replace").strip() or "a process that did not say who it is"
+        holder = os.pread(fd, 500, 0).decode("utf-8", "replace").strip() or "an unknown process"
         os.close(fd)
         raise CheckpointError(
             f"agent.state_dir {state_dir} is in use by {holder}; stop that agent, or give this one another state_dir"
@@ -122,7 +122,7 @@ def lock(state_dir: Path) -> int:
 
 
 def lock_holder(state_dir: Path) -> int | None:
-    """Return the pid of the agent that holds the directory; None where none does."""
+    """Return the process id of the agent that has the lock; None without one."""
     try:
         fd = os.open(state_dir / "agent.lock", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -138,7 +138,7 @@ def lock_holder(state_dir: Path) -> int | None:
 
 
 def file_at(path: Path) -> tuple[int, int] | None:
-    """Return which file is there now: device and inode; None where there is none."""
+    """Return the identity of the file at a path, device and inode; None without a file."""
     try:
         found = path.stat()
     except OSError:
@@ -147,10 +147,10 @@ def file_at(path: Path) -> tuple[int, int] | None:
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """Open the store, making or migrating it where needed.
+    """Open the store; create or migrate it if needed.
 
     Raises:
-        CheckpointError: The file was made by a newer version; it is left untouched.
+        CheckpointError: The file is from a newer version; it is left unchanged.
         sqlite3.DatabaseError: The file is damaged.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -159,13 +159,13 @@ def connect(path: Path) -> sqlite3.Connection:
     version = _version(path)
     if version > SCHEMA_VERSION:
         raise CheckpointError(
-            f"the checkpoint store {path} is of version {version}, made by a newer Tailspan;"
-            f" this one knows up to {SCHEMA_VERSION}: upgrade, or use another agent.state_dir"
+            f"the checkpoint store {path} has version {version} of a newer Tailspan;"
+            f" this one reads up to version {SCHEMA_VERSION}: upgrade, or use another agent.state_dir"
         )
     db = sqlite3.connect(path, isolation_level=None, timeout=_BUSY_S)
     db.text_factory = _text
     try:
-        # SQLite takes other numbers for a future format, which it would not write.
+        # SQLite opens a file with a larger number, but does not write it.
         if max(header[18:20], default=0) > _FILE_FORMAT:
             raise sqlite3.DatabaseError("its header is damaged")
         (answer,) = db.execute("PRAGMA integrity_check(1)").fetchone()
@@ -196,37 +196,37 @@ def _schema_of(db: sqlite3.Connection) -> set[str]:
 
 
 def is_damage(error: Exception) -> bool:
-    """Return whether an error of `connect` is about the file's content, and not about the disk or another process."""
+    """Return whether an error of `connect` is about the content of the file, not the disk or another process."""
     if isinstance(error, sqlite3.OperationalError):
-        # The generic code: our statements are right, so what they meet is not.
+        # The generic error code: the statements are correct, so the content is damaged.
         return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_ERROR
     return isinstance(error, sqlite3.DatabaseError | UnicodeDecodeError)
 
 
 def _version(path: Path) -> int:
-    # Read-only: even to close a file that was opened for writing can change it.
+    # Read-only: even closing a file that was opened for writing can change it.
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
         version: int = db.execute("PRAGMA user_version").fetchone()[0]
         return version
 
 
 def salvage(aside: Path, into: sqlite3.Connection) -> int:
-    """Copy every row that can still be read; what cannot resumes by `lookback`.
+    """Copy every readable row; a job without its row resumes by `lookback`.
 
     Args:
-        aside: The damaged file; one that was cut off is filled up with zeros.
+        aside: The damaged file; a truncated file is extended with zeros.
         into: The new store.
 
     Returns:
-        How many rows were copied.
+        Number of copied rows.
     """
     _fill_up(aside)
     rows = 0
     with closing(sqlite3.connect(aside)) as source:
         source.text_factory = _text
-        # A scan ends at the first page that is damaged; one from the other end finds what lies behind it.
+        # A scan ends at the first damaged page; a scan in reverse finds the rows after it.
         for table, backwards in product(TABLES, (0, 1)):
-            # SQLite quotes what is damaged in its messages, as it finds it.
+            # SQLite quotes damaged content in its messages, which may not be UTF-8.
             with contextlib.suppress(sqlite3.DatabaseError, UnicodeDecodeError):
                 source.execute(f"PRAGMA reverse_unordered_selects = {backwards}")
                 for row in source.execute(f"SELECT * FROM {table}"):  # noqa: S608 - constants
@@ -237,7 +237,7 @@ def salvage(aside: Path, into: sqlite3.Connection) -> int:
 
 
 def _fill_up(path: Path) -> None:
-    """Give a file that was cut off the size that its header says: SQLite reads no page of it otherwise.
+    """Extend a truncated file to the size in its header: otherwise SQLite reads none of its pages.
 
     Source: SQLite's database file format, the database header.
     """
@@ -251,5 +251,5 @@ def _fill_up(path: Path) -> None:
 
 
 def _text(raw: bytes) -> str:
-    # One flipped bit in a text must not make its whole table unreadable.
+    # One damaged text must not make its whole table unreadable.
     return raw.decode("utf-8", "replace")

@@ -1,7 +1,7 @@
-"""What the checkpoint store keeps of ended runs: the last ones of each pipeline, and how often each failure was seen.
+"""The history in the checkpoint store: the last ended runs of each pipeline, and how often each failure occurred.
 
-All of it is bounded: a pipeline has at most `KEPT_RUNS` runs and `KEPT_FAILURES` kinds of failure, and only pipelines
-with metrics of their own (`agent.max_pipeline_names`) have any.
+Its size is limited: a pipeline has at most `KEPT_RUNS` runs and `KEPT_FAILURES` different failures, and only pipelines
+with metrics of their own (`agent.max_pipeline_names`) have a history.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class StoredHistory:
 
     @staticmethod
     def add(db: sqlite3.Connection, run: PastRun, fingerprint: str | None) -> None:
-        """Write an ended run, inside the caller's transaction; the oldest of its pipeline make room.
+        """Write an ended run in the caller's transaction; beyond the limits, the oldest of its pipeline are deleted.
 
         Args:
-            db: The store.
+            db: The open store.
             run: The run.
-            fingerprint: Of its failure; None for a run without one.
+            fingerprint: The fingerprint of its failure; None without a failure.
         """
         if run.too_fast:
             db.execute(
@@ -68,25 +68,25 @@ class StoredHistory:
         )
 
     def past_runs(self) -> list[PastRun]:
-        """Return the last ended runs of all pipelines; a damaged one is left out, with a warning."""
+        """Return the last ended runs of all pipelines; log a warning for a damaged run and skip it."""
         runs = []
-        for (ledger,) in self._select("SELECT facts FROM history ORDER BY run"):
+        for (text,) in self._select("SELECT facts FROM history ORDER BY run"):
             try:
-                runs.append(PastRun.from_json(ledger))
+                runs.append(PastRun.from_json(text))
             except ValueError as error:
-                _log.warning("a run in the history of the checkpoint store is damaged and left out: %s", error)
+                _log.warning("checkpoint store: skipping a damaged run in the history: %s", error)
         return runs
 
     def too_fast(self) -> dict[str, int]:
-        """Return for each pipeline how many runs succeeded suspiciously fast since the store was made."""
+        """Return the number of suspiciously fast runs since the store was created, by pipeline."""
         return dict(self._select("SELECT pipeline, runs FROM too_fast"))
 
     def earlier_failures(self, pipeline: str, fingerprint: str) -> tuple[int, int | None]:
-        """Return how many runs failed in this way before, and when the first one did, in ns since the epoch.
+        """Return the number of earlier runs with a failure, and when the first one failed, in ns since the epoch.
 
         Args:
             pipeline: The label of the pipeline.
-            fingerprint: Of the failure.
+            fingerprint: The fingerprint of the failure.
         """
         query = "SELECT runs, first_unix_nano FROM failures WHERE pipeline = ? AND fingerprint = ?"
         rows = self._select(query, pipeline, fingerprint)

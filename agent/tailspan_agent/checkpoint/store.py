@@ -1,18 +1,18 @@
-"""The checkpoint store: what the endpoint has acked, on disk, so that a restart neither loses nor repeats.
+"""The checkpoint store: what the endpoint has acknowledged, on disk, so that a restart neither loses nor repeats lines.
 
 SQLite in WAL mode with ``synchronous = NORMAL``: a killed process loses nothing; a power failure can undo the last
-transactions, which repeats lines (with the same uid) but never skips one. Jobs are keyed by the service's identity
-and the job's id, never by a configuration section's name, so renaming a section orphans nothing.
+transactions, which repeats lines (with the same uid) but never skips one. Jobs are keyed by the identity of their
+service and their id, not by the name of a configuration section: renaming a section loses no checkpoint.
 
-    jobs      one row a job: the acked cursor and the facts that go with it
-    seconds   per job and second of source time: how many lines were acked and the sum of their uids
-              (services that know only times: lets the final read find what was never relayed)
-    spans     finished spans exactly as first sent; they stay after their ack, so that none is made anew
-    runs      cumulative run totals per pipeline, so that metrics survive restarts
-    history   the last ended runs of each pipeline (`checkpoint_history`), with failures and too_fast
-    names     names of listed jobs, so that a list without names costs one request a job, once
+    jobs      one row for each job: the acknowledged cursor and the ledger as of that cursor (column facts)
+    seconds   for each job and second of source time: number and uid sum of the acknowledged lines
+              (services that have only times: finds lines that were never relayed after the job's end)
+    spans     ended spans exactly as first sent; they stay after their acknowledgement, so that none is created twice
+    runs      cumulative run totals of each pipeline, so that metrics survive restarts
+    history   the last ended runs of each pipeline (`history`), with failures and too_fast
+    names     names of listed jobs: a list without names costs one request for each job, once
 
-All methods are quick and synchronous; the agent calls them from its event loop only.
+All methods are fast and synchronous; the agent calls them only from its event loop.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from tailspan_agent.checkpoint.database import connect, file_at, is_damage, lock
 from tailspan_agent.checkpoint.history import StoredHistory
 from tailspan_agent.checkpoint.rows import Ack, Checkpoint, LedgerReader, OutboxSpan
 from tailspan_agent.errors import CheckpointError
+from tailspan_agent.otlp.wire import UINT64_MAX
 
 __all__ = ["Ack", "Checkpoint", "OutboxSpan", "Store", "read_checkpoint"]
 
-_UINT64 = 1 << 64
 _SMALLEST_BYTES = 512
 
 _log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ _CHECKPOINT = (
 
 
 def read_checkpoint(state_dir: Path, identity: str, job_id: str) -> Checkpoint | None:
-    """Return what the store of another process, running or not, knows of a job.
+    """Return the checkpoint of a job from the store of another agent, running or not; None without one.
 
     Raises:
         CheckpointError: The store cannot be read.
@@ -61,7 +61,7 @@ def read_checkpoint(state_dir: Path, identity: str, job_id: str) -> Checkpoint |
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
             if db.execute("PRAGMA user_version").fetchone() == (0,):
-                return None  # its agent is about to make it
+                return None  # its agent is about to create the schema
             return _checkpoint(db.execute(_CHECKPOINT, (identity, job_id)).fetchall())
     except (sqlite3.Error, UnicodeDecodeError) as error:
         raise CheckpointError(f"cannot read the checkpoint store {path}: {error}") from error
@@ -75,27 +75,27 @@ def _checkpoint(rows: list[Any]) -> Checkpoint | None:
 
 
 class Store:
-    """The agent's durable state; one agent per directory, held by a lock.
+    """The durable state of an agent. A lock allows one agent for each directory.
 
     Args:
-        state_dir: The agent's directory; made if missing, 0700.
+        state_dir: The agent's directory; created with mode 0700 if missing.
 
     Attributes:
-        instance_id: UUID of this state directory; ``service.instance.id`` of the agent's metrics.
-        start_unix_nano: When counting of runs began in this store.
-        recovered: What was wrong with the file when it was opened and set aside, or None.
-        history: The last ended runs of each pipeline, to be read.
+        instance_id: The UUID of this directory; ``service.instance.id`` of the agent's metrics.
+        start_unix_nano: When this store began to count runs, in ns since the epoch.
+        recovered: The damage for which the file was set aside when it was opened; None without damage.
+        history: The last ended runs of each pipeline.
         ledgers: The ledgers of all jobs.
-        refused: Whether the last write failed: the disk is full, or worse.
+        write_failed: Whether the last write failed: the disk is full, or worse.
 
     Raises:
-        CheckpointError: Another agent holds the directory, the file is from a newer version, or the disk refuses.
+        CheckpointError: Another agent uses the directory, the file is from a newer version, or the disk fails.
     """
 
     def __init__(self, state_dir: Path) -> None:
         self.path = state_dir / "checkpoints.db"
         self.recovered: str | None = None
-        self.refused = False
+        self.write_failed = False
         try:
             make_private(state_dir)
             self._lock_fd = lock(state_dir)
@@ -121,7 +121,7 @@ class Store:
         except (OSError, sqlite3.DatabaseError, UnicodeDecodeError) as error:
             if not is_damage(error):
                 raise CheckpointError(f"cannot open the checkpoint store {self.path}: {error}") from error
-            # SQLite quotes what is damaged in its messages, as it finds it.
+            # SQLite quotes damaged content in its messages, with its line breaks.
             self.recovered = " ".join(str(error).split())
         aside = self.path.with_name(f"checkpoints.corrupt-{time.time_ns()}.db")
         for suffix in ("", "-wal", "-shm"):
@@ -134,7 +134,7 @@ class Store:
         return db
 
     def close(self) -> None:
-        """Close the file and give the directory free."""
+        """Close the file and release the lock of the directory."""
         self._db.close()
         os.close(self._lock_fd)
 
@@ -145,7 +145,7 @@ class Store:
             return row[0]
 
     def together(self) -> AbstractContextManager[object]:
-        """Write what the block writes in one transaction: each costs more than what is in it."""
+        """Return a context that makes one transaction of all writes in it: a commit costs more than a write."""
         return self._transaction()
 
     @contextmanager
@@ -154,11 +154,11 @@ class Store:
             yield self._db
             return
         if file_at(self.path) != self._file:
-            # SQLite would go on writing into what nobody will find again.
-            self.refused = True
+            # SQLite would go on writing to a deleted file.
+            self.write_failed = True
             raise CheckpointError(
-                f"the checkpoint store {self.path} was removed or replaced under a running agent:"
-                " put it back, or start the agent anew"
+                f"the checkpoint store {self.path} was deleted or replaced while the agent runs:"
+                " restore it, or restart the agent"
             )
         try:
             self._db.execute("BEGIN IMMEDIATE")
@@ -168,9 +168,9 @@ class Store:
                 self._db.execute("ROLLBACK")
                 raise
             self._db.execute("COMMIT")
-            self.refused = False
+            self.write_failed = False
         except (sqlite3.Error, UnicodeDecodeError) as error:
-            self.refused = True
+            self.write_failed = True
             raise CheckpointError(f"cannot write the checkpoint store {self.path}: {error}") from error
 
     def _select(self, query: str, *values: object) -> list[Any]:
@@ -180,11 +180,11 @@ class Store:
             raise CheckpointError(f"cannot read the checkpoint store {self.path}: {error}") from error
 
     def job(self, identity: str, job_id: str) -> Checkpoint | None:
-        """Return what is known of a job."""
+        """Return the checkpoint of a job; None for an unknown job."""
         return _checkpoint(self._select(_CHECKPOINT, identity, job_id))
 
     def add_job(self, identity: str, job_id: str, name: str, *, backfill: bool, ledger: str) -> Checkpoint:
-        """Remember a job that is seen for the first time; a job that is known stays as it is."""
+        """Add a job that is seen for the first time, and return its checkpoint; a known job is unchanged."""
         with self._transaction() as db:
             db.execute(
                 "INSERT OR IGNORE INTO jobs (identity, job_id, name, backfill, facts, updated_s)"
@@ -196,12 +196,12 @@ class Store:
         return checkpoint
 
     def finished_jobs(self, identity: str) -> set[str]:
-        """Return the ids of all jobs of a service that need no more work for any signal."""
+        """Return the ids of all jobs of a service that need no more work."""
         query = "SELECT job_id FROM jobs WHERE identity = ? AND ended = 1 AND logs_complete = 1 AND late = 0"
         return {job_id for (job_id,) in self._select(query, identity)}
 
     def unfinished_jobs(self, identity: str) -> list[tuple[str, str]]:
-        """Return id and name of all jobs of a service that were seen and are not finished, oldest first."""
+        """Return id and name of all other known jobs of a service, oldest first."""
         return self._select(
             "SELECT job_id, name FROM jobs WHERE identity = ? AND (ended = 0 OR logs_complete = 0 OR late = 1)"
             " ORDER BY key",
@@ -209,7 +209,7 @@ class Store:
         )
 
     def ack(self, acks: Iterable[Ack]) -> None:
-        """Advance cursors, in one transaction."""
+        """Store acknowledgements, in one transaction."""
         now_s = time.time()
         with self._transaction() as db:
             for ack in acks:
@@ -223,36 +223,36 @@ class Store:
 
     @staticmethod
     def _add_second(db: sqlite3.Connection, key: int, second: int, lines: int, uid_sum: int) -> None:
-        # SQLite's integers are signed and do not wrap: the sum mod 2^64 is kept as text.
+        # SQLite's integers are signed and do not wrap: the sum mod 2^64 is stored as text.
         row = db.execute("SELECT lines, uid_sum FROM seconds WHERE job = ? AND second = ?", (key, second)).fetchone()
         if row is not None:
             lines += row[0]
             uid_sum += int(row[1])
-        db.execute("REPLACE INTO seconds VALUES (?, ?, ?, ?)", (key, second, lines, str(uid_sum % _UINT64)))
+        db.execute("REPLACE INTO seconds VALUES (?, ?, ?, ?)", (key, second, lines, str(uid_sum & UINT64_MAX)))
 
     def seconds(self, key: int) -> dict[int, tuple[int, int]]:
-        """Return per second of source time the count and the uid sum (mod 2^64) of a job's acked lines."""
+        """Return number and uid sum (mod 2^64) of a job's acknowledged lines by second of source time."""
         rows = self._select("SELECT second, lines, uid_sum FROM seconds WHERE job = ?", key)
         return {second: (lines, int(uid_sum)) for second, lines, uid_sum in rows}
 
-    def usable(self) -> bool:
-        """Return whether the disk takes writes again; tries it if the last one failed."""
-        if self.refused:
+    def is_writable(self) -> bool:
+        """Return whether writes succeed; if the last one failed, try one."""
+        if self.write_failed:
             with suppress(CheckpointError), self._transaction() as db:
                 db.execute("REPLACE INTO meta VALUES ('tried', ?)", (str(time.time_ns()),))
-        return not self.refused
+        return not self.write_failed
 
     def update_ledger(self, key: int, ledger: str) -> None:
-        """Store facts that changed without a line: states that were seen."""
+        """Store a ledger that changed without a line: with a new state."""
         with self._transaction() as db:
             db.execute("UPDATE jobs SET facts = ?, updated_s = ? WHERE key = ?", (ledger, time.time(), key))
 
     def complete_logs(self, key: int, *, late: bool = False) -> None:
-        """Note that all lines of an ended job are acked.
+        """Store that all lines of an ended job are acknowledged.
 
         Args:
-            key: The job.
-            late: Whether more may become visible; if not, the per-second sums have done their work.
+            key: The store's number for the job.
+            late: Whether more lines may become visible; if not, the sums by second are deleted.
         """
         with self._transaction() as db:
             db.execute(
@@ -262,10 +262,10 @@ class Store:
                 db.execute("DELETE FROM seconds WHERE job = ?", (key,))
 
     def add_spans(self, key: int, spans: Sequence[OutboxSpan]) -> int:
-        """Write spans that are not there yet; a span that is there stays byte for byte as it was first written.
+        """Write spans; one that is stored already keeps its first bytes.
 
         Returns:
-            How many were new.
+            Number of new spans.
         """
         with self._transaction() as db:
             before = db.total_changes
@@ -286,18 +286,18 @@ class Store:
     ) -> bool:
         """Write a job's last spans and count its run, in one transaction, once.
 
-        Counting goes with the writing of the run span, not with its ack: a run counts once whatever happens to the
-        traces endpoint, and also where traces are not sent at all.
+        A run is counted when its span is written, not when the span is acknowledged: so it is counted once whatever
+        happens at the endpoint, and also if traces are not exported.
 
         Args:
-            key: The job.
-            spans: Its spans that end now.
-            totals: The totals of its pipeline, result and error type with this run added.
-            run: The run as its pipeline's history keeps it; None keeps none.
-            fingerprint: Of its failure, to be counted; None for a run without one.
+            key: The store's number for the job.
+            spans: The spans that end now.
+            totals: The totals of its pipeline, result and error type, including this run.
+            run: The run for the history of its pipeline; None stores none.
+            fingerprint: The fingerprint of its failure; None without a failure.
 
         Returns:
-            Whether this was the first time; if not, nothing was changed.
+            Whether this was the first call for the job; if not, nothing was changed.
         """
         with self._transaction() as db:
             if db.execute("UPDATE jobs SET ended = 1 WHERE key = ? AND ended = 0", (key,)).rowcount == 0:
@@ -319,25 +319,25 @@ class Store:
             try:
                 totals.append(RunTotals.from_row(row))
             except ValueError as error:
-                _log.warning("run totals in %s are damaged and left out: %s", self.path, error)
+                _log.warning("checkpoint store %s: skipping damaged run totals: %s", self.path, error)
         return totals
 
     def unsent_spans(self, limit: int) -> list[OutboxSpan]:
-        """Return spans that are not acked, oldest jobs first."""
+        """Return at most `limit` spans that are not acknowledged, oldest jobs first."""
         rows = self._select(
             "SELECT job, span_id, resource, span FROM spans WHERE acked = 0 ORDER BY job LIMIT ?", limit
         )
         return [OutboxSpan(*row) for row in rows]
 
     def ack_spans(self, spans: Iterable[OutboxSpan]) -> None:
-        """Note that spans need no more work."""
+        """Store that spans are acknowledged."""
         with self._transaction() as db:
             db.executemany(
                 "UPDATE spans SET acked = 1 WHERE job = ? AND span_id = ?", [(span.job, span.span_id) for span in spans]
             )
 
     def names(self, identity: str) -> dict[str, str]:
-        """Return the cached names of a service's listed jobs by id."""
+        """Return the cached names of a service's jobs by id."""
         return dict(self._select("SELECT job_id, name FROM names WHERE identity = ?", identity))
 
     def add_name(self, identity: str, job_id: str, name: str) -> None:
@@ -346,16 +346,16 @@ class Store:
             db.execute("REPLACE INTO names VALUES (?, ?, ?, ?)", (identity, job_id, utf8_name(name), time.time()))
 
     def forget(self, older_than_s: float, *, keep: Collection[str] = (), keep_unsent: bool = True) -> int:
-        """Delete jobs that saw no change for a long time, and names that were asked for as long ago.
+        """Delete jobs without a change for a long time, and names that were cached as long ago.
 
         Args:
-            older_than_s: For how long, in seconds. A job that its service still lists within `lookback` must not be
-                forgotten: at least the largest lookback.
-            keep: Ids of jobs to keep all the same: those that are followed now, however silent, or named by a watch.
-            keep_unsent: Whether unsent spans keep their job; where traces are not sent they would keep it for ever.
+            older_than_s: How long, in seconds; at least the largest `lookback`: a job that its service still lists
+                must not be forgotten.
+            keep: Ids of jobs to keep: those that are followed, however silent, or named by a watch.
+            keep_unsent: Whether to keep jobs with unsent spans; if traces are not exported, that would be for ever.
 
         Returns:
-            How many were deleted.
+            Number of deleted jobs.
         """
         with self._transaction() as db:
             db.execute("CREATE TEMP TABLE IF NOT EXISTS forgotten (job INTEGER PRIMARY KEY)")
@@ -367,7 +367,7 @@ class Store:
                 "DELETE FROM forgotten WHERE job IN (SELECT key FROM jobs WHERE job_id = ?)",
                 [(job_id,) for job_id in keep],
             )
-            # Whoever still lists such a job is asked for its name once more.
+            # If such a job is listed again, its name costs one more request.
             db.execute("DELETE FROM names WHERE asked_s < ?", (time.time() - older_than_s,))
             for table in ("spans", "seconds"):
                 db.execute(f"DELETE FROM {table} WHERE job IN (SELECT job FROM forgotten)")  # noqa: S608 - constants

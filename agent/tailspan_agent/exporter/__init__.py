@@ -1,4 +1,4 @@
-"""Requests on their way to an endpoint: exporters, outcomes, retry, dead letter.
+"""Export of OTLP requests: exporters, outcomes, retry, dead letter.
 
-What knows about transports and their answers belongs here; nothing here may know jobs, pages or checkpoints.
+Transports and their responses belong here. Nothing here may depend on jobs, pages or checkpoints.
 """

@@ -1,8 +1,8 @@
-"""What is odd about a job or a pipeline, as the log record and the words that tell it. Pure.
+"""Alerts: anomalies of a job or a pipeline as log records. Pure.
 
-silent      no line (or heartbeat) for longer than its pipeline's past says
-slow        running for longer than its pipeline's past says
-too_fast    succeeded much sooner than its pipeline ever did
+silent      no line (or heartbeat) for longer than is usual for its pipeline
+slow        running for longer than is usual for its pipeline
+too_fast    succeeded much sooner than is usual for its pipeline
 missing     an `[[agent.expect]]` pipeline did not start in time
 """
 
@@ -21,55 +21,55 @@ from tailspan_agent.otlp.log_record import LogRecordData, Severity
 __all__ = ["alert_record", "alert_text", "missing_record", "new_alerts"]
 
 _WARN = Severity(13, "WARN")
-_MOST_ALERTS = 20
+_MAX_ALERTS = 20
 
 
 def new_alerts(assessment: Assessment, ledger: JobLedger) -> Iterator[str]:
-    """Yield what is odd about a job and was not told yet; each silence is told once.
+    """Yield the alerts of a job that were not sent yet; each silence has one alert.
 
     Args:
-        assessment: What can be told of it now.
-        ledger: What was told.
+        assessment: The current assessment of the job.
+        ledger: Its ledger, with the alerts sent before.
     """
-    told = {kind: told_ns for told_ns, kind in ledger.alerts}
-    if len(ledger.alerts) >= _MOST_ALERTS:
+    sent_ns = {alert: time_ns for time_ns, alert in ledger.alerts}
+    if len(ledger.alerts) >= _MAX_ALERTS:
         return
-    if assessment.silent and ("silent" not in told or (ledger.last_line_ns or 0) > told["silent"]):
+    if assessment.silent and ("silent" not in sent_ns or (ledger.last_line_ns or 0) > sent_ns["silent"]):
         yield "silent"
-    if assessment.slow and "slow" not in told:
+    if assessment.slow and "slow" not in sent_ns:
         yield "slow"
 
 
-def alert_text(kind: str, job: RunResponse, history: PipelineHistory, *, duration_s: float, quiet_s: float) -> str:
-    """Return in one line what is odd, with the past that says so.
+def alert_text(alert: str, job: RunResponse, history: PipelineHistory, *, duration_s: float, quiet_s: float) -> str:
+    """Return the text of an alert in one line, with the history that explains it.
 
     Args:
-        kind: ``silent``, ``slow`` or ``too_fast``.
-        job: Its status.
-        history: The past of its pipeline.
+        alert: ``silent``, ``slow`` or ``too_fast``.
+        job: The status of the job.
+        history: The history of its pipeline.
         duration_s: How long it has been running, or ran, in seconds.
-        quiet_s: How long there was no line, in seconds.
+        quiet_s: The time without a line, in seconds.
     """
     past = f"by its last {len(history.succeeded)} successful runs"
-    if kind == "silent":
+    if alert == "silent":
         return (
             f"{job.job_name}: no line for {quiet_s:.0f} s; {past} over {history.silent_after_s or 0:.0f} s is unusual"
         )
     usual = f"{past} it takes {history.p50_s or 0:.1f} s, and rarely over {history.p95_s or 0:.1f} s"
-    if kind == "slow":
+    if alert == "slow":
         return f"{job.job_name}: running for {duration_s:.1f} s; {usual}"
     return f"{job.job_name}: succeeded after only {duration_s:.1f} s; {usual}"
 
 
-def alert_record(kind: str, text: str, job: RunResponse, ledger: JobLedger, *, time_unix_nano: int) -> LogRecordData:
-    """Return the record that tells it, in the job's own log and trace.
+def alert_record(alert: str, text: str, job: RunResponse, ledger: JobLedger, *, time_unix_nano: int) -> LogRecordData:
+    """Return the log record of an alert, in the job's own log and trace.
 
     Args:
-        kind: ``silent``, ``slow`` or ``too_fast``.
-        text: From `alert_text`.
-        job: Its status.
-        ledger: With this alert among `JobLedger.alerts`.
-        time_unix_nano: When it is so, in ns since the epoch.
+        alert: ``silent``, ``slow`` or ``too_fast``.
+        text: The text from `alert_text`.
+        job: The status of the job.
+        ledger: Its ledger, including this alert.
+        time_unix_nano: The time of the alert, in ns since the epoch.
     """
     return LogRecordData(
         time_unix_nano=time_unix_nano,
@@ -77,22 +77,22 @@ def alert_record(kind: str, text: str, job: RunResponse, ledger: JobLedger, *, t
         severity=_WARN,
         body=text,
         attributes={
-            "log.record.uid": f"{job_hash(job.identity, job.job_id)}.{kind}.{job.attempt}.{len(ledger.alerts)}",
-            "tailspan.alert": kind,
+            "log.record.uid": f"{job_hash(job.identity, job.job_id)}.{alert}.{job.attempt}.{len(ledger.alerts)}",
+            "tailspan.alert": alert,
         },
         trace_id=bytes.fromhex(job.trace_id),
         span_id=bytes.fromhex(span_id(job.identity, job.job_id, "run", job.attempt)),
-        event_name=f"tailspan.job.{kind}",
+        event_name=f"tailspan.job.{alert}",
     )
 
 
 def missing_record(expect: Expect, last_start_unix_nano: int | None, now_unix_nano: int) -> LogRecordData:
-    """Return the record that tells that a pipeline did not start in time.
+    """Return the log record of a pipeline that did not start in time.
 
     Args:
-        expect: What was expected.
-        last_start_unix_nano: When it last started; None when that was never seen.
-        now_unix_nano: The moment, in ns since the epoch.
+        expect: The expected pipeline.
+        last_start_unix_nano: When it last started, in ns since the epoch; None if it was never seen to start.
+        now_unix_nano: The time, in ns since the epoch.
     """
     ago = (
         f"{(now_unix_nano - last_start_unix_nano) / 1e9:.0f} s ago" if last_start_unix_nano else "never, as far as seen"

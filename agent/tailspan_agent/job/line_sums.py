@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 
 from tailspan.logs.page import DIGEST_BYTES, LogPage
+from tailspan_agent.otlp.wire import UINT64_MAX
 
 __all__ = [
     "Seconds",
@@ -25,7 +26,6 @@ __all__ = [
 ]
 
 _NANOS = 1_000_000_000
-_UINT64_MAX = (1 << 64) - 1
 
 Seconds = dict[int, tuple[int, int]]
 """Second of source time to (number of lines, sum of their uids mod 2^64)."""
@@ -33,7 +33,7 @@ Seconds = dict[int, tuple[int, int]]
 
 def add_uids(uid_sum: int, uids: Iterable[int]) -> int:
     """Return a sum of uids mod 2^64 with more uids."""
-    return uid_sum + sum(uids) & _UINT64_MAX
+    return uid_sum + sum(uids) & UINT64_MAX
 
 
 def page_uids(page: LogPage) -> tuple[int, ...]:
@@ -66,7 +66,7 @@ def add_seconds(total: Seconds, more: Mapping[int, tuple[int, int]], sign: int =
     """Add sums to a total, in place; with a `sign` of -1, subtract them."""
     for second, (lines, uid_sum) in more.items():
         known_lines, known_sum = total.get(second, (0, 0))
-        total[second] = (known_lines + sign * lines, known_sum + sign * uid_sum & _UINT64_MAX)
+        total[second] = (known_lines + sign * lines, known_sum + sign * uid_sum & UINT64_MAX)
         if total[second] == (0, 0):
             del total[second]
 
@@ -83,7 +83,7 @@ def missing_lines(uids: list[int], relayed_lines: int, relayed_sum: int) -> list
         relayed_sum: The sum of their uids mod 2^64.
     """
     missing = len(uids) - relayed_lines
-    rest = sum(uids) - relayed_sum & _UINT64_MAX
+    rest = sum(uids) - relayed_sum & UINT64_MAX
     if missing == 0 and rest == 0:
         return []
     if missing == 1 and rest in uids:
@@ -91,7 +91,7 @@ def missing_lines(uids: list[int], relayed_lines: int, relayed_sum: int) -> list
     if missing == 2:
         positions = {uid: index for index, uid in enumerate(uids)}
         for index, uid in enumerate(uids):
-            other = positions.get(rest - uid & _UINT64_MAX, index)
+            other = positions.get(rest - uid & UINT64_MAX, index)
             if other != index:
                 return sorted((index, other))
     return list(range(len(uids)))

@@ -1,8 +1,8 @@
-"""What a job looks like in OpenTelemetry: its resource, its spans and the record of its failure. Pure.
+"""A job in OpenTelemetry: its resource, its spans, and the log records of its failure and its receipt. Pure.
 
-Spans, each sent as soon as its values cannot change (a store shows a span only once it has ended):
+The spans, each sent as soon as its values are final (a trace store shows a span only after it has ended):
 
-    run         RUN {name}, the whole job; parent of the others
+    run         RUN {name}, the whole job; the parent of the others
     submitted   a millisecond at the start, so that a running job is visible at once
     queued      from submission to start
     executing   from start to end; the parent of the job's own spans (its id is in the job's TRACEPARENT)
@@ -55,13 +55,14 @@ def resource_attributes(
     Args:
         job: The job.
         service_name: The configured name of its service.
-        watch_attributes: From its watch.
-        otlp_resource: For all telemetry.
-        backfill: Whether its lines are old: Loki takes them only in a stream of their own.
+        watch_attributes: The attributes of its watch.
+        otlp_resource: The attributes of all telemetry.
+        backfill: Whether its lines are old: Loki accepts them only in a separate stream.
 
     Returns:
-        Attributes by name. The job's own keys win over its user's attributes, those over the watch's, those over
-        the configuration's. Its id is in ``cicd.pipeline.run.id`` only: Loki would make a stream per job of others.
+        Attributes by name. The keys set here take precedence over the job's attributes, those over the watch's, those
+        over the configuration's. The job's id is only in ``cicd.pipeline.run.id``: of most other attributes, Loki
+        would create a stream for each job.
     """
     name = job.job_name or "unnamed"
     own = {
@@ -84,15 +85,15 @@ def resource_attributes(
 
 
 def spans_of(job: RunResponse, ledger: JobLedger) -> list[SpanData]:
-    """Return the job's spans that have ended by now, in the order in which they end.
+    """Return the spans of a job that have ended by now, in the order in which they end.
 
     Args:
-        job: Its latest status.
-        ledger: What was seen of it. The run span needs ``logs_complete``: it contains all lines.
+        job: The latest status of the job.
+        ledger: Its ledger. The run span contains all lines, so it needs ``logs_complete``.
 
     Returns:
-        Spans with ids that follow from the job's alone. Values of a span that was returned before may differ by what
-        is known now: send what was stored first.
+        Spans; their ids depend on the job's identity only. A span that was returned before may have other values now:
+        always send the one that was stored first.
     """
     times = JobTimes.of(job, ledger)
     spans = [_child(job, "submitted", times.submitted_ns, times.submitted_ns + _SUBMITTED_NS)]
@@ -109,12 +110,12 @@ def spans_of(job: RunResponse, ledger: JobLedger) -> list[SpanData]:
 
 
 def failure_record(job: RunResponse, ledger: JobLedger, *, observed_unix_nano: int) -> LogRecordData | None:
-    """Return the record that says why a job failed; None if it did not, or has not ended.
+    """Return the log record of a job's failure; None if it did not fail or has not ended.
 
     Args:
-        job: Its last status.
-        ledger: What was seen of it.
-        observed_unix_nano: When its end was seen, in ns since the epoch.
+        job: The last status of the job.
+        ledger: Its ledger.
+        observed_unix_nano: When the agent saw its end, in ns since the epoch.
     """
     if error_type(job, ledger.failure) is None:
         return None
@@ -136,19 +137,19 @@ def failure_record(job: RunResponse, ledger: JobLedger, *, observed_unix_nano: i
 
 
 def receipt_record(job: RunResponse, ledger: JobLedger, *, observed_unix_nano: int) -> LogRecordData:
-    """Return a job's delivery receipt: what was read of its log, and what became of it.
+    """Return a job's delivery receipt: how many lines were read, and how many records acknowledged and rejected.
 
     Args:
-        job: Its last status.
-        ledger: What was seen of it, as acked.
-        observed_unix_nano: When the last record was acked, in ns since the epoch.
+        job: The last status of the job.
+        ledger: Its ledger as of the last acknowledgement.
+        observed_unix_nano: When the last record was acknowledged, in ns since the epoch.
     """
-    refused = sum(ledger.delivery.rejected.values())
+    rejected = sum(ledger.delivery.rejected.values())
     return LogRecordData(
         time_unix_nano=JobTimes.of(job, ledger).finished_ns,
         observed_unix_nano=observed_unix_nano,
-        severity=Severity(13, "WARN") if refused or not ledger.logs_complete else Severity(9, "INFO"),
-        body=f"{job.job_name}: {ledger.lines} lines read, {ledger.delivery.acked} records acked, {refused} rejected",
+        severity=Severity(13, "WARN") if rejected or not ledger.logs_complete else Severity(9, "INFO"),
+        body=f"{job.job_name}: {ledger.lines} lines read, {ledger.delivery.acked} records acked, {rejected} rejected",
         attributes={
             "log.record.uid": f"{job_hash(job.identity, job.job_id)}.receipt.{job.attempt}"
             + (f".{ledger.receipts}" if ledger.receipts > 1 else ""),
@@ -177,16 +178,16 @@ def _receipt(ledger: JobLedger) -> dict[str, AttributeValue | None]:
     }
 
 
-def _id(job: RunResponse, kind: str) -> str:
-    return span_id(job.identity, job.job_id, kind, job.attempt)
+def _id(job: RunResponse, span_name: str) -> str:
+    return span_id(job.identity, job.job_id, span_name, job.attempt)
 
 
-def _child(job: RunResponse, kind: str, start_ns: int, end_ns: int) -> SpanData:
+def _child(job: RunResponse, name: str, start_ns: int, end_ns: int) -> SpanData:
     return SpanData(
         trace_id=job.trace_id,
-        span_id=_id(job, kind),
+        span_id=_id(job, name),
         parent_span_id=_id(job, "run"),
-        name=kind,
+        name=name,
         start_unix_nano=start_ns,
         end_unix_nano=end_ns,
     )
@@ -227,7 +228,7 @@ def _run_span(job: RunResponse, ledger: JobLedger, times: JobTimes) -> SpanData:
 def _events(job: RunResponse, ledger: JobLedger, times: JobTimes) -> list[SpanEvent]:
     events = [
         SpanEvent(
-            # Seen by polling, so later than it was, even after the end.
+            # States are seen by polling, so late, even after the end.
             time_unix_nano=min(max(seen_ns, times.submitted_ns), times.finished_ns),
             name="tailspan.job.state",
             attributes={"tailspan.job.state": str(state)},
@@ -235,8 +236,8 @@ def _events(job: RunResponse, ledger: JobLedger, times: JobTimes) -> list[SpanEv
         for seen_ns, state in ledger.states
     ]
     events += [
-        SpanEvent(time_unix_nano=min(max(told_ns, times.submitted_ns), times.finished_ns), name=f"tailspan.job.{kind}")
-        for told_ns, kind in ledger.alerts
+        SpanEvent(time_unix_nano=min(max(sent_ns, times.submitted_ns), times.finished_ns), name=f"tailspan.job.{alert}")
+        for sent_ns, alert in ledger.alerts
     ]
     if error_type(job, ledger.failure) is not None:
         events.append(
@@ -246,7 +247,7 @@ def _events(job: RunResponse, ledger: JobLedger, times: JobTimes) -> list[SpanEv
 
 
 def _failure(job: RunResponse, ledger: JobLedger) -> dict[str, AttributeValue]:
-    """Return why a job ended without success, and how often its pipeline failed in this way."""
+    """Return the exit reason, and how often the pipeline had this failure."""
     reason = exit_reason(job, ledger.failure)
     attributes: dict[str, AttributeValue] = {} if reason is None else {"tailspan.exit.reason": reason}
     if ledger.fingerprint:
@@ -275,11 +276,11 @@ def _exception(job: RunResponse, failure: Failure | None) -> dict[str, Attribute
 
 
 def failure_text(job: RunResponse, failure: Failure | None) -> str:
-    """Return in a line or a few, at most 2,000 characters, why a job did not succeed."""
+    """Return why a job did not succeed, in one or a few lines of at most 2,000 characters in total."""
     if job.state is JobState.FAILED and failure and failure.exception_type:
         text = f"{failure.exception_type}: {failure.message}" if failure.message else failure.exception_type
     else:
-        # What the service says of the end is surer than a last line, which may be about anything.
+        # The service's reason is more reliable than a last line, which may be about anything.
         text = job.error or (failure.message if failure else f"the job ended as {job.state}")
         memory = out_of_memory_line(job, failure) if job.state is JobState.FAILED else None
         if memory is not None and memory not in text:
@@ -288,7 +289,7 @@ def failure_text(job: RunResponse, failure: Failure | None) -> str:
 
 
 def _links(traceparent: str | None) -> tuple[SpanLink, ...]:
-    """Return a link to the span that the job was started in; none if that is not said in W3C form."""
+    """Return a link to the span that started the job; none without a valid traceparent."""
     match = _TRACEPARENT.fullmatch(traceparent or "")
     if not match or not int(match[1], 16) or not int(match[2], 16):
         return ()
@@ -296,7 +297,7 @@ def _links(traceparent: str | None) -> tuple[SpanLink, ...]:
 
 
 def _earlier_attempt(job: RunResponse) -> tuple[SpanLink, ...]:
-    """Return a link to the run span of the attempt before, which has a trace of its own."""
+    """Return a link to the run span of the previous attempt, which has a trace of its own."""
     if job.attempt <= 1:
         return ()
     earlier = job.attempt - 1

@@ -1,4 +1,4 @@
-"""When a job was submitted, started and ended, and the run as its pipeline's history keeps it. Pure."""
+"""When a job was submitted, started and ended; its run for the history of its pipeline. Pure."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ _EPOCH = datetime.fromisoformat("1970-01-01T00:00:00+00:00")
 
 @dataclass(frozen=True, slots=True)
 class JobTimes:
-    """A job's times in ns since the epoch: each from the service, or else from what was seen, and in order.
+    """The times of a job in ns since the epoch, in order: from the service, else from the ledger.
 
-    The clocks of service, lines and agent differ: times are widened until spans contain what belongs to them.
+    The clocks of service, lines and agent differ: the times are extended so that each span contains its children and
+    its lines.
 
     Attributes:
-        submitted_ns: When it was handed to its service.
-        started_ns: When it began to execute; None for a job that never did.
+        submitted_ns: When it was submitted to its service.
+        started_ns: When it started; None for a job that never started.
         finished_ns: When it ended.
     """
 
@@ -32,7 +33,7 @@ class JobTimes:
 
     @classmethod
     def of(cls, job: RunResponse, ledger: JobLedger) -> JobTimes:
-        """Return the times of a job by its last status and by what was seen of it."""
+        """Return the times of a job from its last status and its ledger."""
         starts = [time for time in (unix_nano(job.started_at), ledger.first_line_ns) if time is not None]
         started = min(starts, default=None)
         submitted = _first(unix_nano(job.submitted_at), ledger.first_seen_ns)
@@ -49,19 +50,19 @@ def _first(*times: int | None) -> int:
 
 def unix_nano(time: datetime | None) -> int | None:
     """Return a time in ns since the epoch; None for None."""
-    # Not by float: it has no room for nanoseconds since the epoch.
+    # Not a float: it cannot hold nanoseconds since the epoch.
     return None if time is None else (time - _EPOCH) // timedelta(microseconds=1) * 1000
 
 
 def run_duration_s(job: RunResponse, ledger: JobLedger) -> float:
-    """Return how long an ended job ran, in seconds: `RunResponse.duration`, without the time in a queue.
+    """Return how long an ended job ran, in seconds, without the time in a queue.
 
     Args:
-        job: Its last status.
-        ledger: What was seen of it: its lines, where the service does not say when it started or ended.
+        job: The last status of the job.
+        ledger: Its ledger: its lines are used if the service does not report its start and end.
 
     Returns:
-        0 for a job that never started.
+        `RunResponse.duration` if known; 0 for a job that never started.
     """
     if job.duration is not None and job.finished_at is not None:
         return job.duration.total_seconds()
@@ -70,13 +71,13 @@ def run_duration_s(job: RunResponse, ledger: JobLedger) -> float:
 
 
 def past_run(job: RunResponse, ledger: JobLedger, pipeline: str, history: PipelineHistory) -> PastRun:
-    """Return an ended job as its pipeline's history keeps it.
+    """Return the run of an ended job for the history of its pipeline.
 
     Args:
-        job: Its last status.
-        ledger: What was seen of it.
+        job: The last status of the job.
+        ledger: Its ledger.
         pipeline: The label of its pipeline.
-        history: What that pipeline did before; it says whether this run was too fast.
+        history: The history before this run; it decides whether the run was too fast.
     """
     times = JobTimes.of(job, ledger)
     duration_s = run_duration_s(job, ledger)

@@ -1,4 +1,4 @@
 """The metrics of agent, jobs and pipelines, for OTLP and for Prometheus.
 
-Instruments, snapshots and their formats belong here; nothing here may decide what the agent does next.
+Instruments, snapshots and their formats belong here. Nothing here may decide what the agent does next.
 """

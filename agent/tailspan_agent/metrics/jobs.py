@@ -1,14 +1,15 @@
 """The metrics of jobs: ended runs from the store, running jobs from their current state. Pure.
 
-They are values of the metrics SDK, but not its instruments: counts of runs are cumulative over the life of the
-store, not of this process, and a job that has ended must leave no gauge behind.
+They use the values of the metrics SDK, but not its instruments: counts of runs are cumulative since the store was
+created, not since this process started, and the gauges of an ended job must disappear.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from opentelemetry.sdk.metrics import Exemplar
 from opentelemetry.sdk.metrics.export import (
@@ -21,15 +22,14 @@ from opentelemetry.sdk.metrics.export import (
     Sum,
 )
 
-from tailspan_agent.analysis.assessment import JobSnapshot
+from tailspan_agent.analysis.assessment import MAX_TASKS, JobSnapshot
 from tailspan_agent.analysis.pipeline_names import PipelineNames
 from tailspan_agent.analysis.run_totals import BOUNDS_S, RunTotals
+from tailspan_agent.metrics.gauges import Attributes, GaugeDefinition, GaugeValues, age_s
 
 __all__ = ["job_metrics"]
 
 _PHASES = ("pending", "executing", "finalizing")
-_MAX_TASKS = 1 << 53  # a service may say any number, OTLP cannot
-_Attributes = tuple[tuple[str, str], ...]
 
 
 def job_metrics(
@@ -43,16 +43,16 @@ def job_metrics(
 ) -> list[Metric]:
     """Return the metrics of all jobs.
 
-    Without the run id, jobs of one pipeline share a series: task counts are added up, of ages and times the largest
-    is said.
+    Without the run id, jobs of one pipeline share a series: task counts are added, of ages and times the largest is
+    exported.
 
     Args:
         runs: All ended runs, from the store.
-        jobs: The jobs that are followed now.
-        names: Which pipelines have series of their own.
-        start_unix_nano: When counting of runs began, in the store; the same after each restart.
-        now_unix_nano: The time of the values.
-        run_id_on_metrics: Put ``cicd.pipeline.run.id`` on the gauges of running jobs.
+        jobs: The followed jobs.
+        names: The pipelines with series of their own.
+        start_unix_nano: When the store began to count runs, in ns since the epoch; the same after each restart.
+        now_unix_nano: The time of the values, in ns since the epoch.
+        run_id_on_metrics: Add ``cicd.pipeline.run.id`` to the gauges of running jobs.
 
     Returns:
         Metrics that have at least one value.
@@ -66,16 +66,16 @@ def job_metrics(
     active = dict.fromkeys(((name, phase) for name in names.used for phase in _PHASES), 0)
     for label, job in zip(labels, jobs, strict=True):
         active[label, job.phase] += 1
-    gauges = _Gauges(now_unix_nano)
+    gauges = GaugeValues(_GAUGES, now_unix_nano)
     for label, job in zip(labels, jobs, strict=True):
         if not job.status.state.is_terminal:
             run_id = (("cicd.pipeline.run.id", job.status.job_id),) if run_id_on_metrics else ()
-            gauges.add(job, (("cicd.pipeline.name", label), *run_id))
+            _put_job(gauges, job, (("cicd.pipeline.name", label), *run_id), now_unix_nano)
 
     def point(attributes: Mapping[str, str], value: int) -> NumberDataPoint:
         return NumberDataPoint(attributes, start_unix_nano, now_unix_nano, value)
 
-    errors: dict[_Attributes, int] = defaultdict(int)
+    errors: dict[Attributes, int] = defaultdict(int)
     for total in totals.values():
         if total.error_type:
             errors[("cicd.pipeline.name", total.pipeline), ("error.type", total.error_type)] += total.count
@@ -133,7 +133,7 @@ def _duration(total: RunTotals, start_unix_nano: int, now_unix_nano: int) -> His
         total.sum_s,
         total.buckets,
         BOUNDS_S,
-        min=None,  # type: ignore[arg-type] # optional in OTLP, and meaningless over the life of a store
+        min=None,  # type: ignore[arg-type] # optional in OTLP, and not known for runs of earlier processes
         max=None,  # type: ignore[arg-type]
         exemplars=[
             Exemplar({}, run.duration_s, run.time_unix_nano, int(run.span_id, 16), int(run.trace_id, 16))
@@ -144,7 +144,7 @@ def _duration(total: RunTotals, start_unix_nano: int, now_unix_nano: int) -> His
 
 
 def _last_ends(totals: Iterable[RunTotals], now_unix_nano: int) -> list[NumberDataPoint]:
-    newest: dict[_Attributes, int] = defaultdict(int)
+    newest: dict[Attributes, int] = defaultdict(int)
     for total in totals:
         key = ("cicd.pipeline.name", total.pipeline), ("cicd.pipeline.result", total.result)
         newest[key] = max(newest[key], *(run.time_unix_nano for run in total.exemplars if run), 0)
@@ -155,58 +155,24 @@ def _last_ends(totals: Iterable[RunTotals], now_unix_nano: int) -> list[NumberDa
     ]
 
 
-class _Gauges:
-    """Current values of running jobs, one per metric and attributes."""
-
-    def __init__(self, now_unix_nano: int) -> None:
-        self._now_unix_nano = now_unix_nano
-        self._values: dict[str, dict[_Attributes, float]] = {name: {} for name, _, _ in _GAUGES}
-
-    def add(self, job: JobSnapshot, attributes: _Attributes) -> None:
-        status = job.status
-        if status.total_tasks or status.finished_tasks:
-            self._put("tailspan.job.tasks.finished", attributes, min(status.finished_tasks, _MAX_TASKS), _plus)
-            self._put("tailspan.job.tasks.total", attributes, min(status.total_tasks, _MAX_TASKS), _plus)
-        if status.last_heartbeat:
-            self._put("tailspan.job.heartbeat.age", attributes, self._age_s(status.last_heartbeat.timestamp()), max)
-        if job.last_line_unix_nano is not None:
-            self._put("tailspan.job.last_line.age", attributes, self._age_s(job.last_line_unix_nano / 1e9), max)
-            first_unix_nano = job.first_line_unix_nano or job.last_line_unix_nano
-            exec_time_s = max(0, job.last_line_unix_nano - first_unix_nano) / 1e9
-            self._put("tailspan.job.exec_time", attributes, exec_time_s, max)
-
-    def _age_s(self, then_s: float) -> float:
-        return max(0.0, self._now_unix_nano / 1e9 - then_s)
-
-    def _put(self, name: str, attributes: _Attributes, value: float, join: Callable[[float, float], float]) -> None:
-        values = self._values[name]
-        values[attributes] = join(values[attributes], value) if attributes in values else value
-
-    def metrics(self) -> list[Metric]:
-        return [
-            Metric(
-                name,
-                description,
-                unit,
-                Gauge(
-                    [
-                        NumberDataPoint(dict(attributes), 0, self._now_unix_nano, value)
-                        for attributes, value in self._values[name].items()
-                    ]
-                ),
-            )
-            for name, unit, description in _GAUGES
-        ]
-
-
-def _plus(one: float, other: float) -> float:
-    return one + other
+def _put_job(gauges: GaugeValues, job: JobSnapshot, series: Attributes, now_unix_nano: int) -> None:
+    status = job.status
+    if status.total_tasks or status.finished_tasks:
+        gauges.put("tailspan.job.tasks.finished", series, min(status.finished_tasks, MAX_TASKS), operator.add)
+        gauges.put("tailspan.job.tasks.total", series, min(status.total_tasks, MAX_TASKS), operator.add)
+    if status.last_heartbeat:
+        heartbeat_ns = int(status.last_heartbeat.timestamp() * 1e9)
+        gauges.put("tailspan.job.heartbeat.age", series, age_s(heartbeat_ns, now_unix_nano))
+    if job.last_line_unix_nano is not None:
+        gauges.put("tailspan.job.last_line.age", series, age_s(job.last_line_unix_nano, now_unix_nano))
+        first_unix_nano = job.first_line_unix_nano or job.last_line_unix_nano
+        gauges.put("tailspan.job.exec_time", series, age_s(first_unix_nano, job.last_line_unix_nano))
 
 
 _GAUGES = (
-    ("tailspan.job.tasks.finished", "{task}", "Tasks of running jobs that have ended."),
-    ("tailspan.job.tasks.total", "{task}", "Tasks of running jobs."),
-    ("tailspan.job.heartbeat.age", "s", "Time since a running job last said that it lives."),
-    ("tailspan.job.last_line.age", "s", "Time since the newest line of a running job."),
-    ("tailspan.job.exec_time", "s", "Time from the first to the newest line of a running job."),
+    GaugeDefinition("tailspan.job.tasks.finished", "{task}", "Finished tasks of running jobs."),
+    GaugeDefinition("tailspan.job.tasks.total", "{task}", "Tasks of running jobs."),
+    GaugeDefinition("tailspan.job.heartbeat.age", "s", "Time since the last heartbeat of a running job."),
+    GaugeDefinition("tailspan.job.last_line.age", "s", "Time since the newest line of a running job."),
+    GaugeDefinition("tailspan.job.exec_time", "s", "Time from the first to the newest line of a running job."),
 )

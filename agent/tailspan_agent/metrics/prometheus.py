@@ -1,6 +1,6 @@
-"""Metrics of the metrics SDK as text that Prometheus scrapes, under the names that its own OTLP receiver gives them.
+"""Metrics as text for Prometheus to scrape, with the names that Prometheus' own OTLP receiver gives them.
 
-So a dashboard or an alert works whichever way the metrics came.
+So dashboards and alerts work with scraped and with pushed metrics.
 
 Source: the OpenTelemetry specification, "Prometheus and OpenMetrics Compatibility"; prometheus/otlptranslator.
 """
@@ -26,17 +26,17 @@ _NO_LABEL_CHARS = re.compile(r"[^a-zA-Z0-9_]")
 
 
 def prometheus_text(metrics: Iterable[Metric], resource: Mapping[str, Any], accept: str = "") -> tuple[bytes, str]:
-    """Return metrics in the text format that was asked for.
+    """Return metrics in the requested text format.
 
     Args:
-        metrics: What to say.
-        resource: Attributes of what says it; they become ``target_info``.
-        accept: The Accept header: OpenMetrics where it names it, which alone carries exemplars.
+        metrics: The metrics.
+        resource: The attributes of their resource; they become ``target_info``.
+        accept: The Accept header; if it names OpenMetrics, the text is OpenMetrics, the only format with exemplars.
 
     Returns:
         The text and its content type.
     """
-    # 50 ms of imports that only a scraped agent needs
+    # imports take 50 ms, and only a scraped agent needs them
     from prometheus_client.exposition import choose_encoder
     from prometheus_client.registry import Collector
 
@@ -52,7 +52,7 @@ def prometheus_text(metrics: Iterable[Metric], resource: Mapping[str, Any], acce
 def _target_info(resource: Mapping[str, Any]) -> Family:
     from prometheus_client.metrics_core import Metric as Family
 
-    family = Family("target", "The agent and where it runs.", "info")
+    family = Family("target", "The agent and its host.", "info")
     family.add_sample("target_info", _labels(resource), 1)
     return family
 
@@ -107,7 +107,7 @@ def _exemplar(exemplar: Exemplar) -> FamilyExemplar:
 
 
 def _labels(attributes: Mapping[str, Any]) -> dict[str, str]:
-    """Return attributes as labels; where two names become one, both values are kept, as the specification asks."""
+    """Return attributes as labels; if two names become one, both values are kept, as the specification requires."""
     labels: dict[str, str] = {}
     for key, value in sorted(attributes.items()):
         name = _NO_LABEL_CHARS.sub("_", key)

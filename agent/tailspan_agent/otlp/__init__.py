@@ -1,4 +1,4 @@
 """OTLP messages as bytes: requests, log records, spans, JSON lines.
 
-Wire formats belong here; nothing here may know what a job is or talk to an endpoint.
+Wire formats belong here. Nothing here may depend on jobs or send a request.
 """

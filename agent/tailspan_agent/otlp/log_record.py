@@ -21,11 +21,11 @@ __all__ = ["UNKNOWN_SEVERITY", "LogRecordData", "Severity", "encode_log_record",
 
 
 class Severity(NamedTuple):
-    """OTLP severity.
+    """The severity of a log record.
 
     Attributes:
         number: 1 (TRACE) to 24 (FATAL4); 0 is unspecified.
-        text: The word as the line has it; empty if unspecified.
+        text: The level as the line has it; empty if unspecified.
     """
 
     number: int
@@ -42,12 +42,12 @@ class LogRecordData:
     Attributes:
         time_unix_nano: When it happened, in ns since the epoch.
         observed_unix_nano: When the agent read it, in ns since the epoch.
-        severity: How bad it is.
+        severity: Its severity.
         body: Its text.
-        attributes: Facts about it.
-        trace_id: 16 bytes; empty for a record that is about no job.
-        span_id: 8 bytes; empty for a record that is about no job.
-        event_name: The name of the kind of event that it is; empty for a line.
+        attributes: Its attributes.
+        trace_id: 16 bytes; empty for a record without a job.
+        span_id: 8 bytes; empty for a record without a job.
+        event_name: The name of the event; empty for a line of a log.
     """
 
     time_unix_nano: int
@@ -74,11 +74,11 @@ def encode_log_record(record: LogRecordData) -> bytes:
 
 
 def severity_fields(severity: Severity) -> bytes:
-    """Return the two fields of a severity; none if it is unspecified."""
+    """Return the two fields of a severity; empty if it is unspecified."""
     return varint_field(2, severity.number) + string_field(3, severity.text) if severity.number else b""
 
 
 def origin_fields(trace_id: bytes, span_id: bytes, observed_unix_nano: int) -> bytes:
-    """Return the fields that all records of one job and read have in common."""
+    """Return the fields that all records of one page share."""
     ids = fixed32_field(8, SAMPLED) + bytes_field(9, trace_id) + bytes_field(10, span_id) if trace_id else b""
     return ids + fixed64_field(11, observed_unix_nano)

@@ -1,10 +1,13 @@
-"""OTLP bytes, assembled by hand: a line becomes a record at a hundredth of what the SDK costs. Pure.
+"""OTLP requests as bytes, encoded by hand: a record costs a hundredth of what it costs with the SDK. Pure.
 
 The wire format is protobuf's: a message is a series of fields, each a tag (field number << 3 | wire type), for wire
 type 2 a length, and the value. Numbers are varints (wire type 0: seven bits an octet, low ones first, the high bit set
-on all but the last) or eight (type 1) or four (type 5) little-endian octets. Fields may come in any order, which lets
-`tailspan_agent.records.framing` put a record's constants side by side. A string of a oneof (a body, an attribute) is
-written even if empty.
+on all but the last) or eight (type 1) or four (type 5) little-endian octets. Fields may have any order:
+`tailspan_agent.records.framing` puts a record's constants side by side. A string of a oneof (a body, an attribute) is
+written even if it is empty.
+
+Spans are encoded by hand too, although only a few are sent for each job: importing protobuf takes 15 ms of CPU, and
+encoding a span with it is not faster (28 instead of 22 us).
 
 Field numbers (opentelemetry-proto 1.x: logs.proto, trace.proto, common.proto, resource.proto):
 
@@ -39,7 +42,7 @@ _SCHEMA = string_field(3, SCHEMA_URL)
 
 
 def encode_resource(attributes: Mapping[str, AttributeValue]) -> bytes:
-    """Return a resource as the field that `logs_request` and `traces_request` take."""
+    """Return a resource as a field, for `logs_request` and `traces_request`."""
     return bytes_field(1, attributes_fields(1, attributes))
 
 
@@ -47,14 +50,14 @@ def logs_request(groups: Iterable[tuple[bytes, Sequence[bytes]]]) -> bytes:
     """Return an ExportLogsServiceRequest.
 
     Args:
-        groups: Per job its resource (`encode_resource`) and its records (`encode_lines`, `encode_log_record`), each
-            piece of bytes holding one or more, in order. A group without records is left out.
+        groups: For each job its resource (`encode_resource`) and its records (`encode_lines`, `encode_log_record`) in
+            order; each piece of bytes has one or more records. A group without records is omitted.
     """
     pieces: list[bytes] = []
     for resource, records in groups:
         records_bytes = sum(map(len, records))
         if records_bytes:
-            # The lengths come first, so that the records, which are megabytes, are copied once.
+            # Lengths are computed first, so that the records (megabytes) are copied only once.
             scope_bytes = len(_SCOPE) + records_bytes + len(_SCHEMA)
             scope = varint(2 << 3 | 2) + varint(scope_bytes) + _SCOPE
             group_bytes = len(resource) + len(scope) - len(_SCOPE) + scope_bytes + len(_SCHEMA)
@@ -63,5 +66,5 @@ def logs_request(groups: Iterable[tuple[bytes, Sequence[bytes]]]) -> bytes:
 
 
 def traces_request(groups: Iterable[tuple[bytes, Sequence[bytes]]]) -> bytes:
-    """Return an ExportTraceServiceRequest; like `logs_request`, with spans by `encode_span`."""
-    return logs_request(groups)  # the same field numbers all the way down
+    """Return an ExportTraceServiceRequest: like `logs_request`, with spans from `encode_span`."""
+    return logs_request(groups)  # all field numbers are the same

@@ -19,18 +19,18 @@ from tailspan_agent.otlp.wire import (
 __all__ = ["SAMPLED", "SpanData", "SpanEvent", "SpanKind", "SpanLink", "StatusCode", "encode_span"]
 
 SAMPLED = 1
-"""W3C trace flags of everything that the agent sends; the random bit is off, since ids are hashes."""
+"""The W3C trace flags of all spans and records; the random bit is off, since ids are hashes."""
 
 
 class SpanKind(enum.IntEnum):
-    """SpanKind of trace.proto, as far as the agent uses it."""
+    """The values of SpanKind in trace.proto that the agent uses."""
 
     INTERNAL = 1
     SERVER = 2
 
 
 class StatusCode(enum.IntEnum):
-    """Status.StatusCode of trace.proto, as far as the agent uses it: OK is for people to set."""
+    """The values of Status.StatusCode in trace.proto that the agent uses; OK is reserved for users."""
 
     UNSET = 0
     ERROR = 2
@@ -38,7 +38,7 @@ class StatusCode(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpanEvent:
-    """Something that happened during a span, at a time in ns since the epoch."""
+    """An event of a span; its time is in ns since the epoch."""
 
     time_unix_nano: int
     name: str
@@ -47,7 +47,7 @@ class SpanEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpanLink:
-    """A span of another trace that this one follows from; ids in hexadecimal digits."""
+    """A link to a span of another trace; ids are hexadecimal digits."""
 
     trace_id: str
     span_id: str
@@ -62,15 +62,15 @@ class SpanData:
         trace_id: 32 hexadecimal digits.
         span_id: 16 hexadecimal digits.
         parent_span_id: 16 hexadecimal digits; empty for a root span.
-        name: What it is called.
-        kind: What it is to its caller.
-        start_unix_nano: In ns since the epoch.
-        end_unix_nano: In ns since the epoch.
-        attributes: Facts about it.
-        events: What happened meanwhile, oldest first.
-        links: Spans of other traces.
+        name: Its name.
+        kind: Its SpanKind.
+        start_unix_nano: When it started, in ns since the epoch.
+        end_unix_nano: When it ended, in ns since the epoch.
+        attributes: Its attributes.
+        events: Its events, oldest first.
+        links: Its links to other traces.
         status: ERROR or UNSET.
-        status_message: Why it is ERROR.
+        status_message: The reason of ERROR.
     """
 
     trace_id: str

@@ -1,4 +1,4 @@
-"""The few protobuf fields that OTLP is made of, as bytes. Pure; `tailspan_agent.otlp.requests` explains the format."""
+"""Protobuf fields as bytes, as far as OTLP needs them. Pure; `tailspan_agent.otlp.requests` explains the format."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import TypeAlias
 
 __all__ = [
+    "UINT64_MAX",
     "AttributeValue",
     "attributes_fields",
     "bytes_field",
@@ -20,13 +21,13 @@ __all__ = [
 ]
 
 AttributeValue: TypeAlias = str | bool | int | float | Sequence[str]
-"""What an attribute may hold; a sequence is one of strings."""
+"""The value of an attribute; a sequence has strings only."""
 
-_MAX_U64 = (1 << 64) - 1
-_MAX_I64 = (1 << 63) - 1
+UINT64_MAX = (1 << 64) - 1
+_INT64_MAX = (1 << 63) - 1
 
 
-@lru_cache(maxsize=4096)  # of tags and lengths there are few
+@lru_cache(maxsize=4096)  # few different tags and lengths occur
 def varint(number: int) -> bytes:
     """Return a number from 0 to 2**64 - 1 as a varint."""
     if number < 0x80:
@@ -40,13 +41,13 @@ def varint(number: int) -> bytes:
 
 
 def varint_field(number: int, value: int) -> bytes:
-    """Return an integer field; negative values are two's complement in 64 bits."""
-    return varint(number << 3) + varint(value & _MAX_U64)
+    """Return an integer field; a negative value is encoded as two's complement in 64 bits."""
+    return varint(number << 3) + varint(value & UINT64_MAX)
 
 
 def fixed64_field(number: int, value: int) -> bytes:
-    """Return a fixed64 field; a value out of its range becomes the nearest in it."""
-    return varint(number << 3 | 1) + struct.pack("<Q", min(max(value, 0), _MAX_U64))
+    """Return a fixed64 field; a value outside its range is replaced by the nearest one."""
+    return varint(number << 3 | 1) + struct.pack("<Q", min(max(value, 0), UINT64_MAX))
 
 
 def fixed32_field(number: int, value: int) -> bytes:
@@ -55,12 +56,12 @@ def fixed32_field(number: int, value: int) -> bytes:
 
 
 def bytes_field(number: int, value: bytes) -> bytes:
-    """Return a field of bytes, or of a message's bytes; an empty one is written too."""
+    """Return a field of bytes or of an encoded message, also an empty one."""
     return varint(number << 3 | 2) + varint(len(value)) + value
 
 
 def string_field(number: int, value: str) -> bytes:
-    """Return a string field; what is no valid Unicode (half of a surrogate pair) becomes a question mark."""
+    """Return a string field, with a question mark for each lone surrogate."""
     return bytes_field(number, value.encode("utf-8", "replace"))
 
 
@@ -71,7 +72,7 @@ def _any_value(value: AttributeValue) -> bytes:
         case bool():
             return varint_field(2, value)
         case int():
-            return varint_field(3, value) if -_MAX_I64 - 1 <= value <= _MAX_I64 else string_field(1, str(value))
+            return varint_field(3, value) if -_INT64_MAX - 1 <= value <= _INT64_MAX else string_field(1, str(value))
         case float():
             return varint(4 << 3 | 1) + struct.pack("<d", value)
         case _:
@@ -84,5 +85,5 @@ def key_value(key: str, value: AttributeValue) -> bytes:
 
 
 def attributes_fields(number: int, attributes: Mapping[str, AttributeValue]) -> bytes:
-    """Return one field per attribute, in the mapping's order."""
+    """Return one field for each attribute, in the order of the mapping."""
     return b"".join(bytes_field(number, key_value(key, value)) for key, value in attributes.items())

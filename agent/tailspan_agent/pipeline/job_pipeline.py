@@ -201,7 +201,7 @@ class JobPipeline:
         if not late:
             job.ledger = job.ledger.with_last_line(page.last_lines(1)[0], job.redact)
         if not late and not job.status.state.is_terminal:
-            self._progress.see(page, time.monotonic())
+            self._progress.add_page(page, time.monotonic())
         cursor = None if late else page.cursor
         if self._queue is not None:
             encoded = encode_lines(page, context=self._log_context, observed_unix_nano=time.time_ns())

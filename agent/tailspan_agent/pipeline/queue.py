@@ -82,7 +82,7 @@ async def until_usable(store: Store) -> None:
     """Wait until the store can be written again."""
     while True:
         await asyncio.sleep(_RETRY_STORE_S)
-        if store.usable():
+        if store.is_writable():
             return
 
 

@@ -207,7 +207,7 @@ class Receiver:
             tailer.failure = AgentError(f"job {tailer.job_id}: unexpected error (a bug in the agent): {error!r}")
         if tailer.once:
             return
-        if isinstance(tailer.failure, CheckpointError) and self._context.store.refused:
+        if isinstance(tailer.failure, CheckpointError) and self._context.store.write_failed:
             # The memory of this tailer may be ahead of the store: the next tailer continues from the store.
             await until_usable(self._context.store)
         else:

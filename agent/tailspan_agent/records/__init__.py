@@ -1,4 +1,4 @@
 """Lines of a job as log records: framing, severity and redaction.
 
-Pure work that is done for each line belongs here; nothing here may read a log, keep state of a job or send.
+Pure work that is done for each line belongs here. Nothing here may read a log, keep state of a job or send.
 """

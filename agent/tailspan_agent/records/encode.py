@@ -1,6 +1,6 @@
-"""A page of lines as OTLP log records: what its lines share, and what is special about some. Pure.
+"""A page of lines as OTLP log records: the fields that lines share, and the lines that need more. Pure.
 
-What is to be done for every line is done by `tailspan_agent.records.framing`.
+`tailspan_agent.records.framing` does the work for every line.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tailspan.logs.page import CLEAN, DIGEST_BYTES, LineRun, LogPage, Stream
 from tailspan.logs.text import count_lines
 from tailspan.models import RunResponse
 from tailspan_agent.otlp.log_record import origin_fields, severity_fields
-from tailspan_agent.otlp.wire import attributes_fields, bytes_field, fixed64_field
+from tailspan_agent.otlp.wire import UINT64_MAX, attributes_fields, bytes_field, fixed64_field
 from tailspan_agent.records.framing import LEFT_OUT, FramedRun, Lines, frame, split_lines
 from tailspan_agent.records.redact import Redactor
 from tailspan_agent.records.severity import SEVERITIES, SeverityLearner, severity_number
@@ -26,14 +26,14 @@ __all__ = ["EncodedLines", "LogContext", "encode_lines"]
 
 @dataclass(slots=True, kw_only=True)
 class LogContext:
-    """What all records of one job share.
+    """The context that all records of one job share.
 
     Attributes:
-        trace_id: Of the job's trace, 16 bytes.
-        span_id: Of the job's run span, 8 bytes.
-        min_severity: Lines that are known to be below this severity number are dropped; 0 drops none.
-        redactor: Takes secrets out of lines.
-        learner: Finds severities; keep it for the job's next pages.
+        trace_id: The job's trace, 16 bytes.
+        span_id: The job's run span, 8 bytes.
+        min_severity: Lines with a lower, known severity number are dropped; 0 drops none.
+        redactor: Redacts lines.
+        learner: Finds severities; keep it for the next pages of the job.
     """
 
     trace_id: bytes
@@ -50,11 +50,11 @@ class LogContext:
 
         Args:
             job: The job.
-            min_severity: Name of the lowest level to relay; None relays all.
-            redactor: Takes secrets out of lines.
+            min_severity: The name of the lowest level to relay; None relays all lines.
+            redactor: Redacts lines.
 
         Raises:
-            ConfigError: There is no such level.
+            ConfigError: The level is unknown.
         """
         return cls(
             trace_id=bytes.fromhex(job.trace_id),
@@ -69,10 +69,10 @@ class EncodedLines:
     """The records of a page.
 
     Attributes:
-        records: ``ScopeLogs.log_records`` fields, one after the other, in the order of the lines.
-        count: How many records; a line over 256 KB makes several.
-        dropped: Lines below the minimum severity, which have none.
-        redactions: How many secrets were taken out.
+        records: ``ScopeLogs.log_records`` fields in the order of the lines.
+        count: Number of records; a line above 256 KB has several.
+        dropped: Number of lines below the minimum severity; they have no record.
+        redactions: Number of redacted secrets.
     """
 
     records: bytes
@@ -84,12 +84,12 @@ class EncodedLines:
 def encode_lines(page: LogPage, *, context: LogContext, observed_unix_nano: int) -> EncodedLines:
     """Return the records of a page's lines.
 
-    Every line becomes a record, an empty one too. A line over 256 KB becomes several, with ``tailspan.line.part``
-    from 0, and ``.part`` behind the line's uid: a store may take records of equal uid for repeats.
+    Every line becomes a record, also an empty one. A line above 256 KB becomes several records with
+    ``tailspan.line.part`` from 0 and ``.part`` after the line's uid: a store may drop records with an equal uid.
 
     Args:
         page: The lines as read.
-        context: What the job's records share.
+        context: The context of the job's records.
         observed_unix_nano: When the page was read, in ns since the epoch.
     """
     lines = _clean_lines(page)
@@ -114,7 +114,7 @@ def encode_lines(page: LogPage, *, context: LogContext, observed_unix_nano: int)
 
 
 def _clean_lines(page: LogPage) -> Lines:
-    """Return the cleaned lines, without a call per line where nothing is to be cleaned."""
+    """Return the cleaned lines, without a call for each line if all are clean."""
     text = page.text
     if not all(run.flags & CLEAN for run in page.runs):
         text = page.joined()
@@ -128,12 +128,11 @@ _SEVERITY_FIELDS = tuple(map(severity_fields, SEVERITIES))
 _UID = "log.record.uid"
 _LEFT_OUT = bytes([LEFT_OUT])
 _ORDINAL_DIGITS = 4
-_TIMES = 1 << 64
 
 
 @lru_cache(maxsize=64)
 def _without_lower(least: int) -> bytes:
-    """Return a table for ``bytes.translate`` that leaves out the severities that are known to be lower."""
+    """Return a table for ``bytes.translate`` that marks known, lower severities as left out."""
     table = bytearray(range(256))
     for index, severity in enumerate(SEVERITIES):
         if 0 < severity.number < least:
@@ -144,28 +143,28 @@ def _without_lower(least: int) -> bytes:
 def _framed(run: LineRun, origin: bytes, *, is_numbered: bool) -> FramedRun:
     prefix = run.uid_prefix.encode() if is_numbered else b""
     uid = _uid_head(len(prefix) + _ORDINAL_DIGITS if is_numbered else 2 * DIGEST_BYTES)
-    # A source with a broken clock may say anything; its lines are relayed all the same.
-    time = max(0, min(run.time_unix_nano, _TIMES - run.lines))
+    # A broken clock may give any time; the lines must be relayed anyway.
+    time = max(0, min(run.time_unix_nano, UINT64_MAX + 1 - run.lines))
     return FramedRun(run.lines, time, _IOSTREAM[run.stream] + origin + uid + prefix)
 
 
 @lru_cache(maxsize=64)
 def _uid_head(digits: int) -> bytes:
-    """Return the uid attribute of a record up to the uid itself."""
+    """Return the uid attribute of a record without the uid itself."""
     return attributes_fields(6, {_UID: "0" * digits})[:-digits]
 
 
 def _with_long(
     lines: list[bytes], severities: bytes, runs: list[FramedRun], page: LogPage, origin: bytes
 ) -> Iterator[tuple[bytes, int]]:
-    """Yield records of lines, of which some are too long for one, and how many they are."""
+    """Yield the records of lines, some of them too long for one record, and the number of records."""
 
-    def between(start: int, stop: int) -> tuple[bytes, int]:
-        some = severities[start:stop]
-        only = some.rjust(stop, _LEFT_OUT).ljust(len(lines), _LEFT_OUT)
+    def records_between(start: int, stop: int) -> tuple[bytes, int]:
+        between = severities[start:stop]
+        only = between.rjust(stop, _LEFT_OUT).ljust(len(lines), _LEFT_OUT)
         records = frame(lines, only, _SEVERITY_FIELDS, runs, page.digests, MAX_BODY_BYTES)
         assert records is not None
-        return records, len(some) - some.count(LEFT_OUT)
+        return records, len(between) - between.count(LEFT_OUT)
 
     uids = page.uids()
     times = [time for run in runs for time in range(run.time_unix_nano, run.time_unix_nano + run.lines)]
@@ -174,11 +173,11 @@ def _with_long(
     for position, body in enumerate(lines):
         if len(body) <= MAX_BODY_BYTES:
             continue
-        yield between(start, position)
+        yield records_between(start, position)
         shared = _SEVERITY_FIELDS[severities[position]] + _IOSTREAM[streams[position]] + origin
         shared += fixed64_field(1, times[position])
         for part, text in enumerate(split_long(body)):
             attributes = attributes_fields(6, {_UID: f"{uids[position]}.{part}", "tailspan.line.part": part})
             yield bytes_field(2, shared + attributes + bytes_field(5, bytes_field(1, text))), 1
         start = position + 1
-    yield between(start, len(lines))
+    yield records_between(start, len(lines))

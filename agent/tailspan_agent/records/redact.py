@@ -1,7 +1,7 @@
-"""`Redactor`: takes secrets out of lines before they leave the machine. Built once from ``[redact]``; then pure.
+"""`Redactor`: redact secrets in lines before they leave the host. Created once from ``[redact]``; then pure.
 
-Two ways to find one: by value (what named environment variables and files hold, one substring search each), and by
-pattern (a literal that every match contains is searched first, the regular expression only where it is found).
+It finds secrets by value (the content of environment variables and files: one substring search each) and by pattern (a
+literal that every match contains is searched first; the regular expression is used only if the literal is found).
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from tailspan_agent.records.framing import Lines, split_lines
 __all__ = ["MIN_SECRET_CHARS", "REDACTED", "Redactor"]
 
 MIN_SECRET_CHARS = 4
-"""Values shorter than this are not searched for: they would be found in every other line."""
+"""Shorter values are not redacted: they occur by chance in many lines."""
 
 REDACTED = "[REDACTED]"
 
 
 class Redactor:
-    """Finds secrets in text and puts `REDACTED` in their place.
+    """Replace secrets in text with `REDACTED`.
 
-    A value of several lines (a private key) is as many secrets, since a record is one line. Blank space around a
-    value does not count. Where finds overlap, all of them go as one.
+    Each line of a value with several lines (a private key) is a secret, since a record is one line. White space around
+    a value is ignored. Overlapping matches are replaced as one.
 
     Attributes:
-        ignored: What the settings name but cannot be searched for, with the reason; without the values.
-        patterns: The regular expressions that it was made with.
+        ignored: The settings that name no usable value, with the reason; without the values.
+        patterns: The regular expressions.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Redactor:
         """Prepare the search.
 
         Args:
-            secrets: Values by where they come from.
+            secrets: Values by their source.
             patterns: Regular expressions, each with a literal that all its matches contain, or None.
         """
         self.ignored: list[str] = []
@@ -50,21 +50,21 @@ class Redactor:
         for source, value in (secrets or {}).items():
             usable = {line.strip() for line in value.splitlines() if len(line.strip()) >= MIN_SECRET_CHARS}
             if not usable:
-                self.ignored.append(f"{source} holds no value of {MIN_SECRET_CHARS} characters or more")
+                self.ignored.append(f"{source} has no value of {MIN_SECRET_CHARS} characters or more")
             found |= usable
         self._secrets = tuple(sorted(found))
         self.patterns = tuple(patterns)
-        # An empty one, of a pattern without literal, is in every text.
+        # The empty literal of a pattern without one is in every text.
         literals = (*self._secrets, *(literal or "" for literal, _ in patterns))
         self._literals = tuple(literal.encode("utf-8", "surrogatepass") for literal in literals)
 
     @classmethod
     def from_settings(cls, settings: RedactSettings, environ: Mapping[str, str] | None = None) -> Redactor | None:
-        """Return the redactor that the configuration asks for, or None if it asks for none.
+        """Return the redactor of a configuration; None without secrets and patterns.
 
         Args:
-            settings: The table ``[redact]``; it lets patterns without a literal pass only if they say ``slow``.
-            environ: The environment; None is the process's own.
+            settings: The table ``[redact]``; it accepts a pattern without a literal only with ``slow``.
+            environ: The environment; None is the environment of the process.
 
         Raises:
             ConfigError: A file cannot be read.
@@ -80,13 +80,13 @@ class Redactor:
         return f"<Redactor of {len(self._secrets)} secrets and {len(self.patterns)} patterns>"
 
     def redact(self, text: str) -> tuple[str, int]:
-        """Return the text without secrets, and how many were taken out.
+        """Return the redacted text and the number of redactions.
 
         Args:
             text: One whole line.
         """
         merged: list[tuple[int, int]] = []
-        for start, stop in sorted(self._finds(text)):
+        for start, stop in sorted(self._matches(text)):
             if merged and start < merged[-1][1]:
                 start, stop = merged[-1][0], max(stop, merged.pop()[1])
             merged.append((start, stop))
@@ -98,11 +98,7 @@ class Redactor:
         return "".join((*parts, text[kept_from:])), len(merged)
 
     def redact_job(self, job: RunResponse) -> RunResponse:
-        """Return a status without secrets in what it quotes: its error, command, attributes, page; names and ids stay.
-
-        Args:
-            job: As its service told it.
-        """
+        """Return a status with redacted texts: its error, URL, attributes and details; names and ids stay."""
 
         def hide(texts: Mapping[str, str]) -> dict[str, str]:
             return {key: self.redact(text)[0] for key, text in texts.items()}
@@ -116,10 +112,10 @@ class Redactor:
         )
 
     def redact_lines(self, lines: Lines) -> tuple[Lines, int]:
-        """Return lines without secrets, and how many were taken out.
+        """Return redacted lines and the number of redactions.
 
         Args:
-            lines: UTF-8. All are searched at once, and one by one only if something is found.
+            lines: UTF-8. All lines are searched at once, and each line only if that finds something.
         """
         text = lines if isinstance(lines, bytes) else b"\n".join(lines)
         if not any(literal in text for literal in self._literals):
@@ -132,7 +128,7 @@ class Redactor:
             total += count
         return redacted, total
 
-    def _finds(self, text: str) -> Iterator[tuple[int, int]]:
+    def _matches(self, text: str) -> Iterator[tuple[int, int]]:
         for secret in self._secrets:
             start = text.find(secret)
             while start >= 0:
@@ -147,6 +143,4 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
-        raise ConfigError(
-            f"cannot read {path} to learn the secrets in it: {error.strerror}", key="redact.files"
-        ) from None
+        raise ConfigError(f"redact.files: cannot read {path}: {error.strerror}", key="redact.files") from None

@@ -1,9 +1,9 @@
-"""The severity that a line states about itself. Pure.
+"""The severity in the text of a line. Pure.
 
-The first word in the head of a line that is a level *and* stands where loggers write it decides; a word in prose does
-not. Known places: Python's formats (``ERROR:root:...``, ``2024-05-01 12:00:00,123 - name - ERROR - ...``), brackets
+It is the first word at the start of a line that is a level *and* is where loggers write it, not a word in a sentence.
+Known places: Python's formats (``ERROR:root:...``, ``2024-05-01 12:00:00,123 - name - ERROR - ...``), brackets
 (``[info ]``, ``| INFO |``), ``ERROR:`` or ``ERROR ...`` at the start, after a time stamp, logfmt (``level=info``), JSON
-(``"level": "info"``) and glog (``I0501 12:00:00.000000``). Without one, severity is unspecified, not INFO.
+(``"level": "info"``) and glog (``I0501 12:00:00.000000``). Without one, the severity is unspecified, not INFO.
 
 Numbers: opentelemetry-specification, logs data model, SeverityNumber; Python's CRITICAL is FATAL there.
 """
@@ -44,7 +44,7 @@ SEVERITIES: tuple[Severity, ...] = (
     Severity(0, ""),
     *(Severity(number, case) for word, number in _NUMBERS.items() for case in (word, word.lower(), word.title())),
 )
-"""All severities that a line can have; elsewhere they are told by their place in this table."""
+"""All severities of lines; elsewhere, a severity is its index in this table."""
 UNSPECIFIED = 0
 _INDEX = {severity.text.encode(): index for index, severity in enumerate(SEVERITIES)}
 
@@ -54,7 +54,7 @@ _ANY_CASE = "|".join(case for word in _UPPER for case in (word, word.lower(), wo
 _START = re.compile(rf"(?P<glog>[IWEF])\d{{4}} \d\d:\d\d:\d\d|\s{{0,40}}(?P<word>{_ANY_CASE}):".encode())
 _OPENERS = "[=\"'"
 _NOT_OF_WORD = f"{_OPENERS} ".encode()
-# Each alternative starts with a literal: only then the search skips, at the speed of memchr, what cannot match.
+# Each alternative starts with a literal: only then the search skips other text at the speed of memchr.
 _WORD = re.compile(
     "|".join((*(rf"{word}\b" for word in _UPPER), *(rf"\{opener} *(?:{_ANY_CASE})\b" for opener in _OPENERS))).encode()
 )
@@ -72,7 +72,7 @@ def severity_number(name: str) -> int:
     """Return the OTLP severity number of a level's name, in any case.
 
     Raises:
-        ConfigError: There is no such level.
+        ConfigError: The level is unknown.
     """
     number = _NUMBERS.get(name.upper())
     if number is None:
@@ -81,7 +81,7 @@ def severity_number(name: str) -> int:
 
 
 def find_severity(line: bytes) -> int:
-    """Return the severity of a line, as its place in `SEVERITIES`.
+    """Return the severity of a line, as its index in `SEVERITIES`.
 
     Args:
         line: UTF-8, cleaned.
@@ -90,11 +90,11 @@ def find_severity(line: bytes) -> int:
 
 
 def _find(line: bytes) -> tuple[int, int]:
-    """Return the severity and how many bytes of the line's start it follows from.
+    """Return the severity, and the number of bytes at the line's start that determine it.
 
-    Every test below looks at bytes left of the word, at the word, and right of it no further than the byte that it
-    reports. So the answer holds for all lines that start with these bytes, and since no test tells one digit from
-    another, for all that start with the same bytes but for digits: that is what `SeverityLearner` builds on.
+    No test below reads bytes to the right of that number. So the severity holds for all lines that start with these
+    bytes, and since no test distinguishes digits, for all lines that differ from them in digits only. `SeverityLearner`
+    depends on this.
     """
     started = _START.match(line)
     if started:
@@ -116,12 +116,12 @@ def _json_end(head: bytes, start: int, end: int) -> int:
 
 
 def _text_end(head: bytes, start: int, end: int) -> int:
-    """Return where the evidence ends that this word is the line's level, or 0."""
+    """Return the position after the text that makes this word the level of the line, or 0 if it is not."""
     left = head[:start]
     before = left.rstrip()
     is_upper = head[start:end].isupper()
     opener = before[-1:]
-    # Names[error] is code.
+    # `Names[error]` is code.
     closer = None if opener == b"[" and before[-2:-1].isalnum() else _BRACKETS.get(opener)
     if closer == b"]" or (closer and is_upper):
         inner = end
@@ -151,10 +151,10 @@ _SAMPLE_LINES = 64
 
 
 class SeverityLearner:
-    """Finds severities as `find_severity` does, faster for one job: its lines carry their level in few places.
+    """Find severities like `find_severity`, but faster for one job: its lines have their level in few places.
 
-    What it remembers are line starts up to the level, with all digits alike: most lines of a job share a handful. A
-    page is looked up by starts of one width, the largest that was needed, so that one look does for every level.
+    It caches line starts up to the level, with all digits replaced by 0: most lines of a job share a few. The lines of
+    a page are looked up by starts of one width, the largest one needed, so that one lookup suffices for each line.
     """
 
     def __init__(self) -> None:
@@ -163,42 +163,42 @@ class SeverityLearner:
         self._wide: dict[bytes, int] = {}
 
     def find_all(self, lines: Lines) -> bytes:
-        """Return the severity of each line, a byte for its place in `SEVERITIES`.
+        """Return the severity of each line, one byte for its index in `SEVERITIES`.
 
         Args:
             lines: UTF-8, cleaned.
         """
-        learnt = b""
+        learned = b""
         if not self._wide:
-            # Learnt from a few lines, it is known for the others.
-            learnt = bytes(map(self._learn, first_lines(lines, _SAMPLE_LINES)))
+            # Most starts of the other lines are among those of the first lines.
+            learned = bytes(map(self._learn, first_lines(lines, _SAMPLE_LINES)))
         found = find_severities(lines, max(self._widths, default=0), self._wide)
         if UNKNOWN in found:
-            known = len(learnt)
+            known = len(learned)
             pairs = zip(found[known:], split_lines(lines)[known:], strict=True)
-            return learnt + bytes(self._learn(line) if index == UNKNOWN else index for index, line in pairs)
+            return learned + bytes(self._learn(line) if index == UNKNOWN else index for index, line in pairs)
         return found
 
     def find(self, line: bytes) -> int:
-        """Return the severity of one line, as its place in `SEVERITIES`."""
-        return self._look(line)[0]
+        """Return the severity of one line, as its index in `SEVERITIES`."""
+        return self._lookup(line)[0]
 
     def _learn(self, line: bytes) -> int:
-        index, needed = self._look(line)
+        index, needed = self._lookup(line)
         width = max(self._widths, default=0)
-        # The evidence lies within the start, so that what was found holds for all lines that start so.
+        # The start determines the severity, so it holds for all lines with this start.
         if index != UNSPECIFIED and needed <= width <= len(line) and len(self._wide) < _MAX_SHAPES:
             self._wide[line[:width].translate(SAME_DIGITS)] = index
         return index
 
-    def _look(self, line: bytes) -> tuple[int, int]:
-        """Return the severity and how many bytes of the line's start it follows from; see `_find`."""
+    def _lookup(self, line: bytes) -> tuple[int, int]:
+        """Return the severity, and the number of bytes that determine it; see `_find`."""
         for width in self._widths:
             index = self._shapes.get(line[:width].translate(SAME_DIGITS))
             if index is not None:
                 return index, width
         index, width = _find(line)
-        # A line shorter than the width says nothing about the lines that go on after it.
+        # A line shorter than the width does not determine the severity of longer lines.
         if index != UNSPECIFIED and len(line) >= width and len(self._shapes) < _MAX_SHAPES:
             if width not in self._widths:
                 if len(self._widths) >= _MAX_WIDTHS:

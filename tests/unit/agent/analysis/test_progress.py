@@ -163,7 +163,7 @@ def test_hostile_lines_cost_no_more_than_others(unit: str) -> None:
 
 
 def see(meter: ProgressMeter, *lines: str, at_s: float) -> None:
-    meter.see(LogPage([line.encode() for line in lines], [LineRun(len(lines), int(at_s * S))], b""), at_s)
+    meter.add_page(LogPage([line.encode() for line in lines], [LineRun(len(lines), int(at_s * S))], b""), at_s)
 
 
 def test_the_pace_makes_the_time_left() -> None:

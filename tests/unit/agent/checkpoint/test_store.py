@@ -244,10 +244,10 @@ def test_a_newer_version_is_left_untouched(tmp_path: Path) -> None:
         newer.execute("CREATE TABLE novelty (x)")
         before = {path.name: path.read_bytes() for path in tmp_path.glob("checkpoints.db*") if "shm" not in path.name}
         assert len(before) == 2, "what this is about: a write-ahead log beside the file"
-        with pytest.raises(CheckpointError, match="made by a newer Tailspan"):
+        with pytest.raises(CheckpointError, match="of a newer Tailspan"):
             Store(tmp_path)
         assert {name: (tmp_path / name).read_bytes() for name in before} == before
-    with pytest.raises(CheckpointError, match="made by a newer Tailspan"):
+    with pytest.raises(CheckpointError, match="of a newer Tailspan"):
         Store(tmp_path)
 
 
@@ -326,8 +326,8 @@ def test_a_disk_that_refuses_is_an_error_of_the_store(store: Store) -> None:
             with pytest.raises(CheckpointError, match="cannot write the checkpoint store"):
                 write()
         assert store.job("id", "j1") == Checkpoint(key, "etl", False, None, FACTS, False, False, False)
-        assert (store.refused, store.usable()) == (True, False)
-    assert (store.usable(), store.refused) == (True, False)
+        assert (store.write_failed, store.is_writable()) == (True, False)
+    assert (store.is_writable(), store.write_failed) == (True, False)
     store.ack([Ack(key, b"x", FACTS)])
 
 
@@ -338,11 +338,11 @@ def test_a_store_that_was_taken_away_is_said(store: Store) -> None:
     store.path.rename(aside)
     for in_its_place in (lambda: None, store.path.touch):
         in_its_place()
-        with pytest.raises(CheckpointError, match="was removed or replaced under a running agent: put it back"):
+        with pytest.raises(CheckpointError, match="was deleted or replaced while the agent runs: restore it"):
             store.ack([Ack(key, b"x", FACTS)])
-        assert not store.usable()
+        assert not store.is_writable()
     aside.replace(store.path)
-    assert store.usable()
+    assert store.is_writable()
     store.ack([Ack(key, b"x", FACTS)])
     assert store.job("id", "j1").cursor == b"x"
 

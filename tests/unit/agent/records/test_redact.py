@@ -30,7 +30,7 @@ def test_values_and_patterns_are_replaced(tmp_path: Path) -> None:
     line = "login hunter22 with file-secret, Bearer abc.def, card 1234-5678, hunter22!"
     assert redactor.redact(line) == (f"login {REDACTED} with {REDACTED}, {REDACTED} card {REDACTED}, {REDACTED}!", 5)
     assert redactor.redact("nothing here") == ("nothing here", 0)
-    assert redactor.ignored == ["redact.env NOT_SET holds no value of 4 characters or more"]
+    assert redactor.ignored == ["redact.env NOT_SET has no value of 4 characters or more"]
 
 
 def test_no_settings_no_redactor() -> None:
