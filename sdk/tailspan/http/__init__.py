@@ -1,4 +1,4 @@
-"""The one HTTP client of the SDK: limits, errors and connections.
+"""The one HTTP client of both packages, and the limits of their servers. Internal.
 
-What every HTTP job service and server needs belongs here; nothing here may know a service's protocol.
+Connections, limits and errors of HTTP belong here; nothing here may know the protocol of a service.
 """

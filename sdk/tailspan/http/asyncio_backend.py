@@ -1,8 +1,8 @@
-"""`AsyncioBackend`: connections for httpcore, by asyncio itself.
+"""`AsyncioBackend`: connections for httpcore, made with asyncio directly.
 
-httpcore's own goes through anyio, whose cancel scopes, conditions and attribute look-ups cost more than the reading and
-writing (``python -m tests.bench --only W2,W3``). Source of what a backend must do: httpcore's ``_backends/base.py`` and
-``_backends/anyio.py``, 1.0.9.
+httpcore's own backend uses anyio, whose cancel scopes, conditions and attribute look-ups make a GET a third more
+expensive (``python -m tests.bench --only W2,W3``; docs/architecture.md, "Decisions"). Source of a backend's duties:
+httpcore's ``_backends/base.py`` and ``_backends/anyio.py``, 1.0.9.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import httpcore
 
 __all__ = ["AsyncioBackend"]
 
-# What asyncio reads at once at most: nothing more is read while that much waits.
+# The most that asyncio reads at once: reading pauses while this much is unread.
 _MAX_WAITING_BYTES = 256 << 10
-# RFC 8305: how long to wait for an address before the next one is tried beside it.
+# RFC 8305: how long to wait for one address before also trying the next.
 _NEXT_ADDRESS_S = 0.25
 _LONGER_S = 1.0
 
@@ -58,12 +58,12 @@ class AsyncioBackend(httpcore.AsyncNetworkBackend):
 
 
 class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
-    """One connection, with TLS once it was asked for. One task reads and one writes at a time, as httpcore does."""
+    """One connection, with TLS after `start_tls`. At most one task reads and one writes at a time, as httpcore does."""
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport
         self._loop = asyncio.get_running_loop()
-        self._came: deque[bytes] = deque()
+        self._received: deque[bytes] = deque()
         self._waiting_bytes = 0
         self._ended = False
         self._lost = False
@@ -74,15 +74,15 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
         self._poll: Callable[[int], list[Any]] | None = None
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        """Return what came next, nothing at the end; see httpcore.
+        """Return the next bytes, or none at the end; see httpcore.
 
-        It may be more than was asked for, at most what asyncio reads at once: to cut it would copy it.
+        They may be more than ``max_bytes``, up to what asyncio reads at once: cutting would copy them.
         """
-        if not self._came and not self._ended:
+        if not self._received and not self._ended:
             self._read_again = self._loop.create_future()
             await _in_time(self._read_again, timeout, httpcore.ReadTimeout)
-        if self._came:
-            piece = self._came.popleft()
+        if self._received:
+            piece = self._received.popleft()
             if self._waiting_bytes >= _MAX_WAITING_BYTES > self._waiting_bytes - len(piece) and not self._ended:
                 self._transport.resume_reading()
             self._waiting_bytes -= len(piece)
@@ -92,7 +92,7 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
         return b""
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        """Send; returns once most of it has left; see httpcore."""
+        """Send, and return once most of the buffer has left; see httpcore."""
         if not self._ended:
             self._transport.write(buffer)
             if self._is_full:
@@ -106,25 +106,25 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
         return str(self._error or "the server has closed the connection")
 
     async def aclose(self) -> None:
-        """Close the connection without waiting for anybody; see httpcore."""
+        """Close the connection without waiting for the other side; see httpcore."""
         self.abort()
-        await asyncio.sleep(0)  # asyncio closes the socket in its next round, and there may be none after this
+        await asyncio.sleep(0)  # asyncio closes the socket in its next iteration, and this may be the last one
 
     def abort(self) -> None:
-        """Close the connection; what was not sent yet is dropped."""
-        if not self._lost:  # asyncio's fails where it had closed a connection itself after sending what was left
+        """Close the connection and drop unsent bytes."""
+        if not self._lost:  # asyncio's abort fails after asyncio has closed the connection itself
             self._transport.abort()
 
     async def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore.AsyncNetworkStream:
-        """Speak TLS from now on; see httpcore."""
+        """Switch to TLS; see httpcore."""
         try:
-            if self._came:
-                # Nobody vouches for it, and `read` would return it as if it had come by TLS.
-                raise ssl.SSLError(ssl.SSL_ERROR_SSL, "the server speaks before TLS has begun")
+            if self._received:
+                # These bytes are not authenticated, but `read` would return them as if they had arrived by TLS.
+                raise ssl.SSLError(ssl.SSL_ERROR_SSL, "the server sent data before the TLS handshake")
             if self._ended or self._transport.is_closing():
-                # asyncio would wait for the handshake of a connection that it has closed already.
+                # asyncio would wait for the handshake of a closed connection.
                 raise ConnectionResetError(self._end) from self._error
             async with asyncio.timeout(timeout):
                 secured = await self._loop.start_tls(
@@ -132,10 +132,10 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
                     self,
                     ssl_context,
                     server_hostname=server_hostname,
-                    # Its own limit is told as a connection that broke.
+                    # asyncio reports its own limit as a broken connection.
                     ssl_handshake_timeout=timeout + _LONGER_S if timeout is not None else None,
                 )
-            if secured is None:  # asyncio's word for a connection that was closed meanwhile
+            if secured is None:  # asyncio returns None if the connection was closed meanwhile
                 raise ConnectionResetError(self._end)
         except BaseException as error:
             self.abort()
@@ -148,10 +148,10 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
         return self
 
     def get_extra_info(self, info: str) -> Any:
-        """Return facts of the connection; see httpcore."""
+        """Return information about the connection; see httpcore."""
         match info:
             case "is_readable":
-                return bool(self._came) or self._ended or self._has_something_to_read()
+                return bool(self._received) or self._ended or self._has_something_to_read()
             case "client_addr":
                 return self._transport.get_extra_info("sockname")
             case "server_addr":
@@ -159,7 +159,7 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
         return self._transport.get_extra_info(info)
 
     def _has_something_to_read(self) -> bool:
-        # The loop tells of an end only when it runs again; a program may have computed for a minute since then.
+        # The loop reports an end only when it runs again; the program may have been computing for a minute.
         found = self._transport.get_extra_info("socket")
         if found is None or found.fileno() < 0:
             return True
@@ -177,7 +177,7 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """See asyncio."""
-        self._came.append(data)
+        self._received.append(data)
         if self._waiting_bytes < _MAX_WAITING_BYTES <= self._waiting_bytes + len(data):
             self._transport.pause_reading()
         self._waiting_bytes += len(data)
@@ -187,7 +187,7 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
         """See asyncio."""
         self._ended = True
         _wake(self._read_again)
-        _wake(self._write_again)  # what it has answered already is worth more than the rest of the question
+        _wake(self._write_again)  # an early answer is worth more than the rest of the request
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio."""
@@ -207,7 +207,7 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
 
 
 async def _in_time(waiter: asyncio.Future[None], timeout: float | None, too_slow: type[Exception]) -> None:
-    # A timer of its own is cheaper than `asyncio.timeout`, which looks for the task and the loop each time.
+    # A timer is cheaper than `asyncio.timeout`, which looks up the task and the loop each time.
     timer = None if timeout is None else waiter.get_loop().call_later(timeout, _give_up, waiter, too_slow)
     try:
         await waiter
@@ -227,9 +227,9 @@ def _wake(waiter: asyncio.Future[None] | None) -> None:
 
 
 async def _connect(host: str, port: int, local: tuple[str, int] | None) -> _Stream:
-    """Connect to the first address that answers: one after the other, of both families in turns, as RFC 8305 says.
+    """Connect to the first address that answers: one by one, alternating between families (RFC 8305).
 
-    What asyncio has for this leaves a socket open when it is cancelled just as that is connected.
+    asyncio's own implementation leaves a socket open if it is cancelled just when the socket is connected.
     """
     loop = asyncio.get_running_loop()
     left = await _addresses(host, port)
@@ -263,11 +263,11 @@ async def _addresses(host: str, port: int) -> list[str]:
     except ValueError:
         pass
     else:
-        return [host]  # a look-up would start a thread
+        return [host]  # resolving would start a thread
     by_family: dict[int, list[str]] = {}
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     for family, _, _, _, address in found:
-        # A link-local address means nothing without its interface.
+        # A link-local address is useless without its interface.
         scope = f"%{address[3]}" if len(address) == 4 and address[3] else ""
         by_family.setdefault(family, []).append(f"{address[0]}{scope}")
     return [address for turn in zip_longest(*by_family.values()) for address in turn if address is not None]

@@ -1,8 +1,8 @@
 """`HttpClient`: requests to one origin over kept-alive connections, with bodies of any size in pieces.
 
-This is httpcore, which pools connections, speaks to proxies and frames HTTP/1.1 for httpx. What httpx puts on top
-(cookies, redirects, authentication flows, models) is left out: nobody here needs it, and on loopback it costs as much
-as the request itself (``python -m tests.bench --only W1,W5``).
+This is httpcore, the part of httpx that pools connections, uses proxies and speaks HTTP/1.1. The rest of httpx
+(cookies, redirects, authentication flows, models) is not needed here, and on loopback it costs as much as the request
+itself (``python -m tests.bench --only W1,W5``).
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ __all__ = ["BROKEN", "FAULTY", "NEVER_SENT", "TOO_SLOW", "HttpClient", "Reply", 
 NEVER_SENT = (httpcore.ConnectError, httpcore.ConnectTimeout, httpcore.PoolTimeout, httpcore.ProxyError)
 """Errors of a request that cannot have reached the server."""
 
-# What a server says of a missing client certificate comes while its answer is read, and past httpcore.
+# A server reports a missing client certificate while its answer is read; httpcore passes that error through.
 BROKEN = (*NEVER_SENT, httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError, ssl.SSLError)
-"""All errors of a request that got no answer, or not all of it."""
+"""All errors of a request without a complete answer."""
 
 TOO_SLOW = httpcore.TimeoutException
-"""Those of them that say that nothing came in time."""
+"""The errors of `BROKEN` that are timeouts."""
 
 FAULTY = httpcore.LocalProtocolError
-"""Those of them that say that no server can be asked this: nothing was sent, and trying again is of no use."""
+"""The errors of `BROKEN` for a request that cannot be sent to any server: do not retry it."""
 
 _SLICE_BYTES = 1 << 20
 _PIECE_BYTES = 1 << 20
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _PROXY_SCHEMES = (b"http", b"https", b"socks5", b"socks5h")
-# RFC 3986: what may stand in a target as it is; a percent sign begins what is escaped already.
+# RFC 3986: characters that a target may contain unescaped; a percent sign begins an escape.
 _IN_TARGET = "/?:@!$&'()*+,;=-._~%[]"
 
 
 class Reply:
-    """An answer whose body is still to be read; close it.
+    """An answer with an unread body; the caller must close it.
 
     Attributes:
         status: The status code.
-        reason: The server's words for that; often empty.
-        headers: By lower-case name; values of equal names with commas between them.
+        reason: The reason phrase; often empty.
+        headers: Values by lower-case name; values of repeated headers are joined with commas.
     """
 
     def __init__(self, response: httpcore.Response) -> None:
@@ -68,20 +68,20 @@ class Reply:
 
     @property
     def is_success(self) -> bool:
-        """Whether it is what was asked for."""
+        """Whether the status is 2xx."""
         return 200 <= self.status < 300
 
     async def pieces(self) -> AsyncGenerator[bytes, None]:
-        """Yield the body, unpacked, in pieces of bounded size.
+        """Yield the body, decompressed, in pieces of bounded size.
 
         Raises:
-            zlib.error: It is not compressed as its header says.
-            httpcore.NetworkError: It broke off; see `BROKEN`.
+            zlib.error: The body is not compressed as its header says.
+            httpcore.NetworkError: The body is incomplete; see `BROKEN`.
         """
         encoding = self.headers.get("content-encoding", "").strip().lower()
         unpacker = _Unpacker() if encoding in ("gzip", "x-gzip", "deflate") else None
         unpack = unpacker.feed if unpacker is not None else _as_it_is
-        # A generator that is not closed ends whenever the garbage goes.
+        # An unclosed generator would hold the connection until it is garbage collected.
         async with aclosing(cast("AsyncGenerator[bytes, None]", self._response.aiter_stream())) as chunks:
             async for chunk in chunks:
                 for piece in unpack(chunk):
@@ -90,7 +90,7 @@ class Reply:
             unpacker.close()
 
     async def read_into(self, body: bytearray, most_bytes: int) -> None:
-        """Append the body, or its beginning: no more is read once it has more than so many bytes. See `pieces`."""
+        """Append the body, but stop reading once ``body`` has more than ``most_bytes`` bytes. See `pieces`."""
         async with aclosing(self.pieces()) as pieces:
             async for piece in pieces:
                 body += piece
@@ -98,14 +98,14 @@ class Reply:
                     return
 
     async def aclose(self) -> None:
-        """Give the connection back, or close it where something of the body is unread."""
+        """Return the connection to the pool, or close it if part of the body is unread."""
         await self._response.aclose()
 
 
 class HttpClient:
-    """Sends requests to the origin of one URL; through a proxy where the environment asks for one, as httpx does.
+    """Sends requests to the origin of one URL, through a proxy if the environment names one, as httpx does.
 
-    Nothing is sent before the first request. It belongs to the event loop of that.
+    Nothing is sent before the first request. The client belongs to the event loop of that request.
     """
 
     def __init__(
@@ -123,18 +123,18 @@ class HttpClient:
         """Configure the client.
 
         Args:
-            url: http or https; user and password in it are sent as basic authentication.
-            key: The configuration key that the URL is from, for errors.
+            url: An http or https URL; its user and password are sent as basic authentication.
+            key: The configuration key of the URL, for errors.
             headers: Sent with each request.
-            timeout_s: For connecting, and for each silence of the server, in seconds.
-            tls: What to trust and to show; needed for https.
+            timeout_s: Time limit for connecting and for each wait on the server, in seconds.
+            tls: The TLS context; required for https.
             keep_alive_s: How long an idle connection is kept, in seconds.
-            max_idle: How many of them are kept. How many may be busy has no limit: a reply that is read slowly holds
-                its connection, and others must not wait for that.
-            uses_proxy: Whether the environment may name a proxy; not for the agent on this host.
+            max_idle: Number of idle connections to keep. Busy connections have no limit: a reply that is read slowly
+                holds its connection, and other requests must not wait for it.
+            uses_proxy: Whether to read the environment for a proxy; False for requests to this host.
 
         Raises:
-            ConfigError: The URL cannot be used, or the environment asks for a proxy that cannot be.
+            ConfigError: The URL, or the proxy that the environment names, is not usable.
         """
         try:
             parts = urlsplit(url)
@@ -142,7 +142,7 @@ class HttpClient:
         except ValueError:
             host = ""
         if not host or parts.scheme not in _DEFAULT_PORTS:
-            raise ConfigError(f"{key}: {url.rpartition('@')[2]} cannot be used as a URL", key=key)
+            raise ConfigError(f"{key}: {url.rpartition('@')[2]} is not a usable URL", key=key)
         self._path = parts.path
         self._query = parts.query
         self._timeouts = {"connect": timeout_s, "read": timeout_s, "write": timeout_s}
@@ -171,13 +171,13 @@ class HttpClient:
         headers: Mapping[str, str] | None = None,
         content: bytes | None = None,
     ) -> Reply:
-        """Send a request and return the answer as soon as its header is there.
+        """Send a request and return the answer as soon as its header has arrived.
 
         Args:
             method: ``GET``, ``POST`` ...
             path: Added to the path of the client's URL.
-            query: The query, escaped; empty: that of the client's URL.
-            headers: More headers, or others than the client has by these names.
+            query: The query, escaped; empty: the query of the client's URL.
+            headers: More headers; they replace the client's headers of the same names.
             content: The body.
 
         Raises:
@@ -217,7 +217,7 @@ class HttpClient:
             query: The query, escaped.
             headers: More headers.
             content: The body to send.
-            max_bytes: Where to stop reading: the body may be cut off a little behind that.
+            max_bytes: Where to stop reading the body; the result may be a little longer.
 
         Raises:
             httpcore.NetworkError: There is no answer; see `BROKEN`.
@@ -237,14 +237,14 @@ class HttpClient:
 
 
 def user_agent() -> str:
-    """Return what we call ourselves to servers."""
+    """Return the value of the User-Agent header."""
     return f"tailspan/{__version__}"
 
 
 class _Slices:
-    """A body in parts: asyncio copies what the socket does not take at once.
+    """A body in slices, because asyncio copies the part of a write that the socket does not accept at once.
 
-    It also lets go of the body when all is sent: responses are part of reference cycles, and with them lives whatever
+    It drops its reference to the body when all is sent: responses are part of reference cycles, which keep alive what
     their requests hold.
     """
 
@@ -258,11 +258,10 @@ class _Slices:
 
 
 class _Unpacker:
-    """Unpacks gzip or zlib, as the first bytes say, in bounded pieces: a few bytes can stand for gigabytes."""
+    """Decompresses gzip or zlib (by the first bytes) in bounded pieces: a few bytes can expand to gigabytes."""
 
     def __init__(self) -> None:
         self._inflate = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
-
         self._begun = False
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
@@ -274,7 +273,7 @@ class _Unpacker:
 
     def close(self) -> None:
         if self._begun and not self._inflate.eof:
-            raise zlib.error("it ends early")
+            raise zlib.error("the compressed data is incomplete")
 
 
 def _as_it_is(chunk: bytes) -> Iterator[bytes]:
@@ -286,16 +285,16 @@ def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
 
 
 def _replaced(own: list[tuple[bytes, bytes]], headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
-    """Return headers with others added, which take the place of those by the same names."""
+    """Return headers with others added; these replace headers of the same names."""
     given = _encoded(headers)
     names = {name.lower() for name, _ in given}
     return [*(pair for pair in own if pair[0].lower() not in names), *given]
 
 
 def _ascii_host(host: str) -> str:
-    """Return a host as it is looked up; of a name that has none, ValueError."""
+    """Return a host in ASCII (IDNA). Raise ValueError for a name that has no such form."""
     if host.isascii():
-        # The limits of RFC 1035, which the look-up would complain of in its own way.
+        # The limits of RFC 1035; the resolver would raise an error of another kind.
         if any(not 0 < len(label) < 64 for label in host.removesuffix(".").split(".")):
             raise ValueError(host)
         return host
@@ -309,9 +308,9 @@ def _basic(user: str, password: str) -> str:
 
 
 def _proxy_of(scheme: str, named: str, host: str) -> httpcore.Proxy | None:
-    """Return the proxy that the environment (or macOS, or Windows) names for a host."""
+    """Return the proxy that the environment (or macOS, or Windows) names for a host, if any."""
     if sys.platform not in ("darwin", "win32") and not any(name.lower().endswith("_proxy") for name in os.environ):
-        return None  # loading what looks for one takes longer than a request
+        return None  # importing urllib.request takes longer than a request
     from urllib.request import getproxies, proxy_bypass
 
     proxies = getproxies()
@@ -326,7 +325,7 @@ def _proxy_of(scheme: str, named: str, host: str) -> httpcore.Proxy | None:
     except ValueError:
         url = httpcore.URL(scheme=b"", host=b"", target=b"/")
     if not url.host or url.scheme not in _PROXY_SCHEMES:
-        raise ConfigError("the proxy that the environment names is not an http, https or socks5 URL: see HTTPS_PROXY")
+        raise ConfigError("the proxy that the environment names is not an http, https or socks5 URL: check HTTPS_PROXY")
     if url.scheme.startswith(b"socks") and importlib.util.find_spec("socksio") is None:
         raise ConfigError("the environment names a SOCKS proxy, which needs: pip install 'httpcore[socks]'")
     if parts.username is None:

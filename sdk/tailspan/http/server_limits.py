@@ -1,4 +1,4 @@
-"""What our HTTP servers bear from one client: for uvicorn, which alone waits for ever until a request is complete."""
+"""Limits for each client of our HTTP servers: uvicorn alone waits for ever for the rest of a request."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 __all__ = ["REQUEST_S", "LimitedHttp"]
 
 REQUEST_S = 10.0
-"""How long a client may take to send a request, its header and all that it sends behind it, in seconds."""
+"""How long a client may take to send a whole request, header and body, in seconds."""
 
 
 class LimitedHttp(H11Protocol):
-    """HTTP/1.1 with a deadline for each request; uvicorn itself limits a header to 64 KiB and the idle time between.
+    """HTTP/1.1 with a deadline for each request; uvicorn itself limits headers to 64 KiB and the idle time between.
 
-    Without it a few hundred connections that send a byte now and then take all that there are (Slowloris).
+    Without the deadline, a few hundred connections that send a byte now and then use up all connections (Slowloris).
     """
 
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's own
-        """Expect the first request."""
+        """Start the deadline of the first request."""
         super().connection_made(transport)
         self._expect()
 
     def data_received(self, data: bytes) -> None:
-        """Take in a part of a request; the deadline is the one of its first byte."""
+        """Handle a part of a request; its deadline starts with the first byte."""
         super().data_received(data)
         self._expect()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Expect nothing more."""
+        """Cancel the deadline."""
         self._settle()
         super().connection_lost(exc)
 

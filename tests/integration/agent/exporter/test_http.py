@@ -149,7 +149,7 @@ def test_name_that_does_not_resolve_is_retried() -> None:
 @pytest.mark.parametrize("url", ["ftp://127.0.0.1/v1/logs", "http:///v1/logs", f"http://{'a' * 64}.test/v1/logs"])
 def test_address_that_is_none_names_its_key(url: str) -> None:
     """Nothing to wait for, and nothing to crash over."""
-    with pytest.raises(ConfigError, match="cannot be used as a URL") as caught:
+    with pytest.raises(ConfigError, match="is not a usable URL") as caught:
         export(url)
     assert caught.value.key == "otlp.endpoint"
 

@@ -110,7 +110,7 @@ def test_user_and_password_of_the_url_are_sent() -> None:
 )
 def test_url_that_is_none(url: str) -> None:
     """Names the key that it is from."""
-    with pytest.raises(ConfigError, match="cannot be used as a URL") as caught:
+    with pytest.raises(ConfigError, match="is not a usable URL") as caught:
         client_of(url)
     assert caught.value.key == KEY
 
