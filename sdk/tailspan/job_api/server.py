@@ -5,14 +5,14 @@
     POST /server/v1/run/by-id/{id}/cancel     cancel, then status
     GET  /server/v1/job/self?skip=S&limit=L   list, newest first
 
-Services with offsets (local jobs) also offer log pages (`tailspan.logs.page_wire`); a status says so (``log_pages``):
+Services with offsets (local jobs) also offer log pages (`tailspan.logs.page_wire`), as ``log_pages`` in a status says:
 
     GET  /server/v1/log-pages/{id}[?cursor=C]                  all lines, or those after C
-    GET  /server/v1/log-pages?job={id}&cursor=C[&job=...]      the next lines of many jobs, at most 64 KiB of each
+    GET  /server/v1/log-pages?job={id}&cursor=C[&job=...]      the next lines of many jobs, at most 64 KiB for each
 
-A request for all lines that accepts their media type, too, is answered with log pages instead of JSON.
+A request for all lines whose Accept header has their media type is answered with log pages instead of JSON.
 
-Errors are ``{"message": ...}``. Nothing here knows what a service is made of, and no path of a request reaches a file.
+Errors are ``{"message": ...}``. Nothing here knows the kind of service, and no path of a request reaches a file.
 """
 
 from __future__ import annotations
@@ -39,14 +39,8 @@ try:
     from starlette.middleware import Middleware
 
     from tailspan.http.server_limits import LimitedHttp
-    from tailspan.job_api.endpoints import (
-        BASE_PATH,
-        JobApi,
-        error_reply,
-        on_bug,
-        on_http_exception,
-        on_tailspan_error,
-    )
+    from tailspan.job_api.endpoints import BASE_PATH, JobApi
+    from tailspan.job_api.replies import error_reply, on_bug, on_http_exception, on_tailspan_error
 except ModuleNotFoundError as missing:
     package = (missing.name or "").partition(".")[0]
     raise ModuleNotFoundError(
@@ -64,34 +58,34 @@ __all__ = ["BASE_PATH", "create_app", "listen", "make_server", "serve"]
 _MAX_REQUEST_BYTES = 64 << 10
 # Below the usual 1,024 open files of a process.
 _MAX_CONNECTIONS = 500
-# Pollers come back after up to 30 s: a connection that is kept saves them the next handshake.
+# Clients poll at most every 30 s: keeping the connection saves the next handshake.
 _KEEP_ALIVE_S = 75
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^][:@/]+)(?::[0-9]*)?")
 
 
 def create_app(service: JobService, *, token: str | None = None, host: str = "127.0.0.1") -> ASGIApp:
-    """Make the ASGI application that serves the jobs of one service.
+    """Return the ASGI application that serves the jobs of one service.
 
     Args:
-        service: Whose jobs; the caller closes it.
-        token: What requests must carry as ``Authorization: <any scheme> <token>``. None lets everybody in who names
-            this machine as loopback does: for loopback only.
-        host: The name that the server is bound to: one more that requests may name it by when there is no token.
+        service: The service; the caller closes it.
+        token: Required in requests as ``Authorization: <any scheme> <token>``. None accepts every request with a
+            loopback name in its Host header: for loopback only.
+        host: The name that the server is bound to: without a token, requests may also use it in the Host header.
 
     Returns:
-        The application; it has no state besides the service.
+        The application; its only state is the service.
 
     Raises:
         ConfigError: The token is empty.
     """
     if token is not None and not token.strip():
-        raise ConfigError("the token is empty, which would let everybody in", key="token")
+        raise ConfigError("the token is empty, which would accept every request", key="token")
     app = Starlette(
         routes=JobApi(service).routes,
-        middleware=[Middleware(_Guard, token=token, host=host)],
+        middleware=[Middleware(_AccessMiddleware, token=token, host=host)],
         exception_handlers={TailspanError: on_tailspan_error, HTTPException: on_http_exception, Exception: on_bug},
     )
-    # A redirect from `/logs/x/` would send the token's bearer to a path nobody asked for.
+    # A redirect from `/logs/x/` would send the token to another path than the requested one.
     app.router.redirect_slashes = False
     return app
 
@@ -107,10 +101,10 @@ def serve(
     """Serve the jobs of a service until SIGTERM or SIGINT, then close the service.
 
     Args:
-        service: Whose jobs.
+        service: The service; closed at the end.
         host: Address or name to listen on.
         port: Port; 0 lets the system choose one.
-        token: What requests must carry; needed everywhere but on loopback.
+        token: Required in requests; needed except on loopback.
         on_ready: Called once with the URL, as soon as connections are accepted.
 
     Raises:
@@ -125,12 +119,12 @@ def serve(
 
 
 def listen(host: str, port: int, token: str | None) -> socket.socket:
-    """Open the socket to serve on; connections wait in it until they are served.
+    """Open the socket of the server; connections wait in it until the server runs.
 
     Args:
         host: Address or name.
         port: Port; 0 lets the system choose one.
-        token: Only whether there is one matters: without it only loopback is listened on.
+        token: Without a token only a loopback address is allowed; its value does not matter here.
 
     Raises:
         ConfigError: The address cannot be listened on, or it is not loopback and there is no token.
@@ -142,12 +136,12 @@ def listen(host: str, port: int, token: str | None) -> socket.socket:
         family, kind, protocol, _, address = found[0]
         if token is None and not is_loopback(str(address[0])):
             raise ConfigError(
-                f"{host} is not a loopback address, and there is no token: give one by --token-file or"
+                f"{host} is not a loopback address, and there is no token: set --token-file or"
                 " TAILSPAN_SERVE_TOKEN, or listen on 127.0.0.1",
                 key="token",
             )
-        # asyncio sets TCP_NODELAY only on sockets that were made with their protocol's number, which uvicorn's own
-        # are not: each keep-alive reply would then wait 44 ms for the client's delayed acknowledgement.
+        # asyncio sets TCP_NODELAY only on sockets that were made with a protocol number. uvicorn's own are not: each
+        # keep-alive reply would wait 44 ms for the client's delayed acknowledgement.
         listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -164,14 +158,14 @@ def listen(host: str, port: int, token: str | None) -> socket.socket:
 
 
 def make_server(app: ASGIApp) -> uvicorn.Server:
-    """Make the HTTP server for an application of `create_app`; stop it by its ``should_exit``."""
+    """Return the HTTP server for an application of `create_app`; set its ``should_exit`` to stop it."""
     config = uvicorn.Config(
         app,
         loop="asyncio",
         http=LimitedHttp,
         ws="none",
         lifespan="off",
-        # Errors are logged by the application, in a line each; uvicorn adds a traceback to each reply that is cut off.
+        # The application logs each error in one line; uvicorn would add a traceback to each reply that is cut off.
         log_config=None,
         log_level=logging.CRITICAL,
         access_log=False,
@@ -184,8 +178,8 @@ def make_server(app: ASGIApp) -> uvicorn.Server:
     return uvicorn.Server(config)
 
 
-class _Guard:
-    """Turns away who may not ask, and hands the path on as it was sent."""
+class _AccessMiddleware:
+    """Rejects requests without access, and passes the path on as it was sent."""
 
     def __init__(self, app: ASGIApp, *, token: str | None, host: str) -> None:
         self._app = app
@@ -200,20 +194,20 @@ class _Guard:
         if refusal is not None:
             await refusal(scope, receive, send)
             return
-        # `a%2Fb` is one id: the path is matched as it was sent, and the id is unescaped after that.
+        # `a%2Fb` is one id: routes match the path as it was sent, and the id is unescaped afterwards.
         raw = scope.get("raw_path") or quote(scope["path"]).encode()
         await self._app({**scope, "path": raw.decode("latin-1")}, receive, send)
 
     def _refusal(self, method: str, headers: Headers) -> Response | None:
         if self._token is not None:
             if not self._is_token(headers.get("authorization", "")):
-                message = "this server needs its token: send 'Authorization: <scheme> <token>'"
+                message = "this server requires a token: send 'Authorization: <scheme> <token>'"
                 return error_reply(401, message, {"WWW-Authenticate": "Bearer"})
-        # Without a token a web page could reach this server by a name of its own, or post to it blindly.
+        # Without a token, a web page could reach this server by a host name of its own, or post to it blindly.
         elif not self._is_own_host(headers.get("host", "")):
-            return error_reply(403, "this server without a token answers only to loopback names in the Host header")
+            return error_reply(403, "this server has no token and accepts only loopback names in the Host header")
         elif "origin" in headers:
-            return error_reply(403, "this server without a token does not answer web pages")
+            return error_reply(403, "this server has no token and rejects requests of web pages")
         if method not in ("GET", "POST"):
             return error_reply(405, f"{method} is not allowed here", {"Allow": "GET, POST"})
         length = headers.get("content-length", "0")
@@ -233,8 +227,8 @@ class _Guard:
 
 @contextmanager
 def _stopped_by_signals(server: uvicorn.Server) -> Iterator[None]:
-    # uvicorn handles these signals itself while it runs, and raises them again when it has stopped: being asked to
-    # stop is no failure, and a signal may come before uvicorn listens to it.
+    # uvicorn handles these signals while it runs and raises them again after it has stopped. A requested stop is not a
+    # failure, and a signal may come before uvicorn handles it.
     def stop(*_: object) -> None:
         server.should_exit = True
 

@@ -211,4 +211,4 @@ if PYTHONS:
         """A client with a wrong token reads the server's sentence, not a bare 401."""
         with serving(scripted_service(), TOKEN) as server:
             results = drive_client(python, server, tmp_path, token="wrong")["results"]
-        assert all("this server needs its token" in result["error"] for result in results.values())
+        assert all("this server requires a token" in result["error"] for result in results.values())

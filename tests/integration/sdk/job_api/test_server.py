@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailspan import errors
-from tailspan.job_api.endpoints import encode_lines
+from tailspan.job_api.replies import encode_lines
 from tailspan.logs.page import LineRun, LogPage, Stream
 from tailspan.models import JobState
 from tests.fakes.scripted_service import START_MS, ScriptedJob, ScriptedService, ask, serving
@@ -313,7 +313,7 @@ def test_unavailable_service_says_when_to_come_back(asked_s, header):
 def test_bug_in_a_service_is_told_to_the_log_only(caplog):
     """An unforeseen error is a JSON 500 without its text; the traceback is in the log."""
     reply = ask(ScriptedService({"job": ScriptedJob(error=RuntimeError("/home/secret"))}), "/run/by-id/job")
-    assert (reply.status_code, reply.json()) == (500, {"message": "the server failed; its log says why"})
+    assert (reply.status_code, reply.json()) == (500, {"message": "the server failed; see its log"})
     assert "/home/secret" in caplog.text
 
 
@@ -328,7 +328,7 @@ def test_log_that_fails_in_the_middle_is_cut_off(caplog):
     assert b"".join(received).count(b"message") == 4
     assert not b"".join(received).endswith(b"]")
     (record,) = caplog.records
-    assert record.getMessage() == "reading the log of job 'job' failed, the reply was cut off: the disk is gone"
+    assert record.getMessage() == "reading the log of job 'job' failed; the reply was cut off: the disk is gone"
 
 
 def test_whole_huge_log_arrives():
