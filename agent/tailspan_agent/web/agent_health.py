@@ -1,4 +1,4 @@
-"""The agent's own health in tables, from its metrics: the same numbers that Prometheus gets. Pure."""
+"""The agent's own health in tables, from the same metrics that Prometheus scrapes. Pure."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _PREFIX = "tailspan.agent."
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What the agent's metrics say.
+    """The agent's metrics, without their prefix.
 
     Attributes:
-        services: By the configured name of a service: metric (without its prefix) to value.
-        rejected: Records that were refused, by reason.
-        totals: What is not said by service: metric to the sum of its values.
+        services: Values by metric, by the configured name of a service.
+        rejected: Rejected records by reason.
+        totals: The sum of a metric over all services and attributes.
     """
 
     services: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -29,7 +29,7 @@ class Health:
 
 
 def health_of(scopes: Iterable[ScopeMetrics]) -> Health:
-    """Return what metrics say of the agent."""
+    """Return the agent's health from its collected metrics."""
     services: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     rejected: dict[str, float] = defaultdict(float)
     totals: dict[str, float] = defaultdict(float)

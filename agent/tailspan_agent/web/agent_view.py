@@ -1,4 +1,4 @@
-"""`AgentView`: what the page may see of the agent. Nothing here writes, and nothing is asked before somebody looks."""
+"""`AgentView`: read-only access to the agent for the page, on demand only."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = ["AgentView"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentView:
-    """What the page reads.
+    """The data of the page.
 
     Attributes:
-        context: The store, what is known of pipelines, the agent's own health, and what takes secrets out.
-        receiver: The services and the jobs that are followed now.
+        context: The store, the statistics of pipelines, the agent's own metrics, and the redactor.
+        receiver: The services and the followed jobs.
         settings: Returns the configuration in force.
-        problems: Returns short words for what keeps the agent from relaying.
-        endpoints: Where each signal goes.
+        problems: Returns codes of what keeps the agent from relaying.
+        endpoints: The endpoint of each signal.
     """
 
     context: PipelineContext
@@ -49,29 +49,29 @@ class AgentView:
 
     @property
     def followed(self) -> Sequence[JobSnapshot]:
-        """The jobs that are followed now."""
+        """Snapshots of the followed jobs."""
         return self.receiver.followed
 
     @property
     def histories(self) -> Histories:
-        """The last ended runs of pipelines."""
+        """The last runs of each pipeline."""
         return self.context.pipeline_stats.histories
 
     @property
     def totals(self) -> Sequence[RunTotals]:
-        """The totals of all ended runs."""
+        """The run totals of all ended runs."""
         return list(self.context.totals.values())
 
     def label(self, job_name: str) -> str:
-        """Return the pipeline that jobs of this name are counted under, or would be."""
+        """Return the pipeline label of jobs with this name."""
         return self.context.names.find(job_name)
 
     def history(self, job_name: str) -> PipelineHistory:
-        """Return the past of a job's pipeline."""
+        """Return the last runs of a job's pipeline."""
         return self.histories.of(self.label(job_name))
 
     def redact(self, text: str) -> str:
-        """Return a text of a job without the configured secrets."""
+        """Return text without the configured secrets."""
         return self.context.redactor.redact(text)[0] if self.context.redactor is not None else text
 
     def redact_job(self, job: RunResponse) -> RunResponse:

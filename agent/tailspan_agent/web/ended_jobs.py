@@ -1,4 +1,4 @@
-"""The ended jobs that the page shows: the newest ones, read from the checkpoint store only while somebody looks."""
+"""The ended jobs on the page: the newest ones, read from the checkpoint store only on request."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from tailspan.models import JobState
 from tailspan_agent.checkpoint.rows import LedgerReader, LedgerRow
 from tailspan_agent.job.ledger import JobLedger
 
-__all__ = ["SHOWN_ENDED", "EndedJob", "EndedJobs", "ended_job"]
+__all__ = ["MAX_ENDED_JOBS", "EndedJob", "EndedJobs", "ended_job"]
 
-SHOWN_ENDED = 10_000
-"""How many ended jobs are listed; older ones are still found by their id."""
+MAX_ENDED_JOBS = 10_000
+"""Maximum number of listed ended jobs; the pages of older ones still exist."""
 
 _CHUNK_ROWS = 500
 
@@ -26,12 +26,12 @@ class EndedJob:
         identity: The identity of its service.
         job_id: The job.
         name: Its pipeline.
-        state: How it ended.
-        started_ns: When it started as far as was seen, in ns since the epoch.
-        ended_ns: When it ended as far as was seen.
-        lines: How many lines it has.
+        state: Its final state.
+        started_ns: The start as far as the agent saw it, in ns since the epoch.
+        ended_ns: The end as far as the agent saw it, in ns since the epoch.
+        lines: Number of lines.
         last_line: Its last line, without secrets.
-        alerts: What was odd about it.
+        alerts: The kinds of its anomalies.
     """
 
     identity: str
@@ -46,7 +46,7 @@ class EndedJob:
 
 
 def ended_job(stored: LedgerRow) -> EndedJob | None:
-    """Return what the store has of an ended job; None when that is damaged."""
+    """Return an ended job from its record in the store; None if the record is damaged."""
     try:
         ledger = JobLedger.from_json(stored.ledger)
     except ValueError:
@@ -69,7 +69,7 @@ def ended_job(stored: LedgerRow) -> EndedJob | None:
 
 
 class EndedJobs:
-    """The newest ended jobs by the store's own number.
+    """The newest ended jobs, in the order of the store's keys.
 
     Args:
         stored: The jobs of the checkpoint store.
@@ -82,25 +82,25 @@ class EndedJobs:
         self._newest: int | None = None
 
     async def refresh(self, followed: Set[tuple[str, str]]) -> list[EndedJob]:
-        """Look for jobs that have ended since the last time.
+        """Read the jobs that have ended since the last call.
 
         Args:
-            followed: Identity and id of the jobs that are followed now: they have not ended.
+            followed: Identity and id of the followed jobs, which have not ended.
 
         Returns:
-            The newest ended jobs, in no order.
+            The newest ended jobs, unordered.
         """
         if self._newest is None:
-            self._newest = self._stored.newest_key() - SHOWN_ENDED
+            self._newest = self._stored.newest_key() - MAX_ENDED_JOBS
         while rows := self._stored.after(self._newest, _CHUNK_ROWS):
             self._newest = rows[-1].key
             self._take(rows)
-            await asyncio.sleep(0)  # the relay goes on between two chunks
+            await asyncio.sleep(0)  # let the relay work between two chunks
         gone = [key for key, job in self._open.items() if job not in followed]
         for start in range(0, len(gone), _CHUNK_ROWS):
             self._take(self._stored.by_key(gone[start : start + _CHUNK_ROWS]))
             await asyncio.sleep(0)
-        for key in sorted(self._jobs)[: max(0, len(self._jobs) - SHOWN_ENDED)]:
+        for key in sorted(self._jobs)[: max(0, len(self._jobs) - MAX_ENDED_JOBS)]:
             del self._jobs[key]
         return list(self._jobs.values())
 

@@ -1,4 +1,4 @@
-"""Server-sent events: a bounded number of streams, each of them for a bounded time."""
+"""Server-sent events: a bounded number of streams, each for a bounded time."""
 
 from __future__ import annotations
 
@@ -11,79 +11,79 @@ from typing import Any
 
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
-__all__ = ["ALIVE", "REFRESH_S", "Streams", "event"]
+__all__ = ["KEEP_ALIVE", "REFRESH_S", "EventStreams", "format_event"]
 
 _STREAM_S = 600.0
 _MAX_STREAMS = 20
 
 REFRESH_S = 1.0
-"""How long a stream waits before it looks again, in seconds."""
+"""The interval between two updates of a stream, in seconds."""
 
-ALIVE = ": still here\n\n"
-"""A comment: nobody sees it, and a connection that is gone shows itself."""
+KEEP_ALIVE = ": keep-alive\n\n"
+"""A comment that browsers ignore; sending it detects a lost connection."""
 
 
-def event(name: str, data: Mapping[str, Any]) -> str:
-    """Return an event as it is sent."""
+def format_event(name: str, data: Mapping[str, Any]) -> str:
+    """Return an event in the wire format."""
     return f"event: {name}\ndata: {json.dumps(data)}\n\n"
 
 
-class Streams:
-    """Counts who is looking. A slow reader holds up only its own stream: what comes next is made when it was sent."""
+class EventStreams:
+    """Limits the streams. A slow reader delays only its own: the next event is made once the last one is sent."""
 
     def __init__(self) -> None:
         self._open = 0
-        self._times: set[asyncio.Timeout] = set()
-        self._is_over = False
+        self._timeouts: set[asyncio.Timeout] = set()
+        self._is_stopped = False
 
-    def answer(self, events: Callable[[], AsyncGenerator[str, None]], headers: Mapping[str, str]) -> Response:
-        """Return the answer that streams these events, or one that refuses.
+    def respond(self, events: Callable[[], AsyncGenerator[str, None]], headers: Mapping[str, str]) -> Response:
+        """Return a response that streams events, or a 503 response if there are too many streams.
 
         Args:
-            events: Makes them; a browser whose time is over comes back by itself.
-            headers: Of the answer.
+            events: Yields formatted events. A browser whose time is up reconnects by itself.
+            headers: The headers of the response.
         """
         if self._open >= _MAX_STREAMS:
-            return PlainTextResponse("too many are looking; this page is as it was when it was loaded\n", 503)
+            return PlainTextResponse("too many live pages are open; this page is not updated\n", 503)
         self._open += 1
-        return _Counted(self._bounded(events), self._left, headers=headers, media_type="text/event-stream")
+        return _CountedStream(self._bounded(events), self._release, headers=headers, media_type="text/event-stream")
 
     def end(self) -> None:
-        """End all streams now, as if their time was over: a server that stops need not break them off."""
-        self._is_over = True
-        for time in self._times:
-            time.reschedule(asyncio.get_running_loop().time())
+        """End all streams now, as if their time were up, so that a stopping server need not abort them."""
+        self._is_stopped = True
+        for timeout in self._timeouts:
+            timeout.reschedule(asyncio.get_running_loop().time())
 
-    def _left(self) -> None:
+    def _release(self) -> None:
         self._open -= 1
 
     async def _bounded(self, events: Callable[[], AsyncGenerator[str, None]]) -> AsyncIterator[str]:
-        # One that is gone without a word must not hold its place for ever.
+        # A client that vanished without closing its connection must not hold its place for ever.
         end_s = asyncio.get_running_loop().time() + _STREAM_S
-        async with aclosing(events()) as made:
-            while not self._is_over:
-                # Only what is made is timed: a timeout that is over while an event is sent would break off the sending.
+        async with aclosing(events()) as formatted:
+            while not self._is_stopped:
+                # The timeout covers only the making: while an event is sent, it would abort the sending.
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout_at(end_s) as time:
-                        self._times.add(time)
+                    async with asyncio.timeout_at(end_s) as timeout:
+                        self._timeouts.add(timeout)
                         try:
-                            one = await anext(made, None)
+                            next_event = await anext(formatted, None)
                         finally:
-                            self._times.discard(time)
-                if time.expired() or one is None:
+                            self._timeouts.discard(timeout)
+                if timeout.expired() or next_event is None:
                     return
-                yield one
+                yield next_event
 
 
-class _Counted(StreamingResponse):
-    """A stream that says when it has ended, however it ends."""
+class _CountedStream(StreamingResponse):
+    """A stream that releases its place when it ends, however it ends."""
 
-    def __init__(self, content: AsyncIterator[str], left: Callable[[], None], **options: Any) -> None:
+    def __init__(self, content: AsyncIterator[str], release: Callable[[], None], **options: Any) -> None:
         super().__init__(content, **options)
-        self._left = left
+        self._release = release
 
     async def __call__(self, *args: Any) -> None:
         try:
             await super().__call__(*args)
         finally:
-            self._left()
+            self._release()

@@ -1,4 +1,4 @@
-"""How the page says things: times, durations, sizes, and the plots as SVG numbers. Pure."""
+"""Formats values for the page: times, durations, counts, text, and plots as SVG numbers. Pure."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["Bar", "ago", "bars", "count", "duration", "exact", "visible", "visib
 
 _UNITS = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
 _PICTURES = {code: 0x2400 + code for code in range(0x20) if code != 0x09} | {0x7F: 0x2421}
-# What turns text round or hides it: a line must not be able to show something else than it is.
+# Characters that reorder or hide text: a line must not look different from what it is.
 _PICTURES |= dict.fromkeys(
     (*range(0x80, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD
 )
 
 
 def duration(seconds: float | None) -> str:
-    """Return a duration in two units at most: ``850 ms``, ``12.3 s``, ``4m 05s``, ``3h 20m``, ``2d 04h``."""
+    """Return a duration in at most two units: ``850 ms``, ``12.3 s``, ``4m 05s``, ``3h 20m``, ``2d 04h``."""
     if seconds is None:
         return ""
     if (whole_ms := round(seconds * 1000)) < 1000:
@@ -35,7 +35,7 @@ def duration(seconds: float | None) -> str:
 
 
 def ago(unix_nano: int | None, now_unix_nano: int) -> str:
-    """Return how long ago something was, in one unit: ``now``, ``12s ago``, ``3h ago``; ``in 5m`` for the future."""
+    """Return the age of a time in one unit: ``now``, ``12s ago``, ``3h ago``; ``in 5m`` for the future."""
     if unix_nano is None:
         return ""
     seconds = (now_unix_nano - unix_nano) / 1e9
@@ -47,7 +47,7 @@ def ago(unix_nano: int | None, now_unix_nano: int) -> str:
 
 
 def exact(unix_nano: int | None) -> str:
-    """Return a time in UTC to the millisecond; what is outside of the calendar is said as a number."""
+    """Return a time in UTC to the millisecond; a time outside of the calendar as a number."""
     if unix_nano is None:
         return ""
     try:
@@ -58,17 +58,17 @@ def exact(unix_nano: int | None) -> str:
 
 
 def count(number: float) -> str:
-    """Return a number with thousands apart, whole where it is whole."""
+    """Return a number with thousands separators, and decimals only if it has any."""
     return f"{number:,.0f}" if number == round(number) else f"{number:,.2f}"
 
 
 def visible(text: str) -> str:
-    """Return a text with its control characters as pictures of them, and without any that reorder it."""
+    """Return text with symbols for control characters, and without characters that reorder it."""
     return text.translate(_PICTURES)
 
 
 def visible_block(text: str) -> str:
-    """Return a text of several lines, each as `visible` shows it."""
+    """Return text of several lines, each as `visible` returns it."""
     return "\n".join(map(visible, text.split("\n")))
 
 
@@ -78,10 +78,10 @@ class Bar:
 
     Attributes:
         run: The run.
-        x: Where it stands, 0 to 1000.
-        width: How wide it is.
-        y: Where it begins, 0 (top) to 100.
-        height: How high it is.
+        x: The left edge, 0 to 1000.
+        width: In units of x.
+        y: The upper edge, 0 (top) to 100.
+        height: In units of y.
     """
 
     run: PastRun
@@ -91,9 +91,9 @@ class Bar:
     height: float
 
 
-def bars(history: PipelineHistory, most: int = 60) -> Sequence[Bar]:
-    """Return the last runs of a pipeline as bars, oldest first; the longest fills the height."""
-    runs = history.runs[-most:]
+def bars(history: PipelineHistory, limit: int = 60) -> Sequence[Bar]:
+    """Return the last runs of a pipeline as bars, oldest first; the longest run has the full height."""
+    runs = history.runs[-limit:]
     longest_s = max((run.duration_s for run in runs), default=0.0) or 1.0
     step = 1000 / max(len(runs), 12)
     found = []

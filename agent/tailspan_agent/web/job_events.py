@@ -1,4 +1,4 @@
-"""A job's live updates: its newest lines and its head, for as long as somebody looks."""
+"""Live updates of a job's page: its newest lines and its head."""
 
 from __future__ import annotations
 
@@ -9,79 +9,79 @@ from functools import partial
 from typing import TypeVar
 
 from tailspan.errors import CursorExpiredError, TailspanError
-from tailspan_agent.web.event_stream import ALIVE, REFRESH_S, event
+from tailspan_agent.web.event_stream import KEEP_ALIVE, REFRESH_S, format_event
 from tailspan_agent.web.job_rows import job_path
 from tailspan_agent.web.job_view import JobView
-from tailspan_agent.web.log_window import LogReader, Window
+from tailspan_agent.web.log_window import LogWindow, LogWindowReader
 
-__all__ = ["follow_job", "tail_of"]
+__all__ = ["job_events", "read_tail"]
 
 T = TypeVar("T")
 
 
-async def tail_of(logs: LogReader, view: JobView) -> Window:
-    """Return the end of a job's log, or all of a short one."""
-    ledger = view.ledger
+async def read_tail(logs: LogWindowReader, job: JobView) -> LogWindow:
+    """Return the end of a job's log, or all of a short log."""
+    ledger = job.ledger
     return await logs.tail(
-        view.service,
-        view.status.job_id,
+        job.service,
+        job.status.job_id,
         known_lines=ledger.lines if ledger else 0,
         last_line_ns=ledger.last_line_ns if ledger else None,
     )
 
 
-async def follow_job(
-    logs: LogReader,
-    view: JobView,
-    look: Callable[[], Awaitable[JobView]],
+async def job_events(
+    logs: LogWindowReader,
+    job: JobView,
+    reload: Callable[[], Awaitable[JobView]],
     render: Callable[..., str],
     *,
     timeout_s: float,
 ) -> AsyncGenerator[str, None]:
-    """Yield what happens to a job as events, until it has ended.
+    """Yield the changes of a job as events, until it has ended.
 
-    A service that does not answer, or has lost the log, is asked again: what can be told without it is told.
+    If its service does not answer, or has lost the log, the next round tries again; other changes are still sent.
 
     Args:
         logs: Reads its log.
-        view: How it was.
-        look: Looks at it again.
+        job: Its last known data.
+        reload: Loads its current data.
         render: Renders a template with values.
-        timeout_s: How long its service has for each answer, in seconds.
+        timeout_s: Time limit for each answer of its service, in seconds.
     """
-    path = partial(job_path, view.service.name, view.status.job_id)
-    window: Window | None = None
+    path = partial(job_path, job.service.name, job.status.job_id)
+    window: LogWindow | None = None
     head = ""
     while True:
-        view = await _within(timeout_s, look()) or view
-        is_new, found = await _within(timeout_s, _news(logs, view, window)) or (False, None)
-        window = found or window
-        new_head = render("_job_head.html", view=view)
-        if found is not None and (is_new or found.lines):
-            html = render("_lines.html", lines=found.lines, left_out=found.left_out, path=path)
-            yield event("reset" if is_new else "lines", {"html": html})
+        job = await _within(timeout_s, reload()) or job
+        is_reset, new = await _within(timeout_s, _new_lines(logs, job, window)) or (False, None)
+        window = new or window
+        new_head = render("_job_head.html", job=job)
+        if new is not None and (is_reset or new.lines):
+            html = render("_lines.html", lines=new.lines, left_out=new.left_out, path=path)
+            yield format_event("reset" if is_reset else "lines", {"html": html})
         if new_head != head:
-            yield event("head", {"html": new_head, "ended": view.status.state.is_terminal})
+            yield format_event("head", {"html": new_head, "ended": job.status.state.is_terminal})
             head = new_head
-        elif found is None or not found.lines:
-            yield ALIVE
-        if view.ended and (found is None or not found.lines):
-            yield event("end", {})
+        elif new is None or not new.lines:
+            yield KEEP_ALIVE
+        if job.ended and (new is None or not new.lines):
+            yield format_event("end", {})
             return
         await asyncio.sleep(REFRESH_S)
 
 
-async def _news(logs: LogReader, view: JobView, seen: Window | None) -> tuple[bool, Window]:
-    """Return what came after what was seen, or the end of a log of which nothing was: then it is new."""
+async def _new_lines(logs: LogWindowReader, job: JobView, seen: LogWindow | None) -> tuple[bool, LogWindow]:
+    """Return the lines after a window; without one, or if the log was replaced, its end, and True for a reset."""
     if seen is not None and seen.cursor is not None:
         with contextlib.suppress(CursorExpiredError):
-            return False, await logs.after(view.service, view.status.job_id, seen)
-    found = await tail_of(logs, view)
-    return seen is None or bool(found.lines), found
+            return False, await logs.after(job.service, job.status.job_id, seen)
+    tail = await read_tail(logs, job)
+    return seen is None or bool(tail.lines), tail
 
 
 async def _within(timeout_s: float, step: Awaitable[T]) -> T | None:
-    """Return what a step gives; None where its service cannot give it now."""
+    """Return the result of a step; None if its service fails or does not answer in time."""
     with contextlib.suppress(TailspanError, TimeoutError):
         async with asyncio.timeout(timeout_s):
             return await step

@@ -1,7 +1,7 @@
-"""Which jobs the page shows: filtered, in order, and cut into pages. Pure.
+"""Filters, sorts and paginates the jobs on the page. Pure.
 
-Thousands of jobs are looked through each second while somebody looks, so an `Entry` has only what a filter needs;
-what a row says beyond that is asked for the rows of one page alone.
+While a browser shows the list, thousands of jobs are filtered every second. So a `JobEntry` has only what a filter
+needs, and the other columns are made for the rows of one page only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tailspan.models import JobState
 from tailspan_agent.analysis.assessment import JobSnapshot
 from tailspan_agent.web.ended_jobs import EndedJob
 
-__all__ = ["PAGE_ROWS", "STATE_GROUPS", "Entry", "Filter", "JobFilter", "select"]
+__all__ = ["PAGE_ROWS", "STATE_GROUPS", "JobEntry", "JobFilter", "JobListing", "list_jobs"]
 
 PAGE_ROWS = 50
 
@@ -30,16 +30,16 @@ STATE_GROUPS: Mapping[str, frozenset[JobState]] = {
 _GROUP_OF = {state: group for group, states in STATE_GROUPS.items() for state in states}
 
 
-class Entry(NamedTuple):
-    """A job as far as filters and order need it.
+class JobEntry(NamedTuple):
+    """The fields of a job for filtering and sorting.
 
     Attributes:
         service: The configured name of its service.
         job_id: The job.
         name: Its pipeline.
         state: Its state.
-        when_ns: When it ended, or started, or else was seen, in ns since the epoch.
-        job: Where the rest is found.
+        when_ns: Its end, or else its start, or else its submission, in ns since the epoch.
+        job: The job with all fields.
     """
 
     service: str
@@ -51,14 +51,14 @@ class Entry(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Filter:
-    """What a user asked for; empty words ask for everything.
+class JobFilter:
+    """The user's filter; an empty field matches everything.
 
     Attributes:
-        text: Part of a name or an id, in any case.
+        text: Part of a name or an id, case-insensitive.
         state: One of `STATE_GROUPS`.
         service: The configured name of a service.
-        page: The number of the page, from 1.
+        page: The page number, from 1.
     """
 
     text: str = ""
@@ -67,8 +67,8 @@ class Filter:
     page: int = 1
 
     @classmethod
-    def from_query(cls, query: Mapping[str, str]) -> Filter:
-        """Make it from a URL's query; what is no filter filters nothing."""
+    def from_query(cls, query: Mapping[str, str]) -> JobFilter:
+        """Parse the query of a URL; ignore invalid values."""
         page = query.get("page", "")
         state = query.get("state", "")
         return cls(
@@ -79,13 +79,13 @@ class Filter:
         )
 
     def query(self, **changed: object) -> str:
-        """Return it as a URL's query, changed; going over to another filter begins at the first page."""
+        """Return the query of a URL, with changes; a changed filter starts at the first page."""
         page = changed.pop("page", 1 if changed else self.page)
         fields: dict[str, object] = {"q": self.text, "state": self.state, "service": self.service, **changed}
         return urlencode({key: value for key, value in {**fields, "page": page if page != 1 else ""}.items() if value})
 
-    def matches(self, entry: Entry) -> bool:
-        """Return whether a job is asked for, whatever its state."""
+    def matches(self, entry: JobEntry) -> bool:
+        """Return whether a job matches service and text; the state is not compared."""
         if self.service and entry.service != self.service:
             return False
         text = self.text.lower()
@@ -93,33 +93,33 @@ class Filter:
 
 
 @dataclass(frozen=True, slots=True)
-class JobFilter:
+class JobListing:
     """One page of jobs.
 
     Attributes:
-        entries: Its jobs: those that have not ended first, then the newest first.
-        total: How many jobs the filter lets through.
-        counts: How many there are by group of states, whatever state the filter asks for.
-        page: The number of this page; the last one where the filter asked for one behind it.
-        pages: How many pages there are, at least 1.
+        entries: Jobs that have not ended first, then newest first.
+        total: Number of matching jobs on all pages.
+        counts: Number of jobs by state group that match the filter without its state.
+        page: The page number; the last page if the requested one is beyond it.
+        pages: Number of pages, at least 1.
     """
 
-    entries: Sequence[Entry]
+    entries: Sequence[JobEntry]
     total: int
     counts: Mapping[str, int]
     page: int
     pages: int
 
 
-def select(entries: Iterable[Entry], wanted: Filter) -> JobFilter:
-    """Return the page of jobs that a user asked for."""
-    matching = [entry for entry in entries if wanted.matches(entry)]
+def list_jobs(entries: Iterable[JobEntry], job_filter: JobFilter) -> JobListing:
+    """Return one page of the jobs that match a filter."""
+    matching = [entry for entry in entries if job_filter.matches(entry)]
     counts = Counter(_GROUP_OF[entry.state] for entry in matching)
-    if wanted.state:
-        states = STATE_GROUPS[wanted.state]
+    if job_filter.state:
+        states = STATE_GROUPS[job_filter.state]
         matching = [entry for entry in matching if entry.state in states]
     matching.sort(key=lambda entry: (entry.state.is_terminal, -entry.when_ns, entry.job_id))
     pages = max(1, -(-len(matching) // PAGE_ROWS))
-    page = min(wanted.page, pages)
+    page = min(job_filter.page, pages)
     start = (page - 1) * PAGE_ROWS
-    return JobFilter(matching[start : start + PAGE_ROWS], len(matching), counts, page, pages)
+    return JobListing(matching[start : start + PAGE_ROWS], len(matching), counts, page, pages)

@@ -1,4 +1,4 @@
-"""`JobView`: what a job's own page says above its log."""
+"""`JobView`: everything on a job's page above its log."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from tailspan_agent.job.ledger import JobLedger
 from tailspan_agent.job.mapping import failure_text
 from tailspan_agent.job.times import JobTimes, run_duration_s, unix_nano
 from tailspan_agent.web.agent_view import AgentView
-from tailspan_agent.web.job_rows import shown_name
+from tailspan_agent.web.job_rows import display_name
 
-__all__ = ["JobView", "Phase", "view_of"]
+__all__ = ["JobView", "Phase", "load_job_view"]
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A stretch of the timeline.
+    """A section of the timeline.
 
     Attributes:
         name: ``queued`` or ``executing``.
-        x: Where it begins, 0 to 1000.
-        width: How wide it is.
-        seconds: How long it was.
+        x: The left edge, 0 to 1000.
+        width: In units of x.
+        seconds: Its duration.
     """
 
     name: str
@@ -43,23 +43,23 @@ class Phase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobView:
-    """What is known of a job now.
+    """The current data of a job.
 
     Attributes:
         service: Its service.
         status: Its status, without secrets.
-        ledger: What the agent saw of it; None for a job that the agent never saw.
-        assessment: What can be told of it while it is followed.
-        history: The past of its pipeline.
-        took_s: How long it ran, or has been running, in seconds.
-        times: When it was submitted, started and ended; None for a job that the agent never saw.
+        ledger: The agent's record of it; None for a job that the agent never followed.
+        assessment: Progress, time left and anomalies.
+        history: The last runs of its pipeline.
+        took_s: Duration so far or in total, in seconds.
+        times: Submission, start and end; None for a job that the agent never followed.
         phases: Its timeline.
-        why: Why it did not succeed; empty otherwise.
-        reason: What ended it (a signal's name, out of memory, ...), where that is known.
-        complete: Whether all its lines are acked.
-        problem: Why its service could not be asked; empty otherwise.
+        why: Why it failed; empty otherwise.
+        reason: What ended it (a signal's name, out of memory, ...), if known.
+        complete: True if all its lines are delivered.
+        problem: Why its service did not answer; empty otherwise.
         followed: Whether the agent follows it now.
-        links: Where else to look at it: (label, address).
+        links: Links to other tools: (label, URL).
     """
 
     service: JobService
@@ -79,56 +79,62 @@ class JobView:
 
     @property
     def name(self) -> str:
-        """What the job is called."""
-        return shown_name(self.status.job_name, self.status.job_id)
+        """The name to display."""
+        return display_name(self.status.job_name, self.status.job_id)
 
     @property
     def submitted_ns(self) -> int | None:
-        """When it was submitted; of a job that the agent never saw what its service says, if it does."""
+        """Submission in ns since the epoch; for a job that the agent never followed, by its service."""
         return self.times.submitted_ns if self.times else unix_nano(self.status.submitted_at)
 
     @property
     def started_ns(self) -> int | None:
-        """When it started, likewise."""
+        """Start in ns since the epoch, by the same rule."""
         return self.times.started_ns if self.times else unix_nano(self.status.started_at)
 
     @property
     def finished_ns(self) -> int | None:
-        """When it ended, or was last seen, likewise."""
+        """End, or the last sign of life, in ns since the epoch, by the same rule."""
         return self.times.finished_ns if self.times else unix_nano(self.status.finished_at)
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will come of it."""
+        """Whether its state and log are final."""
         return self.status.state.is_terminal and not self.followed
 
 
-async def view_of(shown: AgentView, service: JobService, job_id: str, *, timeout_s: float) -> JobView:
-    """Look at a job: by what the agent follows, or else by its service, or else by what the store has of it.
+async def load_job_view(view: AgentView, service: JobService, job_id: str, *, timeout_s: float) -> JobView:
+    """Load a job: its snapshot if it is followed, or else from its service, or else from the store.
+
+    Args:
+        view: The agent.
+        service: The job's service.
+        job_id: The job.
+        timeout_s: Time limit for the service's answer, in seconds.
 
     Raises:
-        JobNotFoundError: Nobody knows such a job.
-        ServiceError: The service cannot be asked, and the store has nothing.
+        JobNotFoundError: Neither the service nor the store has this job.
+        ServiceError: The service does not answer, and the store does not have the job.
     """
-    followed = next(
-        (job for job in shown.followed if job.status.job_id == job_id and job.service == service.name), None
+    followed = next((job for job in view.followed if job.status.job_id == job_id and job.service == service.name), None)
+    stored = view.store.job(service.identity, job_id)
+    ledger = _ledger_of(stored)
+    stored_status = (
+        _stored_status(service, job_id, stored.name, ledger) if stored is not None and ledger is not None else None
     )
-    stored = shown.store.job(service.identity, job_id)
-    ledger = _facts(stored)
-    remembered = (
-        _remembered(service, job_id, stored.name, ledger) if stored is not None and ledger is not None else None
+    status, problem = (
+        (followed.status, "") if followed else await _request_status(service, job_id, stored_status, timeout_s)
     )
-    status, problem = (followed.status, "") if followed else await _ask(service, job_id, remembered, timeout_s)
-    status, history = shown.redact_job(status), shown.history(status.job_name)
+    status, history = view.redact_job(status), view.history(status.job_name)
     now_ns = time.time_ns()
     assessment = assess(followed or JobSnapshot(service=service.name, status=status), history, now_ns)
     if followed is None:
-        assessment = assessment._replace(silent=False)  # nobody reads its lines, so nobody knows
+        assessment = assessment._replace(silent=False)  # its lines are not read, so silence means nothing
     times = JobTimes.of(status, ledger) if ledger is not None else None
     ended = status.state.is_terminal
     took_s = assessment.running_s
     if ended:
-        took_s = run_duration_s(status, ledger) if ledger is not None else _seconds(status)
+        took_s = run_duration_s(status, ledger) if ledger is not None else _duration_s(status)
     failed = ended and status.state is not JobState.SUCCEEDED
     return JobView(
         service=service,
@@ -144,36 +150,36 @@ async def view_of(shown: AgentView, service: JobService, job_id: str, *, timeout
         complete=stored is not None and stored.logs_complete,
         problem=problem,
         followed=followed is not None,
-        links=_links(shown, status),
+        links=_links(view, status),
     )
 
 
-def _facts(stored: Checkpoint | None) -> JobLedger | None:
+def _ledger_of(stored: Checkpoint | None) -> JobLedger | None:
     try:
         return JobLedger.from_json(stored.ledger) if stored is not None else None
     except ValueError:
         return None
 
 
-async def _ask(
-    service: JobService, job_id: str, remembered: RunResponse | None, timeout_s: float
+async def _request_status(
+    service: JobService, job_id: str, stored_status: RunResponse | None, timeout_s: float
 ) -> tuple[RunResponse, str]:
-    """Return the service's answer, or else what is remembered and why there is no answer."""
+    """Return the service's answer and an empty text; without an answer the stored status and the error."""
     try:
         async with asyncio.timeout(timeout_s):
             return await service.get_job(job_id), ""
     except JobNotFoundError as error:
-        if remembered is None:
+        if stored_status is None:
             raise
-        return remembered, str(error)
+        return stored_status, str(error)
     except (ServiceError, TimeoutError) as error:
         text = str(error) or f"it did not answer within {timeout_s:g} s"
-        if remembered is None:
+        if stored_status is None:
             raise ServiceUnavailableError(text, service=service.name, job_id=job_id) from error
-        return remembered, text
+        return stored_status, text
 
 
-def _remembered(service: JobService, job_id: str, name: str, ledger: JobLedger) -> RunResponse:
+def _stored_status(service: JobService, job_id: str, name: str, ledger: JobLedger) -> RunResponse:
     return RunResponse.from_state(
         ledger.states[-1][1] if ledger.states else JobState.UNKNOWN,
         job_id=job_id,
@@ -185,12 +191,10 @@ def _remembered(service: JobService, job_id: str, name: str, ledger: JobLedger) 
     )
 
 
-def _links(shown: AgentView, status: RunResponse) -> list[tuple[str, str]]:
-    found = {**shown.settings().links.of(status), "at its service": status.url}
-    # An address from outside must not be a program (javascript:).
-    return [
-        (label.capitalize(), url) for label, url in found.items() if url and url.startswith(("http://", "https://"))
-    ]
+def _links(view: AgentView, status: RunResponse) -> list[tuple[str, str]]:
+    urls = {**view.settings().links.of(status), "at its service": status.url}
+    # A URL from outside must not be a script (javascript:).
+    return [(label.capitalize(), url) for label, url in urls.items() if url and url.startswith(("http://", "https://"))]
 
 
 def _phases(times: JobTimes, now_ns: int, *, ended: bool) -> list[Phase]:
@@ -207,5 +211,5 @@ def _phases(times: JobTimes, now_ns: int, *, ended: bool) -> list[Phase]:
     return found
 
 
-def _seconds(status: RunResponse) -> float | None:
+def _duration_s(status: RunResponse) -> float | None:
     return status.duration.total_seconds() if status.duration is not None else None

@@ -1,8 +1,8 @@
-"""The part of a log that somebody looks at, read through the job's own service.
+"""Reads the part of a log that a browser shows, from the job's own service.
 
-A log is never held whole: a request reads pages of lines from the nearest place that is known of it, for a bounded
-time, and gives the event loop back between two of them. Where it has to stop early it says so, and the next request
-goes on from there, for the places are remembered.
+A log is never held completely: a request reads pages of lines from the nearest known position, for a bounded time, and
+yields to the event loop between two pages. If the time is up, the result says so, and the next request resumes there,
+because positions are remembered as marks.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from tailspan.services import JobService
 from tailspan_agent.records.severity import SEVERITIES, find_severity
 from tailspan_agent.web.formatting import visible
 
-__all__ = ["WINDOW_LINES", "LogLine", "LogReader", "Window"]
+__all__ = ["WINDOW_LINES", "LogLine", "LogWindow", "LogWindowReader"]
 
 WINDOW_LINES = 500
 _SCAN_S = 2.0
 _COUNTED_LINES = 200_000
 _MARKED_JOBS = 32
 _MARKS = 1024
-_MOST_MATCHES = 500
-_MAX_SHOWN_CHARS = 4000
+_MAX_MATCHES = 500
+_MAX_LINE_CHARS = 4000
 _ERROR_NUMBER = 17
 _TRACEBACK = "Traceback (most recent call last):"
-_READERS = 4
+_MAX_READS = 4
 _TAIL_MS = (5_000, 60_000, 3_600_000)
 
 
 @dataclass(frozen=True, slots=True)
 class LogLine:
-    """A line as the page shows it.
+    """A line to display.
 
     Attributes:
-        number: Counted from 1; None where only the end of a long log was read.
+        number: The line number from 1; None if only the end of a long log was read.
         time_unix_nano: Its time, in ns since the epoch.
         stream: ``stdout``, ``stderr`` or empty.
         level: ``error``, ``warn``, ``info``, ``debug`` or empty.
-        text: Cleaned, without secrets, cut off if it is very long.
+        text: Cleaned, without secrets, truncated if it is very long.
     """
 
     number: int | None
@@ -58,18 +58,18 @@ class LogLine:
 
 
 @dataclass(slots=True, kw_only=True)
-class Window:
-    """What was read.
+class LogWindow:
+    """A range of lines, or the matching lines of a search.
 
     Attributes:
         lines: Oldest first.
         before: Whether there are lines before these.
         after: Whether there are, or may be, lines after these.
-        reached: How many lines of the log were looked at, from its start, when the time for it was over; None when
-            all that was asked for was.
-        cursor: Where the last page of lines ended.
-        counted: How many lines the log has up to there; None where they were not counted.
-        left_out: How many lines stand before these and were not shown, where all up to these are wanted.
+        reached: Number of lines from the start of the log that were read when the time was up; None if the request was
+            completed.
+        cursor: The end of the last page that was read.
+        counted: The line count up to the cursor; None if lines were not counted.
+        left_out: Number of skipped lines before these, in an update.
     """
 
     lines: list[LogLine] = field(default_factory=list)
@@ -81,81 +81,82 @@ class Window:
     left_out: int = 0
 
 
-class LogReader:
+class LogWindowReader:
     """Reads windows of logs.
 
     Args:
-        redact: Takes secrets out of a text.
+        redact: Removes secrets from text.
     """
 
     def __init__(self, redact: Callable[[str], str]) -> None:
         self._redact = redact
-        # A service that hangs must not keep anybody from the logs of another.
-        self._readers: dict[str, asyncio.Semaphore] = {}
-        # Where pages begin: (lines before, cursor). A log that changed under us answers with an expired cursor.
+        # One limit per service: a service that hangs must not block reads from the others.
+        self._read_limits: dict[str, asyncio.Semaphore] = {}
+        # Starts of pages as (lines before, cursor). If the log has changed since, the service rejects the cursor.
         self._marks: OrderedDict[tuple[str, str], list[tuple[int, bytes | None]]] = OrderedDict()
 
-    async def window(self, service: JobService, job_id: str, first: int, lines: int = WINDOW_LINES) -> Window:
-        """Return lines from a number on.
+    async def window(self, service: JobService, job_id: str, first: int, lines: int = WINDOW_LINES) -> LogWindow:
+        """Return lines from a line number on.
 
         Args:
             service: The job's service.
             job_id: The job.
             first: The number of the first line, from 1.
-            lines: How many.
+            lines: Maximum number of lines.
 
         Raises:
             ServiceError: The log cannot be read.
         """
-        found = Window(before=first > 1)
+        found = LogWindow(before=first > 1)
         async with aclosing(self._pages(service, job_id, first)) as pages:
-            async for done, page, late in pages:
-                shown = _Shown(page, self._redact)
-                for position in range(max(0, first - 1 - done), page.line_count):
+            async for lines_before, page, late in pages:
+                page_lines = _PageLines(page, self._redact)
+                for position in range(max(0, first - 1 - lines_before), page.line_count):
                     if len(found.lines) == lines:
                         found.after = True
                         return found
-                    found.lines.append(shown.line(position, done + position + 1))
+                    found.lines.append(page_lines.line(position, lines_before + position + 1))
                 if late:
                     if found.lines:
                         found.after = True
                     else:
-                        found.reached = done + page.line_count
+                        found.reached = lines_before + page.line_count
                     return found
         return found
 
     async def tail(
         self, service: JobService, job_id: str, *, known_lines: int, last_line_ns: int | None, lines: int = 200
-    ) -> Window:
-        """Return the last lines, and where to go on; of a long log only its end is read, and they have no numbers.
+    ) -> LogWindow:
+        """Return the last lines and the cursor behind them.
 
-        A log that fits into a window is returned whole. `Window.after` says that its end was not reached in time.
+        A log that fits into a window is returned completely. Of a long log only the end is read, and its lines have no
+        numbers. `LogWindow.after` is True if the end was not reached in time.
 
         Args:
             service: The job's service.
             job_id: The job.
-            known_lines: How many lines the log has, or more.
-            last_line_ns: When its newest line was written, or earlier, in ns since the epoch; None: nobody knows.
-            lines: How many.
+            known_lines: The expected number of lines of the log.
+            last_line_ns: A time at or before the newest line, in ns since the epoch; None if unknown.
+            lines: Maximum number of lines of a longer log.
         """
         if known_lines <= _COUNTED_LINES:
             found = await self._counted_tail(service, job_id, lines)
             if found is not None:
                 return found
         found = await self._uncounted_tail(service, job_id, last_line_ns, lines)
-        # The agent may be far behind the job: where it was, much is to be read.
+        # The agent may be far behind the job, so that there is much to read after its last known line.
         if found.after and (times_ms := await service.log_times_ms(job_id)):
             found = await self._uncounted_tail(service, job_id, times_ms[1] * NANOS_PER_MS, lines)
         return found
 
-    async def _uncounted_tail(self, service: JobService, job_id: str, last_ns: int | None, lines: int) -> Window:
-        """Return the lines since shortly before a time, or else since long before it, until there are enough."""
-        best: Window | None = None
+    async def _uncounted_tail(self, service: JobService, job_id: str, last_ns: int | None, lines: int) -> LogWindow:
+        """Return the lines since shortly before a time; if there are too few, since earlier times."""
+        best: LogWindow | None = None
         for back_ms in (*_TAIL_MS, None) if last_ns is not None else (None,):
             since_ms = None if back_ms is None else (last_ns or 0) // NANOS_PER_MS - back_ms
-            found, last = Window(), deque[LogLine](maxlen=lines)
+            found, last = LogWindow(), deque[LogLine](maxlen=lines)
             deadline_s = time.monotonic() + _SCAN_S
-            async with self._turn(service), aclosing(_read(service, job_id, since_ms=since_ms)) as pages:
+            async with self._read_limit(service), aclosing(_read(service, job_id, since_ms=since_ms)) as pages:
                 async for page in pages:
                     last.extend(self._last_lines(page, None, lines))
                     found.cursor = page.cursor
@@ -170,35 +171,41 @@ class LogReader:
             best = found
             if found.before:
                 break
-        return best or Window()
+        return best or LogWindow()
 
-    async def _counted_tail(self, service: JobService, job_id: str, lines: int) -> Window | None:
-        """Return the last lines with their numbers; None when there was no time to count them."""
+    async def _counted_tail(self, service: JobService, job_id: str, lines: int) -> LogWindow | None:
+        """Return the last lines with their numbers; None if there was no time to count them."""
         last: deque[LogLine] = deque(maxlen=max(lines, WINDOW_LINES))
-        found = Window(counted=0)
+        found = LogWindow(counted=0)
         async with aclosing(self._pages(service, job_id, 1)) as pages:
-            async for done, page, late in pages:
+            async for lines_before, page, late in pages:
                 if late:
                     return None
-                last.extend(self._last_lines(page, done, max(lines, WINDOW_LINES)))
-                found.cursor, found.counted = page.cursor, done + page.line_count
+                last.extend(self._last_lines(page, lines_before, max(lines, WINDOW_LINES)))
+                found.cursor, found.counted = page.cursor, lines_before + page.line_count
         found.before = (found.counted or 0) > len(last)
         found.lines = list(last)[-lines:] if found.before else list(last)
         return found
 
-    async def after(self, service: JobService, job_id: str, seen: Window, lines: int = 500) -> Window:
-        """Return what came after a window that `tail` or this returned: of more than `lines` the last ones.
+    async def after(self, service: JobService, job_id: str, seen: LogWindow, lines: int = 500) -> LogWindow:
+        """Return the new lines after a window; if there are more than `lines`, the last ones.
 
-        It reads for a bounded time: a log that grows faster than it is read is shown as far as that went.
+        It reads for a bounded time. If the log grows faster than that, the rest comes with the next call.
+
+        Args:
+            service: The job's service.
+            job_id: The job.
+            seen: A window from `tail` or from this method.
+            lines: Maximum number of lines.
 
         Raises:
-            CursorExpiredError: The log is not the one that was read.
+            CursorExpiredError: The log was replaced since.
             ServiceError: The log cannot be read.
         """
-        found = Window(cursor=seen.cursor, counted=seen.counted)
+        found = LogWindow(cursor=seen.cursor, counted=seen.counted)
         last, read = deque[LogLine](maxlen=lines), 0
         deadline_s = time.monotonic() + _SCAN_S
-        async with self._turn(service), aclosing(_read(service, job_id, seen.cursor)) as pages:
+        async with self._read_limit(service), aclosing(_read(service, job_id, seen.cursor)) as pages:
             async for page in pages:
                 last.extend(self._last_lines(page, found.counted, lines))
                 read += page.line_count
@@ -211,92 +218,92 @@ class LogReader:
         found.lines, found.left_out = list(last), read - len(last)
         return found
 
-    def _turn(self, service: JobService) -> asyncio.Semaphore:
-        return self._readers.setdefault(service.identity, asyncio.Semaphore(_READERS))
+    def _read_limit(self, service: JobService) -> asyncio.Semaphore:
+        return self._read_limits.setdefault(service.identity, asyncio.Semaphore(_MAX_READS))
 
-    def _last_lines(self, page: LogPage, done: int | None, most: int) -> Iterator[LogLine]:
-        """Yield the last lines of a page; `done` is how many lines stand before it, if that is known."""
-        shown = _Shown(page, self._redact)
-        for position in range(max(0, page.line_count - most), page.line_count):
-            yield shown.line(position, None if done is None else done + position + 1)
+    def _last_lines(self, page: LogPage, lines_before: int | None, limit: int) -> Iterator[LogLine]:
+        """Yield the last lines of a page; `lines_before` is the line count before it, if known."""
+        page_lines = _PageLines(page, self._redact)
+        for position in range(max(0, page.line_count - limit), page.line_count):
+            yield page_lines.line(position, None if lines_before is None else lines_before + position + 1)
 
-    async def search(self, service: JobService, job_id: str, text: str, first: int = 1) -> Window:
-        """Return the lines that contain a text, in any case, also where a long line is not shown any more.
+    async def search(self, service: JobService, job_id: str, text: str, first: int = 1) -> LogWindow:
+        """Return the lines that contain a text, case-insensitive, also in the truncated part of a long line.
 
-        It looks at lines without their secrets: one cannot be searched for.
+        Lines are redacted before the search, so that it cannot find secrets.
 
         Args:
             service: The job's service.
             job_id: The job.
-            text: What to look for.
-            first: The number of the line to begin with, from 1.
+            text: The text to find.
+            first: The number of the first line to search, from 1.
         """
-        wanted = text.lower()
-        return await self._select(service, job_id, first, lambda line: wanted in line.lower(), _MOST_MATCHES)
+        lower = text.lower()
+        return await self._matching_lines(service, job_id, first, lambda line: lower in line.lower(), _MAX_MATCHES)
 
-    async def first_error(self, service: JobService, job_id: str, first: int = 1) -> Window:
-        """Return the first line that is an error by its own level, or begins a traceback, from a number on."""
-        return await self._select(service, job_id, first, lambda line: _severity(line) >= _ERROR_NUMBER, 1)
+    async def first_error(self, service: JobService, job_id: str, first: int = 1) -> LogWindow:
+        """Return the first line from a number on that has an error level or starts a traceback."""
+        return await self._matching_lines(service, job_id, first, lambda line: _severity(line) >= _ERROR_NUMBER, 1)
 
-    async def _select(
-        self, service: JobService, job_id: str, first: int, wanted: Callable[[str], bool], most: int
-    ) -> Window:
-        """Return lines whose text is wanted."""
-        found = Window(before=first > 1)
+    async def _matching_lines(
+        self, service: JobService, job_id: str, first: int, matches: Callable[[str], bool], limit: int
+    ) -> LogWindow:
+        """Return the lines whose text matches."""
+        found = LogWindow(before=first > 1)
         async with aclosing(self._pages(service, job_id, first)) as pages:
-            async for done, page, late in pages:
-                shown = _Shown(page, self._redact)
-                for position in range(max(0, first - 1 - done), page.line_count):
+            async for lines_before, page, late in pages:
+                page_lines = _PageLines(page, self._redact)
+                for position in range(max(0, first - 1 - lines_before), page.line_count):
                     if position % 500 == 499:
                         await asyncio.sleep(0)
-                    if not wanted(shown.text(position)):
+                    if not matches(page_lines.text(position)):
                         continue
-                    if len(found.lines) == most:
+                    if len(found.lines) == limit:
                         found.after = True
                         return found
-                    found.lines.append(shown.line(position, done + position + 1))
+                    found.lines.append(page_lines.line(position, lines_before + position + 1))
                 if late:
-                    found.reached = done + page.line_count
+                    found.reached = lines_before + page.line_count
                     return found
         return found
 
     async def _pages(
         self, service: JobService, job_id: str, first: int
     ) -> AsyncGenerator[tuple[int, LogPage, bool], None]:
-        """Yield pages from the one that has a line: lines before it, the page, and whether the time is over."""
+        """Yield pages from the one with a line number on: line count before it, page, whether the time is up."""
         key = service.identity, job_id
         marks = self._marks.setdefault(key, [(0, None)])
         self._marks.move_to_end(key)
         while len(self._marks) > _MARKED_JOBS:
             self._marks.popitem(last=False)
-        done, cursor = marks[bisect.bisect_right(marks, first - 1, key=lambda mark: mark[0]) - 1]
-        async with self._turn(service):
+        lines_before, cursor = marks[bisect.bisect_right(marks, first - 1, key=lambda mark: mark[0]) - 1]
+        async with self._read_limit(service):
             deadline_s = time.monotonic() + _SCAN_S
             try:
                 async with aclosing(_read(service, job_id, cursor)) as pages:
                     async for page in pages:
                         late = time.monotonic() > deadline_s
-                        # Before it is given away: who stops here goes on from there the next time.
-                        self._mark(marks, done + page.line_count, page.cursor)
-                        if done + page.line_count >= first or late:
-                            yield done, page, late
-                        done += page.line_count
+                        # Before the yield: a caller that stops here resumes behind this page next time.
+                        self._add_mark(marks, lines_before + page.line_count, page.cursor)
+                        if lines_before + page.line_count >= first or late:
+                            yield lines_before, page, late
+                        lines_before += page.line_count
                         await asyncio.sleep(0)
             except CursorExpiredError:
-                # The log is not the one that was marked: what is known of it is worth nothing.
+                # The log was replaced: its marks are invalid.
                 self._marks.pop(key, None)
                 raise
 
     @staticmethod
-    def _mark(marks: list[tuple[int, bytes | None]], lines: int, cursor: bytes) -> None:
+    def _add_mark(marks: list[tuple[int, bytes | None]], lines: int, cursor: bytes) -> None:
         if lines > marks[-1][0]:
             marks.append((lines, cursor))
         if len(marks) > _MARKS:
             del marks[1::2]
 
 
-class _Shown:
-    """The lines of a page as people see them; what takes the whole page is done once for it, or not at all."""
+class _PageLines:
+    """The lines of a page for display; work that needs the whole page is done once, on demand."""
 
     def __init__(self, page: LogPage, redact: Callable[[str], str]) -> None:
         self._page = page
@@ -308,17 +315,17 @@ class _Shown:
         return self._redact(clean(self._page.lines[position]))
 
     def line(self, position: int, number: int | None) -> LogLine:
-        """Return a line as it is shown."""
+        """Return a line for display."""
         text = self.text(position)
         level = _level(_severity(text))
         run, before = self._run(position)
-        if len(text) > _MAX_SHOWN_CHARS:
-            text = f"{text[:_MAX_SHOWN_CHARS]} … ({len(text) - _MAX_SHOWN_CHARS:,} more characters)"
+        if len(text) > _MAX_LINE_CHARS:
+            text = f"{text[:_MAX_LINE_CHARS]} … ({len(text) - _MAX_LINE_CHARS:,} more characters)"
         return LogLine(number, run.time_unix_nano + position - before, Stream.NAMES[run.stream], level, visible(text))
 
     def _run(self, position: int) -> tuple[LineRun, int]:
-        """Return the run of a line, and how many lines stand before that run."""
-        # A service that knows only times has a run for each line: going through them for each is quadratic.
+        """Return the run of a line, and the line count before that run."""
+        # A service with times only has one run per line: a linear search for each line would be quadratic.
         self._ends = self._ends or list(accumulate(run.lines for run in self._page.runs))
         index = bisect.bisect_right(self._ends, position)
         return self._page.runs[index], self._ends[index - 1] if index else 0
@@ -332,7 +339,7 @@ def _read(
 
 def _severity(text: str) -> int:
     if text.lstrip().startswith(_TRACEBACK):
-        return _ERROR_NUMBER  # it has no level of its own, and is what people look for
+        return _ERROR_NUMBER  # a traceback has no level, and is what users search for
     return SEVERITIES[find_severity(text.encode(errors="replace"))].number
 
 

@@ -1,20 +1,16 @@
 """The agent's own HTTP server on ``agent.listen``: the page, ``/healthz``, ``/readyz`` and ``/metrics``.
 
-Health and readiness are open to probes and say nothing private. All else is for people and Prometheus: with a token
-configured it asks for it; and the Host header must name this server, so that a web page which lets its own name
-resolve to 127.0.0.1 (DNS rebinding) reads nothing.
+Health and readiness are open to probes and contain nothing private. Everything else is behind `access.AccessControl`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import os
 import socket
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Self
-from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.applications import Starlette
@@ -25,99 +21,32 @@ from starlette.routing import Route
 from tailspan._net import host_port
 from tailspan.errors import ConfigError
 from tailspan.http.server_limits import LimitedHttp
+from tailspan_agent.web.access import AccessControl
 from tailspan_agent.web.agent_view import AgentView
 from tailspan_agent.web.session import Session
-from tailspan_agent.web.views import Page
+from tailspan_agent.web.views import Views
 
-__all__ = ["Guard", "StatusServer"]
+__all__ = ["StatusServer"]
 
 _STOP_GRACE_S = 1
 _MAX_CONNECTIONS = 100
-_STALLED_S = 30.0
-
-_Endpoint = Callable[[Request], Awaitable[Response]]
-
-
-class Guard:
-    """Who may see what is not open to everybody.
-
-    Args:
-        session: Knows the token to ask for, and the cookie of a browser that has shown it.
-        hosts: Names that this server may be called by, besides ``localhost`` and any address.
-        login: Returns where a browser may show the token; None answers it like any program.
-    """
-
-    def __init__(
-        self, session: Session, hosts: Collection[str], login: Callable[[Request], Response | None] = lambda _: None
-    ) -> None:
-        self._session = session
-        self._hosts = {"localhost", *(host.lower() for host in hosts)}
-        self._login = login
-
-    def stranger(self, host: str) -> Response | None:
-        """Return the answer to a request for somebody else, from its Host header."""
-        return None if self._knows(host) else PlainTextResponse("this host name is not in agent.allowed_hosts\n", 421)
-
-    def refusal(self, host: str, authorization: str, cookie: str = "") -> Response | None:
-        """Return the answer to a request that may not see it, from its headers and our cookie."""
-        stranger = self.stranger(host)
-        if stranger is not None or not self._session.needs_token or self._session.knows_cookie(cookie):
-            return stranger
-        scheme, _, given = authorization.partition(" ")
-        # Headers are bytes: a token that is not ASCII comes as its UTF-8.
-        if scheme.lower() == "bearer" and self._session.knows_token(given.encode("latin-1").decode("utf-8", "replace")):
-            return None
-        return PlainTextResponse(
-            "this needs the header Authorization: Bearer TOKEN\n", 401, {"www-authenticate": "Bearer"}
-        )
-
-    def protect(self, endpoint: _Endpoint) -> _Endpoint:
-        """Return the endpoint behind this guard."""
-
-        async def guarded(request: Request) -> Response:
-            headers, cookie = request.headers, request.cookies.get(self._session.cookie_name, "")
-            refusal = self.refusal(headers.get("host", ""), headers.get("authorization", ""), cookie)
-            if refusal is None:
-                return await endpoint(request)
-            return (self._login(request) if refusal.status_code == 401 else None) or refusal
-
-        return guarded
-
-    def only_us(self, endpoint: _Endpoint) -> _Endpoint:
-        """Return an endpoint that asks for no token, but to be called by a name of ours."""
-
-        async def guarded(request: Request) -> Response:
-            return self.stranger(request.headers.get("host", "")) or await endpoint(request)
-
-        return guarded
-
-    def _knows(self, host: str) -> bool:
-        try:
-            name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
-        except ValueError:
-            return False
-        try:
-            ipaddress.ip_address(name)
-        except ValueError:
-            return name in self._hosts
-        # rebinding needs a name that resolves to us; an address is always meant
-        return True
+_READ_TIMEOUT_S = 30.0
 
 
 class StatusServer:
-    """Serves until it is stopped, in the event loop that starts it; signals are left alone.
+    """Serves in the event loop that starts it, until it is stopped; handles no signals.
 
     Args:
-        address: Host and port to listen on; port 0 takes a free one.
-        metrics: Returns the text for Prometheus and its content type, from the request's Accept header.
-        readiness: Returns what keeps the agent from relaying, as short codes without anything private; empty: ready.
-        delivery: Returns what became of a job's lines, from the service's identity and the job's id, as plain values.
-        view: What the page may see; None serves no page.
-        token: What the guarded pages ask for; None: nothing.
-        allowed_hosts: Further names in the Host header to answer to.
+        address: Host and port to listen on; port 0 means any free port.
+        metrics: Returns the Prometheus text and its content type for an Accept header.
+        readiness: Returns codes of what keeps the agent from relaying, without anything private; empty if ready.
+        delivery: Returns the delivery state of a job's lines as plain values, for a service's identity and a job's id.
+        view: The data for the page; None serves no page.
+        token: Required by protected endpoints; None requires none.
+        allowed_hosts: Further accepted names in the Host header.
 
     Raises:
-        ConfigError: The address cannot be listened on.
+        ConfigError: The server cannot listen on the address.
     """
 
     def __init__(
@@ -135,13 +64,13 @@ class StatusServer:
         self._readiness = readiness
         self._delivery = delivery
         session = Session(token, view.store.instance_id[:8] if view is not None else "")
-        page = self._page = Page(view, session) if view is not None else None
-        guard = Guard(session, [address[0], *allowed_hosts], page.login_redirect if page else lambda _: None)
+        views = self._views = Views(view, session) if view is not None else None
+        access = AccessControl(session, [address[0], *allowed_hosts], views.login_redirect if views else lambda _: None)
         app = Starlette(
             routes=[
-                *(page.routes(guard.protect, guard.only_us) if page else ()),
-                Route("/metrics", guard.protect(self._get_metrics)),
-                Route("/delivery", guard.protect(self._get_delivery)),
+                *(views.routes(access) if views else ()),
+                Route("/metrics", access.require_token(self._get_metrics)),
+                Route("/delivery", access.require_token(self._get_delivery)),
                 Route("/healthz", self._healthz),
                 Route("/readyz", self._readyz),
             ]
@@ -156,7 +85,7 @@ class StatusServer:
                 lifespan="off",
                 server_header=False,
                 timeout_graceful_shutdown=_STOP_GRACE_S,
-                http=_ReadHttp,
+                http=_ReadTimeoutHttp,
                 ws="none",
                 limit_concurrency=_MAX_CONNECTIONS,
             )
@@ -165,25 +94,25 @@ class StatusServer:
 
     @property
     def address(self) -> tuple[str, int]:
-        """Host and port that the server really listens on."""
+        """The host and port that the server listens on."""
         host, port = self._socket.getsockname()[:2]
         return host, port
 
     @property
     def url(self) -> str:
-        """Where the server is found, without a slash at the end."""
+        """The server's URL, without a slash at the end."""
         return f"http://{host_port(*self.address)}"
 
     async def __aenter__(self) -> Self:
-        """Begin to answer. Connections wait in the socket's queue from the constructor on."""
+        """Start to answer. Connections wait in the socket's queue since the constructor."""
         self._serving = asyncio.create_task(self._server.serve([self._socket]), name="status server")
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Stop: idle connections are closed at once, running answers get a second."""
+        """Stop: close idle connections at once, and give running responses one second."""
         self._server.should_exit = True
-        if self._page:
-            self._page.end_streams()
+        if self._views:
+            self._views.end_streams()
         if self._serving:
             await self._serving
         self._socket.close()
@@ -200,42 +129,42 @@ class StatusServer:
         return Response(text, headers={"content-type": content_type})
 
     async def _get_delivery(self, request: Request) -> Response:
-        asked = request.query_params
-        return JSONResponse(self._delivery(asked.get("identity", ""), asked.get("job_id", "")))
+        query = request.query_params
+        return JSONResponse(self._delivery(query.get("identity", ""), query.get("job_id", "")))
 
 
-class _ReadHttp(LimitedHttp):
-    """HTTP to clients that read: one that has stopped to would keep its connection, and what waits for it, for ever."""
+class _ReadTimeoutHttp(LimitedHttp):
+    """HTTP that closes the connection of a client that stops reading: it would hold its response for ever."""
 
-    _stalled: asyncio.TimerHandle | None = None
+    _timeout: asyncio.TimerHandle | None = None
 
     def pause_writing(self) -> None:
-        """Give a client some time to read on."""
+        """Start the client's read timeout."""
         super().pause_writing()
-        if self._stalled is None:
-            self._stalled = self.loop.call_later(_STALLED_S, self.transport.abort)
+        if self._timeout is None:
+            self._timeout = self.loop.call_later(_READ_TIMEOUT_S, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """Note that it reads."""
-        self._reads()
+        """Cancel the read timeout: the client reads again."""
+        self._cancel_timeout()
         super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Expect nothing more."""
-        self._reads()
+        """Cancel the read timeout."""
+        self._cancel_timeout()
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
-        """End the connection; one that is not read cannot be ended in order."""
-        if self._stalled is not None:
+        """Close the connection; abort it if the client does not read, because it cannot end properly."""
+        if self._timeout is not None:
             self.transport.abort()
         else:
             super().shutdown()
 
-    def _reads(self) -> None:
-        if self._stalled is not None:
-            self._stalled.cancel()
-            self._stalled = None
+    def _cancel_timeout(self) -> None:
+        if self._timeout is not None:
+            self._timeout.cancel()
+            self._timeout = None
 
 
 class _Server(uvicorn.Server):
@@ -251,7 +180,7 @@ def _listen(host: str, port: int) -> socket.socket:
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=128
         )
     except OSError as error:
-        # resolver errors have negative numbers of their own
+        # resolver errors have their own negative numbers
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else "no such host"
         hint = "; is another agent running?" if "in use" in reason else ""
         raise ConfigError(

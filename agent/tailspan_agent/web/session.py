@@ -1,4 +1,4 @@
-"""Who may see the page: a token, or the cookie that a browser gets for it; and forms that only our page sends."""
+"""Sessions: the token, the cookie that a browser gets for it, and forms that only our page can send."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ COOKIE = "tailspan_session"
 
 
 class Session:
-    """One per process: its cookies and forms end with it. The token itself never reaches a browser's store.
+    """One session key per process: its cookies and forms end with it. The token is never stored in a browser.
 
     Args:
-        token: What to ask for; None asks for nothing.
-        owner: Tells this agent from others on its machine: browsers do not tell the cookies of two ports apart.
+        token: The required token; None requires none.
+        owner: Identifies this agent on its machine, because browsers share cookies between the ports of a host.
     """
 
     def __init__(self, token: str | None, owner: str = "") -> None:
@@ -28,22 +28,22 @@ class Session:
 
     @property
     def needs_token(self) -> bool:
-        """Whether a token is asked for."""
+        """Whether a token is required."""
         return self._token is not None
 
     @property
     def cookie_name(self) -> str:
-        """The name of that cookie."""
+        """The name of the session cookie."""
         return f"{COOKIE}_{self._owner}" if self._owner else COOKIE
 
     @property
     def cookie(self) -> str:
-        """The value of a logged-in browser's cookie."""
+        """The value of the session cookie."""
         return self._sign("session")
 
     @property
     def form_token(self) -> str:
-        """What our own forms carry and no other site can know."""
+        """The secret field of our forms, which no other site knows."""
         return self._sign("form")
 
     def knows_token(self, given: str) -> bool:
@@ -51,15 +51,15 @@ class Session:
         return self._token is not None and hmac.compare_digest(given.strip().encode("utf-8", "replace"), self._token)
 
     def knows_cookie(self, given: str) -> bool:
-        """Return whether a cookie is one of ours, in constant time."""
+        """Return whether this is the session cookie, in constant time."""
         return _same(given, self.cookie)
 
     def sent_by_us(self, headers: Mapping[str, str], form_token: str) -> bool:
-        """Return whether a form was sent by our own page and not by another site's in the same browser.
+        """Return whether our own page sent a form, and not another site in the same browser.
 
         Args:
-            headers: The request's, by their names in lower case.
-            form_token: What the form carried.
+            headers: The request's headers, by their names in lower case.
+            form_token: The form's secret field.
         """
         if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
             return False
@@ -77,6 +77,6 @@ def _same(given: str, right: str) -> bool:
 
 
 def local_path(target: str) -> str:
-    """Return where to go after the login: a path of ours, or the start where it would lead elsewhere."""
+    """Return a target after the login: a path of this server, or ``/`` if the target leads elsewhere."""
     plain = target.startswith("/") and not target.startswith("//") and "\\" not in target and target.isprintable()
     return target if plain else "/"

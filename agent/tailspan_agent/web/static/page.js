@@ -1,4 +1,4 @@
-// The page works without this file; it adds live updates, keys, the switch between light and dark, and what hides lines.
+// The page works without this file, which adds live updates, shortcuts, the theme switch and filters for lines.
 "use strict";
 (() => {
   const root = document.documentElement;
@@ -10,7 +10,7 @@
     try {
       if (value === undefined) return localStorage.getItem(key);
       localStorage.setItem(key, value);
-    } catch { /* a browser may forbid it; then nothing is remembered */ }
+    } catch { /* the browser forbids storage: settings are not kept */ }
     return null;
   };
   const theme = stored("theme");
@@ -26,7 +26,7 @@
     themeSwitch.addEventListener("click", switchTheme);
   }
 
-  // Only what our own server rendered and escaped comes this way.
+  // Only HTML that our own server has rendered and escaped gets here.
   const rowsOf = (html) => {
     const template = document.createElement("template");
     template.innerHTML = html;
@@ -36,17 +36,17 @@
   const live = find("[data-live]");
   const listen = (path, handlers) => {
     let source = null;
-    let isOver = false;
+    let isEnded = false;
     const close = () => { source?.close(); source = null; };
-    const end = () => { isOver = true; close(); };
+    const end = () => { isEnded = true; close(); };
     const open = () => {
-      if (source || isOver || document.hidden) return;
+      if (source || isEnded || document.hidden) return;
       source = new EventSource(path);
       source.onopen = () => { live.hidden = false; live.textContent = "live"; live.classList.remove("off"); };
       source.onerror = () => { live.hidden = false; live.textContent = "not live"; live.classList.add("off"); };
       for (const [name, handle] of Object.entries(handlers)) source.addEventListener(name, (event) => handle(JSON.parse(event.data), end));
     };
-    // A browser has six connections to one server: tabs that nobody sees must leave them to the one that is looked at.
+    // A browser opens at most six connections to a server: hidden tabs must leave them to the visible one.
     document.addEventListener("visibilitychange", () => (document.hidden ? close() : open()));
     addEventListener("pagehide", close);
     addEventListener("pageshow", open);
@@ -66,7 +66,7 @@
         body.replaceChildren(...order.map((key) => known.get(key)).filter(Boolean));
         find("#empty").hidden = order.length > 0;
         if (head !== undefined) find("#head").innerHTML = head;
-        const row = focused && all("tr", body).find((one) => one.dataset.key === focused);
+        const row = focused && all("tr", body).find((candidate) => candidate.dataset.key === focused);
         if (row) (active.tagName === "A" ? find("a", row) : row).focus({ preventScroll: true });
         if (chip >= 0) all("#head a")[chip]?.focus({ preventScroll: true });
       },
@@ -81,7 +81,7 @@
     find("[data-wrap]")?.addEventListener("change", (event) => log.classList.toggle("wrap", event.target.checked));
     const follow = find("[data-follow]");
     const lines = find("#lines");
-    // Follow goes on only from the end: who has scrolled up to read stays there.
+    // Follow only at the end: a user who has scrolled up stays there.
     const isAtEnd = () => innerHeight + scrollY >= document.documentElement.scrollHeight - 80;
     const keepAtEnd = (change) => {
       const wasAtEnd = isAtEnd();
@@ -114,7 +114,7 @@
     next.focus();
     next.scrollIntoView({ block: "nearest" });
   };
-  // A single letter may be said to a speech recogniser, or be hit by mistake: whoever wants none turns them off (WCAG 2.1.4).
+  // Speech input or a mistake may trigger a single letter, so the shortcuts can be disabled (WCAG 2.1.4).
   const keysOn = find("[data-keys-on]");
   const showKeys = () => find("#keys").showModal();
   const keysShow = find("[data-keys-show]");

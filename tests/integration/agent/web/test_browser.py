@@ -198,7 +198,7 @@ def test_search_by_key_finds_jobs_and_lines(bench, tab):
         assert tab.locator("#rows td.name a").all_inner_texts() == ["alpha"]
         tab.get_by_role("link", name="alpha").click()
         # The script shows its buttons once it hears keys; a busy machine shows lines long before.
-        tab.get_by_role("button", name="Keys").wait_for()
+        tab.get_by_role("button", name="Keyboard shortcuts").wait_for()
         tab.keyboard.press("/")
         tab.keyboard.type("needle")
         tab.keyboard.press("Enter")
@@ -238,15 +238,15 @@ def test_keys_can_be_turned_off(bench, tab):
     with serving(bench, tab, seen(bench, "a-1")) as site:
         tab.goto(site.url)
         tab.keyboard.press("?")
-        tab.get_by_label("act on the page").uncheck()
+        tab.get_by_label("Enable keyboard shortcuts").uncheck()
         tab.keyboard.press("Escape")
         tab.reload()
         for key in ("j", "t", "/", "?"):
             tab.keyboard.press(key)
         assert tab.evaluate("document.activeElement.tagName") == "BODY"
         assert tab.evaluate("document.documentElement.dataset.theme") is None
-        tab.get_by_role("button", name="Keys").click()
-        tab.get_by_label("act on the page").check()
+        tab.get_by_role("button", name="Keyboard shortcuts").click()
+        tab.get_by_label("Enable keyboard shortcuts").check()
         tab.get_by_role("button", name="Close").click()
         tab.keyboard.press("/")
         assert tab.evaluate("document.activeElement.type") == "search"

@@ -11,7 +11,7 @@ import pytest
 from tailspan_agent.agent import Agent
 from tailspan_agent.web import event_stream as live
 from tailspan_agent.web import server as status_server
-from tailspan_agent.web.event_stream import Streams
+from tailspan_agent.web.event_stream import EventStreams
 from tests.fakes.agents import looped, until
 from tests.integration.agent.web.test_page import looking
 
@@ -21,8 +21,8 @@ class Unread:
 
     def __init__(self, agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
         assert agent.server is not None
-        answer = Streams.answer
-        monkeypatch.setattr(Streams, "answer", lambda streams, _, headers: answer(streams, self.events, headers))
+        respond = EventStreams.respond
+        monkeypatch.setattr(EventStreams, "respond", lambda streams, _, headers: respond(streams, self.events, headers))
         self.made = 0
         self.socket = socket.socket()
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -35,7 +35,7 @@ class Unread:
         try:
             while True:
                 self.made += 1
-                yield live.event("jobs", {"text": "x" * 4_000_000})
+                yield live.format_event("jobs", {"text": "x" * 4_000_000})
                 await asyncio.sleep(0)
         finally:
             self.is_closed = True
@@ -52,7 +52,7 @@ class Unread:
 @looped
 async def test_who_never_reads_is_dropped(bench, monkeypatch, caplog):
     """Its place and what was made for it are given back after a while, without a word in the log."""
-    monkeypatch.setattr(status_server, "_STALLED_S", 0.2)
+    monkeypatch.setattr(status_server, "_READ_TIMEOUT_S", 0.2)
     async with looking(bench) as (agent, _):
         client = Unread(agent, monkeypatch)
         with client.socket:

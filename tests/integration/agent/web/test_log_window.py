@@ -14,7 +14,7 @@ from tailspan.errors import ServiceUnavailableError
 from tailspan.logs.page import LogPage
 from tailspan.testing import FakeService
 from tailspan_agent.web import log_window, views
-from tailspan_agent.web.log_window import LogReader
+from tailspan_agent.web.log_window import LogWindowReader
 from tests.fakes.agents import looped, until
 from tests.fakes.collector import Reply
 from tests.integration.agent.web.test_page import ended, job_page, looking, next_event, relayed
@@ -111,14 +111,14 @@ async def test_lines_that_are_not_the_last_are_not_called_so(monkeypatch):
     monkeypatch.setattr(log_window, "_SCAN_S", 0.1)
     far_ns = int((time.time() - 3600) * 1e9)
     service = slow(20_000, page_lines=100, page_s=0.02)
-    found = await LogReader(str).tail(service, "a", known_lines=300_000, last_line_ns=far_ns, lines=10)
+    found = await LogWindowReader(str).tail(service, "a", known_lines=300_000, last_line_ns=far_ns, lines=10)
     assert found.after
     monkeypatch.setattr(log_window, "_SCAN_S", 0.5)
     service = SlowService(page_lines=10)
     service.page_s = 0.01
     service.add_job("a")
     service.add_lines("a", *map(str, range(2000)), timestamp_ms=far_ns // 1_000_000, step_ms=1000)
-    found = await LogReader(str).tail(service, "a", known_lines=300_000, last_line_ns=far_ns, lines=10)
+    found = await LogWindowReader(str).tail(service, "a", known_lines=300_000, last_line_ns=far_ns, lines=10)
     assert [line.text for line in found.lines] == [str(number) for number in range(1990, 2000)]
     assert not found.after
 
@@ -135,7 +135,7 @@ async def test_a_service_that_hangs_keeps_nobody_from_the_logs_of_another(bench,
         await relayed(bench, "a")
         await bench.received(lambda: bench.bodies("h"))
         other.hangs = "h"
-        reader = LogReader(str)
+        reader = LogWindowReader(str)
         waiting = [asyncio.create_task(reader.window(other, "h", 1)) for _ in range(10)]
         await asyncio.sleep(0)
         async with asyncio.timeout(5):
@@ -167,7 +167,7 @@ async def test_a_log_that_is_gone_neither_breaks_nor_hangs_its_live_updates(benc
 @looped
 async def test_a_log_that_is_read_slowly_is_followed_all_the_same(bench, monkeypatch):
     """Live updates show how far reading went rather than begin anew each time; what they leave out is said."""
-    monkeypatch.setattr(views, "_ASK_S", 1)
+    monkeypatch.setattr(views, "_SERVICE_TIMEOUT_S", 1)
     monkeypatch.setattr(log_window, "_SCAN_S", 0.3)
     bench.services["fake"] = service = slow(1, page_lines=1)
     async with looking(bench) as (_, client):
@@ -179,7 +179,7 @@ async def test_a_log_that_is_read_slowly_is_followed_all_the_same(bench, monkeyp
             service.add_lines("a", *["x"] * 40)
             assert "L2" in (await next_event(lines, "lines"))["html"]
         service.page_s = 0
-        reader = LogReader(str)
+        reader = LogWindowReader(str)
         seen = await reader.after(service, "a", await reader.window(service, "a", 1), lines=10)
     assert (len(seen.lines), seen.left_out) == (10, 31)
 
@@ -194,7 +194,7 @@ async def test_the_first_error_of_a_long_log_is_found_in_many_steps(bench, monke
         await relayed(bench, "a")
         steps, answer = 0, await job_page(client, "a", jump="error")
         while answer.status_code == 200:
-            assert "lines so far" in answer.text
+            assert "No error in the first" in answer.text
             steps, url = steps + 1, answer.headers["refresh"].removeprefix("0; url=")
             answer = await client.get(url)
     assert answer.headers["location"].endswith("#L101")
@@ -205,7 +205,7 @@ async def test_the_first_error_of_a_long_log_is_found_in_many_steps(bench, monke
 async def test_a_page_of_many_times_is_looked_through_in_linear_time():
     """A service that knows only times has a run for each line; 500 of them must not hold up the loop for long."""
     # Going through the runs for each line took 150 us a line: this log was left unfinished after the 2 s for it.
-    found = await LogReader(str).search(slow(20_000, page_lines=5000), "a", "nothing")
+    found = await LogWindowReader(str).search(slow(20_000, page_lines=5000), "a", "nothing")
     assert found.reached is None
 
 
@@ -215,5 +215,5 @@ async def test_a_search_finds_also_what_stands_far_behind_in_a_line(word):
     """A long line is cut off where it is shown, not where it is searched."""
     service = slow(1, page_lines=10)
     service.add_lines("a", "x" * 10_000 + "needle")
-    found = await LogReader(str).search(service, "a", word)
+    found = await LogWindowReader(str).search(service, "a", word)
     assert [line.number for line in found.lines] == [2]

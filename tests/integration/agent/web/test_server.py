@@ -12,7 +12,8 @@ import httpx
 import pytest
 
 from tailspan.errors import ConfigError
-from tailspan_agent.web.server import Guard, StatusServer
+from tailspan_agent.web.access import AccessControl
+from tailspan_agent.web.server import StatusServer
 from tailspan_agent.web.session import Session
 
 T = TypeVar("T")
@@ -139,7 +140,7 @@ def test_probes_need_neither_token_nor_name(path):
 )
 def test_only_known_names_and_addresses_are_answered(host, allowed):
     """A foreign name that resolves to this machine reads nothing."""
-    refusal = Guard(Session(None), ["agent.internal"]).refusal(host, "")
+    refusal = AccessControl(Session(None), ["agent.internal"]).reject(host, "")
     assert (refusal is None) is allowed
     if refusal:
         assert refusal.status_code == 421
