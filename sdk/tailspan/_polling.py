@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import TypeVar
 
 import anyio
 
+from tailspan._backoff import backoff_s
 from tailspan._clock import Clock
 from tailspan.errors import (
     CursorExpiredError,
@@ -27,9 +29,6 @@ Answer = TypeVar("Answer", JobStatus, ListedJob)
 
 UNANSWERED_S = 60.0
 """How long a service that answered before may leave us without a status, in seconds."""
-
-_RETRY_S = 0.5
-_RETRY_MAX_S = 30.0
 
 
 class StatusPoll:
@@ -144,7 +143,7 @@ class LogReader:
                 if failures > self._retries:
                     raise
                 asked_s = error.retry_after_s if isinstance(error, ServiceUnavailableError) else None
-                wait_s = asked_s if asked_s is not None else min(_RETRY_MAX_S, _RETRY_S * 2 ** (failures - 1))
+                wait_s = backoff_s(failures - 1, random.random(), retry_after_s=asked_s)
                 if self._clock.monotonic_s() + wait_s >= self._deadline_s:
                     self.time_is_up = True
                     return

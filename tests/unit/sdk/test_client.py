@@ -365,11 +365,11 @@ def test_a_log_request_that_cannot_succeed_is_not_tried_again(service, follow):
 
 
 def test_retries_wait_as_long_as_the_service_asks(service, clock, follow):
-    """Retry-After counts; a wait that would pass the deadline ends the tail instead."""
+    """Retry-After is the least delay, with up to a tenth more; a delay past the deadline ends the tail instead."""
     service.fail_next("read_logs", ServiceUnavailableError("busy", retry_after_s=7))
     clock.at(6, lambda: service.set_state("j", "SUCCEEDED"))
     follow("j")
-    assert 7 in clock.sleeps
+    assert any(7 <= slept <= 7.7 for slept in clock.sleeps)
     service.add_job("k")
     service.fail_next("read_logs", ServiceUnavailableError("busy", retry_after_s=7))
     before = clock.monotonic_s()
