@@ -17,7 +17,7 @@ __all__ = ["AgentError", "CheckpointError", "ExportRejectedError"]
 
 
 class AgentError(TailspanError):
-    """The agent or a command cannot continue; the message says what to do.
+    """The agent or a command cannot continue; the message has the remedy.
 
     Attributes:
         exit_code: The exit code of the command.

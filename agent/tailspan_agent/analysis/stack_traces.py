@@ -96,7 +96,7 @@ def _python_at(lines: Sequence[str], position: int) -> Stack | None:
         first = next(numbered, (0, ""))
         if not first[1].startswith(margin) or not _FRAME.match(first[1], len(margin)):
             continue
-        # With a varying prefix, a line of the message cannot be told from a line of another worker.
+        # With a varying prefix, the message and the lines of other workers look alike.
         body, error, end = _group(first, numbered) if margin else _plain(first, numbered, is_separable=way < 2)
         if error:
             lines_of_message = [] if margin else body[body.index(error.string) + 1 :]

@@ -1,4 +1,4 @@
-"""Make the exporter that the configuration of a signal asks for.
+"""Create the exporter that a signal is configured for.
 
 Each kind of exporter is imported only if it is used: importing gRPC takes 80 ms.
 """

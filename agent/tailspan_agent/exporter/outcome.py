@@ -60,7 +60,7 @@ class Retry:
 
     Attributes:
         reason: Why, to be shown.
-        after_s: Seconds that the endpoint asked to wait (Retry-After).
+        after_s: Seconds to wait, from the endpoint (Retry-After).
         server_error: Whether OTLP does not list the failure as retryable: limit the retries.
     """
 

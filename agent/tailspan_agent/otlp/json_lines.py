@@ -27,7 +27,7 @@ _ID_KEYS: Final = ("traceId", "spanId", "parentSpanId")
 
 
 class UnreadableLineError(ValueError):
-    """The text is not valid OTLP JSON; the message says why."""
+    """The text is not valid OTLP JSON; the message has the reason."""
 
 
 def encode_line(signal: Signal, payload: bytes, note: Any = None) -> bytes:
