@@ -1,4 +1,4 @@
-"""OTLP requests as rows that a test can compare: each record with what it inherits from its resource and scope."""
+"""OTLP requests as rows for comparison: each record with the values of its resource and scope."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OTLP requests to send in tests, built with opentelemetry-proto."""
+"""OTLP requests for tests, built with opentelemetry-proto."""
 
 from __future__ import annotations
 

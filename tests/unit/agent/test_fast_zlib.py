@@ -1,4 +1,4 @@
-"""`tailspan_agent.fast_zlib`: with ISA-L and without it."""
+"""`tailspan_agent.fast_zlib`, with ISA-L and without."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def module(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
         yield importlib.import_module(deflate.__name__)
 
 
-def test_isal_does_the_work_where_it_is(module: ModuleType) -> None:
-    """Elsewhere zlib does."""
+def test_isal_is_used_if_installed(module: ModuleType) -> None:
+    """Otherwise zlib does."""
     installed = module is deflate and find_spec("isal") is not None
     assert module.crc32.__module__ == ("isal.isal_zlib" if installed else "zlib")
 
 
 @given(payload=st.binary(max_size=3000), times=st.integers(1, 50))
-def test_gzip_is_read_by_anybody_and_is_the_same_again(module: ModuleType, payload: bytes, times: int) -> None:
-    """A batch that is sent again is byte for byte the same."""
+def test_gzip_is_standard_and_deterministic(module: ModuleType, payload: bytes, times: int) -> None:
+    """Any gzip reads it, and a batch that is sent again has the same bytes."""
     packed = module.gzip(payload * times)
     assert gzip.decompress(packed) == payload * times
     assert module.gzip(payload * times) == packed
@@ -46,7 +46,7 @@ def test_gzip_is_read_by_anybody_and_is_the_same_again(module: ModuleType, paylo
 
 @given(parts=st.lists(st.binary(max_size=300)))
 def test_checksums_are_zlibs(module: ModuleType, parts: list[bytes]) -> None:
-    """A receipt that one machine wrote is verified on another."""
+    """A receipt of one host is verified on another."""
     found = 0
     for part in parts:
         found = module.crc32(part, found)
@@ -54,6 +54,6 @@ def test_checksums_are_zlibs(module: ModuleType, parts: list[bytes]) -> None:
 
 
 def test_batches_shrink(module: ModuleType) -> None:
-    """Log records repeat themselves."""
+    """Log records are repetitive."""
     payload = b"".join(b"INFO line %d of a job that says the same again and again\n" % n for n in range(10_000))
     assert len(module.gzip(payload)) < len(payload) / 8

@@ -1,4 +1,4 @@
-"""Waiting for other tasks."""
+"""Waiting for tasks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tailspan_agent.tasks import Flag
 pytestmark = pytest.mark.anyio
 
 
-async def test_all_who_wait_for_a_flag_go_on_when_it_is_set() -> None:
-    """Also where it is cleared again before they run; who comes after that waits anew."""
+async def test_setting_a_flag_wakes_all_waiting_tasks() -> None:
+    """Also if it is cleared before they run; a later task waits again."""
     flag = Flag()
     waiting = [asyncio.create_task(flag.wait()) for _ in range(3)]
     await asyncio.sleep(0)
@@ -26,13 +26,13 @@ async def test_all_who_wait_for_a_flag_go_on_when_it_is_set() -> None:
     await asyncio.wait_for(flag.wait(), 10)
 
 
-async def test_flag_that_is_set_keeps_nobody() -> None:
-    """From its start, or by now."""
+async def test_a_set_flag_does_not_wait() -> None:
+    """Whether set from the start or later."""
     await asyncio.wait_for(Flag(is_set=True).wait(), 10)
 
 
-async def test_who_gives_up_waiting_for_a_flag_is_forgotten() -> None:
-    """The others go on."""
+async def test_a_cancelled_waiting_task_is_removed() -> None:
+    """The others continue to wait."""
     flag = Flag()
     first, second = (asyncio.create_task(flag.wait()) for _ in range(2))
     await asyncio.sleep(0)

@@ -20,13 +20,13 @@ from tests.fakes.otlp_samples import exporter_to, logs_payload, payload_of
 
 @pytest.fixture
 def collector() -> Iterator[Collector]:
-    """A receiver that takes everything unless told otherwise."""
+    """A receiver that accepts everything by default."""
     with Collector() as collector:
         yield collector
 
 
 def export(url: str, payload: bytes = b"", count: int = 3, times: int = 1, **keys: Any) -> list[Outcome]:
-    """Export one payload several times over one exporter."""
+    """Export one payload several times with one exporter."""
 
     async def run() -> list[Outcome]:
         exporter = exporter_to(url, protocol="grpc", **keys)
@@ -40,8 +40,8 @@ def export(url: str, payload: bytes = b"", count: int = 3, times: int = 1, **key
 
 @pytest.mark.parametrize("compression", ["none", "gzip"])
 @pytest.mark.parametrize("signal", SIGNALS)
-def test_payload_arrives_as_it_is(collector: Collector, signal: str, compression: str) -> None:
-    """The bytes that were encoded are the bytes that arrive."""
+def test_payload_arrives_unchanged(collector: Collector, signal: str, compression: str) -> None:
+    """The bytes that arrive are the bytes that were encoded."""
     payload = payload_of(signal)
     assert export(collector.grpc_url, payload, signal=signal, compression=compression) == [Delivered()]
     (request,) = collector.requests
@@ -49,7 +49,7 @@ def test_payload_arrives_as_it_is(collector: Collector, signal: str, compression
 
 
 def test_metadata(collector: Collector) -> None:
-    """Header names become lower-case, which gRPC insists on."""
+    """Header names are sent in lower case, which gRPC requires."""
     export(collector.grpc_url, headers={"X-Scope-OrgID": SecretStr("tenant")})
     sent = collector.requests[0].headers
     assert sent["x-scope-orgid"] == "tenant"
@@ -71,21 +71,21 @@ def test_metadata(collector: Collector) -> None:
         (Reply(message="slow down"), Delivered("slow down")),
     ],
 )
-def test_answers(collector: Collector, reply: Reply, expected: Outcome) -> None:
-    """A sample of the rules, over a real connection."""
+def test_outcomes(collector: Collector, reply: Reply, expected: Outcome) -> None:
+    """A sample of the outcome rules, over a real connection."""
     collector.script("logs", reply)
     assert export(collector.grpc_url) == [expected]
 
 
 def test_message_over_the_receivers_limit_is_too_large(collector: Collector) -> None:
-    """What grpc itself answers when a request is larger than the server takes."""
+    """grpc's own response to a request above the server's limit."""
     payload = logs_payload(70, padding="x" * (1 << 20))
     (outcome,) = export(collector.grpc_url, payload, 70, compression="none")
     assert isinstance(outcome, TooLarge)
 
 
 def test_silence_is_retried_after_the_timeout(collector: Collector) -> None:
-    """A receiver that hangs costs one timeout, not the relay."""
+    """A hanging receiver costs one timeout and does not block the exporter."""
     collector.script("logs", Reply(hang=True))
     first, second = export(collector.grpc_url, times=2, timeout=0.3)
     assert isinstance(first, Retry)
@@ -93,7 +93,7 @@ def test_silence_is_retried_after_the_timeout(collector: Collector) -> None:
     assert second == Delivered()
 
 
-def test_nobody_listening_is_retried() -> None:
+def test_refused_connection_is_retried() -> None:
     """A collector that is down comes back."""
     with Collector() as collector:
         url = collector.grpc_url
@@ -103,13 +103,13 @@ def test_nobody_listening_is_retried() -> None:
 
 
 def test_http_server_in_place_of_grpc_is_not_an_ack(collector: Collector) -> None:
-    """4317 and 4318 are easily swapped."""
+    """The ports 4317 and 4318 are easily confused."""
     (outcome,) = export(collector.http_url)
     assert isinstance(outcome, Retry | EndpointFault)
 
 
 def test_cancelled_export_leaves_the_exporter_usable(collector: Collector) -> None:
-    """Shutdown and reload cancel sends in the middle."""
+    """Shutdown and reload cancel exports in flight."""
     url = collector.grpc_url
     collector.script("logs", Reply(hang=True))
 
@@ -129,13 +129,13 @@ def test_cancelled_export_leaves_the_exporter_usable(collector: Collector) -> No
 
 @pytest.mark.parametrize("name", ["x y", "x!", "grpc-timeout", "trace-bin", "ü"])
 def test_names_that_grpc_cannot_send_are_a_configuration_error(name: str) -> None:
-    """HTTP takes more names than gRPC does."""
+    """HTTP accepts more header names than gRPC."""
     with pytest.raises(ConfigError, match=r"otlp\.headers"):
         exporter_to("http://127.0.0.1:4317", protocol="grpc", headers={name: SecretStr("s3cret-t0ken")})
 
 
 def test_value_that_grpc_cannot_send_is_an_endpoint_fault(collector: Collector) -> None:
-    """An exporter never raises for what it is told to send."""
+    """An exporter never raises for a header value."""
     (outcome,) = export(collector.grpc_url, headers={"x-a": SecretStr("s3cret\nt0ken")})
     assert isinstance(outcome, EndpointFault)
     assert "s3cret" not in outcome.reason
@@ -143,19 +143,19 @@ def test_value_that_grpc_cannot_send_is_an_endpoint_fault(collector: Collector) 
 
 @pytest.mark.parametrize("url", ["ftp://127.0.0.1:4317", "http://user:secret@127.0.0.1:4317", "http://"])
 def test_address_that_grpc_cannot_use_is_a_configuration_error(url: str) -> None:
-    """Said at the start, without the password."""
+    """The error comes at the start and does not show the password."""
     with pytest.raises(ConfigError, match=r"otlp\.endpoint") as caught:
         exporter_to(url, protocol="grpc")
     assert "secret" not in str(caught.value)
 
 
 def test_zstd_is_a_configuration_error() -> None:
-    """gRPC has no zstd; quietly sending gzip would not be what was asked for."""
+    """gRPC has no zstd, and sending gzip instead would ignore the setting."""
     with pytest.raises(ConfigError, match=r"otlp\.compression"):
         exporter_to("http://127.0.0.1:4317", protocol="grpc", compression="zstd")
 
 
-def test_grpc_is_imported_only_where_it_is_used() -> None:
-    """It takes a tenth of a second and ten megabytes that OTLP over HTTP does not need."""
+def test_grpc_is_imported_only_if_it_is_used() -> None:
+    """Importing it costs 80 ms and 10 MB, which OTLP over HTTP does not need."""
     code = "import sys, tailspan_agent.exporter.http, tailspan_agent.exporter.retry; sys.exit('grpc' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""The HTTP exporter against a receiver on loopback: what it sends, and what it makes of every answer."""
+"""The HTTP exporter against a receiver on loopback: its requests, and its outcomes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from tests.fakes.otlp_samples import exporter_to, logs_payload, payload_of
 
 @pytest.fixture
 def collector() -> Iterator[Collector]:
-    """A receiver that takes everything unless told otherwise."""
+    """A receiver that accepts everything by default."""
     with Collector() as collector:
         yield collector
 
 
 def export(url: str, payload: bytes = b"", count: int = 3, times: int = 1, **keys: Any) -> list[Outcome]:
-    """Export one payload several times over one exporter."""
+    """Export one payload several times with one exporter."""
 
     async def run() -> list[Outcome]:
         exporter = exporter_to(url, **keys)
@@ -43,8 +43,8 @@ def export(url: str, payload: bytes = b"", count: int = 3, times: int = 1, **key
 
 @pytest.mark.parametrize("compression", ["none", "gzip", "zstd"])
 @pytest.mark.parametrize("signal", SIGNALS)
-def test_payload_arrives_as_it_is(collector: Collector, signal: str, compression: str) -> None:
-    """The bytes that were encoded are the bytes that arrive, for each signal and compression."""
+def test_payload_arrives_unchanged(collector: Collector, signal: str, compression: str) -> None:
+    """The bytes that arrive are the bytes that were encoded."""
     payload = payload_of(signal)
     assert export(collector.http_url, payload, signal=signal, compression=compression) == [Delivered()]
     (request,) = collector.requests
@@ -54,7 +54,7 @@ def test_payload_arrives_as_it_is(collector: Collector, signal: str, compression
 
 
 def test_large_payload_is_compressed(collector: Collector) -> None:
-    """Compression happens beside the event loop, and does compress."""
+    """A large payload is compressed in a thread, beside the event loop."""
     payload = logs_payload(2000, padding=" of many lines that look alike")
     assert export(collector.http_url, payload, 2000) == [Delivered()]
     (request,) = collector.requests
@@ -63,7 +63,7 @@ def test_large_payload_is_compressed(collector: Collector) -> None:
 
 
 def test_headers(collector: Collector) -> None:
-    """Who we are, what we send, and what the configuration adds."""
+    """User agent, content headers, and the configured headers."""
     headers = {"X-Scope-OrgID": SecretStr("tenant"), "Authorization": SecretStr("Bearer secret")}
     export(collector.http_url, headers=headers)
     sent = collector.requests[0].headers
@@ -75,13 +75,13 @@ def test_headers(collector: Collector) -> None:
 
 
 def test_one_connection_is_kept(collector: Collector) -> None:
-    """A connection per request would cost a handshake each."""
+    """A connection for each request would cost a handshake each."""
     assert export(collector.http_url, times=5) == [Delivered()] * 5
     assert collector.connections == 1
 
 
-def test_connection_is_kept_over_refusals(collector: Collector) -> None:
-    """Answers without success are answers."""
+def test_connection_is_kept_after_rejections(collector: Collector) -> None:
+    """A response without success keeps the connection."""
     collector.script("logs", Reply(503, message="busy"), Reply(400, message="bad"), Reply(204))
     outcomes = export(collector.http_url, times=4)
     assert outcomes == [Retry("HTTP 503: busy"), Rejected(None, "HTTP 400: bad"), Delivered(), Delivered()]
@@ -99,14 +99,14 @@ def test_connection_is_kept_over_refusals(collector: Collector) -> None:
         (Reply(message="slow down"), Delivered("slow down")),
     ],
 )
-def test_answers(collector: Collector, reply: Reply, expected: Outcome) -> None:
-    """A sample of the rules, over a real connection."""
+def test_outcomes(collector: Collector, reply: Reply, expected: Outcome) -> None:
+    """A sample of the outcome rules, over a real connection."""
     collector.script("logs", reply)
     assert export(collector.http_url) == [expected]
 
 
 def test_redirects_are_not_followed(collector: Collector) -> None:
-    """Following one would send the records, and the token, wherever the answer says."""
+    """A followed redirect would send the records, and the token, to any address."""
     collector.script("logs", Reply(307, headers={"Location": f"{collector.http_url}/v1/traces"}))
     (outcome,) = export(collector.http_url)
     assert isinstance(outcome, EndpointFault)
@@ -115,7 +115,7 @@ def test_redirects_are_not_followed(collector: Collector) -> None:
 
 @pytest.mark.parametrize("cut", ["request", "answer"])
 def test_broken_connections_are_retried(collector: Collector, cut: str) -> None:
-    """Before or in the middle of the answer: we cannot know, so we send again."""
+    """Before or within the response: it is unknown whether the records arrived, so they are sent again."""
     collector.script("logs", Reply(cut=cut))
     first, second = export(collector.http_url, times=2)
     assert isinstance(first, Retry)
@@ -123,14 +123,14 @@ def test_broken_connections_are_retried(collector: Collector, cut: str) -> None:
 
 
 def test_silence_is_retried_after_the_timeout(collector: Collector) -> None:
-    """A receiver that hangs costs one timeout, not the relay."""
+    """A hanging receiver costs one timeout and does not block the exporter."""
     collector.script("logs", Reply(hang=True))
     first, second = export(collector.http_url, times=2, timeout=0.2)
     assert first == Retry(f"{collector.http_url}/v1/logs: no answer within 0.2 s")
     assert second == Delivered()
 
 
-def test_nobody_listening_is_retried() -> None:
+def test_refused_connection_is_retried() -> None:
     """A collector that is down comes back."""
     with Collector() as collector:
         url = collector.http_url
@@ -141,21 +141,21 @@ def test_nobody_listening_is_retried() -> None:
 
 
 def test_name_that_does_not_resolve_is_retried() -> None:
-    """DNS comes back too."""
+    """A failure of DNS is temporary."""
     (outcome,) = export("http://nowhere.invalid:4318")
     assert isinstance(outcome, Retry)
 
 
 @pytest.mark.parametrize("url", ["ftp://127.0.0.1/v1/logs", "http:///v1/logs", f"http://{'a' * 64}.test/v1/logs"])
-def test_address_that_is_none_names_its_key(url: str) -> None:
-    """Nothing to wait for, and nothing to crash over."""
+def test_invalid_address_names_its_key(url: str) -> None:
+    """An invalid URL is a configuration error, not a crash or an endless retry."""
     with pytest.raises(ConfigError, match="is not a usable URL") as caught:
         export(url)
     assert caught.value.key == "otlp.endpoint"
 
 
 def test_endless_body_is_not_read_to_its_end(collector: Collector) -> None:
-    """An endpoint that answers a download must not fill the memory."""
+    """A response of any size must not fill the memory."""
     collector.script("logs", Reply(body=b"\n" * (8 << 20), headers={"Content-Type": "text/plain"}))
     first, second = export(collector.http_url, times=2)
     assert isinstance(first, Delivered)
@@ -163,16 +163,16 @@ def test_endless_body_is_not_read_to_its_end(collector: Collector) -> None:
     assert second == Delivered()
 
 
-def test_body_that_cannot_be_unpacked_does_not_undo_a_success(collector: Collector) -> None:
-    """The status is the answer."""
+def test_body_that_cannot_be_decompressed_does_not_undo_a_success(collector: Collector) -> None:
+    """The status decides."""
     collector.script("logs", Reply(body=b"not gzip", headers={"Content-Encoding": "gzip"}))
     (outcome,) = export(collector.http_url)
     assert isinstance(outcome, Delivered)
     assert outcome.warning
 
 
-def test_an_answer_that_unpacks_to_far_more_is_not_unpacked(collector: Collector) -> None:
-    """A few hundred KB of gzip can be a gigabyte: memory stays bounded, and the next answer is read as ever."""
+def test_a_compression_bomb_is_not_decompressed(collector: Collector) -> None:
+    """A few hundred KB of gzip can be a gigabyte: memory stays bounded, and the next response is read normally."""
     bomb = gzip.compress(bytes(256 << 20), compresslevel=1)
     partial = gzip.compress(success_body("logs", Reply(rejected=1, message="too old")).SerializeToString())
     packed = {"Content-Encoding": "gzip", "Content-Type": "application/x-protobuf"}
@@ -188,7 +188,7 @@ def test_an_answer_that_unpacks_to_far_more_is_not_unpacked(collector: Collector
 
 
 def test_credentials_are_not_shown(collector: Collector) -> None:
-    """Neither by what the exporter is called, nor when an endpoint repeats our header in its error."""
+    """Neither the endpoint's name nor an error that quotes our header has them."""
     collector.script("logs", Reply(401, message="bad token s3cret-t0ken"))
     url = collector.http_url.replace("http://", "http://user:s3cret-t0ken@") + "/v1/logs?key=s3cret-t0ken"
     exporter = exporter_to(url, headers={"Authorization": SecretStr("s3cret-t0ken")})
@@ -198,14 +198,14 @@ def test_credentials_are_not_shown(collector: Collector) -> None:
     asyncio.run(exporter.aclose())
 
 
-def test_spaces_around_a_header_value_are_no_part_of_it(collector: Collector) -> None:
-    """A token file often ends with a line break, which HTTP would refuse."""
+def test_spaces_around_a_header_value_are_removed(collector: Collector) -> None:
+    """A token file often ends with a line break, which HTTP does not allow."""
     assert export(collector.http_url, headers={"Authorization": SecretStr(" Bearer x\n")}) == [Delivered()]
     assert collector.requests[0].headers["authorization"] == "Bearer x"
 
 
 def test_cancelled_export_leaves_the_exporter_usable(collector: Collector) -> None:
-    """Shutdown and reload cancel sends in the middle."""
+    """Shutdown and reload cancel exports in flight."""
     collector.script("logs", Reply(hang=True))
 
     async def run() -> Outcome:
@@ -224,7 +224,7 @@ def test_cancelled_export_leaves_the_exporter_usable(collector: Collector) -> No
 
 @pytest.mark.parametrize("key", ["ca_file", "client_cert"])
 def test_missing_certificate_files_name_their_key(tmp_path: Path, key: str) -> None:
-    """Found out when the agent starts, in words of the configuration."""
+    """The error comes at the start and names the configuration key."""
     with pytest.raises(ConfigError, match=rf"otlp\.{key}") as caught:
         exporter_to("https://127.0.0.1", **{key: tmp_path / "missing.pem"})
     assert caught.value.key == f"otlp.{key}"
@@ -232,7 +232,7 @@ def test_missing_certificate_files_name_their_key(tmp_path: Path, key: str) -> N
 
 @pytest.mark.parametrize("key", ["ca_file", "client_cert"])
 def test_certificate_files_with_something_else_name_their_key(tmp_path: Path, key: str) -> None:
-    """A key in place of a certificate, a DER file, an empty file."""
+    """A key instead of a certificate, a DER file, an empty file."""
     path = tmp_path / "odd.pem"
     path.write_text("no certificate")
     with pytest.raises(ConfigError, match=rf"otlp\.{key}"):

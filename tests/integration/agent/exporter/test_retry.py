@@ -1,4 +1,4 @@
-"""The sender: what it does with each outcome, how long it waits, and what it tells about itself."""
+"""The retrying exporter: its reaction to each outcome, its waits, and its counters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.ports import free_port
 
 
 class FakeExporter:
-    """Answers by script, then delivers; remembers what it was given."""
+    """An exporter with scripted outcomes, then success; it records the payloads."""
 
     endpoint = "fake://endpoint"
 
@@ -50,7 +50,7 @@ class FakeExporter:
 
 
 class FakeDeadLetter:
-    """Keeps what it is given, after refusing so many times."""
+    """A dead letter that fails a number of times first."""
 
     def __init__(self, refusals: int = 0) -> None:
         self.refusals = refusals
@@ -66,7 +66,7 @@ class FakeDeadLetter:
 
 
 class Bench:
-    """A sender with everything around it."""
+    """A retrying exporter with fakes around it."""
 
     def __init__(self, *outcomes: Outcome, refusals: int = 0, **options: Any) -> None:
         self.exporter = FakeExporter(*outcomes)
@@ -81,7 +81,7 @@ class Bench:
 
 
 def test_delivered() -> None:
-    """The ordinary case, and what it leaves behind."""
+    """The normal case, with its counters."""
     bench = Bench()
     assert bench.send() == DeliveryResult(3)
     sender = bench.retrying
@@ -92,14 +92,14 @@ def test_delivered() -> None:
 
 
 def test_nothing_is_not_sent() -> None:
-    """Empty envelopes only cost a request."""
+    """An empty request would only cost time."""
     bench = Bench()
     assert asyncio.run(bench.retrying.deliver(b"", 0)) == DeliveryResult(0)
     assert bench.exporter.payloads == []
 
 
-def test_each_export_that_was_not_taken_is_told_with_its_reason() -> None:
-    """The agent's metrics count them, whether somebody has to mend something or not."""
+def test_each_failed_export_is_reported_with_its_reason() -> None:
+    """The agent's metrics count each failed attempt by its reason."""
     told: list[str] = []
     outcomes = [Retry("HTTP 503"), EndpointFault("HTTP 401"), Retry("HTTP 503"), Rejected(None, "HTTP 400")]
     bench = Bench(*outcomes, on_failure=told.append)
@@ -108,8 +108,8 @@ def test_each_export_that_was_not_taken_is_told_with_its_reason() -> None:
     assert told == ["unavailable", "endpoint_fault", "unavailable", "invalid"]
 
 
-def test_retries_send_the_same_bytes_and_wait_ever_longer() -> None:
-    """Identical bytes let a store recognise a repeat; the wait grows to half a minute and stays there."""
+def test_retries_send_the_same_bytes_and_back_off() -> None:
+    """Equal bytes let a store drop a repeat; the wait grows to half a minute."""
     bench = Bench(*[Retry("HTTP 503")] * 60)
     assert bench.send() == DeliveryResult(3)
     assert len(bench.exporter.payloads) == 61
@@ -123,7 +123,7 @@ def test_retries_send_the_same_bytes_and_wait_ever_longer() -> None:
 
 
 def test_waits_are_jittered() -> None:
-    """Agents that lost the same collector must not come back at the same moment."""
+    """Agents that lost the same collector must not return at the same moment."""
     sleeps = set()
     for _ in range(5):
         bench = Bench(Retry("HTTP 503"))
@@ -135,14 +135,14 @@ def test_waits_are_jittered() -> None:
 
 @pytest.mark.parametrize("after_s", [7.0, 3600.0])
 def test_retry_after_is_obeyed(after_s: float) -> None:
-    """Never sooner than the endpoint asked for, and not much later."""
+    """Never sooner than the endpoint asks, and not much later."""
     bench = Bench(Retry("HTTP 429", after_s=after_s))
     bench.send()
     assert after_s <= bench.clock.sleeps[0] <= after_s * 1.1
 
 
 def test_server_errors_are_tried_ten_times() -> None:
-    """Gateways answer 500 in passing; a batch that always breaks the server must not stop the lane for ever."""
+    """Gateways return 500 now and then; a batch that always breaks the server must not block the queue for ever."""
     bench = Bench(*[Retry("HTTP 500: oops", server_error=True)] * 50)
     result = bench.send()
     assert (result.delivered, result.rejected) == (0, 3)
@@ -155,20 +155,20 @@ def test_server_errors_are_tried_ten_times() -> None:
 
 @pytest.mark.parametrize(("tries", "requests"), [(0, 1), (1, 1), (3, 3)])
 def test_server_error_tries_are_a_setting(tries: int, requests: int) -> None:
-    """``otlp.retry_server_errors``."""
+    """It is ``otlp.retry_server_errors``."""
     bench = Bench(*[Retry("HTTP 500", server_error=True)] * 50, retry_server_errors=tries)
     assert bench.send().rejected == 3
     assert len(bench.exporter.payloads) == requests
 
 
 def test_server_errors_count_only_in_a_row() -> None:
-    """An outage that is 503 most of the time is not the batch's fault."""
+    """An outage with mostly 503 is not caused by the batch."""
     bench = Bench(*[Retry("HTTP 500", server_error=True), Retry("HTTP 503")] * 30)
     assert bench.send() == DeliveryResult(3)
 
 
-def test_endpoint_fault_pauses_until_it_is_mended() -> None:
-    """A wrong token costs time, and no record; /readyz fails meanwhile."""
+def test_endpoint_fault_pauses_until_it_is_corrected() -> None:
+    """A wrong token costs time, but no record; /readyz fails meanwhile."""
     bench = Bench(*[EndpointFault("HTTP 401")] * 3)
     seen: list[tuple[str, str | None, float]] = []
     for seconds in (1, 100):
@@ -185,7 +185,7 @@ def test_endpoint_fault_pauses_until_it_is_mended() -> None:
 
 
 def test_rejected_batch_is_kept_and_counted() -> None:
-    """400: the same bytes would be refused again."""
+    """400: the same bytes would be rejected again."""
     bench = Bench(Rejected(None, "HTTP 400: bad"))
     assert bench.send() == DeliveryResult(0, 3, "HTTP 400: bad")
     assert bench.dead_letter.kept == [
@@ -204,7 +204,7 @@ def test_rejected_batch_is_kept_and_counted() -> None:
 
 
 def test_partial_success_keeps_the_whole_batch_and_is_not_retried() -> None:
-    """We know how many were refused, not which."""
+    """The response has the number of rejected records, but not which."""
     bench = Bench(Rejected(2, "too old", kind="partial"))
     assert bench.send() == DeliveryResult(1, 2, "too old")
     (kept,) = bench.dead_letter.kept
@@ -213,8 +213,8 @@ def test_partial_success_keeps_the_whole_batch_and_is_not_retried() -> None:
     assert (bench.retrying.delivered, bench.retrying.rejected) == (1, Counter(partial=2))
 
 
-def test_full_dead_letter_pauses_without_asking_the_endpoint_again() -> None:
-    """After a partial success another try would repeat what the endpoint took."""
+def test_full_dead_letter_pauses_without_a_retry() -> None:
+    """After a partial success, a retry would send the accepted records again."""
     bench = Bench(Rejected(2, "too old", kind="partial"), refusals=3)
     seen: list[tuple[str, str | None]] = []
     bench.clock.at(1, lambda: seen.append((bench.retrying.state, bench.retrying.last_error)))
@@ -235,7 +235,7 @@ def test_warning_is_counted() -> None:
 
 @pytest.mark.parametrize(("count", "limit"), [(10, 3), (7, 1), (2, 1)])
 def test_too_large_is_halved_in_order(count: int, limit: int) -> None:
-    """Every record arrives once and in order, in requests that the endpoint takes."""
+    """Every record arrives once and in order, in requests below the limit."""
     bench = Bench()
     bench.exporter.limit = limit
     assert bench.send(count=count) == DeliveryResult(count)
@@ -246,7 +246,7 @@ def test_too_large_is_halved_in_order(count: int, limit: int) -> None:
 
 
 def test_single_record_that_is_too_large_is_kept() -> None:
-    """Its neighbours go through."""
+    """Its neighbors are delivered."""
     bench = Bench(TooLarge("HTTP 413"), TooLarge("HTTP 413"))
     assert bench.send(count=2) == DeliveryResult(1, 1, "HTTP 413")
     (kept,) = bench.dead_letter.kept
@@ -255,14 +255,14 @@ def test_single_record_that_is_too_large_is_kept() -> None:
     assert row.body == "job 0"
 
 
-def test_refusals_of_halves_add_up() -> None:
-    """One half may be refused and the other taken."""
+def test_rejections_of_halves_add_up() -> None:
+    """One half may be rejected and the other accepted."""
     bench = Bench(TooLarge("HTTP 413"), Rejected(None, "HTTP 400"), Delivered())
     assert bench.send(count=5) == DeliveryResult(3, 2, "HTTP 400")
 
 
-def test_cancelled_send_is_not_an_ack() -> None:
-    """Whoever cancels keeps the records; the counters agree."""
+def test_cancelled_delivery_is_not_an_ack() -> None:
+    """The caller keeps the records; the counters agree."""
     bench = Bench()
 
     async def run() -> None:
@@ -278,8 +278,8 @@ def test_cancelled_send_is_not_an_ack() -> None:
     assert (bench.retrying.in_flight, bench.retrying.delivered, bench.retrying.rejected) == (0, 0, Counter())
 
 
-def test_in_flight_adds_up_over_lanes() -> None:
-    """All lanes share one sender."""
+def test_in_flight_adds_up_over_requests() -> None:
+    """All requests in flight share one exporter."""
     bench = Bench()
 
     async def run() -> None:
@@ -299,7 +299,7 @@ def test_in_flight_adds_up_over_lanes() -> None:
     [([EndpointFault("HTTP 404")], "HTTP 404"), ([Retry("HTTP 503")] * 50, "HTTP 503")],
 )
 def test_a_command_does_not_wait_for_ever(outcomes: list[Outcome], word: str) -> None:
-    """Replay stops with the endpoint's words."""
+    """Replay stops with the endpoint's message."""
     bench = Bench(*outcomes, patience_s=60)
     with pytest.raises(ExportRejectedError, match=word):
         bench.send()
@@ -307,14 +307,14 @@ def test_a_command_does_not_wait_for_ever(outcomes: list[Outcome], word: str) ->
     assert bench.retrying.in_flight == 0
 
 
-def test_a_short_outage_is_waited_out_by_a_command() -> None:
-    """Patience is not zero."""
+def test_a_command_retries_during_a_short_outage() -> None:
+    """A command retries for its `patience_s`."""
     bench = Bench(*[Retry("HTTP 503")] * 5, patience_s=60)
     assert bench.send() == DeliveryResult(3)
 
 
 def test_aclose_closes_the_exporter() -> None:
-    """Connections and files go with the sender."""
+    """Connections and files are closed with the retrying exporter."""
     bench = Bench()
     asyncio.run(bench.retrying.aclose())
     assert bench.exporter.closed
@@ -324,7 +324,7 @@ def test_aclose_closes_the_exporter() -> None:
 @given(sizes=st.lists(st.integers(0, 5), max_size=5))
 @settings(max_examples=30)
 def test_split_keeps_records_order_and_context(signal: str, sizes: list[int]) -> None:
-    """Both halves together are the request, for any number of groups, empty ones too."""
+    """Both halves together are the request, for any number of groups, also empty ones."""
     request_type = type(parse_request(signal, b""))
     request = request_type()
     for index, size in enumerate(sizes):
@@ -344,7 +344,7 @@ def test_split_keeps_records_order_and_context(signal: str, sizes: list[int]) ->
 
 
 def test_split_of_spans_and_metrics() -> None:
-    """The other two signals halve by span and by metric."""
+    """The other signals are halved by span and by metric."""
     first, second = split_request("traces", traces_payload("a", "b", "c"))
     names = [[span.name for span in span_rows(parse_request("traces", part))] for part, _ in (first, second)]
     assert names == [["a"], ["b", "c"]]
@@ -353,7 +353,7 @@ def test_split_of_spans_and_metrics() -> None:
 
 @pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
 def test_a_collector_that_comes_back_gets_everything(protocol: str) -> None:
-    """The same exporter finds it again, in real time, after the connection was lost and refused."""
+    """The same exporter reconnects, in real time, after the connection was lost and refused."""
     grpc = protocol == "grpc"
     with Collector(http_port=free_port(), grpc_port=free_port()) as before:
         url = before.grpc_url if grpc else before.http_url
@@ -379,17 +379,17 @@ def test_a_collector_that_comes_back_gets_everything(protocol: str) -> None:
         assert sender.retries > 0
 
 
-def refusing(share: Iterable[bool]) -> Callable[[Request], Reply]:
-    """Refuse requests as the booleans say."""
+def rejecting(share: Iterable[bool]) -> Callable[[Request], Reply]:
+    """Reject requests as the booleans say."""
     refuse = iter(share)
     return lambda request: Reply(503) if next(refuse, False) else Reply()
 
 
 @pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
-def test_sent_is_received_while_most_requests_are_refused(protocol: str) -> None:
-    """The collector's own yardstick: 70% refused, nothing lost, nothing repeated, each lane in order."""
+def test_sent_is_received_while_most_requests_are_rejected(protocol: str) -> None:
+    """The collector's own test: 70% of requests rejected, nothing lost, nothing repeated, each series in order."""
     with Collector() as collector:
-        collector.always("logs", refusing((number * 7) % 10 < 7 for number in range(1000)))
+        collector.always("logs", rejecting((number * 7) % 10 < 7 for number in range(1000)))
         url = collector.http_url if protocol == "http/protobuf" else collector.grpc_url
 
         async def queue(sender: RetryingExporter, name: int) -> None:

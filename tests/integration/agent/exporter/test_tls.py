@@ -1,4 +1,4 @@
-"""TLS and mutual TLS over both protocols, with an authority of our own."""
+"""TLS and mutual TLS over both protocols, with a private authority."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROTOCOLS = {"http/protobuf": "http_url", "grpc": "grpc_url"}
 
 @pytest.fixture(scope="module")
 def authority() -> trustme.CA:
-    """Signs the server's and the client's certificates."""
+    """A certificate authority for the server's and the client's certificates."""
     return trustme.CA()
 
 
@@ -39,7 +39,7 @@ def tls(authority: trustme.CA, client_authority: trustme.CA | None = None) -> Tl
 
 @pytest.fixture
 def ca_file(authority: trustme.CA, tmp_path: Path) -> Path:
-    """What ``otlp.ca_file`` names."""
+    """The file for ``otlp.ca_file``."""
     path = tmp_path / "ca.pem"
     authority.cert_pem.write_to_path(path)
     return path
@@ -60,7 +60,7 @@ def export(collector: Collector, protocol: str, **keys: Any) -> Outcome:
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_ca_file_is_trusted(server: Tls, ca_file: Path, protocol: str) -> None:
-    """A private authority is what most collectors inside a company have."""
+    """Most collectors inside a company have a private authority."""
     with Collector(tls=server) as collector:
         assert export(collector, protocol, ca_file=ca_file) == Delivered()
         assert len(collector.log_records()) == 2
@@ -68,7 +68,7 @@ def test_ca_file_is_trusted(server: Tls, ca_file: Path, protocol: str) -> None:
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_unknown_authority_is_an_endpoint_fault(server: Tls, protocol: str) -> None:
-    """Waiting does not make a certificate right, and nothing may be sent."""
+    """Retrying does not make a certificate valid, and nothing may be sent."""
     with Collector(tls=server) as collector:
         outcome = export(collector, protocol)
         assert isinstance(outcome, EndpointFault)
@@ -78,7 +78,7 @@ def test_unknown_authority_is_an_endpoint_fault(server: Tls, protocol: str) -> N
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_tls_to_a_server_without_it_is_an_endpoint_fault(ca_file: Path, protocol: str) -> None:
-    """https:// written for http://."""
+    """The endpoint is https:// instead of http://."""
     with Collector() as collector:
 
         async def run() -> Outcome:
@@ -95,7 +95,7 @@ def test_tls_to_a_server_without_it_is_an_endpoint_fault(ca_file: Path, protocol
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("one_file", [True, False])
 def test_mutual_tls(authority: trustme.CA, ca_file: Path, tmp_path: Path, protocol: str, one_file: bool) -> None:
-    """The client shows its certificate, from one file or from two."""
+    """The client presents its certificate, from one file or from two."""
     client = authority.issue_cert("agent@example.org")
     both, cert, key = tmp_path / "both.pem", tmp_path / "cert.pem", tmp_path / "key.pem"
     client.private_key_and_cert_chain_pem.write_to_path(both)
@@ -109,7 +109,7 @@ def test_mutual_tls(authority: trustme.CA, ca_file: Path, tmp_path: Path, protoc
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_missing_client_certificate_is_no_ack(authority: trustme.CA, ca_file: Path, protocol: str) -> None:
-    """A server that wants a certificate takes nothing without."""
+    """A server that requires a certificate accepts nothing without."""
     with Collector(tls=tls(authority, authority)) as collector:
         outcome = export(collector, protocol, ca_file=ca_file)
         assert not isinstance(outcome, Delivered)

@@ -1,4 +1,4 @@
-"""What a pipeline's own past says of its running jobs: silent, slow, too fast, missing; and when it says nothing."""
+"""Limits from a pipeline's history: silent, slow, too fast, missing; and when there are none."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def followed(state: JobState = JobState.RUNNING, *, running_s: float = 10.0, **f
 
 
 def test_nine_runs_are_not_enough_history() -> None:
-    """Before ten succeeded runs nothing is called odd, and the usual duration is said all the same."""
+    """Before ten succeeded runs there is no anomaly, but there is a usual duration."""
     odd = followed(running_s=1e6)
     few, enough = past([100.0] * (ENOUGH_RUNS - 1)), past([100.0] * ENOUGH_RUNS)
     seen = assess(odd, few, NOW)
@@ -77,8 +77,8 @@ def test_nine_runs_are_not_enough_history() -> None:
     assert enough.is_too_fast("success", 0.1)
 
 
-def test_runs_that_did_not_succeed_say_nothing_of_the_usual() -> None:
-    """Ten runs that failed at once do not make one that works slow; the success rate counts them."""
+def test_runs_that_did_not_succeed_set_no_limits() -> None:
+    """Ten runs that failed at once do not make a working run slow; the success rate counts them."""
     history = PipelineHistory((*past([100.0] * 10).runs, *past([0.1] * 10, result="failure").runs))
     assert (history.p50_s, history.success_rate) == (100.0, 0.5)
     assert not assess(followed(running_s=101), history, NOW).slow
@@ -86,7 +86,7 @@ def test_runs_that_did_not_succeed_say_nothing_of_the_usual() -> None:
 
 @pytest.mark.parametrize(("running_s", "slow"), [(100.0, False), (109.0, False), (111.5, True)])
 def test_slow_is_past_its_own_p95(running_s: float, slow: bool) -> None:
-    """Past the 95th percentile, with a tenth and a second to spare: the usual spread is no news."""
+    """A run is slow above the 95th percentile plus a tenth and a second."""
     assert assess(followed(running_s=running_s), past([*[90.0] * 15, 100.0]), NOW).slow is slow
 
 
@@ -95,12 +95,12 @@ def test_slow_is_past_its_own_p95(running_s: float, slow: bool) -> None:
     [("success", 49.0, True), ("success", 51.0, False), ("failure", 1.0, False), ("cancellation", 1.0, False)],
 )
 def test_too_fast_is_half_of_the_fastest(result: str, duration_s: float, too_fast: bool) -> None:
-    """healthchecks#236: a backup that takes a second has saved nothing; one that failed has said so already."""
+    """healthchecks#236: a backup that takes a second has saved nothing; a failed one is reported already."""
     assert past([100.0, *[200.0] * 15]).is_too_fast(result, duration_s) is too_fast
 
 
 def test_short_pipelines_are_never_too_fast() -> None:
-    """Of a job that takes half a second, one in a tenth is no news."""
+    """For a job of half a second, a tenth is no anomaly."""
     assert not past([0.5] * 20).is_too_fast("success", 0.0)
 
 
@@ -108,15 +108,15 @@ def test_short_pipelines_are_never_too_fast() -> None:
     ("quiet_s", "usual_s", "silent"), [(59, 0.1, False), (61, 0.1, True), (599, 300, False), (601, 300, True)]
 )
 def test_silent_is_twice_the_usual_pause(quiet_s: float, usual_s: float, silent: bool) -> None:
-    """No line for twice as long as the past shows, at least a minute; a job without a line counts from its start."""
+    """A job is silent after twice the usual pause, at least a minute; without a line, time counts from its start."""
     history = past([1000.0] * 20, quiet_s=usual_s)
     spoke = followed(running_s=900, last_line_unix_nano=NOW - int(quiet_s * S))
     assert assess(spoke, history, NOW).silent is silent
     assert assess(followed(running_s=quiet_s), history, NOW).silent is silent
 
 
-def test_a_heartbeat_that_stays_away_is_silence() -> None:
-    """Where a job has heartbeats, they have a past of their own; a service that is away says nothing of the job."""
+def test_a_missing_heartbeat_is_silence() -> None:
+    """Heartbeats have a history of their own; while a service is unavailable, a job is not silent."""
     history = past([1000.0] * 20, quiet_s=5000.0, heartbeat_gap_s=40.0)
     for age_s, silent in ((79, False), (81, True)):
         job = followed(running_s=900, last_heartbeat=T0 - timedelta(seconds=age_s))
@@ -125,8 +125,8 @@ def test_a_heartbeat_that_stays_away_is_silence() -> None:
 
 
 @pytest.mark.parametrize("state", [JobState.PENDING, JobState.SUCCEEDED, JobState.FAILED])
-def test_only_running_jobs_are_judged(state: JobState) -> None:
-    """A job in the queue and one that has ended are neither silent nor slow."""
+def test_only_running_jobs_are_assessed(state: JobState) -> None:
+    """Queued and ended jobs are neither silent nor slow."""
     assert assess(followed(state, running_s=1e6), past([1.0] * 20), NOW) == Assessment(
         usual_s=1.0, past_runs=20, enough_history=True
     )
@@ -139,10 +139,10 @@ def test_only_running_jobs_are_judged(state: JobState) -> None:
     st.integers(-1, 3),
     st.none() | st.just(Progress(fraction=0.5, eta_s=1.0, seen_unix_nano=NOW, source="log")),
 )
-def test_nothing_is_told_of_a_job_that_metrics_do_not_look_at(
+def test_unassessable_jobs_have_empty_assessments(
     runs: int, state: JobState, running_s: float, total_tasks: int, progress: Progress | None
 ) -> None:
-    """Only what would say nothing is left out."""
+    """A job is skipped only if its assessment is empty."""
     beat = T0 - timedelta(seconds=running_s / 2)
     job = followed(state, running_s=running_s, total_tasks=total_tasks, progress=progress, last_heartbeat=beat)
     history = past([1.0] * runs)
@@ -154,7 +154,7 @@ def test_nothing_is_told_of_a_job_that_metrics_do_not_look_at(
 
 
 def test_tasks_are_progress() -> None:
-    """Counts of the service beat what the log says; the time left is that of the tasks so far."""
+    """Task counts of the service take precedence over the log; the time left is estimated from them."""
     said = Progress(fraction=0.9, eta_s=1.0, seen_unix_nano=NOW, source="log")
     seen = assess(followed(running_s=30, total_tasks=4, finished_tasks=1, progress=said), PipelineHistory(), NOW)
     assert (seen.progress, seen.eta_s, seen.progress_text) == (0.25, pytest.approx(90.0), "1 of 4 tasks")
@@ -168,13 +168,13 @@ def test_tasks_are_progress() -> None:
     [(10**400, 1, None), (1, 10**400, 1.0), (5, -1, None), (-5, 1, None), (1 << 53, 1, 2.0**-53), (0, 0, None)],
 )
 def test_any_number_of_tasks(total: int, finished: int, progress: float | None) -> None:
-    """One service's odd numbers must not end all metrics."""
+    """Invalid task counts of one service must not break the metrics."""
     job = followed(total_tasks=total, finished_tasks=finished)
     assert assess(job, PipelineHistory(), NOW).progress == progress
 
 
 def test_an_estimate_runs_down_and_ends() -> None:
-    """The time left shrinks while the log is quiet; once it is overdue nobody knows."""
+    """The time left decreases while the log is quiet; an overdue estimate is dropped."""
     said = Progress(fraction=0.5, eta_s=20.0, seen_unix_nano=NOW - 5 * S, source="log", text="50%")
     seen = assess(followed(progress=said), PipelineHistory(), NOW)
     assert (seen.progress, seen.eta_s, seen.progress_text) == (0.5, 15.0, "50%")
@@ -182,7 +182,7 @@ def test_an_estimate_runs_down_and_ends() -> None:
 
 
 def test_missing_is_every_and_grace_after_the_last_start() -> None:
-    """A pipeline that never started is late from when counting began; one that is running is not late."""
+    """A pipeline that never started is late from the start of counting; a running one is not late."""
     expects = [Expect(name=name, every=100, grace=10) for name in ("etl", "never")]
     histories = Histories([run(50, ended_s=-100)])
     starts = last_starts(histories, [])
@@ -193,7 +193,7 @@ def test_missing_is_every_and_grace_after_the_last_start() -> None:
 
 
 def test_the_longest_pause_of_a_job_is_kept() -> None:
-    """Pauses within pages and between them count, from the start and to the end too; late lines make none."""
+    """Pauses within and between pages count, also at the start and the end; late lines cause none."""
 
     def page(*seconds: float) -> LogPage:
         lines = [Line(NOW + int(second * S), "x") for second in seconds]
@@ -211,7 +211,7 @@ def test_the_longest_pause_of_a_job_is_kept() -> None:
 
 @given(st.lists(st.floats(0, 1e6), min_size=ENOUGH_RUNS, max_size=KEPT_RUNS))
 def test_a_run_like_those_before_is_never_slow(durations_s: list[float]) -> None:
-    """Whatever the past: a run within p95 is not slow, limits are ordered, and quantiles were really there."""
+    """For any history: a run within p95 is not slow, limits are ordered, and quantiles are values of the history."""
     history = past(durations_s)
     assert history.p50_s in durations_s
     assert history.p95_s in durations_s
@@ -245,7 +245,7 @@ def test_history_survives_and_stays_bounded(tmp_path: Path) -> None:
 
 
 def test_failures_are_counted_by_fingerprint(tmp_path: Path) -> None:
-    """The same failure of a pipeline is known again; the kinds that are kept are bounded, the oldest go."""
+    """A repeated failure of a pipeline is recognized; beyond the limit, the oldest failures are deleted."""
     with closing(Store(tmp_path)) as store:
         assert store.history.earlier_failures("etl", "f") == (0, None)
         end(store, run(job_id="a", result="failure", ended_s=5), "f")
@@ -258,8 +258,8 @@ def test_failures_are_counted_by_fingerprint(tmp_path: Path) -> None:
         assert store.history.earlier_failures("etl", "g0")[0] == 1
 
 
-def test_a_damaged_run_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """One bad row of the history costs that run, and says so."""
+def test_a_damaged_run_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One damaged row of the history costs that run, with a warning."""
     with closing(Store(tmp_path)) as store:
         end(store, run(job_id="a"))
         end(store, run(job_id="b"))
@@ -271,7 +271,7 @@ def test_a_damaged_run_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 
 def test_a_store_of_version_1_is_migrated(tmp_path: Path) -> None:
-    """A store that an earlier agent made keeps its cursors and totals, and has a history from now on."""
+    """A store of an earlier agent keeps its cursors and totals, and starts a history."""
     recorded = Path(__file__).parents[3] / "data" / "checkpoints-v1.sql"
     with closing(sqlite3.connect(tmp_path / "checkpoints.db")) as db, db:
         db.executescript(recorded.read_text())

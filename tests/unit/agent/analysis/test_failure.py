@@ -1,4 +1,4 @@
-"""Why a job failed, read from its last lines."""
+"""Why a job failed, from its last lines."""
 
 import sys
 import traceback
@@ -12,7 +12,7 @@ from tailspan_agent.analysis.failure import Failure, failure_of
 
 
 class OutOfTilesError(Exception):
-    """A module's own exception: its traceback has a dotted name."""
+    """An exception of a module: its traceback has a dotted name."""
 
 
 def raise_plain() -> None:
@@ -86,8 +86,8 @@ RAISERS = [
 ]  # fmt: skip
 
 
-def python_says(raiser: Callable[[], None]) -> tuple[str, str, str]:
-    """Return type and first line of the message as Python prints them, and the whole traceback."""
+def printed_by_python(raiser: Callable[[], None]) -> tuple[str, str, str]:
+    """Return the type, the message and the whole traceback as Python prints them."""
     try:
         raiser()
     except BaseException:
@@ -101,9 +101,9 @@ def python_says(raiser: Callable[[], None]) -> tuple[str, str, str]:
 
 @pytest.mark.parametrize("raiser", RAISERS)
 @pytest.mark.parametrize("after", [[], ["", "make: *** [all] Error 1"]])
-def test_what_python_prints_is_found_whole(raiser: Callable[[], None], after: list[str]) -> None:
-    """Type, message and traceback are as Python printed them, chains and groups included, and nothing around them."""
-    name, message, printed = python_says(raiser)
+def test_python_tracebacks_are_found_whole(raiser: Callable[[], None], after: list[str]) -> None:
+    """Type, message and traceback are as Python prints them, including chains and groups, and without other lines."""
+    name, message, printed = printed_by_python(raiser)
     failure = failure_of(["starting", "step 1", *printed.splitlines(), *after])
     assert failure is not None
     assert (failure.exception_type, failure.message) == (name, message)
@@ -112,25 +112,25 @@ def test_what_python_prints_is_found_whole(raiser: Callable[[], None], after: li
 
 @pytest.mark.parametrize("prefix", ["[worker-3] ", "  worker 3 | ", "2024-05-12 12:00:00,123 "])
 @pytest.mark.parametrize("raiser", [raise_from, raise_group, raise_recursion])
-def test_a_prefix_of_constant_width_is_taken_off(prefix: str, raiser: Callable[[], None]) -> None:
-    """Lines that a launcher or container runtime prefixed join into the same traceback."""
-    name, message, printed = python_says(raiser)
+def test_a_prefix_of_constant_width_is_removed(prefix: str, raiser: Callable[[], None]) -> None:
+    """Lines with the prefix of a launcher or container runtime give the same traceback."""
+    name, message, printed = printed_by_python(raiser)
     failure = failure_of([prefix + line for line in printed.splitlines()])
     assert failure is not None
     assert (failure.exception_type, failure.message) == (name, message)
 
 
 def test_a_logger_before_the_first_line() -> None:
-    """A traceback whose first line stands behind a logger's prefix is found."""
-    printed = python_says(raise_plain)[2]
+    """A traceback whose first line has a logger's prefix is found."""
+    printed = printed_by_python(raise_plain)[2]
     failure = failure_of(f"2024-05-12 ERROR app: {printed}".splitlines())
     assert failure is not None
     assert (failure.exception_type, failure.stacktrace) == ("ValueError", printed)
 
 
 def test_the_last_traceback_wins() -> None:
-    """An exception that was logged and survived is not why the job failed; the last one is, without the first."""
-    first, last = python_says(raise_plain)[2], python_says(raise_own)[2]
+    """An exception that was logged and handled is not the failure; the last one is."""
+    first, last = printed_by_python(raise_plain)[2], printed_by_python(raise_own)[2]
     failure = failure_of([*first.splitlines(), "retrying", "", *last.splitlines()])
     assert failure is not None
     assert (failure.message, failure.stacktrace) == ("none left", last)
@@ -150,14 +150,14 @@ def test_the_last_traceback_wins() -> None:
         ["ValueError: printed by hand"],
     ],
 )
-def test_what_only_looks_like_a_traceback(lines: list[str]) -> None:
-    """Without first line, frame and exception it is no traceback: the last lines are what is left to say."""
+def test_text_that_looks_like_a_traceback(lines: list[str]) -> None:
+    """Without header, frame and exception there is no traceback, only last lines."""
     failure = failure_of(lines)
     assert failure == Failure(exception_type=None, message=lines[-1], stacktrace=None, last_lines=tuple(lines))
 
 
 def test_without_traceback_the_last_lines_count() -> None:
-    """The last twenty lines that are not empty are kept, oldest first, and the last is the message."""
+    """The last twenty lines that are not empty are kept, oldest first; the last is the message."""
     failure = failure_of([f"line {number}" for number in range(50)] + ["", "  "])
     assert failure is not None
     assert failure.last_lines == tuple(f"line {number}" for number in range(30, 50))
@@ -165,13 +165,13 @@ def test_without_traceback_the_last_lines_count() -> None:
 
 
 @pytest.mark.parametrize("lines", [[], ["", "   "]])
-def test_nothing_said_no_digest(lines: list[str]) -> None:
+def test_no_output_no_failure(lines: list[str]) -> None:
     """A job that printed nothing has no failure."""
     assert failure_of(lines) is None
 
 
 def test_everything_is_bounded() -> None:
-    """However long traceback, message and lines are, what comes out fits a record's attributes (64 KB)."""
+    """Traceback, message and lines of any length fit into a record's attributes (64 KB)."""
     frames = [line for number in range(900) for line in (f'  File "{"d" * 200}.py", line {number}, in f', "    é()")]
     error = f"{'n' * 3000}: {'€' * 100_000}"
     failure = failure_of(["Traceback (most recent call last):", *frames, error])
@@ -192,8 +192,8 @@ PIECES = st.sampled_from(
 
 
 @given(st.lists(st.lists(PIECES | st.text(max_size=5), max_size=4).map("".join), max_size=60))
-def test_any_text_has_a_digest_of_itself(lines: list[str]) -> None:
-    """Whatever was printed: no error, and every line of the failure was printed by the job."""
+def test_any_text_has_a_failure(lines: list[str]) -> None:
+    """Any output gives no error, and every line of the failure is a line of the output."""
     failure = failure_of(lines)
     assert (failure is None) == (not any(line.strip() for line in lines))
     if failure is not None and failure.stacktrace is not None:
@@ -208,6 +208,6 @@ def test_any_text_has_a_digest_of_itself(lines: list[str]) -> None:
      '  File "' + "x" * 1_000_000],
 )  # fmt: skip
 def test_hostile_lines_are_linear(line: str) -> None:
-    """Long lines of almost the right form are read too; a search that backtracks would not end within the suite."""
+    """Long lines of almost the right format take linear time; with backtracking, they would never end."""
     head = ["Traceback (most recent call last):", '  File "x.py", line 1, in f']
     assert failure_of([*head, line] * 700) is not None

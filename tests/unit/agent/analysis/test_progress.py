@@ -1,4 +1,4 @@
-"""Progress by what jobs print: real output as it was recorded, and output that only looks like it."""
+"""Progress from the output of jobs: recorded output, and output that only looks like progress."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def states(name: str) -> list[str]:
     ],
 )
 def test_recorded_output(name: str, found: int, ends_at: float) -> None:
-    """What the real programs printed: every bar is read, nothing else is, and it goes forwards."""
+    """Real output of programs: every bar is read, nothing else is, and progress only grows."""
     readings = [reading for text in states(name) if (reading := read_line(text))]
     fractions = [reading.fraction for reading in readings]
     assert (len(fractions), fractions[-1]) == (found, ends_at)
@@ -79,8 +79,8 @@ def test_recorded_output(name: str, found: int, ends_at: float) -> None:
         ("0%", 0.0, None),
     ],
 )
-def test_forms_of_progress(text: str, fraction: float, left_s: float | None) -> None:
-    """The ways in which programs say how far they are, and how long it will take."""
+def test_formats_of_progress(text: str, fraction: float, left_s: float | None) -> None:
+    """The formats in which programs print progress and time left."""
     assert read_line(text) == Reading(pytest.approx(fraction), left_s)
 
 
@@ -89,7 +89,7 @@ def test_forms_of_progress(text: str, fraction: float, left_s: float | None) -> 
     [("Epoch 3/10", 0.2), ("epoch: [3/10] loss=0.3", 0.3), ("Epoch 10 of 10 finished", 1.0), ("Epoch 1/3", 0.0)],
 )
 def test_epochs(text: str, fraction: float) -> None:
-    """An epoch that begins has ended those before it; one with its loss has ended too."""
+    """An epoch that starts has ended the ones before; an epoch with a loss has ended too."""
     reading = read_line(text)
     assert reading is not None
     assert reading.fraction == pytest.approx(fraction)
@@ -136,14 +136,14 @@ def test_epochs(text: str, fraction: float) -> None:
         "/",
     ],
 )
-def test_what_only_looks_like_progress(text: str) -> None:
-    """Dates, ratios, paths, addresses, loads, shares and tries are no progress: a wrong bar is worse than none."""
+def test_text_that_looks_like_progress(text: str) -> None:
+    """Dates, ratios, paths, addresses, loads, shares and attempts are not progress: a wrong bar is worse than none."""
     assert read_line(text) is None
 
 
 @given(st.text(max_size=600) | st.from_regex(r"[0-9%/\[\]|:. ━a-z]{0,500}"))
 def test_any_line_is_read_without_harm(text: str) -> None:
-    """Whatever a job prints: a fraction between 0 and 1, or nothing."""
+    """Any output gives a fraction between 0 and 1, or nothing."""
     reading = read_line(text)
     assert reading is None or 0 <= reading.fraction <= 1
 
@@ -153,7 +153,7 @@ def test_any_line_is_read_without_harm(text: str) -> None:
     ["1/", "9 ", "[", "━ ", "% ", "processed ", "1,", "100%|", "step 1/2/", "a/b.py", "epoch ", "(", "Finished task "],
 )
 def test_hostile_lines_cost_no_more_than_others(unit: str) -> None:
-    """No expression backtracks: a long line of any such repetition is read in a moment."""
+    """No expression backtracks: a long line of any repetition is read fast."""
     text = unit * (200_000 // len(unit)) + "%"
     start_s = time.thread_time()
     for _ in range(20):
@@ -167,7 +167,7 @@ def see(meter: ProgressMeter, *lines: str, at_s: float) -> None:
 
 
 def test_the_pace_makes_the_time_left() -> None:
-    """Where the bar does not say how long it takes, its pace does; a bar that starts anew has a pace of its own."""
+    """If the bar has no time left, it is estimated from its pace; a bar that starts again has its own pace."""
     meter = ProgressMeter()
     see(meter, "step 10/100", at_s=100)
     assert meter.progress is not None
@@ -182,15 +182,15 @@ def test_the_pace_makes_the_time_left() -> None:
 
 
 def test_a_bar_within_an_epoch_is_a_part_of_it() -> None:
-    """Half of the second of four epochs is three eighths of the job, whatever time the bar says for itself."""
+    """Half of the second of four epochs is three eighths of the job, whatever time left the bar has."""
     meter = ProgressMeter()
     see(meter, "Epoch 2/4", " 50%|#####     | 5/10 [00:05<00:05, 1.0it/s]", at_s=10)
     assert meter.progress is not None
     assert (meter.progress.fraction, meter.progress.eta_s) == (0.375, None)
 
 
-def test_a_page_is_looked_at_once_a_second_or_when_somebody_asks() -> None:
-    """The last page is never missed, however quiet the job is afterwards."""
+def test_a_page_is_read_once_a_second_or_on_demand() -> None:
+    """The last page is always read, however quiet the job is afterwards."""
     meter = ProgressMeter(lambda text: text.replace("secret", "***"))
     see(meter, "step 1/10", at_s=1.0)
     see(meter, "step 2/10 secret", at_s=1.5)
@@ -198,8 +198,8 @@ def test_a_page_is_looked_at_once_a_second_or_when_somebody_asks() -> None:
     assert (meter.progress.fraction, meter.progress.text) == (0.2, "step 2/10 ***")
 
 
-def test_a_long_bar_that_draws_over_itself() -> None:
-    """An hour of carriage returns is one line: its last state counts; a long line without them is no bar."""
+def test_a_long_bar_that_overwrites_itself() -> None:
+    """An hour of carriage returns is one line: its last state counts. A long line without them is not a bar."""
     meter = ProgressMeter()
     see(meter, "x" * 5000 + " step 1/2", at_s=1)
     assert meter.progress is None
@@ -210,7 +210,7 @@ def test_a_long_bar_that_draws_over_itself() -> None:
 
 @looped
 async def test_a_followed_job_shows_its_progress(bench: Bench) -> None:
-    """From the line to the metric and the page's read model; gone with the job."""
+    """From the line to the metric and the page; it disappears with the job."""
     bench.fake.add_job("j1", job_name="etl")
     async with bench.running() as agent:
         bench.fake.add_lines("j1", "tiles:  25%|##5       | 25/100 [00:05<00:15,  5.00it/s]")

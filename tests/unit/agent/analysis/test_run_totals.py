@@ -1,4 +1,4 @@
-"""Totals of ended runs: buckets, sums, exemplars, rows, and the cap on names."""
+"""Totals of ended runs: buckets, sums, exemplars, rows; and the limit of pipeline names."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def total(values) -> RunTotals:
 
 @given(durations)
 def test_one_run_falls_into_the_bucket_whose_upper_bound_holds_it(duration_s):
-    """A bound belongs to the bucket below it, as OTLP and Prometheus both have it."""
+    """A bound belongs to the bucket below it, as in OTLP and Prometheus."""
     totals = RunTotals("etl", "success").add(duration_s)
     bucket = totals.buckets.index(1)
     lower = BOUNDS_S[bucket - 1] if bucket else -math.inf
@@ -40,7 +40,7 @@ def test_one_run_falls_into_the_bucket_whose_upper_bound_holds_it(duration_s):
 
 @given(runs)
 def test_counts_and_sums_are_those_of_the_runs(values):
-    """Nothing is lost or counted twice; a negative duration counts as zero."""
+    """No run is lost or counted twice; a negative duration counts as 0."""
     totals = total(values)
     assert totals.count == len(values)
     assert totals.sum_s == pytest.approx(sum(max(0.0, run[0]) for run in values))
@@ -48,7 +48,7 @@ def test_counts_and_sums_are_those_of_the_runs(values):
 
 @given(runs, runs)
 def test_merging_is_adding_all(one, other):
-    """Totals that were kept apart say together what one count of all runs says."""
+    """Merged totals are the totals of all runs."""
     merged, added = total(one).merge(total(other)), total(one + other)
     assert merged.buckets == added.buckets
     assert merged.sum_s == pytest.approx(added.sum_s)
@@ -57,7 +57,7 @@ def test_merging_is_adding_all(one, other):
 
 @given(runs)
 def test_each_bucket_keeps_its_newest_run_with_a_trace(values):
-    """An exemplar lies in its own bucket, and no later run of that bucket is left out."""
+    """An exemplar is in its own bucket, and no later run of that bucket is missed."""
     for bucket, exemplar in enumerate(total(values).exemplars):
         of_bucket = [run for run in values if run[1] and total([run]).buckets[bucket]]
         assert (exemplar is None) == (not of_bucket)
@@ -68,7 +68,7 @@ def test_each_bucket_keeps_its_newest_run_with_a_trace(values):
 
 @given(runs, st.text(), st.none() | st.text(min_size=1))
 def test_a_row_brings_back_the_same_totals(values, name, error_type):
-    """What the store keeps is all there is, and made of types that SQLite knows."""
+    """A row has everything, in types that SQLite has."""
     totals = RunTotals(name, "failure", error_type).merge(total(values))
     row = totals.to_row()
     assert RunTotals.from_row(row) == totals
@@ -89,15 +89,15 @@ def test_a_row_brings_back_the_same_totals(values, name, error_type):
         {"sum_s": "many"},
     ],
 )
-def test_a_spoilt_row_is_refused(change):
-    """A row that was tampered with is an error that says so, not a wrong number."""
+def test_a_damaged_row_is_an_error(change):
+    """A damaged row is an error, not a wrong number."""
     row = {**dict(zip(COLUMNS, total([(3.0, TRACE, 1)]).to_row(), strict=True)), **change}
     with pytest.raises(ValueError, match="run totals"):
         RunTotals.from_row(list(row.values()))
 
 
-def test_names_past_the_cap_share_one_label():
-    """The first names keep their label; later ones are other, and stay so when seen again."""
+def test_names_above_the_limit_share_one_label():
+    """The first names keep their labels; further names share one, also when they come again."""
     names = PipelineNames(2, ["a"])
     assert [names.label(name) for name in ("b", "c", "a", "d", "c", "b")] == [
         "b",
@@ -110,8 +110,8 @@ def test_names_past_the_cap_share_one_label():
     assert names.used == ("a", "b", OTHER_PIPELINES)
 
 
-def test_whoever_only_looks_registers_nothing():
-    """What is found is what would be given; the place stays free for a pipeline that runs."""
+def test_find_registers_nothing():
+    """`find` returns the label that `label` would, but leaves the place to a pipeline that runs."""
     names = PipelineNames(1)
     assert (names.find("seen"), names.used) == ("seen", ())
     assert names.label("a") == names.find("a") == "a"
@@ -120,7 +120,7 @@ def test_whoever_only_looks_registers_nothing():
 
 @given(st.lists(st.text(max_size=3), max_size=50), st.integers(1, 5))
 def test_a_label_never_changes(seen, limit):
-    """One name has one label for good, else a counter would jump between series."""
+    """One name always has the same label, or a counter would jump between series."""
     names = PipelineNames(limit)
     first = [names.label(name) for name in seen]
     assert [names.label(name) for name in seen] == first

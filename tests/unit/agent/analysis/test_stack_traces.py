@@ -1,4 +1,4 @@
-"""Failures as real programs print them, by which words they are told, and how they are known again."""
+"""Stack traces of real programs, exit reasons, and fingerprints."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def failed(state: JobState = JobState.FAILED, **fields: Any) -> RunResponse:
     ],
 )
 def test_recorded_failures(name: str, kind: str, message: str, first: str, last: str) -> None:
-    """What Python, Java, Node.js and Rust printed when they failed: type, message and stack, whole and alone."""
+    """Recorded output of failed Python, Java, Node.js and Rust programs: type, message and stack."""
     found = failure(printed(name))
     assert found.stacktrace is not None
     lines = found.stacktrace.split("\n")
@@ -74,7 +74,7 @@ def test_recorded_failures(name: str, kind: str, message: str, first: str, last:
 
 
 def test_a_chain_is_joined_whole() -> None:
-    """Three exceptions, both kinds of chain and a message of several lines with an empty one are one stack."""
+    """Three exceptions, both kinds of chain and a message with an empty line are one stack."""
     assert failure(printed("python-multi")).stacktrace == "\n".join(printed("python-multi"))
     java = failure(printed("java")).stacktrace
     assert java is not None
@@ -85,7 +85,7 @@ def test_a_chain_is_joined_whole() -> None:
 
 
 def test_workers_that_print_between_each_other() -> None:
-    """Each line has its worker's name: only this one's lines are its traceback, without the name."""
+    """Lines have their worker's name: the traceback has only the lines of one worker, without the name."""
     found = failure(printed("python-workers"))
     assert found.stacktrace is not None
     assert "step" not in found.stacktrace
@@ -103,8 +103,8 @@ def test_workers_that_print_between_each_other() -> None:
         ["Caused by: java.lang.Error: without a first line"],
     ],
 )
-def test_what_only_looks_like_a_stack(lines: list[str]) -> None:
-    """Prose with the words of a stack is none."""
+def test_text_that_looks_like_a_stack(lines: list[str]) -> None:
+    """Prose with the words of a stack is not a stack."""
     assert failure(lines).stacktrace is None
 
 
@@ -132,7 +132,7 @@ def test_what_only_looks_like_a_stack(lines: list[str]) -> None:
     ],
 )
 def test_exit_reasons(job: RunResponse, lines: list[str], reason: str | None, text: str) -> None:
-    """Why it ended, in one of few words, and in words for people; a SIGKILL alone does not prove a lack of memory."""
+    """The exit reason and its text; a SIGKILL alone is no proof of out of memory."""
     found = failure(lines)
     assert exit_reason(job, found) == reason
     if reason is not None:
@@ -146,7 +146,7 @@ def fingerprint(lines: list[str]) -> str:
 
 @pytest.mark.parametrize("name", ["python-multi", "python-thread", "java", "node", "rust-backtrace", "python-group"])
 def test_a_fingerprint_is_stable(name: str) -> None:
-    """Other line numbers, folders, addresses and ids: the same failure. Another function: another one."""
+    """Other line numbers, folders, addresses and ids are the same failure; another function is another failure."""
     lines = printed(name)
     moved = [
         re.sub(r"\d+", lambda number: str(int(number[0]) + 11), line).replace("/srv/job/", "/opt/else/")
@@ -169,7 +169,7 @@ def test_a_fingerprint_is_stable(name: str) -> None:
     ],
 )
 def test_a_fingerprint_without_a_stack(one: str, other: str, same: bool) -> None:
-    """The message tells, without its numbers, ids and folders."""
+    """The message counts, without its numbers, ids and folders."""
     assert (fingerprint([one]) == fingerprint([other])) is same
 
 
@@ -177,7 +177,7 @@ def test_a_fingerprint_without_a_stack(one: str, other: str, same: bool) -> None
     "unit", ["/", "a/", "-", "a.", "0x", "f", "0", "~+-", "  at ", "thread '", "Caused by: ", " {"]
 )
 def test_hostile_lines_have_a_fingerprint(unit: str) -> None:
-    """Any length of any repetition is read in linear time."""
+    """Any repetition of any length is read in linear time."""
     lines = [unit * (400_000 // len(unit))] * 20
     stack = [
         "Traceback (most recent call last):",
@@ -187,8 +187,8 @@ def test_hostile_lines_have_a_fingerprint(unit: str) -> None:
     assert len(fingerprint([*stack, "ValueError: x", *lines])) == 16
 
 
-def test_the_same_failure_is_known_again(bench: Bench) -> None:
-    """The third run that fails in the same way says so: on its span, in its record, over restarts of the agent."""
+def test_a_repeated_failure_is_recognized(bench: Bench) -> None:
+    """The third run with a failure has its count on the span and in the record, across restarts of the agent."""
     for number, error in enumerate(["KeyError: 'a'", "KeyError: 'b'", "ValueError: c", "KeyError: 'd'"]):
         job_id = f"j{number}"
         bench.fake.add_job(job_id, job_name="etl", state="FAILED", exit_code=1)

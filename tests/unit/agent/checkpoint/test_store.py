@@ -1,4 +1,4 @@
-"""The checkpoint store: what was acked survives, what is damaged heals, what is newer stays untouched."""
+"""The checkpoint store: acks survive, damage is salvaged, a newer version stays unchanged."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def add(store: Store, job_id: str = "j1", identity: str = "id") -> Checkpoint:
     return store.add_job(identity, job_id, "etl", backfill=False, ledger=FACTS)
 
 
-def again(store: Store) -> Store:
-    """Close it and open it anew."""
+def reopen(store: Store) -> Store:
+    """Close the store and open it again."""
     store.close()
     return Store(store.path.parent)
 
@@ -46,13 +46,13 @@ def spans(key: int, *ids: str, data: bytes = b"span") -> list[OutboxSpan]:
     return [OutboxSpan(key, span_id, b"resource", data) for span_id in ids]
 
 
-def test_what_was_acked_survives(tmp_path: Path) -> None:
-    """Cursor, facts, instance id and the start of counting are the same after a restart."""
+def test_acknowledgements_survive(tmp_path: Path) -> None:
+    """Cursor, ledger, instance id and start time are the same after a restart."""
     store = Store(tmp_path)
     key = add(store).key
     store.ack([Ack(key, b"cursor 1", FACTS), Ack(key, b"cursor 2", '{"first_seen_ns":2}')])
     before = (store.instance_id, store.start_unix_nano)
-    store = again(store)
+    store = reopen(store)
     assert store.job("id", "j1") == Checkpoint(
         key, "etl", False, b"cursor 2", '{"first_seen_ns":2}', False, False, False
     )
@@ -61,7 +61,7 @@ def test_what_was_acked_survives(tmp_path: Path) -> None:
 
 
 def test_a_killed_process_loses_no_ack(tmp_path: Path) -> None:
-    """SIGKILL right after an ack: the ack is there, and the directory is free."""
+    """SIGKILL right after an ack: the ack is stored, and the lock is released."""
     code = (
         "import os, sys\nfrom pathlib import Path\nfrom tailspan_agent.checkpoint.store import Ack, Store\n"
         "store = Store(Path(sys.argv[1]))\n"
@@ -77,7 +77,7 @@ def test_a_killed_process_loses_no_ack(tmp_path: Path) -> None:
 
 
 def test_a_job_is_known_by_identity_and_id(store: Store) -> None:
-    """Equal ids at two services are two jobs; adding a known one changes nothing."""
+    """Equal ids at two services are two jobs; adding a known job changes nothing."""
     one, other = add(store), add(store, identity="other")
     assert one.key != other.key
     store.ack([Ack(one.key, b"x", FACTS)])
@@ -86,7 +86,7 @@ def test_a_job_is_known_by_identity_and_id(store: Store) -> None:
 
 
 def test_an_ack_without_cursor_leaves_it(store: Store) -> None:
-    """Late lines are behind the cursor: their ack stores facts only."""
+    """Late lines are before the cursor: their ack stores only the ledger."""
     key = add(store).key
     store.ack([Ack(key, b"here", FACTS)])
     store.ack([Ack(key, None, '{"first_seen_ns":9}')])
@@ -96,7 +96,7 @@ def test_an_ack_without_cursor_leaves_it(store: Store) -> None:
 
 
 def test_seconds_add_up_modulo_2_to_64(store: Store) -> None:
-    """Counts and sums of uids are added, taken away, and gone with the end of the job."""
+    """Counts and uid sums are added, subtracted, and deleted with the end of the job."""
     key = add(store).key
     store.ack([Ack(key, b"1", FACTS, {5: (2, 2**64 - 1), 6: (1, 3)}), Ack(key, b"2", FACTS, {5: (1, 2)})])
     assert store.seconds(key) == {5: (3, 1), 6: (1, 3)}
@@ -107,7 +107,7 @@ def test_seconds_add_up_modulo_2_to_64(store: Store) -> None:
 
 
 def test_acks_are_one_transaction(store: Store) -> None:
-    """An ack that cannot be written takes those of its batch with it: no cursor runs ahead of its sums."""
+    """An ack that cannot be written cancels the others of its batch: no cursor is ahead of its sums."""
     key = add(store).key
     with pytest.raises(ZeroDivisionError):
         store.ack(ack for ack in [Ack(key, b"1", FACTS, {5: (1, 1)}), 1 / 0])  # type: ignore[list-item]
@@ -117,7 +117,7 @@ def test_acks_are_one_transaction(store: Store) -> None:
 
 
 def test_a_span_stays_as_it_was_first_written(store: Store) -> None:
-    """Written twice it is sent as it was first, acked it is not sent again; oldest jobs come first."""
+    """Written twice, it keeps its first bytes; acknowledged, it is not sent again; oldest jobs come first."""
     late, early = add(store, "late").key, add(store, "early").key
     store.add_spans(early, spans(early, "s1"))
     store.add_spans(late, spans(late, "s1", "s2"))
@@ -136,12 +136,12 @@ def test_a_span_stays_as_it_was_first_written(store: Store) -> None:
 
 
 def test_a_run_counts_once(tmp_path: Path) -> None:
-    """The end of a job writes spans and totals together, the first time only, and over restarts."""
+    """The end of a job writes spans and totals together, only once, also across restarts."""
     store = Store(tmp_path)
     key = add(store).key
     totals = RunTotals("etl", "failure", "exit 3").add(12.0, trace_id="0a" * 16, span_id="0b" * 8, time_unix_nano=5)
     assert store.end_job(key, spans(key, "run"), totals)
-    store = again(store)
+    store = reopen(store)
     assert not store.end_job(key, spans(key, "run", "more"), totals.add(1.0))
     assert store.runs() == [totals]
     assert [span.span_id for span in store.unsent_spans(9)] == ["run"]
@@ -161,7 +161,7 @@ def test_unfinished_jobs_are_those_with_work_left(store: Store) -> None:
 
 
 def test_names_are_cached(store: Store) -> None:
-    """Names are kept per service; the last one counts."""
+    """Names are stored for each service; the last one counts."""
     store.add_name("id", "j1", "old")
     store.add_name("id", "j1", "new")
     store.add_name("other", "j2", "x")
@@ -169,7 +169,7 @@ def test_names_are_cached(store: Store) -> None:
 
 
 def test_old_jobs_are_forgotten(store: Store) -> None:
-    """Jobs without change for long go, with all that belongs to them; runs stay counted."""
+    """Jobs without a change for long are deleted with their rows; run totals stay."""
     key = add(store, "old").key
     store.ack([Ack(key, b"1", FACTS, {5: (1, 1)})])
     store.add_name("id", "old", "etl")
@@ -186,15 +186,15 @@ def test_old_jobs_are_forgotten(store: Store) -> None:
 
 
 def test_without_traces_unsent_spans_keep_nothing(store: Store) -> None:
-    """Where traces are not sent the store must not grow for ever."""
+    """If traces are not exported, the store must not grow for ever."""
     key = add(store).key
     store.add_spans(key, spans(key, "s1"))
     assert store.forget(-1, keep_unsent=False) == 1
     assert store.unsent_spans(9) == []
 
 
-def test_another_process_can_look(store: Store) -> None:
-    """`agent verify` reads beside the running agent; a directory without a store knows no job."""
+def test_another_process_can_read(store: Store) -> None:
+    """`agent verify` reads the store of a running agent; a directory without a store has no job."""
     key = add(store).key
     store.ack([Ack(key, b"1", FACTS)])
     assert read_checkpoint(store.path.parent, "id", "j1") == store.job("id", "j1")
@@ -202,8 +202,8 @@ def test_another_process_can_look(store: Store) -> None:
     assert read_checkpoint(store.path.parent / "nowhere", "id", "j1") is None
 
 
-def test_looking_at_a_damaged_store_is_an_error(tmp_path: Path) -> None:
-    """A file that is none is said to be unreadable, and not changed."""
+def test_reading_a_damaged_store_is_an_error(tmp_path: Path) -> None:
+    """A file that is not a store is reported as unreadable and stays unchanged."""
     (tmp_path / "checkpoints.db").write_bytes(b"x" * 5000)
     with pytest.raises(CheckpointError, match="cannot read"):
         read_checkpoint(tmp_path, "id", "j1")
@@ -211,11 +211,11 @@ def test_looking_at_a_damaged_store_is_an_error(tmp_path: Path) -> None:
 
 
 def test_one_agent_per_directory(store: Store) -> None:
-    """The second is told who holds it; the holder is found by its lock, and gone with it."""
+    """The second agent's error names the first; the lock gives its pid and ends with it."""
     with pytest.raises(CheckpointError, match=rf"in use by agent pid {os.getpid()} on "):
         Store(store.path.parent)
     assert lock_holder(store.path.parent) == os.getpid()
-    reopened = again(store)
+    reopened = reopen(store)
     reopened.close()
     assert lock_holder(store.path.parent) is None
     assert lock_holder(store.path.parent / "nowhere") is None
@@ -223,19 +223,19 @@ def test_one_agent_per_directory(store: Store) -> None:
 
 
 def test_a_store_is_private(store: Store) -> None:
-    """Cursors and names are nobody else's business."""
+    """Other users must not read cursors and names."""
     assert stat.S_IMODE(store.path.stat().st_mode) == 0o600
 
 
-def test_a_directory_that_cannot_be_used_is_said(tmp_path: Path) -> None:
-    """A file in its place."""
+def test_a_directory_that_cannot_be_used_is_reported(tmp_path: Path) -> None:
+    """A file is in its place."""
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"cannot use agent\.state_dir"):
         Store(tmp_path / "file")
 
 
-def test_a_newer_version_is_left_untouched(tmp_path: Path) -> None:
-    """Whatever a newer Tailspan wrote there, with what is not yet in the main file: not a byte changes."""
+def test_a_newer_version_stays_unchanged(tmp_path: Path) -> None:
+    """A store of a newer Tailspan, including what is not yet in the main file: no byte changes."""
     store = Store(tmp_path)
     add(store)
     store.close()
@@ -266,8 +266,8 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.mark.parametrize("part", [0, 1, 50, 100, 4095, 4096, 4097, 0.5, 0.9])
-def test_a_file_that_was_cut_off_heals(tmp_path: Path, many: bytes, part: float) -> None:
-    """No crash loop: what is left is salvaged, the damaged file is set aside, and it is said."""
+def test_a_truncated_file_is_salvaged(tmp_path: Path, many: bytes, part: float) -> None:
+    """No crash loop: the readable rows are salvaged, the damaged file is set aside, and this is reported."""
     size = int(part * len(many)) if isinstance(part, float) else part
     (tmp_path / "checkpoints.db").write_bytes(many[:size])
     with closing(Store(tmp_path)) as store:
@@ -283,8 +283,8 @@ def test_a_file_that_was_cut_off_heals(tmp_path: Path, many: bytes, part: float)
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_a_damaged_file_heals(tmp_path: Path, many: bytes, seed: int) -> None:
-    """Whatever bytes are overwritten, the store opens, knows no cursor that is not its job's, and takes new ones."""
+def test_a_damaged_file_is_salvaged(tmp_path: Path, many: bytes, seed: int) -> None:
+    """Whichever bytes are overwritten, the store opens, has no wrong cursor, and accepts new ones."""
     chance = random.Random(seed)
     damaged = bytearray(many)
     for _ in range(chance.choice([1, 3, 30])):
@@ -300,7 +300,7 @@ def test_a_damaged_file_heals(tmp_path: Path, many: bytes, seed: int) -> None:
 
 
 def test_a_flipped_bit_in_totals_costs_only_these(tmp_path: Path) -> None:
-    """Totals that cannot be read are left out; the others count on."""
+    """Unreadable totals are skipped; the others are kept."""
     store = Store(tmp_path)
     for name in ("good", "bad"):
         key = add(store, name).key
@@ -312,8 +312,8 @@ def test_a_flipped_bit_in_totals_costs_only_these(tmp_path: Path) -> None:
         assert [total.pipeline for total in store.runs()] == ["good"]
 
 
-def test_a_disk_that_refuses_is_an_error_of_the_store(store: Store) -> None:
-    """Reads and writes that fail say so in one kind of error, and leave what was there."""
+def test_a_failing_disk_is_a_checkpoint_error(store: Store) -> None:
+    """Failed reads and writes raise one kind of error and change nothing."""
     key = add(store).key
     with closing(sqlite3.connect(store.path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -331,8 +331,8 @@ def test_a_disk_that_refuses_is_an_error_of_the_store(store: Store) -> None:
     store.ack([Ack(key, b"x", FACTS)])
 
 
-def test_a_store_that_was_taken_away_is_said(store: Store) -> None:
-    """SQLite would write on into a file that nobody finds again; one that is put back is used again."""
+def test_a_deleted_store_is_reported(store: Store) -> None:
+    """SQLite would write on to a deleted file; a restored file is used again."""
     key = add(store).key
     aside = store.path.with_name("aside.db")
     store.path.rename(aside)
@@ -348,7 +348,7 @@ def test_a_store_that_was_taken_away_is_said(store: Store) -> None:
 
 
 def test_a_job_that_may_still_be_late_is_not_finished(store: Store) -> None:
-    """Its lines are complete, and a restart looks at it again; when its time is over it needs no more work."""
+    """Its lines are complete, and a restart polls it again; after its time it needs no more work."""
     key = add(store).key
     store.end_job(key, [], RunTotals("etl", "success").add(1.0))
     store.ack([Ack(key, b"x", FACTS, {7: (1, 5)})])
@@ -362,7 +362,7 @@ def test_a_job_that_may_still_be_late_is_not_finished(store: Store) -> None:
 
 
 def test_names_are_forgotten_too(store: Store) -> None:
-    """Also those of jobs that were never followed, of a service that nobody watches any more."""
+    """Also names of jobs that were never followed, of a service that is no longer watched."""
     store.add_name("gone", "j1", "etl")
     store.forget(3600)
     assert store.names("gone") == {"j1": "etl"}

@@ -1,4 +1,4 @@
-"""The dead letter keeps what endpoints refuse, until it has no room."""
+"""The dead letter stores rejected batches until it is full."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def add(
 
 
 def test_a_batch_is_kept_with_its_reason(tmp_path: Path) -> None:
-    """One line, which OTLP readers read and a person understands."""
+    """One line, readable for OTLP readers and for people."""
     letter = DeadLetter(tmp_path / "dead", max_bytes=1 << 20, clock=FakeClock(NOON))
     add(letter, logs_payload(3), kind="partial", reason="too old", rejected=2)
     path = tmp_path / "dead" / "logs.jsonl"
@@ -51,7 +51,7 @@ def test_a_batch_is_kept_with_its_reason(tmp_path: Path) -> None:
 
 
 def test_nothing_is_deleted_by_rotation(tmp_path: Path) -> None:
-    """Only a person throws a refused batch away."""
+    """Only an operator deletes a rejected batch."""
     letter = DeadLetter(tmp_path, max_bytes=1 << 20, max_size=1000)
     for number in range(30):
         add(letter, logs_payload(2, job=f"job-{number}"))
@@ -62,8 +62,8 @@ def test_nothing_is_deleted_by_rotation(tmp_path: Path) -> None:
     assert payloads == [logs_payload(2, job=f"job-{number}") for number in range(30)]
 
 
-def test_full_dead_letter_refuses_and_leaves_what_is_there(tmp_path: Path) -> None:
-    """The limit is over all signals; a batch that does not fit must not be acked."""
+def test_full_dead_letter_fails_and_keeps_its_batches(tmp_path: Path) -> None:
+    """The limit is for all signals together; a batch that does not fit must not be acknowledged."""
     letter = DeadLetter(tmp_path, max_bytes=2000)
     add(letter, payload_of("traces"), signal="traces")
     before = letter.total_bytes()
@@ -76,7 +76,7 @@ def test_full_dead_letter_refuses_and_leaves_what_is_there(tmp_path: Path) -> No
 
 
 def test_room_again_is_noticed(tmp_path: Path) -> None:
-    """Somebody removes files while the agent runs."""
+    """An operator removes files while the agent runs."""
     letter = DeadLetter(tmp_path, max_bytes=1000)
     add(letter, logs_payload(3))
     with pytest.raises(AgentError):
@@ -87,15 +87,15 @@ def test_room_again_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
-def test_full_disk_refuses(tmp_path: Path) -> None:
-    """As the limit does."""
+def test_full_disk_fails(tmp_path: Path) -> None:
+    """It fails like the size limit."""
     (tmp_path / "logs.jsonl").symlink_to("/dev/full")
     with pytest.raises(AgentError, match="cannot be written"):
         add(DeadLetter(tmp_path, max_bytes=1 << 20), logs_payload(3))
 
 
 def test_parallel_batches_do_not_share_the_last_room(tmp_path: Path) -> None:
-    """Lanes may be refused at once."""
+    """Several requests may be rejected at once."""
     letter = DeadLetter(tmp_path, max_bytes=2000)
 
     async def run() -> list[BaseException | None]:
@@ -112,7 +112,7 @@ def test_parallel_batches_do_not_share_the_last_room(tmp_path: Path) -> None:
 
 
 def test_summary_groups_by_signal_and_reason(tmp_path: Path) -> None:
-    """What `tailspan agent dead-letter` prints."""
+    """The output of `tailspan agent dead-letter`."""
     clock = FakeClock(NOON)
     letter = DeadLetter(tmp_path, max_bytes=1 << 20, clock=clock)
     add(letter, logs_payload(3))
@@ -127,12 +127,12 @@ def test_summary_groups_by_signal_and_reason(tmp_path: Path) -> None:
 
 
 def test_summary_of_nothing(tmp_path: Path) -> None:
-    """An agent whose endpoint never refused has no directory."""
+    """An agent without rejections has no directory."""
     assert summarize(tmp_path / "missing") == []
 
 
-def test_summary_says_what_it_cannot_read(tmp_path: Path) -> None:
-    """A file that somebody edited is not passed over in silence."""
+def test_summary_reports_unreadable_lines(tmp_path: Path) -> None:
+    """An edited file that cannot be read is reported."""
     add(DeadLetter(tmp_path, max_bytes=1 << 20), logs_payload(3))
     with (tmp_path / "logs.jsonl").open("ab") as file:
         file.write(b"\xff garbage\n")

@@ -1,4 +1,4 @@
-"""The files mode: what is on the disk, after rotation, after a crash and on a full disk."""
+"""Files mode: the content of the disk after rotation, after a crash and on a full disk."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def export(exporter: FileExporter, payload: bytes, count: int = 3) -> Outcome:
 
 @pytest.mark.parametrize("kind", ["logs", "traces", "metrics"])
 def test_one_line_a_request_in_one_file_a_signal(tmp_path: Path, kind: str) -> None:
-    """Without endpoint the configuration's signals become files that can be replayed."""
+    """Without an endpoint, the configured signals become files for a replay."""
     exporter = exporter_to(None, signal=kind, state_dir=tmp_path)
     assert isinstance(exporter, FileExporter)
     assert exporter.endpoint == str(tmp_path / "otlp" / f"{kind}.jsonl")
@@ -43,7 +43,7 @@ def test_one_line_a_request_in_one_file_a_signal(tmp_path: Path, kind: str) -> N
 
 
 def test_files_are_for_their_owner_only(tmp_path: Path) -> None:
-    """Logs may hold what not everybody on the machine should read."""
+    """Logs may have content that other users must not read."""
     before = os.umask(0)
     try:
         export(FileExporter("logs", tmp_path / "otlp", max_size=1 << 20, keep=3), logs_payload(1))
@@ -54,7 +54,7 @@ def test_files_are_for_their_owner_only(tmp_path: Path) -> None:
 
 
 def test_rotation_keeps_the_newest_files(tmp_path: Path) -> None:
-    """No file grows past its size, and names sort by age."""
+    """No file exceeds its size, and names sort by age."""
     files = RotatingFile(tmp_path, "logs", max_size=30, keep=3)
     for number in range(10):
         files.append(b"line %05d\n" % number)
@@ -66,7 +66,7 @@ def test_rotation_keeps_the_newest_files(tmp_path: Path) -> None:
 
 
 def test_keep_one_keeps_the_newest_file_only(tmp_path: Path) -> None:
-    """The smallest setting that the configuration allows."""
+    """It is the smallest valid setting."""
     files = RotatingFile(tmp_path, "logs", max_size=30, keep=1)
     for number in range(10):
         files.append(b"line %05d\n" % number)
@@ -86,8 +86,8 @@ def test_a_line_over_the_size_has_a_file_of_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("torn", [b"to", b"t" * 200_000, b""])
 @pytest.mark.parametrize("whole", [b"", b"whole\n", b"one\ntwo\n"])
-def test_a_torn_line_is_cut_off_before_the_next(tmp_path: Path, whole: bytes, torn: bytes) -> None:
-    """What a crash left half written was never acked, and must not swallow the next line."""
+def test_a_partial_line_is_removed_before_the_next(tmp_path: Path, whole: bytes, torn: bytes) -> None:
+    """A line that a crash left incomplete was never acknowledged, and must not merge with the next one."""
     (tmp_path / "logs.jsonl").write_bytes(whole + torn)
     files = RotatingFile(tmp_path, "logs", max_size=1 << 20, keep=None)
     files.append(b"next\n")
@@ -95,8 +95,8 @@ def test_a_torn_line_is_cut_off_before_the_next(tmp_path: Path, whole: bytes, to
     assert (tmp_path / "logs.jsonl").read_bytes() == whole + b"next\n"
 
 
-def test_removed_file_is_begun_anew(tmp_path: Path) -> None:
-    """Lines written to a file that somebody moved away would be gone."""
+def test_a_deleted_file_is_created_again(tmp_path: Path) -> None:
+    """Lines written to a deleted file would be lost."""
     files = RotatingFile(tmp_path, "logs", max_size=1 << 20, keep=None)
     files.append(b"one\n")
     (tmp_path / "logs.jsonl").rename(tmp_path / "moved")
@@ -136,8 +136,8 @@ def test_disk_that_takes_half_a_line_takes_none(tmp_path: Path) -> None:
     assert (tmp_path / "logs.jsonl").read_bytes() == b"first\n" + b"x" * 500 + b"\n"
 
 
-def test_directory_that_cannot_be_made_is_retried(tmp_path: Path) -> None:
-    """A file where the directory should be, a read-only file system."""
+def test_directory_that_cannot_be_created_is_retried(tmp_path: Path) -> None:
+    """A file in place of the directory, a read-only file system."""
     (tmp_path / "otlp").write_text("in the way")
     outcome = export(FileExporter("logs", tmp_path / "otlp", max_size=1 << 20, keep=3), logs_payload(1))
     assert isinstance(outcome, Retry)
@@ -155,7 +155,7 @@ for number in range(100_000):
 
 
 def test_killed_writer_leaves_whole_lines(tmp_path: Path) -> None:
-    """Every line that was acked is there, whole and in order, after SIGKILL; the next writer goes on behind it."""
+    """Every acknowledged line is there, complete and in order, after SIGKILL; the next writer appends after it."""
     process = subprocess.Popen([sys.executable, "-c", _WRITER, tmp_path], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for _ in range(12):

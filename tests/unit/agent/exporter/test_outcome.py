@@ -1,4 +1,4 @@
-"""What an answer means: every rule as a row of a table."""
+"""The outcome of each response: every rule as a row of a table."""
 
 from __future__ import annotations
 
@@ -36,36 +36,36 @@ def http(status: int, headers: dict[str, str] | None = None, body: bytes = b"", 
 
 @pytest.mark.parametrize("status", [200, 201, 202, 204, 299])
 def test_any_2xx_is_success(status: int) -> None:
-    """Loki says 204 where the specification says 200."""
+    """Loki returns 204 where the specification requires 200."""
     assert http(status) == Delivered()
 
 
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
 def test_statuses_that_are_retried_for_ever(status: int) -> None:
-    """The four that the specification calls retryable."""
+    """The four that the specification lists as retryable."""
     assert http(status) == Retry(f"HTTP {status}")
 
 
 @pytest.mark.parametrize("status", [500, 501, 505, 507, 520, 599, 408, 425])
 def test_statuses_that_are_retried_a_few_times(status: int) -> None:
-    """Gateways say them in passing, but a batch may also be what breaks the server."""
+    """Gateways return them now and then, but the batch may also be the cause."""
     assert http(status) == Retry(f"HTTP {status}", server_error=True)
 
 
 @pytest.mark.parametrize("status", [300, 301, 302, 303, 304, 307, 308, 401, 402, 403, 404, 405, 407, 410, 415, 431])
-def test_statuses_that_speak_of_the_endpoint(status: int) -> None:
-    """A wrong address or wrong credentials must not cost a single record."""
+def test_statuses_about_the_endpoint(status: int) -> None:
+    """A wrong address or wrong credentials must not cost a record."""
     assert isinstance(http(status), EndpointFault)
 
 
 @pytest.mark.parametrize("status", [400, 422])
-def test_statuses_that_speak_of_the_batch(status: int) -> None:
-    """The same bytes would be refused again."""
+def test_statuses_about_the_batch(status: int) -> None:
+    """The same bytes would be rejected again."""
     assert http(status) == Rejected(None, f"HTTP {status}")
 
 
 def test_413_is_too_large() -> None:
-    """Parts of the request may pass."""
+    """Parts of the request may be below the limit."""
     assert http(413) == TooLarge("HTTP 413")
 
 
@@ -86,7 +86,7 @@ def test_413_is_too_large() -> None:
 )
 @pytest.mark.parametrize("status", [429, 503, 500])
 def test_retry_after(status: int, value: str, seconds: float | None) -> None:
-    """Seconds or a date, and never so long that a slip at the endpoint stops the relay for days."""
+    """Seconds or a date; a wrong value must not stop exports for days."""
     outcome = http(status, {"retry-after": value})
     assert isinstance(outcome, Retry)
     assert outcome.after_s == seconds
@@ -101,20 +101,20 @@ def test_retry_after(status: int, value: str, seconds: float | None) -> None:
     ],
 )
 def test_partial_success(signal: str, response_type: type[Any], field: str) -> None:
-    """Rejected records are neither retried nor taken for delivered."""
+    """Rejected records are neither retried nor counted as delivered."""
     body = response_type(partial_success={field: 4, "error_message": "too old"}).SerializeToString()
     assert http(200, body=body, signal=signal) == Rejected(4, "too old", kind="partial")
 
 
 def test_partial_success_as_json() -> None:
-    """Some endpoints answer JSON whatever they were sent."""
+    """Some endpoints respond in JSON to any request."""
     body = b'{"partialSuccess":{"rejectedLogRecords":"4","errorMessage":"too old"}}'
     outcome = http(200, {"content-type": "application/json; charset=utf-8"}, body)
     assert outcome == Rejected(4, "too old", kind="partial")
 
 
 def test_partial_success_of_more_than_was_sent() -> None:
-    """No endpoint can refuse more than there was."""
+    """An endpoint cannot reject more records than were sent."""
     body = ExportLogsServiceResponse(partial_success={"rejected_log_records": 99}).SerializeToString()
     outcome = http(200, body=body)
     assert isinstance(outcome, Rejected)
@@ -123,13 +123,13 @@ def test_partial_success_of_more_than_was_sent() -> None:
 
 @pytest.mark.parametrize("rejected", [0, -3])
 def test_message_without_rejections_is_a_warning(rejected: int) -> None:
-    """The specification's way to warn; a negative count is somebody's slip."""
+    """The specification's form of a warning; a negative count is a bug of the endpoint."""
     body = ExportLogsServiceResponse(partial_success={"rejected_log_records": rejected, "error_message": "slow down"})
     assert http(200, body=body.SerializeToString()) == Delivered("slow down")
 
 
 def test_empty_partial_success_is_plain_success() -> None:
-    """It is equal to none at all."""
+    """It equals a missing one."""
     body = ExportLogsServiceResponse(partial_success={}).SerializeToString()
     assert http(200, body=body) == Delivered()
 
@@ -139,14 +139,14 @@ def test_empty_partial_success_is_plain_success() -> None:
     [("text/html", b"<html>welcome</html>"), ("application/json", b"[1, 2"), ("application/x-protobuf", b"\xff\xff")],
 )
 def test_success_with_garbage_is_delivered_with_a_warning(content_type: str, body: bytes) -> None:
-    """The status decides; but a page that says 200 to everything should be noticed."""
+    """The status decides, but a web page that returns 200 for everything is noticed."""
     outcome = http(200, {"content-type": content_type}, body)
     assert isinstance(outcome, Delivered)
     assert outcome.warning
 
 
 def test_error_message_of_a_status_body() -> None:
-    """OTLP errors carry a google.rpc.Status; people should read its message, not its bytes."""
+    """OTLP errors have a google.rpc.Status; the log shows its message, not its bytes."""
     body = Status(code=3, message="bad span id").SerializeToString()
     assert http(400, {"content-type": "application/x-protobuf"}, body) == Rejected(None, "HTTP 400: bad span id")
 
@@ -159,16 +159,16 @@ def test_error_message_is_short_and_printable() -> None:
     assert outcome.reason.isprintable()
 
 
-def test_redirect_says_what_to_do() -> None:
-    """Most often http:// was written for https://."""
+def test_redirect_names_the_remedy() -> None:
+    """Most often, the endpoint is http:// instead of https://."""
     outcome = http(301, {"location": "https://elsewhere/"})
     assert isinstance(outcome, EndpointFault)
     assert "configure the final address" in outcome.reason
 
 
 @given(status=st.integers(100, 999), body=st.binary(max_size=200), content_type=st.text(max_size=20))
-def test_every_http_answer_means_something(status: int, body: bytes, content_type: str) -> None:
-    """Whatever an endpoint sends, the sender gets an outcome, never an exception."""
+def test_every_http_response_has_an_outcome(status: int, body: bytes, content_type: str) -> None:
+    """Any response gives an outcome, never an exception."""
     outcome = classify_http("logs", status, {"content-type": content_type}, body, 10, NOW)
     assert isinstance(outcome, Delivered | Retry | Rejected | EndpointFault | TooLarge)
     assert isinstance(outcome, Delivered | Rejected) or not 200 <= status < 300
@@ -207,13 +207,13 @@ def details(*, retry_s: float | None) -> bytes:
     ],
 )
 def test_grpc_codes(code: str, expected: Outcome) -> None:
-    """Every status code that a server may send."""
+    """Every status code that a server may return."""
     assert classify_grpc(code, "m", None) == expected
 
 
 @pytest.mark.parametrize(("retry_s", "after_s"), [(2.5, 2.5), (0, 0.0), (-1, 0.0), (999_999, MAX_RETRY_AFTER_S)])
 def test_resource_exhausted_with_retry_info_is_retried(retry_s: float, after_s: float) -> None:
-    """RetryInfo is how a gRPC server says that the quota comes back."""
+    """With RetryInfo, a gRPC server reports when the quota is available again."""
     assert classify_grpc("RESOURCE_EXHAUSTED", "m", details(retry_s=retry_s)) == Retry(
         "gRPC RESOURCE_EXHAUSTED: m", after_s=after_s
     )
@@ -221,12 +221,12 @@ def test_resource_exhausted_with_retry_info_is_retried(retry_s: float, after_s: 
 
 @pytest.mark.parametrize("status_details", [None, b"", b"\xff\xff\xff", details(retry_s=None)])
 def test_resource_exhausted_without_retry_info_is_rejected(status_details: bytes | None) -> None:
-    """The specification: without RetryInfo it is no sign that waiting helps."""
+    """By the specification, without RetryInfo a retry does not help."""
     assert isinstance(classify_grpc("RESOURCE_EXHAUSTED", "m", status_details), Rejected)
 
 
 def test_unavailable_with_retry_info_waits_so_long() -> None:
-    """Throttling by a server that is up."""
+    """A server that is up throttles."""
     assert classify_grpc("UNAVAILABLE", "", details(retry_s=3)) == Retry("gRPC UNAVAILABLE", after_s=3.0)
 
 
@@ -241,11 +241,11 @@ def test_unavailable_with_retry_info_waits_so_long() -> None:
     ],
 )
 def test_grpc_message_over_the_limit_is_too_large(code: str, message: str) -> None:
-    """What grpc-go, -core, -java, -dotnet and tonic (rotel) say: retrying it whole would never end."""
+    """The messages of grpc-go, -core, -java, -dotnet and tonic (rotel): retrying the whole request would never end."""
     assert isinstance(classify_grpc(code, message, None), TooLarge)
 
 
 def test_grpc_tls_error_is_an_endpoint_fault() -> None:
-    """A certificate does not become right by waiting."""
+    """Retrying does not make a certificate valid."""
     message = "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:1: Ssl handshake failed: ..."
     assert isinstance(classify_grpc("UNAVAILABLE", message, None), EndpointFault)

@@ -1,4 +1,4 @@
-"""What was never relayed is found by counts and sums of uids per second of source time."""
+"""Lines that were never relayed are found by number and uid sum for each second of source time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ S = 1_000_000_000
 
 
 def uid(number: int) -> int:
-    """A uid as lines have them: small numbers would add up to each other."""
+    """A uid with large values, as lines have them: sums of small numbers collide."""
     return int.from_bytes(line_digest("id", "j1", 0, b"%d" % number, 0))
 
 
@@ -31,7 +31,7 @@ def page(*lines: tuple[int, str]) -> LogPage:
 
 @given(st.lists(st.booleans(), max_size=30))
 def test_missing_lines_are_always_returned(relayed: list[bool]) -> None:
-    """Any set of lines: none that is missing is left out, and where one or two are missing it is exactly they."""
+    """For any set of lines, no missing line is omitted; one or two missing lines are found exactly."""
     uids = [uid(number) for number in range(len(relayed))]
     sent = [one for one, was in zip(uids, relayed, strict=True) if was]
     missing = {index for index, was in enumerate(relayed) if not was}
@@ -44,7 +44,7 @@ def test_missing_lines_are_always_returned(relayed: list[bool]) -> None:
 
 @given(st.lists(st.booleans(), min_size=1, max_size=12), st.integers(1, 3))
 def test_lines_that_the_service_dropped_hide_none(relayed: list[bool], dropped: int) -> None:
-    """Lines that were relayed and are gone at the service now: what is missing is found all the same."""
+    """Missing lines are found although the service has dropped relayed lines since."""
     uids = [uid(number) for number in range(len(relayed))]
     sent = [one for one, was in zip(uids, relayed, strict=True) if was] + [uid(1000 + n) for n in range(dropped)]
     missing = {index for index, was in enumerate(relayed) if not was}
@@ -53,7 +53,7 @@ def test_lines_that_the_service_dropped_hide_none(relayed: list[bool], dropped: 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 999), st.text("ab", max_size=2)), max_size=40), st.data())
 def test_sums_of_pages_add_up(lines: list[tuple[int, int, str]], data: st.DataObject) -> None:
-    """The sums of a log are those of its pages, and of its lines one by one, in whatever pages it comes."""
+    """The sums of a log are those of its lines, whatever its pages."""
     whole = page(*[(second * S + ms * 1_000_000, text) for second, ms, text in sorted(lines)])
     total = page_seconds(whole)
     by_line: Seconds = {}
@@ -72,8 +72,8 @@ def test_sums_of_pages_add_up(lines: list[tuple[int, int, str]], data: st.DataOb
     assert sum(count for count, _ in rest.values()) == len(lines) - len(kept)
 
 
-def test_selected_lines_are_as_they_were() -> None:
-    """Times, streams and uids of the lines that are kept do not change: the record is the one that was missed."""
+def test_selected_lines_are_unchanged() -> None:
+    """Times, streams and uids of the selected lines are unchanged: the record is the missed one."""
     whole = LogPage.from_lines(
         [Line(S, "a"), Line(S, "b", "stderr"), Line(S, "c", "stderr"), Line(2 * S, "d")],
         cursor=b"c",
@@ -91,13 +91,13 @@ def test_selected_lines_are_as_they_were() -> None:
 
 
 def test_services_with_offsets_have_no_sums() -> None:
-    """Their cursor says what was read."""
+    """Their cursor is enough to know what was read."""
     offsets = LogPage([b"a", b"b"], [LineRun(2, S, uid_prefix="x.")], b"c")
     assert (page_uids(offsets), page_seconds(offsets), list(page_uids_by_second(offsets))) == ((), {}, [])
 
 
 def test_sums_that_cancel_take_no_room() -> None:
-    """A job that runs for weeks has seconds without number: those with nothing in flight are not kept."""
+    """A job that runs for weeks has many seconds: those without lines in flight are dropped."""
     total: Seconds = {}
     add_seconds(total, {1: (2, 5), 2: (1, 1)})
     add_seconds(total, {1: (2, 5)}, -1)

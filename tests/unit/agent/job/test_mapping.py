@@ -1,4 +1,4 @@
-"""What a job looks like in OpenTelemetry."""
+"""A job in OpenTelemetry: resource, spans and records."""
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -62,7 +62,7 @@ def resource(run: RunResponse, **options: Any) -> dict[str, Any]:
 
 
 def test_the_resource_of_a_job() -> None:
-    """A job's constants are on its resource, by the names of the semantic conventions, and its id in one place."""
+    """A job's resource has the names of the semantic conventions, and the id in one place."""
     run = job(instance_id="i-1", instance_type="m5.large", url="https://x/job-1", attributes={"team": "geo"})
     assert resource(run, watch_attributes={"env": "prod"}) == {
         "service.name": "etl",
@@ -78,13 +78,13 @@ def test_the_resource_of_a_job() -> None:
     }
 
 
-def test_unknown_facts_are_absent() -> None:
-    """What the service does not say is not on the resource, not even empty."""
+def test_unknown_attributes_are_absent() -> None:
+    """An attribute without a value is missing, not empty."""
     assert set(resource(job())) == {"service.name", "service.namespace", "cicd.pipeline.name", "cicd.pipeline.run.id"}
 
 
-def test_which_attribute_wins() -> None:
-    """The job's own keys win over its user's, those over the watch's, those over the configuration's."""
+def test_precedence_of_attributes() -> None:
+    """The job's own keys override its attributes, those the watch's, those the configuration's."""
     run = job(attributes={"a": "user", "service.name": "user"})
     made = resource(
         run, watch_attributes={"a": "watch", "b": "watch"}, otlp_resource={"a": "otlp", "b": "otlp", "c": "otlp"}
@@ -92,14 +92,14 @@ def test_which_attribute_wins() -> None:
     assert (made["a"], made["b"], made["c"], made["service.name"]) == ("user", "watch", "otlp", "etl")
 
 
-def test_backfill_is_a_stream_of_its_own() -> None:
-    """Old lines get a service.instance.id, and only they."""
+def test_backfill_has_a_separate_stream() -> None:
+    """Only old lines get a service.instance.id."""
     assert resource(job(), backfill=True)["service.instance.id"] == "backfill"
     assert "service.instance.id" not in resource(job())
 
 
 def test_a_pending_job_is_visible() -> None:
-    """As soon as a job is seen, a short span says so; nothing that has not ended is sent."""
+    """A short span is sent as soon as a job is seen; no span is sent before its end."""
     (anchor,) = spans_of(job(JobState.PENDING, started_at=None), JobLedger(first_seen_ns=NS0 + S))
     assert anchor == SpanData(
         trace_id=trace_id("id", "job-1"),
@@ -112,20 +112,20 @@ def test_a_pending_job_is_visible() -> None:
 
 
 def test_a_running_job_has_been_queued() -> None:
-    """Once it has started, the time in the queue is over; the run is not, whatever is known of its log."""
+    """Once it has started, the queued span has ended; the run span has not, whatever the state of its log."""
     spans = by_name(spans_of(job(JobState.RUNNING), ledger(logs_complete=None)))
     assert list(spans) == ["submitted", "queued"]
     assert times(spans["queued"]) == (0, 2)
 
 
 def test_an_ended_job_waits_for_its_log() -> None:
-    """The run span contains all lines, so it is not made before the log has settled."""
+    """The run span contains all lines, so it waits for the end of the log."""
     assert [span.name for span in spans_of(job(), ledger(logs_complete=None))] == ["submitted", "queued"]
     assert [span.name for span in spans_of(job(), ledger(logs_complete=False))][2:] == ["executing", "RUN etl"]
 
 
 def test_the_spans_of_a_job_that_succeeded() -> None:
-    """Ids, parents, kinds, times and attributes are as promised; the status stays unset."""
+    """Ids, parents, kinds, times and attributes are as documented; the status is unset."""
     run = job(
         details={"process.command": "python etl.py"},
         total_tasks=8,
@@ -176,8 +176,8 @@ def test_the_spans_of_a_job_that_succeeded() -> None:
     ]
 
 
-def test_a_job_that_failed_says_why() -> None:
-    """Result, error type, status text and one exception event come from the traceback."""
+def test_the_run_span_of_a_failed_job() -> None:
+    """Result, error type, status message and one exception event come from the traceback."""
     root = spans_of(job(JobState.FAILED, exit_code=1, error="exit code 1"), ledger(failure=FAILURE))[-1]
     assert (root.attributes["cicd.pipeline.result"], root.attributes["error.type"]) == ("failure", "ValueError")
     assert (root.status, root.status_message) == (StatusCode.ERROR, "ValueError: no tile")
@@ -240,7 +240,7 @@ def test_the_failure_record() -> None:
 
 
 def test_the_failure_record_fits_loki() -> None:
-    """However much a job says of its end, the attributes stay under 64 KB."""
+    """Attributes of any failure stay below 64 KB."""
     lines = ["Traceback (most recent call last):", *['  File "€.py", line 1, in f', "    " + "€" * 3000] * 500]
     failure = failure_of([*lines, "E" * 4000 + ": " + "€" * 4000])
     for seen in (ledger(failure=failure), ledger(failure=None)):
@@ -253,14 +253,14 @@ def test_the_failure_record_fits_loki() -> None:
 @pytest.mark.parametrize(
     ("fields", "seen", "queued", "run"),
     [
-        # Fused says neither when it was submitted nor when it started.
+        # Fused reports neither the submission nor the start.
         ({"submitted_at": None, "started_at": None}, {}, (1, 3), (1, 10)),
         # Found only after its first lines: it cannot have been submitted after them.
         ({"submitted_at": None, "started_at": None}, {"first_seen_ns": NS0 + 8 * S}, (3, 3), (3, 10)),
         # Lines before the start and after the end, by clocks that differ.
         ({}, {"first_line_ns": NS0 + S, "last_line_ns": NS0 + 12 * S}, (0, 1), (0, 12)),
         ({}, {"first_line_ns": NS0 - 5 * S}, (-5, -5), (-5, 10)),
-        # An end that is not told is the last change of state, else the last line, else when it was seen.
+        # Without an end from the service: the last change of state, else the last line, else when it was seen.
         ({"finished_at": None, "job_status_date": T0 + timedelta(seconds=11)}, {}, (0, 2), (0, 11)),
         ({"finished_at": None, "job_status_date": None}, {}, (0, 2), (0, 9)),
         (
@@ -276,7 +276,7 @@ def test_the_failure_record_fits_loki() -> None:
     ],
 )
 def test_times(fields: dict[str, Any], seen: dict[str, Any], queued: tuple[int, int], run: tuple[int, int]) -> None:
-    """Times that the service does not tell are taken from what was seen, and spans contain their lines."""
+    """Times that the service does not report come from the ledger, and spans contain their lines."""
     spans = by_name(spans_of(job(**{"job_status_date": None, **fields}), ledger(**seen)))
     assert (times(spans["queued"]), times(spans["RUN etl"])) == (queued, run)
 
@@ -294,7 +294,7 @@ OPTIONAL_TIMES = st.none() | st.integers(-100, 100)
 def test_spans_hold_together(
     state: JobState, told: list[int | None], lines: tuple[int, int] | None, seen: int, complete: bool | None
 ) -> None:
-    """Whatever the clocks say: no span ends before it starts, children lie in the run, lines lie in `executing`."""
+    """With any clocks: no span ends before it starts, children are within the run, lines within `executing`."""
     names = ("submitted_at", "started_at", "finished_at", "job_status_date")
     fields = {
         name: None if after is None else T0 + timedelta(seconds=after) for name, after in zip(names, told, strict=True)
@@ -319,8 +319,8 @@ def test_spans_hold_together(
 @pytest.mark.parametrize(
     "parent", ["", "nonsense", f"00-{'0' * 32}-{'cd' * 8}-01", f"00-{'ab' * 16}-{'0' * 16}-01", f"00-{'AB' * 16}-x-01"]
 )
-def test_a_bad_traceparent_makes_no_link(parent: str) -> None:
-    """What the job was started with may be anything: only a valid one becomes a link."""
+def test_an_invalid_traceparent_makes_no_link(parent: str) -> None:
+    """Only a valid traceparent becomes a link."""
     assert spans_of(job(parent=parent), ledger())[-1].links == ()
 
 
@@ -330,7 +330,7 @@ def test_times_keep_microseconds() -> None:
 
 
 def test_the_text_of_a_failure_without_message() -> None:
-    """An exception without message is told by its type."""
+    """An exception without a message is shown by its type."""
     failure = Failure(exception_type="KeyboardInterrupt", message="", stacktrace="x", last_lines=("x",))
     assert failure_text(job(JobState.FAILED), failure) == "KeyboardInterrupt"
 
@@ -347,5 +347,5 @@ def test_the_text_of_a_failure_without_message() -> None:
     ids=["as the service says", "late lines", "from the first line", "to the last line", "never started"],
 )
 def test_a_run_lasts_from_its_start(fields: dict[str, Any], seen: dict[str, Any], seconds: float) -> None:
-    """Without the time in the queue, as `RunResponse.duration`; what a service does not say, lines tell."""
+    """Like `RunResponse.duration`, without the time in the queue; unknown times come from lines."""
     assert run_duration_s(job(**fields), ledger(**seen)) == seconds

@@ -1,4 +1,4 @@
-"""The metrics of what is learned: their names are a contract with dashboards, rules and page."""
+"""The metrics of assessments: their names are a contract with dashboards, rules and the page."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def values(metrics: list[Metric]) -> dict[str, dict[tuple[str, ...], float]]:
 
 
 def test_names_units_and_values() -> None:
-    """Every metric of the contract, with its unit, and what it says of a known pipeline."""
+    """Every metric of the contract, with its unit and its value for a known pipeline."""
     metrics = made(
         job(total_tasks=4, finished_tasks=3),
         job(job_id="k", total_tasks=2, finished_tasks=1),
@@ -98,8 +98,8 @@ def test_names_units_and_values() -> None:
     assert too_fast.is_monotonic
 
 
-def test_series_of_ended_jobs_go() -> None:
-    """A known pipeline without a job says 0 for its counts, and nothing of progress and time left."""
+def test_series_of_ended_jobs_disappear() -> None:
+    """A known pipeline without a job has counts of 0, and no progress and time left."""
     found = values(made(histories=Histories(past("etl", 3))))
     assert found["tailspan.job.silent"] == found["tailspan.job.slow"] == {("etl",): 0}
     assert not {"tailspan.job.progress", "tailspan.job.eta"} & set(found)
@@ -107,8 +107,8 @@ def test_series_of_ended_jobs_go() -> None:
     assert "tailspan.job.progress" not in found
 
 
-def test_run_ids_only_where_asked_for() -> None:
-    """Without the option two runs share a series; with it progress and time left have one each, counts never."""
+def test_run_ids_only_with_the_option() -> None:
+    """Without the option two runs share a series; with it, progress and time left have one each; counts never."""
     jobs = [job(job_id=name, total_tasks=2, finished_tasks=1) for name in "ab"]
     assert set(values(made(*jobs))["tailspan.job.progress"]) == {("etl",)}
     found = values(made(*jobs, run_id_on_metrics=True))
@@ -116,8 +116,8 @@ def test_run_ids_only_where_asked_for() -> None:
     assert set(found["tailspan.job.silent"]) == {("etl",)}
 
 
-def test_names_past_the_cap_share_one() -> None:
-    """However many pipelines there are, series stay bounded; the shared name has no usual duration."""
+def test_names_above_the_limit_share_one() -> None:
+    """The number of series is limited for any number of pipelines; the shared name has no usual duration."""
     found = values(made(*(job(f"p{number}") for number in range(50)), limit=3, histories=Histories(past("p0", 9))))
     assert set(found["tailspan.job.slow"]) == {("p0",), ("p1",), ("p2",), (OTHER_PIPELINES,)}
     assert set(found["tailspan.pipeline.duration.p50"]) == {("p0",)}
@@ -125,7 +125,7 @@ def test_names_past_the_cap_share_one() -> None:
 
 
 def test_the_names_in_prometheus() -> None:
-    """As its OTLP receiver makes them: a gauge of unit 1 is a ratio."""
+    """The names that its OTLP receiver gives: a gauge with unit 1 is a ratio."""
     metrics = made(job(total_tasks=4, finished_tasks=3), histories=Histories(past("etl", 1)), missing={"etl": False})
     text = prometheus_text(metrics, {})[0].decode()
     names = {line.split("{")[0] for line in text.splitlines() if not line.startswith("#")}

@@ -15,7 +15,7 @@ from tests.unit.agent.metrics.world import World
 
 
 class ScriptedExporter:
-    """Answers in turn, then takes everything; keeps what it was given."""
+    """An exporter with scripted outcomes, then success; it records the payloads."""
 
     def __init__(self, *outcomes: Outcome) -> None:
         self.outcomes = list(outcomes)
@@ -23,7 +23,7 @@ class ScriptedExporter:
         self.called = asyncio.Event()
 
     async def export(self, payload: bytes, count: int) -> Outcome:
-        """Take one request."""
+        """Export one payload several times with one exporter."""
         self.sent.append((payload, count))
         self.called.set()
         return self.outcomes.pop(0) if self.outcomes else Delivered()
@@ -39,8 +39,8 @@ def exported(world: World, outcomes: Sequence[Outcome]) -> list[bool]:
     return asyncio.run(main())
 
 
-def test_export_counts_failures_and_says_each_change_once(caplog):
-    """A failure is counted by kind and logged when it begins and ends, not at each interval."""
+def test_export_counts_failures_and_logs_each_change_once(caplog):
+    """A failure is counted by kind, and logged when it starts and ends, not at each interval."""
     caplog.set_level("INFO")
     world = World()
     down = Retry("connection refused")
@@ -66,14 +66,14 @@ def test_export_counts_failures_and_says_each_change_once(caplog):
     [(Delivered("hm"), 1), (Rejected(1, "odd"), 1), (Retry("no"), 0), (EndpointFault("HTTP 404"), 0)],
 )
 def test_endpoint_up_follows_the_last_export(outcome, up):
-    """An endpoint that refuses a batch is up; one that cannot be reached or knows no metrics is not."""
+    """An endpoint that rejects a batch is up; one that is unreachable or does not accept metrics is not."""
     world = World()
     exported(world, [outcome])
     assert world.values("tailspan.agent.endpoint.up") == {("metrics",): up}
 
 
-def test_metrics_that_cannot_be_made_do_not_end_the_agent():
-    """A store that fails at this moment costs one export, and is told."""
+def test_metrics_that_cannot_be_encoded_do_not_stop_the_agent():
+    """A failing store costs one export, and is reported."""
     world = World()
 
     class Broken(list):
@@ -92,7 +92,7 @@ def test_metrics_that_cannot_be_made_do_not_end_the_agent():
 
 
 def test_run_exports_at_once_at_intervals_and_at_the_end():
-    """The last export holds what happened since the one before."""
+    """The last export has the changes since the one before."""
     world = World()
 
     async def main() -> list[tuple[bytes, int]]:
@@ -113,8 +113,8 @@ def test_run_exports_at_once_at_intervals_and_at_the_end():
     assert all(count > 0 for _, count in sent)
 
 
-def test_another_exporter_takes_over():
-    """After a reload the next export goes to the new endpoint."""
+def test_replace_exporter():
+    """After a reload, the next export goes to the new endpoint."""
     world = World()
 
     async def main() -> tuple[int, int]:
@@ -130,13 +130,13 @@ def test_another_exporter_takes_over():
 
 @pytest.mark.parametrize(("text", "seconds"), [("", 15.0), ("1000", 1.0), (" 60000 ", 60.0), ("1", 0.001)])
 def test_export_interval_is_in_milliseconds(text, seconds):
-    """The variable means what the specification says."""
+    """The variable has the meaning of the specification."""
     assert export_interval_s({"OTEL_METRIC_EXPORT_INTERVAL": text}) == seconds
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "soon", "1.5", "²"])
-def test_export_interval_that_is_none_is_refused(text):
-    """A wrong interval is named, not ignored."""
+def test_an_invalid_export_interval_is_an_error(text):
+    """An invalid interval is an error with its name."""
     with pytest.raises(ConfigError, match="OTEL_METRIC_EXPORT_INTERVAL") as caught:
         export_interval_s({"OTEL_METRIC_EXPORT_INTERVAL": text})
     assert caught.value.key == "OTEL_METRIC_EXPORT_INTERVAL"

@@ -20,14 +20,14 @@ from tests.unit.agent.metrics.world import NOW_NS, NOW_S, OPENMETRICS, SPAN, STA
 def job(
     job_id: str = "j1", name: str = "etl", state: JobState = JobState.RUNNING, service: str = "local", **fields
 ) -> JobSnapshot:
-    """Make a followed job."""
+    """Return the snapshot of a followed job."""
     lines = {key: fields.pop(key) for key in ("first_line_unix_nano", "last_line_unix_nano") if key in fields}
     status = RunResponse.from_state(state, job_id=job_id, job_name=name, identity="i", trace_id=TRACE, **fields)
     return JobSnapshot(service=service, status=status, **lines)
 
 
 def failed_runs() -> RunTotals:
-    """Two failed runs, one with a trace."""
+    """Return two failed runs, one with a trace."""
     totals = RunTotals("etl", "failure", "KeyError").add(3.0, trace_id=TRACE, span_id=SPAN, time_unix_nano=NOW_NS)
     return totals.add(20_000.0)
 
@@ -45,7 +45,7 @@ def test_resource_is_the_agent_itself():
 
 
 def test_run_duration_is_the_stores_histogram():
-    """Bounds, counts, sum, start time and exemplar go out as the store has them, cumulative."""
+    """Bounds, counts, sum, start time and exemplar are exported as stored, cumulative."""
     world = World()
     world.runs = [failed_runs()]
     metric = world.metric("cicd.pipeline.run.duration")
@@ -79,8 +79,8 @@ def test_errors_count_runs_that_have_an_error_type():
     assert world.metric("cicd.pipeline.run.errors").sum.is_monotonic
 
 
-def test_the_age_of_the_last_end_is_told_by_result():
-    """A run that ended is recent at once, whatever its counter said before; another's error type does not hide it."""
+def test_the_age_of_the_last_end_is_by_result():
+    """An ended run is recent at once, whatever its counter was before; another error type does not hide it."""
     world = World()
     ended = {"trace_id": TRACE, "span_id": SPAN}
     world.runs = [
@@ -93,8 +93,8 @@ def test_the_age_of_the_last_end_is_told_by_result():
     assert world.values("tailspan.pipeline.last_end.age") == ages
 
 
-def test_active_says_zero_for_known_names():
-    """A pipeline that is idle is 0, not absent, also when it is known from the store only."""
+def test_active_is_zero_for_known_names():
+    """An idle pipeline is 0, not absent, also if it is only in the store."""
     world = World()
     world.runs = [failed_runs()]
     world.jobs = [job("1", "load"), job("2", "load", JobState.PENDING), job("3", "load", JobState.UNKNOWN)]
@@ -108,8 +108,8 @@ def test_active_says_zero_for_known_names():
     assert sum(world.values("cicd.pipeline.run.active").values()) == 0
 
 
-def test_names_past_the_cap_are_folded_together():
-    """Runs and jobs beyond the cap add up in one series; none is lost."""
+def test_names_above_the_limit_add_up():
+    """Runs and jobs above the limit add up in one series; none is lost."""
     world = World(limit=1)
     world.jobs = [job("1", "a"), job("2", "b")]
     world.runs = [RunTotals(name, "success").add(1) for name in "abc"]
@@ -121,8 +121,8 @@ def test_names_past_the_cap_are_folded_together():
     assert world.values("cicd.pipeline.run.active")[OTHER_PIPELINES, "executing"] == 1
 
 
-def test_gauges_of_running_jobs_join_by_pipeline():
-    """Without run ids tasks add up and the largest age is said; finished jobs leave nothing behind."""
+def test_gauges_of_running_jobs_combine_by_pipeline():
+    """Without run ids, tasks add up and the largest age is exported; ended jobs leave nothing."""
     world = World()
     world.jobs = [
         job("1", total_tasks=10, finished_tasks=4, last_heartbeat=datetime.fromtimestamp(NOW_S - 5, UTC)),
@@ -146,8 +146,8 @@ def test_gauges_of_running_jobs_join_by_pipeline():
 
 
 @pytest.mark.parametrize("run_id_on_metrics", [True, False])
-def test_run_ids_are_on_gauges_only_where_asked_for(run_id_on_metrics):
-    """A series per run is a choice, and never one for the counts of ended runs."""
+def test_run_ids_are_on_gauges_only_with_the_option(run_id_on_metrics):
+    """A series for each run is an option, and never for the counts of ended runs."""
     world = World(run_id_on_metrics=run_id_on_metrics)
     world.jobs = [job("run-17", total_tasks=1), job("run-18", total_tasks=1)]
     world.runs = [failed_runs()]
@@ -157,8 +157,8 @@ def test_run_ids_are_on_gauges_only_where_asked_for(run_id_on_metrics):
     assert (b"run-17" in world.reader.metrics_request()[0]) is run_id_on_metrics
 
 
-def test_agent_counts_what_it_is_told():
-    """Each call of a tailer ends up in the counter of its service."""
+def test_calls_increment_the_counters_of_their_service():
+    """Each call increments the counter of its service."""
     world = World()
     agent = world.agent
     agent.add_service("local")
@@ -184,7 +184,7 @@ def test_agent_counts_what_it_is_told():
 
 
 def test_lag_and_checkpoint_age_grow_with_the_clock():
-    """Ages are those of the moment of asking; lag is silent for a service without jobs to follow."""
+    """Ages are computed when they are read; a service without followed jobs has no lag."""
     world = World()
     world.agent.records_acked("local", 1, NOW_NS - 10**9)
     world.agent.records_acked("local", 1, NOW_NS - 5 * 10**9)
@@ -198,8 +198,8 @@ def test_lag_and_checkpoint_age_grow_with_the_clock():
     assert world.values("tailspan.agent.checkpoint.age") == {(): 0.0}
 
 
-def test_the_agent_says_who_it_is_and_since_when():
-    """An alert that it is down needs its name on the series itself, the same after a restart elsewhere."""
+def test_uptime_identifies_the_agent():
+    """An alert that the agent is down needs its name on the series itself, the same after a restart elsewhere."""
     world = World()
     world.now_s += 60
     (point,) = world.metric("tailspan.agent.uptime").gauge.data_points
@@ -211,7 +211,7 @@ def test_the_agent_says_who_it_is_and_since_when():
 
 
 def test_jobs_followed_falls_back_to_zero():
-    """A service whose last job has ended says 0 and does not keep its last number."""
+    """A service whose last job has ended has 0 and does not keep its last number."""
     world = World()
     world.jobs = [job("1"), job("2"), job("3", service="fused")]
     assert world.values("tailspan.agent.jobs.followed") == {("local",): 2, ("fused",): 1}
@@ -220,14 +220,14 @@ def test_jobs_followed_falls_back_to_zero():
 
 
 def test_the_global_meter_provider_is_left_alone():
-    """Whoever imports the agent keeps their own metrics."""
+    """A program that imports the agent keeps its own metrics."""
     before = otel_metrics.get_meter_provider()
     World().request()
     assert otel_metrics.get_meter_provider() is before
 
 
 def test_data_points_are_counted():
-    """The exporter is told how many data points the request holds."""
+    """The exporter receives the number of data points in the request."""
     world = World()
     world.runs = [failed_runs()]
     payload, count = world.reader.metrics_request()
@@ -267,7 +267,7 @@ def test_prometheus_names_are_those_of_its_own_otlp_receiver(accept):
 
 
 def test_exemplars_are_in_openmetrics_only():
-    """The plain format cannot carry them; in OpenMetrics each lies on its own bucket."""
+    """The plain format has no exemplars; in OpenMetrics each is in its own bucket."""
     world = World()
     world.runs = [failed_runs().add(30_000, trace_id=TRACE[::-1], span_id=SPAN, time_unix_nano=NOW_NS)]
     assert TRACE.encode() not in world.reader.prometheus_text()[0]
@@ -283,8 +283,8 @@ def test_exemplars_are_in_openmetrics_only():
     assert found == {"4.0": (TRACE, 3.0, NOW_S), "+Inf": (TRACE[::-1], 30_000.0, NOW_S)}
 
 
-def test_hostile_values_break_neither_form():
-    """Names with quotes, line breaks and lone surrogates, and numbers past 64 bits, do not end the metrics."""
+def test_hostile_values_break_neither_format():
+    """Names with quotes, line breaks and lone surrogates, and numbers above 64 bits, do not break the metrics."""
     world = World(run_id_on_metrics=True)
     world.jobs = [job("j1", name='a"b\\c\nd\ud800', total_tasks=10**400, finished_tasks=10**30)]
     world.agent.poll_failed("s\ud800", ValueError())

@@ -1,4 +1,4 @@
-"""A metrics reader over values that a test sets."""
+"""A metrics reader whose values a test sets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPENMETRICS = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0
 
 
 class World:
-    """What telemetry looks at, to be changed by a test."""
+    """Values that the metrics reader reads, to be changed by a test."""
 
     def __init__(self, *, limit: int = 200, run_id_on_metrics: bool = False) -> None:
         self.now_s = float(NOW_S)
@@ -42,11 +42,11 @@ class World:
         )
 
     def request(self) -> ExportMetricsServiceRequest:
-        """Decode what would be sent."""
+        """Decode the request."""
         return ExportMetricsServiceRequest.FromString(self.reader.metrics_request()[0])
 
     def metric(self, name: str):
-        """Return one metric of what would be sent; None where there is none."""
+        """Return one metric of the request; None without it."""
         (resource,) = self.request().resource_metrics
         found = [metric for scope in resource.scope_metrics for metric in scope.metrics if metric.name == name]
         assert len(found) <= 1
@@ -66,7 +66,7 @@ class World:
         }
 
     def families(self, accept: str = ""):
-        """Parse the Prometheus text by name of family."""
+        """Parse the Prometheus text into families by name."""
         text, content_type = self.reader.prometheus_text(accept)
         parse = parse_openmetrics if "openmetrics" in content_type else parse_text
         return {family.name: family for family in parse(text.decode())}

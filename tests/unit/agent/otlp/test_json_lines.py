@@ -74,7 +74,7 @@ def messages(draw: st.DrawFn, descriptor: Descriptor, depth: int = 0) -> dict[st
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], deadline=None)
 @given(data=st.data())
 def test_round_trip_of_any_request(signal: str, data: st.DataObject) -> None:
-    """Whatever the schema allows comes back byte for byte, and google's parser reads the same from the line."""
+    """Any valid request comes back byte for byte, and google's parser reads the same from the line."""
     request_type = MESSAGES[signal].request
     request = request_type(**data.draw(messages(request_type.DESCRIPTOR)))
     payload = request.SerializeToString(deterministic=True)
@@ -89,8 +89,8 @@ def test_round_trip_of_any_request(signal: str, data: st.DataObject) -> None:
     assert parse_json(signal, line).SerializeToString(deterministic=True) == payload
 
 
-def test_form_of_a_line() -> None:
-    """Hex ids, 64-bit integers as strings, enums as numbers, camelCase: what the collector's receiver expects."""
+def test_format_of_a_line() -> None:
+    """Hex ids, 64-bit integers as strings, enums as numbers, camelCase: the format of the collector's receiver."""
     record = json.loads(encode_line("logs", logs_payload(1)))["resourceLogs"][0]["scopeLogs"][0]["logRecords"][0]
     assert record == {
         "timeUnixNano": "1700000000000000000",
@@ -103,27 +103,27 @@ def test_form_of_a_line() -> None:
     assert span["kind"] == 2
 
 
-def test_note_comes_first_and_does_not_disturb() -> None:
-    """The dead letter's reasons are where a person sees them, and out of every reader's way."""
+def test_note_comes_first_and_is_ignored() -> None:
+    """The reason of a rejection is at the start of the line, and OTLP readers ignore it."""
     payload = logs_payload(2)
     line = encode_line("logs", payload, {"reason": "HTTP 400"})
     assert line.startswith(b'{"tailspan":{"reason":"HTTP 400"},"resourceLogs":[')
     assert decode_line(line) == ("logs", payload)
 
 
-def test_an_empty_request_is_a_line_that_says_its_signal() -> None:
-    """A reader tells the signal by the key."""
+def test_an_empty_request_is_a_line_with_the_key_of_its_signal() -> None:
+    """A reader knows the signal by the key."""
     assert encode_line("traces", b"") == b'{"resourceSpans":[]}\n'
     assert decode_line(b'{"resourceSpans":[]}') == ("traces", b"")
 
 
-def test_encode_refuses_what_is_no_request() -> None:
-    """Garbage in the payload must not become an empty line."""
+def test_encoding_an_invalid_request_is_an_error() -> None:
+    """An invalid payload must not become an empty line."""
     with pytest.raises(DecodeError):
         encode_line("logs", b"\xff\xff\xff")
 
 
-def test_decode_is_as_lenient_as_the_specification_asks() -> None:
+def test_decode_is_as_lenient_as_the_specification_requires() -> None:
     """Numbers for strings, names for enums, null, upper-case ids and unknown keys come from other writers."""
     line = (
         b'{"resourceLogs":[{"scopeLogs":[{"logRecords":[{"timeUnixNano":5,"severityNumber":"SEVERITY_NUMBER_INFO",'
@@ -158,21 +158,21 @@ def test_decode_is_as_lenient_as_the_specification_asks() -> None:
         b'{"resourceLogs":[{"scopeLogs":[{"logRecords":[{"body":' + b'{"arrayValue":{"values":[' * 20_000,
     ],
 )
-def test_unreadable_lines_are_said_to_be_so(line: bytes) -> None:
-    """A torn or foreign line is one error of one kind, whatever is wrong with it."""
+def test_unreadable_lines_are_errors(line: bytes) -> None:
+    """Any damaged or foreign line is one kind of error."""
     with pytest.raises(UnreadableLineError):
         decode_line(line)
 
 
 @given(st.binary(max_size=200))
 def test_no_bytes_break_the_reader(line: bytes) -> None:
-    """Replay reads files that people hand it."""
+    """Replay reads any file that a user names."""
     with pytest.raises(UnreadableLineError):
         decode_line(line)
 
 
-def test_deep_nesting_is_refused_not_fatal() -> None:
-    """A well-formed line that nests deeper than protobuf reads is an unreadable line."""
+def test_deep_nesting_is_an_unreadable_line() -> None:
+    """A valid line with deeper nesting than protobuf reads is an unreadable line."""
     depth = 300
     body = b'{"arrayValue":{"values":[' * depth + b'{"intValue":"1"}' + b"]}}" * depth
     line = b'{"resourceLogs":[{"scopeLogs":[{"logRecords":[{"body":' + body + b"}]}]}]}"

@@ -1,4 +1,4 @@
-"""OTLP bytes made by hand say what OpenTelemetry's own messages say."""
+"""OTLP bytes encoded by hand equal those of OpenTelemetry's own messages."""
 
 import re
 import sys
@@ -36,7 +36,7 @@ BODIES = st.lists(TEXTS | st.binary(max_size=40), min_size=1, max_size=30)
 
 @st.composite
 def pages(draw: st.DrawFn) -> LogPage:
-    """Pages as services make them: with uid prefixes or digests, runs of any length, clean ones marked as such."""
+    """Return pages like those of services: with uid prefixes or digests, with runs of any length."""
     lines = draw(BODIES)
     runs = []
     left = len(lines)
@@ -64,7 +64,7 @@ def pages(draw: st.DrawFn) -> LogPage:
 
 
 def expected(page: LogPage, min_severity: int = 0, redactor: Redactor | None = None) -> list[LogRecord]:
-    """What a page's records must be, made line by line with OpenTelemetry's own messages."""
+    """Return the records of a page, encoded line by line with OpenTelemetry's own messages."""
     streams = [Stream.NAMES[run.stream] for run in page.runs for _ in range(run.lines)]
     records = []
     for line, time, uid, stream in zip(page.lines, page.times_unix_nano(), page.uids(), streams, strict=True):
@@ -116,8 +116,8 @@ def context(**options: Any) -> LogContext:
 
 
 @given(st.lists(pages(), min_size=1, max_size=3), st.sampled_from([0, 9, 17]), st.booleans())
-def test_lines_are_what_the_messages_say(batch: list[LogPage], min_severity: int, redacts: bool) -> None:
-    """Any page makes exactly the records that upb makes line by line, and every line is accounted for."""
+def test_records_equal_those_of_the_messages(batch: list[LogPage], min_severity: int, redacts: bool) -> None:
+    """Any page has exactly the records that upb encodes line by line, and every line is counted."""
     redactor = Redactor({"test": "hunter22"}, [("token=", re.compile(r"token=\w+"))]) if redacts else None
     job = context(min_severity=min_severity, redactor=redactor)
     for page in batch:
@@ -130,7 +130,7 @@ def test_lines_are_what_the_messages_say(batch: list[LogPage], min_severity: int
 
 
 def test_long_lines_are_split_in_place() -> None:
-    """Lines over 256 KB become parts in order, with uids of their own, between the lines around them."""
+    """Lines above 256 KB become parts in order, with uids of their own, between the lines around them."""
     lines = [
         b"first",
         b"x" * (MAX_BODY_BYTES + 1),
@@ -150,14 +150,14 @@ def test_long_lines_are_split_in_place() -> None:
 
 @pytest.mark.parametrize("start", [10**18, (1 << 60) - 2500, (1 << 64) - 5000])
 def test_a_full_page_of_one_run(start: int) -> None:
-    """The most lines that a page may have are numbered through in one run, also where its times' low bytes overflow."""
+    """A page with the maximum number of lines is one numbered run, also if the low bytes of its times overflow."""
     page = LogPage([b"%d" % number for number in range(5000)], [LineRun(5000, start, 1, CLEAN, "ff")], b"")
     encoded = encode_lines(page, context=context(), observed_unix_nano=OBSERVED)
     assert parsed(encoded.records) == expected(page)
 
 
-def test_times_out_of_range_are_relayed_all_the_same() -> None:
-    """A source with a broken clock does not stop the relay: its times become the nearest that OTLP can say."""
+def test_times_out_of_range_are_relayed() -> None:
+    """A broken clock does not stop the relay: times become the nearest valid ones."""
     lines = [Line(-5, "before 1970"), Line(1 << 70, "far future"), Line(5, "fine")]
     page = LogPage.from_lines(lines, cursor=b"", identity="i", job_id="j")
     records = parsed(encode_lines(page, context=context(), observed_unix_nano=OBSERVED).records)
@@ -168,21 +168,21 @@ def test_times_out_of_range_are_relayed_all_the_same() -> None:
 
 
 def test_an_embedded_newline_does_not_shift_lines() -> None:
-    """A message of several lines is one record, and trailing newlines go."""
+    """A message of several lines is one record, without trailing newlines."""
     page = LogPage([b"a\nb", b"c\n", b"d"], [LineRun(3, 1)], b"", bytes(24))
     records = parsed(encode_lines(page, context=context(), observed_unix_nano=OBSERVED).records)
     assert [record.body.string_value for record in records] == ["a\nb", "c", "d"]
 
 
 def test_an_empty_page_makes_nothing() -> None:
-    """No lines, no records, and no request either."""
+    """No lines, no records, no request."""
     encoded = encode_lines(LogPage([], [], b""), context=context(), observed_unix_nano=1)
     assert (encoded.records, encoded.count) == (b"", 0)
     assert logs_request([(encode_resource({}), [encoded.records])]) == b""
 
 
 def test_a_page_is_encoded_the_same_again() -> None:
-    """Re-sent after a restart, by an agent that has learned nothing yet, a page has the same bytes."""
+    """After a restart, an agent with an empty cache encodes a page to the same bytes."""
     page = LogPage([b"12:00:00 INFO a", b"12:00:01 INFO b"] * 3, [LineRun(6, 1, 1, 0, "aa")], b"")
     job = context()
     first = encode_lines(page, context=job, observed_unix_nano=OBSERVED)
@@ -191,7 +191,7 @@ def test_a_page_is_encoded_the_same_again() -> None:
 
 
 def test_the_context_of_a_job_has_the_ids_of_its_run_span() -> None:
-    """Records point at the run span that any program can compute from the job's id."""
+    """Records refer to the run span, whose id any program can compute from the job's id."""
     job = RunResponse.from_state(
         JobState.RUNNING, job_id="j", job_name="etl", identity="i", trace_id=trace_id("i", "j"), attempt=2
     )
@@ -221,7 +221,7 @@ def attributes_of(message: Any) -> dict[str, Any]:
 
 
 def typed(attributes: dict[str, Any]) -> dict[str, tuple[type, Any]]:
-    """Attributes with their types: True is not 1."""
+    """Return attributes with their types: True is not 1."""
     return {key: (type(value), value) for key, value in attributes.items()}
 
 
@@ -229,7 +229,7 @@ def typed(attributes: dict[str, Any]) -> dict[str, tuple[type, Any]]:
 def test_single_records(
     resource: dict[str, Any], attributes: dict[str, Any], body: str, event: str, time: int, severity: Severity
 ) -> None:
-    """A record of an event carries body, attributes of every type, severity, ids and event name."""
+    """The record of an event has body, attributes of every type, severity, ids and event name."""
     data = LogRecordData(
         time_unix_nano=time,
         observed_unix_nano=OBSERVED,
@@ -261,7 +261,7 @@ def test_single_records(
 def test_spans(
     attributes: dict[str, Any], ledger: dict[str, Any], name: str, message: str, time: int, is_error: bool
 ) -> None:
-    """A span carries all that it was given: ids, kind, times, attributes, events, links and status."""
+    """A span has all its ids, kind, times, attributes, events, links and status."""
     span = SpanData(
         trace_id=TRACE.hex(),
         span_id=SPAN.hex(),
@@ -299,14 +299,14 @@ def test_spans(
 
 
 def test_a_root_span_has_no_parent() -> None:
-    """A run span is a root: stores take an absent parent for that, not one of zeros."""
+    """Stores recognize a root span by the absent parent, not by zeros."""
     span = SpanData(trace_id=TRACE.hex(), span_id=SPAN.hex(), name="RUN x", start_unix_nano=1, end_unix_nano=2)
     request = ExportTraceServiceRequest.FromString(traces_request([(b"", [encode_span(span)])]))
     assert request.resource_spans[0].scope_spans[0].spans[0].parent_span_id == b""
 
 
 def test_groups_without_records_are_left_out() -> None:
-    """Empty envelopes are not sent."""
+    """Empty groups are not sent."""
     record = encode_log_record(
         LogRecordData(time_unix_nano=1, observed_unix_nano=1, body="", trace_id=TRACE, span_id=SPAN)
     )
@@ -317,7 +317,7 @@ def test_groups_without_records_are_left_out() -> None:
 
 
 @pytest.mark.parametrize(("value", "sent"), [("\ud800 half", "? half"), (1 << 63, str(1 << 63))])
-def test_values_that_otlp_cannot_say(value: str | int, sent: str) -> None:
-    """Half a surrogate pair or an integer over 64 bits must not stop a batch: it is said as near as can be."""
+def test_values_that_otlp_cannot_encode(value: str | int, sent: str) -> None:
+    """A lone surrogate or an integer above 64 bits is replaced by the nearest valid value."""
     request = ExportLogsServiceRequest.FromString(logs_request([(encode_resource({"v": value}), [b"\x12\x00"])]))
     assert attributes_of(request.resource_logs[0].resource) == {"v": sent}

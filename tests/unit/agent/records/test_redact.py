@@ -1,4 +1,4 @@
-"""Secrets do not leave the machine."""
+"""Redaction of secrets."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ KEY = "-----BEGIN KEY-----\nMIIEvQIBADANBg\nkqhkiG9w0BAQEF\n-----END KEY-----\n"
 
 
 def test_values_and_patterns_are_replaced(tmp_path: Path) -> None:
-    """Values of variables and files, and matches of patterns, are taken out wherever they stand, and counted."""
+    """Values of variables and files, and matches of patterns, are redacted everywhere and counted."""
     (tmp_path / "token").write_text("file-secret\n")
     settings = RedactSettings(
         env=["DB_PASSWORD", "NOT_SET"],
@@ -34,33 +34,33 @@ def test_values_and_patterns_are_replaced(tmp_path: Path) -> None:
 
 
 def test_no_settings_no_redactor() -> None:
-    """Without anything to look for, nothing is searched."""
+    """Without secrets and patterns, nothing is searched."""
     assert Redactor.from_settings(RedactSettings(), {}) is None
 
 
 def test_short_and_empty_values_are_ignored() -> None:
-    """A value of three characters would be found in every other line: it is not searched for, and that is said."""
+    """A value of three characters occurs by chance in many lines: it is ignored and reported."""
     redactor = Redactor({"redact.env A": "abc", "redact.env B": "   ", "redact.env C": "abcd"})
     assert redactor.redact("abc abcd ab") == (f"abc {REDACTED} ab", 1)
     assert [reason.split()[1] for reason in redactor.ignored] == ["A", "B"]
 
 
 def test_a_secret_of_several_lines_is_found_line_by_line() -> None:
-    """A private key that a job prints is taken out although each record has one line of it."""
+    """A private key is redacted although each record has one line of it."""
     redactor = Redactor({"redact.files key": KEY})
     printed = [line.encode() for line in KEY.splitlines()]
     assert redactor.redact_lines([b"key:", *printed]) == ([b"key:", *[REDACTED.encode()] * 4], 4)
 
 
 def test_overlapping_secrets_leave_nothing() -> None:
-    """Where one secret begins in another, no end of either is left."""
+    """If one secret starts within another, no part of either is left."""
     redactor = Redactor({"a": "abcda", "b": "dabcd", "c": "dabcdef"})
     assert redactor.redact("x abcdabcdef y") == (f"x {REDACTED} y", 1)
     assert Redactor({"a": "abab"}).redact("x ababab y") == (f"x {REDACTED} y", 1)
 
 
-def test_a_pattern_is_searched_only_behind_its_literal() -> None:
-    """A line without the literal is not touched, even where the regular expression would match."""
+def test_a_pattern_is_searched_only_with_its_literal() -> None:
+    """A line without the literal is unchanged, even if the regular expression would match."""
     redactor = Redactor({}, [("token=", re.compile(r"\w+=\w+"))])
     assert redactor.redact("key=value") == ("key=value", 0)
     assert redactor.redact("key=value token=x") == (f"{REDACTED} {REDACTED}", 2)
@@ -74,7 +74,7 @@ def test_secrets_are_not_shown() -> None:
 
 
 def test_an_unreadable_file_is_an_error(tmp_path: Path) -> None:
-    """A secret that cannot be known cannot be kept: that is an error, not a warning."""
+    """An unknown secret cannot be redacted: that is an error, not a warning."""
     with pytest.raises(ConfigError, match=r"cannot read .*missing") as caught:
         Redactor.from_settings(RedactSettings(files=[tmp_path / "missing"]), {})
     assert caught.value.key == "redact.files"
@@ -82,7 +82,7 @@ def test_an_unreadable_file_is_an_error(tmp_path: Path) -> None:
 
 @given(st.lists(st.text("ab-", min_size=4, max_size=7), min_size=1, max_size=4), st.lists(st.text("ab-"), max_size=4))
 def test_no_secret_is_left(secrets: list[str], between: list[str]) -> None:
-    """Whatever surrounds secrets, and however they overlap, none is left, and other text is."""
+    """No secret is left, whatever is around it and however secrets overlap; other text is kept."""
     redactor = Redactor({str(index): secret for index, secret in enumerate(secrets)})
     text = "-".join(part for pair in zip(between, secrets, strict=False) for part in pair)
     redacted, count = redactor.redact(text)

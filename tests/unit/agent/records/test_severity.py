@@ -1,4 +1,4 @@
-"""Which severity a line states."""
+"""The severity in the text of a line."""
 
 import pytest
 from hypothesis import given
@@ -61,13 +61,13 @@ UNSPECIFIED_LINES = [
 
 @pytest.mark.parametrize(("line", "number", "text"), LINES)
 def test_known_formats(line: str, number: int, text: str) -> None:
-    """The formats that loggers write are understood; the text is the line's own word."""
+    """The formats of loggers are read; the text is the word of the line."""
     assert SEVERITIES[find_severity(line.encode())] == (number, text)
 
 
 @pytest.mark.parametrize("line", UNSPECIFIED_LINES)
 def test_a_word_in_prose_is_no_level(line: str) -> None:
-    """What does not state its level is unspecified, so that it is never dropped as too low."""
+    """A line without a level is unspecified, so that it is never dropped."""
     assert find_severity(line.encode()) == UNSPECIFIED
 
 
@@ -82,8 +82,8 @@ REAL_LINES = st.sampled_from([line.encode() for line, *_ in LINES] + [line.encod
 
 
 @given(st.lists(RANDOM_LINES | REAL_LINES, max_size=40), st.integers(1, 7))
-def test_the_learner_says_what_the_reference_says(lines: list[bytes], page: int) -> None:
-    """However a job's lines look and are paged, learning changes the cost and never the answer."""
+def test_the_learner_equals_the_reference(lines: list[bytes], page: int) -> None:
+    """For any lines and pages, the cache changes the cost and never the result."""
     learner = SeverityLearner()
     if page > 3:
         lines = lines * 20  # pages that are long enough to be learnt from a sample
@@ -93,8 +93,8 @@ def test_the_learner_says_what_the_reference_says(lines: list[bytes], page: int)
 
 
 @given(RANDOM_LINES, RANDOM_LINES, st.text("0123456789", min_size=2, max_size=2))
-def test_what_was_learned_holds_for_lines_that_go_on_differently(start: bytes, end: bytes, digits: str) -> None:
-    """A line that begins like one seen before, but for digits, gets the severity that the reference gives it."""
+def test_cached_starts_hold_for_other_lines(start: bytes, end: bytes, digits: str) -> None:
+    """A line that starts like an earlier one, but for digits, gets the severity of the reference."""
     learner = SeverityLearner()
     other = start.replace(b"12", digits.encode()) + end
     for line in (start, start + b" the rest of it", other, end, start[:-1], other[:-1]):
@@ -113,8 +113,8 @@ def test_what_was_learned_holds_for_lines_that_go_on_differently(start: bytes, e
         [b"level=info msg", b"level=information"],
     ],
 )
-def test_near_misses_of_what_was_learned(lines: list[bytes]) -> None:
-    """Evidence is remembered to its last byte: a line that lacks it does not pass for one that has it."""
+def test_near_misses_of_cached_starts(lines: list[bytes]) -> None:
+    """A cached start has all bytes that determine the severity: a line that lacks one does not match."""
     learner = SeverityLearner()
     for _ in range(2):
         assert [learner.find(line) for line in lines] == [find_severity(line) for line in lines]
@@ -122,7 +122,7 @@ def test_near_misses_of_what_was_learned(lines: list[bytes]) -> None:
 
 
 def test_the_learner_is_bounded() -> None:
-    """A job whose level never stands in the same place twice does not make it grow without end."""
+    """A job whose level never has the same position twice does not grow the cache without limit."""
     learner = SeverityLearner()
     lines = [
         b"12:00 " + b"n" * (index % 80) + bytes([97 + index % 26, 97 + index // 26 % 26]) + b" INFO x"
@@ -135,7 +135,7 @@ def test_the_learner_is_bounded() -> None:
 
 
 def test_names_of_severities() -> None:
-    """A configured severity is understood in any case; another is an error that says which there are."""
+    """A configured severity may have any case; an unknown one is an error that lists the known ones."""
     assert severity_number("warn") == severity_number("WARNING") == 13
     with pytest.raises(ConfigError, match="'loud' is not a severity: use one of TRACE"):
         severity_number("loud")
