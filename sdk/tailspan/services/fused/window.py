@@ -11,7 +11,7 @@ the last seconds before the newest line, and the window finds which lines of the
 
 The window reaches `late_window_s` back from the newest line, or less: it holds about 20,000 lines and shrinks by whole
 milliseconds, but always keeps the newest one. Of a millisecond with more lines than that it keeps only their number:
-their place tells these lines apart, so a late line is found only if it comes after the lines that were seen.
+their place distinguishes these lines, so a late line is found only if it comes after the lines that were seen.
 
 Equal lines of one millisecond can get the same uid only in a reply that is out of order by more than the window.
 """

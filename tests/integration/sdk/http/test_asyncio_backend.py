@@ -249,7 +249,7 @@ def test_servers_without_tls(serve: Serve, expected: type[Exception]) -> None:
 
 
 def test_a_stranger_is_not_trusted(authority: trustme.CA) -> None:
-    """Why is told, so that the caller can name the setting."""
+    """The error has the reason, so that the caller can name the setting."""
 
     async def main() -> None:
         async with serving(echo, trustme.CA()) as port:
@@ -294,7 +294,7 @@ def test_what_came_before_tls_is_nobodys_word(authority: trustme.CA) -> None:
 
 
 def test_who_hangs_up_before_tls_is_not_waited_for() -> None:
-    """A port that is forwarded to nobody takes connections and closes them; asyncio would wait for a handshake."""
+    """A forwarded port without a target accepts connections and closes them; asyncio would wait for a handshake."""
 
     async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         return
@@ -351,7 +351,7 @@ def test_an_end_is_seen_before_the_loop_tells_of_it() -> None:
 
 
 def test_a_link_local_address_keeps_its_interface() -> None:
-    """Without it nobody knows where to send."""
+    """Without the interface such an address cannot be reached."""
 
     class LinkLocal(asyncio.SelectorEventLoop):
         async def getaddrinfo(self, host: Any, port: Any, **_: Any) -> Any:
@@ -386,7 +386,7 @@ def never_answering(port: int) -> Iterator[None]:
 
 
 def test_an_address_that_never_answers_costs_a_quarter_of_a_second() -> None:
-    """Many machines have an IPv6 address of which their network knows nothing."""
+    """Many machines have an IPv6 address that their network does not route."""
 
     async def main() -> None:
         async with serving(echo) as port:

@@ -128,7 +128,7 @@ def test_headers_of_one_name_are_joined_and_the_status_is_told() -> None:
 
 
 def test_a_little_that_stands_for_much_comes_in_bounded_pieces() -> None:
-    """What is looked at no further is not unpacked."""
+    """The unread rest of a body is not decompressed."""
     packer = zlib.compressobj(wbits=31)
     bomb = b"".join(packer.compress(b"\0" * (1 << 20)) for _ in range(64)) + packer.flush()
 
@@ -152,7 +152,7 @@ def test_a_little_that_stands_for_much_comes_in_bounded_pieces() -> None:
 
 @pytest.mark.parametrize("packed", [gzip.compress(b"text" * 100)[:-9], b"no gzip"], ids=["cut", "none"])
 def test_damaged_compression(packed: bytes) -> None:
-    """What ends early, or is none, is an error and no shorter text."""
+    """An incomplete or invalid body is an error, not a shorter text."""
 
     async def use(client: HttpClient) -> None:
         with pytest.raises(zlib.error):
@@ -224,7 +224,7 @@ def test_hosts_that_need_no_proxy(monkeypatch: pytest.MonkeyPatch, exception: st
 
 
 def test_tls_goes_through_a_proxy_as_a_tunnel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is asked to connect, and what it refuses is told as an error of a request that never arrived."""
+    """It gets a CONNECT request; its refusal is an error of a request that never arrived."""
 
     async def main() -> list[bytes]:
         seen: list[bytes] = []

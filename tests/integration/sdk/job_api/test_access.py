@@ -42,7 +42,7 @@ def service():
 
 @pytest.fixture
 def server(service):
-    """The job API over those jobs, open to everybody on this machine."""
+    """The job API over those jobs, open to this machine without a token."""
     with serving(service) as running:
         yield running
 

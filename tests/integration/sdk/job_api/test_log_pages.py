@@ -205,7 +205,7 @@ def test_one_request_does_for_all_who_ask_at_once(service, server):
         for number in range(1, 10):
             cursors[f"j{number}"] = (await read(fused, f"j{number}"))[-1].cursor
         for number in range(1, 10, 2):
-            service.add_lines(f"j{number}", f"news of {number}")
+            service.add_lines(f"j{number}", f"more of {number}")
         requests_of(server)
         await read(fused, "j1", cursors["j1"])
         return await asyncio.gather(*(read(fused, job_id, cursor) for job_id, cursor in cursors.items()))
@@ -215,7 +215,7 @@ def test_one_request_does_for_all_who_ask_at_once(service, server):
     assert alone.count("job=") == 1
     assert together.count("job=") == 9
     lines = [[line for page in pages for line in page.lines] for pages in found]
-    assert lines == [[f"news of {number}".encode()] if number % 2 else [] for number in range(1, 10)]
+    assert lines == [[f"more of {number}".encode()] if number % 2 else [] for number in range(1, 10)]
 
 
 def test_job_with_much_to_read_is_asked_for_alone(service, server):
@@ -269,16 +269,16 @@ def test_gap_at_the_server_is_a_gap_here(service, server):
 
 
 def test_gap_in_the_middle_of_a_reply_ends_it_in_good_order():
-    """The lines before it are there; it is told to the next request."""
+    """The reply has the lines before it; the next request gets the error."""
     gap = CursorExpiredError("gone", resume_cursor=b"9")
     scripted = ScriptedService({"job": ScriptedJob(lines=["a", "b", "c"], fails_at_page=1, error=gap)})
     reply = ask(scripted, "/log-pages/job")
     page, end = FrameSplitter().feed(reply.content)
     assert (page.page.lines, end) == ([b"a", b"b"], (0, True, None))
     scripted.jobs["job"].fails_at_page = 0
-    told = ask(scripted, "/log-pages/job")
-    assert (told.status_code, told.headers["Tailspan-Resume-Cursor"]) == (410, cursor_text(b"9"))
-    assert told.json() == {"message": "gone"}
+    reply = ask(scripted, "/log-pages/job")
+    assert (reply.status_code, reply.headers["Tailspan-Resume-Cursor"]) == (410, cursor_text(b"9"))
+    assert reply.json() == {"message": "gone"}
 
 
 def test_service_that_knows_only_times_serves_no_pages(service):
@@ -299,7 +299,7 @@ def test_service_that_knows_only_times_serves_no_pages(service):
 
 
 def test_server_that_does_not_send_pages_any_more(service):
-    """An older server on the same port: the log is read anew, rather than never."""
+    """With an older server on the same port, the log is read again from its start."""
     with serving(service) as server:
 
         async def work(fused):
@@ -354,7 +354,7 @@ def test_who_asks_for_all_may_give_up(service, server):
         cursors = {f"j{number}": (await read(fused, f"j{number}"))[-1].cursor for number in range(1, 5)}
         await read(fused, "j1", cursors.pop("j1"))
         for job_id in cursors:
-            service.add_lines(job_id, f"news of {job_id}")
+            service.add_lines(job_id, f"more of {job_id}")
         asks = [asyncio.create_task(read(fused, job_id, cursor)) for job_id, cursor in cursors.items()]
         for _ in range(3):
             await asyncio.sleep(0)  # the first has the turn now, and waits for others
@@ -363,7 +363,7 @@ def test_who_asks_for_all_may_give_up(service, server):
 
     cancelled, *others = run(server, work)
     assert isinstance(cancelled, asyncio.CancelledError)
-    assert [page.lines for pages in others for page in pages] == [[b"news of j3"], [b"news of j4"]]
+    assert [page.lines for pages in others for page in pages] == [[b"more of j3"], [b"more of j4"]]
 
 
 def test_many_jobs_go_in_several_requests(server, service):
@@ -400,7 +400,7 @@ def test_pages_need_the_token_too(service):
     ["", "?job=j1", "?cursor=MA==", "?job=j1&cursor=MA==&job=j2", "?job=j1&cursor=!", "?job=%00&cursor=MA=="],
 )
 def test_request_for_many_that_cannot_be_meant(service, query):
-    """It is told that it is wrong, whatever the jobs are."""
+    """It is an error, whatever the jobs are."""
     assert ask(service, f"/log-pages{query}").status_code == 400
 
 
@@ -476,7 +476,7 @@ def test_reply_without_its_end_is_no_log(service, server):
 
 
 def test_any_number_of_logs_can_be_read_side_by_side(service, server):
-    """Whoever takes a page and looks at others first keeps nobody waiting."""
+    """A reader that pauses after a page does not make the others wait."""
 
     async def work(fused):
         await fused.get_job("j1")
@@ -531,7 +531,7 @@ class FirstHangs:
 
 
 def test_reads_go_on_in_another_loop_while_one_waits_for_ever():
-    """As after a fork: nobody waits for a turn that will never end."""
+    """As after a fork: no read waits for a turn that never ends."""
     pages = ServedPages(FirstHangs())
 
     async def look():
@@ -562,7 +562,7 @@ class Faulty(FakeService):
         if job_id == "hangs":
             await asyncio.sleep(3600)
         async for page in super().read_logs(job_id, cursor, **how):
-            if job_id == "odd":
+            if job_id == "broken":
                 runs = [LineRun(len(page.lines), 1, uid_prefix="\udcff")]
                 yield LogPage(page.lines, runs, page.cursor)
             else:
@@ -572,17 +572,17 @@ class Faulty(FakeService):
 
 def test_fault_in_one_job_does_not_touch_the_others(server):
     """Nor do pages without lines, which a service need not yield."""
-    with serving(Faulty("good", "bug", "odd")) as running:
+    with serving(Faulty("good", "bug", "broken")) as running:
 
         async def work(fused):
             await fused.get_job("good")
-            asks = [read(fused, job_id, CURSOR_MARK + b"0") for job_id in ("good", "bug", "odd")]
+            asks = [read(fused, job_id, CURSOR_MARK + b"0") for job_id in ("good", "bug", "broken")]
             return await asyncio.gather(*asks, read(fused, "good"), return_exceptions=True)
 
-        good, bug, odd, alone = run(running, work, tries=1)
+        good, bug, broken, alone = run(running, work, tries=1)
     assert [page.lines for page in good] == [page.lines for page in alone] == [[b"a line"]]
     assert isinstance(bug, ServiceUnavailableError)
-    assert isinstance(odd, ServiceUnavailableError)
+    assert isinstance(broken, ServiceUnavailableError)
 
 
 def test_log_that_cannot_be_read_now_does_not_keep_the_others():
@@ -602,7 +602,7 @@ def test_log_that_cannot_be_read_now_does_not_keep_the_others():
 
 
 def test_reply_for_many_stays_small(service, server):
-    """However much there is to read: the rest is for replies of their own, where whoever reads sets the pace."""
+    """However much there is to read: the rest goes into replies for one job, at the pace of its reader."""
     for number in range(150):
         service.add_job(f"big{number}")
         service.add_lines(f"big{number}", "x" * 60_000)
@@ -616,7 +616,7 @@ def test_reply_for_many_stays_small(service, server):
 
 @pytest.mark.parametrize("cursor", ["x", "9" * 5000, "-1"])
 def test_cursor_that_is_not_of_the_log(tmp_path, cursor):
-    """It is told as one, whatever it is."""
+    """Any such reply is reported as one."""
     with LocalJobs(tmp_path / "state") as local:
         job = local.run("echo", "x")
         reply = ask(local.service, f"/log-pages/{job.job_id}?cursor={cursor_text(cursor.encode())}")

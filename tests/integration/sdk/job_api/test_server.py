@@ -1,4 +1,4 @@
-"""The replies of the job API: what is told of a job, and how what goes wrong is told."""
+"""`tailspan.job_api`: the replies for a job, and the replies for each error."""
 
 import http.client
 import json
@@ -43,7 +43,7 @@ def service():
 
 @pytest.fixture
 def server(service):
-    """The job API over those jobs, open to everybody on this machine."""
+    """The job API over those jobs, open to this machine without a token."""
     with serving(service) as running:
         yield running
 
@@ -95,12 +95,12 @@ def test_status_has_the_twelve_fields_and_ours(api):
 
 @pytest.mark.parametrize("state", FUSED_FIELDS)
 def test_each_state_is_said_in_the_words_of_the_fused_api(state):
-    """Status and list tell every state by the strings that the published clients know."""
+    """Status and list report every state by the strings that the published clients know."""
     service = ScriptedService({"job": ScriptedJob(state=state)})
     status = ask(service, "/run/by-id/job").json()
     (row,) = ask(service, "/job/self").json()
-    told = tuple(status[key] for key in ("status", "terminal_status", "job_status", "finished_job_status"))
-    assert told == FUSED_FIELDS[state]
+    fields = tuple(status[key] for key in ("status", "terminal_status", "job_status", "finished_job_status"))
+    assert fields == FUSED_FIELDS[state]
     assert (row["job_status"], row["state"]) == (FUSED_FIELDS[state][2], state)
 
 

@@ -225,7 +225,7 @@ def test_every_otel_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_grpc_endpoints(endpoint: str, insecure: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scheme decides about TLS, `insecure` only where there is none, as the specification says."""
+    """The scheme decides about TLS; `insecure` counts only without a scheme, by the specification."""
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_INSECURE", insecure)
@@ -342,7 +342,7 @@ def test_errors_in_the_file_name_key_and_line(text: str, line: int, key: str, wo
 
 
 def test_all_errors_are_told_at_once(write: Write) -> None:
-    """Two wrong keys are two sentences: nobody has to run it twice to see the second."""
+    """Two wrong keys are two lines, so that one run shows both."""
     with pytest.raises(ConfigError) as caught:
         load_settings(write("[agent]\nfoo = 1\n[files]\nkeep = 0"))
     assert [sentence.split(": ")[1] for sentence in str(caught.value).split("\n")] == ["agent.foo", "files.keep"]
@@ -369,7 +369,7 @@ def test_broken_files(content: bytes, words: str, tmp_path: Path) -> None:
 
 
 def test_missing_file_and_directory(tmp_path: Path) -> None:
-    """A path to nothing and to a directory are told apart."""
+    """A missing file and a directory have different messages."""
     with pytest.raises(ConfigError, match="there is no configuration file"):
         load_settings(tmp_path / "none.toml")
     with pytest.raises(ConfigError, match="is a directory"):

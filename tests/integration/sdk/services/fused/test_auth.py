@@ -19,7 +19,7 @@ ENV = {"FUSED_AUTH_TOKEN": SECRET, "FUSED_AUTH_TOKEN_TYPE": "Fused-Service-Token
 
 @pytest.fixture
 def api():
-    """A server that takes any credentials until told otherwise."""
+    """A server that accepts any credentials unless a test limits them."""
     with FakeJobApi() as fake:
         fake.add_job("j")
         yield fake
@@ -126,7 +126,7 @@ def test_a_missing_token_file_is_named(tmp_path):
 
 
 def test_an_expired_login_is_renewed_before_the_request(api, login):
-    """The request already has the new token, and the file holds it for everybody, readable for the owner only."""
+    """The request already has the new token, and so has the file, which only its owner can read."""
     path = login("old", expires_in_s=-1)
     api.oauth_reply = {"access_token": "new", "expires_in": 3600, "refresh_token": "r-2"}
     api.authorizations = {"Bearer new"}

@@ -1,4 +1,4 @@
-"""Requests of the Fused service: what goes over the wire, what is tried again, and what each fault becomes."""
+"""`tailspan.services.fused.http`: requests on the wire, retries, and the error for each fault."""
 
 import asyncio
 import ssl
@@ -252,7 +252,7 @@ def test_a_server_that_is_not_there(api):
 )
 @pytest.mark.parametrize(("verb", "on"), [*GETS, ("log_times_ms", "logs"), ("cancel", "cancel")])
 def test_each_fault_becomes_one_error(api, verb, on, fault, error, words):
-    """Every fault is one of our errors, with the path and what to do, and none is taken for an answer."""
+    """Every fault is one of our errors, with the path and a cure, and never an answer."""
     if verb == "cancel":
         api.fault(status_fault(418, words), on="status")
     api.fault(fault, on=on, times=None)
@@ -263,7 +263,7 @@ def test_each_fault_becomes_one_error(api, verb, on, fault, error, words):
 
 
 def test_a_list_of_another_shape(api):
-    """A list that is none is an error, not an empty list."""
+    """An invalid list is an error, not an empty list."""
     for body in (b"{}", b'[{"name": "x"}]', b"[7]", b"null"):
         api.fault(Fault(body=body), on="list")
         with pytest.raises(ProtocolError, match="array of jobs"):

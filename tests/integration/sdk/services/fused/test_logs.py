@@ -1,6 +1,6 @@
 """Reading logs through the Fused service: what the official client loses or repeats, and ours must not.
 
-Under a server whose since_ms is inclusive and one where it is exclusive, because nobody knows which the real one is.
+With servers whose since_ms is inclusive and exclusive, because it is unknown which the hosted one is.
 """
 
 import asyncio
@@ -59,7 +59,7 @@ def follow(api, reads, **how):
 
 
 def test_lines_that_share_the_newest_ms(api):
-    """Five lines, three of them in the newest ms, two of which come later: 0 lost, 0 repeated."""
+    """Five lines, three in the newest ms, two of these late: none is lost, none is repeated."""
     job = api.add_job("j")
     for text, ms, visible in [("a", 1, 1), ("b", 2, 1), ("c", 3, 1), ("d", 3, 2), ("e", 3, 3)]:
         job.line(text, NOW_MS + ms, from_read=visible)
@@ -296,7 +296,7 @@ def test_a_torn_reply_is_not_the_end(api):
 
 
 def test_times_of_a_short_log_are_read_from_it(api):
-    """One log request tells first and last line, also when they are out of order: never a negative time."""
+    """One log request finds first and last line, also out of order: never a negative time."""
     job = api.add_job("j")
     api._sort = False
     for ms in (500, 900, 100, 300):
@@ -306,7 +306,7 @@ def test_times_of_a_short_log_are_read_from_it(api):
 
 
 def test_times_are_taken_from_the_status_where_it_tells_them(api):
-    """Our own server tells both times, and no log is read at all."""
+    """Our own server reports both times, so no log is read."""
     api.add_job("j", first_line_ms=5, last_line_ms=9)
     assert run(api, lambda service: service.log_times_ms("j")) == (5, 9)
     assert api.asked("logs") == []

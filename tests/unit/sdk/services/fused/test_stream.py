@@ -80,7 +80,7 @@ def test_the_same_elements_however_the_reply_is_cut(elements, sizes, step_bytes,
 
 @given(st.lists(MESSAGE, min_size=1, max_size=6), st.data())
 def test_a_reply_that_breaks_off_is_an_error(elements, data):
-    """What came before the break is given; the break itself is never taken for the end."""
+    """The elements before the break are returned; the break itself is an error, not the end."""
     body = json.dumps(elements).encode()
     body = body[: data.draw(st.integers(0, len(body) - 1))]
     splitter = ArraySplitter(lines, 1)

@@ -126,7 +126,7 @@ def test_states(fields, state):
 
 def test_our_own_keys_are_taken():
     """What our server adds comes through, so that a job has one trace however it is reached."""
-    told = {
+    own = {
         "state": "FAILED",
         "identity": "local-uuid",
         "trace_id": "ab" * 16,
@@ -142,7 +142,7 @@ def test_our_own_keys_are_taken():
         "url": "http://x",
         "logs_complete": True,
     }
-    job = status(**told)
+    job = status(**own)
     assert (job.state, job.identity, job.trace_id, job.attempt) == (JobState.FAILED, "local-uuid", "ab" * 16, 2)
     assert job.submitted_at == datetime(2026, 1, 1, tzinfo=UTC)
     assert job.started_at == datetime(2026, 1, 1, 0, 0, 1, tzinfo=UTC)
