@@ -10,11 +10,12 @@ import re
 
 from tailspan.errors import ConfigError
 
-__all__ = ["check_job_id", "job_hash", "span_id", "trace_id"]
+__all__ = ["check_job_id", "is_trace_id", "job_hash", "span_id", "trace_id"]
 
 _VERSION = "tailspan/1"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _MAX_JOB_ID_CHARS = 512
+_TRACE_ID = re.compile(r"(?!0{32})[0-9a-f]{32}")
 
 
 def _digest(*parts: str) -> bytes:
@@ -49,6 +50,11 @@ def span_id(identity: str, job_id: str, kind: str, attempt: int = 1) -> str:
         16 lower-case hexadecimal digits: the first 8 bytes of the same hash with ``kind`` as a further part.
     """
     return _digest(identity, job_id, str(attempt), kind)[:8].hex()
+
+
+def is_trace_id(text: str) -> bool:
+    """Return whether a text is a valid W3C trace id: 32 lower-case hexadecimal digits, not all zero."""
+    return _TRACE_ID.fullmatch(text) is not None
 
 
 def job_hash(identity: str, job_id: str) -> str:

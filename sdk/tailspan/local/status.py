@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
-from tailspan._identity import trace_id
+from tailspan._identity import is_trace_id, trace_id
 from tailspan.errors import ProtocolError
 from tailspan.local.reader import LogReader, Totals
 from tailspan.local.store import StoredJob, submitted_at_of, time_of
 from tailspan.models import JobState, JobStatus, ListedJob
 
 __all__ = ["row_of", "status_of", "totals_of"]
-
-_TRACE_ID = re.compile(r"(?!0{32})[0-9a-f]{32}")
 
 
 class Owner(Protocol):
@@ -60,7 +57,7 @@ def status_of(job: StoredJob, service: Owner) -> JobStatus:
         parent=spec.get("parent"),
         service=service.name,
         identity=identity,
-        trace_id=stored_trace if _TRACE_ID.fullmatch(stored_trace) else trace_id(identity, job.job_id),
+        trace_id=stored_trace if is_trace_id(stored_trace) else trace_id(identity, job.job_id),
         logs_complete=job.logs_complete,
     )
 

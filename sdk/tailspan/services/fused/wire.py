@@ -7,7 +7,6 @@ sense, because another server may use the same names for other things.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -15,7 +14,7 @@ from urllib.parse import quote, urlsplit
 
 import msgspec
 
-from tailspan._identity import trace_id
+from tailspan._identity import is_trace_id, trace_id
 from tailspan._net import host_port, is_loopback
 from tailspan.errors import ConfigError
 from tailspan.logs.clean import printable
@@ -35,7 +34,6 @@ __all__ = [
 DEFAULT_BASE_URL = "https://www.fused.io/server/v1"
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
-_TRACE_ID = re.compile(r"(?!0{32})[0-9a-f]{32}")
 _MAX_ERROR_CHARS = 500
 
 
@@ -138,7 +136,7 @@ def decode_status(reply: Mapping[str, Any], *, service: str, identity: str) -> J
         service=service,
         identity=identity,
         attempt=attempt,
-        trace_id=own_trace_id if _TRACE_ID.fullmatch(own_trace_id) else trace_id(identity, wire.job_id, attempt),
+        trace_id=own_trace_id if is_trace_id(own_trace_id) else trace_id(identity, wire.job_id, attempt),
         logs_complete=_boolean(reply, "logs_complete"),
     )
 
