@@ -1,4 +1,4 @@
-"""Reload goes by difference: what a changed file leaves alone goes on undisturbed."""
+"""A reload applies the difference: whatever a changed file leaves unchanged is not disturbed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ async def relayed(bench: Bench, *bodies: str) -> None:
 
 @looped
 async def test_a_changed_watch_keeps_its_jobs(bench: Bench) -> None:
-    """Severity, attributes and settling change for the next lines; tailer, cursor and what is in flight stay."""
+    """Severity, attributes and settle time change for the next lines; tailer, cursor and lines in flight stay."""
     bench.fake.add_job("j1")
     bench.fake.add_lines("j1", "[INFO] a")
     async with bench.running() as agent:
@@ -59,8 +59,8 @@ async def test_a_renamed_service_keeps_its_cursors(bench: Bench) -> None:
 
 
 @looped
-async def test_a_changed_endpoint_gets_what_the_old_one_did_not_take(bench: Bench) -> None:
-    """A batch that is in flight to an endpoint that hangs is sent to the new one, byte for byte."""
+async def test_a_changed_endpoint_gets_the_unacknowledged_batch(bench: Bench) -> None:
+    """A batch in flight to an endpoint that hangs is sent to the new one, byte for byte."""
     bench.fake.add_job("j1")
     bench.fake.add_lines("j1", "a")
     bench.collector.always("logs", Reply(hang=True))
@@ -78,7 +78,7 @@ async def test_a_changed_endpoint_gets_what_the_old_one_did_not_take(bench: Benc
 
 @looped
 async def test_a_watch_that_is_removed_and_added_again(bench: Bench) -> None:
-    """Lines that were in flight meanwhile are not read again: the job goes on behind them."""
+    """Lines that were in flight are not read again: the job resumes behind them."""
     bench.services["other"] = FakeService("other", identity="other")
     bench.fake.add_job("j1")
     bench.fake.add_lines("j1", "a", "b")
@@ -98,8 +98,8 @@ async def test_a_watch_that_is_removed_and_added_again(bench: Bench) -> None:
 
 
 @looped
-async def test_a_full_lane_and_a_reload(bench: Bench) -> None:
-    """A tailer that is ended while it waits for room in its lane has not sent that page: the next one does, once."""
+async def test_a_full_queue_and_a_reload(bench: Bench) -> None:
+    """A tailer that ends while it waits for room in the queue has not sent its page: the next one sends it, once."""
     bench.services["other"] = FakeService("other", identity="other")
     bench.services["fake"] = FakeService("fake", page_lines=500)
     bench.fake.add_job("j1")
@@ -118,7 +118,7 @@ async def test_a_full_lane_and_a_reload(bench: Bench) -> None:
 
 @looped
 async def test_a_watch_that_no_longer_matches(bench: Bench) -> None:
-    """Its jobs are let go, the others stay; a wider one takes up what it left out before."""
+    """Its jobs are no longer followed, the others stay; a wider watch follows them again."""
     for name in ("etl", "web"):
         bench.fake.add_job(name)
         bench.fake.add_lines(name, f"{name} 1")
@@ -135,7 +135,7 @@ async def test_a_watch_that_no_longer_matches(bench: Bench) -> None:
 
 @looped
 async def test_secrets_are_redacted_from_the_reload_on(bench: Bench) -> None:
-    """A pattern that was forgotten is added without a restart."""
+    """A missing pattern is added without a restart."""
     bench.fake.add_job("j1")
     bench.fake.add_lines("j1", "token=abc")
     async with bench.running() as agent:
@@ -149,8 +149,8 @@ async def test_secrets_are_redacted_from_the_reload_on(bench: Bench) -> None:
 
 @pytest.mark.parametrize("fault", ["identity", "service", "endpoint"])
 @looped
-async def test_a_configuration_that_cannot_be_changes_nothing(bench: Bench, fault: str) -> None:
-    """The agent goes on with the old one: same watchers, same endpoint, and new lines still arrive."""
+async def test_an_invalid_configuration_changes_nothing(bench: Bench, fault: str) -> None:
+    """The old one stays in force: same discoveries, same endpoint, and new lines still arrive."""
     bench.fake.add_job("j1")
     bench.fake.add_lines("j1", "a")
     async with bench.running() as agent:
@@ -170,7 +170,7 @@ async def test_a_configuration_that_cannot_be_changes_nothing(bench: Bench, faul
 
 @looped
 async def test_hangup_reads_the_file_again(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
-    """SIGHUP goes over to the changed file; a broken one is said and changes nothing; both as often as asked."""
+    """SIGHUP applies a changed file; an invalid file is logged and changes nothing; every signal counts."""
     caplog.set_level("INFO")
     bench.fake.add_job("j1")
     path = bench.config()
@@ -188,9 +188,9 @@ async def test_hangup_reads_the_file_again(bench: Bench, caplog: pytest.LogCaptu
 
 
 @looped
-async def test_systemd_is_told_when_a_reload_begins_and_ends(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also of one that fails: `systemctl reload` waits for the end, and the agent goes on in any case."""
-    # tmp_path can be longer than a socket's address may be
+async def test_systemd_is_notified_when_a_reload_starts_and_ends(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if it fails: `systemctl reload` waits for the end, and the agent keeps running in any case."""
+    # tmp_path can be longer than the address of a socket
     with tempfile.TemporaryDirectory(dir="/tmp") as directory, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
         end.bind(f"{directory}/notify")
         end.setblocking(False)
@@ -208,8 +208,8 @@ async def test_systemd_is_told_when_a_reload_begins_and_ends(bench: Bench, monke
 
 
 @looped
-async def test_what_waits_for_the_next_start_is_said(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
-    """Keys that a running agent cannot take up are named."""
+async def test_keys_that_need_a_restart_are_logged(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """The log names keys that a running agent cannot apply."""
     async with bench.running() as agent:
         await agent.reload(bench.settings(listen="127.0.0.1:0", otlp={"signals": ["logs"]}))
     assert "agent.listen changed" in caplog.text
@@ -218,7 +218,7 @@ async def test_what_waits_for_the_next_start_is_said(bench: Bench, caplog: pytes
 
 @looped
 async def test_nothing_changed(bench: Bench) -> None:
-    """The same file again touches no tailer, no service and no endpoint."""
+    """The same file again changes no tailer, no service and no endpoint."""
     bench.fake.add_job("j1")
     async with bench.running() as agent:
         await until(lambda: agent.tailers)
@@ -232,7 +232,7 @@ async def test_nothing_changed(bench: Bench) -> None:
 
 @looped
 async def test_a_reload_while_the_agent_starts_or_stops_follows_nothing_twice(bench: Bench) -> None:
-    """It waits for the start, and comes to nothing after the stop: each line is relayed by one tailer."""
+    """It waits for the start, and does nothing after the stop: one tailer relays each line."""
     bench.fake.add_job("j1")
     bench.fake.add_lines("j1", "a")
     agent = bench.agent()
@@ -249,8 +249,8 @@ async def test_a_reload_while_the_agent_starts_or_stops_follows_nothing_twice(be
 
 
 @looped
-async def test_a_reload_in_the_middle_of_a_look_counts_for_what_it_had_found(bench: Bench) -> None:
-    """A job that was listed by the old watches and not yet begun is not followed by them."""
+async def test_a_reload_during_a_scan_applies_to_the_jobs_of_the_scan(bench: Bench) -> None:
+    """A job that was listed under the old watches, but not started yet, is matched by the new ones."""
     service = bench.services["fake"] = SlowToName()
     for job_id in ("j1", "j2"):
         service.add_job(job_id)
@@ -263,7 +263,7 @@ async def test_a_reload_in_the_middle_of_a_look_counts_for_what_it_had_found(ben
 
 
 class SlowToName(OddService):
-    """A service whose list has no names, and that takes its time to tell the second one."""
+    """A service whose list has no names, and that delays the status of one job."""
 
     def __init__(self) -> None:
         super().__init__("fake", poll_max_s=30.0, polls_are_free=False)
@@ -271,7 +271,7 @@ class SlowToName(OddService):
         self.asked, self.answers = asyncio.Event(), asyncio.Event()
 
     async def get_job(self, job_id: str) -> RunResponse:
-        """Return the status of the job that is listed first at once, of the other one when the test lets it."""
+        """Return a status; for ``j1`` only once the test allows it."""
         if job_id == "j1":
             self.asked.set()
             await self.answers.wait()

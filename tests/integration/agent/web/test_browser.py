@@ -12,7 +12,7 @@ import pytest
 from tailspan.models import JobState
 from tailspan.testing import FakeService
 from tailspan_agent.agent import Agent
-from tailspan_agent.web import event_stream as live
+from tailspan_agent.web import event_stream
 from tests.fakes.agents import Bench, until
 
 pytestmark = [
@@ -36,11 +36,11 @@ JOBS = 10_000
 
 
 class Site:
-    """A running agent with its page, for a browser that has a thread of its own.
+    """A running agent with its page, for a browser in another thread.
 
     Attributes:
-        url: Where the page is.
-        fake: The service whose jobs are shown.
+        url: The URL of the page.
+        fake: The service with the jobs.
     """
 
     def __init__(self, url: str, fake: FakeService, loop: asyncio.AbstractEventLoop) -> None:
@@ -49,7 +49,7 @@ class Site:
         self._loop = loop
 
     def call(self, change: Callable[..., object], *args: object, **keys: object) -> None:
-        """Change the service in the agent's loop, and wait until that is done."""
+        """Change the service in the agent's loop, and wait for the change."""
 
         async def run() -> None:
             change(*args, **keys)
@@ -61,7 +61,7 @@ class Site:
 def serving(
     bench: Bench, tab, ready: Callable[[Agent], bool] = lambda _: True, watches: Sequence[dict] = (), **keys
 ) -> Iterator[Site]:
-    """Run an agent in a thread until the block ends and the tab has left it; `ready` says when the tab may come."""
+    """Run an agent in a thread until the block ends and the tab has left it; the block starts once `ready` is true."""
     started, ended = threading.Event(), threading.Event()
     found: list[Site] = []
 
@@ -98,7 +98,7 @@ def add(bench: Bench, job_id: str, *lines: str, state: JobState = JobState.SUCCE
 
 
 def seen(bench: Bench, *job_ids: str) -> Callable[[Agent], bool]:
-    """Say when the receipts of these jobs were received."""
+    """Return a condition: the collector has the receipts of these jobs."""
     return lambda _: set(job_ids) <= set(bench.receipts())
 
 
@@ -115,13 +115,13 @@ def chromium():
 
 @pytest.fixture
 def tab(chromium):
-    """Open a browser of its own for a test; no script may fail there, and no policy may be broken."""
+    """Open a browser context for a test; no script may fail in it, and no policy may be violated."""
     context = chromium.new_context(viewport={"width": 1280, "height": 800})
     page = context.new_page()
     page.set_default_timeout(15_000)
     page.problems = []
     page.on("pageerror", lambda error: page.problems.append(str(error)))
-    page.on("console", lambda said: page.problems.append(said.text) if said.type == "error" else None)
+    page.on("console", lambda message: page.problems.append(message.text) if message.type == "error" else None)
     yield page
     context.close()
     assert page.problems == []
@@ -153,7 +153,7 @@ def test_every_page_opens_from_its_tab(bench, tab):
 
 
 def test_a_job_that_starts_appears_and_changes_without_a_reload(bench, tab):
-    """A new job, its progress and its end come by themselves, into the page that was loaded."""
+    """A new job, its progress and its end appear in the loaded page by themselves."""
     with serving(bench, tab) as site:
         tab.goto(site.url)
         tab.locator("#empty", has_text="tailspan run -- echo hello").wait_for()
@@ -186,7 +186,7 @@ def test_the_log_of_a_running_job_is_followed(bench, tab):
 
 
 def test_search_by_key_finds_jobs_and_lines(bench, tab):
-    """The slash leads to the search; what was searched is in the URL."""
+    """The slash focuses the search; the searched text is in the URL."""
     add(bench, "a-1", "needle here", "hay", job_name="alpha")
     add(bench, "b-1", "x", job_name="beta")
     with serving(bench, tab, seen(bench, "a-1", "b-1")) as site:
@@ -197,7 +197,7 @@ def test_search_by_key_finds_jobs_and_lines(bench, tab):
         tab.wait_for_url("**q=alph**")
         assert tab.locator("#rows td.name a").all_inner_texts() == ["alpha"]
         tab.get_by_role("link", name="alpha").click()
-        # The script shows its buttons once it hears keys; a busy machine shows lines long before.
+        # The script shows its buttons once it handles keys; on a busy machine lines appear long before.
         tab.get_by_role("button", name="Keyboard shortcuts").wait_for()
         tab.keyboard.press("/")
         tab.keyboard.type("needle")
@@ -207,7 +207,7 @@ def test_search_by_key_finds_jobs_and_lines(bench, tab):
 
 
 def test_keys_go_through_the_table_and_back(bench, tab):
-    """j and k move a focus that is seen, Enter opens, u goes up, ? shows the keys, Tab finds the skip link."""
+    """j and k move a visible focus, Enter opens, u goes up, ? lists the keys, Tab finds the skip link."""
     add(bench, "a-1", "x", job_name="alpha")
     add(bench, "b-1", "x", job_name="beta")
     with serving(bench, tab, seen(bench, "a-1", "b-1")) as site:
@@ -233,7 +233,7 @@ def test_keys_go_through_the_table_and_back(bench, tab):
 
 
 def test_keys_can_be_turned_off(bench, tab):
-    """A letter that was meant for something else then does nothing, also after a reload; the button shows the keys."""
+    """A letter then does nothing, also after a reload; the button still lists the keys."""
     add(bench, "a-1", "x", job_name="alpha")
     with serving(bench, tab, seen(bench, "a-1")) as site:
         tab.goto(site.url)
@@ -253,7 +253,7 @@ def test_keys_can_be_turned_off(bench, tab):
 
 
 def test_a_service_is_chosen_by_the_keyboard_without_leaving(bench, tab):
-    """Arrow keys go through the list; only the button asks."""
+    """Arrow keys change the selection; only the button submits it."""
     bench.services["other"] = FakeService("other", identity="other")
     add(bench, "a-1", "x", job_name="alpha")
     with serving(bench, tab, watches=[{"discover": True}, {"service": "other", "discover": True}]) as site:
@@ -270,7 +270,7 @@ def test_a_service_is_chosen_by_the_keyboard_without_leaving(bench, tab):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_light_and_dark_follow_the_system_and_the_switch(bench, tab, scheme):
-    """The system's choice is taken, the switch turns it round and is remembered; text has the contrast of WCAG AA."""
+    """The system's setting applies, the switch reverses it and is stored; text has the contrast of WCAG AA."""
     tab.emulate_media(color_scheme=scheme)
     with serving(bench, tab) as site:
         tab.goto(site.url)
@@ -285,7 +285,7 @@ def test_light_and_dark_follow_the_system_and_the_switch(bench, tab, scheme):
 
 
 def test_no_text_of_a_job_acts_in_the_browser(bench, tab):
-    """Names, lines and errors with markup are shown as they are, also when they come by a live update."""
+    """Names, lines and errors with markup are shown as text, also in a live update."""
     add(bench, "evil", EVIL, f"ERROR {EVIL}", state=JobState.FAILED, job_name=EVIL, error=EVIL, attributes={EVIL: EVIL})
     bench.fake.add_job("live", job_name=f"live {EVIL}")
     bench.fake.add_lines("live", EVIL)
@@ -303,14 +303,14 @@ def test_no_text_of_a_job_acts_in_the_browser(bench, tab):
 
 
 def hide(tab, hidden: bool) -> None:
-    """Let a tab go behind others, or come back."""
+    """Hide a tab, or show it again."""
     script = "hidden => Object.defineProperty(document, 'hidden', {value: hidden, configurable: true})"
     tab.evaluate(script, hidden)
     tab.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
 
 
 def test_many_tabs_do_not_keep_each_other_from_loading(bench, tab):
-    """Only the tab that is looked at holds one of the six connections; one that comes back goes on."""
+    """Only the visible tab holds one of the six connections; a tab that is shown again resumes."""
     bench.fake.add_job("busy", job_name="train")
     bench.fake.add_lines("busy", "first")
     with serving(bench, tab, lambda _: bool(bench.bodies("busy"))) as site:
@@ -326,7 +326,7 @@ def test_many_tabs_do_not_keep_each_other_from_loading(bench, tab):
 
 
 def test_live_updates_leave_the_focus_where_it_is(bench, tab):
-    """Whoever goes through links by the keyboard is not thrown back each second."""
+    """Moving through links by the keyboard does not start over every second."""
     bench.fake.add_job("busy", job_name="train")
     with serving(bench, tab, lambda agent: bool(agent.followed_jobs())) as site:
         tab.goto(site.url)
@@ -338,17 +338,17 @@ def test_live_updates_leave_the_focus_where_it_is(bench, tab):
             assert tab.evaluate("document.activeElement.pathname + document.activeElement.search") == text
 
 
-def test_a_page_that_is_not_live_says_so(bench, tab, monkeypatch):
-    """Where too many are looking the page stays as it was loaded, and its reader is told."""
-    monkeypatch.setattr(live, "_MAX_STREAMS", 0)
+def test_a_page_that_is_not_live_is_labelled(bench, tab, monkeypatch):
+    """With too many live pages, a page stays as it was loaded and says that it is not live."""
+    monkeypatch.setattr(event_stream, "_MAX_STREAMS", 0)
     with serving(bench, tab) as site:
         tab.goto(site.url)
         tab.get_by_text("not live").wait_for()
-    tab.problems.clear()  # the browser tells of the answer 503
+    tab.problems.clear()  # the browser reports the response 503
 
 
 def test_a_job_is_canceled_by_its_button(bench, tab):
-    """The button asks first; then the job is canceled, from the browser's own form with the browser's own headers."""
+    """After a confirmation the job is cancelled, by the browser's own form with the browser's own headers."""
     bench.fake.add_job("busy", job_name="train")
     tab.on("dialog", lambda dialog: dialog.accept())
     with serving(bench, tab, lambda agent: bool(agent.tailers), allow_cancel=True) as site:
@@ -382,7 +382,7 @@ def test_a_phone_shows_all_without_scrolling_sideways(bench, tab):
 
 
 def test_the_pages_work_without_javascript(bench, chromium):
-    """Without scripts the table, the search, a job and its log are there all the same."""
+    """Without scripts the table, the search, a job and its log still work."""
     add(bench, "a-1", "needle", "hay", job_name="alpha")
     context = chromium.new_context(java_script_enabled=False)
     tab = context.new_page()
@@ -396,8 +396,8 @@ def test_the_pages_work_without_javascript(bench, chromium):
     context.close()
 
 
-def test_ten_thousand_jobs_are_looked_through_without_a_hitch(bench, tab):
-    """With 10,000 running jobs a page is a small document, and the one searched for is found at once."""
+def test_ten_thousand_jobs_do_not_slow_the_page_down(bench, tab):
+    """With 10,000 running jobs a page is a small document, and a search finds its job at once."""
     for number in range(JOBS):
         bench.fake.add_job(f"j-{number}", job_name=f"pipeline-{number % 50}")
     with serving(bench, tab, lambda agent: len(agent.followed_jobs()) == JOBS) as site:

@@ -1,4 +1,4 @@
-"""Live updates to clients that are slow, many or gone, and of jobs whose service is: none of them holds up another."""
+"""Live updates to slow, numerous or vanished clients: none of them delays another."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from collections.abc import AsyncGenerator
 import pytest
 
 from tailspan_agent.agent import Agent
-from tailspan_agent.web import event_stream as live
-from tailspan_agent.web import server as status_server
+from tailspan_agent.web import event_stream, server
 from tailspan_agent.web.event_stream import EventStreams
 from tests.fakes.agents import looped, until
-from tests.integration.agent.web.test_page import looking
+from tests.integration.agent.web.test_page import browsing
 
 
-class Unread:
-    """A client that asks for a stream of much text and never reads a byte of it."""
+class SilentClient:
+    """A client that requests a stream of much text and never reads a byte of it."""
 
     def __init__(self, agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
         assert agent.server is not None
@@ -31,17 +30,17 @@ class Unread:
         self.is_closed = False
 
     async def events(self) -> AsyncGenerator[str, None]:
-        """Make a large event whenever the last one was sent."""
+        """Yield a large event as soon as the last one was sent."""
         try:
             while True:
                 self.made += 1
-                yield live.format_event("jobs", {"text": "x" * 4_000_000})
+                yield event_stream.format_event("jobs", {"text": "x" * 4_000_000})
                 await asyncio.sleep(0)
         finally:
             self.is_closed = True
 
-    async def stalls(self) -> None:
-        """Wait until no more is sent to it."""
+    async def until_stalled(self) -> None:
+        """Wait until nothing more can be sent to it."""
         await until(lambda: self.made)
         made = 0
         while made != self.made:
@@ -50,11 +49,11 @@ class Unread:
 
 
 @looped
-async def test_who_never_reads_is_dropped(bench, monkeypatch, caplog):
-    """Its place and what was made for it are given back after a while, without a word in the log."""
-    monkeypatch.setattr(status_server, "_READ_TIMEOUT_S", 0.2)
-    async with looking(bench) as (agent, _):
-        client = Unread(agent, monkeypatch)
+async def test_a_client_that_never_reads_is_dropped(bench, monkeypatch, caplog):
+    """Its place and its buffers are released after the read timeout, without a line in the log."""
+    monkeypatch.setattr(server, "_READ_TIMEOUT_S", 0.2)
+    async with browsing(bench) as (agent, _):
+        client = SilentClient(agent, monkeypatch)
         with client.socket:
             await until(lambda: client.is_closed)
     assert [record.message for record in caplog.records if record.name.startswith("uvicorn")] == []
@@ -62,12 +61,12 @@ async def test_who_never_reads_is_dropped(bench, monkeypatch, caplog):
 
 @looped
 async def test_an_agent_stops_although_a_client_never_reads(bench, monkeypatch, caplog):
-    """Neither in its time nor when that is over does a client that never reads keep the agent from its end."""
-    monkeypatch.setattr(live, "_STREAM_S", 0.2)
-    async with looking(bench) as (agent, _):
-        client = Unread(agent, monkeypatch)
-        await client.stalls()
-        await asyncio.sleep(0.3)  # the time of the stream is over
+    """A client that never reads does not delay the agent's end, neither during its stream nor after it."""
+    monkeypatch.setattr(event_stream, "_STREAM_S", 0.2)
+    async with browsing(bench) as (agent, _):
+        client = SilentClient(agent, monkeypatch)
+        await client.until_stalled()
+        await asyncio.sleep(0.3)  # until the stream's time is up
     client.socket.close()
     assert client.is_closed
     assert [record.message for record in caplog.records if record.name.startswith("uvicorn")] == []

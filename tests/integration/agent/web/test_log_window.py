@@ -1,4 +1,4 @@
-"""The part of a log that the page shows: of slow services, long logs and ones that the agent is behind."""
+"""Log windows of slow services, of long logs and of logs that the agent has not read to the end."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from tailspan_agent.web import log_window, views
 from tailspan_agent.web.log_window import LogWindowReader
 from tests.fakes.agents import looped, until
 from tests.fakes.collector import Reply
-from tests.integration.agent.web.test_page import ended, job_page, looking, next_event, relayed
+from tests.integration.agent.web.test_page import browsing, ended, job_page, next_event, relayed
 
 
 class SlowService(FakeService):
-    """Each page takes its time, and the log of one job may never come.
+    """A service with slow pages, a job whose log hangs, and errors on demand.
 
     Attributes:
-        page_s: How long a page takes, in seconds.
-        hangs: The job whose log never comes.
-        error: What every read of a log raises.
+        page_s: The time after each page, in seconds.
+        hangs: The job whose log never arrives.
+        error: Raised by every read of a log.
     """
 
     page_s = 0.0
@@ -45,7 +45,7 @@ class SlowService(FakeService):
 
 
 def slow(lines: int, *, page_lines: int, page_s: float = 0.0) -> SlowService:
-    """Make a service with one job ``a`` whose lines are numbers from 0."""
+    """Create a service with one job ``a`` whose lines are numbers from 0."""
     service = SlowService(page_lines=page_lines)
     service.add_job("a")
     service.add_lines("a", *map(str, range(lines)), timestamp_ms=int(time.time() * 1000) - lines, step_ms=1)
@@ -54,20 +54,20 @@ def slow(lines: int, *, page_lines: int, page_s: float = 0.0) -> SlowService:
 
 
 def numbers(text: str) -> list[int]:
-    """Return the numbers of the lines that a page shows."""
+    """Return the line numbers on a page."""
     return [int(found) for found in re.findall(r'<tr id="L(\d+)"', text)]
 
 
-def ways_on(text: str) -> list[str]:
-    """Return what a page says before and behind its lines."""
+def hints(text: str) -> list[str]:
+    """Return the texts with links before and after the lines of a page."""
     return [html.unescape(found) for found in re.findall(r'class="more">(.*?)</p>', text)]
 
 
 @looped
-async def test_lines_that_came_in_time_are_not_called_missing(bench, monkeypatch):
-    """A slow log is shown as far as it was read, and goes on behind that rather than with the same lines."""
+async def test_a_slow_log_is_shown_as_far_as_it_was_read(bench, monkeypatch):
+    """The link to later lines continues after the last line that was read."""
     bench.services["fake"] = service = slow(30, page_lines=1)
-    async with looking(bench) as (_, client):
+    async with browsing(bench) as (_, client):
         await bench.received(lambda: len(bench.bodies("a")) == 30)
         monkeypatch.setattr(log_window, "_SCAN_S", 0.05)
         service.page_s = 0.02
@@ -75,29 +75,29 @@ async def test_lines_that_came_in_time_are_not_called_missing(bench, monkeypatch
         part = (await job_page(client, "a", **{"from": 1})).text
         far = (await job_page(client, "a", **{"from": 30})).text
     assert whole.status_code == 200
-    shown = numbers(part)
-    assert shown == list(range(1, len(shown) + 1)) != []
-    assert ways_on(part) == [f'<a href="/job?service=fake&id=a&from={len(shown) + 1}#log">Later lines</a>']
-    assert "Line 30 was not reached in time" in ways_on(far)[-1]
+    read = numbers(part)
+    assert read == list(range(1, len(read) + 1)) != []
+    assert hints(part) == [f'<a href="/job?service=fake&id=a&from={len(read) + 1}#log">Later lines</a>']
+    assert "Line 30 was not reached in time" in hints(far)[-1]
 
 
 @looped
-async def test_the_end_of_a_log_is_its_end_although_the_agent_is_behind(bench):
-    """While the endpoint is down the page shows the newest lines of a job, not where the agent has stopped."""
+async def test_the_end_of_a_log_does_not_depend_on_the_agents_progress(bench):
+    """While the endpoint is down the page shows the newest lines of a job, not those where the agent has stopped."""
     bench.collector.always("logs", Reply(503))
     bench.fake.add_job("a")
     bench.fake.add_lines("a", *map(str, range(5000)))
-    async with looking(bench) as (_, client):
+    async with browsing(bench) as (_, client):
         await until(lambda: ("read_logs", "a") in bench.fake.calls)
         assert numbers((await job_page(client, "a")).text) == list(range(4801, 5001))
 
 
 @looped
-async def test_live_updates_begin_with_what_the_page_shows(bench):
-    """The lines of a short log do not vanish as soon as it is followed."""
+async def test_live_updates_start_with_the_lines_of_the_page(bench):
+    """The lines of a short log do not disappear when its live updates start."""
     bench.fake.add_job("a")
     bench.fake.add_lines("a", *map(str, range(450)))
-    async with looking(bench) as (_, client):
+    async with browsing(bench) as (_, client):
         await bench.received(lambda: len(bench.bodies("a")) == 450)
         page = (await job_page(client, "a")).text
         async with client.stream("GET", "/events/job?service=fake&id=a") as answer:
@@ -106,8 +106,8 @@ async def test_live_updates_begin_with_what_the_page_shows(bench):
 
 
 @looped
-async def test_lines_that_are_not_the_last_are_not_called_so(monkeypatch):
-    """The end of a long log is looked for where its service says that it is; where it is not found, that is said."""
+async def test_the_end_of_a_long_log_is_read_by_its_time(monkeypatch):
+    """The read starts near the time of the newest line; if it does not reach the end, the window says so."""
     monkeypatch.setattr(log_window, "_SCAN_S", 0.1)
     far_ns = int((time.time() - 3600) * 1e9)
     service = slow(20_000, page_lines=100, page_s=0.02)
@@ -124,8 +124,8 @@ async def test_lines_that_are_not_the_last_are_not_called_so(monkeypatch):
 
 
 @looped
-async def test_a_service_that_hangs_keeps_nobody_from_the_logs_of_another(bench, monkeypatch):
-    """However many look at its jobs."""
+async def test_a_service_that_hangs_does_not_block_the_logs_of_another(bench, monkeypatch):
+    """However many browsers wait for its jobs."""
     bench.services["other"] = other = SlowService("other", identity="other")
     other.add_job("h")
     other.add_lines("h", "x")
@@ -146,10 +146,10 @@ async def test_a_service_that_hangs_keeps_nobody_from_the_logs_of_another(bench,
 
 
 @looped
-async def test_a_log_that_is_gone_neither_breaks_nor_hangs_its_live_updates(bench, caplog):
-    """What is known without the log is told, up to the job's end, and the agent's own log has no word of it."""
+async def test_live_updates_survive_a_lost_log(bench, caplog):
+    """They still send the head and lines that return, and the agent's own log stays silent."""
     bench.services["fake"] = service = slow(1, page_lines=10)
-    async with looking(bench) as (_, client):
+    async with browsing(bench) as (_, client):
         await bench.received(lambda: bench.bodies("a"))
         service.error = ServiceUnavailableError("gone", service="fake", job_id="a")
         async with client.stream("GET", "/events/job?service=fake&id=a") as answer:
@@ -165,12 +165,12 @@ async def test_a_log_that_is_gone_neither_breaks_nor_hangs_its_live_updates(benc
 
 
 @looped
-async def test_a_log_that_is_read_slowly_is_followed_all_the_same(bench, monkeypatch):
-    """Live updates show how far reading went rather than begin anew each time; what they leave out is said."""
+async def test_live_updates_of_a_slow_log_make_progress(bench, monkeypatch):
+    """Each update resumes where the last one stopped, and carries the number of skipped lines."""
     monkeypatch.setattr(views, "_SERVICE_TIMEOUT_S", 1)
     monkeypatch.setattr(log_window, "_SCAN_S", 0.3)
     bench.services["fake"] = service = slow(1, page_lines=1)
-    async with looking(bench) as (_, client):
+    async with browsing(bench) as (_, client):
         await bench.received(lambda: bench.bodies("a"))
         async with client.stream("GET", "/events/job?service=fake&id=a") as answer:
             lines = answer.aiter_lines()
@@ -186,11 +186,11 @@ async def test_a_log_that_is_read_slowly_is_followed_all_the_same(bench, monkeyp
 
 @looped
 async def test_the_first_error_of_a_long_log_is_found_in_many_steps(bench, monkeypatch):
-    """A browser follows some 20 redirects; a page that goes on by itself takes any number, and says how far it is."""
+    """Browsers limit redirects to about 20; a page that refreshes itself has no limit, and shows its progress."""
     monkeypatch.setattr(log_window, "_SCAN_S", 0.0)
     bench.services["fake"] = FakeService(page_lines=10)
     ended(bench, "a", *["INFO fine"] * 100, "ERROR broken")
-    async with looking(bench) as (_, client):
+    async with browsing(bench) as (_, client):
         await relayed(bench, "a")
         steps, answer = 0, await job_page(client, "a", jump="error")
         while answer.status_code == 200:
@@ -202,17 +202,17 @@ async def test_the_first_error_of_a_long_log_is_found_in_many_steps(bench, monke
 
 
 @looped
-async def test_a_page_of_many_times_is_looked_through_in_linear_time():
-    """A service that knows only times has a run for each line; 500 of them must not hold up the loop for long."""
-    # Going through the runs for each line took 150 us a line: this log was left unfinished after the 2 s for it.
+async def test_a_page_with_many_times_is_searched_in_linear_time():
+    """A service with times only has one run per line; 500 of them must not block the loop for long."""
+    # A linear search for each line took 150 us a line, so that the 2 s did not suffice for this log.
     found = await LogWindowReader(str).search(slow(20_000, page_lines=5000), "a", "nothing")
     assert found.reached is None
 
 
 @pytest.mark.parametrize("word", ["needle", "NEEDLE"])
 @looped
-async def test_a_search_finds_also_what_stands_far_behind_in_a_line(word):
-    """A long line is cut off where it is shown, not where it is searched."""
+async def test_a_search_covers_all_of_a_long_line(word):
+    """A long line is truncated for display, not for the search."""
     service = slow(1, page_lines=10)
     service.add_lines("a", "x" * 10_000 + "needle")
     found = await LogWindowReader(str).search(service, "a", word)

@@ -1,4 +1,4 @@
-"""The agent's page over real HTTP: what it shows, whom it lets in, and that no text of a job acts on a browser."""
+"""The agent's page over real HTTP: content, access control, and no text of a job acts in a browser."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOKEN = "page-tökén-s3cret"
 
 
 @asynccontextmanager
-async def looking(bench: Bench, *watches: dict, **keys) -> AsyncIterator[tuple[Agent, httpx.AsyncClient]]:
+async def browsing(bench: Bench, *watches: dict, **keys) -> AsyncIterator[tuple[Agent, httpx.AsyncClient]]:
     """Run an agent with its page, and a browser-like client."""
     async with bench.running(*watches, listen="127.0.0.1:0", **keys) as agent:
         assert agent.server is not None
@@ -38,18 +38,18 @@ async def looking(bench: Bench, *watches: dict, **keys) -> AsyncIterator[tuple[A
 
 
 def ended(bench: Bench, job_id: str, *lines: str, state: JobState = JobState.SUCCEEDED, **fields) -> None:
-    """Add a job that has ended."""
+    """Add an ended job."""
     bench.fake.add_job(job_id, **fields)
     bench.fake.add_lines(job_id, *lines)
     bench.fake.set_state(job_id, state)
 
 
 async def relayed(bench: Bench, *job_ids: str) -> None:
-    """Wait until the receipts of these jobs were received."""
+    """Wait until the collector has the receipts of these jobs."""
     await bench.received(lambda: set(job_ids) <= set(bench.receipts()))
 
 
-def shown_ids(text: str) -> list[str]:
+def listed_ids(text: str) -> list[str]:
     """Return the ids of the jobs in a table, in order."""
     return [html.unescape(found) for found in re.findall(r'class="id" title="([^"]*)"', text)]
 
@@ -61,32 +61,32 @@ async def job_page(client: httpx.AsyncClient, job_id: str, **query) -> httpx.Res
 
 @looped
 async def test_jobs_are_listed_running_ones_first(bench):
-    """The table has running and ended jobs with state, last line and number of lines; ended ones survive a restart."""
+    """The table has running and ended jobs with state, last line and line count; ended ones survive a restart."""
     ended(bench, "old", "one", "two", job_name="nightly")
     bench.fake.add_job("busy", job_name="train", total_tasks=4, finished_tasks=1)
     bench.fake.add_lines("busy", "loading")
-    async with looking(bench) as (_, client):
+    async with browsing(bench) as (_, client):
         await relayed(bench, "old")
         await bench.received(lambda: bench.bodies("busy"))
         text = (await client.get("/")).text
-    assert shown_ids(text) == ["busy", "old"]
+    assert listed_ids(text) == ["busy", "old"]
     assert ">nightly</a>" in text
     assert 'value="0.2500"' in text
     assert "loading" in text
-    async with looking(bench) as (agent, client):
+    async with browsing(bench) as (agent, client):
         await until(lambda: agent.tailers)
-        assert "old" in shown_ids((await client.get("/")).text)
+        assert "old" in listed_ids((await client.get("/")).text)
 
 
 @looped
 async def test_jobs_are_filtered_by_text_state_and_service(bench):
-    """Filters are in the URL, so that a look can be shared; counts say what else there is."""
+    """Filters are in the URL, so that a view can be shared; invalid filters are ignored."""
     ended(bench, "a-1", "x", job_name="alpha")
     ended(bench, "b-1", "x", job_name="beta", state=JobState.FAILED)
-    async with looking(bench) as (_, client):
+    async with browsing(bench) as (_, client):
         await relayed(bench, "a-1", "b-1")
         found = {
-            query: shown_ids((await client.get(f"/?{query}")).text)
+            query: listed_ids((await client.get(f"/?{query}")).text)
             for query in ("q=ALPH", "q=b-", "state=failed", "state=running", "service=none", "q=&page=9", "page=x")
         }
     assert found == {
@@ -102,7 +102,7 @@ async def test_jobs_are_filtered_by_text_state_and_service(bench):
 
 
 class Markup(HTMLParser):
-    """What a browser would see: which attributes there are, and where scripts come from."""
+    """The parsed page: names of attributes, and sources of scripts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,20 +110,20 @@ class Markup(HTMLParser):
         self.scripts: set[str | None] = set()
 
     def handle_starttag(self, tag, attrs):
-        """Note an element."""
+        """Record an element."""
         self.attributes |= {name for name, _ in attrs}
         if tag == "script":
             self.scripts.add(dict(attrs).get("src"))
 
 
 @looped
-async def test_nothing_that_a_job_says_becomes_markup(bench):
-    """Names, ids, lines, errors and attributes are text, whatever they hold, and cannot reorder what is around them."""
+async def test_no_text_of_a_job_becomes_markup(bench):
+    """Names, ids, lines, errors and attributes stay text and cannot reorder the text around them."""
     ended(
         bench, "evil", EVIL, f"ERROR {EVIL}", state=JobState.FAILED, job_name=EVIL, error=EVIL, attributes={EVIL: EVIL},
         url="javascript:alert(1)",
     )  # fmt: skip
-    async with looking(bench) as (_, client):
+    async with browsing(bench) as (_, client):
         await relayed(bench, "evil")
         pages = [
             await client.get("/"),
@@ -152,14 +152,14 @@ async def test_nothing_that_a_job_says_becomes_markup(bench):
 
 
 @looped
-async def test_texts_that_are_no_utf8_do_not_break_the_page(bench):
-    """Names, tags, commands and errors may hold undecodable bytes; a name's link finds the jobs of that name."""
-    odd = "caf\udce9\ud800"
-    texts = {"job_name": odd, "error": odd, "attributes": {odd: odd}, "details": {"process.command_line": odd}}
-    texts |= {"url": f"http://host/{odd}", "instance_id": odd}
+async def test_texts_that_are_not_utf8_do_not_break_the_page(bench):
+    """Names, tags, commands and errors may contain undecodable bytes; the link of a name finds its jobs."""
+    bad = "caf\udce9\ud800"
+    texts = {"job_name": bad, "error": bad, "attributes": {bad: bad}, "details": {"process.command_line": bad}}
+    texts |= {"url": f"http://host/{bad}", "instance_id": bad}
     bench.fake.add_job("busy", **texts)
-    ended(bench, "sad", f"ERROR {odd}", state=JobState.FAILED, **texts)
-    async with looking(bench) as (_, client):
+    ended(bench, "sad", f"ERROR {bad}", state=JobState.FAILED, **texts)
+    async with browsing(bench) as (_, client):
         await relayed(bench, "sad")
         pages = {job_id: (await job_page(client, job_id)).text for job_id in ("busy", "sad")}
         link = html.unescape(re.search(r'href="(/\?q=[^"]+)"', pages["busy"])[1])
@@ -171,20 +171,20 @@ async def test_texts_that_are_no_utf8_do_not_break_the_page(bench):
             for path in ("/", "/pipelines", "/agent", "/job?service=fake&id=%ED%B3%A9")
         ]
     assert all(">caf??" in page and "http://host/caf??" in page for page in pages.values())
-    assert shown_ids(found) == ["busy", "sad"]
+    assert listed_ids(found) == ["busy", "sad"]
     assert set(event["order"]) == {"fake\0busy", "fake\0sad"}
     assert others == [200, 200, 200, 404]
-    assert job_path("fake", odd, q=odd) == "/job?service=fake&id=caf%3F%3F&q=caf%3F%3F"
+    assert job_path("fake", bad, q=bad) == "/job?service=fake&id=caf%3F%3F&q=caf%3F%3F"
 
 
 @looped
-async def test_a_failed_job_says_why_on_top_and_its_log_can_be_searched(bench):
-    """The digest stands before the log; search shows lines with their numbers, a jump goes to the first error."""
+async def test_a_failed_job_has_its_failure_on_top_and_a_searchable_log(bench):
+    """The failure comes before the log; a search shows numbered lines; a jump leads to the first error."""
     lines = [f"INFO step {number}" for number in range(1, 1200)]
     trace = ["Traceback (most recent call last):", '  File "a.py", line 1, in <module>', "    boom()", "ValueError: no"]
     ended(bench, "sad", *lines, "ERROR it broke", *trace, state=JobState.FAILED, exit_code=3)
     ended(bench, "traced", "fine", *trace, state=JobState.FAILED)
-    async with looking(bench) as (_, client):
+    async with browsing(bench) as (_, client):
         await relayed(bench, "sad", "traced")
         page = (await job_page(client, "sad")).text
         found = (await job_page(client, "sad", q="STEP 7")).text
@@ -208,12 +208,12 @@ async def test_a_failed_job_says_why_on_top_and_its_log_can_be_searched(bench):
 
 
 @looped
-async def test_a_job_links_to_its_trace_and_a_failure_to_the_ones_before(bench):
-    """Links are those of the configuration, filled in; a failure that came before is told to be the same."""
+async def test_a_job_links_to_its_trace_and_counts_equal_failures(bench):
+    """Links come from the configuration; a repeated failure has its count."""
     links = """[links]\ntrace = "http://localhost:16686/trace/{trace_id}?job={job_name}"\n"""
     for number in range(2):
         ended(bench, f"run-{number}", "ERROR no such bucket", job_name="a b", state=JobState.FAILED, exit_code=1)
-        async with looking(bench, more=links) as (_, client):
+        async with browsing(bench, more=links) as (_, client):
             await relayed(bench, f"run-{number}")
             page = html.unescape((await job_page(client, f"run-{number}")).text)
     trace_id = bench.spans("run-1")["run"].trace_id
@@ -223,10 +223,10 @@ async def test_a_job_links_to_its_trace_and_a_failure_to_the_ones_before(bench):
 
 @looped
 async def test_secrets_are_neither_shown_nor_found(bench, monkeypatch):
-    """What redaction takes out of records is not on the page either, and a search does not tell whether it is there."""
+    """Text that is redacted from records is not on the page, and a search does not reveal it."""
     monkeypatch.setenv("PAGE_SECRET", "hunter2hunter2")
     ended(bench, "leak", "password hunter2hunter2 given", state=JobState.FAILED, error="bad hunter2hunter2")
-    async with looking(bench, more='[redact]\nenv = ["PAGE_SECRET"]') as (_, client):
+    async with browsing(bench, more='[redact]\nenv = ["PAGE_SECRET"]') as (_, client):
         await relayed(bench, "leak")
         pages = [(await client.get("/")).text, (await job_page(client, "leak")).text]
         searched = (await job_page(client, "leak", q="hunter2hunter2")).text
@@ -235,7 +235,7 @@ async def test_secrets_are_neither_shown_nor_found(bench, monkeypatch):
 
 
 async def next_event(lines: AsyncIterator[str], name: str) -> dict:
-    """Return the data of the next event of a name."""
+    """Return the data of the next event with a name."""
     async for line in lines:
         if line == f"event: {name}":
             return json.loads((await anext(lines)).removeprefix("data: "))
@@ -244,10 +244,10 @@ async def next_event(lines: AsyncIterator[str], name: str) -> dict:
 
 @looped
 async def test_live_updates_send_only_what_changed(bench):
-    """The first event has all rows of the page, the next one only those that changed, and new ones in their order."""
+    """The first event has all rows of the page; the next ones have changed rows only, with the order of all rows."""
     bench.fake.add_job("one", total_tasks=4, finished_tasks=1)
     bench.fake.add_job("two", state=JobState.PENDING)
-    async with looking(bench) as (_, client), client.stream("GET", "/events/jobs") as answer:
+    async with browsing(bench) as (_, client), client.stream("GET", "/events/jobs") as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         lines = answer.aiter_lines()
         known: dict[str, str] = {}
@@ -262,11 +262,11 @@ async def test_live_updates_send_only_what_changed(bench):
 
 @looped
 async def test_a_running_job_is_followed_live_to_its_end(bench):
-    """Lines come as they are written, the head changes with the state, and the stream says when it is over."""
+    """Lines arrive as they are written, the head follows the state, and the last event ends the stream."""
     bench.fake.add_job("live")
     bench.fake.add_lines("live", "first")
     path = "/events/job?service=fake&id=live"
-    async with looking(bench) as (_, client):
+    async with browsing(bench) as (_, client):
         await bench.received(lambda: bench.bodies("live"))
         page = (await job_page(client, "live")).text
         assert html.unescape(re.findall(r'data-events="([^"]+)"', page)[0]) == path
@@ -286,9 +286,9 @@ async def test_a_running_job_is_followed_live_to_its_end(bench):
 
 
 @looped
-async def test_streams_are_bounded_and_give_their_place_back(bench):
-    """Whoever opens more than there is room for is refused, and a stream that was left makes room."""
-    async with looking(bench) as (agent, client):
+async def test_streams_are_limited_and_release_their_place(bench):
+    """One stream too many is rejected; a closed stream releases its place."""
+    async with browsing(bench) as (agent, client):
         assert agent.server is not None
         async with httpx.AsyncClient(base_url=agent.server.url, trust_env=False, timeout=20) as many:
             requests = [many.build_request("GET", "/events/jobs") for _ in range(20)]
@@ -300,13 +300,13 @@ async def test_streams_are_bounded_and_give_their_place_back(bench):
                 if answer.status_code == 200:
                     return
             await asyncio.sleep(0.05)
-        raise AssertionError("no place was given back")
+        raise AssertionError("no place was released")
 
 
 @looped
-async def test_an_agent_that_stops_ends_its_streams_without_a_word_in_the_log(bench, caplog):
-    """Whoever looks while the agent stops neither holds it up nor fills its log with errors."""
-    async with looking(bench) as (agent, client):
+async def test_an_agent_that_stops_ends_its_streams_without_log_lines(bench, caplog):
+    """An open page neither delays the agent's end nor fills its log with errors."""
+    async with browsing(bench) as (agent, client):
         request = client.build_request("GET", "/events/jobs")
         answer = await client.send(request, stream=True)
         parts = answer.aiter_text()
@@ -319,8 +319,8 @@ async def test_an_agent_that_stops_ends_its_streams_without_a_word_in_the_log(be
 
 @looped
 async def test_a_browser_logs_in_with_the_token_and_keeps_only_a_cookie(bench):
-    """The token goes in once; what the browser keeps is not the token, and is not for scripts or other sites."""
-    async with looking(bench, token=TOKEN) as (_, client):
+    """The token is sent once; the cookie does not contain it, and neither scripts nor other sites get the cookie."""
+    async with browsing(bench, token=TOKEN) as (_, client):
         first = await client.get("/pipelines?x=1")
         assert (first.status_code, first.headers["location"]) == (303, "/login?next=%2Fpipelines%3Fx%3D1")
         assert (await client.get("/", headers={"accept": "*/*"})).status_code == 401
@@ -336,25 +336,25 @@ async def test_a_browser_logs_in_with_the_token_and_keeps_only_a_cookie(bench):
         assert (await client.get("/")).status_code == 200
         assert (await client.get("/", headers={"cookie": f"{COOKIE}=0000"})).status_code in (200, 303)
         for path in ("/healthz", "/readyz"):
-            async with httpx.AsyncClient(base_url=client.base_url, trust_env=False) as stranger:
-                assert (await stranger.get(path)).status_code == 200
-        async with httpx.AsyncClient(base_url=client.base_url, trust_env=False) as stranger:
+            async with httpx.AsyncClient(base_url=client.base_url, trust_env=False) as other_client:
+                assert (await other_client.get(path)).status_code == 200
+        async with httpx.AsyncClient(base_url=client.base_url, trust_env=False) as other_client:
             for path in ("/", "/job?service=fake&id=x", "/events/jobs", "/events/job", "/agent"):
-                assert (await stranger.get(path)).status_code == 401
-            assert (await stranger.post("/cancel")).status_code == 401
+                assert (await other_client.get(path)).status_code == 401
+            assert (await other_client.post("/cancel")).status_code == 401
 
 
 @looped
-async def test_two_agents_of_one_machine_keep_their_logins(tmp_path, bench, collector):
-    """A browser sends one host's cookies to all its ports: the login of one agent must not end that of another."""
+async def test_two_agents_on_one_machine_keep_their_logins(tmp_path, bench, collector):
+    """A browser sends a host's cookies to all its ports: a login at one agent must not end that at another."""
     (tmp_path / "other").mkdir()
     other = Bench(tmp_path / "other", collector)
-    async with looking(bench, token=TOKEN) as (_, client), looking(other, token=TOKEN) as (_, second):
+    async with browsing(bench, token=TOKEN) as (_, client), browsing(other, token=TOKEN) as (_, second):
         names = set()
-        for one in (client, second):
-            answer = await one.post("/login", data={"token": TOKEN})
+        for each in (client, second):
+            answer = await each.post("/login", data={"token": TOKEN})
             names.add(answer.headers["set-cookie"].partition("=")[0])
-            assert (await one.get("/")).status_code == 200
+            assert (await each.get("/")).status_code == 200
     assert len(names) == 2
 
 
@@ -372,8 +372,8 @@ async def test_two_agents_of_one_machine_keep_their_logins(tmp_path, bench, coll
         ({}, "ä", False),
     ],
 )
-def test_only_our_own_form_is_taken(headers, form, sent_by_us):
-    """A form of another site is refused by its origin, and one that does not know the page's word in any case."""
+def test_only_our_own_form_is_accepted(headers, form, sent_by_us):
+    """A form of another site is rejected by its origin, and a form without the secret field in any case."""
     session = Session(None)
     given = session.form_token if form is None else form
     assert session.sent_by_us({"host": "127.0.0.1:8797", **headers}, given) is sent_by_us
@@ -383,23 +383,23 @@ def test_only_our_own_form_is_taken(headers, form, sent_by_us):
     ("target", "path"),
     [("/job?id=1", "/job?id=1"), ("//evil", "/"), ("https://evil", "/"), ("/\\evil", "/"), ("", "/"), ("/a\r\nb", "/")],
 )
-def test_a_login_leads_nowhere_else(target, path):
-    """An address of another site after the login would be a gift to phishers."""
+def test_a_login_redirects_to_this_server_only(target, path):
+    """A redirect to another site after the login would help phishing."""
     assert local_path(target) == path
 
 
 @looped
 async def test_cancel_is_off_unless_allowed_and_needs_our_form(bench):
-    """Without `allow_cancel` there is neither a button nor a way; with it only the page's own form cancels a job."""
+    """Without `allow_cancel` there is no button and no endpoint; with it only the page's own form cancels a job."""
     bench.fake.add_job("busy")
-    async with looking(bench) as (agent, client):
+    async with browsing(bench) as (agent, client):
         await until(lambda: agent.tailers)
         assert 'action="/cancel"' not in (await job_page(client, "busy")).text
         assert (await client.post("/cancel", data={"service": "fake", "id": "busy"})).status_code == 403
-    async with looking(bench, allow_cancel=True) as (agent, client):
+    async with browsing(bench, allow_cancel=True) as (agent, client):
         page = (await job_page(client, "busy")).text
-        word = re.findall(r'name="form_token" value="([0-9a-f]{64})"', page)[0]
-        form = {"service": "fake", "id": "busy", "form_token": word}
+        form_token = re.findall(r'name="form_token" value="([0-9a-f]{64})"', page)[0]
+        form = {"service": "fake", "id": "busy", "form_token": form_token}
         assert (await client.post("/cancel", data={**form, "form_token": "x"})).status_code == 403
         foreign = await client.post("/cancel", data=form, headers={"origin": "http://evil.example"})
         assert foreign.status_code == 403
@@ -412,12 +412,12 @@ async def test_cancel_is_off_unless_allowed_and_needs_our_form(bench):
 
 
 @looped
-async def test_pipelines_and_agent_say_what_they_know(bench):
-    """Runs, success rate and durations by pipeline; endpoints, services and what was rejected of the agent."""
+async def test_the_pages_of_pipelines_and_agent(bench):
+    """Runs, success rate and durations of pipelines; endpoints and services of the agent."""
     for number in range(3):
         state = JobState.FAILED if number == 2 else JobState.SUCCEEDED
         ended(bench, f"run-{number}", "x", job_name="nightly", state=state)
-    async with looking(bench) as (_, client):
+    async with browsing(bench) as (_, client):
         await relayed(bench, "run-0", "run-1", "run-2")
         pipelines = (await client.get("/pipelines")).text
         agent_page = (await client.get("/agent")).text
@@ -431,11 +431,11 @@ async def test_pipelines_and_agent_say_what_they_know(bench):
 
 
 @looped
-async def test_a_job_that_is_only_looked_at_takes_no_pipeline_a_place(bench):
-    """Names that get metrics of their own are few: those that the agent follows have them, not those that were seen."""
+async def test_viewing_a_job_does_not_use_up_a_pipeline_name(bench):
+    """The number of pipeline names is limited: only followed jobs count."""
     bench.fake.add_job("other", job_name="curious")
     watch = {"discover": True, "name": "watched-*"}
-    async with looking(bench, watch, max_pipeline_names=1) as (_, client):
+    async with browsing(bench, watch, max_pipeline_names=1) as (_, client):
         assert ">curious" in (await job_page(client, "other")).text
         ended(bench, "real", "x", job_name="watched-one")
         await relayed(bench, "real")
@@ -443,34 +443,34 @@ async def test_a_job_that_is_only_looked_at_takes_no_pipeline_a_place(bench):
 
 
 @looped
-async def test_what_keeps_the_agent_from_relaying_stands_on_every_page(bench):
-    """An endpoint that has to be mended is a banner, not a line in some log."""
+async def test_problems_of_the_agent_are_on_every_page(bench):
+    """A paused endpoint is a banner, not just a line in a log."""
     bench.fake.add_job("busy")
     bench.fake.add_lines("busy", "x")
     bench.collector.always("logs", Reply(401))
-    async with looking(bench) as (agent, client):
+    async with browsing(bench) as (agent, client):
         await until(agent.problems)
         assert "endpoint logs paused" in (await client.get("/")).text
 
 
 @looped
 async def test_many_jobs_come_in_pages(bench):
-    """Only the rows of one page are rendered, whatever there is; all of them are counted and can be found."""
+    """Only the rows of one page are rendered; all jobs are counted and can be found."""
     bench.services["fake"] = FakeService(poll_min_s=30, poll_max_s=60, polls_are_free=False)
     for number in range(1_000):
         bench.fake.add_job(f"job-{number:04}", job_name=f"pipeline-{number % 50}")
-    async with looking(bench) as (agent, client):
+    async with browsing(bench) as (agent, client):
         await until(lambda: sum(tailer.followed is not None for tailer in agent.tailers) == 1_000)
         page = (await client.get("/")).text
         last = (await client.get("/?page=20")).text
         one = (await client.get("/?q=job-0471")).text
-    assert len(shown_ids(page)) == len(shown_ids(last)) == 50
+    assert len(listed_ids(page)) == len(listed_ids(last)) == 50
     assert "1–50 of 1,000" in page
-    assert shown_ids(one) == ["job-0471"]
+    assert listed_ids(one) == ["job-0471"]
 
 
 def test_templates_and_files_of_the_page_are_in_the_package():
-    """An installed agent has its page: what Hatchling packs lies in the package, and nothing is ignored by git."""
+    """An installed agent has its page: Hatchling packs the files of the package."""
     import tailspan_agent.web
 
     folder = Path(tailspan_agent.web.__file__).parent

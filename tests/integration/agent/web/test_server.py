@@ -26,7 +26,7 @@ def served(
     problems: list[str] | None = None,
     **options,
 ) -> T:
-    """Start a server on a free port, visit it, stop it."""
+    """Start a server on a free port, run the visit, and stop the server."""
 
     async def main() -> T:
         server = StatusServer(
@@ -43,45 +43,45 @@ def served(
 
 
 def no_delivery(identity: str, job_id: str) -> dict[str, object]:
-    """Knows no job."""
+    """Return the delivery state of a server without jobs."""
     return {}
 
 
 def got(path: str, headers: dict[str, str] | None = None, **options) -> httpx.Response:
-    """Get one page of a server of its own."""
+    """Start a server, get one path and stop the server."""
     return served(lambda client, _: client.get(path, headers=headers), **options)
 
 
-def test_what_programs_ask_for_answers():
-    """Probes, Prometheus and ``tailspan wait`` find what they look for."""
+def test_the_paths_for_programs_answer():
+    """Probes, Prometheus and ``tailspan wait`` get an answer."""
 
     async def visit(client: httpx.AsyncClient, _: StatusServer) -> dict[str, httpx.Response]:
         return {path: await client.get(path) for path in ("/delivery", "/healthz", "/readyz", "/metrics", "/none")}
 
-    answers = served(visit)
-    assert {path: answer.status_code for path, answer in answers.items()} == {
+    responses = served(visit)
+    assert {path: response.status_code for path, response in responses.items()} == {
         "/delivery": 200,
         "/healthz": 200,
         "/readyz": 200,
         "/metrics": 200,
         "/none": 404,
     }
-    assert answers["/readyz"].text == "ready\n"
+    assert responses["/readyz"].text == "ready\n"
 
 
-def test_readyz_says_what_is_wrong_by_code():
-    """A probe gets 503 and an operator sees why; the process itself stays healthy."""
+def test_readyz_lists_problems_by_code():
+    """A probe gets 503 and an operator sees the reason; the process stays healthy."""
 
     async def visit(client: httpx.AsyncClient, _: StatusServer) -> tuple[httpx.Response, httpx.Response]:
         return await client.get("/readyz"), await client.get("/healthz")
 
-    ready, health = served(visit, problems=["endpoint_logs_paused", "lane_stuck"])
-    assert (ready.status_code, ready.text) == (503, "endpoint_logs_paused\nlane_stuck\n")
+    ready, health = served(visit, problems=["endpoint_logs_paused", "queue_stuck"])
+    assert (ready.status_code, ready.text) == (503, "endpoint_logs_paused\nqueue_stuck\n")
     assert health.status_code == 200
 
 
-def test_metrics_are_what_the_accept_header_asks_for():
-    """Content negotiation is the caller's; the content type is passed on as it is."""
+def test_metrics_follow_the_accept_header():
+    """The callback negotiates the content; the server passes the content type on unchanged."""
     answer = got("/metrics", {"accept": "application/openmetrics-text"})
     assert answer.text == "accept application/openmetrics-text\n"
     assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
@@ -100,8 +100,8 @@ def test_metrics_are_what_the_accept_header_asks_for():
     ],
 )
 @pytest.mark.parametrize("path", ["/delivery", "/metrics"])
-def test_a_token_guards_what_is_not_for_probes(path, authorization, status):
-    """Without the right token there is nothing to read, and no hint of it."""
+def test_a_token_protects_everything_but_probes(path, authorization, status):
+    """Without the right token there is no content, and no hint of the token."""
     headers = {} if authorization is None else {"authorization": authorization.encode()}
 
     async def visit(client: httpx.AsyncClient, _: StatusServer) -> httpx.Response:
@@ -114,8 +114,8 @@ def test_a_token_guards_what_is_not_for_probes(path, authorization, status):
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz"])
-def test_probes_need_neither_token_nor_name(path):
-    """A kubelet or a load balancer asks under any name and has no secret."""
+def test_probes_need_neither_token_nor_known_host(path):
+    """A kubelet or a load balancer uses any host name and has no secret."""
     assert got(path, {"host": "tailspan.example.com"}, token=TOKEN).status_code == 200
 
 
@@ -139,15 +139,15 @@ def test_probes_need_neither_token_nor_name(path):
     ],
 )
 def test_only_known_names_and_addresses_are_answered(host, allowed):
-    """A foreign name that resolves to this machine reads nothing."""
-    refusal = AccessControl(Session(None), ["agent.internal"]).reject(host, "")
-    assert (refusal is None) is allowed
-    if refusal:
-        assert refusal.status_code == 421
+    """A foreign name that resolves to this machine gets no content."""
+    rejection = AccessControl(Session(None), ["agent.internal"]).reject(host, "")
+    assert (rejection is None) is allowed
+    if rejection:
+        assert rejection.status_code == 421
 
 
-def test_a_foreign_host_header_is_refused_over_http():
-    """The guard stands before the pages, and its words name the key."""
+def test_a_foreign_host_header_is_rejected_over_http():
+    """Access control comes before every page, and its message names the key."""
     answer = got("/metrics", {"host": "evil.example"})
     assert answer.status_code == 421
     assert "agent.allowed_hosts" in answer.text
@@ -155,7 +155,7 @@ def test_a_foreign_host_header_is_refused_over_http():
 
 
 def test_a_busy_port_is_an_error_that_names_the_key():
-    """The agent says at its start which address is taken, before anything is read."""
+    """The agent reports the busy address at its start, before anything is read."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = taken.getsockname()
         with pytest.raises(ConfigError, match=rf"agent\.listen.*127\.0\.0\.1:{address[1]}.*in use") as caught:
@@ -168,13 +168,13 @@ def test_a_busy_port_is_an_error_that_names_the_key():
     [(("no-such-host.invalid", 0), "no such host"), (("203.0.113.1", 0), "[Cc](an't|annot) assign requested address")],
 )
 def test_an_address_that_is_not_ours_is_an_error(address, reason):
-    """What cannot be listened on is a configuration error with its reason, not a traceback."""
+    """An unusable address is a configuration error with its reason, not a traceback."""
     with pytest.raises(ConfigError, match=rf"agent\.listen: cannot listen on .*: {reason}"):
         StatusServer(address, metrics=lambda _: (b"", ""), readiness=list, delivery=no_delivery)
 
 
 def test_signals_are_left_to_the_agent():
-    """The server installs no handlers of its own: the agent drains first."""
+    """The server installs no signal handlers: the agent drains first."""
 
     async def visit(client: httpx.AsyncClient, _: StatusServer) -> object:
         await client.get("/healthz")
@@ -185,7 +185,7 @@ def test_signals_are_left_to_the_agent():
 
 
 def test_stopping_frees_the_port_although_a_connection_is_open():
-    """A kept-alive connection does not hold up the end, and the next agent can listen there."""
+    """A kept-alive connection does not delay the end, and the next agent can listen on the port."""
 
     async def main() -> None:
         server = StatusServer(

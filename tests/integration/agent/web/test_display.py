@@ -1,4 +1,4 @@
-"""How the page looks and what a browser keeps of it: contrast, caches, and what it may not claim."""
+"""The look of the page: contrast, caching, accessible names and correct claims."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tailspan.testing import FakeService
 from tailspan_agent.analysis.baseline import PastRun
 from tailspan_agent.web.formatting import ago, duration, visible
 from tests.fakes.agents import looped, until
-from tests.integration.agent.web.test_page import ended, job_page, looking, relayed
+from tests.integration.agent.web.test_page import browsing, ended, job_page, relayed
 
 CSS = Path(tailspan_agent.web.__file__).with_name("static").joinpath("page.css").read_text()
 Colour = tuple[float, ...]
@@ -40,7 +40,7 @@ def contrast(one: Colour, other: Colour) -> float:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_all_text_and_all_edges_have_the_contrast_of_wcag_aa(scheme):
-    """Text 4.5 on each ground that it stands on, a linked line too; what one can press or fill in has an edge of 3."""
+    """Text has 4.5 on each of its backgrounds, also in a linked line; the edges of controls have 3."""
     colours = palette(scheme)
     share = int(re.search(r":target td .*?--accent\) (\d+)%", CSS)[1]) / 100
     linked = tuple(share * a + (1 - share) * b for a, b in zip(colours["accent"], colours["card"], strict=True))
@@ -55,9 +55,9 @@ def test_all_text_and_all_edges_have_the_contrast_of_wcag_aa(scheme):
 
 
 @looped
-async def test_a_browser_asks_whether_a_file_has_changed(bench):
-    """After an update the new pages do not meet the old script; an unchanged file is not sent again."""
-    async with looking(bench) as (_, client):
+async def test_a_browser_revalidates_static_files(bench):
+    """After an update the new page does not run the old script; an unchanged file is not sent again."""
+    async with browsing(bench) as (_, client):
         script = await client.get("/static/page.js")
         again = await client.get("/static/page.js", headers={"if-none-match": script.headers["etag"]})
     assert script.headers["cache-control"] == "no-cache"
@@ -66,8 +66,8 @@ async def test_a_browser_asks_whether_a_file_has_changed(bench):
 
 
 @looped
-async def test_a_job_that_nobody_follows_is_not_called_silent(bench):
-    """Its lines are not read, so that there are none says nothing; and times are said to be UTC."""
+async def test_a_job_that_is_not_followed_is_never_silent(bench):
+    """Its lines are not read, so silence means nothing; and the page labels times as UTC."""
     began = datetime.now(UTC) - timedelta(hours=5)
     bench.fake.add_job("other", job_name="nightly", started_at=began)
     watches = [{"discover": True, "name": "watched-*"}]
@@ -87,20 +87,22 @@ async def test_a_job_that_nobody_follows_is_not_called_silent(bench):
 
 
 @looped
-async def test_a_job_that_the_agent_never_saw_has_the_times_of_its_service(bench):
-    """What the status says is shown; what it does not say is a dash."""
+async def test_a_job_that_was_never_followed_has_the_times_of_its_service(bench):
+    """The page shows the times of the status, and a dash for a missing time."""
     began = datetime.now(UTC) - timedelta(hours=5, minutes=1)
     times = {"submitted_at": began - timedelta(hours=2), "started_at": began}
     bench.fake.add_job("other", job_name="nightly", **times)
     bench.fake.add_job("done", job_name="nightly", **times)
     bench.fake.set_state("done", JobState.SUCCEEDED, finished_at=began + timedelta(hours=4))
     bench.fake.add_job("pending", job_name="nightly", state=JobState.PENDING, submitted_at=began, started_at=None)
-    async with looking(bench, {"discover": True, "name": "watched-*"}) as (_, client):
-        shown = {}
+    async with browsing(bench, {"discover": True, "name": "watched-*"}) as (_, client):
+        times_by_job = {}
         for job_id in ("other", "done", "pending"):
             page = (await job_page(client, job_id)).text
-            shown[job_id] = dict(re.findall(r"<dt>(Submitted|Started|Ended)</dt><dd title=\"[^\"]*\">([^<]*)<", page))
-    assert shown == {
+            times_by_job[job_id] = dict(
+                re.findall(r"<dt>(Submitted|Started|Ended)</dt><dd title=\"[^\"]*\">([^<]*)<", page)
+            )
+    assert times_by_job == {
         "other": {"Submitted": "7h ago", "Started": "5h ago"},
         "done": {"Submitted": "7h ago", "Started": "5h ago", "Ended": "1h ago"},
         "pending": {"Submitted": "5h ago", "Started": "–"},
@@ -108,16 +110,16 @@ async def test_a_job_that_the_agent_never_saw_has_the_times_of_its_service(bench
 
 
 @looped
-async def test_what_has_no_name_of_its_own_can_be_read_and_leads_nowhere_wrong(bench):
-    """A job without a name is called by its id; no search finds pipelines that share a name or have none."""
+async def test_jobs_and_pipelines_without_a_name_have_a_readable_label(bench):
+    """A job without a name has its id as label; a pipeline without its own name has no search link."""
     for job_id, name in (("first", "known"), ("nameless", ""), ("blank", " ")):
         ended(bench, job_id, "x", job_name=name)
-    async with looking(bench) as (_, client):
+    async with browsing(bench) as (_, client):
         await relayed(bench, "first", "nameless", "blank")
         page, table = (await job_page(client, "nameless")).text, (await client.get("/")).text
         none = (await client.get("/pipelines")).text
     bench.fake.add_job("late", job_name="more")
-    async with looking(bench, max_pipeline_names=1) as (_, client):
+    async with browsing(bench, max_pipeline_names=1) as (_, client):
         other = (await client.get("/pipelines")).text
     assert "<h1>nameless <small" in page
     assert '<a href="/?q=nameless">nameless</a>' in page
@@ -131,20 +133,20 @@ async def test_what_has_no_name_of_its_own_can_be_read_and_leads_nowhere_wrong(b
 
 
 @looped
-async def test_what_is_drawn_is_also_said(bench):
-    """A bar has a name, a line of stderr has a word, and no choice in a list leads away by itself."""
+async def test_graphics_have_text_labels(bench):
+    """A progress bar has a name, a stderr line has a label, and selecting from a list does not navigate."""
     bench.services["other"] = FakeService("other", identity="other")
     bench.fake.add_job("busy", job_name="train", total_tasks=4, finished_tasks=1)
     bench.fake.add_lines("busy", "out", stream="stdout")
     bench.fake.add_lines("busy", "oops", stream="stderr")
-    async with looking(bench, {"discover": True}, {"service": "other", "discover": True}) as (agent, client):
+    async with browsing(bench, {"discover": True}, {"service": "other", "discover": True}) as (agent, client):
         await until(lambda: agent.followed_jobs())
         table, page = (await client.get("/")).text, (await job_page(client, "busy")).text
         script = (await client.get("/static/page.js")).text
     assert re.findall(r"<progress[^>]*>", table + page) != []
     assert all('aria-label="' in bar for bar in re.findall(r"<progress[^>]*>", table + page))
-    said = re.findall(r'class="from">(.*?)</td><td class="text">([^<]*)', page)
-    assert said == [("", "out"), ('<abbr title="stderr">err</abbr>', "oops")]
+    labels = re.findall(r'class="from">(.*?)</td><td class="text">([^<]*)', page)
+    assert labels == [("", "out"), ('<abbr title="stderr">err</abbr>', "oops")]
     assert '<select name="service" aria-label="Service">' in table
     assert "requestSubmit" not in script
 
@@ -154,16 +156,16 @@ async def test_what_is_drawn_is_also_said(bench):
     [(0.0, "0 ms"), (0.9994, "999 ms"), (0.9996, "1.0 s"), (59.94, "59.9 s"), (59.96, "1m 00s"), (3599.6, "1h 00m")],
 )
 def test_a_duration_does_not_fill_its_unit(seconds, text):
-    """What is rounded up to a whole next unit is said in that unit."""
+    """A value that rounds up to the next unit is shown in that unit."""
     assert duration(seconds) == text
 
 
 def test_sixty_seconds_are_a_minute():
-    """A time is never said as 60s ago."""
+    """A time is never shown as 60s ago."""
     assert [ago(0, int(seconds * 1e9)) for seconds in (0.9, 59.9, 60)] == ["now", "59s ago", "1m ago"]
 
 
-def test_no_character_that_turns_text_round_is_left():
-    """The Arabic letter mark does so like the others of Unicode's list."""
-    turns = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-    assert visible(turns) == "\ufffd" * len(turns)
+def test_characters_that_reorder_text_are_replaced():
+    """All of Unicode's list, including the Arabic letter mark."""
+    marks = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+    assert visible(marks) == "\ufffd" * len(marks)
