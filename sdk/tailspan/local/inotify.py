@@ -1,8 +1,10 @@
 """`InotifyChanges`: the kernel reports changes in the directories of jobs, so that no job is polled (Linux).
 
-One inotify watch for each followed job and one for the directory of all jobs. A job's directory tells of everything:
-an entry in `log.idx`, a `state.json` that was replaced, and, when the supervisor dies with its last copy of the lock,
-that this file was closed.
+One inotify watch for each followed job and one for the directory of all jobs. The events of a job's directory cover
+every change: an entry in `log.idx`, a replaced `state.json`, and the closing of the lock file when the supervisor dies.
+
+By ctypes rather than by a library: asyncinotify 4.4.4 returns one event at a time, with four times the CPU for each
+event and the memory for each watch, and would replace only the decoding below (docs/architecture.md, "Decisions").
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import anyio
 
 from tailspan.errors import ServiceUnavailableError
 
-__all__ = ["InotifyChanges", "open_local_news"]
+__all__ = ["InotifyChanges", "open_local_changes"]
 
 # Source: inotify(7), sys/inotify.h.
 _MODIFY, _CLOSE_WRITE, _MOVED_TO = 0x2, 0x8, 0x80
@@ -34,14 +36,14 @@ _EVENT = struct.Struct("iIII")
 _READ_BYTES = 256 << 10
 _LIMITS = Path("/proc/sys/fs/inotify")
 _MOUNTS = Path("/proc/self/mountinfo")
-# Their changes by other machines reach this kernel only when somebody looks.
+# This kernel reports no changes that other machines make on these.
 _REMOTE = ("nfs", "cifs", "smb", "9p", "virtiofs", "ceph", "lustre", "beegfs", "gpfs", "afs", "glusterfs", "fuse")
 
 _log = logging.getLogger(__name__)
 
 
-def open_local_news(jobs: Path) -> InotifyChanges | None:
-    """Return news of the jobs below a directory; None where there are none and jobs have to be looked at.
+def open_local_changes(jobs: Path) -> InotifyChanges | None:
+    """Return the change feed of the jobs in a directory; None if there is none and the jobs must be polled.
 
     Args:
         jobs: The directory of all jobs.
@@ -51,7 +53,7 @@ def open_local_news(jobs: Path) -> InotifyChanges | None:
             return None
         return InotifyChanges(jobs)
     except OSError as error:
-        # What else keeps the directory from being used is told by whoever looks at its jobs.
+        # Any other error of the directory is reported by the next poll of its jobs.
         if error.errno in (errno.EMFILE, errno.ENOSPC):
             _warn(error.errno)
         return None
@@ -61,7 +63,7 @@ class InotifyChanges:
     """See `tailspan.services.ChangeFeed`."""
 
     def __init__(self, jobs: Path) -> None:
-        """Begin to tell of new jobs.
+        """Begin to report new jobs.
 
         Args:
             jobs: The directory of all jobs.
@@ -83,7 +85,7 @@ class InotifyChanges:
             raise
 
     def follow(self, job_id: str) -> bool:
-        """Begin to tell of a job; see `tailspan.services.ChangeFeed`."""
+        """Begin to report a job; see `tailspan.services.ChangeFeed`."""
         try:
             watch = _checked(self._add(self._fd, os.fsencode(self._jobs / job_id), _JOB))
         except OSError as error:
@@ -95,15 +97,15 @@ class InotifyChanges:
         return True
 
     def leave(self, job_id: str) -> None:
-        """Tell no more of a job; see `tailspan.services.ChangeFeed`."""
+        """Stop reporting a job; see `tailspan.services.ChangeFeed`."""
         watch = self._watches.pop(job_id, None)
         if watch is not None:
             del self._job_ids[watch]
-            # Fails where the directory is gone, and its watch with it.
+            # Fails if the directory is gone, and its watch with it.
             self._remove(self._fd, watch)
 
     async def wait(self) -> set[str] | None:
-        """Return the jobs that have news; see `tailspan.services.ChangeFeed`."""
+        """Return the changed jobs; see `tailspan.services.ChangeFeed`."""
         while True:
             await anyio.wait_readable(self._fd)
             found = self._take()
@@ -131,10 +133,10 @@ class InotifyChanges:
                 if mask & (_IGNORED | _UNMOUNT | _DELETE_SELF | _MOVE_SELF):
                     raise ServiceUnavailableError(f"{self._jobs} was removed or moved away while it was watched")
                 name = events[position - size : position].rstrip(b"\0")
-                if not name.startswith(b"."):  # a job that is made or deleted has such a name
+                if not name.startswith(b"."):  # jobs that are being made or deleted have such names
                     found.add(os.fsdecode(name))
             elif events[position - size : position].rstrip(b"\0") != b"log":
-                # Text counts once its entry is written; and a watch may have ended with news still on their way.
+                # A line counts once the index has its entry. An event may arrive after its watch was removed.
                 found.add(self._job_ids.get(watch, ""))
         found.discard("")
         return None if missed else found
@@ -148,28 +150,28 @@ def _checked(result: int) -> int:
 
 
 def _is_remote(directory: Path) -> bool:
-    """Return whether other machines may write there, which this kernel does not tell."""
+    """Return whether other machines may write there, which this kernel does not report."""
     device = directory.stat().st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     try:
         mounts = [line.split() for line in _MOUNTS.read_text("utf-8", "replace").splitlines()]
     except OSError:
         return False
-    # Source: proc_pid_mountinfo(5): the type of the file system follows a lonely hyphen.
+    # Source: proc_pid_mountinfo(5): the type of the file system follows a single hyphen.
     kinds = [fields[fields.index("-", 6) + 1] for fields in mounts if fields[2] == number and "-" in fields[6:]]
     return any(kind.startswith(_REMOTE) for kind in kinds)
 
 
 @functools.cache
 def _warn(number: int) -> None:
-    """Say, once, that a limit is reached."""
+    """Log, once, that a limit is reached."""
     key = "max_user_instances" if number == errno.EMFILE else "max_user_watches"
     try:
         limit = (_LIMITS / key).read_text().strip()
     except OSError:
         limit = "unknown"
     _log.warning(
-        "the kernel does not tell of all local jobs (%s), so those are looked at again and again, which is slower and "
-        "costs more: raise fs.inotify.%s, which is %s, with `sysctl -w fs.inotify.%s=...`",
+        "inotify limit reached (%s): falling back to polling some local jobs, which is slower and costs more: raise "
+        "fs.inotify.%s (now %s) with `sysctl -w fs.inotify.%s=...`",
         os.strerror(number), key, limit, key,
     )  # fmt: skip

@@ -192,9 +192,9 @@ class LocalService(SubmitService, ChangeFeedService):
 
     def open_changes(self) -> InotifyChanges | None:
         """Begin to tell of jobs with news; see `tailspan.services.ChangeFeedService`."""
-        from tailspan.local.inotify import open_local_news  # ctypes: only the agent needs it
+        from tailspan.local.inotify import open_local_changes  # ctypes: only the agent needs it
 
-        return open_local_news(self._store.jobs)
+        return open_local_changes(self._store.jobs)
 
     async def submit(
         self,

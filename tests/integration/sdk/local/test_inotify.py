@@ -1,4 +1,4 @@
-"""Word from the kernel of what happens to local jobs: nothing that happens is missed, and limits are told."""
+"""`tailspan.local.inotify`: no change of a local job is missed, and a limit of the kernel is reported."""
 
 from __future__ import annotations
 
@@ -29,76 +29,76 @@ PATIENCE_S = 30.0
 
 @pytest.fixture
 def anyio_backend() -> str:
-    """News are heard in an asyncio loop, as by the agent."""
+    """The feed runs in an asyncio loop, as in the agent."""
     return "asyncio"
 
 
-async def heard(news: InotifyChanges, job_id: str) -> None:
-    """Return once there are news of the job."""
+async def reported(feed: InotifyChanges, job_id: str) -> None:
+    """Return once the job is reported."""
     with anyio.fail_after(PATIENCE_S):
-        while job_id not in (await news.wait() or ()):
+        while job_id not in (await feed.wait() or ()):
             pass
 
 
-async def test_a_job_tells_of_its_start_its_lines_and_its_end(tmp_path: Path) -> None:
-    """A new job appears; a followed one tells of each line and of its end; one that is left is silent."""
+async def test_start_lines_and_end_of_a_job_are_reported(tmp_path: Path) -> None:
+    """A new job is reported, each line and the end of a followed one, and nothing of a job that was left."""
     os.mkfifo(tmp_path / "pipe")
     with LocalJobs(tmp_path) as jobs:
         assert jobs.service.identity
         jobs.run("true")
-        news = jobs.service.open_changes()
-        assert news is not None
+        feed = jobs.service.open_changes()
+        assert feed is not None
         job_id = jobs.start("cat", str(tmp_path / "pipe"))
-        await heard(news, job_id)
-        assert news.follow(job_id)
+        await reported(feed, job_id)
+        assert feed.follow(job_id)
         with (tmp_path / "pipe").open("wb", 0) as pipe:
             for number in range(1, 3):
                 pipe.write(b"line\n")
                 with anyio.fail_after(PATIENCE_S):
                     while len([line async for page in jobs.service.read_logs(job_id) for line in page.lines]) < number:
-                        await heard(news, job_id)
+                        await reported(feed, job_id)
         with anyio.fail_after(PATIENCE_S):
             while not (await jobs.service.get_job(job_id)).logs_complete:
-                await heard(news, job_id)
-        news.leave(job_id)
-        news.leave(job_id)
+                await reported(feed, job_id)
+        feed.leave(job_id)
+        feed.leave(job_id)
         jobs.service.prune(0)
         with anyio.move_on_after(0.05) as waiting:
-            await news.wait()
+            await feed.wait()
         assert waiting.cancelled_caught
-        news.close()
+        feed.close()
 
 
-async def test_the_death_of_a_supervisor_is_told(tmp_path: Path) -> None:
-    """Nobody writes that a job is lost; but its lock is closed."""
+async def test_the_death_of_a_supervisor_is_reported(tmp_path: Path) -> None:
+    """No file says that the job is lost, but its lock file is closed."""
     with LocalJobs(tmp_path) as jobs:
         job_id = jobs.start("sleep", "100")
-        news = jobs.service.open_changes()
-        assert news is not None
-        assert news.follow(job_id)
+        feed = jobs.service.open_changes()
+        assert feed is not None
+        assert feed.follow(job_id)
         os.kill(jobs.state(job_id)["supervisor_pid"], signal.SIGKILL)
         with anyio.fail_after(PATIENCE_S):
             while (await jobs.service.get_job(job_id)).state is not JobState.LOST:
-                await heard(news, job_id)
-        news.close()
+                await reported(feed, job_id)
+        feed.close()
 
 
 class Held:
-    """The files of one job that runs, as far as they say, and news of it."""
+    """The files of one job that runs by its files, and its change feed."""
 
     def __init__(self, directory: Path) -> None:
         store = JobStore(directory)
         self.job_id = new_job_id(0)
         self._lock_fd = store.create(self.job_id, {})
         self.directory = store.directory(self.job_id)
-        found = local_changes.open_local_news(store.jobs)
+        found = local_changes.open_local_changes(store.jobs)
         assert found is not None
-        self.news = found
+        self.feed = found
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close lock and feed."""
         os.close(self._lock_fd)
-        self.news.close()
+        self.feed.close()
 
 
 @pytest.fixture
@@ -109,9 +109,9 @@ def held(tmp_path: Path) -> Iterator[Held]:
     found.close()
 
 
-async def test_more_news_than_the_kernel_keeps(held: Held) -> None:
-    """Then every job may have news, and says so."""
-    assert held.news.follow(held.job_id)
+async def test_more_events_than_the_kernel_queues(held: Held) -> None:
+    """Then the feed reports that every job may have changed."""
+    assert held.feed.follow(held.job_id)
     most = int((local_changes._LIMITS / "max_queued_events").read_text())
     with (held.directory / "log").open("ab", 0) as log, (held.directory / "log.idx").open("ab", 0) as index:
         for _ in range(most):
@@ -120,20 +120,20 @@ async def test_more_news_than_the_kernel_keeps(held: Held) -> None:
     found: list[object] = []
     with anyio.fail_after(PATIENCE_S):
         while None not in found:
-            found.append(await held.news.wait())
-    assert held.news.follow(held.job_id), "and goes on"
+            found.append(await held.feed.wait())
+    assert held.feed.follow(held.job_id), "and goes on"
 
 
-async def test_text_without_its_entry_is_no_news(held: Held) -> None:
-    """A line counts once the index has it; to look before would find nothing."""
-    assert held.news.follow(held.job_id)
+async def test_text_without_its_entry_is_not_reported(held: Held) -> None:
+    """A line counts once the index has it; a poll before that would find nothing."""
+    assert held.feed.follow(held.job_id)
     (held.directory / "log").write_bytes(b"text")
     with anyio.move_on_after(0.05) as waiting:
-        await held.news.wait()
+        await held.feed.wait()
     assert waiting.cancelled_caught
 
 
-async def test_a_limit_of_the_kernel_is_told_once(
+async def test_a_limit_of_the_kernel_is_logged_once(
     held: Held, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A job that cannot be watched is polled, and the log says which limit to raise."""
@@ -143,53 +143,53 @@ async def test_a_limit_of_the_kernel_is_told_once(
         return -1
 
     local_changes._warn.cache_clear()
-    monkeypatch.setattr(held.news, "_add", full)
-    assert not held.news.follow(held.job_id)
-    assert not held.news.follow(held.job_id)
+    monkeypatch.setattr(held.feed, "_add", full)
+    assert not held.feed.follow(held.job_id)
+    assert not held.feed.follow(held.job_id)
     (record,) = caplog.records
-    assert "raise fs.inotify.max_user_watches, which is " in record.getMessage()
+    assert "raise fs.inotify.max_user_watches (now " in record.getMessage()
 
 
 async def test_a_job_that_is_gone_cannot_be_followed(held: Held) -> None:
-    """It was pruned meanwhile; that is no limit."""
-    assert not held.news.follow(new_job_id(1))
+    """It was pruned meanwhile; that is not a limit."""
+    assert not held.feed.follow(new_job_id(1))
 
 
-async def test_the_directory_is_taken_away(held: Held) -> None:
-    """There will be no more news: whoever waits must know."""
+async def test_the_directory_is_moved_away(held: Held) -> None:
+    """There will be no more events: waiting is an error."""
     held.directory.parent.rename(held.directory.parent.with_name("elsewhere"))
     with anyio.fail_after(PATIENCE_S), pytest.raises(ServiceUnavailableError, match="moved away"):
-        await held.news.wait()
+        await held.feed.wait()
 
 
-@pytest.mark.parametrize(("kind", "told"), [("ext4", True), ("nfs4", False), ("fuse.sshfs", False)])
-async def test_other_machines_changes_are_not_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, told: bool
+@pytest.mark.parametrize(("kind", "has_feed"), [("ext4", True), ("nfs4", False), ("fuse.sshfs", False)])
+async def test_a_network_file_system_has_no_feed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, has_feed: bool
 ) -> None:
-    """On a network's file system the kernel tells only of its own changes: there jobs are polled."""
+    """There the kernel reports only its own changes: jobs are polled."""
     device = tmp_path.stat().st_dev
     mounts = tmp_path / "mountinfo"
     mounts.write_text(f"36 35 {os.major(device)}:{os.minor(device)} / /data rw,noatime shared:1 - {kind} server:/ rw\n")
     monkeypatch.setattr(local_changes, "_MOUNTS", mounts)
-    news = local_changes.open_local_news(tmp_path)
-    assert (news is not None) == told
-    if news is not None:
-        news.close()
+    feed = local_changes.open_local_changes(tmp_path)
+    assert (feed is not None) == has_feed
+    if feed is not None:
+        feed.close()
 
 
-async def test_no_directory_no_news(tmp_path: Path) -> None:
-    """Jobs that were never run make none."""
-    assert local_changes.open_local_news(tmp_path / "jobs") is None
+async def test_no_directory_no_feed(tmp_path: Path) -> None:
+    """No job has run yet."""
+    assert local_changes.open_local_changes(tmp_path / "jobs") is None
 
 
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.EACCES])
-async def test_a_directory_that_cannot_be_looked_at_has_no_news(
+async def test_an_unreadable_directory_has_no_feed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """A hanging mount, or one that was closed to us: whoever looks at its jobs says so, and news may come later."""
+    """A hanging mount, or missing permission: a poll of the jobs reports it, and a feed may open later."""
 
     def fail(*_: object) -> bool:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(Path, "is_dir", fail)
-    assert local_changes.open_local_news(tmp_path) is None
+    assert local_changes.open_local_changes(tmp_path) is None
