@@ -292,8 +292,20 @@ class JobLifecycle:
         return replace(self, state=state)
 
 
+_ALWAYS = (StatusSeen, JobDeleted, LogCompleted)
+_EXPECTED: dict[TailState, tuple[type[Observation], ...]] = {
+    TailState.NEW: _ALWAYS,
+    TailState.FOLLOWING: (*_ALWAYS, LogRead, AllAcked),
+    TailState.SETTLING: (*_ALWAYS, LogRead, EndReported),
+    TailState.OPEN_END: (*_ALWAYS, LogRead, EndReported, AllAcked),
+    TailState.LATE_LINES: (*_ALWAYS, LateLinesRead, Reconciled),
+}
+
+
 def advance(life: JobLifecycle, seen: Observation) -> tuple[JobLifecycle, Action]:
     """Return the lifecycle after an observation, and what to do next.
+
+    An observation that does not belong to the state changes nothing.
 
     Args:
         life: The lifecycle before it.
@@ -301,6 +313,8 @@ def advance(life: JobLifecycle, seen: Observation) -> tuple[JobLifecycle, Action
     """
     if life.is_over:
         return life, Stop()
+    if not isinstance(seen, _EXPECTED[life.state]):
+        return life, WaitForPoll()
     match seen:
         case StatusSeen():
             return _after_status(life, seen)
