@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 
 from tailspan import JobNotFoundError, JobService, errors, job_get_logs, job_get_status
 from tailspan._identity import span_id, trace_id
+from tailspan.testing import check_service
 
 ROOT = Path(__file__).parents[1]
 SERVICE = ROOT / "docs" / "services" / "writing-a-service.md"
@@ -22,18 +22,33 @@ def python_blocks(page: Path) -> list[str]:
 
 
 def test_the_example_service_works(tmp_path: Path) -> None:
-    """A reader who copies it has a service that all verbs can use."""
+    """A reader who copies it has a service that all verbs can use and that keeps every promise, in few lines."""
     (code,) = [block for block in python_blocks(SERVICE) if "class FilesService" in block]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 28
     names: dict[str, Any] = {}
     exec(compile(code, SERVICE.name, "exec"), names)
-    (tmp_path / "one.log").write_text("first\nsecond\n")
-    service = names["FilesService"].from_options("files", {"folder": tmp_path}, None)
+    (tmp_path / "one.log").write_text("first\nsecond\n" * 3_000)
+    service = names["FilesService"].from_options("files", {"type": "files", "folder": str(tmp_path)}, None)
     assert isinstance(service, JobService)
-    assert [line["message"] for line in job_get_logs("one", service=service)] == ["first", "second"]
+    assert [line["message"] for line in job_get_logs("one", service=service)] == ["first", "second"] * 3_000
     assert job_get_status("one", service=service).state.is_terminal
     with pytest.raises(JobNotFoundError):
         job_get_status("../one", service=service)
-    asyncio.run(service.aclose())
+    check_service(lambda: names["FilesService"]("files", str(tmp_path)))
+
+
+def test_the_example_of_the_test_kit_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both forms of the kit run on the example service, in the folder that they name."""
+    names: dict[str, Any] = {}
+    (tmp_path / "tests" / "data").mkdir(parents=True)
+    (tmp_path / "tests" / "data" / "one.log").write_text("first\nsecond\n")
+    monkeypatch.chdir(tmp_path)
+    for code in python_blocks(SERVICE):
+        exec(compile(code, SERVICE.name, "exec"), names)
+    tests = names["TestFilesService"]()
+    for name in dir(tests):
+        if name.startswith("test_"):
+            getattr(tests, name)()
 
 
 @pytest.mark.parametrize(("page", "number"), [("README.md", 0), ("docs/python.md", 0), ("docs/python.md", 1)])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tailspan._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from tailspan.client import AsyncJobClient, Client, RunResponse
     from tailspan.config import Settings, load_settings
@@ -75,9 +77,6 @@ __all__ = [
     "load_settings",
     "open_service",
 ]
-
-# Installed metadata would say so, too, but reading it takes longer than the first request.
-__version__ = "0.1.0"
 
 _MODULES = {
     "tailspan.client": ("AsyncJobClient", "Client", "RunResponse"),

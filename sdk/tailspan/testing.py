@@ -1,4 +1,4 @@
-"""Fakes to test programs that use Tailspan: a job service in memory, and a clock that does not wait.
+"""Tests of programs and plugins: a job service in memory, a clock that does not wait, a test kit for job services.
 
 Example:
     >>> service = FakeService()
@@ -20,23 +20,21 @@ from typing import Any
 import anyio.lowlevel
 
 from tailspan._clock import Clock
-from tailspan._identity import trace_id
-from tailspan.errors import CursorExpiredError, JobNotFoundError
+from tailspan._conformance import PROMISES, BrokenPromise, find_broken_promises
+from tailspan.errors import ConfigError, CursorExpiredError, JobNotFoundError
 from tailspan.logs.page import MAX_PAGE_LINES, NANOS_PER_MS, Line, LogPage, Message
 from tailspan.models import JobState, JobStatus, ListedJob
-from tailspan.services import LATE_WINDOW_S, SubmitService
+from tailspan.services import LATE_WINDOW_S, JobService, SubmitService
 
-__all__ = ["FakeClock", "FakeService"]
+__all__ = ["BrokenPromise", "FakeClock", "FakeService", "ServiceConformance", "check_service"]
 
 
 class FakeService(SubmitService):
-    """A job service in memory, driven by the test. Safe to change from any thread while verbs read it.
+    """A job service in memory, driven by the test. The test may change it from any thread while verbs read it.
 
     Attributes:
-        name: As configured services have one.
-        identity: What trace ids are hashed from.
         calls: ``(method, job_id)`` of each request so far, oldest first; ``list_jobs`` has an empty job id.
-        submitted: The arguments of each ``submit``, oldest first.
+        submitted: The arguments of each `submit`, oldest first.
     """
 
     def __init__(
@@ -52,10 +50,10 @@ class FakeService(SubmitService):
         """Make a service without jobs.
 
         Args:
-            name: As configured services have one.
-            identity: What trace ids are hashed from.
-            poll_min_s: How soon a busy job may be asked again, in seconds.
-            poll_max_s: How rarely a silent job is asked, in seconds.
+            name: The configured name.
+            identity: The text that trace ids are hashed from.
+            poll_min_s: Shortest delay between two polls of a busy job, in seconds.
+            poll_max_s: Longest delay between two polls of a silent job, in seconds.
             page_lines: Longest page of lines and of listed jobs.
             polls_are_free: As the attribute of `JobService`.
         """
@@ -95,9 +93,9 @@ class FakeService(SubmitService):
         Args:
             job_id: The job.
             *messages: The lines, without line endings.
-            timestamp_ms: The time of the first, in ms since the epoch. None: now.
+            timestamp_ms: The time of the first line, in ms since the epoch. None: now.
             stream: ``stdout``, ``stderr`` or empty.
-            step_ms: How much later each further line is, in ms.
+            step_ms: The time from each line to the next, in ms.
         """
         first = int(time.time() * 1000) if timestamp_ms is None else timestamp_ms
         self._jobs[job_id].lines.extend(
@@ -110,8 +108,8 @@ class FakeService(SubmitService):
         Args:
             job_id: The job.
             state: Its new state. A terminal one also sets ``finished_at`` to now and marks the log as complete.
-            **fields: Fields of its `JobStatus` to set besides, or instead: ``logs_complete=None`` is a service
-                that does not say whether lines will come.
+            **fields: Fields of its `JobStatus` to set: ``logs_complete=None`` is a service that does not report
+                whether lines may still come.
 
         Returns:
             Its new status.
@@ -123,7 +121,7 @@ class FakeService(SubmitService):
         return self._status(job_id)
 
     def fail_next(self, method: str, *errors: Exception) -> None:
-        """Let the next calls of a method raise these errors, one each, before it works again.
+        """Make the next calls of a method raise these errors, one each.
 
         Args:
             method: ``get_job``, ``read_logs``, ``read_messages``, ``log_times_ms``, ``cancel``, ``list_jobs`` or
@@ -133,11 +131,11 @@ class FakeService(SubmitService):
         self._faults.setdefault(method, []).extend(errors)
 
     def before_next(self, method: str, *actions: Callable[[], None]) -> None:
-        """Do something right before the next calls of a method, one action each: a job that goes on meanwhile."""
+        """Run an action before each of the next calls of a method, for example a change of the job."""
         self._hooks.setdefault(method, []).extend(actions)
 
     def expire(self, job_id: str, lines: int) -> None:
-        """Forget a job's first lines, as services with short retention do: older cursors raise CursorExpiredError."""
+        """Drop a job's first lines, as a service with short retention does: older cursors raise CursorExpiredError."""
         self._jobs[job_id].expired = lines
 
     async def get_job(self, job_id: str) -> JobStatus:
@@ -153,9 +151,11 @@ class FakeService(SubmitService):
         since_ms: int | None = None,
         late_window_s: float = LATE_WINDOW_S,
     ) -> AsyncGenerator[LogPage, None]:
-        """Yield the lines after the cursor; the cursor is the number of lines read."""
+        """Yield the lines after the cursor, which is the number of lines up to it."""
         await self._called("read_logs", job_id)
         job = self._job(job_id)
+        if cursor is not None and not cursor.isdigit():
+            raise ConfigError(f"{cursor!r} is not a cursor of this service", service=self.name, job_id=job_id)
         start = int(cursor or b"0")
         if start < job.expired:
             if cursor is not None:
@@ -225,7 +225,7 @@ class FakeService(SubmitService):
         cwd: str | None = None,
         env: Mapping[str, str] | None = None,
     ) -> JobStatus:
-        """Add a PENDING job and note what it was submitted with; the test makes it run."""
+        """Add a PENDING job and record the arguments; the test sets its further states."""
         job_id = f"job-{len(self._jobs) + 1}"
         await self._called("submit", job_id)
         self.submitted.append(
@@ -241,7 +241,7 @@ class FakeService(SubmitService):
         )
 
     async def aclose(self) -> None:
-        """Note that it was closed."""
+        """Record the call."""
         self.calls.append(("aclose", ""))
 
     async def _called(self, method: str, job_id: str) -> None:
@@ -257,13 +257,12 @@ class FakeService(SubmitService):
             return self._jobs[job_id]
         except KeyError:
             raise JobNotFoundError(
-                f"the service {self.name!r} knows no job {job_id!r}", service=self.name, job_id=job_id
+                f"the service {self.name!r} has no job {job_id!r}", service=self.name, job_id=job_id
             ) from None
 
     def _status(self, job_id: str) -> JobStatus:
         job = self._job(job_id)
-        required = {"identity": self.identity, "trace_id": trace_id(self.identity, job_id), "service": self.name}
-        return JobStatus.from_state(job.state, **{"job_id": job_id, **required, **job.fields})
+        return self.make_status(job_id, job.state, **job.fields)
 
 
 @dataclasses.dataclass(slots=True)
@@ -275,7 +274,7 @@ class _FakeJob:
 
 
 class FakeClock(Clock):
-    """A clock that moves only when something sleeps, and then at once.
+    """A clock that advances only by sleeps, which take no time.
 
     Attributes:
         sleeps: Each sleep so far in seconds, oldest first.
@@ -289,7 +288,7 @@ class FakeClock(Clock):
         self._actions: list[tuple[float, Callable[[], None]]] = []
 
     def monotonic_s(self) -> float:
-        """Return the seconds that were slept."""
+        """Return the seconds slept so far."""
         return self._passed_s
 
     def wall_s(self) -> float:
@@ -297,12 +296,12 @@ class FakeClock(Clock):
         return self._started_s + self._passed_s
 
     def at(self, seconds: float, action: Callable[[], None]) -> None:
-        """Do something when so many seconds have passed since the start, in the middle of a sleep."""
+        """Run an action at a time, in seconds since the start, in the middle of a sleep."""
         self._actions.append((seconds, action))
         self._actions.sort(key=_when)
 
     async def sleep(self, seconds: float) -> None:
-        """Let that much time pass at once."""
+        """Advance the clock at once, and run the actions that are due."""
         await anyio.lowlevel.checkpoint()
         self.sleeps.append(seconds)
         until = self._passed_s + seconds
@@ -314,3 +313,121 @@ class FakeClock(Clock):
 
 def _when(planned: tuple[float, Callable[[], None]]) -> float:
     return planned[0]
+
+
+def check_service(
+    service: JobService | Callable[[], JobService],
+    *,
+    job_id: str | None = None,
+    promises: Sequence[str] | None = None,
+) -> None:
+    """Check that a job service keeps the promises of `tailspan.services.JobService`.
+
+    Reads, lists and cancels an *ended* job; starts none and changes none.
+
+    Args:
+        service: A function that makes the service, best of all its class with arguments
+            (``lambda: MyService("my", url)``); or a service, which is closed and whose constructor is not checked.
+        job_id: An ended job with at least two lines, best with more than one page. None: the first one in the list.
+        promises: Names of the promises to check, as the error shows them. None: all.
+
+    Raises:
+        AssertionError: A promise is broken; the message has the file and line of the method, and what it did.
+        ConfigError: There is no promise of that name.
+
+    Example:
+        >>> service = FakeService()
+        >>> _ = service.add_job("j")
+        >>> service.add_lines("j", "one", "two", timestamp_ms=1_000)
+        >>> _ = service.set_state("j", "SUCCEEDED")
+        >>> check_service(service)
+    """
+    for name in promises or ():
+        if name not in PROMISES:
+            raise ConfigError(f"there is no promise {name!r}; there is: {', '.join(PROMISES)}", key="promises")
+    broken = find_broken_promises(service, job_id=job_id, promises=list(PROMISES) if promises is None else promises)
+    if broken:
+        raise AssertionError("\n".join(map(str, broken)))
+
+
+class ServiceConformance:
+    """Tests of a job service for pytest, one per promise; see `check_service`.
+
+    Subclass it with a name that begins with ``Test``, and implement `make_service`:
+
+        class TestMyService(ServiceConformance):
+            def make_service(self):
+                return MyService("my", url)
+
+    Attributes:
+        job_id: An ended job with at least two lines; None: the first one in the list. A fixture may set it.
+    """
+
+    job_id: str | None = None
+
+    def make_service(self) -> JobService:
+        """Return a new service; called at least once per test."""
+        raise NotImplementedError(f"{type(self).__name__} must implement make_service")
+
+    def test_base_class(self) -> None:
+        """The service is a subclass of `JobService`."""
+        self._check("base_class")
+
+    def test_constructor(self) -> None:
+        """The constructor reads, writes and connects to nothing."""
+        self._check("constructor")
+
+    def test_identity(self) -> None:
+        """Name and identity never change."""
+        self._check("identity")
+
+    def test_unknown_jobs(self) -> None:
+        """An unknown job raises JobNotFoundError."""
+        self._check("unknown_jobs")
+
+    def test_errors(self) -> None:
+        """All errors are of the tree in `tailspan.errors`."""
+        self._check("errors")
+
+    def test_get_job(self) -> None:
+        """A status is whole, and stays the same for an ended job."""
+        self._check("get_job")
+
+    def test_pages(self) -> None:
+        """Pages are within the limits and in order, with unique uids."""
+        self._check("pages")
+
+    def test_resume(self) -> None:
+        """A read continues at every cursor, each line once."""
+        self._check("resume")
+
+    def test_early_close(self) -> None:
+        """Reads and lists may be closed at any page."""
+        self._check("early_close")
+
+    def test_since_ms(self) -> None:
+        """A read since a moment yields the lines at or after it."""
+        self._check("since_ms")
+
+    def test_messages(self) -> None:
+        """Messages are the lines, oldest first."""
+        self._check("messages")
+
+    def test_log_times(self) -> None:
+        """The times of the log are those of its first and last line."""
+        self._check("log_times")
+
+    def test_list_jobs(self) -> None:
+        """The list has each job once, newest first."""
+        self._check("list_jobs")
+
+    def test_cancel(self) -> None:
+        """Cancelling an ended job changes nothing."""
+        self._check("cancel")
+
+    def test_aclose(self) -> None:
+        """The service may be closed twice."""
+        self._check("aclose")
+
+    def _check(self, promise: str) -> None:
+        check_service(self.make_service, job_id=self.job_id, promises=[promise])

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import click
 from click.shell_completion import CompletionItem
 
-from tailspan import __version__
+from tailspan._version import __version__
 from tailspan.errors import (
     AuthError,
     ConfigError,

@@ -20,8 +20,8 @@ from urllib.parse import quote, unquote, urlsplit
 
 import httpcore
 
-from tailspan import __version__
 from tailspan._net import host_port
+from tailspan._version import __version__
 from tailspan.errors import ConfigError
 from tailspan.http.asyncio_backend import AsyncioBackend
 

@@ -121,7 +121,7 @@ def test_a_file_that_lacks_a_character_still_gets_the_line(service):
 
 def test_errors_name_the_job(service):
     """The exception of the service reaches the caller as it is."""
-    with pytest.raises(JobNotFoundError, match="knows no job 'k'") as caught:
+    with pytest.raises(JobNotFoundError, match="has no job 'k'") as caught:
         job_get_logs("k", service=service)
     assert (caught.value.service, caught.value.job_id) == ("fake", "k")
     with pytest.raises(JobNotFoundError):
