@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tailspan._version import __version__ as __version__
-
 if TYPE_CHECKING:
+    from tailspan._version import __version__ as __version__
     from tailspan.client import AsyncJobClient, Client, RunResponse
     from tailspan.config import Settings, load_settings
     from tailspan.errors import (
@@ -79,6 +78,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "tailspan._version": ("__version__",),
     "tailspan.client": ("AsyncJobClient", "Client", "RunResponse"),
     "tailspan.config": ("Settings", "load_settings"),
     "tailspan.errors": tuple(name for name in __all__ if name.endswith(("Error", "Warning"))),
