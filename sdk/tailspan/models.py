@@ -289,6 +289,3 @@ def job_id_of(job: CoerceableToJobId) -> str:
         return check_job_id(job)
     # Callers without a type checker do pass other things.
     raise ConfigError(f"a job is an id or a RunResponse, not {type(job).__name__}")
-
-
-RunResponse = JobStatus  # the agent's name for it, until its modules say JobStatus

@@ -16,7 +16,7 @@ import anyio
 
 from tailspan.local.launch import Launched, Request
 from tailspan.logs.page import LogPage
-from tailspan.models import JobState, RunResponse
+from tailspan.models import JobState, JobStatus
 from tailspan.services.local import LocalService
 
 __all__ = ["LocalJobs", "until"]
@@ -66,17 +66,17 @@ class LocalJobs:
         self._launched.append(launched)
         return launched.job_id
 
-    def ended(self, job_id: str) -> RunResponse:
+    def ended(self, job_id: str) -> JobStatus:
         """Return a job's status once its main process has ended."""
         launched = next(launched for launched in self._launched if launched.job_id == job_id)
         assert select.select([launched.status_fd], [], [], PATIENCE_S)[0]
         return self.service.status(job_id)
 
-    def complete(self, job_id: str) -> RunResponse:
+    def complete(self, job_id: str) -> JobStatus:
         """Return a job's status once its log is complete."""
         return until(lambda: (job := self.service.status(job_id)).logs_complete and job)
 
-    def run(self, *command: str, **options: Any) -> RunResponse:
+    def run(self, *command: str, **options: Any) -> JobStatus:
         """Run a command as a job, to the end of its log."""
         return self.complete(self.start(*command, **options))
 
@@ -100,11 +100,11 @@ class LocalJobs:
         """Return the lines that are readable now."""
         return [line for page in self.pages(job_id, cursor) for line in page.lines]
 
-    def cancel(self, job_id: str) -> RunResponse:
+    def cancel(self, job_id: str) -> JobStatus:
         """Cancel a job."""
         return anyio.run(self.service.cancel, job_id)
 
-    def lose(self, job_id: str) -> RunResponse:
+    def lose(self, job_id: str) -> JobStatus:
         """Kill a job's supervisor and return the status that is left."""
         os.kill(self.state(job_id)["supervisor_pid"], signal.SIGKILL)
         return until(lambda: (job := self.service.status(job_id)).state is JobState.LOST and job)

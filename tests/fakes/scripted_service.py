@@ -18,7 +18,7 @@ from tailspan._identity import trace_id
 from tailspan.errors import JobNotFoundError
 from tailspan.job_api.server import BASE_PATH, create_app, listen, make_server
 from tailspan.logs.page import Line, LogPage
-from tailspan.models import JobState, ListedJob, RunResponse
+from tailspan.models import JobState, JobStatus, ListedJob
 from tailspan.services import LATE_WINDOW_S, JobService
 
 START = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
@@ -67,7 +67,7 @@ class ScriptedService(JobService):
         self.open_reads = 0
         self.read_ended = threading.Event()
 
-    async def get_job(self, job_id: str) -> RunResponse:
+    async def get_job(self, job_id: str) -> JobStatus:
         job = self._job(job_id)
         if job.error is not None and job.fails_at_page is None:
             raise job.error
@@ -102,7 +102,7 @@ class ScriptedService(JobService):
             self.open_reads -= 1
             self.read_ended.set()
 
-    async def cancel(self, job_id: str) -> RunResponse:
+    async def cancel(self, job_id: str) -> JobStatus:
         job = self._job(job_id)
         if job.statuses is None:
             job.state, job.statuses = JobState.CANCELED, 0
@@ -128,8 +128,8 @@ class ScriptedService(JobService):
             raise JobNotFoundError(f"no such job: {job_id}", service=self.name, job_id=job_id)
         return self.jobs[job_id]
 
-    def _status(self, job_id: str, state: JobState) -> RunResponse:
-        return RunResponse.from_state(
+    def _status(self, job_id: str, state: JobState) -> JobStatus:
+        return JobStatus.from_state(
             state,
             job_id=job_id,
             job_name=self._job(job_id).name,

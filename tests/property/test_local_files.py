@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tailspan.errors import CursorExpiredError, TailspanError
 from tailspan.local.index import HEADER, Entry, pack_entry
 from tailspan.logs.page import MAX_PAGE_LINES
-from tailspan.models import RunResponse
+from tailspan.models import JobStatus
 from tailspan.services.local import LocalService
 from tailspan_agent.job.ledger import JobLedger
 from tailspan_agent.job.mapping import failure_record, resource_attributes, spans_of
@@ -92,7 +92,7 @@ def put(local: LocalService, job_id: str, **files: bytes | None) -> Path:
     return directory
 
 
-def look(local: LocalService, job_id: str) -> RunResponse | None:
+def look(local: LocalService, job_id: str) -> JobStatus | None:
     """Do with a job what command line and agent do, and return its status."""
 
     async def read() -> None:

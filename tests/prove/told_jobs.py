@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tailspan.models import RunResponse
+from tailspan.models import JobStatus
 from tests.fakes.local_jobs import LocalJobs, until
 from tests.prove.jobs import LocalNumberedJob
 from tests.prove.tally import LATEST_NS, LINE, JobTally
@@ -65,7 +65,7 @@ class ToldJob(LocalNumberedJob):
         self.tally = JobTally(name, self._find, copies=self._copies)
 
     @property
-    def status(self) -> RunResponse:
+    def status(self) -> JobStatus:
         """What the service says of it."""
         return self._jobs.service.status(self.job_id)
 

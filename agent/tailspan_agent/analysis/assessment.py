@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tailspan.config import Expect
-from tailspan.models import JobState, RunResponse
+from tailspan.models import JobState, JobStatus
 from tailspan_agent.analysis.baseline import Histories, PipelineHistory
 from tailspan_agent.analysis.progress import Progress
 
@@ -52,7 +52,7 @@ class JobSnapshot:
     """
 
     service: str
-    status: RunResponse
+    status: JobStatus
     first_line_unix_nano: int | None = None
     last_line_unix_nano: int | None = None
     progress: Progress | None = None
@@ -164,7 +164,7 @@ def is_unassessable(job: JobSnapshot, history: PipelineHistory) -> bool:
     return job.progress is None and job.status.total_tasks <= 0 and not history.is_enough
 
 
-def _of_tasks(status: RunResponse, running_s: float, now_unix_nano: int) -> Progress | None:
+def _of_tasks(status: JobStatus, running_s: float, now_unix_nano: int) -> Progress | None:
     if not 0 < status.total_tasks <= MAX_TASKS or status.finished_tasks < 0:
         return None
     finished = min(status.finished_tasks, status.total_tasks)

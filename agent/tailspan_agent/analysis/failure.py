@@ -8,7 +8,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tailspan.models import JobState, RunResponse
+from tailspan.models import JobState, JobStatus
 from tailspan_agent.analysis.stack_traces import last_stack
 
 __all__ = ["Failure", "error_type", "exit_reason", "failure_of", "fingerprint_of", "out_of_memory_line"]
@@ -103,7 +103,7 @@ def fingerprint_of(error_type: str, message: str, failure: Failure | None) -> st
     return hashlib.sha256("\0".join(parts).encode("utf-8", "replace")).hexdigest()[:16]
 
 
-def error_type(job: RunResponse, failure: Failure | None) -> str | None:
+def error_type(job: JobStatus, failure: Failure | None) -> str | None:
     """Return the ``error.type`` of a failed job, of low cardinality; None for other jobs.
 
     It is ``lost``, the exception's type, the signal (``SIGKILL``), the exit code (``exit 3``) or ``_OTHER``: the first
@@ -120,7 +120,7 @@ def error_type(job: RunResponse, failure: Failure | None) -> str | None:
     return _signal_name(job.exit_code) or f"exit {job.exit_code}"
 
 
-def exit_reason(job: RunResponse, failure: Failure | None) -> str | None:
+def exit_reason(job: JobStatus, failure: Failure | None) -> str | None:
     """Return why a job ended without success; None if it succeeded or has not ended.
 
     It is ``lost``, ``timeout`` or ``canceled``; for a failed job ``out_of_memory`` (if the log or the service reports
@@ -137,7 +137,7 @@ def exit_reason(job: RunResponse, failure: Failure | None) -> str | None:
     return "signal" if _signal_name(job.exit_code) else "exit_code"
 
 
-def out_of_memory_line(job: RunResponse, failure: Failure | None) -> str | None:
+def out_of_memory_line(job: JobStatus, failure: Failure | None) -> str | None:
     """Return the text that reports out of memory: the service's, the exception or a last line; None without one."""
     texts = [job.error or ""]
     if failure is not None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from tailspan.config import Settings
-    from tailspan.models import RunResponse
+    from tailspan.models import JobStatus
     from tailspan.services.local import LocalService
     from tailspan_agent.agent import Agent
 
@@ -141,7 +141,7 @@ def _free_address() -> str:
 class _Sample:
     """One sample job and its state."""
 
-    job: RunResponse
+    job: JobStatus
     lines: int = 0
     relayed: bool = False
     why: str | None = None
@@ -159,7 +159,7 @@ async def _demo(settings: Settings, home: Path, timeout_s: float, stay_s: float)
     async with aclosing(LocalService.from_options("local", settings.services["local"], settings)) as service:
         agent, running = await _start_agent(settings, home)
         samples: dict[str, _Sample] = {}
-        submitted: list[asyncio.Task[RunResponse]] = []
+        submitted: list[asyncio.Task[JobStatus]] = []
         try:
             if agent.server is not None:
                 console.print(f"Watch them while they run: {agent.server.url}\n")
@@ -236,7 +236,7 @@ async def _follow(
                     await service.cancel(canceled.job_id)
 
 
-async def _submit(service: LocalService, name: str, module: str) -> RunResponse:
+async def _submit(service: LocalService, name: str, module: str) -> JobStatus:
     command = [sys.executable, "-m", f"tailspan_agent.commands.demo_pipelines.{module}"]
     submitting = asyncio.ensure_future(
         service.submit(command, name=name, attributes={"demo": "true"}, env={"PYTHONUNBUFFERED": "1"})

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from tailspan._identity import job_hash, span_id
 from tailspan.config import Expect
-from tailspan.models import RunResponse
+from tailspan.models import JobStatus
 from tailspan_agent.analysis.assessment import Assessment
 from tailspan_agent.analysis.baseline import PipelineHistory
 from tailspan_agent.job.ledger import JobLedger
@@ -40,7 +40,7 @@ def new_alerts(assessment: Assessment, ledger: JobLedger) -> Iterator[str]:
         yield "slow"
 
 
-def alert_text(alert: str, job: RunResponse, history: PipelineHistory, *, duration_s: float, quiet_s: float) -> str:
+def alert_text(alert: str, job: JobStatus, history: PipelineHistory, *, duration_s: float, quiet_s: float) -> str:
     """Return the text of an alert in one line, with the history that explains it.
 
     Args:
@@ -61,7 +61,7 @@ def alert_text(alert: str, job: RunResponse, history: PipelineHistory, *, durati
     return f"{job.job_name}: succeeded after only {duration_s:.1f} s; {usual}"
 
 
-def alert_record(alert: str, text: str, job: RunResponse, ledger: JobLedger, *, time_unix_nano: int) -> LogRecordData:
+def alert_record(alert: str, text: str, job: JobStatus, ledger: JobLedger, *, time_unix_nano: int) -> LogRecordData:
     """Return the log record of an alert, in the job's own log and trace.
 
     Args:

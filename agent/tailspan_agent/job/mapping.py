@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 
 from tailspan._identity import job_hash, span_id, trace_id
 from tailspan.logs.page import NANOS_PER_MS
-from tailspan.models import JobState, RunResponse
+from tailspan.models import JobState, JobStatus
 from tailspan_agent.analysis.failure import Failure, error_type, exit_reason, out_of_memory_line
 from tailspan_agent.job.ledger import JobLedger
 from tailspan_agent.job.times import JobTimes
@@ -43,7 +43,7 @@ _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{
 
 
 def resource_attributes(
-    job: RunResponse,
+    job: JobStatus,
     *,
     service_name: str,
     watch_attributes: Mapping[str, str],
@@ -84,7 +84,7 @@ def resource_attributes(
     }
 
 
-def spans_of(job: RunResponse, ledger: JobLedger) -> list[SpanData]:
+def spans_of(job: JobStatus, ledger: JobLedger) -> list[SpanData]:
     """Return the spans of a job that have ended by now, in the order in which they end.
 
     Args:
@@ -109,7 +109,7 @@ def spans_of(job: RunResponse, ledger: JobLedger) -> list[SpanData]:
     return spans
 
 
-def failure_record(job: RunResponse, ledger: JobLedger, *, observed_unix_nano: int) -> LogRecordData | None:
+def failure_record(job: JobStatus, ledger: JobLedger, *, observed_unix_nano: int) -> LogRecordData | None:
     """Return the log record of a job's failure; None if it did not fail or has not ended.
 
     Args:
@@ -136,7 +136,7 @@ def failure_record(job: RunResponse, ledger: JobLedger, *, observed_unix_nano: i
     )
 
 
-def receipt_record(job: RunResponse, ledger: JobLedger, *, observed_unix_nano: int) -> LogRecordData:
+def receipt_record(job: JobStatus, ledger: JobLedger, *, observed_unix_nano: int) -> LogRecordData:
     """Return a job's delivery receipt: how many lines were read, and how many records acknowledged and rejected.
 
     Args:
@@ -178,11 +178,11 @@ def _receipt(ledger: JobLedger) -> dict[str, AttributeValue | None]:
     }
 
 
-def _id(job: RunResponse, span_name: str) -> str:
+def _id(job: JobStatus, span_name: str) -> str:
     return span_id(job.identity, job.job_id, span_name, job.attempt)
 
 
-def _child(job: RunResponse, name: str, start_ns: int, end_ns: int) -> SpanData:
+def _child(job: JobStatus, name: str, start_ns: int, end_ns: int) -> SpanData:
     return SpanData(
         trace_id=job.trace_id,
         span_id=_id(job, name),
@@ -193,7 +193,7 @@ def _child(job: RunResponse, name: str, start_ns: int, end_ns: int) -> SpanData:
     )
 
 
-def _run_span(job: RunResponse, ledger: JobLedger, times: JobTimes) -> SpanData:
+def _run_span(job: JobStatus, ledger: JobLedger, times: JobTimes) -> SpanData:
     result = job.state.result
     failed = job.state is not JobState.SUCCEEDED
     attributes: dict[str, AttributeValue | None] = {
@@ -225,7 +225,7 @@ def _run_span(job: RunResponse, ledger: JobLedger, times: JobTimes) -> SpanData:
     )
 
 
-def _events(job: RunResponse, ledger: JobLedger, times: JobTimes) -> list[SpanEvent]:
+def _events(job: JobStatus, ledger: JobLedger, times: JobTimes) -> list[SpanEvent]:
     events = [
         SpanEvent(
             # States are seen by polling, so late, even after the end.
@@ -246,7 +246,7 @@ def _events(job: RunResponse, ledger: JobLedger, times: JobTimes) -> list[SpanEv
     return events
 
 
-def _failure(job: RunResponse, ledger: JobLedger) -> dict[str, AttributeValue]:
+def _failure(job: JobStatus, ledger: JobLedger) -> dict[str, AttributeValue]:
     """Return the exit reason, and how often the pipeline had this failure."""
     reason = exit_reason(job, ledger.failure)
     attributes: dict[str, AttributeValue] = {} if reason is None else {"tailspan.exit.reason": reason}
@@ -268,14 +268,14 @@ def _iso(unix_nano: int) -> str:
     return datetime.fromtimestamp(unix_nano / 1e9, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _exception(job: RunResponse, failure: Failure | None) -> dict[str, AttributeValue]:
+def _exception(job: JobStatus, failure: Failure | None) -> dict[str, AttributeValue]:
     attributes: dict[str, AttributeValue] = {"exception.type": error_type(job, failure) or ""}
     if failure and failure.stacktrace:
         return {**attributes, "exception.message": failure.message, "exception.stacktrace": failure.stacktrace}
     return {**attributes, "exception.message": failure_text(job, failure)}
 
 
-def failure_text(job: RunResponse, failure: Failure | None) -> str:
+def failure_text(job: JobStatus, failure: Failure | None) -> str:
     """Return why a job did not succeed, in one or a few lines of at most 2,000 characters in total."""
     if job.state is JobState.FAILED and failure and failure.exception_type:
         text = f"{failure.exception_type}: {failure.message}" if failure.message else failure.exception_type
@@ -296,7 +296,7 @@ def _links(traceparent: str | None) -> tuple[SpanLink, ...]:
     return (SpanLink(trace_id=match[1], span_id=match[2], flags=int(match[3], 16)),)
 
 
-def _earlier_attempt(job: RunResponse) -> tuple[SpanLink, ...]:
+def _earlier_attempt(job: JobStatus) -> tuple[SpanLink, ...]:
     """Return a link to the run span of the previous attempt, which has a trace of its own."""
     if job.attempt <= 1:
         return ()

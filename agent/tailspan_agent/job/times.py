@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from tailspan.models import RunResponse
+from tailspan.models import JobStatus
 from tailspan_agent.analysis.baseline import PastRun, PipelineHistory
 from tailspan_agent.job.ledger import JobLedger
 
@@ -32,7 +32,7 @@ class JobTimes:
     finished_ns: int
 
     @classmethod
-    def of(cls, job: RunResponse, ledger: JobLedger) -> JobTimes:
+    def of(cls, job: JobStatus, ledger: JobLedger) -> JobTimes:
         """Return the times of a job from its last status and its ledger."""
         starts = [time for time in (unix_nano(job.started_at), ledger.first_line_ns) if time is not None]
         started = min(starts, default=None)
@@ -54,7 +54,7 @@ def unix_nano(time: datetime | None) -> int | None:
     return None if time is None else (time - _EPOCH) // timedelta(microseconds=1) * 1000
 
 
-def run_duration_s(job: RunResponse, ledger: JobLedger) -> float:
+def run_duration_s(job: JobStatus, ledger: JobLedger) -> float:
     """Return how long an ended job ran, in seconds, without the time in a queue.
 
     Args:
@@ -62,7 +62,7 @@ def run_duration_s(job: RunResponse, ledger: JobLedger) -> float:
         ledger: Its ledger: its lines are used if the service does not report its start and end.
 
     Returns:
-        `RunResponse.duration` if known; 0 for a job that never started.
+        `JobStatus.duration` if known; 0 for a job that never started.
     """
     if job.duration is not None and job.finished_at is not None:
         return job.duration.total_seconds()
@@ -70,7 +70,7 @@ def run_duration_s(job: RunResponse, ledger: JobLedger) -> float:
     return 0.0 if times.started_ns is None else (times.finished_ns - times.started_ns) / 1e9
 
 
-def past_run(job: RunResponse, ledger: JobLedger, pipeline: str, history: PipelineHistory) -> PastRun:
+def past_run(job: JobStatus, ledger: JobLedger, pipeline: str, history: PipelineHistory) -> PastRun:
     """Return the run of an ended job for the history of its pipeline.
 
     Args:

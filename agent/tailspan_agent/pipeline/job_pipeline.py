@@ -13,7 +13,7 @@ import msgspec
 
 from tailspan.config import Watch
 from tailspan.logs.page import LogPage
-from tailspan.models import JobState, RunResponse
+from tailspan.models import JobState, JobStatus
 from tailspan.services import JobService
 from tailspan_agent.analysis.assessment import JobSnapshot
 from tailspan_agent.analysis.failure import Failure
@@ -53,7 +53,7 @@ class JobPipeline:
     """
 
     def __init__(
-        self, context: PipelineContext, service: JobService, watch: Watch, status: RunResponse, first_seen_ns: int
+        self, context: PipelineContext, service: JobService, watch: Watch, status: JobStatus, first_seen_ns: int
     ) -> None:
         self.job = TrackedJob(context, service, watch, status, first_seen_ns)
         self.spans = JobSpans(self.job)
@@ -69,7 +69,7 @@ class JobPipeline:
         context.in_flight[service.identity, status.job_id] = self
 
     @property
-    def status(self) -> RunResponse:
+    def status(self) -> JobStatus:
         """The last status."""
         return self.job.status
 
@@ -119,7 +119,7 @@ class JobPipeline:
         )
         self._log_context.learner = learner
 
-    def on_status(self, status: RunResponse) -> None:
+    def on_status(self, status: JobStatus) -> None:
         """Apply a new status; write the spans that have ended with it."""
         job, known = self.job, self.job.status
         if status.last_heartbeat is not None and known.last_heartbeat is not None:

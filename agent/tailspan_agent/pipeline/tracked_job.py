@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from tailspan.config import Watch
-from tailspan.models import RunResponse
+from tailspan.models import JobStatus
 from tailspan.services import JobService
 from tailspan_agent.analysis.baseline import PipelineHistory
 from tailspan_agent.checkpoint.store import Checkpoint
@@ -43,13 +43,13 @@ class TrackedJob:
     """
 
     def __init__(
-        self, context: PipelineContext, service: JobService, watch: Watch, status: RunResponse, first_seen_ns: int
+        self, context: PipelineContext, service: JobService, watch: Watch, status: JobStatus, first_seen_ns: int
     ) -> None:
         self.context = context
         self.service = service
         self.watch = watch
         self.status = status
-        self._redacted: tuple[RunResponse, Redactor, RunResponse] | None = None
+        self._redacted: tuple[JobStatus, Redactor, JobStatus] | None = None
         known = context.store.job(service.identity, status.job_id)
         self.checkpoint = known or self._first_checkpoint(first_seen_ns)
         self.ledger = self.acked_ledger = JobLedger.restored(self.checkpoint.ledger, status.job_id, first_seen_ns)
@@ -82,7 +82,7 @@ class TrackedJob:
         self.resource = self._encode_resource()
 
     @property
-    def redacted_status(self) -> RunResponse:
+    def redacted_status(self) -> JobStatus:
         """The status without the configured secrets, as it may leave this machine."""
         redactor = self.context.redactor
         if redactor is None:

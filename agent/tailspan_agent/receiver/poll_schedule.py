@@ -22,7 +22,7 @@ from typing import Any
 
 from tailspan._identity import trace_id
 from tailspan.logs.follow import Follower
-from tailspan.models import JobState, ListedJob, RunResponse
+from tailspan.models import JobState, JobStatus, ListedJob
 from tailspan.services import JobService
 from tailspan_agent.analysis.assessment import JobSnapshot
 from tailspan_agent.tasks import Flag
@@ -130,7 +130,7 @@ class PollSchedule:
         self._follower.wake()
         self._woken.set()
 
-    def on_status(self, job: RunResponse) -> float:
+    def on_status(self, job: JobStatus) -> float:
         """Note a requested status; return the time, in seconds of the monotonic clock."""
         self._status_at_s = time.monotonic()
         # Such a status has hardly anything that the job's row does not have.
@@ -207,7 +207,7 @@ def late_lines_delay_s(ended_ago_s: float) -> float:
 
 def status_known_of(
     service: JobService, job_id: str, name: str, state: JobState = JobState.UNKNOWN, **fields: Any
-) -> RunResponse:
+) -> JobStatus:
     """Return a status of a job from what is known without a request.
 
     Args:
@@ -217,7 +217,7 @@ def status_known_of(
         state: The job's state, if known.
         **fields: Further fields of the status.
     """
-    return RunResponse.from_state(
+    return JobStatus.from_state(
         state,
         job_id=job_id,
         job_name=name,

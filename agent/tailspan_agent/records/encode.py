@@ -14,7 +14,7 @@ from tailspan._native import COMPILED
 from tailspan.logs.clean import MAX_BODY_BYTES, clean, is_clean, split_long
 from tailspan.logs.page import CLEAN, DIGEST_BYTES, LineRun, LogPage, Stream
 from tailspan.logs.text import count_lines
-from tailspan.models import RunResponse
+from tailspan.models import JobStatus
 from tailspan_agent.otlp.log_record import origin_fields, severity_fields
 from tailspan_agent.otlp.wire import UINT64_MAX, attributes_fields, bytes_field, fixed64_field
 from tailspan_agent.records.framing import LEFT_OUT, FramedRun, Lines, frame, split_lines
@@ -44,7 +44,7 @@ class LogContext:
 
     @classmethod
     def for_job(
-        cls, job: RunResponse, *, min_severity: str | None = None, redactor: Redactor | None = None
+        cls, job: JobStatus, *, min_severity: str | None = None, redactor: Redactor | None = None
     ) -> LogContext:
         """Return the context of a job's lines.
 

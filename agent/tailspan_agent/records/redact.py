@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tailspan.config import RedactSettings
 from tailspan.errors import ConfigError
-from tailspan.models import RunResponse
+from tailspan.models import JobStatus
 from tailspan_agent.records.framing import Lines, split_lines
 
 __all__ = ["MIN_SECRET_CHARS", "REDACTED", "Redactor"]
@@ -97,7 +97,7 @@ class Redactor:
             kept_from = stop
         return "".join((*parts, text[kept_from:])), len(merged)
 
-    def redact_job(self, job: RunResponse) -> RunResponse:
+    def redact_job(self, job: JobStatus) -> JobStatus:
         """Return a status with redacted texts: its error, URL, attributes and details; names and ids stay."""
 
         def hide(texts: Mapping[str, str]) -> dict[str, str]:

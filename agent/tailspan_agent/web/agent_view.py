@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tailspan.config import Settings
-from tailspan.models import RunResponse
+from tailspan.models import JobStatus
 from tailspan.services import JobService
 from tailspan_agent.analysis.assessment import JobSnapshot
 from tailspan_agent.analysis.baseline import Histories, PipelineHistory
@@ -74,6 +74,6 @@ class AgentView:
         """Return text without the configured secrets."""
         return self.context.redactor.redact(text)[0] if self.context.redactor is not None else text
 
-    def redact_job(self, job: RunResponse) -> RunResponse:
+    def redact_job(self, job: JobStatus) -> JobStatus:
         """Return a status without the configured secrets."""
         return self.context.redactor.redact_job(job) if self.context.redactor is not None else job

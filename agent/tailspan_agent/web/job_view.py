@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from tailspan._identity import trace_id
 from tailspan.errors import JobNotFoundError, ServiceError, ServiceUnavailableError
-from tailspan.models import JobState, RunResponse
+from tailspan.models import JobState, JobStatus
 from tailspan.services import JobService
 from tailspan_agent.analysis.assessment import Assessment, JobSnapshot, assess
 from tailspan_agent.analysis.baseline import PipelineHistory
@@ -63,7 +63,7 @@ class JobView:
     """
 
     service: JobService
-    status: RunResponse
+    status: JobStatus
     ledger: JobLedger | None
     assessment: Assessment
     history: PipelineHistory
@@ -162,8 +162,8 @@ def _ledger_of(stored: Checkpoint | None) -> JobLedger | None:
 
 
 async def _request_status(
-    service: JobService, job_id: str, stored_status: RunResponse | None, timeout_s: float
-) -> tuple[RunResponse, str]:
+    service: JobService, job_id: str, stored_status: JobStatus | None, timeout_s: float
+) -> tuple[JobStatus, str]:
     """Return the service's answer and an empty text; without an answer the stored status and the error."""
     try:
         async with asyncio.timeout(timeout_s):
@@ -179,8 +179,8 @@ async def _request_status(
         return stored_status, text
 
 
-def _stored_status(service: JobService, job_id: str, name: str, ledger: JobLedger) -> RunResponse:
-    return RunResponse.from_state(
+def _stored_status(service: JobService, job_id: str, name: str, ledger: JobLedger) -> JobStatus:
+    return JobStatus.from_state(
         ledger.states[-1][1] if ledger.states else JobState.UNKNOWN,
         job_id=job_id,
         job_name=name,
@@ -191,7 +191,7 @@ def _stored_status(service: JobService, job_id: str, name: str, ledger: JobLedge
     )
 
 
-def _links(view: AgentView, status: RunResponse) -> list[tuple[str, str]]:
+def _links(view: AgentView, status: JobStatus) -> list[tuple[str, str]]:
     urls = {**view.settings().links.of(status), "at its service": status.url}
     # A URL from outside must not be a script (javascript:).
     return [(label.capitalize(), url) for label, url in urls.items() if url and url.startswith(("http://", "https://"))]
@@ -211,5 +211,5 @@ def _phases(times: JobTimes, now_ns: int, *, ended: bool) -> list[Phase]:
     return found
 
 
-def _duration_s(status: RunResponse) -> float | None:
+def _duration_s(status: JobStatus) -> float | None:
     return status.duration.total_seconds() if status.duration is not None else None

@@ -12,7 +12,7 @@ import pytest
 
 from tailspan.config import load_settings
 from tailspan.errors import ConfigError
-from tailspan.models import RunResponse
+from tailspan.models import JobStatus
 from tailspan.testing import FakeService
 from tailspan_agent.process.reload import reload_on_hangup
 from tests.fakes.agents import Bench, OddService, looped, until
@@ -270,7 +270,7 @@ class SlowToName(OddService):
         self.lists_names = False
         self.asked, self.answers = asyncio.Event(), asyncio.Event()
 
-    async def get_job(self, job_id: str) -> RunResponse:
+    async def get_job(self, job_id: str) -> JobStatus:
         """Return a status; for ``j1`` only once the test allows it."""
         if job_id == "j1":
             self.asked.set()

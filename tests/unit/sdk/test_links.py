@@ -10,16 +10,16 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from tailspan.config import LinksSettings
-from tailspan.models import JobState, RunResponse
+from tailspan.models import JobState, JobStatus
 
 T0 = datetime.fromtimestamp(1_000_000, UTC)
 HOSTILE = 'a/b c&d="{trace_id}"\n#\ud800'
 
 
-def job(state: JobState = JobState.SUCCEEDED, **fields: Any) -> RunResponse:
+def job(state: JobState = JobState.SUCCEEDED, **fields: Any) -> JobStatus:
     ended = {"finished_at": T0 + timedelta(seconds=60)} if state.is_terminal else {}
     known = {"job_id": "j-1", "job_name": "etl", "identity": "id", "trace_id": "ab" * 16, "submitted_at": T0, **ended}
-    return RunResponse.from_state(state, **{**known, **fields})
+    return JobStatus.from_state(state, **{**known, **fields})
 
 
 def test_placeholders_are_filled_in() -> None:

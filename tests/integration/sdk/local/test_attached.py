@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tailspan.local.attached import OUR_ERROR, TIMED_OUT, exit_code_of
-from tailspan.models import JobState, RunResponse
+from tailspan.models import JobState, JobStatus
 from tests.fakes.local_jobs import LocalJobs, until
 
 PROGRAM = """
@@ -214,7 +214,7 @@ def test_ctrl_c_at_a_terminal_cancels(local):
 )
 def test_exit_codes(state, exit_code, expected):
     """The contract of `tailspan run`."""
-    job = RunResponse.from_state(state, job_id="j", job_name="n", identity="i", trace_id="t", exit_code=exit_code)
+    job = JobStatus.from_state(state, job_id="j", job_name="n", identity="i", trace_id="t", exit_code=exit_code)
     assert exit_code_of(job) == expected
 
 

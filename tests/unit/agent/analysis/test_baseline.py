@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tailspan.config import Expect
 from tailspan.logs.page import Line, LogPage
-from tailspan.models import JobState, RunResponse
+from tailspan.models import JobState, JobStatus
 from tailspan_agent.analysis.assessment import (
     Assessment,
     JobSnapshot,
@@ -53,7 +53,7 @@ def past(durations_s: Sequence[float], **fields: Any) -> PipelineHistory:
 def followed(state: JobState = JobState.RUNNING, *, running_s: float = 10.0, **fields: Any) -> JobSnapshot:
     own = {name: fields.pop(name) for name in list(fields) if name in ("progress", "last_line_unix_nano")}
     started = None if state is JobState.PENDING else T0 - timedelta(seconds=running_s)
-    status = RunResponse.from_state(
+    status = JobStatus.from_state(
         state, job_id="j", job_name="etl", identity="id", trace_id="ab" * 16, started_at=started, **fields
     )
     return JobSnapshot(service="s", status=status, **own)
@@ -202,7 +202,7 @@ def test_the_longest_pause_of_a_job_is_kept() -> None:
     ledger = JobLedger(first_seen_ns=NOW).with_page(page(1, 2, 9)).with_page(page(12)).with_page(page(2, 11))
     assert ledger.quiet_ns == 7 * S
     ended = {"started_at": T0 - timedelta(seconds=8), "finished_at": T0 + timedelta(seconds=14)}
-    job = RunResponse.from_state(
+    job = JobStatus.from_state(
         JobState.SUCCEEDED, job_id="j", job_name="etl", identity="id", trace_id="ab" * 16, **ended
     )
     kept = past_run(job, ledger, "etl", PipelineHistory())

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tailspan.models import JobState, RunResponse
+from tailspan.models import JobState, JobStatus
 from tailspan_agent.analysis.failure import Failure, exit_reason, failure_of, fingerprint_of
 from tailspan_agent.job.mapping import failure_text
 from tests.fakes.agents import Bench
@@ -26,8 +26,8 @@ def failure(lines: list[str]) -> Failure:
     return found
 
 
-def failed(state: JobState = JobState.FAILED, **fields: Any) -> RunResponse:
-    return RunResponse.from_state(state, job_id="j", job_name="etl", identity="id", trace_id="ab" * 16, **fields)
+def failed(state: JobState = JobState.FAILED, **fields: Any) -> JobStatus:
+    return JobStatus.from_state(state, job_id="j", job_name="etl", identity="id", trace_id="ab" * 16, **fields)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_text_that_looks_like_a_stack(lines: list[str]) -> None:
         (failed(JobState.RUNNING), ["MemoryError"], None, ""),
     ],
 )
-def test_exit_reasons(job: RunResponse, lines: list[str], reason: str | None, text: str) -> None:
+def test_exit_reasons(job: JobStatus, lines: list[str], reason: str | None, text: str) -> None:
     """The exit reason and its text; a SIGKILL alone is no proof of out of memory."""
     found = failure(lines)
     assert exit_reason(job, found) == reason

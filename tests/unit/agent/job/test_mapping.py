@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailspan._identity import span_id, trace_id
-from tailspan.models import JobState, RunResponse
+from tailspan.models import JobState, JobStatus
 from tailspan_agent.analysis.failure import Failure, error_type, failure_of
 from tailspan_agent.job.ledger import JobLedger
 from tailspan_agent.job.mapping import (
@@ -28,7 +28,7 @@ S = 1_000_000_000
 FAILURE = failure_of(["Traceback (most recent call last):", '  File "x.py", line 1, in f', "ValueError: no tile"])
 
 
-def job(state: JobState = JobState.SUCCEEDED, **fields: Any) -> RunResponse:
+def job(state: JobState = JobState.SUCCEEDED, **fields: Any) -> JobStatus:
     known = {
         "job_id": "job-1",
         "job_name": "etl",
@@ -39,7 +39,7 @@ def job(state: JobState = JobState.SUCCEEDED, **fields: Any) -> RunResponse:
     }
     if state.is_terminal:
         known["finished_at"] = T0 + timedelta(seconds=10)
-    return RunResponse.from_state(state, **{**known, **fields})
+    return JobStatus.from_state(state, **{**known, **fields})
 
 
 def ledger(**fields: Any) -> JobLedger:
@@ -56,7 +56,7 @@ def times(span: SpanData) -> tuple[int, int]:
     return (span.start_unix_nano - NS0) // S, (span.end_unix_nano - NS0) // S
 
 
-def resource(run: RunResponse, **options: Any) -> dict[str, Any]:
+def resource(run: JobStatus, **options: Any) -> dict[str, Any]:
     known: dict[str, Any] = {"service_name": "fused", "watch_attributes": {}, "otlp_resource": {}}
     return resource_attributes(run, **{**known, **options})
 
@@ -347,5 +347,5 @@ def test_the_text_of_a_failure_without_message() -> None:
     ids=["as the service says", "late lines", "from the first line", "to the last line", "never started"],
 )
 def test_a_run_lasts_from_its_start(fields: dict[str, Any], seen: dict[str, Any], seconds: float) -> None:
-    """Like `RunResponse.duration`, without the time in the queue; unknown times come from lines."""
+    """Like `JobStatus.duration`, without the time in the queue; unknown times come from lines."""
     assert run_duration_s(job(**fields), ledger(**seen)) == seconds

@@ -7,7 +7,7 @@ from typing import Any
 
 from opentelemetry.sdk.metrics.export import Metric, NumberDataPoint, Sum
 
-from tailspan.models import JobState, RunResponse
+from tailspan.models import JobState, JobStatus
 from tailspan_agent.analysis.assessment import JobSnapshot, PipelineStats
 from tailspan_agent.analysis.baseline import Histories, PastRun
 from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES, PipelineNames
@@ -23,7 +23,7 @@ def job(name: str = "etl", state: JobState = JobState.RUNNING, job_id: str = "j"
     known = {"submitted_at": T0 - timedelta(seconds=90), "started_at": T0 - timedelta(seconds=60)}
     if state is JobState.PENDING:
         del known["started_at"]
-    status = RunResponse.from_state(
+    status = JobStatus.from_state(
         state, job_id=job_id, job_name=name, identity="id", trace_id="ab" * 16, **{**known, **fields}
     )
     return JobSnapshot(service="s", status=status)

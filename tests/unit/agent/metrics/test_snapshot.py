@@ -10,7 +10,7 @@ from opentelemetry import metrics as otel_metrics
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 
 from tailspan.errors import ServiceUnavailableError
-from tailspan.models import JobState, RunResponse
+from tailspan.models import JobState, JobStatus
 from tailspan_agent.analysis.assessment import JobSnapshot
 from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
 from tailspan_agent.analysis.run_totals import BOUNDS_S, RunTotals
@@ -22,7 +22,7 @@ def job(
 ) -> JobSnapshot:
     """Return the snapshot of a followed job."""
     lines = {key: fields.pop(key) for key in ("first_line_unix_nano", "last_line_unix_nano") if key in fields}
-    status = RunResponse.from_state(state, job_id=job_id, job_name=name, identity="i", trace_id=TRACE, **fields)
+    status = JobStatus.from_state(state, job_id=job_id, job_name=name, identity="i", trace_id=TRACE, **fields)
     return JobSnapshot(service=service, status=status, **lines)
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tailspan.logs.follow import Follower
-from tailspan.models import JobState, RunResponse
+from tailspan.models import JobState, JobStatus
 from tailspan_agent.receiver.lifecycle import (
     LATE_LINES_S,
     Action,
@@ -182,7 +182,7 @@ class Driver:
     def poll(self, moment: Moment) -> None:
         """Poll the job once."""
         self.now_s += moment.after_s
-        status = RunResponse.from_state(
+        status = JobStatus.from_state(
             moment.state, job_id="j", job_name="", identity="i", trace_id="t", logs_complete=moment.end_mark
         )
         terminal = moment.state.is_terminal

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tailspan.logs.follow import Follower
-from tailspan.models import JobState, ListedJob, RunResponse
+from tailspan.models import JobState, JobStatus, ListedJob
 from tailspan_agent.receiver import poll_schedule as schedule
 from tailspan_agent.receiver.poll_schedule import PollSchedule
 
@@ -20,7 +20,7 @@ def due_after_s(monkeypatch: pytest.MonkeyPatch, row: ListedJob | None, **status
     now_s = 1000.0
     monkeypatch.setattr(schedule, "time", SimpleNamespace(monotonic=lambda: now_s))
     asked = PollSchedule(Follower())
-    job = RunResponse.from_state(JobState.RUNNING, job_id="j", job_name="etl", identity="i", trace_id="t", **status)
+    job = JobStatus.from_state(JobState.RUNNING, job_id="j", job_name="etl", identity="i", trace_id="t", **status)
     if row is not None:
         asked.on_row(row)
     begun_s = asked.on_status(job)
@@ -55,7 +55,7 @@ def test_a_row_that_tells_of_another_state_has_it_asked_for(monkeypatch: pytest.
     """At once: an end must not wait for two minutes."""
     asked = PollSchedule(Follower(state=JobState.RUNNING))
     asked.on_row(ListedJob(job_id="j", state=JobState.RUNNING, lines=5))
-    asked.on_status(RunResponse.from_state(JobState.RUNNING, job_id="j", job_name="", identity="i", trace_id="t"))
+    asked.on_status(JobStatus.from_state(JobState.RUNNING, job_id="j", job_name="", identity="i", trace_id="t"))
     assert not asked.status_is_due()
     asked.on_row(ListedJob(job_id="j", state=JobState.SUCCEEDED, lines=6))
     assert asked.status_is_due()
@@ -73,7 +73,7 @@ def test_a_second_look_at_an_end_keeps_its_distance_where_looks_go_together() ->
     """Or a state that flickers would be taken for the end at once."""
     follower = Follower(poll_min_s=1.0, state=JobState.RUNNING)
     asked = PollSchedule(follower)
-    ended = RunResponse.from_state(JobState.SUCCEEDED, job_id="j", job_name="", identity="i", trace_id="t")
+    ended = JobStatus.from_state(JobState.SUCCEEDED, job_id="j", job_name="", identity="i", trace_id="t")
     follower.on_status(ended, asked.on_status(ended), time.time())
     delay_s = asked.delay_s(gather_s=0.5)
     assert delay_s is not None

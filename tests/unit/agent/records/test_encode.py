@@ -16,7 +16,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from tailspan._identity import span_id, trace_id
 from tailspan.logs.clean import MAX_BODY_BYTES, clean, split_long
 from tailspan.logs.page import CLEAN, Line, LineRun, LogPage, Stream
-from tailspan.models import JobState, RunResponse
+from tailspan.models import JobState, JobStatus
 from tailspan_agent.otlp.log_record import LogRecordData, Severity, encode_log_record
 from tailspan_agent.otlp.requests import encode_resource, logs_request, traces_request
 from tailspan_agent.otlp.span import SpanData, SpanEvent, SpanKind, SpanLink, StatusCode, encode_span
@@ -192,7 +192,7 @@ def test_a_page_is_encoded_the_same_again() -> None:
 
 def test_the_context_of_a_job_has_the_ids_of_its_run_span() -> None:
     """Records refer to the run span, whose id any program can compute from the job's id."""
-    job = RunResponse.from_state(
+    job = JobStatus.from_state(
         JobState.RUNNING, job_id="j", job_name="etl", identity="i", trace_id=trace_id("i", "j"), attempt=2
     )
     made = LogContext.for_job(job, min_severity="warning")

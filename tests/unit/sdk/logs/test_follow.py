@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailspan.logs.follow import SETTLE_S, Follower
-from tailspan.models import JobState, RunResponse
+from tailspan.models import JobState, JobStatus
 
 WALL_S = 1_700_000_000.0
 TERMINAL = [state for state in JobState if state.is_terminal]
@@ -18,7 +18,7 @@ TERMINAL = [state for state in JobState if state.is_terminal]
 def job(state: JobState, *, ended_ago_s: float | None = None, logs_complete: bool | None = None, at_s: float = 0.0):
     """Return a status as it stands at that time of the follower's clock."""
     ended = None if ended_ago_s is None else datetime.fromtimestamp(WALL_S + at_s - ended_ago_s, UTC)
-    return RunResponse.from_state(
+    return JobStatus.from_state(
         state,
         job_id="j",
         job_name="j",
@@ -29,7 +29,7 @@ def job(state: JobState, *, ended_ago_s: float | None = None, logs_complete: boo
     )
 
 
-def see(follower: Follower, status: RunResponse, at_s: float) -> None:
+def see(follower: Follower, status: JobStatus, at_s: float) -> None:
     """Give the follower a status at that time."""
     follower.on_status(status, at_s, WALL_S + at_s)
 
