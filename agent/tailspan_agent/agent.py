@@ -31,6 +31,7 @@ from tailspan_agent.metrics.snapshot import MetricsReader
 from tailspan_agent.pipeline.context import PipelineContext
 from tailspan_agent.pipeline.missing_runs import MissingRuns
 from tailspan_agent.pipeline.queue import LogQueue, SpanQueue
+from tailspan_agent.pipeline.store_streams import StoreStreams
 from tailspan_agent.pipeline.stream_order import StreamOrder
 from tailspan_agent.receiver.discovery import JobDiscovery
 from tailspan_agent.receiver.receiver import Receiver
@@ -133,6 +134,7 @@ class Agent:
             queues=[LogQueue(self.store, logs) for _ in range(_LOG_QUEUES)] if logs else [],
             spans=SpanQueue(self.store, traces) if traces else None,
             stream_order=StreamOrder(),
+            store_streams=StoreStreams(self.store.newest_by_stream),
             health=self.metrics,
             redactor=Redactor.from_settings(settings.redact),
             otlp_resource=settings.otlp.resource,

@@ -130,7 +130,7 @@ def line_as_log_record(seen: Seen) -> None:
         for row in rows:
             assert (row.trace_id, row.span_id, row.flags) == (run.trace_id, run.span_id, 1)
             assert run.start_unix_nano <= row.time_unix_nano <= run.end_unix_nano
-            assert row.observed_time_unix_nano > row.time_unix_nano
+            assert row.observed_time_unix_nano == row.time_unix_nano // 1_000_000 * 1_000_000
             assert row.attributes["log.iostream"] in ("stdout", "stderr")
             assert not {"\r", "\0", "\x1b"} & set(row.body)
 

@@ -23,7 +23,7 @@ def fill(state_dir: Path) -> None:
     store = Store(state_dir)
     for number in range(3):
         job = store.add_job(
-            "me", f"job-{number}", f"name-{number}", backfill=False, ledger=JobLedger(first_seen_ns=1).to_json()
+            "me", f"job-{number}", f"name-{number}", stream=0, ledger=JobLedger(first_seen_ns=1).to_json()
         )
         store.ack([Ack(job.key, b"cursor", JobLedger(first_seen_ns=2).to_json(), {5: (2, 3)})])
         span = OutboxSpan(job.key, f"span-{number}", b"resource", b"span")
@@ -49,7 +49,7 @@ def use(state_dir: Path) -> None:
         store.finished_jobs("me")
         store.unsent_spans(10)
         for job_id, _ in [*store.unfinished_jobs("me"), ("job-0", ""), ("new", "")]:
-            job = store.job("me", str(job_id)) or store.add_job("me", "new", "n", backfill=False, ledger="{}")
+            job = store.job("me", str(job_id)) or store.add_job("me", "new", "n", stream=0, ledger="{}")
             # A job whose facts are damaged begins anew: `tailspan_agent.pipeline.job_pipeline`.
             with suppress(ValueError):
                 JobLedger.from_json(job.ledger)

@@ -76,8 +76,8 @@ def test_a_status_of_any_content(reply: dict[str, Any]) -> None:
         line_times(reply)
         ledger = JobLedger(first_seen_ns=1, logs_complete=True)
         spans_of(job, ledger)
-        failure_record(job, ledger, observed_unix_nano=1)
-        resource_attributes(job, service_name="s", watch_attributes={}, otlp_resource={}, backfill=False)
+        failure_record(job, ledger)
+        resource_attributes(job, service_name="s", watch_attributes={}, otlp_resource={}, stream=0)
         LogContext.for_job(job)
         end_text(job)
         json.dumps(json_of(job))
@@ -157,7 +157,7 @@ def test_a_log_of_any_bytes(pieces: list[bytes], step: int, decoder: Any) -> Non
     if decoder is lines:
         for page in pages(window, found):
             assert isinstance(page, LogPage)
-            encode_lines(page, context=LogContext(trace_id=b"t" * 16, span_id=b"s" * 8), observed_unix_nano=1)
+            encode_lines(page, context=LogContext(trace_id=b"t" * 16, span_id=b"s" * 8))
 
 
 @pytest.mark.parametrize(
@@ -288,6 +288,6 @@ def test_log_pages_of_any_content(reply: bytes) -> None:
         for frame in splitter.feed(reply) + splitter.close():
             if frame.page is not None:
                 context = LogContext(trace_id=b"t" * 16, span_id=b"s" * 8)
-                encoded = encode_lines(frame.page, context=context, observed_unix_nano=1)
+                encoded = encode_lines(frame.page, context=context)
                 assert encoded.count == len(frame.page.lines) == len(frame.page.uids())
                 parse_request("logs", logs_request([(b"", [encoded.records])]))

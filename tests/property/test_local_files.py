@@ -101,7 +101,7 @@ def look(local: LocalService, job_id: str) -> JobStatus | None:
             try:
                 async for page in local.read_logs(job_id, cursor):
                     assert 0 < len(page.lines) == sum(run.lines for run in page.runs) <= MAX_PAGE_LINES + 4096
-                    encode_lines(page, context=context, observed_unix_nano=1)
+                    encode_lines(page, context=context)
                     cursor = page.cursor
                 return
             except CursorExpiredError as error:
@@ -123,8 +123,8 @@ def look(local: LocalService, job_id: str) -> JobStatus | None:
         return None
     ledger = JobLedger(first_seen_ns=1, logs_complete=True)
     spans_of(job, ledger)
-    failure_record(job, ledger, observed_unix_nano=1)
-    resource_attributes(job, service_name="local", watch_attributes={}, otlp_resource={}, backfill=False)
+    failure_record(job, ledger)
+    resource_attributes(job, service_name="local", watch_attributes={}, otlp_resource={}, stream=0)
     return job
 
 

@@ -16,7 +16,7 @@ class Checkpoint:
     Attributes:
         key: The store's number for the job.
         name: The job's name.
-        backfill: Whether the job was old when it was first seen; decided once.
+        stream: The log stream of its pipeline that its lines go to: 0 for the main one; column ``backfill``.
         cursor: The end of the acknowledged lines; None if there are none.
         ledger: The JSON of the job's `JobLedger` as of that cursor.
         logs_complete: Whether all lines of the ended job are acknowledged.
@@ -26,7 +26,7 @@ class Checkpoint:
 
     key: int
     name: str
-    backfill: bool
+    stream: int
     cursor: bytes | None
     ledger: str
     logs_complete: bool

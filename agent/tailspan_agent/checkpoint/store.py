@@ -70,8 +70,8 @@ def read_checkpoint(state_dir: Path, identity: str, job_id: str) -> Checkpoint |
 def _checkpoint(rows: list[Any]) -> Checkpoint | None:
     if not rows:
         return None
-    key, name, backfill, cursor, ledger, logs_complete, late, ended = rows[0]
-    return Checkpoint(key, name, bool(backfill), cursor, ledger, bool(logs_complete), bool(late), bool(ended))
+    key, name, stream, cursor, ledger, logs_complete, late, ended = rows[0]
+    return Checkpoint(key, name, int(stream), cursor, ledger, bool(logs_complete), bool(late), bool(ended))
 
 
 class Store:
@@ -183,13 +183,13 @@ class Store:
         """Return the checkpoint of a job; None for an unknown job."""
         return _checkpoint(self._select(_CHECKPOINT, identity, job_id))
 
-    def add_job(self, identity: str, job_id: str, name: str, *, backfill: bool, ledger: str) -> Checkpoint:
+    def add_job(self, identity: str, job_id: str, name: str, *, stream: int, ledger: str) -> Checkpoint:
         """Add a job that is seen for the first time, and return its checkpoint; a known job is unchanged."""
         with self._transaction() as db:
             db.execute(
                 "INSERT OR IGNORE INTO jobs (identity, job_id, name, backfill, facts, updated_s)"
                 " VALUES (?, ?, ?, ?, ?, ?)",
-                (identity, job_id, utf8_name(name), backfill, ledger, time.time()),
+                (identity, job_id, utf8_name(name), stream, ledger, time.time()),
             )
         checkpoint = self.job(identity, job_id)
         assert checkpoint is not None
@@ -246,6 +246,19 @@ class Store:
         """Store a ledger that changed without a line: with a new state."""
         with self._transaction() as db:
             db.execute("UPDATE jobs SET facts = ?, updated_s = ? WHERE key = ?", (ledger, time.time(), key))
+
+    def update_stream(self, key: int, stream: int) -> None:
+        """Store the log stream that a job's next lines go to."""
+        with self._transaction() as db:
+            db.execute("UPDATE jobs SET backfill = ?, updated_s = ? WHERE key = ?", (stream, time.time(), key))
+
+    def newest_by_stream(self, name: str) -> dict[int, int]:
+        """Return the time of the newest line of each further log stream of a pipeline, in ns since the epoch."""
+        query = (
+            "SELECT backfill, max(json_extract(facts, '$.last_line_ns')) FROM jobs"
+            " WHERE name = ? AND backfill > 0 AND json_valid(facts) GROUP BY backfill"
+        )
+        return {stream: newest_ns for stream, newest_ns in self._select(query, name) if isinstance(newest_ns, int)}
 
     def complete_logs(self, key: int, *, late: bool = False) -> None:
         """Store that all lines of an ended job are acknowledged.

@@ -8,7 +8,7 @@ corrects the configuration or the endpoint:
     429 502 503 504, connection failures; CANCELLED ...      Retry, without limit
     408 425, other 5xx; INTERNAL UNKNOWN                     Retry with `server_error`: a limited number of times
     400 422; INVALID_ARGUMENT and the like                   Rejected
-    413; a message above the receiver's limit                 TooLarge
+    413; any error that says the request is above a limit     TooLarge
     3xx, all other 4xx, TLS errors; UNIMPLEMENTED ...        EndpointFault
 
 Source: OpenTelemetry protocol specification 1.9, "OTLP/HTTP Response", "OTLP/gRPC Throttling".
@@ -16,8 +16,9 @@ Source: OpenTelemetry protocol specification 1.9, "OTLP/HTTP Response", "OTLP/gR
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Final, TypeAlias
 
@@ -62,11 +63,13 @@ class Retry:
         reason: Why, to be shown.
         after_s: Seconds to wait, from the endpoint (Retry-After).
         server_error: Whether OTLP does not list the failure as retryable: limit the retries.
+        refused: Whether the endpoint answered. If it gives the same answer again and again, a smaller request may pass.
     """
 
     reason: str
     after_s: float | None = None
     server_error: bool = False
+    refused: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +79,15 @@ class Rejected:
     Attributes:
         rejected: Number of rejected records; None: the whole batch.
         reason: Why, to be shown.
-        kind: The reason for metrics, of low cardinality: ``invalid``, ``partial``, ``too_large``, ``server_error``.
+        kind: The reason for metrics, of low cardinality: ``invalid``, ``too_old``, ``partial``, ``too_large``,
+            ``server_error``.
+        ignored: Number of records that the endpoint says it ignored while it stored the others; None: unknown.
     """
 
     rejected: int | None
     reason: str
     kind: str = "invalid"
+    ignored: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +116,21 @@ _RETRYABLE_GRPC: Final = frozenset(
 _SERVER_ERROR_GRPC: Final = frozenset({"INTERNAL", "UNKNOWN"})
 _FAULT_GRPC: Final = frozenset({"UNIMPLEMENTED", "UNAUTHENTICATED", "PERMISSION_DENIED"})
 # grpc-go, -core, -java and -dotnet answer RESOURCE_EXHAUSTED, tonic OUT_OF_RANGE; only the text differs from a quota's.
+# A gateway or Loki's distributor passes such a text on with HTTP 400, 429, 500 or 503.
 _TOO_LARGE_TEXTS: Final = (
     "larger than max",
     "message length too large",
     "message exceeds maximum size",
     "exceeds the maximum configured message size",
 )
+# Only together with a status that is final: a busy server may talk about limits of its own.
+_TOO_LARGE_TEXTS_IN_400: Final = ("too large", "too long", "max entry size", "maximum size", "size limit")
+# Loki: "ingestion rate limit exceeded for user fake (limit: 4194304 bytes/sec) while attempting to ingest '17555' lines
+# totaling '6864005' bytes". Above its burst no waiting helps, and the text does not say the burst.
+_RATE_AND_BYTES: Final = re.compile(r"limit: ?(\d+) ?bytes.{0,80}?totaling '?(\d+)'? bytes", re.DOTALL)
+# Loki: "total ignored: 3 out of 100 for stream: {...}", once for each stream.
+_IGNORED: Final = re.compile(r"total ignored: (\d+) out of (\d+)")
+_TOO_OLD_TEXTS: Final = ("too far behind", "timestamp too old", "too old", "out of order")
 _TLS_TEXTS: Final = ("ssl handshake", "tls handshake", "ssl_error", "certificate_verify_failed")
 
 _REJECTED_FIELDS: Final = ("rejected_log_records", "rejected_spans", "rejected_data_points")
@@ -138,15 +153,17 @@ def classify_http(
     if 200 <= status < 300:
         # 204 (Loki) and an empty 200 are full successes without a message to parse.
         return classify_success(signal, body, count, content_type)
-    reason = f"HTTP {status}" + _explain(body, content_type)
-    if status in _RETRYABLE_HTTP:
-        return Retry(reason, after_s=_retry_after_s(headers, now))
-    if status >= 500 or status in _TRANSIENT_CLIENT_HTTP:
-        return Retry(reason, after_s=_retry_after_s(headers, now), server_error=True)
-    if status in _BATCH_HTTP:
-        return Rejected(None, reason)
-    if status == 413:
+    text = _error_text(body, content_type)
+    reason = f"HTTP {status}" + (f": {_shorten(text)}" if text else "")
+    is_final = status in _BATCH_HTTP
+    if status == 413 or ((is_final or status == 429 or status >= 500) and _is_too_large(text, is_final=is_final)):
         return TooLarge(reason)
+    if status in _RETRYABLE_HTTP:
+        return Retry(reason, after_s=_retry_after_s(headers, now), refused=True)
+    if status >= 500 or status in _TRANSIENT_CLIENT_HTTP:
+        return Retry(reason, after_s=_retry_after_s(headers, now), server_error=True, refused=True)
+    if status in _BATCH_HTTP:
+        return _rejected(reason, text)
     if 300 <= status < 400 and "location" in headers:
         reason = f"HTTP {status} redirects, and exports do not follow redirects: configure the final address"
     return EndpointFault(reason)
@@ -161,19 +178,18 @@ def classify_grpc(code: str, message: str, status_details: bytes | None) -> Outc
         status_details: ``grpc-status-details-bin`` of the trailing metadata, if present.
     """
     reason = f"gRPC {code}" + (f": {_shorten(message)}" if message else "")
-    text = message.lower()
-    if any(known in text for known in _TOO_LARGE_TEXTS):
+    if _is_too_large(message, is_final=code == "INVALID_ARGUMENT"):
         return TooLarge(reason)
-    if code == "UNAVAILABLE" and any(known in text for known in _TLS_TEXTS):
+    if code == "UNAVAILABLE" and any(known in message.lower() for known in _TLS_TEXTS):
         return EndpointFault(reason)
     after_s = _retry_info_s(status_details) if status_details else None
     if code in _RETRYABLE_GRPC or (code == "RESOURCE_EXHAUSTED" and after_s is not None):
-        return Retry(reason, after_s=after_s)
+        return Retry(reason, after_s=after_s, refused=code not in {"UNAVAILABLE", "CANCELLED", "DEADLINE_EXCEEDED"})
     if code in _SERVER_ERROR_GRPC:
-        return Retry(reason, server_error=True)
+        return Retry(reason, server_error=True, refused=True)
     if code in _FAULT_GRPC:
         return EndpointFault(reason)
-    return Rejected(None, reason)
+    return _rejected(reason, message)
 
 
 def classify_success(signal: Signal, body: bytes, count: int, content_type: str = "application/x-protobuf") -> Outcome:
@@ -198,7 +214,9 @@ def classify_success(signal: Signal, body: bytes, count: int, content_type: str 
             response = MESSAGES[signal].response()
             response.ParseFromString(body)
     except (DecodeError, UnreadableLineError):
-        return Delivered(f"the endpoint answered success, but not with a valid OTLP response{_explain(body, '')}")
+        return Delivered(
+            f"the endpoint answered success, but not with a valid OTLP response: {_shorten(_error_text(body, ''))}"
+        )
     partial = response.partial_success
     message = _shorten(partial.error_message)
     rejected = next(getattr(partial, field) for field in _REJECTED_FIELDS if hasattr(partial, field))
@@ -229,21 +247,37 @@ def _retry_info_s(status_details: bytes) -> float | None:
     return None
 
 
-def _explain(body: bytes, content_type: str) -> str:
-    """Return ``: text`` of an error body: the message of a google.rpc.Status (required by OTLP), or the body itself."""
+def _is_too_large(text: str, *, is_final: bool) -> bool:
+    """Return whether an error says that the request is above a limit, so that it never passes as a whole."""
+    named = _RATE_AND_BYTES.search(text)
+    if named and int(named[2]) > int(named[1]):
+        return True
+    known = (*_TOO_LARGE_TEXTS, *(_TOO_LARGE_TEXTS_IN_400 if is_final else ()))
+    return any(part in text.lower() for part in known)
+
+
+def _rejected(reason: str, text: str) -> Rejected:
+    ignored = [int(match[1]) for match in _IGNORED.finditer(text)]
+    kind = "too_old" if any(known in text.lower() for known in _TOO_OLD_TEXTS) else "invalid"
+    return Rejected(None, reason, kind, ignored=sum(ignored) if ignored else None)
+
+
+def _error_text(body: bytes, content_type: str) -> str:
+    """Return the text of an error body: the message of a google.rpc.Status (required by OTLP), or the body itself.
+
+    Loki sends a Status without a Content-Type, so its first field, the code, is what tells it from text.
+    """
     if not body:
         return ""
-    text = ""
-    if "protobuf" in content_type:
+    if "protobuf" in content_type or (body[0] == 0x08 and "json" not in content_type):
         from google.protobuf.message import DecodeError
         from google.rpc.status_pb2 import Status
 
         try:
-            text = Status.FromString(body).message
+            return str(Status.FromString(body).message)
         except DecodeError:
             pass
-    text = _shorten(text or body[: 4 * _REASON_CHARS].decode("utf-8", "replace"))
-    return f": {text}" if text else ""
+    return body.decode("utf-8", "replace")
 
 
 def _shorten(text: str) -> str:

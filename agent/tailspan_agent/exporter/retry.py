@@ -3,8 +3,11 @@
     Delivered       done
     Retry           retry with jittered exponential backoff, never before Retry-After, without limit
       server_error  the same, but after `retry_server_errors` in a row: dead letter
-    TooLarge        halve and send the parts in order; a single record: dead letter
-    Rejected        dead letter, then count
+      refused       the same, but after `_SAME_ANSWERS` equal answers in a row: halve as for TooLarge
+    TooLarge        halve and send the parts in order; a single record: send it shortened, keep it in the dead letter
+    Rejected        several resources: send them apart, so that only the rejected job's records count as rejected;
+                    one resource: halve until the rejected records stand alone, unless the endpoint says how many
+                    they are; then dead letter
     EndpointFault   pause the signal for 30-60 s, then retry; /readyz fails meanwhile
 
 A cancelled request was not acknowledged: its records are sent again after a restart. While the dead letter is full,
@@ -14,8 +17,10 @@ the request waits: nothing is dropped.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import random
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,12 +33,39 @@ from tailspan_agent.errors import AgentError, ExportRejectedError
 from tailspan_agent.exporter.outcome import Delivered, EndpointFault, Rejected, Retry, TooLarge
 from tailspan_agent.exporter.protocol import Exporter
 
-__all__ = ["FAULT_PAUSE_S", "DeliveryResult", "RejectSink", "RetryingExporter"]
+__all__ = ["FAULT_PAUSE_S", "DeliveryResult", "RejectSink", "Rejection", "RetryingExporter"]
 
 FAULT_PAUSE_S = (30.0, 60.0)
 """Shortest and longest pause after an endpoint fault, or while the dead letter is full."""
 
+_SAME_ANSWERS = 4
+"""Equal answers in a row after which a request is halved: the endpoint may never accept it as a whole."""
+_ISOLATING_REQUESTS = 40
+"""Most requests that isolate the rejected records of one batch; twelve find one record among 4,000."""
+_SHORTENED_BYTES = (65_536, 8_192)
+"""Lengths to which the texts of a record that is too large are shortened, one after the other."""
+_NUMBER = re.compile(r"\d+")
+
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """Records of a request that the endpoint rejected.
+
+    Attributes:
+        start: Position in the request of the first record of the part that was answered.
+        count: Number of records of that part.
+        rejected: Number of rejected records in it.
+        kind: See `tailspan_agent.exporter.outcome.Rejected`.
+        reason: The endpoint's reason.
+    """
+
+    start: int
+    count: int
+    rejected: int
+    kind: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +74,11 @@ class DeliveryResult:
 
     Attributes:
         delivered: Number of records that the endpoint accepted.
-        rejected: Number of records that it rejected; their batch is in the dead letter.
-        reason: The endpoint's reason; None if it rejected nothing.
+        rejected: Number of records that it rejected; they are in the dead letter.
+        reason: The endpoint's first reason; None if it rejected nothing.
         kind: The reason for metrics; see `tailspan_agent.exporter.outcome.Rejected`.
         retries: How often the whole request was sent again.
+        rejections: What was rejected, by position in the request.
     """
 
     delivered: int
@@ -53,6 +86,7 @@ class DeliveryResult:
     reason: str | None = None
     kind: str | None = field(default=None, compare=False)
     retries: int = field(default=0, compare=False)
+    rejections: tuple[Rejection, ...] = field(default=(), compare=False)
 
     def __add__(self, other: DeliveryResult) -> DeliveryResult:
         """Return the result of both parts of a halved request."""
@@ -62,7 +96,21 @@ class DeliveryResult:
             self.reason or other.reason,
             self.kind or other.kind,
             self.retries + other.retries,
+            self.rejections + other.rejections,
         )
+
+
+@dataclass(slots=True)
+class _Batch:
+    """What the parts of one halved or split request share.
+
+    Attributes:
+        isolating: How many more requests may isolate rejected records.
+        server_errors: Consecutive server errors, counted over the parts.
+    """
+
+    isolating: int = _ISOLATING_REQUESTS
+    server_errors: int = 0
 
 
 class RejectSink(Protocol):
@@ -157,7 +205,7 @@ class RetryingExporter:
             return DeliveryResult(0)
         self.in_flight += count
         try:
-            return await self._deliver(payload, count)
+            return await self._deliver(payload, count, _Batch())
         finally:
             self.in_flight -= count
 
@@ -165,9 +213,20 @@ class RetryingExporter:
         """Close the exporter."""
         await self.exporter.aclose()
 
-    async def _deliver(self, payload: bytes, count: int) -> DeliveryResult:
+    async def _deliver(
+        self, payload: bytes, count: int, batch: _Batch, *, start: int = 0, failures: int = 0
+    ) -> DeliveryResult:
+        """Deliver a request or a part of one.
+
+        Args:
+            payload: The request.
+            count: Number of records in it.
+            batch: What the parts of one request share.
+            start: Position of its first record in the whole request.
+            failures: Failed attempts so far, for the backoff.
+        """
         result = DeliveryResult(0)
-        failures = server_errors = 0
+        answer, same_answers = "", 0
         started_s = self._clock.monotonic_s()
         while True:
             self.requests += 1
@@ -177,21 +236,20 @@ class RetryingExporter:
                     self._record_response(warning)
                     self._count_delivered(count)
                     return result + DeliveryResult(count)
-                case Rejected(rejected, reason, kind):
+                case Rejected():
                     self._record_response(None)
-                    rejected_count = count if rejected is None else rejected
-                    return result + await self._reject(payload, count, rejected_count, kind, reason)
+                    return result + await self._isolate(payload, count, outcome, batch, start)
                 case TooLarge(reason):
                     self._record_response(None)
-                    return result + await self._halve(payload, count, reason)
+                    return result + await self._halve(payload, count, reason, batch, start, failures=0)
                 case EndpointFault(reason):
                     self._record_fault(reason)
                     await self._pause()
-                case Retry(reason, after_s, server_error):
-                    server_errors = server_errors + 1 if server_error else 0
-                    if server_errors and server_errors >= self._retry_server_errors:
-                        reason = f"{reason} ({server_errors} times in a row)"
-                        return result + await self._reject(payload, count, count, "server_error", reason)
+                case Retry(reason, after_s, server_error, refused):
+                    batch.server_errors = batch.server_errors + 1 if server_error else 0
+                    if server_error and batch.server_errors >= self._retry_server_errors:
+                        rejected = Rejected(None, f"{reason} ({batch.server_errors} times in a row)", "server_error")
+                        return result + await self._reject(payload, count, rejected, start)
                     self._record_failure(reason, failures)
                     delay_s = backoff_s(failures, self._jitter(), retry_after_s=after_s)
                     waited_s = self._clock.monotonic_s() + delay_s - started_s
@@ -199,19 +257,67 @@ class RetryingExporter:
                         raise ExportRejectedError(f"{self.endpoint} does not accept {self.signal}: {reason}")
                     await self._clock.sleep(delay_s)
                     failures += 1
+                    same_answers = same_answers + 1 if refused and _NUMBER.sub("", reason) == answer else 1
+                    answer = _NUMBER.sub("", reason) if refused else ""
+                    if refused and same_answers >= _SAME_ANSWERS and count > 1:
+                        return result + await self._halve(payload, count, reason, batch, start, failures=failures)
             self.retries += 1
             result += DeliveryResult(0, retries=1)
 
-    async def _halve(self, payload: bytes, count: int, reason: str) -> DeliveryResult:
+    async def _halve(
+        self, payload: bytes, count: int, reason: str, batch: _Batch, start: int, *, failures: int
+    ) -> DeliveryResult:
         parts = await asyncio.to_thread(_split, self.signal, payload)
         if len(parts) < 2:
-            return await self._reject(payload, count, count, "too_large", reason)
+            return await self._shorten(payload, count, Rejected(None, reason, "too_large"), start)
+        return await self._deliver_parts(parts, batch, start, failures=failures)
+
+    async def _deliver_parts(
+        self, parts: list[tuple[bytes, int]], batch: _Batch, start: int, *, failures: int = 0
+    ) -> DeliveryResult:
         result = DeliveryResult(0)
         for part, part_count in parts:
-            result += await self._deliver(part, part_count)
+            result += await self._deliver(part, part_count, batch, start=start, failures=failures)
+            start += part_count
         return result
 
-    async def _reject(self, payload: bytes, count: int, rejected: int, kind: str, reason: str) -> DeliveryResult:
+    async def _isolate(
+        self, payload: bytes, count: int, rejected: Rejected, batch: _Batch, start: int
+    ) -> DeliveryResult:
+        """Reject only the records that the endpoint rejects: it may have stored the others.
+
+        Sending those again is harmless: they are equal, byte for byte.
+        """
+        # After a partial success, nothing is sent again: OTLP forbids it.
+        if count > 1 and rejected.rejected is None and batch.isolating > 0:
+            parts = await asyncio.to_thread(_split, self.signal, payload, by_resource=True)
+            if len(parts) < 2 and rejected.ignored is not None:
+                known = dataclasses.replace(rejected, rejected=min(rejected.ignored, count))
+                return await self._reject(payload, count, known, start)
+            if len(parts) < 2:
+                parts = await asyncio.to_thread(_split, self.signal, payload)
+                batch.isolating -= len(parts)
+            if len(parts) > 1:
+                return await self._deliver_parts(parts, batch, start)
+        return await self._reject(payload, count, rejected, start)
+
+    async def _shorten(self, payload: bytes, count: int, rejected: Rejected, start: int) -> DeliveryResult:
+        """Send a record that is too large with its texts shortened, and keep the whole one in the dead letter."""
+        for max_bytes in _SHORTENED_BYTES:
+            shortened = await asyncio.to_thread(_shorten_texts, self.signal, payload, max_bytes)
+            if shortened is None:
+                continue
+            self.requests += 1
+            outcome = await self.exporter.export(shortened, count)
+            if isinstance(outcome, Delivered):
+                reason = f"{rejected.reason}; sent shortened to {max_bytes} bytes"
+                rejected = dataclasses.replace(rejected, reason=reason)
+                break
+        return await self._reject(payload, count, rejected, start)
+
+    async def _reject(self, payload: bytes, count: int, outcome: Rejected, start: int) -> DeliveryResult:
+        kind, reason = outcome.kind, outcome.reason
+        rejected = count if outcome.rejected is None else outcome.rejected
         self._on_failure(kind)
         # No retry: after a partial success, a retry would send the accepted records again.
         while True:
@@ -234,7 +340,8 @@ class RetryingExporter:
         _log.warning(
             "%s: %d of %d records rejected, the batch is in the dead letter: %s", self.signal, rejected, count, reason
         )
-        return DeliveryResult(count - rejected, rejected, reason, kind)
+        rejections = (Rejection(start, count, rejected, kind, reason),)
+        return DeliveryResult(count - rejected, rejected, reason, kind, rejections=rejections)
 
     def _record_response(self, warning: str | None) -> None:
         if self._endpoint_faults:
@@ -287,12 +394,21 @@ class RetryingExporter:
         await self._clock.sleep(shortest_s + (longest_s - shortest_s) * self._jitter())
 
 
-def _split(signal: Signal, payload: bytes) -> list[tuple[bytes, int]]:
-    """Return the halves of a request; fewer than two if it cannot be halved."""
-    # Imports protobuf: only an endpoint with a size limit needs it.
-    from tailspan_agent.otlp.messages import DecodeError, split_request
+def _split(signal: Signal, payload: bytes, *, by_resource: bool = False) -> list[tuple[bytes, int]]:
+    """Return the halves of a request, or its resources; fewer than two if it cannot be split."""
+    # Imports protobuf: only an endpoint that rejects or has a size limit needs it.
+    from tailspan_agent.otlp.messages import DecodeError, split_by_resource, split_request
 
     try:
-        return split_request(signal, payload)
+        return split_by_resource(signal, payload) if by_resource else split_request(signal, payload)
     except DecodeError:
         return []
+
+
+def _shorten_texts(signal: Signal, payload: bytes, max_bytes: int) -> bytes | None:
+    from tailspan_agent.otlp.messages import DecodeError, shorten_request
+
+    try:
+        return shorten_request(signal, payload, max_bytes)
+    except DecodeError:
+        return None

@@ -73,7 +73,6 @@ def alert_record(alert: str, text: str, job: JobStatus, ledger: JobLedger, *, ti
     """
     return LogRecordData(
         time_unix_nano=time_unix_nano,
-        observed_unix_nano=time_unix_nano,
         severity=_WARN,
         body=text,
         attributes={
@@ -99,7 +98,6 @@ def missing_record(expect: Expect, last_start_unix_nano: int | None, now_unix_na
     )
     return LogRecordData(
         time_unix_nano=now_unix_nano,
-        observed_unix_nano=now_unix_nano,
         severity=_WARN,
         body=f"{expect.name}: did not start in time: expected every {expect.every:g} s"
         f" with {expect.grace:g} s of grace, last started {ago}",

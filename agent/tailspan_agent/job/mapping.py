@@ -48,7 +48,7 @@ def resource_attributes(
     service_name: str,
     watch_attributes: Mapping[str, str],
     otlp_resource: Mapping[str, str],
-    backfill: bool = False,
+    stream: int = 0,
 ) -> dict[str, AttributeValue]:
     """Return the resource of a job's records and spans.
 
@@ -57,7 +57,7 @@ def resource_attributes(
         service_name: The configured name of its service.
         watch_attributes: The attributes of its watch.
         otlp_resource: The attributes of all telemetry.
-        backfill: Whether its lines are old: Loki accepts them only in a separate stream.
+        stream: The log stream of the pipeline that its lines go to: 0 for the main one; see `StoreStreams`.
 
     Returns:
         Attributes by name. The keys set here take precedence over the job's attributes, those over the watch's, those
@@ -68,7 +68,7 @@ def resource_attributes(
     own = {
         "service.name": name,
         "service.namespace": service_name,
-        "service.instance.id": _BACKFILL if backfill else None,
+        "service.instance.id": _stream_name(stream),
         "cicd.pipeline.name": name,
         "cicd.pipeline.run.id": job.job_id,
         "cicd.pipeline.run.url.full": job.url,
@@ -84,12 +84,20 @@ def resource_attributes(
     }
 
 
-def spans_of(job: JobStatus, ledger: JobLedger) -> list[SpanData]:
+def _stream_name(stream: int) -> str | None:
+    if not stream:
+        return None
+    return _BACKFILL if stream == 1 else f"{_BACKFILL}-{stream - 1}"
+
+
+def spans_of(job: JobStatus, ledger: JobLedger, *, delivery_known: bool = True) -> list[SpanData]:
     """Return the spans of a job that have ended by now, in the order in which they end.
 
     Args:
         job: The latest status of the job.
         ledger: Its ledger. The run span contains all lines, so it needs ``logs_complete``.
+        delivery_known: Whether all lines are acknowledged. If not, the run span has no attributes of their delivery:
+            a span cannot be corrected later; the receipt has them.
 
     Returns:
         Spans; their ids depend on the job's identity only. A span that was returned before may have other values now:
@@ -105,24 +113,22 @@ def spans_of(job: JobStatus, ledger: JobLedger) -> list[SpanData]:
     elif ended:
         spans.append(_child(job, "queued", times.submitted_ns, times.finished_ns))
     if ended:
-        spans.append(_run_span(job, ledger, times))
+        spans.append(_run_span(job, ledger, times, delivery_known=delivery_known))
     return spans
 
 
-def failure_record(job: JobStatus, ledger: JobLedger, *, observed_unix_nano: int) -> LogRecordData | None:
+def failure_record(job: JobStatus, ledger: JobLedger) -> LogRecordData | None:
     """Return the log record of a job's failure; None if it did not fail or has not ended.
 
     Args:
         job: The last status of the job.
         ledger: Its ledger.
-        observed_unix_nano: When the agent saw its end, in ns since the epoch.
     """
     if error_type(job, ledger.failure) is None:
         return None
     lines = ledger.failure.last_lines if ledger.failure else ()
     return LogRecordData(
         time_unix_nano=JobTimes.of(job, ledger).finished_ns,
-        observed_unix_nano=observed_unix_nano,
         severity=Severity(17, "ERROR"),
         body="\n".join((f"{job.job_name}: {failure_text(job, ledger.failure)}", _recurrence(ledger), *lines)),
         attributes={
@@ -136,25 +142,23 @@ def failure_record(job: JobStatus, ledger: JobLedger, *, observed_unix_nano: int
     )
 
 
-def receipt_record(job: JobStatus, ledger: JobLedger, *, observed_unix_nano: int) -> LogRecordData:
+def receipt_record(job: JobStatus, ledger: JobLedger) -> LogRecordData:
     """Return a job's delivery receipt: how many lines were read, and how many records acknowledged and rejected.
 
     Args:
         job: The last status of the job.
         ledger: Its ledger as of the last acknowledgement.
-        observed_unix_nano: When the last record was acknowledged, in ns since the epoch.
     """
     rejected = sum(ledger.delivery.rejected.values())
     return LogRecordData(
         time_unix_nano=JobTimes.of(job, ledger).finished_ns,
-        observed_unix_nano=observed_unix_nano,
         severity=Severity(13, "WARN") if rejected or not ledger.logs_complete else Severity(9, "INFO"),
         body=f"{job.job_name}: {ledger.lines} lines read, {ledger.delivery.acked} records acked, {rejected} rejected",
         attributes={
             "log.record.uid": f"{job_hash(job.identity, job.job_id)}.receipt.{job.attempt}"
             + (f".{ledger.receipts}" if ledger.receipts > 1 else ""),
             **({"tailspan.receipt.amends": ledger.receipts - 1} if ledger.receipts > 1 else {}),
-            **{key: value for key, value in _receipt(ledger).items() if value is not None},
+            **{key: value for key, value in {**_lines(ledger), **_delivery(ledger)}.items() if value is not None},
         },
         trace_id=bytes.fromhex(job.trace_id),
         span_id=bytes.fromhex(_id(job, "run")),
@@ -162,14 +166,19 @@ def receipt_record(job: JobStatus, ledger: JobLedger, *, observed_unix_nano: int
     )
 
 
-def _receipt(ledger: JobLedger) -> dict[str, AttributeValue | None]:
-    delivery = ledger.delivery
+def _lines(ledger: JobLedger) -> dict[str, AttributeValue | None]:
     return {
-        "tailspan.logs.complete": ledger.logs_complete,
         "tailspan.lines.read": ledger.lines,
         "tailspan.lines.first_unix_nano": ledger.first_line_ns,
         "tailspan.lines.last_unix_nano": ledger.last_line_ns,
         "tailspan.lines.hash": f"{ledger.stream_hash:016x}",
+    }
+
+
+def _delivery(ledger: JobLedger) -> dict[str, AttributeValue | None]:
+    delivery = ledger.delivery
+    return {
+        "tailspan.logs.complete": ledger.logs_complete,
         "tailspan.records.acked": delivery.acked,
         "tailspan.records.rejected": sum(delivery.rejected.values()),
         **{f"tailspan.records.rejected.{kind}": count for kind, count in sorted(delivery.rejected.items())},
@@ -193,7 +202,7 @@ def _child(job: JobStatus, name: str, start_ns: int, end_ns: int) -> SpanData:
     )
 
 
-def _run_span(job: JobStatus, ledger: JobLedger, times: JobTimes) -> SpanData:
+def _run_span(job: JobStatus, ledger: JobLedger, times: JobTimes, *, delivery_known: bool) -> SpanData:
     result = job.state.result
     failed = job.state is not JobState.SUCCEEDED
     attributes: dict[str, AttributeValue | None] = {
@@ -208,7 +217,8 @@ def _run_span(job: JobStatus, ledger: JobLedger, times: JobTimes) -> SpanData:
         **_failure(job, ledger),
         "tailspan.job.tasks.total": job.total_tasks or None,
         "tailspan.job.tasks.finished": job.finished_tasks if job.total_tasks else None,
-        **_receipt(ledger),
+        **_lines(ledger),
+        **(_delivery(ledger) if delivery_known else {}),
     }
     return SpanData(
         trace_id=job.trace_id,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from tailspan.logs.page import NANOS_PER_MS
 from tailspan_agent.otlp.span import SAMPLED
 from tailspan_agent.otlp.wire import (
     AttributeValue,
@@ -17,7 +18,15 @@ from tailspan_agent.otlp.wire import (
     varint_field,
 )
 
-__all__ = ["UNKNOWN_SEVERITY", "LogRecordData", "Severity", "encode_log_record", "origin_fields", "severity_fields"]
+__all__ = [
+    "UNKNOWN_SEVERITY",
+    "LogRecordData",
+    "Severity",
+    "encode_log_record",
+    "observed_field",
+    "origin_fields",
+    "severity_fields",
+]
 
 
 class Severity(NamedTuple):
@@ -41,7 +50,6 @@ class LogRecordData:
 
     Attributes:
         time_unix_nano: When it happened, in ns since the epoch.
-        observed_unix_nano: When the agent read it, in ns since the epoch.
         severity: Its severity.
         body: Its text.
         attributes: Its attributes.
@@ -51,7 +59,6 @@ class LogRecordData:
     """
 
     time_unix_nano: int
-    observed_unix_nano: int
     severity: Severity = UNKNOWN_SEVERITY
     body: str
     attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
@@ -66,7 +73,8 @@ def encode_log_record(record: LogRecordData) -> bytes:
         severity_fields(record.severity),
         bytes_field(5, string_field(1, record.body)),
         attributes_fields(6, record.attributes),
-        origin_fields(record.trace_id, record.span_id, record.observed_unix_nano),
+        origin_fields(record.trace_id, record.span_id),
+        observed_field(record.time_unix_nano),
         string_field(12, record.event_name) if record.event_name else b"",
         fixed64_field(1, record.time_unix_nano),
     )
@@ -78,7 +86,16 @@ def severity_fields(severity: Severity) -> bytes:
     return varint_field(2, severity.number) + string_field(3, severity.text) if severity.number else b""
 
 
-def origin_fields(trace_id: bytes, span_id: bytes, observed_unix_nano: int) -> bytes:
-    """Return the fields that all records of one page share."""
-    ids = fixed32_field(8, SAMPLED) + bytes_field(9, trace_id) + bytes_field(10, span_id) if trace_id else b""
-    return ids + fixed64_field(11, observed_unix_nano)
+def origin_fields(trace_id: bytes, span_id: bytes) -> bytes:
+    """Return the fields that all records of one job share."""
+    return fixed32_field(8, SAMPLED) + bytes_field(9, trace_id) + bytes_field(10, span_id) if trace_id else b""
+
+
+def observed_field(time_unix_nano: int) -> bytes:
+    """Return the observed time: the millisecond of the record's own time.
+
+    It follows from the record, not from the clock: a record that is sent again is equal, and a store that drops equal
+    records drops it (Loki compares this field, too). Nanoseconds count lines within an instant: where a page begins
+    must not matter.
+    """
+    return fixed64_field(11, time_unix_nano - time_unix_nano % NANOS_PER_MS)

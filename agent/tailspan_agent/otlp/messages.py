@@ -17,7 +17,16 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as traces
 
 from tailspan.config.signals import Signal
 
-__all__ = ["MESSAGES", "DecodeError", "SignalMessages", "count_records", "parse_request", "split_request"]
+__all__ = [
+    "MESSAGES",
+    "DecodeError",
+    "SignalMessages",
+    "count_records",
+    "parse_request",
+    "shorten_request",
+    "split_by_resource",
+    "split_request",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +116,66 @@ def split_request(signal: Signal, payload: bytes) -> list[tuple[bytes, int]]:
                 _append(messages, half, resource, scope, part)
         room = max(0, room - len(records))
     return [(halves[0].SerializeToString(), total // 2), (halves[1].SerializeToString(), total - total // 2)]
+
+
+def split_by_resource(signal: Signal, payload: bytes) -> list[tuple[bytes, int]]:
+    """Split a request into one for each resource, in order.
+
+    Returns:
+        Pairs (payload, number of records).
+
+    Raises:
+        DecodeError: The payload is not a valid request.
+    """
+    messages = MESSAGES[signal]
+    parts = []
+    for resource in getattr(parse_request(signal, payload), messages.resources):
+        part = messages.request()
+        getattr(part, messages.resources).append(resource)
+        parts.append((part.SerializeToString(), count_records(signal, part)))
+    return parts
+
+
+def shorten_request(signal: Signal, payload: bytes, max_bytes: int) -> bytes | None:
+    """Shorten the long texts of a request's records in their middle, and mark the records.
+
+    Args:
+        signal: The signal.
+        payload: A serialized Export*ServiceRequest.
+        max_bytes: The most that a text may take, in bytes.
+
+    Returns:
+        The shortened request; None if no text is longer.
+
+    Raises:
+        DecodeError: The payload is not a valid request.
+    """
+    messages = MESSAGES[signal]
+    request = parse_request(signal, payload)
+    left_out = 0
+    for _, _, records in _groups(messages, request):
+        for record in records:
+            values = [item.value for item in getattr(record, "attributes", ())]
+            values += [item.value for event in getattr(record, "events", ()) for item in event.attributes]
+            values += [record.body] if signal == "logs" else []
+            cut = sum(_shorten_value(value, max_bytes) for value in values)
+            if cut and hasattr(record, "attributes"):
+                record.attributes.add(key="tailspan.shortened_bytes").value.int_value = cut
+            left_out += cut
+    return bytes(request.SerializeToString()) if left_out else None
+
+
+def _shorten_value(value: Any, max_bytes: int) -> int:
+    """Shorten a string value in its middle; return the number of bytes left out."""
+    text = value.string_value if value.WhichOneof("value") == "string_value" else ""
+    encoded = text.encode()
+    if len(encoded) <= max_bytes:
+        return 0
+    half = max_bytes // 2
+    left_out = len(encoded) - 2 * half
+    head, tail = encoded[:half].decode(errors="ignore"), encoded[-half:].decode(errors="ignore")
+    value.string_value = f"{head} … {left_out} bytes left out … {tail}"
+    return left_out
 
 
 def _groups(messages: SignalMessages, request: Any) -> Iterator[tuple[Any, Any, Any]]:

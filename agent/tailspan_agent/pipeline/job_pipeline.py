@@ -204,7 +204,9 @@ class JobPipeline:
             self._progress.add_page(page, time.monotonic())
         cursor = None if late else page.cursor
         if self._queue is not None:
-            encoded = encode_lines(page, context=self._log_context, observed_unix_nano=time.time_ns())
+            times_ns = page.runs[0].time_unix_nano, page.runs[-1].time_unix_nano
+            await self._choose_stream(min(times_ns), max(times_ns))
+            encoded = encode_lines(page, context=self._log_context)
             self._context.health.records_read(
                 job.service.name,
                 encoded.count,
@@ -279,8 +281,26 @@ class JobPipeline:
         add_seconds(negative, repeated, -1)
         await self._put(b"", 0, None, negative, 0)
 
+    async def _choose_stream(self, oldest_ns: int, newest_ns: int) -> None:
+        """Change to another log stream of the pipeline if the store would reject such old lines in the present one."""
+        job = self.job
+        stream = self._context.store_streams.choose(
+            job.service.name,
+            job.status.job_name,
+            job.checkpoint.stream,
+            oldest_ns,
+            newest_ns,
+            ended=job.status.state.is_terminal,
+            now_ns=time.time_ns(),
+        )
+        if stream != job.checkpoint.stream:
+            # Lines that are sent again after a crash must be equal, their stream included.
+            await self.all_acked()
+            job.change_stream(stream)
+
     async def _send_record(self, record: LogRecordData) -> None:
         if self._queue is not None:
+            await self._choose_stream(record.time_unix_nano, record.time_unix_nano)
             self._context.health.records_read(self.job.service.name, 1)
             await self._put(encode_log_record(record), 1, None, {}, record.time_unix_nano)
 
@@ -291,14 +311,14 @@ class JobPipeline:
             log_complete: Whether the log was read to its end.
         """
         job = self.job
-        complete = log_complete and self.nothing_in_flight
-        job.update_ledger(logs_complete=complete, delivery=job.acked_ledger.delivery)
+        all_acked = self.nothing_in_flight
+        job.update_ledger(logs_complete=log_complete and all_acked, delivery=job.acked_ledger.delivery)
         name = self._context.names.label(job.status.job_name)
         history = self._context.pipeline_stats.histories.of(name)
         run = past_run(job.status, job.ledger, name, history)
         if run.too_fast:
             job.ledger = job.ledger.with_alert(run.ended_unix_nano, "too_fast")
-        if self.spans.end_run(run) and run.too_fast:
+        if self.spans.end_run(run, delivery_known=all_acked) and run.too_fast:
             self.alerts.on_too_fast(run, history)
 
     async def complete_log(self, *, read_to_end: bool, late_lines: bool = False) -> None:
@@ -312,7 +332,7 @@ class JobPipeline:
         if self.relays_logs:
             acked = self.job.acked_ledger
             self.job.ledger = msgspec.structs.replace(acked, logs_complete=read_to_end, receipts=acked.receipts + 1)
-            record = receipt_record(self.job.redacted_status, self.ledger, observed_unix_nano=time.time_ns())
+            record = receipt_record(self.job.redacted_status, self.ledger)
             await self._send_record(record)
             await self.all_acked()
             self.close_log(late_lines=late_lines)

@@ -33,11 +33,12 @@ class JobSpans:
         if self._context.store.add_spans(self._job.checkpoint.key, spans):
             self._wake_queue()
 
-    def end_run(self, run: PastRun) -> bool:
+    def end_run(self, run: PastRun, *, delivery_known: bool) -> bool:
         """Write the last spans and count the run, once, whether or not the endpoint is available.
 
         Args:
             run: The run, for the history of its pipeline.
+            delivery_known: Whether all lines are acknowledged; else the run span says nothing of their delivery.
 
         Returns:
             Whether the run was counted now; False if an earlier call or process counted it.
@@ -46,7 +47,7 @@ class JobSpans:
         kind = error_type(job.status, job.ledger.failure)
         if kind is not None and not job.ledger.fingerprint:
             self._recognise_failure(name, kind)
-        spans = spans_of(job.redacted_status, job.ledger)
+        spans = spans_of(job.redacted_status, job.ledger, delivery_known=delivery_known)
         empty = RunTotals(name, run.result, kind)
         totals = self._context.totals.get(empty.key, empty).add(
             run.duration_s,

@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -21,7 +21,7 @@ from typing import TypeVar
 from tailspan_agent.checkpoint.store import Ack, OutboxSpan, Store
 from tailspan_agent.errors import CheckpointError
 from tailspan_agent.exporter.endpoints import Endpoint
-from tailspan_agent.exporter.retry import DeliveryResult
+from tailspan_agent.exporter.retry import DeliveryResult, Rejection
 from tailspan_agent.job.ledger import ChunkResult
 from tailspan_agent.otlp.requests import logs_request, traces_request
 
@@ -186,14 +186,34 @@ class LogQueue:
 
 def _chunk_results(batch: Sequence[Chunk], result: DeliveryResult) -> Iterator[ChunkResult]:
     """Yield the outcome of each chunk of a batch."""
-    # A partial success has only a count: the jobs of the rejected records are known only if the batch has one job.
-    all_of_them = result.delivered == 0 or len({chunk.resource for chunk in batch}) == 1
-    left = result.rejected
+    starts, position = {}, 0
+    for group in _grouped((chunk.resource, chunk) for chunk in batch).values():
+        for chunk in group:
+            starts[id(chunk)] = position
+            position += chunk.count
     for chunk in batch:
-        rejected = min(left, chunk.count)
-        left -= rejected
-        identified = all_of_them or not result.rejected
-        yield ChunkResult(rejected, result.kind or "", identified, chunk.count * result.retries)
+        rejected, kind, identified = 0, "", True
+        for part in result.rejections:
+            first, last = starts[id(chunk)], starts[id(chunk)] + chunk.count
+            shared = min(last, part.start + part.count) - max(first, part.start)
+            if shared <= 0:
+                continue
+            kind = part.kind
+            if part.rejected == part.count:
+                rejected += shared
+                continue
+            # The endpoint has reported only a number of records: the first ones of the part stand for them.
+            rejected += max(0, min(last, part.start + part.rejected) - max(first, part.start))
+            identified = identified and _is_of_one_job(batch, starts, part)
+        yield ChunkResult(rejected, kind if rejected else "", identified, chunk.count * result.retries)
+
+
+def _is_of_one_job(batch: Sequence[Chunk], starts: Mapping[int, int], part: Rejection) -> bool:
+    end = part.start + part.count
+    resources = {
+        chunk.resource for chunk in batch if starts[id(chunk)] < end and starts[id(chunk)] + chunk.count > part.start
+    }
+    return len(resources) == 1
 
 
 class SpanQueue:
@@ -244,11 +264,15 @@ class SpanQueue:
 
 
 def _by_resource(items: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, list[bytes]]]:
-    """Group by resource, in the order of each resource's first item."""
-    groups: dict[bytes, list[bytes]] = {}
-    for resource, data in items:
-        groups.setdefault(resource, []).append(data)
-    return list(groups.items())
+    """Group by resource, keeping the order in which each first came and the order within each."""
+    return list(_grouped(items).items())
+
+
+def _grouped(items: Iterable[tuple[bytes, T]]) -> dict[bytes, list[T]]:
+    groups: dict[bytes, list[T]] = {}
+    for resource, item in items:
+        groups.setdefault(resource, []).append(item)
+    return groups
 
 
 def _first_bytes(spans: list[OutboxSpan]) -> list[OutboxSpan]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Any
 
@@ -61,7 +62,7 @@ class TrackedJob:
             self.service.identity,
             self.status.job_id,
             self.status.job_name,
-            backfill=newest_ns is not None and first_seen_ns - newest_ns > BACKFILL_S * 1e9,
+            stream=int(newest_ns is not None and first_seen_ns - newest_ns > BACKFILL_S * 1e9),
             ledger=JobLedger(first_seen_ns=first_seen_ns).to_json(),
         )
 
@@ -72,13 +73,19 @@ class TrackedJob:
                 service_name=self.service.name,
                 watch_attributes=self.watch.attributes,
                 otlp_resource=self.context.otlp_resource,
-                backfill=self.checkpoint.backfill,
+                stream=self.checkpoint.stream,
             )
         )
 
     def apply_settings(self, watch: Watch) -> None:
         """Apply the settings of a watch, and the present status, to what is encoded from now on."""
         self.watch = watch
+        self.resource = self._encode_resource()
+
+    def change_stream(self, stream: int) -> None:
+        """Send what is encoded from now on to another log stream of the pipeline; see `StoreStreams`."""
+        self.context.store.update_stream(self.checkpoint.key, stream)
+        self.checkpoint = dataclasses.replace(self.checkpoint, stream=stream)
         self.resource = self._encode_resource()
 
     @property

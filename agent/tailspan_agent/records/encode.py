@@ -15,7 +15,7 @@ from tailspan.logs.clean import MAX_BODY_BYTES, clean, is_clean, split_long
 from tailspan.logs.page import CLEAN, DIGEST_BYTES, LineRun, LogPage, Stream
 from tailspan.logs.text import count_lines
 from tailspan.models import JobStatus
-from tailspan_agent.otlp.log_record import origin_fields, severity_fields
+from tailspan_agent.otlp.log_record import observed_field, origin_fields, severity_fields
 from tailspan_agent.otlp.wire import UINT64_MAX, attributes_fields, bytes_field, fixed64_field
 from tailspan_agent.records.framing import LEFT_OUT, FramedRun, Lines, frame, split_lines
 from tailspan_agent.records.redact import Redactor
@@ -81,7 +81,7 @@ class EncodedLines:
     redactions: int
 
 
-def encode_lines(page: LogPage, *, context: LogContext, observed_unix_nano: int) -> EncodedLines:
+def encode_lines(page: LogPage, *, context: LogContext) -> EncodedLines:
     """Return the records of a page's lines.
 
     Every line becomes a record, also an empty one. A line above 256 KB becomes several records with
@@ -90,7 +90,6 @@ def encode_lines(page: LogPage, *, context: LogContext, observed_unix_nano: int)
     Args:
         page: The lines as read.
         context: The context of the job's records.
-        observed_unix_nano: When the page was read, in ns since the epoch.
     """
     lines = _clean_lines(page)
     severities = context.learner.find_all(lines)
@@ -103,7 +102,7 @@ def encode_lines(page: LogPage, *, context: LogContext, observed_unix_nano: int)
     redactions = 0
     if context.redactor is not None:
         lines, redactions = context.redactor.redact_lines(lines)
-    origin = origin_fields(context.trace_id, context.span_id, observed_unix_nano)
+    origin = origin_fields(context.trace_id, context.span_id)
     runs = [_framed(run, origin, is_numbered=not page.digests) for run in page.runs]
     records = frame(lines, severities, _SEVERITY_FIELDS, runs, page.digests, MAX_BODY_BYTES)
     count = len(severities) - dropped
@@ -145,7 +144,7 @@ def _framed(run: LineRun, origin: bytes, *, is_numbered: bool) -> FramedRun:
     uid = _uid_head(len(prefix) + _ORDINAL_DIGITS if is_numbered else 2 * DIGEST_BYTES)
     # A broken clock may give any time; the lines must be relayed anyway.
     time = max(0, min(run.time_unix_nano, UINT64_MAX + 1 - run.lines))
-    return FramedRun(run.lines, time, _IOSTREAM[run.stream] + origin + uid + prefix)
+    return FramedRun(run.lines, time, _IOSTREAM[run.stream] + origin + observed_field(time) + uid + prefix)
 
 
 @lru_cache(maxsize=64)
@@ -175,7 +174,7 @@ def _with_long(
             continue
         yield records_between(start, position)
         shared = _SEVERITY_FIELDS[severities[position]] + _IOSTREAM[streams[position]] + origin
-        shared += fixed64_field(1, times[position])
+        shared += observed_field(times[position]) + fixed64_field(1, times[position])
         for part, text in enumerate(split_long(body)):
             attributes = attributes_fields(6, {_UID: f"{uids[position]}.{part}", "tailspan.line.part": part})
             yield bytes_field(2, shared + attributes + bytes_field(5, bytes_field(1, text))), 1

@@ -122,12 +122,12 @@ def test_files_that_cannot_be_read_are_reported(collector: Collector, tmp_path: 
 
 def test_rejected_lines_are_reported_and_skipped(collector: Collector, tmp_path: Path) -> None:
     """They stay in the replayed file; the replay continues."""
-    path = write(tmp_path / "f", *(encode_line("logs", logs_payload(2, job=f"j{n}")) for n in range(3)))
+    path = write(tmp_path / "f", *(encode_line("logs", logs_payload(n, job=f"j{n}")) for n in (3, 1, 2)))
     collector.script("logs", Reply(), Reply(400, message="bad"), Reply(rejected=1, message="old"))
     result = run(collector, path)
-    assert (result.delivered, result.rejected, result.ok) == (3, 3, False)
+    assert (result.delivered, result.rejected, result.ok) == (4, 2, False)
     assert result.problems == [
-        f"{path}:2: 2 of 2 records rejected: HTTP 400: bad",
+        f"{path}:2: 1 of 1 records rejected: HTTP 400: bad",
         f"{path}:3: 1 of 2 records rejected: old",
     ]
 

@@ -16,9 +16,11 @@ from tailspan.testing import FakeClock
 from tailspan_agent.errors import AgentError, ExportRejectedError
 from tailspan_agent.exporter.outcome import Delivered, EndpointFault, Outcome, Rejected, Retry, TooLarge
 from tailspan_agent.exporter.retry import DeliveryResult, RetryingExporter
+from tailspan_agent.otlp.log_record import LogRecordData, encode_log_record
 from tailspan_agent.otlp.messages import count_records, parse_request, split_request
+from tailspan_agent.otlp.requests import encode_resource, logs_request
 from tests.fakes.collector import Collector, Reply, Request
-from tests.fakes.otlp_rows import log_rows, span_rows
+from tests.fakes.otlp_rows import REQUESTS, log_rows, span_rows
 from tests.fakes.otlp_samples import exporter_to, logs_payload, metrics_payload, payload_of, traces_payload
 from tests.ports import free_port
 
@@ -33,12 +35,15 @@ class FakeExporter:
         self.payloads: list[bytes] = []
         self.closed = False
         self.limit: int | None = None
+        self.answer: Callable[[bytes, int], Outcome] | None = None
         self.block: asyncio.Event | None = None
 
     async def export(self, payload: bytes, count: int) -> Outcome:
         self.payloads.append(payload)
         if self.block is not None:
             await self.block.wait()
+        if self.answer is not None:
+            return self.answer(payload, count)
         if self.outcomes:
             return self.outcomes.pop(0)
         if self.limit is not None and count > self.limit:
@@ -103,7 +108,7 @@ def test_each_failed_export_is_reported_with_its_reason() -> None:
     told: list[str] = []
     outcomes = [Retry("HTTP 503"), EndpointFault("HTTP 401"), Retry("HTTP 503"), Rejected(None, "HTTP 400")]
     bench = Bench(*outcomes, on_failure=told.append)
-    assert bench.send() == DeliveryResult(0, 3, "HTTP 400")
+    assert bench.send(count=1) == DeliveryResult(0, 1, "HTTP 400")
     assert bench.send() == DeliveryResult(3)
     assert told == ["unavailable", "endpoint_fault", "unavailable", "invalid"]
 
@@ -187,20 +192,101 @@ def test_endpoint_fault_pauses_until_it_is_corrected() -> None:
 def test_rejected_batch_is_kept_and_counted() -> None:
     """400: the same bytes would be rejected again."""
     bench = Bench(Rejected(None, "HTTP 400: bad"))
-    assert bench.send() == DeliveryResult(0, 3, "HTTP 400: bad")
+    assert bench.send(count=1) == DeliveryResult(0, 1, "HTTP 400: bad")
     assert bench.dead_letter.kept == [
         {
             "signal": "logs",
-            "payload": logs_payload(3),
+            "payload": logs_payload(1),
             "kind": "invalid",
             "reason": "HTTP 400: bad",
-            "rejected": 3,
-            "count": 3,
+            "rejected": 1,
+            "count": 1,
         }
     ]
-    assert bench.retrying.rejected == Counter(invalid=3)
+    assert bench.retrying.rejected == Counter(invalid=1)
     assert bench.retrying.delivered == 0
     assert bench.retrying.state == "ok"
+
+
+def bodies(payload: bytes) -> list[str]:
+    return [row.body for row in log_rows(REQUESTS["logs"].FromString(payload))]
+
+
+@pytest.mark.parametrize("bad", [{0}, {6}, {3, 4}, {0, 2, 5}])
+def test_a_rejected_record_is_isolated(bad: set[int]) -> None:
+    """A batch that is rejected for some of its records loses only those; the others are delivered."""
+    bench = Bench()
+    texts = bodies(logs_payload(7))
+    bench.exporter.answer = lambda payload, count: (
+        Rejected(None, "HTTP 400") if {texts[number] for number in bad} & set(bodies(payload)) else Delivered()
+    )
+    result = bench.send(count=7)
+    assert (result.delivered, result.rejected) == (7 - len(bad), len(bad))
+    assert {position for part in result.rejections for position in range(part.start, part.start + part.count)} == bad
+    assert [bodies(kept["payload"]) for kept in bench.dead_letter.kept] == [[texts[number]] for number in sorted(bad)]
+
+
+def test_an_endpoint_that_rejects_everything_is_not_asked_for_each_record() -> None:
+    """Isolating has a limit; what is left is rejected in larger parts, and nothing is counted twice."""
+    bench = Bench()
+    bench.exporter.answer = lambda payload, count: Rejected(None, "HTTP 400")
+    assert bench.send(count=5_000) == DeliveryResult(0, 5_000, "HTTP 400")
+    assert len(bench.exporter.payloads) < 100
+    assert sum(kept["rejected"] for kept in bench.dead_letter.kept) == 5_000
+
+
+def test_an_endpoint_that_says_how_many_it_ignored_is_believed() -> None:
+    """Loki stores the valid entries of a request that it answers with 400, and names the number of the others."""
+    bench = Bench(Rejected(None, "HTTP 400: entry too far behind", "too_old", ignored=2))
+    assert bench.send(count=5) == DeliveryResult(3, 2, "HTTP 400: entry too far behind")
+    assert len(bench.exporter.payloads) == 1
+
+
+@pytest.mark.parametrize("status", ["HTTP 503: busy 1", "HTTP 429: 17 of 12 tokens", "HTTP 500: 7"])
+def test_the_same_answer_again_and_again_halves_the_batch(status: str) -> None:
+    """The endpoint may never accept it as a whole, whatever its status: numbers in the text do not count."""
+    bench = Bench(retry_server_errors=100)
+    bench.exporter.answer = lambda payload, count: (
+        Retry(f"{status}{len(bench.exporter.payloads)}", refused=True) if count > 2 else Delivered()
+    )
+    assert bench.send(count=9) == DeliveryResult(9)
+    assert bench.dead_letter.kept == []
+
+
+def test_an_endpoint_that_is_away_gets_the_whole_batch_again() -> None:
+    """No answer says nothing about the size."""
+    bench = Bench(*[Retry("connection refused")] * 20)
+    assert bench.send(count=9) == DeliveryResult(9)
+    assert set(bench.exporter.payloads) == {logs_payload(9)}
+
+
+def test_a_long_outage_loses_nothing_and_costs_few_requests_afterwards() -> None:
+    """A gateway that answers 503 for an hour: the batch is delivered in order, in parts that grow again."""
+    bench = Bench(*[Retry("HTTP 503", refused=True)] * 120)
+    assert bench.send(count=4_000) == DeliveryResult(4_000)
+    assert [body for payload in bench.exporter.payloads[120:] for body in bodies(payload)] == bodies(
+        logs_payload(4_000)
+    )
+    assert len(bench.exporter.payloads) <= 120 + 15
+
+
+def test_a_record_that_is_too_large_is_sent_shortened_and_kept_whole() -> None:
+    """Its middle is left out and it is marked; the dead letter has all of it."""
+    bench = Bench()
+    text = "a" * 50_000 + "b" * 50_000
+    payload = logs_request([(encode_resource({"service.name": "etl"}), [encode_log_record(record(text))])])
+    bench.exporter.answer = lambda payload, count: Delivered() if len(payload) < 70_000 else TooLarge("HTTP 413")
+    result = bench.send(payload, 1)
+    assert (result.delivered, result.rejected, result.kind) == (0, 1, "too_large")
+    (row,) = log_rows(REQUESTS["logs"].FromString(bench.exporter.payloads[-1]))
+    assert row.body.startswith("a" * 30_000)
+    assert row.body.endswith("b" * 30_000)
+    assert row.attributes == {"tailspan.shortened_bytes": 100_000 - 65_536}
+    assert bench.dead_letter.kept[0]["payload"] == payload
+
+
+def record(body: str) -> LogRecordData:
+    return LogRecordData(time_unix_nano=1, body=body)
 
 
 def test_partial_success_keeps_the_whole_batch_and_is_not_retried() -> None:
@@ -257,7 +343,7 @@ def test_single_record_that_is_too_large_is_kept() -> None:
 
 def test_rejections_of_halves_add_up() -> None:
     """One half may be rejected and the other accepted."""
-    bench = Bench(TooLarge("HTTP 413"), Rejected(None, "HTTP 400"), Delivered())
+    bench = Bench(TooLarge("HTTP 413"), Rejected(2, "HTTP 400"), Delivered())
     assert bench.send(count=5) == DeliveryResult(3, 2, "HTTP 400")
 
 

@@ -89,14 +89,14 @@ class Job:
 
     def __init__(self, store: Store, name: str) -> None:
         self.name = name
-        self.key = store.add_job("id", name, name, backfill=False, ledger="{}").key
+        self.key = store.add_job("id", name, name, stream=0, ledger="{}").key
         self.fates: list[ChunkResult] = []
         self.done = 0
         self._store = store
 
     def chunk(self, number: int, *, count: int = 1, size: int = 0) -> Chunk:
         record = LogRecordData(
-            time_unix_nano=1, observed_unix_nano=1, body=f"{self.name} {number}" + "x" * size, trace_id=b"t" * 16,
+            time_unix_nano=1, body=f"{self.name} {number}" + "x" * size, trace_id=b"t" * 16,
             span_id=b"s" * 8,
         )  # fmt: skip
         return self._chunk(encode_log_record(record) * count, count, b"%d" % number)

@@ -18,6 +18,7 @@ from tailspan_agent.checkpoint.store import Store
 from tailspan_agent.errors import AgentError
 from tailspan_agent.metrics.agent import AgentMetrics, agent_resource
 from tailspan_agent.pipeline.context import PipelineContext
+from tailspan_agent.pipeline.store_streams import StoreStreams
 from tailspan_agent.pipeline.stream_order import StreamOrder
 from tailspan_agent.receiver.discovery import JobDiscovery, match
 from tailspan_agent.receiver.lifecycle import TailState
@@ -75,6 +76,7 @@ class Scene:
             queues=[],
             spans=None,
             stream_order=StreamOrder(),
+            store_streams=StoreStreams(store.newest_by_stream),
             health=AgentMetrics(agent_resource("tailspan-agent", "id", {})),
             redactor=None,
             otlp_resource={},
@@ -198,7 +200,7 @@ async def test_lookback_is_that_of_the_watch(scene: Scene) -> None:
     scene.add("begun", "SUCCEEDED", hours_ago=500)
     scene.add("recent", "FAILED", hours_ago=1)
     scene.add("web", "SUCCEEDED", job_name="web", hours_ago=5)
-    scene.store.add_job("fake", "begun", "begun", backfill=False, ledger="{}")
+    scene.store.add_job("fake", "begun", "begun", stream=0, ledger="{}")
     watches = (watch(name="web", lookback=6 * 3600), watch(lookback=2 * 3600))
     await scene.discovery(*watches).scan()
     assert scene.ids() == ["begun", "recent", "web"]
@@ -208,7 +210,7 @@ async def test_lookback_is_that_of_the_watch(scene: Scene) -> None:
 async def test_unfinished_jobs_need_no_list(scene: Scene) -> None:
     """What an earlier agent began is gone on with, also where the list no longer shows it; what is done is not."""
     for job_id in ("begun", "done"):
-        key = scene.store.add_job("fake", job_id, job_id, backfill=False, ledger="{}").key
+        key = scene.store.add_job("fake", job_id, job_id, stream=0, ledger="{}").key
         if job_id == "done":
             scene.store.end_job(key, [], RunTotals("etl", "success"))
             scene.store.complete_logs(key)

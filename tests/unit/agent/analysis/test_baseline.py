@@ -222,7 +222,7 @@ def test_a_run_like_those_before_is_never_slow(durations_s: list[float]) -> None
 
 
 def end(store: Store, kept: PastRun, fingerprint: str | None = None) -> None:
-    key = store.add_job("id", kept.job_id, "etl", backfill=False, ledger="{}").key
+    key = store.add_job("id", kept.job_id, "etl", stream=0, ledger="{}").key
     assert store.end_job(key, [], RunTotals("etl", "success").add(1.0), run=kept, fingerprint=fingerprint)
 
 

@@ -33,7 +33,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 def add(store: Store, job_id: str = "j1", identity: str = "id") -> Checkpoint:
-    return store.add_job(identity, job_id, "etl", backfill=False, ledger=FACTS)
+    return store.add_job(identity, job_id, "etl", stream=0, ledger=FACTS)
 
 
 def reopen(store: Store) -> Store:
@@ -65,14 +65,14 @@ def test_a_killed_process_loses_no_ack(tmp_path: Path) -> None:
     code = (
         "import os, sys\nfrom pathlib import Path\nfrom tailspan_agent.checkpoint.store import Ack, Store\n"
         "store = Store(Path(sys.argv[1]))\n"
-        "job = store.add_job('id', 'j1', 'etl', backfill=True, ledger='{}')\n"
+        "job = store.add_job('id', 'j1', 'etl', stream=1, ledger='{}')\n"
         "store.ack([Ack(job.key, b'here', '{}', {7: (1, 2**64 - 1)})])\nos.kill(os.getpid(), 9)\n"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -9
     with closing(Store(tmp_path)) as store:
         job = store.job("id", "j1")
         assert job is not None
-        assert (job.cursor, job.backfill) == (b"here", True)
+        assert (job.cursor, job.stream) == (b"here", 1)
         assert store.seconds(job.key) == {7: (1, 2**64 - 1)}
 
 
@@ -81,7 +81,7 @@ def test_a_job_is_known_by_identity_and_id(store: Store) -> None:
     one, other = add(store), add(store, identity="other")
     assert one.key != other.key
     store.ack([Ack(one.key, b"x", FACTS)])
-    assert store.add_job("id", "j1", "renamed", backfill=True, ledger="{}") == store.job("id", "j1")
+    assert store.add_job("id", "j1", "renamed", stream=1, ledger="{}") == store.job("id", "j1")
     assert store.job("id", "j2") is None
 
 

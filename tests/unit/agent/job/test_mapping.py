@@ -94,8 +94,16 @@ def test_precedence_of_attributes() -> None:
 
 def test_backfill_has_a_separate_stream() -> None:
     """Only old lines get a service.instance.id."""
-    assert resource(job(), backfill=True)["service.instance.id"] == "backfill"
+    assert resource(job(), stream=1)["service.instance.id"] == "backfill"
+    assert resource(job(), stream=3)["service.instance.id"] == "backfill-2"
     assert "service.instance.id" not in resource(job())
+
+
+def test_what_is_not_known_of_the_delivery_is_absent() -> None:
+    """A span cannot be corrected: it says nothing of lines that are still on their way."""
+    run = spans_of(job(), ledger(lines=7, logs_complete=False), delivery_known=False)[-1]
+    assert run.attributes["tailspan.lines.read"] == 7
+    assert not [key for key in run.attributes if key.startswith(("tailspan.records", "tailspan.logs"))]
 
 
 def test_a_pending_job_is_visible() -> None:
@@ -213,20 +221,20 @@ def test_how_jobs_end(
     assert root.attributes.get("error.type") == error == error_type(run, failure)
     assert (root.status, root.status_message) == (StatusCode.ERROR, text)
     assert len(root.events) == (error is not None)
-    assert (failure_record(run, seen, observed_unix_nano=1) is not None) == (error is not None)
+    assert (failure_record(run, seen) is not None) == (error is not None)
 
 
 def test_no_error_without_failure() -> None:
     """A job that runs or succeeded has no error type and no failure record."""
     assert error_type(job(), FAILURE) is None
-    assert failure_record(job(), ledger(failure=FAILURE), observed_unix_nano=1) is None
-    assert failure_record(job(JobState.RUNNING), ledger(), observed_unix_nano=1) is None
+    assert failure_record(job(), ledger(failure=FAILURE)) is None
+    assert failure_record(job(JobState.RUNNING), ledger()) is None
 
 
 def test_the_failure_record() -> None:
     """One record with the exception, at the end of the run, on its span, with the last lines as text."""
     run, seen = job(JobState.FAILED), ledger(failure=FAILURE)
-    record = failure_record(run, seen, observed_unix_nano=5)
+    record = failure_record(run, seen)
     assert record is not None
     assert record.time_unix_nano == spans_of(run, seen)[-1].end_unix_nano
     assert record.span_id.hex() == span_id("id", "job-1", "run")
@@ -236,7 +244,7 @@ def test_the_failure_record() -> None:
     )
     assert record.attributes["exception.type"] == "ValueError"
     assert record.attributes["log.record.uid"]
-    assert failure_record(run, seen, observed_unix_nano=5) == record
+    assert failure_record(run, seen) == record
 
 
 def test_the_failure_record_fits_loki() -> None:
@@ -244,7 +252,7 @@ def test_the_failure_record_fits_loki() -> None:
     lines = ["Traceback (most recent call last):", *['  File "€.py", line 1, in f', "    " + "€" * 3000] * 500]
     failure = failure_of([*lines, "E" * 4000 + ": " + "€" * 4000])
     for seen in (ledger(failure=failure), ledger(failure=None)):
-        record = failure_record(job(JobState.FAILED, error="€" * 100_000), seen, observed_unix_nano=1)
+        record = failure_record(job(JobState.FAILED, error="€" * 100_000), seen)
         assert record is not None
         assert len(encode_log_record(replace(record, body=""))) < 64 * 1024
         assert len(record.body.encode()) <= 256 * 1024

@@ -25,7 +25,7 @@ from tailspan_agent.records.framing import find_severities_in_python, frame_in_p
 from tailspan_agent.records.redact import Redactor
 from tailspan_agent.records.severity import SEVERITIES, find_severity
 
-TRACE, SPAN, OBSERVED = bytes(range(16)), bytes(range(8)), 1_700_000_000_123_456_789
+TRACE, SPAN = bytes(range(16)), bytes(range(8))
 
 TEXTS = st.sampled_from(
     [b"", b"INFO: x", b"12:00:00 DEBUG y", b"[error] z", b"\x1b[31mWARNING: red\x1b[0m", b"10%\r90%\r", b"\xff\xfe",
@@ -78,7 +78,7 @@ def expected(page: LogPage, min_severity: int = 0, redactor: Redactor | None = N
         for number, part in enumerate(parts):
             record = LogRecord(
                 time_unix_nano=time,
-                observed_time_unix_nano=OBSERVED,
+                observed_time_unix_nano=time // 1_000_000 * 1_000_000,
                 severity_number=severity.number,  # type: ignore[arg-type]
                 severity_text=severity.text,
                 flags=1,
@@ -121,7 +121,7 @@ def test_records_equal_those_of_the_messages(batch: list[LogPage], min_severity:
     redactor = Redactor({"test": "hunter22"}, [("token=", re.compile(r"token=\w+"))]) if redacts else None
     job = context(min_severity=min_severity, redactor=redactor)
     for page in batch:
-        encoded = encode_lines(page, context=job, observed_unix_nano=OBSERVED)
+        encoded = encode_lines(page, context=job)
         wanted = expected(page, min_severity, redactor)
         assert parsed(encoded.records) == wanted
         assert encoded.count == len(wanted)
@@ -139,7 +139,7 @@ def test_long_lines_are_split_in_place() -> None:
         b"last",
     ]
     page = LogPage(lines, [LineRun(2, 7, Stream.STDERR, CLEAN, "ab"), LineRun(3, 100, 0, 0, "cd")], b"")
-    encoded = encode_lines(page, context=context(min_severity=9), observed_unix_nano=OBSERVED)
+    encoded = encode_lines(page, context=context(min_severity=9))
     records = parsed(encoded.records)
     assert records == expected(page, 9)
     assert (encoded.count, encoded.dropped) == (8, 1)
@@ -152,7 +152,7 @@ def test_long_lines_are_split_in_place() -> None:
 def test_a_full_page_of_one_run(start: int) -> None:
     """A page with the maximum number of lines is one numbered run, also if the low bytes of its times overflow."""
     page = LogPage([b"%d" % number for number in range(5000)], [LineRun(5000, start, 1, CLEAN, "ff")], b"")
-    encoded = encode_lines(page, context=context(), observed_unix_nano=OBSERVED)
+    encoded = encode_lines(page, context=context())
     assert parsed(encoded.records) == expected(page)
 
 
@@ -160,23 +160,23 @@ def test_times_out_of_range_are_relayed() -> None:
     """A broken clock does not stop the relay: times become the nearest valid ones."""
     lines = [Line(-5, "before 1970"), Line(1 << 70, "far future"), Line(5, "fine")]
     page = LogPage.from_lines(lines, cursor=b"", identity="i", job_id="j")
-    records = parsed(encode_lines(page, context=context(), observed_unix_nano=OBSERVED).records)
+    records = parsed(encode_lines(page, context=context()).records)
     assert [record.time_unix_nano for record in records] == [0, (1 << 64) - 1, 5]
     page = LogPage([b"a", b"b", b"c"], [LineRun(3, -1, uid_prefix="x")], b"")
-    records = parsed(encode_lines(page, context=context(), observed_unix_nano=OBSERVED).records)
+    records = parsed(encode_lines(page, context=context()).records)
     assert [record.time_unix_nano for record in records] == [0, 1, 2]
 
 
 def test_an_embedded_newline_does_not_shift_lines() -> None:
     """A message of several lines is one record, without trailing newlines."""
     page = LogPage([b"a\nb", b"c\n", b"d"], [LineRun(3, 1)], b"", bytes(24))
-    records = parsed(encode_lines(page, context=context(), observed_unix_nano=OBSERVED).records)
+    records = parsed(encode_lines(page, context=context()).records)
     assert [record.body.string_value for record in records] == ["a\nb", "c", "d"]
 
 
 def test_an_empty_page_makes_nothing() -> None:
     """No lines, no records, no request."""
-    encoded = encode_lines(LogPage([], [], b""), context=context(), observed_unix_nano=1)
+    encoded = encode_lines(LogPage([], [], b""), context=context())
     assert (encoded.records, encoded.count) == (b"", 0)
     assert logs_request([(encode_resource({}), [encoded.records])]) == b""
 
@@ -185,9 +185,9 @@ def test_a_page_is_encoded_the_same_again() -> None:
     """After a restart, an agent with an empty cache encodes a page to the same bytes."""
     page = LogPage([b"12:00:00 INFO a", b"12:00:01 INFO b"] * 3, [LineRun(6, 1, 1, 0, "aa")], b"")
     job = context()
-    first = encode_lines(page, context=job, observed_unix_nano=OBSERVED)
-    assert encode_lines(page, context=job, observed_unix_nano=OBSERVED) == first
-    assert encode_lines(page, context=context(), observed_unix_nano=OBSERVED) == first
+    first = encode_lines(page, context=job)
+    assert encode_lines(page, context=job) == first
+    assert encode_lines(page, context=context()) == first
 
 
 def test_the_context_of_a_job_has_the_ids_of_its_run_span() -> None:
@@ -232,7 +232,6 @@ def test_single_records(
     """The record of an event has body, attributes of every type, severity, ids and event name."""
     data = LogRecordData(
         time_unix_nano=time,
-        observed_unix_nano=OBSERVED,
         severity=severity,
         body=body,
         attributes=attributes,
@@ -254,7 +253,7 @@ def test_single_records(
     assert (record.body.string_value, record.event_name, record.time_unix_nano) == (body, event, time)
     assert (record.severity_number, record.severity_text) == severity
     assert (record.trace_id, record.span_id, record.flags) == (TRACE, SPAN, 1)
-    assert record.observed_time_unix_nano == OBSERVED
+    assert record.observed_time_unix_nano == time // 1_000_000 * 1_000_000
 
 
 @given(ATTRIBUTES, ATTRIBUTES, st.text(), st.text(), TIMES, st.booleans())
@@ -307,9 +306,7 @@ def test_a_root_span_has_no_parent() -> None:
 
 def test_groups_without_records_are_left_out() -> None:
     """Empty groups are not sent."""
-    record = encode_log_record(
-        LogRecordData(time_unix_nano=1, observed_unix_nano=1, body="", trace_id=TRACE, span_id=SPAN)
-    )
+    record = encode_log_record(LogRecordData(time_unix_nano=1, body="", trace_id=TRACE, span_id=SPAN))
     groups = [(encode_resource({"a": "1"}), []), (encode_resource({"a": "2"}), [b"", record])]
     request = ExportLogsServiceRequest.FromString(logs_request(groups))
     assert [attributes_of(group.resource) for group in request.resource_logs] == [{"a": "2"}]

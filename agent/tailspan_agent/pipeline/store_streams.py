@@ -1,0 +1,65 @@
+"""`StoreStreams`: which log stream of its pipeline a job's lines go to, so that a store accepts lines of any age.
+
+Loki makes one stream of the jobs of a pipeline, and rejects lines that are more than an hour behind the newest line of
+their stream. Jobs that print now share the main stream. A job that catches up (the agent was away, a backfill) writes
+into a further stream, ``service.instance.id = backfill``, or ``backfill-1`` and so on while another job that overlaps
+it in time has that one. Jobs that follow each other share a stream: `StreamOrder` lets the oldest one go first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import chain, count
+
+__all__ = ["MAIN_STREAM", "StoreStreams"]
+
+MAIN_STREAM = 0
+_WINDOW_NS = 30 * 60 * 1_000_000_000
+"""Half of Loki's out-of-order window (``max_chunk_age / 2``, one hour by default): room for what is in flight."""
+
+
+class StoreStreams:
+    """The streams of all pipelines, and the newest line that was queued for each.
+
+    Args:
+        stored: Returns the newest line of each stream of a pipeline, as stored by an earlier process: stream number to
+            ns since the epoch.
+    """
+
+    def __init__(self, stored: Callable[[str], Mapping[int, int]]) -> None:
+        self._stored = stored
+        self._newest: dict[tuple[str, str], dict[int, int]] = {}
+
+    def choose(
+        self,
+        service_name: str,
+        job_name: str,
+        current: int,
+        oldest_ns: int,
+        newest_ns: int,
+        *,
+        ended: bool,
+        now_ns: int,
+    ) -> int:
+        """Return the stream for some lines of a job, and note that they go there.
+
+        Args:
+            service_name: The service of the job.
+            job_name: The job's name.
+            current: The stream of the job's last lines.
+            oldest_ns: The time of the oldest of the lines, in ns since the epoch.
+            newest_ns: The time of the newest of them.
+            ended: Whether the job has ended: then it does not return to the main stream.
+            now_ns: The present time, in ns since the epoch.
+        """
+        if oldest_ns >= now_ns - _WINDOW_NS and not (ended and current):
+            return MAIN_STREAM
+        newest = self._newest.get((service_name, job_name))
+        if newest is None:
+            newest = self._newest[service_name, job_name] = dict(self._stored(job_name))
+        candidates = chain([current] if current else [], count(1))
+        stream = next(
+            number for number in candidates if number not in newest or oldest_ns >= newest[number] - _WINDOW_NS
+        )
+        newest[stream] = max(newest.get(stream, newest_ns), newest_ns)
+        return stream

@@ -1,0 +1,103 @@
+"""Jobs into a Loki with its default limits: every line is stored, whatever the sizes, overlaps and ages."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from tests.fakes.agents import Bench
+from tests.fakes.collector import Collector
+from tests.fakes.loki import MIB, Limits, Loki
+
+
+@pytest.fixture
+def loki(collector: Collector) -> Loki:
+    """A Loki behind the collector's address, with a rate that no test has to wait for."""
+    loki = Loki(Limits(rate_bytes_s=1000 * MIB))
+    collector.always("logs", loki)
+    return loki
+
+
+def add_job(bench: Bench, job_id: str, lines: list[str], *, start: datetime, step_ms: int = 10, name: str = "") -> None:
+    """Add an ended job whose lines are `step_ms` apart."""
+    end = start + timedelta(milliseconds=step_ms * len(lines))
+    times = {"submitted_at": start, "started_at": start}
+    bench.fake.add_job(job_id, job_name=name or job_id, **times)
+    bench.fake.add_lines(job_id, *lines, timestamp_ms=int(start.timestamp() * 1000), step_ms=step_ms)
+    bench.fake.set_state(job_id, "SUCCEEDED", finished_at=end, job_status_date=end)
+
+
+def own_lines(loki: Loki, name: str) -> list[str]:
+    """Return the stored lines of a pipeline without receipts and failures."""
+    return [line for line in loki.lines(service_name=name) if line.startswith("line ")]
+
+
+def an_hour_ago() -> datetime:
+    return datetime.now(UTC) - timedelta(hours=1)
+
+
+@pytest.mark.parametrize(("jobs", "lines"), [(1, 30_000), (5, 10_000)], ids=["one long job", "several jobs at once"])
+def test_a_burst_passes(bench: Bench, loki: Loki, jobs: int, lines: int) -> None:
+    """More lines than fit into one message of the distributor: batches are halved until they pass."""
+    expected = [f"line {number} of a job that prints quite a lot of text at once" for number in range(lines)]
+    for number in range(jobs):
+        add_job(bench, f"job{number}", expected, start=an_hour_ago(), step_ms=1, name=f"burst{number}")
+    result = bench.once(timeout_s=60)
+    assert (result.delivered, result.rejected) == (True, 0)
+    for number in range(jobs):
+        assert own_lines(loki, f"burst{number}") == expected
+
+
+@pytest.mark.parametrize("apart_s", [0, 2400], ids=["at the same time", "40 minutes apart"])
+def test_overlapping_jobs_of_one_name_after_an_absence(bench: Bench, loki: Loki, apart_s: int) -> None:
+    """Three runs of two hours each, read one after the other: none is too far behind another."""
+    start = datetime.now(UTC) - timedelta(hours=4)
+    for number in range(3):
+        lines = [f"line {step} of run {number}" for step in range(240)]
+        add_job(
+            bench, f"run{number}", lines, start=start + timedelta(seconds=number * apart_s), step_ms=30_000, name="etl"
+        )
+    result = bench.once({"discover": True, "lookback": "24h"}, timeout_s=60)
+    assert (result.delivered, result.rejected) == (True, 0)
+    assert sorted(own_lines(loki, "etl")) == sorted(
+        f"line {step} of run {number}" for step in range(240) for number in range(3)
+    )
+
+
+def test_a_job_of_long_lines_with_wide_metadata(bench: Bench, loki: Loki) -> None:
+    """Lines of 200 KB, of which a batch of our size would be above the burst of a default Loki."""
+    expected = [f"line {number} " + "x" * 200_000 for number in range(60)]
+    add_job(bench, "wide", expected, start=an_hour_ago())
+    result = bench.once(timeout_s=60)
+    assert (result.delivered, result.rejected) == (True, 0)
+    assert own_lines(loki, "wide") == expected
+
+
+def test_one_refused_line_costs_no_other_job_its_receipt(bench: Bench, loki: Loki) -> None:
+    """A line that the store does not accept is rejected alone; other jobs of its batch are complete."""
+    week = datetime.now(UTC) - timedelta(days=8)
+    add_job(bench, "old", ["line too old"], start=week, name="old")
+    for number in range(3):
+        add_job(bench, f"new{number}", [f"line {number}"], start=an_hour_ago(), name=f"new{number}")
+    result = bench.once({"discover": True, "lookback": "30d"}, timeout_s=60)
+    assert (result.delivered, result.rejected) == (True, 2)  # its line and its receipt
+    assert [line for number in range(3) for line in own_lines(loki, f"new{number}")] == ["line 0", "line 1", "line 2"]
+    receipts = [
+        entry.line
+        for stream in loki.streams.values()
+        for entry in stream
+        if ".receipt." in dict(entry.metadata)["log_record_uid"]
+    ]
+    assert sorted(receipts) == [f"new{number}: 1 lines read, 1 records acked, 0 rejected" for number in range(3)]
+
+
+def test_lines_sent_again_are_equal(bench: Bench, loki: Loki, collector: Collector) -> None:
+    """A batch that was stored but not acknowledged is sent again, and a store that drops equal entries drops it."""
+    add_job(bench, "again", [f"line {number}" for number in range(50)], start=an_hour_ago())
+    bench.once({"discover": True}, timeout_s=60)
+    (bench.state_dir / "checkpoints.sqlite").unlink(missing_ok=True)
+    for path in bench.state_dir.glob("*.sqlite*"):
+        path.unlink()
+    bench.once({"discover": True}, timeout_s=60)
+    assert own_lines(loki, "again") == [f"line {number}" for number in range(50)]

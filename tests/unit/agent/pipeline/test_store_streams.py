@@ -1,0 +1,78 @@
+"""`StoreStreams`: lines of any age go to a stream that accepts them, in as few streams as possible."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tailspan_agent.pipeline.store_streams import MAIN_STREAM, StoreStreams
+
+MINUTE_NS = 60 * 1_000_000_000
+HOUR_NS = 60 * MINUTE_NS
+NOW_NS = 1_000 * HOUR_NS
+
+
+def choose(streams: StoreStreams, current: int, oldest_ns: int, newest_ns: int, *, ended: bool = True) -> int:
+    return streams.choose("local", "etl", current, oldest_ns, newest_ns, ended=ended, now_ns=NOW_NS)
+
+
+def empty() -> StoreStreams:
+    return StoreStreams(lambda name: {})
+
+
+def test_lines_of_now_share_the_main_stream() -> None:
+    """However many jobs print them."""
+    streams = empty()
+    assert {choose(streams, MAIN_STREAM, NOW_NS - MINUTE_NS, NOW_NS) for _ in range(9)} == {MAIN_STREAM}
+
+
+def test_jobs_that_follow_each_other_share_a_stream() -> None:
+    """A backfill of a year of daily runs makes one stream."""
+    streams = empty()
+    starts = [NOW_NS - days * 24 * HOUR_NS for days in range(300, 0, -1)]
+    assert {choose(streams, 0, start, start + 2 * HOUR_NS) for start in starts} == {1}
+
+
+def test_jobs_that_overlap_get_a_stream_each() -> None:
+    """And keep it, page by page."""
+    streams = empty()
+    start = NOW_NS - 10 * HOUR_NS
+    current = [choose(streams, 0, start, start + 2 * HOUR_NS) for _ in range(3)]
+    assert current == [1, 2, 3]
+    for hour in range(2, 6):
+        at = start + hour * HOUR_NS
+        assert [choose(streams, own, at, at + HOUR_NS) for own in current] == current
+
+
+def test_a_running_job_returns_to_the_main_stream() -> None:
+    """When it has caught up; an ended job stays where it is."""
+    streams = empty()
+    own = choose(streams, 0, NOW_NS - 3 * HOUR_NS, NOW_NS - HOUR_NS, ended=False)
+    assert choose(streams, own, NOW_NS - MINUTE_NS, NOW_NS, ended=False) == MAIN_STREAM
+    assert choose(streams, own, NOW_NS - MINUTE_NS, NOW_NS, ended=True) == own
+
+
+def test_times_before_1970_end_as_any_other() -> None:
+    """A job with a broken clock gets a stream, too."""
+    assert choose(empty(), 0, -9 * HOUR_NS, -8 * HOUR_NS) == 1
+
+
+def test_streams_of_an_earlier_process_are_known() -> None:
+    """Their newest lines are asked for once, by name."""
+    asked = []
+    streams = StoreStreams(lambda name: asked.append(name) or {1: NOW_NS - HOUR_NS, 2: NOW_NS - 9 * HOUR_NS})
+    assert choose(streams, 0, NOW_NS - 8 * HOUR_NS, NOW_NS - 7 * HOUR_NS) == 2
+    assert choose(streams, 0, NOW_NS - 8 * HOUR_NS, NOW_NS - 6 * HOUR_NS) == 3
+    assert asked == ["etl"]
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 600), st.integers(0, 90)), max_size=60))
+def test_no_line_is_too_far_behind(pages: list[tuple[int, int, int]]) -> None:
+    """Whatever the order of the pages: a store with a window of an hour accepts each of them."""
+    streams, current, newest = empty(), dict.fromkeys(range(4), MAIN_STREAM), {}
+    for job, start, length in pages:
+        oldest_ns = NOW_NS - 700 * MINUTE_NS + start * MINUTE_NS
+        newest_ns = oldest_ns + length * MINUTE_NS
+        stream = current[job] = choose(streams, current[job], oldest_ns, newest_ns, ended=job % 2 == 0)
+        assert oldest_ns >= newest.get(stream, 0) - HOUR_NS
+        newest[stream] = max(newest.get(stream, 0), newest_ns)
