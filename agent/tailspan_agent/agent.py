@@ -49,6 +49,8 @@ _LOG_QUEUES = 2
 _FORGET_S = 30 * 86400.0
 _HOUSEKEEPING_S = 3600.0
 _LAST_PUSH_S = 5.0
+_SHORT_OUTAGE_S = 30.0
+"""An endpoint that restarts does not make the agent unready."""
 
 _RESTART_KEYS = (
     "state_dir",
@@ -169,7 +171,13 @@ class Agent:
 
     def problems(self) -> list[str]:
         """Return codes of what keeps the agent from relaying; empty when it is ready."""
-        codes = [f"endpoint_{signal}_paused" for signal in self.endpoints.paused()]
+        paused, long_ago_s = self.endpoints.paused(), time.time() - _SHORT_OUTAGE_S
+        codes = [f"endpoint_{signal}_paused" for signal in paused]
+        codes += [
+            f"endpoint_{signal}_retrying {outage}"
+            for signal, outage in self.endpoints.outages.items()
+            if signal not in paused and outage.since_s <= long_ago_s
+        ]
         codes += ["checkpoint_store_unwritable"] if self.store.write_failed else []
         return codes + [f"service_{name}_unreachable" for name in self._receiver.unreachable]
 

@@ -13,7 +13,7 @@ from tailspan.errors import ConfigError
 from tailspan_agent.exporter.dead_letter import DeadLetter
 from tailspan_agent.exporter.factory import make_exporter
 from tailspan_agent.exporter.protocol import Exporter
-from tailspan_agent.exporter.retry import DeliveryResult, RetryingExporter
+from tailspan_agent.exporter.retry import DeliveryResult, Outage, RetryingExporter
 
 __all__ = ["Endpoint", "Endpoints", "ExportHealth"]
 
@@ -117,6 +117,12 @@ class Endpoints:
         if self.metrics_exporter is not None and self._health.metrics_fault:
             paused.append("metrics")
         return paused
+
+    @property
+    def outages(self) -> dict[Signal, Outage]:
+        """The signals whose endpoint does not accept or answer, with the failed attempts since it last did."""
+        found = {signal: endpoint.exporter.outage for signal, endpoint in self._endpoints.items()}
+        return {signal: outage for signal, outage in found.items() if outage is not None}
 
     @property
     def rejected(self) -> int:

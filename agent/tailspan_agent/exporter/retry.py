@@ -24,6 +24,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Literal, Protocol
 
 from tailspan._backoff import backoff_s
@@ -33,7 +34,7 @@ from tailspan_agent.errors import AgentError, ExportRejectedError
 from tailspan_agent.exporter.outcome import Delivered, EndpointFault, Rejected, Retry, TooLarge
 from tailspan_agent.exporter.protocol import Exporter
 
-__all__ = ["FAULT_PAUSE_S", "DeliveryResult", "RejectSink", "Rejection", "RetryingExporter"]
+__all__ = ["FAULT_PAUSE_S", "DeliveryResult", "Outage", "RejectSink", "Rejection", "RetryingExporter"]
 
 FAULT_PAUSE_S = (30.0, 60.0)
 """Shortest and longest pause after an endpoint fault, or while the dead letter is full."""
@@ -47,6 +48,27 @@ _SHORTENED_BYTES = (65_536, 8_192)
 _NUMBER = re.compile(r"\d+")
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """Failed attempts of one signal in a row.
+
+    Attributes:
+        since_s: When the first of them failed, in seconds since the epoch.
+        tries: Number of failed attempts.
+        reason: The reason of the last one.
+    """
+
+    since_s: float
+    tries: int
+    reason: str
+
+    def __str__(self) -> str:
+        """Return it for a probe, without the endpoint's own text, which may be private."""
+        since = datetime.fromtimestamp(self.since_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        tries = "1 try" if self.tries == 1 else f"{self.tries} tries"
+        return f"since {since}, {tries}: {self.reason.partition(': ')[0]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +162,7 @@ class RetryingExporter:
         state: ``paused`` while the endpoint is at fault or the dead letter is full, else ``ok``; for /readyz.
         since: When that state began, in seconds since the epoch.
         last_error: The last failure; None after a success.
+        outage: The failed attempts since the endpoint last answered; None if it answered.
         in_flight: Number of records in requests that are not done.
         requests: Number of requests, including failed ones.
         delivered: Number of records delivered.
@@ -166,6 +189,7 @@ class RetryingExporter:
         self._clock = clock or Clock()
         self.since = self._clock.wall_s()
         self.last_error: str | None = None
+        self.outage: Outage | None = None
         self.in_flight = 0
         self.requests = 0
         self.delivered = 0
@@ -344,6 +368,7 @@ class RetryingExporter:
         return DeliveryResult(count - rejected, rejected, reason, kind, rejections=rejections)
 
     def _record_response(self, warning: str | None) -> None:
+        self.outage = None
         if self._endpoint_faults:
             self._set_state(endpoint_faults=False)
         if self.last_error is not None and not self._dead_letter_full:
@@ -360,6 +385,7 @@ class RetryingExporter:
 
     def _record_fault(self, reason: str) -> None:
         self._on_failure("endpoint_fault")
+        self._extend_outage(reason)
         if self._patience_s is not None:
             raise ExportRejectedError(f"{self.endpoint} does not accept {self.signal}: {reason}")
         self.last_error = reason
@@ -374,11 +400,16 @@ class RetryingExporter:
 
     def _record_failure(self, reason: str, failures: int) -> None:
         self._on_failure("unavailable")
+        self._extend_outage(reason)
         if not self._endpoint_faults and not self._dead_letter_full:
             self.last_error = reason
         # One line at the first failure, then about one every five minutes.
         if failures % 10 == 0:
             _log.warning("%s: retrying after %d failed attempts: %s", self.signal, failures + 1, reason)
+
+    def _extend_outage(self, reason: str) -> None:
+        known = self.outage or Outage(self._clock.wall_s(), 0, reason)
+        self.outage = Outage(known.since_s, known.tries + 1, reason)
 
     def _set_state(self, *, endpoint_faults: bool | None = None, dead_letter_full: bool | None = None) -> None:
         before = self.state

@@ -280,6 +280,7 @@ class Views:
             health=health_of(self._view.context.health.collect()),
             failures=self._view.receiver.failures,
             targets=self._view.endpoints.targets,
+            outages=self._view.endpoints.outages,
             services=sorted(self._view.services),
             checkpoint_ns=int(self._view.store.acked_at_s * 1e9),
             instance_id=self._view.store.instance_id,

@@ -15,6 +15,7 @@ import pytest
 from tailspan._identity import span_id, trace_id
 from tailspan.errors import CursorExpiredError, JobNotFoundError, ServiceUnavailableError
 from tailspan.models import ListedJob
+from tailspan_agent import agent as agent_module
 from tailspan_agent.exporter.outcome import Delivered
 from tests.fakes.agents import Bench, OddService, looped, until
 from tests.fakes.collector import Collector, Reply, Request
@@ -553,3 +554,22 @@ async def test_a_lane_that_is_stuck_does_not_keep_others_from_being_read(bench: 
         service.add_lines(other, "a")
         await bench.received(lambda: bench.bodies(other) == ["a"])
         bench.collector.always("logs", Reply())
+
+
+@looped
+async def test_an_endpoint_that_keeps_failing_makes_the_agent_unready(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not at the first failure, but for as long as it lasts; /readyz and the page say since when and why."""
+    monkeypatch.setattr(agent_module, "_SHORT_OUTAGE_S", 0.0)
+    bench.collector.always("logs", Reply(503, message="busy"))
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    async with bench.running() as agent:
+        await until(lambda: any("logs_retrying" in problem for problem in agent.problems()))
+        (problem,) = agent.problems()
+        assert problem.startswith("endpoint_logs_retrying since 20")
+        assert problem.endswith(": HTTP 503")
+        bench.collector.always("logs", Reply())
+        await bench.received(lambda: bench.bodies() == ["a"])
+        await until(lambda: not agent.problems())

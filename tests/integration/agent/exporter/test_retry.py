@@ -15,7 +15,7 @@ from tailspan.config.signals import SIGNALS
 from tailspan.testing import FakeClock
 from tailspan_agent.errors import AgentError, ExportRejectedError
 from tailspan_agent.exporter.outcome import Delivered, EndpointFault, Outcome, Rejected, Retry, TooLarge
-from tailspan_agent.exporter.retry import DeliveryResult, RetryingExporter
+from tailspan_agent.exporter.retry import DeliveryResult, Outage, RetryingExporter
 from tailspan_agent.otlp.log_record import LogRecordData, encode_log_record
 from tailspan_agent.otlp.messages import count_records, parse_request, split_request
 from tailspan_agent.otlp.requests import encode_resource, logs_request
@@ -210,6 +210,23 @@ def test_rejected_batch_is_kept_and_counted() -> None:
 
 def bodies(payload: bytes) -> list[str]:
     return [row.body for row in log_rows(REQUESTS["logs"].FromString(payload))]
+
+
+def test_an_outage_is_known_until_the_endpoint_answers() -> None:
+    """Since when, how many tries, and why: for the page and for /readyz."""
+    seen: list[Outage | None] = []
+    bench = Bench()
+
+    def answer(payload: bytes, count: int) -> Outcome:
+        seen.append(bench.retrying.outage)
+        return Retry("HTTP 503: private words") if len(seen) < 4 else Delivered()
+
+    bench.exporter.answer = answer
+    bench.send()
+    assert seen == [None, *(Outage(1000.0, tries, "HTTP 503: private words") for tries in (1, 2, 3))]
+    assert str(seen[1]) == "since 1970-01-01T00:16:40Z, 1 try: HTTP 503"
+    assert str(seen[3]) == "since 1970-01-01T00:16:40Z, 3 tries: HTTP 503"
+    assert bench.retrying.outage is None
 
 
 @pytest.mark.parametrize("bad", [{0}, {6}, {3, 4}, {0, 2, 5}])
