@@ -1,4 +1,4 @@
-"""How long to wait before trying again. Pure: the caller brings the clock and the random numbers."""
+"""Delays before retries. Pure: the caller brings the clock and the random numbers."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def backoff_s(
         jitter: A random number in [0, 1): spreads callers that failed at one moment.
         first_s: Longest delay after the first attempt, in seconds; it doubles with each further one.
         max_s: Where doubling stops, in seconds.
-        retry_after_s: What the other side asked for, in seconds, if it did: the delay is never less, and up to a
-            tenth more, so that all callers who were told the same moment do not come at it.
+        retry_after_s: Delay that the server demands, in seconds, if it does: the result is never less, and up to a
+            tenth more, so that callers with the same demand do not all retry at the same moment.
 
     Returns:
         Seconds: between half of the delay and the whole of it.
@@ -40,14 +40,14 @@ def backoff_s(
 
 
 def parse_retry_after_s(value: str | None, now: datetime) -> float | None:
-    """Return the seconds that a ``Retry-After`` header asks for.
+    """Return the seconds that a ``Retry-After`` header demands.
 
     Args:
         value: The header: seconds, or an HTTP date.
         now: The present moment (aware), which a date is compared with.
 
     Returns:
-        Seconds, 0 or more; None when there is no header or it says nothing that can be understood.
+        Seconds, 0 or more; None without a valid header.
 
     Source: RFC 9110, section 10.2.3; fractions are not in it, but gateways send them.
     """

@@ -1,4 +1,4 @@
-"""The clock, as a seam: everything that waits takes one, so that tests need not."""
+"""`Clock`: time and waits, so that a test can replace them."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ class Clock:
         return time.time()
 
     async def sleep(self, seconds: float) -> None:
-        """Wait for so many seconds."""
+        """Wait."""
         await anyio.sleep(seconds)

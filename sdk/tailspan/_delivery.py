@@ -30,10 +30,10 @@ async def wait_until_delivered(
     """Return once the endpoint has acknowledged the last line of an ended job.
 
     Args:
-        settings: Says where the agent listens, and its token.
+        settings: Has the address and the token of the agent.
         service: Where the job ran.
         status: The job's final status.
-        clock: Tells the time and waits.
+        clock: The clock that deadline and waits go by.
         deadline: When to give up, in seconds of the clock's monotonic time.
 
     Raises:

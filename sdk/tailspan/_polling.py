@@ -1,4 +1,4 @@
-"""Asking a service about one job until a deadline, through the faults that pass."""
+"""Polls of one job until a deadline, with retries of transient failures."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ __all__ = ["UNANSWERED_S", "LogReader", "StatusPoll", "newer", "newest_of", "sta
 Answer = TypeVar("Answer", JobStatus, ListedJob)
 
 UNANSWERED_S = 60.0
-"""How long a service that answered before may leave us without a status, in seconds."""
+"""How long the requests of a job may fail after one that succeeded, in seconds."""
 
 
 class StatusPoll:
-    """Asks for a job's status again and again.
+    """Polls a job's status.
 
     Attributes:
         last: The newest answer, if there was any.
-        last_error: Why the newest request was not answered; None when it was.
+        last_error: The error of the newest request; None if it succeeded.
     """
 
     def __init__(
         self, service: JobService, job_id: str, clock: Clock, deadline_s: float, *, grace_s: float = 0.0
     ) -> None:
-        """Ask this service about this job.
+        """Poll nothing yet.
 
         Args:
             service: Where the job runs.
             job_id: Its id there.
-            clock: What tells the time.
-            deadline_s: When to stop, on the clock's monotonic time.
-            grace_s: How long after the deadline a request may still be answered.
+            clock: The clock that deadlines and waits go by.
+            deadline_s: When to stop, in monotonic seconds of the clock.
+            grace_s: Seconds after the deadline in which a reply still counts.
         """
         self.last: JobStatus | None = None
         self.last_error: ServiceError | None = None
@@ -61,11 +61,11 @@ class StatusPoll:
         self._answered_s = 0.0
 
     async def ask(self) -> JobStatus | None:
-        """Return the present status; the last one, ``stale``, if there is no answer now; None without any in time.
+        """Return the present status; the last one, ``stale``, if the request failed; None if none came in time.
 
         Raises:
-            JobNotFoundError: The service knows no such job.
-            ServiceError: It did not answer the first time, or for `UNANSWERED_S`, or it refuses to answer.
+            JobNotFoundError: The service has no such job.
+            ServiceError: The first request failed, requests failed for `UNANSWERED_S`, or the service rejects them.
         """
         left_s = max(0.0, self._deadline_s - self._clock.monotonic_s())
         with anyio.move_on_after(left_s + self._grace_s):
@@ -82,7 +82,7 @@ class StatusPoll:
         return None if self.last is None else dataclasses.replace(self.last, stale=True)
 
     def timeout_error(self, timeout_s: float) -> WaitTimeoutError:
-        """Return what to raise when the job did not end in time, with all that is known of it."""
+        """Return the error for a job that did not end in time, with its last status."""
         seen = f"it is {self.last.state}" if self.last else "its status was not answered"
         fault = f"; the last request failed: {self.last_error}" if self.last_error else ""
         return WaitTimeoutError(
@@ -94,21 +94,21 @@ class StatusPoll:
 
 
 class LogReader:
-    """Reads a job's log from where it stopped, each time to its present end.
+    """Reads a job's log from its last position to its present end.
 
     Attributes:
-        time_is_up: Whether the last read was ended by the deadline.
+        time_is_up: Whether the deadline ended the last read.
     """
 
     def __init__(self, service: JobService, job_id: str, clock: Clock, deadline_s: float, *, retries: int) -> None:
-        """Read this job's log from its start.
+        """Read nothing yet.
 
         Args:
             service: Where the job runs.
             job_id: Its id there.
-            clock: What tells the time.
-            deadline_s: When to stop, on the clock's monotonic time.
-            retries: How many more times to try a request that failed and may succeed later.
+            clock: The clock that deadlines and waits go by.
+            deadline_s: When to stop, in monotonic seconds of the clock.
+            retries: Number of retries of a request whose failure may be transient.
         """
         self.time_is_up = False
         self._service = service
@@ -123,7 +123,7 @@ class LogReader:
         """Yield the lines that came since the last read.
 
         Raises:
-            ServiceError: The request failed once more than there are retries, or trying again cannot help.
+            ServiceError: The request failed once more than there are retries, or a retry cannot help.
         """
         failures = 0
         while True:
@@ -150,7 +150,7 @@ class LogReader:
                 await self._clock.sleep(wait_s)
 
     def take_gap(self) -> bool:
-        """Return whether lines were lost since this was last asked."""
+        """Return whether lines were lost since the last call."""
         gap, self._gap = self._gap, False
         return gap
 
@@ -162,14 +162,14 @@ class LogReader:
 
 
 def stamped(answer: Answer, service: JobService) -> Answer:
-    """Return the answer, knowing which service gave it."""
+    """Return the answer with the service that gave it."""
     if answer._origin is not None and answer.service is not None:
         return answer
     return dataclasses.replace(answer, _origin=answer._origin or service, service=answer.service or service.name)
 
 
 def newest_of(page: LogPage) -> Message:
-    """Return a page's newest line; of several with one time the last."""
+    """Return the newest line of a page; ties go to the last."""
     best_nano, best_line, best_stream, position = -1, 0, Stream.NONE, 0
     for run in page.runs:
         position += run.lines
@@ -183,5 +183,5 @@ def newest_of(page: LogPage) -> Message:
 
 
 def newer(one: Message | None, other: Message) -> Message:
-    """Return the newer of two lines; of equally old ones the other."""
+    """Return the newer of two lines; ties go to the second."""
     return other if one is None or other["timestamp"] >= one["timestamp"] else one

@@ -1,4 +1,4 @@
-"""Making directories that only their owner may enter."""
+"""Private directories: only their owner may enter."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ def _make(path: Path) -> None:
 
 
 def make_private(directory: Path, make: Callable[[Path], None] = _make) -> None:
-    """Make a directory and those above it that are missing, each with the same rights, whatever the umask.
+    """Make a directory and its missing parents, all with the same mode, whatever the umask.
 
-    ``Path.mkdir(parents=True)`` leaves the rights of those above to the umask; who may write there may exchange ours.
+    ``Path.mkdir(parents=True)`` leaves the mode of the parents to the umask; others might write there.
 
     Args:
-        directory: What must exist afterwards.
+        directory: The directory that must exist.
         make: Makes one directory, which may exist by then.
 
     Raises:
-        OSError: One cannot be made, or is no directory.
+        OSError: A directory cannot be made, or the path is something else.
     """
     if not directory.is_dir():
         make_private(directory.parent, make)

@@ -53,7 +53,7 @@ _COMMANDS = {
     "serve": _Lazy("tailspan.cli.serve", "serve", "Serve jobs over HTTP."),
     "agent": _Lazy("tailspan_agent.cli", "agent", "Relay jobs' logs, status and run time as OTLP."),
     "doctor": _Lazy(
-        "tailspan_agent.commands.doctor.command", "doctor", "Say all that a bug report needs, and no secret."
+        "tailspan_agent.commands.doctor.command", "doctor", "Print diagnostics for a bug report (secrets removed)."
     ),
     "demo": _Lazy("tailspan_agent.commands.demo", "demo", "See it work: sample pipelines, agent and page, no set-up."),
     "completion": _Lazy("tailspan.cli.completion", "completion", "Print the completion script of a shell."),
@@ -100,7 +100,7 @@ class LazyGroup(click.Group):
         return names + click.Command.shell_complete(self, ctx, incomplete)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; what went wrong is said in one line."""
+        """Run the command; print an error in one line."""
         try:
             return super().invoke(ctx)
         except TailspanError as error:
@@ -112,15 +112,15 @@ class LazyGroup(click.Group):
             if error.errno == errno.EPIPE:
                 raise  # click ends quietly then
             click.echo(f"tailspan: {error}", err=True)
-            # Where standard output cannot be written, the flush at exit would fail once more, and say so at length.
+            # Standard output is broken: the flush at exit would fail again, with a traceback.
             sys.stdout = None
             ctx.exit(EXIT_ERROR)
 
 
 def exit_code_of(error: TailspanError) -> int:
-    """Return the exit code that the contract gives this error.
+    """Return the exit code of this error.
 
-    An error class of a further layer, such as the agent's, may say its own as ``exit_code``.
+    An error class of another package, such as the agent, may have its own ``exit_code``.
     """
     own = getattr(error, "exit_code", None)
     if isinstance(own, int):
@@ -137,7 +137,7 @@ def exit_code_of(error: TailspanError) -> int:
 
 
 def report(error: TailspanError) -> None:
-    """Say in one line what went wrong."""
+    """Print an error in one line."""
     from tailspan.logs.clean import printable
 
     # A server's own message is part of it: it must not act on the terminal.

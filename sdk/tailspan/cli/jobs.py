@@ -19,8 +19,10 @@ _STATES = ("PENDING", "RUNNING", "SUCCEEDED", "FAILED", "CANCELED", "TIMED_OUT",
 
 
 @click.group(invoke_without_command=True)
-@click.option("--limit", default=50, show_default=True, type=click.IntRange(1), metavar="N", help="At most so many.")
-@click.option("--all", "all_jobs", is_flag=True, help="All of them, whatever --limit says.")
+@click.option(
+    "--limit", default=50, show_default=True, type=click.IntRange(1), metavar="N", help="Maximum number of jobs."
+)
+@click.option("--all", "all_jobs", is_flag=True, help="All jobs, whatever --limit is.")
 @click.option("--name", metavar="GLOB", help="Only jobs whose name matches, for example 'etl-*'.")
 @click.option("--state", type=click.Choice(_STATES, case_sensitive=False), help="Only jobs in this state.")
 @service_option
@@ -49,7 +51,7 @@ def jobs(
     from tailspan.cli.show import jobs_table, json_line, json_of
     from tailspan.cli.watch import say
 
-    # One more than is shown tells whether there are more.
+    # One more than is shown, to find out whether there are more.
     asked = None if all_jobs else limit + 1
     rows = with_client(config_path, service, lambda client: client.job_list(asked, name=name, state=state))
     shown = rows if all_jobs else rows[:limit]

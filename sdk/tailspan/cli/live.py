@@ -27,7 +27,7 @@ def state_text(status: JobStatus, seen_s: float) -> str:
 
     Args:
         status: The newest status.
-        seen_s: How long the command has been looking, in seconds; shown where the job does not say when it started.
+        seen_s: Seconds since the command began; shown where the job reports no start.
     """
     parts = [str(status.state)]
     if status.total_tasks:
@@ -42,9 +42,9 @@ def state_text(status: JobStatus, seen_s: float) -> str:
 
 
 class StateLine:
-    """Shows the line on standard error while a person looks at it, and nothing otherwise.
+    """Shows the line on standard error if that is a terminal.
 
-    A thread of its own redraws it, so that the time goes on between two requests.
+    A thread redraws it, so that the time advances between two requests.
     """
 
     def __init__(self) -> None:

@@ -23,7 +23,7 @@ _COMPLETION_S = 2.0
 
 
 def settings_for(config_path: Path | None, *, telemetry: bool = False) -> Settings:
-    """Load the configuration that a command was told to use; ``OTEL_*`` count only for what sends telemetry."""
+    """Load the configuration of a command; ``OTEL_*`` variables apply only to commands that send telemetry."""
     from tailspan.config import load_settings
 
     return load_settings(config_path, telemetry=telemetry)
@@ -60,7 +60,7 @@ def _complete_job(ctx: click.Context, param: click.Parameter, incomplete: str) -
     try:
         return with_client(ctx.params.get("config_path"), ctx.params.get("service"), ids)
     except Exception:
-        # Whatever is wrong, a half-typed command line is no place to say it.
+        # A completion must not print an error into a half-typed command line.
         return []
 
 
@@ -83,7 +83,7 @@ def service_option(command: Command) -> Command:
         "--service",
         metavar="NAME",
         shell_complete=_complete_service,
-        help="The configured service to ask. [default: default_service]",
+        help="Name of a configured service. [default: default_service]",
     )(command)
 
 

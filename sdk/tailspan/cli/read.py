@@ -49,11 +49,9 @@ def logs(job: str, since_ms: int | None, service: str | None, config_path: Path 
 
 @click.command()
 @job_argument
-@click.option("--sample", is_flag=True, help="Print at most one line, the newest, a refresh.")
-@click.option("--refresh", default=1.0, show_default=True, metavar="S", help="How often to look, in seconds.")
-@click.option(
-    "--timeout", type=click.FloatRange(min=0), metavar="S", help="Stop after so many seconds, with exit code 124."
-)
+@click.option("--sample", is_flag=True, help="Print only the newest line per refresh.")
+@click.option("--refresh", default=1.0, show_default=True, metavar="S", help="Poll interval in seconds.")
+@click.option("--timeout", type=click.FloatRange(min=0), metavar="S", help="Stop after S seconds, with exit code 124.")
 @service_option
 @config_option
 @json_option
@@ -70,7 +68,7 @@ def tail(
 ) -> None:
     """Print a job's lines as they come, until it has ended and its last line was read.
 
-    Ctrl-C stops looking; the job goes on. Exit codes: 0 succeeded, 1 failed, canceled or lost, 124 timeout.
+    Ctrl-C stops the command; the job continues. Exit codes: 0 succeeded, 1 failed, canceled or lost, 124 timeout.
 
     \b
     Example:
@@ -106,7 +104,7 @@ def tail(
 
     last = with_client(config_path, service, use)
     if last is None or not last.complete:
-        say(f"job {job} has not ended after {timeout:g} s; it goes on")
+        say(f"job {job} has not ended after {timeout:g} s; it continues")
         ctx.exit(EXIT_TIMEOUT)
     ctx.exit(exit_code_for(last.status))
 
@@ -119,7 +117,7 @@ def tail(
 def exec_time(job: str, service: str | None, config_path: Path | None, as_json: bool) -> None:
     """Print the time from a job's first to its last line.
 
-    While the job runs that is the time so far, and a warning says so.
+    For a running job, print the time so far and a warning.
 
     \b
     Example:

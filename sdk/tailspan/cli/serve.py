@@ -72,5 +72,5 @@ def _read_token(path: Path | None) -> str | None:
         return None
     token = token.strip()
     if not token.isprintable() or not token or " " in token:
-        raise ConfigError(f"{source} does not hold a token: expected one word without spaces", key="token_file")
+        raise ConfigError(f"{source} contains no token: expected one word without spaces", key="token_file")
     return token

@@ -26,7 +26,7 @@ _COLOURS = {
 
 
 def write(text: str) -> None:
-    """Write a line of data to standard output; what would act on a terminal is taken out."""
+    """Write a line of data to standard output, without control characters."""
     LinePrinter(sys.stdout).write(_safe(text) + "\n")
 
 
@@ -55,13 +55,13 @@ def json_lines(values: Iterable[Any]) -> None:
 
 
 def ended(status: JobStatus) -> None:
-    """Say how a job ended."""
+    """Print how a job ended."""
     took = f", after {seconds_text(status.duration)}" if status.duration is not None else ""
     write(_safe(end_text(status)) + took)
 
 
 def seconds_text(duration: timedelta) -> str:
-    """Return a duration as a person says it: ``0.4 s``, ``12 s``, ``1:02:03``."""
+    """Return a duration for people: ``0.4 s``, ``12 s``, ``1:02:03``."""
     seconds = duration.total_seconds()
     if seconds < 10:
         return f"{seconds:.1f} s"

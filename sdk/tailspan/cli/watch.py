@@ -51,7 +51,7 @@ def status(job: str, service: str | None, config_path: Path | None, as_json: boo
 @config_option
 @json_option
 def cancel(job: str, service: str | None, config_path: Path | None, as_json: bool) -> None:
-    """Cancel a job. An ended job stays as it is, and that is no error.
+    """Cancel a job. An ended job stays as it is; that is not an error.
 
     \b
     Example:
@@ -65,16 +65,14 @@ def cancel(job: str, service: str | None, config_path: Path | None, as_json: boo
     elif answer.state.is_terminal:
         ended(answer)
     else:
-        write(f"job {answer.job_id} was asked to end; it is {answer.state}")
+        write(f"job {answer.job_id} is being cancelled; it is {answer.state}")
 
 
 @click.command()
 @job_argument
-@click.option("--poll", default=1.0, show_default=True, metavar="S", help="How often to ask, in seconds.")
-@click.option(
-    "--timeout", type=click.FloatRange(min=0), metavar="S", help="Give up after so many seconds, with exit code 124."
-)
-@click.option("--delivered", is_flag=True, help="Wait also until the agent has acked the job's last line.")
+@click.option("--poll", default=1.0, show_default=True, metavar="S", help="Poll interval in seconds.")
+@click.option("--timeout", type=click.FloatRange(min=0), metavar="S", help="Stop after S seconds, with exit code 124.")
+@click.option("--delivered", is_flag=True, help="Wait also until the agent has acknowledged the job's last line.")
 @service_option
 @config_option
 @json_option
@@ -89,9 +87,9 @@ def wait(
     config_path: Path | None,
     as_json: bool,
 ) -> None:
-    """Wait until a job has ended, and say how.
+    """Wait until a job has ended, and print how.
 
-    Ctrl-C stops waiting; the job goes on. Exit codes: 0 succeeded, 1 failed, canceled or lost, 124 timeout.
+    Ctrl-C stops the command; the job continues. Exit codes: 0 succeeded, 1 failed, canceled or lost, 124 timeout.
 
     \b
     Example:
@@ -120,7 +118,7 @@ def exit_code_for(status: JobStatus) -> int:
 
 
 def say(text: str) -> None:
-    """Tell the person, beside the data: on standard error."""
+    """Print a note on standard error, apart from the data."""
     from tailspan.logs.clean import printable
 
     click.echo(f"tailspan: {printable(' '.join(text.splitlines()), colours=False)}", err=True)

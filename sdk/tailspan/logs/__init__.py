@@ -1,4 +1,30 @@
-"""Pages of log lines and what is done with them: cleaning, following, printing, the wire format of pages.
+"""Pages of log lines: the model, cleaning, following, printing and the wire format.
 
-The line and page model belongs here; nothing here may know a job service.
+The names in ``__all__`` are public, for plugins; the modules are internal. Nothing here may depend on a job service.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tailspan.logs.follow import TailUpdate
+    from tailspan.logs.page import MAX_PAGE_BYTES, MAX_PAGE_LINES, Line, LineRun, LogPage, Message, Stream
+
+__all__ = ["MAX_PAGE_BYTES", "MAX_PAGE_LINES", "Line", "LineRun", "LogPage", "Message", "Stream", "TailUpdate"]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name at its first use: the supervisor of a local job needs only the standard library."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    module = "tailspan.logs.follow" if name == "TailUpdate" else "tailspan.logs.page"
+    value = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

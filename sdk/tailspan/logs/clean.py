@@ -1,4 +1,4 @@
-"""What is left of a line once everything that is meant for a terminal is taken out. Pure, stdlib only.
+"""Lines without what acts on a terminal. Pure, standard library only.
 
 `clean` makes the text of a log record; `printable` makes a line safe to print on a user's own terminal, which a
 hostile line could otherwise rename, reprogram or make type commands.
@@ -13,11 +13,11 @@ import re
 __all__ = ["MAX_BODY_BYTES", "clean", "is_clean", "printable", "split_long"]
 
 MAX_BODY_BYTES = 256 * 1024
-"""Longest body of one record: Loki refuses longer lines unless it is told otherwise."""
+"""Longest body of one record: Loki rejects longer lines by default."""
 
 _ESCAPE = re.compile(
     # Strings (OSC, DCS, SOS, PM, APC, screen titles) up to their end. One that never ends loses its introducer only:
-    # a terminal would swallow the text behind it, a log must not.
+    # a terminal would swallow the text after it, a log must not.
     r"(?:\x1b[\]PX^_k]|[\x90\x98\x9d-\x9f])[^\x07\r\n\x1b\x90\x98\x9b-\x9f]*+(?:\x07|\x1b\\|\x9c)"
     r"|(?:\x1b\[|\x9b)[0-?]*+[ -/]*+[@-~]?"  # CSI, possibly cut off by the end of the line
     r"|\x1b[ -/]++[0-~]?"  # character sets and the like
@@ -38,7 +38,7 @@ def clean(line: bytes) -> str:
 
     Escape sequences and NUL go, invalid UTF-8 becomes U+FFFD, trailing line endings go. Of the states that carriage
     returns wrote over each other, the last that is not blank stays (``10%\r50%\r100%\r`` reads ``100%``); a shorter
-    state replaces a longer one wholly. Cleaning what is clean changes nothing.
+    state replaces a longer one entirely. Cleaning a clean line changes nothing.
 
     Args:
         line: The line as read, with or without its line ending. Newlines within it are kept.
@@ -118,7 +118,7 @@ def split_long(body: bytes, limit: int = MAX_BODY_BYTES) -> list[bytes]:
     start = 0
     while len(body) - start > limit:
         end = start + limit
-        # A character has at most three continuation bytes (10xxxxxx); what has more is no UTF-8 and is cut anywhere.
+        # A character has at most three continuation bytes (10xxxxxx); anything else is not UTF-8 and is cut anywhere.
         back = next((step for step in range(4) if body[end - step] & 0xC0 != 0x80), 0)
         parts.append(body[start : end - back])
         start = end - back

@@ -4,7 +4,7 @@ The only follow logic there is: the verb ``job_tail_logs`` and the agent both dr
 
 The commonest bug of log tailers is to stop when the status turns terminal: the last lines are then never read. So
 an end counts only after two equal answers, and a log counts as complete only after it was read to its end *after*
-the job's end had settled (or after the service itself said that no line will come).
+the job's end had settled (or after the service itself reported that no line will come).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _QUIET_READS = 2
 
 @dataclass(slots=True, kw_only=True)
 class Follower:
-    """The state of following one job. Feed it what was seen; ask it what is next. All times in seconds of one clock.
+    """The state of following one job, from statuses and reads. All times are in seconds of one clock.
 
     Attributes:
         poll_min_s: Delay after a read that found lines.
@@ -53,7 +53,7 @@ class Follower:
     _settled_when_seen: bool = field(default=False, init=False)
 
     def on_status(self, job: JobStatus, now_s: float, wall_s: float) -> None:
-        """Take in a status.
+        """Record a status.
 
         Args:
             job: The answer.
@@ -68,7 +68,7 @@ class Follower:
             self._complete_read = self.read_whole = False
             self._ended_at_s = None
         if job.logs_complete and not self._logs_complete:
-            # A log that was given up as open has ended after all, perhaps with lines behind the last read.
+            # A log that was given up as open has ended after all, perhaps with lines after the last read.
             self._complete_read = False
         self.state = job.state
         self._logs_complete = job.logs_complete
@@ -78,14 +78,14 @@ class Follower:
             ended = job.finished_at or job.job_status_date
             ago_s = max(0.0, wall_s - ended.timestamp()) if ended else 0.0
             if self._last_alive_s is not None:
-                # The service's clock may be behind ours: the job cannot have ended before it was last seen alive.
+                # The service's clock may be slow: the job cannot have ended before it was last reported as running.
                 ago_s = min(ago_s, now_s - self._last_alive_s)
             self._ended_at_s = now_s - ago_s
-            # Settling is for lines that become visible late: an end long ago needs no second look.
+            # Settling is for lines that become visible late: an end long ago needs no second read.
             self._settled_when_seen = ago_s >= self.settle_s
 
     def on_read(self, lines: int, started_s: float, *, from_start: bool = False) -> None:
-        """Take in a read that went to the present end of the log.
+        """Record a read that went to the present end of the log.
 
         Args:
             lines: How many new lines it found.
@@ -122,7 +122,7 @@ class Follower:
 
     @property
     def needs_status(self) -> bool:
-        """Whether a status should be asked for before the next read, whatever the list says."""
+        """Whether the next read needs a status request before it, whatever the list reports."""
         return 0 < self._terminal_answers < 2 or (self.ended and self._logs_complete is False)
 
     def delay_s(self, now_s: float, jitter: float = 0.5) -> float:
@@ -143,7 +143,7 @@ class Follower:
         return delay * (0.9 + 0.2 * jitter)
 
     def wake(self) -> None:
-        """Forget the silence: something says that there is news."""
+        """Reset the delay: the job has changed."""
         self._delay_s = self.poll_min_s
 
     @property
@@ -156,12 +156,12 @@ class Follower:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TailUpdate:
-    """What one look at a followed job brought.
+    """The result of one poll of a followed job.
 
     Attributes:
-        status: The newest status; ``stale`` when the service could not be asked this time.
+        status: The newest status; ``stale`` when the request failed this time.
         messages: The new lines, in the order in which the service returns them.
-        left_out: How many new lines before those were left out, because only a sample was asked for.
+        left_out: Number of new lines before those that were left out of the sample.
         gap: Whether lines before these are gone at the service.
         complete: Whether the job has ended and this is the last of its lines: nothing follows.
     """

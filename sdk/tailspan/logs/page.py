@@ -58,7 +58,7 @@ class Message(TypedDict):
     Attributes:
         message: The text, without its line ending.
         timestamp: In ms since the epoch.
-        stream: ``stdout`` or ``stderr``, where the service knows it.
+        stream: ``stdout`` or ``stderr``, where the service reports it.
     """
 
     message: Required[str]
@@ -88,10 +88,10 @@ _EMPTY_MESSAGES: list[Message] = [
 
 
 class Line(NamedTuple):
-    """One line as a simple service hands it over.
+    """One line of a simple service.
 
     Attributes:
-        time_unix_nano: When the source says that it was written, in ns since the epoch.
+        time_unix_nano: The time that the source gives the line, in ns since the epoch.
         message: The line as read, without its line ending.
         stream: ``stdout``, ``stderr`` or empty.
     """
@@ -120,7 +120,7 @@ class LineRun(NamedTuple):
 
 
 def line_digest(identity: str, job_id: str, time_unix_nano: int, message: bytes, occurrence: int) -> bytes:
-    """Return the 8 bytes that tell a line from all others of a service that knows only times.
+    """Return the 8 bytes that identify a line of a service that has times and no offsets.
 
     Args:
         identity: The service's identity.
@@ -134,12 +134,12 @@ def line_digest(identity: str, job_id: str, time_unix_nano: int, message: bytes,
 
 
 class LogPage:
-    """At most 5,000 lines or 1 MiB (one longer line makes a page of its own), and where to go on.
+    """At most 5,000 lines or 1 MiB (one longer line makes a page of its own), and the cursor after them.
 
     Attributes:
         runs: Times, streams and flags of its lines; their numbers of lines add up to as many as it has.
         cursor: Where to resume once all these lines are acked; opaque, the service's own.
-        digests: 8 bytes a line for services that know only times; empty where runs have a uid prefix.
+        digests: 8 bytes a line for services without offsets; empty where runs have a uid prefix.
         text: The lines with a newline after each, where the service has them so; empty otherwise. See `joined`.
     """
 
@@ -152,7 +152,7 @@ class LogPage:
 
         Args:
             lines: Each line as read, without its line ending, in the order in which the service returned them; None to
-                have them split from the text once somebody looks at them.
+                split them from the text at first use.
             runs: As the attribute.
             cursor: As the attribute.
             digests: As the attribute.
@@ -188,7 +188,7 @@ class LogPage:
         return sum(run.lines for run in self.runs) if self._lines is None else len(self._lines)
 
     def last_lines(self, count: int) -> list[bytes]:
-        """Return the last lines as `lines` has them, without a look at the others.
+        """Return the last lines as `lines` has them, without splitting the others.
 
         Args:
             count: How many, at least one; fewer where the page has fewer.

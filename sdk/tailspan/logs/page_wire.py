@@ -1,10 +1,10 @@
 """Log pages on the wire between `tailspan serve` and this SDK. Pure.
 
-The job API's own log reply is a JSON object a line, which knows a line by its time and text only. Here a page goes as
+The job API's own log reply is a JSON object a line, which has only time and text of a line. Here a page goes as
 it is: its lines in one piece, with the times and uids that they have where the job really runs. A reply consists of
-frames, each four bytes, big-endian, that say how long the MessagePack array is that follows:
+frames, each four bytes, big-endian, with the length of the MessagePack array that follows:
 
-    frame          [job, more, page]    job: its place among those asked for; more: ask for it again, at once and alone
+    frame          [job, more, page]    job: its place in the request; more: request it again, at once and alone
     page           [cursor, runs, text, lines, digests], see `tailspan.logs.page.LogPage`; nil ends a reply for one job
     run            [lines, time_unix_nano, stream, flags, uid_prefix]
     text, lines    the lines with a newline after each; or one by one, where a line has a newline within
@@ -40,12 +40,12 @@ __all__ = [
 MEDIA_TYPE = "application/vnd.tailspan.log-pages"
 """The type of a reply of frames."""
 RESUME_HEADER = "Tailspan-Resume-Cursor"
-"""With status 410, lines behind the cursor are gone: where to go on; empty: from the oldest line that is left."""
+"""With status 410 (lines after the cursor are gone), the cursor to continue at; empty: the oldest line left."""
 CURSOR_MARK = b"@"
-"""What a cursor of these pages begins with at the client: there are also cursors that know lines by their times."""
+"""The first byte of a cursor of these pages at the client, which also has cursors by time."""
 MAX_FRAME_BYTES = 64 << 20
 MAX_JOBS = 200
-"""How many jobs one request may ask for."""
+"""Maximum number of jobs in one request."""
 
 _MOST_LINES = 20 * MAX_PAGE_LINES  # a service of others may make larger pages than ours
 _MAX_UID_PREFIX = 256
@@ -53,15 +53,15 @@ _length = struct.Struct(">I")
 
 
 class FrameError(ValueError):
-    """The reply is not what this module describes; the text says what is wrong."""
+    """The reply does not have the format of this module; the text explains why."""
 
 
 class Frame(NamedTuple):
     """A part of a reply.
 
     Attributes:
-        job: The job's place among those asked for.
-        more: Whether to ask for the job at once, alone: it has more, or something is wrong with it.
+        job: The job's place in the request.
+        more: Whether to request the job again at once, alone: it has more lines, or an error.
         page: Its next lines, if there are any.
     """
 
@@ -111,7 +111,7 @@ def read_cursor(text: str) -> bytes:
     """Return the cursor that `cursor_text` wrote.
 
     Raises:
-        ConfigError: It is none.
+        ConfigError: It is not a cursor.
     """
     try:
         return base64.b64decode(text.encode(), altchars=b"-_", validate=True)
@@ -155,7 +155,7 @@ class FrameSplitter:
         return frames
 
     def close(self) -> list[Frame]:
-        """Say that the reply has ended.
+        """End the reply.
 
         Raises:
             FrameError: It ends within a frame.
@@ -181,7 +181,7 @@ def _decoded(data: memoryview) -> Frame:
         raise FrameError(f"a page has over {_MOST_LINES} lines")
     if found.text and not found.text.endswith(b"\n"):
         raise FrameError("the last line of a page has no end")
-    # Whatever a server says: encoding counts on these.
+    # A server may send anything; encoding relies on these.
     if not 0 < count == sum(run.lines for run in found.runs):
         raise FrameError("the runs of a page are not those of its lines")
     if found.digests and len(found.digests) != DIGEST_BYTES * count:

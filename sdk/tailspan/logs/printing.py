@@ -1,4 +1,4 @@
-"""Writing lines where a person, a file or a pipe reads them."""
+"""Printing of lines to a terminal, a file or a pipe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["LinePrinter", "TailPrinter", "end_text", "is_terminal"]
 
 
 def is_terminal(file: IO[str] | None) -> bool:
-    """Return whether a person looks at this file."""
+    """Return whether the file is a terminal."""
     try:
         return file is not None and file.isatty()
     except (AttributeError, ValueError):
@@ -23,10 +23,10 @@ def is_terminal(file: IO[str] | None) -> bool:
 
 
 class LinePrinter:
-    """Prints lines with their indentation, at once.
+    """Prints lines with their indentation, and flushes.
 
-    On a terminal, what could move the cursor or fake output is taken out; colours stay unless ``NO_COLOR`` is set.
-    Elsewhere the text stays as the job wrote it.
+    On a terminal, control characters that could move the cursor or fake output are removed; colours stay unless
+    ``NO_COLOR`` is set. Elsewhere the text stays as the job wrote it.
     """
 
     def __init__(self, file: IO[str] | None) -> None:
@@ -45,7 +45,7 @@ class LinePrinter:
             self.write(text)
 
     def note(self, text: str) -> None:
-        """Print a remark of our own; names and errors in it are not our own."""
+        """Print a note of ours; names and errors in it come from elsewhere."""
         self.write(f"[tailspan] {printable(' '.join(text.split()), colours=False)}\n")
 
     def write(self, text: str) -> None:
@@ -71,7 +71,7 @@ class TailPrinter:
         self._silent = True
 
     def update(self, update: TailUpdate) -> None:
-        """Print its lines, and what a reader of the lines alone would not notice."""
+        """Print its lines, and notes about gaps, lines left out and an end without lines."""
         if update.gap:
             self._printer.note("lines before these are gone at the service")
         if update.left_out:
@@ -83,7 +83,7 @@ class TailPrinter:
 
 
 def end_text(status: JobStatus) -> str:
-    """Say in one line how a job ended."""
+    """Return in one line how a job ended."""
     how = status.state.lower().replace("_", " ")
     why = status.error or (f"exit code {status.exit_code}" if status.exit_code else "")
     return f"job {status.job_id} {how}" + (f": {why}" if why and why != how else "")

@@ -1,6 +1,6 @@
 """Job services: where jobs run, behind one small base class.
 
-`JobService` and what a service may add to it belong here; nothing here may know a particular service. To add one,
+`JobService` and what a service may add to it belong here; nothing here may depend on a particular service. To add one,
 subclass `JobService` and announce the class in the entry point group ``tailspan.services``; the entry's name is the
 ``type`` in the configuration. `docs/services/writing-a-service.md` has an example, the contract and its test kit.
 """

@@ -1,4 +1,4 @@
-"""The services that one client has opened, and which of them a job belongs to."""
+"""The services that one client has opened, by name and by job."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class OpenedServices:
 
         Args:
             settings: The configuration; None loads it at first use, and again when ``TAILSPAN_*`` has changed.
-            default: The service to ask when nobody says; None is ``default_service`` of the configuration.
+            default: The service of calls that name none; None is ``default_service`` of the configuration.
         """
         self._settings = settings
         self._loads_settings = settings is None
@@ -48,7 +48,7 @@ class OpenedServices:
             if self._settings is None or found != self._loaded_from:
                 from tailspan.config import load_settings
 
-                # A notebook sets TAILSPAN_CONFIG after its first call: that must count.
+                # A notebook may set TAILSPAN_CONFIG after its first call.
                 self._settings, self._loaded_from = load_settings(telemetry=False), found
                 self._retired.extend(self._services.values())
                 self._services = {}
@@ -56,7 +56,7 @@ class OpenedServices:
         return self._settings
 
     def service(self, which: str | JobService | None) -> JobService:
-        """Return the service of that name, opening it if need be; an object is returned as it is.
+        """Return the service of that name, opened at first use; an object is returned as it is.
 
         Raises:
             ConfigError: No such service is configured, or its options are wrong.
@@ -75,10 +75,10 @@ class OpenedServices:
         return self._services[name]
 
     def find(self, job: CoerceableToJobId, service: str | JobService | None) -> tuple[JobService, str]:
-        """Return the service to ask about a job, and the job's id there.
+        """Return the service of a job, and the job's id there.
 
         Raises:
-            ConfigError: It is no job, or there is no such service.
+            ConfigError: The argument names no job, or no such service is configured.
         """
         job_id = job_id_of(job)
         if service is not None or isinstance(job, str):
@@ -88,13 +88,14 @@ class OpenedServices:
         return self.service(job.service), job_id
 
     async def aclose(self) -> None:
-        """Close what was opened here; service objects given by the caller stay open."""
+        """Close the services that were opened here; service objects given by the caller stay open."""
         services, self._services, self._retired = [*self._services.values(), *self._retired], {}, []
         for service in services:
             await service.aclose()
 
     def _own(self, origin: JobService) -> JobService:
-        # What another client opened by name belongs to that client's loop, which may be closed or, after a fork, gone.
+        # A service that another client opened by name belongs to that client's loop, which may be closed or, after a
+        # fork, gone.
         if origin not in _opened_by_name or origin in self._services.values():
             return origin
         try:

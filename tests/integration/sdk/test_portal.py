@@ -28,7 +28,7 @@ service.add_job("j")
 
 
 class Counter:
-    """A resource that knows its loop."""
+    """A resource of one event loop."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -121,7 +121,7 @@ def test_items_come_one_by_one_and_then_the_error(portal):
 
 
 def test_closing_cancels_what_runs_while_the_resource_is_there(portal):
-    """A call in another thread ends at once, and may still use the resource to clean up; an iteration says why."""
+    """A call in another thread ends at once, and may still use the resource to clean up; an iteration raises the reason."""
     begun, seen = threading.Event(), []
 
     async def wait(counter: Counter) -> None:
@@ -164,7 +164,7 @@ def test_a_call_from_its_own_loop_is_refused(portal):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_fork_after_use_starts_anew(portal):
-    """The child's first call makes its own loop; the parent's goes on, also when the child has ended."""
+    """The child's first call makes its own loop; the parent's continues, also when the child has ended."""
     assert portal.call(Counter.add, 1) == 1
     read_end, write_end = os.pipe()
     with warnings.catch_warnings():

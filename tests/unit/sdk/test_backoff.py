@@ -18,14 +18,14 @@ def test_doubles_up_to_the_maximum():
 
 @given(st.integers(0, 10**9), st.floats(0, 1, exclude_max=True), st.none() | st.floats(0, 1e6))
 def test_stays_between_its_bounds(attempt, jitter, retry_after_s):
-    """However often it failed, the delay is at most the maximum, and never less than what the server asked for."""
+    """However often it failed, the delay is at most the maximum, and never less than the server demands."""
     delay = backoff_s(attempt, jitter, first_s=0.5, max_s=30.0, retry_after_s=retry_after_s)
     asked = retry_after_s or 0.0
     assert asked <= delay <= max(30.0, asked * 1.1)
 
 
 def test_jitter_spreads_callers():
-    """Two callers with other random numbers wait differently, also when both were told one Retry-After."""
+    """Two callers with other random numbers wait differently, also with the same Retry-After."""
     assert backoff_s(3, 0.1) != backoff_s(3, 0.9)
     assert backoff_s(0, 0.1, retry_after_s=60) != backoff_s(0, 0.9, retry_after_s=60)
 
@@ -58,6 +58,6 @@ def test_parses_retry_after(value, seconds):
 
 @given(st.text(max_size=40))
 def test_no_header_breaks_the_parser(value):
-    """Whatever a server sends, the answer is None or seconds that can be slept."""
+    """Whatever a server sends, the result is None or a valid delay."""
     seconds = parse_retry_after_s(value, NOW)
     assert seconds is None or 0 <= seconds <= timedelta(days=4_000_000).total_seconds()

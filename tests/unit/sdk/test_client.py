@@ -104,7 +104,7 @@ def test_logs_are_oldest_first_and_keep_the_order_within_a_millisecond(service, 
 
 
 def test_printing_keeps_indentation_and_every_line(do):
-    """What is printed is what was written, one line each."""
+    """Printing keeps the text of each line."""
     service = FakeService(page_lines=2)
     service.add_job("j")
     service.add_lines("j", "  indented", "", "\ttab", "ends by itself\n", "ä \x1b[31mred", timestamp_ms=1)
@@ -126,7 +126,7 @@ def test_status_knows_its_service(service, do):
 
 
 def test_answers_can_be_sent_to_another_process(service, do):
-    """Pickling leaves the service object behind, as connections cannot be sent; its name goes along."""
+    """A pickled status has the name of its service, not the service with its connections."""
     for answer in (do(AsyncJobClient.job_get_status, "j"), *do(AsyncJobClient.job_list)):
         received = pickle.loads(pickle.dumps(answer))
         assert received == answer
@@ -163,7 +163,7 @@ def test_exec_time_is_last_minus_first_line_and_never_negative(service, do):
 
 
 def test_exec_time_of_a_running_job_warns(service, do):
-    """The time so far comes with a warning that can be told from others."""
+    """The time so far comes with a warning of its own class."""
     service.add_lines("j", "x", "y", timestamp_ms=0, step_ms=1500)
     with pytest.warns(InProgressWarning, match="job j is RUNNING"):
         assert do(AsyncJobClient.job_get_exec_time, "j") == timedelta(seconds=1.5)
@@ -174,7 +174,7 @@ def test_exec_time_of_a_running_job_warns(service, do):
 
 
 def test_wait_returns_the_final_status(service, clock, do):
-    """It asks every interval until the job has ended; a failed job is a state, not an error."""
+    """It polls at every interval until the job has ended; a failed job is a state, not an error."""
     clock.at(12, lambda: service.set_state("j", "FAILED", exit_code=3))
     status = do(AsyncJobClient.job_wait_for_job, "j")
     assert (status.state, status.exit_code, clock.sleeps) == (JobState.FAILED, 3, [5, 5, 5])
@@ -219,7 +219,7 @@ def test_wait_goes_on_through_faults_that_pass(service, clock, do):
 
 
 def test_wait_says_why_the_last_request_failed(service, clock, do):
-    """The timeout error of a service that is down has the service's own words."""
+    """The timeout error of a service that is down has the error text of the service."""
     service.before_next("get_job", lambda: None, lambda: service.fail_next("get_job", *[DOWN] * 9))
     with pytest.raises(WaitTimeoutError, match="the last request failed: the service says: maintenance"):
         do(AsyncJobClient.job_wait_for_job, "j", 1, 3)
@@ -280,7 +280,7 @@ def test_follow_yields_every_line_once_and_ends_with_the_job(service, clock, fol
 
 
 def test_follow_waits_for_late_lines_unless_the_log_is_marked_complete(service, clock, follow):
-    """Ten seconds of settling by default, as many as asked for otherwise."""
+    """Settling takes ten seconds by default, else `settle_seconds`."""
     service.set_state("j", "SUCCEEDED", logs_complete=None, finished_at=datetime.fromtimestamp(clock.wall_s(), UTC))
     clock.at(8, lambda: service.add_lines("j", "late"))
     assert texts(follow("j")) == ["late"]
@@ -378,7 +378,7 @@ def test_retries_wait_as_long_as_the_service_asks(service, clock, follow):
 
 
 def test_status_faults_do_not_end_a_tail(service, clock, follow):
-    """Updates are stale while the status is not answered; the lines go on."""
+    """Updates are stale while status requests fail; lines still come."""
     service.before_next("get_job", lambda: None, lambda: service.fail_next("get_job", DOWN, DOWN))
     clock.at(1.5, lambda: service.add_lines("j", "meanwhile", timestamp_ms=1))
     clock.at(5, lambda: service.set_state("j", "SUCCEEDED"))
@@ -388,7 +388,7 @@ def test_status_faults_do_not_end_a_tail(service, clock, follow):
 
 
 def test_list_is_newest_first_limited_and_filtered(do):
-    """Limits and filters hold across pages; names that the list lacks are asked for."""
+    """Limits and filters hold across pages; names that the list lacks are requested."""
     service = FakeService(page_lines=2)
     for number in range(7):
         service.add_job(f"j{number}", state="FAILED" if number % 2 else "RUNNING", job_name=f"etl-{number}")
@@ -409,7 +409,7 @@ class Nameless(FakeService):
             yield [dataclasses.replace(row, job_name=None) for row in rows]
 
 
-def test_names_that_the_list_lacks_are_asked_for_only_when_needed(do):
+def test_names_that_the_list_lacks_are_requested_only_when_needed(do):
     """A name filter costs a status request a row; a plain list costs none."""
     service = Nameless()
     for number in range(3):
@@ -438,7 +438,7 @@ def test_submit_takes_a_list_or_a_shell_line(service, do):
 
 @pytest.mark.parametrize("command", ["", [], ["echo", 1]])
 def test_submit_needs_a_command(command, do):
-    """Nothing, or what is no text, is refused before the service is asked."""
+    """An empty command, or one with a number in it, is rejected before any request."""
     with pytest.raises(ConfigError, match="there is no command to run"):
         do(AsyncJobClient.job_submit, command)
 
@@ -450,7 +450,7 @@ class ReadOnly(FakeService):
 
 
 def test_bad_arguments_are_named(do, service):
-    """Wrong seconds, wrong jobs and services that do not exist are configuration errors that say which."""
+    """Wrong seconds, wrong jobs and services that do not exist are configuration errors that name them."""
     for verb, args, words in (
         (AsyncJobClient.job_wait_for_job, ("j", 0), "poll_interval_seconds is 0"),
         (AsyncJobClient.job_wait_for_job, ("j", float("nan")), "poll_interval_seconds is nan"),

@@ -87,7 +87,7 @@ def test_lines_go_to_the_present_stdout_or_to_the_file(service):
 
 
 class Terminal(io.StringIO):
-    """A file that a person looks at."""
+    """A file that claims to be a terminal."""
 
     def isatty(self) -> bool:
         """Return that it is a terminal."""
@@ -129,7 +129,7 @@ def test_errors_name_the_job(service):
 
 
 def test_waiting_in_vain_raises_a_timeout_error(service):
-    """The built-in TimeoutError catches it, and it knows the last status."""
+    """The built-in TimeoutError catches it, and it has the last status."""
     service.add_job("r")
     with pytest.raises(TimeoutError) as caught:
         job_wait_for_job("r", 0.01, 0.05, service=service)
@@ -138,7 +138,7 @@ def test_waiting_in_vain_raises_a_timeout_error(service):
 
 
 def test_the_in_progress_warning_points_at_the_caller(service):
-    """The warning names the line that asked, so that the default filter shows it once there."""
+    """The warning names the line of the call, so that the default filter shows it once there."""
     service.add_job("r")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -1,4 +1,4 @@
-"""`[links]`: where people look at a job's telemetry."""
+"""`[links]`: URLs of a job's telemetry."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import tailspan
 from tailspan import RunResponse, jobs
 
-# Exactly what the user's own documentation says, and what each returns.
+# The signatures of the user's own documentation, and what each verb returns.
 CONTRACT = {
     "job_get_logs": ("(job, since_ms=None)", "list[Message]"),
     "job_print_logs": ("(job, since_ms=None, file=None)", "None"),
@@ -50,7 +51,7 @@ def test_a_verb_is_documented(name):
 
 
 def test_run_response_has_the_methods_of_fused():
-    """A status can be asked anew, read, printed, tailed, waited for, timed and cancelled."""
+    """A status can be updated, read, printed, tailed, waited for, timed and cancelled."""
     for name in CONTRACT:
         method = getattr(RunResponse, name.removeprefix("job_"))
         assert callable(method)
@@ -77,3 +78,19 @@ def test_type_checkers_see_what_the_package_exports_lazily():
     seen = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert sorted(seen.keys() - {"__version__"}) == tailspan.__all__
     assert seen == tailspan._MODULE_OF
+
+
+@pytest.mark.parametrize("name", ["tailspan.logs", "tailspan.services", "tailspan.errors", "tailspan.testing"])
+def test_public_packages_export_what_they_name(name):
+    """Each name of ``__all__`` is there, and a wrong one is an AttributeError."""
+    module = importlib.import_module(name)
+    assert [one for one in module.__all__ if not hasattr(module, one)] == []
+    assert set(module.__all__) <= set(dir(module))
+    assert not hasattr(module, "no_such_name")
+
+
+def test_the_line_model_is_not_imported_by_its_package():
+    """The supervisor of a local job imports ``tailspan.logs`` and must stay small."""
+    code = "import sys, tailspan.logs; print(sorted(m for m in sys.modules if m.startswith('tailspan.logs.')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

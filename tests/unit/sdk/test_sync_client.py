@@ -168,7 +168,7 @@ def test_methods_take_the_options_of_the_functions(name):
 
 
 def test_options_reach_the_verb(service, capsys):
-    """A handle's method prints to the file and asks the service that it is given."""
+    """A handle's method prints to the given file and reads from the given service."""
     out = io.StringIO()
     other = FakeService("other")
     other.add_job("j")
@@ -217,7 +217,7 @@ def test_a_repr_shows_what_is_set(service):
 
 
 def test_only_an_error_that_may_pass_is_retryable():
-    """Every error of the tree has the attribute, so a caller need not know the class."""
+    """Every error of the tree has the attribute, so a caller needs no class."""
     assert TailspanError("x").retryable is False
     assert tailspan.JobNotFoundError("x").retryable is False
     assert ServiceUnavailableError("x").retryable is True

@@ -1,4 +1,4 @@
-"""The command group: help, errors as one line with the right exit code, completion, and what is loaded when."""
+"""The command group: help, errors as one line with the right exit code, completion, and lazy imports."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_help_names_every_command_without_loading_one():
 
 @pytest.mark.parametrize("name", OURS)
 def test_each_command_has_help_with_an_example(name):
-    """The help of a command shows how it is typed; the list says the same in short."""
+    """The help of a command has an example; the list of commands has its summary."""
     result = CliRunner().invoke(main, [name, "--help"])
     assert result.exit_code == 0
     assert re.search(rf"Examples?:\n +(?:\w+=\$\()?tailspan {name}\b", result.output)
@@ -64,7 +64,7 @@ def test_each_command_has_help_with_an_example(name):
 
 
 def test_version():
-    """`--version` says the version of the distribution."""
+    """`--version` prints the version of the distribution."""
     assert re.fullmatch(
         r"tailspan \d+\.\d+\.\d+\n", CliRunner().invoke(main, ["--version"], prog_name="tailspan").output
     )
@@ -84,12 +84,12 @@ def test_version():
     ],
 )
 def test_each_error_has_its_exit_code(error, code):
-    """Scripts tell failures apart by the code alone."""
+    """Scripts can distinguish failures by the code alone."""
     assert group.exit_code_of(error) == code
 
 
 def test_an_error_may_bring_its_own_exit_code():
-    """Layers above, such as the agent, say theirs on the class."""
+    """Other packages, such as the agent, set theirs on the class."""
 
     class AgentSays(ConfigError):
         exit_code = 3
@@ -116,7 +116,7 @@ def test_an_error_may_bring_its_own_exit_code():
     ],
 )
 def test_wrong_usage_is_one_message_and_exit_code_2(arguments, words, monkeypatch, tmp_path):
-    """Nothing is started, and nobody sees a traceback."""
+    """Nothing is started, and there is no traceback."""
     monkeypatch.setenv("TAILSPAN_STATE_DIR", str(tmp_path))
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 2
@@ -132,7 +132,7 @@ def test_an_error_message_is_one_clean_line(capsys):
 
 
 def test_a_missing_extra_is_named():
-    """Without the agent's packages its commands say what to install, and the others work."""
+    """Without the agent's packages its commands print what to install, and the others work."""
     code = (
         "import sys\nsys.modules['tailspan_agent.cli'] = None\n"
         "from tailspan.cli import main\nmain(['agent', 'run'], prog_name='tailspan')"
@@ -145,7 +145,7 @@ def test_a_missing_extra_is_named():
 
 
 def test_the_config_of_the_group_holds_for_the_command_only(tmp_path, monkeypatch):
-    """`tailspan --config F COMMAND` is the same as the option at the command, and leaves no trace behind."""
+    """`tailspan --config F COMMAND` is the same as the option at the command, and changes nothing after the command."""
     monkeypatch.delenv("TAILSPAN_CONFIG", raising=False)
     config = tmp_path / "config.toml"
     config.write_text('nonsense = "here"\n')

@@ -105,7 +105,7 @@ def test_prune_removes_ended_jobs_only(tailspan):
 
 
 def test_ctrl_c_while_waiting_leaves_the_job_alone(tailspan, environment):
-    """SIGINT ends `tail` and `wait` at once with 130 and no traceback; the job goes on."""
+    """SIGINT ends `tail` and `wait` at once with 130 and no traceback; the job continues."""
     job = tailspan("run", "--detach", "--", "sh", "-c", "echo ready; exec sleep 600").stdout.strip()
     try:
         tail = subprocess.Popen(
@@ -154,7 +154,7 @@ def on_terminal(environment, *arguments: str, when: dict[str, Path] | None = Non
                 if text.encode() in shown:
                     path.touch()
     except OSError:
-        pass  # Linux says EIO when the last writer has closed
+        pass  # Linux reports EIO when the last writer has closed
     finally:
         os.close(ours)
     return process.wait(60), shown.decode()
@@ -162,7 +162,7 @@ def on_terminal(environment, *arguments: str, when: dict[str, Path] | None = Non
 
 @pytest.mark.parametrize("command", ["tail", "wait"])
 def test_a_person_sees_a_live_state_line(tailspan, environment, tmp_path, command):
-    """While the job runs the terminal's last line says so; it is wiped before anything else is printed."""
+    """While the job runs the terminal's last line shows it; the line is erased before any other output."""
     script = "echo hi; until [ -e go ]; do sleep 0.02; done; exit 3"
     job = tailspan("run", "--detach", "--name", "etl", "--", "sh", "-c", script).stdout.strip()
     code, shown = on_terminal(environment, command, job, when={"RUNNING": tmp_path / "go"})
@@ -188,7 +188,7 @@ def test_people_get_tables_that_no_job_can_garble(tailspan, environment):
 
 
 def test_output_that_cannot_be_written_is_one_line(tailspan, environment):
-    """A full disk is said once; a standard output that is closed is nobody's problem."""
+    """A full disk is reported once; a closed standard output is ignored."""
     job = tailspan("run", "--detach", "--", "echo", "hi").stdout.strip()
     tailspan("wait", job, "--poll", "0.05")
     if os.path.exists("/dev/full"):

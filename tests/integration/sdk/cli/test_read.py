@@ -75,7 +75,7 @@ def test_status_as_json_has_every_field(job):
 
 @pytest.mark.parametrize(("job_status", "code"), [("Done", 0), ("Failed", 1), ("Canceled", 1)])
 def test_wait_and_tail_exit_by_the_jobs_state(api, job_status, code):
-    """0 succeeded, 1 failed or canceled; both say how it ended."""
+    """0 succeeded, 1 failed or canceled; both print how it ended."""
     job = api.add_job("j", job_status_date="2026-01-01T00:00:00+00:00")
     job.becomes(job_status, from_status=2)
     word = {"Done": "succeeded", "Failed": "failed", "Canceled": "canceled"}[job_status]
@@ -87,7 +87,7 @@ def test_wait_and_tail_exit_by_the_jobs_state(api, job_status, code):
 
 
 def test_wait_and_tail_give_up_with_124(api):
-    """A timeout of the command is an exit code of its own, and says what the job does."""
+    """A timeout of the command is an exit code of its own, with the state of the job."""
     api.add_job("j")
     waited = invoke("wait", "j", "--poll", "0.01", "--timeout", "0.05")
     assert waited.exit_code == 124
@@ -98,14 +98,14 @@ def test_wait_and_tail_give_up_with_124(api):
 
 
 def test_tail_samples_and_speaks_json(job):
-    """--sample prints the newest line and says beside the data what it left out; --json prints lines of JSON."""
+    """--sample prints the newest line and, on standard error, how many it left out; --json prints lines of JSON."""
     sampled = invoke("tail", "j", "--sample", "--refresh", "0.01", "--json")
     assert [json.loads(line)["timestamp"] for line in sampled.stdout.splitlines()] == [2000]
     assert "tailspan: 2 lines left out\n" in sampled.stderr
 
 
 def test_cancel(api):
-    """A running job is cancelled; a second time changes nothing and is no error."""
+    """A running job is cancelled; a second time changes nothing and is not an error."""
     job = api.add_job("j")
     for _ in range(2):
         result = invoke("cancel", "j")
@@ -115,7 +115,7 @@ def test_cancel(api):
 
 
 def test_exec_time(job, api):
-    """From the first to the last line; for a running job so far, and it says so."""
+    """From the first to the last line; for a running job so far, with a note."""
     assert invoke("exec-time", "j").stdout == "0:00:01\n"
     assert json.loads(invoke("exec-time", "j", "--json").stdout) == {
         "job_id": "j",
@@ -145,7 +145,7 @@ def test_jobs_are_columns_in_a_pipe_and_an_array_for_programs(api):
 
 
 def test_only_local_jobs_can_be_pruned(api):
-    """A service that keeps its jobs itself says so."""
+    """A service that keeps its jobs itself is an error."""
     result = invoke("jobs", "prune", "--older-than", "1d")
     assert result.exit_code == 2
     assert "only local jobs can be pruned" in result.stderr
@@ -153,7 +153,7 @@ def test_only_local_jobs_can_be_pruned(api):
 
 @pytest.mark.parametrize("job_id", ["unknown", "a/b", "..", "../../etc/passwd", "a?b=c#d", "%2e%2e"])
 def test_an_unknown_job_is_exit_code_4(api, job_id):
-    """Whatever its id: it is escaped, asked for, and not found."""
+    """Any id is escaped, requested and not found."""
     result = invoke("status", job_id)
     assert result.exit_code == 4
     assert result.stderr.startswith("tailspan: ")
@@ -171,7 +171,7 @@ def test_an_unknown_job_is_exit_code_4(api, job_id):
     ids=["HTML", "403", "400"],
 )
 def test_a_service_that_answers_oddly_is_one_line(job, api, fault, code, words):
-    """A clear message with the server's words, and the exit code of the contract."""
+    """A clear message with the server's text, and the documented exit code."""
     api.fault(fault, times=None)
     for command in ("status", "logs", "tail", "wait", "cancel", "exec-time"):
         result = invoke(command, "j")
@@ -182,7 +182,7 @@ def test_a_service_that_answers_oddly_is_one_line(job, api, fault, code, words):
 
 
 def test_an_unreachable_service_is_exit_code_3(api):
-    """Nobody listens there."""
+    """No server listens there."""
     result = invoke("status", "j", "--service", "gone")
     assert result.exit_code == 3
     assert "127.0.0.1:9" in result.stderr

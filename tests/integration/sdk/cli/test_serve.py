@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from tailspan.cli import main
 
 TOKEN = "a-token-of-the-test"
-# Five lines of hostile bytes, and an end that is no success.
+# Five lines of hostile bytes, and an end with failure.
 COMMAND = ["sh", "-c", r"printf 'one\n  two\n\033[31mred\033[0m\n10%%\r20%%\n\377 no newline'; exit 3"]
 LINES = ["one", "  two", "\x1b[31mred\x1b[0m", "10%\r20%", "\ufffd no newline"]
 
@@ -99,7 +99,7 @@ def test_served_jobs_are_the_same_jobs_from_afar(runner, environment, tmp_path):
 
 
 def test_job_can_be_canceled_through_the_server(runner, environment):
-    """Cancel over HTTP ends the real processes, and the job says that it was canceled."""
+    """Cancel over HTTP ends the real processes, and the job is CANCELED."""
     job_id = runner.invoke(main, ["run", "--detach", "--", "sleep", "600"], env=environment).stdout.strip()
     with (
         tailspan_serve(environment) as announced,
@@ -127,7 +127,7 @@ def test_public_address_without_a_token_is_refused(runner):
 
 @pytest.mark.parametrize("content", [b"", b" \n", b"two words", b"two\nlines", b"\xff\xfe", b"nul\0"])
 def test_token_file_without_a_token_is_refused(runner, tmp_path, content):
-    """What cannot be a token is told without showing it."""
+    """An invalid token is reported without its text."""
     path = tmp_path / "token"
     path.write_bytes(content)
     result = runner.invoke(main, ["serve", "--token-file", str(path)])
@@ -147,7 +147,7 @@ def test_empty_token_variable_is_refused(runner):
     """A variable that was meant to hold the token and is empty does not open the server to everybody."""
     result = runner.invoke(main, ["serve"], env={"TAILSPAN_SERVE_TOKEN": ""})
     assert result.exit_code == 2
-    assert "TAILSPAN_SERVE_TOKEN does not hold a token" in result.stderr
+    assert "TAILSPAN_SERVE_TOKEN contains no token" in result.stderr
 
 
 def test_unknown_service_is_told(runner):
@@ -159,7 +159,7 @@ def test_unknown_service_is_told(runner):
 
 @pytest.mark.parametrize("package", ["starlette", "uvicorn"])
 def test_missing_package_says_what_to_install(package):
-    """In the light installation the command tells which extra it needs."""
+    """Without the extra, the command names it."""
     program = f"import sys; sys.modules[{package!r}] = None; from tailspan.cli import main; main(['serve'])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -167,7 +167,7 @@ def test_missing_package_says_what_to_install(package):
 
 
 def test_help_names_the_token_variable_and_an_example(runner):
-    """The help says how to give the token, and shows a whole command."""
+    """The help explains the token and has an example."""
     text = runner.invoke(main, ["serve", "--help"]).output
     assert "TAILSPAN_SERVE_TOKEN" in text
     assert "tailspan serve --host" in text

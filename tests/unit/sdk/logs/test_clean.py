@@ -1,4 +1,4 @@
-"""What a line says once terminal control is taken out."""
+"""Lines without terminal control."""
 
 import re
 
@@ -64,7 +64,7 @@ def test_golden(line: bytes, text: str) -> None:
 
 @given(LINES)
 def test_cleaning_twice_changes_nothing(line: bytes) -> None:
-    """What is clean stays as it is, and has none of what cleaning is for."""
+    """A clean line stays as it is and has no control characters."""
     text = clean(line)
     assert clean(text.encode()) == text
     assert not re.search("[\x1b\r\0\x90\x98\x9b-\x9f]", text)
@@ -72,7 +72,7 @@ def test_cleaning_twice_changes_nothing(line: bytes) -> None:
 
 @given(LINES)
 def test_is_clean_tells_what_cleaning_would_do(line: bytes) -> None:
-    """A line that is said to be clean loses at most its line ending; one that is not changes."""
+    """A line that counts as clean loses at most its line ending; any other changes."""
     if is_clean(line):
         assert clean(line).encode() == line.rstrip(b"\n")
     else:
@@ -109,7 +109,7 @@ def test_hostile_repetition_is_linear(unit: bytes) -> None:
     ],
 )
 def test_printable(line: str, plain: str, coloured: str) -> None:
-    """A terminal gets text, and colours if asked for; nothing that moves, renames or reprograms it."""
+    """A terminal gets text, and colours on request; nothing that moves, renames or reprograms it."""
     assert printable(line, colours=False) == plain
     assert printable(line, colours=True) == coloured
 
@@ -126,7 +126,7 @@ def test_printable_has_no_control_characters(line: bytes) -> None:
 
 @given(st.text(max_size=200), st.integers(4, 20))
 def test_parts_of_a_long_body_are_text(text: str, limit: int) -> None:
-    """Parts are at most as long as asked for, each is UTF-8 by itself, and together they are the body."""
+    """Parts are at most as long as the limit, each is UTF-8 by itself, and together they are the body."""
     body = text.encode()
     parts = split_long(body, limit)
     assert b"".join(parts) == body

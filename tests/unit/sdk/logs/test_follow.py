@@ -1,4 +1,4 @@
-"""The follower: when it asks, and when it knows that a log is complete."""
+"""The follower: when it polls, and when a log counts as complete."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_settling_waits_for_lines_that_become_visible_late():
 
 
 def test_an_end_long_ago_needs_one_read():
-    """A job that ended before anybody looked is read once, even if that finds lines."""
+    """A job that ended before the first poll is read once, even if that finds lines."""
     follower = Follower()
     see(follower, job(JobState.SUCCEEDED, ended_ago_s=3600), 0)
     see(follower, job(JobState.SUCCEEDED, ended_ago_s=3600), 0.2)
@@ -107,7 +107,7 @@ def test_only_a_read_from_the_start_that_began_after_the_end_settled_has_read_al
 
 
 def test_a_marked_end_needs_no_settling_before_a_read_from_the_start_has_read_all():
-    """A service that says that no line will come is read once, however lately the job ended; an open log is not."""
+    """A log that the service marks as complete is read once, however recently the job ended; an open log is not."""
     for marked in (True, False, None):
         follower = Follower(settle_s=10)
         see(follower, job(JobState.SUCCEEDED, ended_ago_s=0, logs_complete=marked), 0)
@@ -118,7 +118,7 @@ def test_a_marked_end_needs_no_settling_before_a_read_from_the_start_has_read_al
 
 
 def test_a_service_clock_that_is_behind_does_not_skip_settling():
-    """An end that the service dates before the job was last seen alive is dated to when it was."""
+    """An end that the service dates before the last running status is dated to that status."""
     follower = Follower()
     see(follower, job(JobState.RUNNING), 0)
     see(follower, job(JobState.SUCCEEDED, ended_ago_s=3600, at_s=1), 1)
@@ -132,7 +132,7 @@ def test_a_service_clock_that_is_behind_does_not_skip_settling():
 
 
 def test_what_outlives_a_job_does_not_keep_its_reader():
-    """When a service says that lines may still come, settling ends the reading however many do come."""
+    """When the service reports that lines may still come, settling ends the read however many come."""
     follower = Follower()
     for second in (0.0, 0.2):
         see(follower, job(JobState.SUCCEEDED, ended_ago_s=0, logs_complete=False, at_s=0), second)

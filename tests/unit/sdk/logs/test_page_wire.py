@@ -1,4 +1,4 @@
-"""Log pages as frames: what is written is what is read, however the reply is cut, and nothing else is taken for it."""
+"""Log pages as frames: they survive the wire however the reply is cut, and no other bytes are taken for them."""
 
 import json
 import sys
@@ -122,7 +122,7 @@ def test_frames_come_out_as_they_went_in(frames, data):
 
 
 def test_reply_that_ends_within_a_frame_is_refused():
-    """What is cut off is not a page that is shorter."""
+    """A reply that is cut off is an error, not a shorter page."""
     frame = encode_frame(LogPage([b"x"], [LineRun(1, 1, uid_prefix="u")], b"1"))
     for cut in range(1, len(frame)):
         splitter = FrameSplitter()

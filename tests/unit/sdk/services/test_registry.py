@@ -126,7 +126,7 @@ def test_an_incomplete_class_is_named_with_what_it_lacks():
 
 
 def test_installed_classes_are_found_and_broken_ones_named(monkeypatch, tmp_path):
-    """The entry points of a package on the path: a good class opens, the others say what is wrong."""
+    """The entry points of a package on the path: a good class opens, each other one is an error with its cause."""
     package = tmp_path / "plugin-1.dist-info"
     package.mkdir()
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1\n")
