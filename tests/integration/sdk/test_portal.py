@@ -121,7 +121,7 @@ def test_items_come_one_by_one_and_then_the_error(portal):
 
 
 def test_closing_cancels_what_runs_while_the_resource_is_there(portal):
-    """A call in another thread ends at once, and may still use the resource to clean up; an iteration raises the reason."""
+    """A call in another thread ends at once, and may use the resource to clean up; an iterator raises an error."""
     begun, seen = threading.Event(), []
 
     async def wait(counter: Counter) -> None:

@@ -72,7 +72,7 @@ def test_errors_come_when_they_were_planned():
 
 
 def test_expired_lines_are_a_gap_for_old_cursors_only():
-    """A cursor before the dropped lines raises an error with the cursor to continue at; a first read starts at the oldest line left."""
+    """A cursor before the dropped lines is an error that has the oldest cursor left, where a first read begins."""
     service = FakeService(page_lines=1)
     service.add_job("j")
     service.add_lines("j", "1", "2", "3", timestamp_ms=1)
