@@ -13,7 +13,7 @@ INSTALLED := pyproject.toml requirements.lock agent/hatch_build.py sdk/tailspan/
 # One more than there are cores, since tests wait for each other's processes and for timers, but at most four.
 WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN || echo 3); echo $$((n < 3 ? n + 1 : 4)))
 
-.PHONY: demo test test-systemd test-services dist sbom test-fused-client prove audit bench format lock clean
+.PHONY: demo test test-pythons test-systemd test-services dist sbom test-fused-client prove audit bench format lock clean
 .NOTPARALLEL: # two installs into one environment would fight
 
 demo: $(VENV)/.installed-agent
@@ -28,6 +28,11 @@ test: $(VENV)/.installed-dev
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal; tests=$$?; \
 	wait $$types; types=$$?; cat $(VENV)/mypy.txt; \
 	$(BIN)/mypy tests/typing_api.py && test $$types = 0 && exit $$tests
+
+# The suite on each supported Python that is installed; PYTHON_VERSIONS='3.12 3.13' takes some.
+PYTHON_VERSIONS :=
+test-pythons: $(VENV)/.installed-dev
+	@$(BIN)/python -m tests.pythons $(VENV)/pythons $(PYTHON_VERSIONS) -- -q -n $(WORKERS) --dist worksteal
 
 # What is in deploy/ and the page against the real things: Debian's prometheus (with promtool), docker-compose and chromium, and npm for Grafana's grammars.
 GRAMMARS := @grafana/lezer-logql@0.4.2 @grafana/lezer-traceql@1.0.0
