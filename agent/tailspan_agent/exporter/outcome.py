@@ -265,7 +265,7 @@ def _rejected(reason: str, text: str) -> Rejected:
 def _error_text(body: bytes, content_type: str) -> str:
     """Return the text of an error body: the message of a google.rpc.Status (required by OTLP), or the body itself.
 
-    Loki sends a Status without a Content-Type, so its first field, the code, is what tells it from text.
+    Loki sends a Status without a Content-Type, so its first field, the code, distinguishes it from text.
     """
     if not body:
         return ""

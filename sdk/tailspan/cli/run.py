@@ -39,7 +39,7 @@ def _attributes(ctx: click.Context, param: click.Parameter, given: tuple[str, ..
     callback=_attributes,
     help="Put a text on the job's logs and spans; repeatable.",
 )
-@click.option("--timeout", type=float, metavar="S", help="End the command after so many seconds, with exit code 124.")
+@click.option("--timeout", type=float, metavar="S", help="End the command after S seconds, with exit code 124.")
 @click.option("--detach", is_flag=True, help="Print the job's id and return; the job runs on.")
 @service_option
 @config_option
@@ -77,7 +77,7 @@ def run(
         else:
             ctx.exit(_attached(config_path, service, command, name, attributes, timeout))
     except TailspanError as error:
-        # A script must tell our failure from the command's own exit code; wrong usage stays 2.
+        # A script must distinguish our failure from the command's own exit code; wrong usage stays 2.
         report(error)
         ctx.exit(exit_code_of(error) if isinstance(error, ConfigError) else EXIT_OUR_ERROR)
 
