@@ -24,7 +24,7 @@ from tailspan.http.server_limits import LimitedHttp
 from tailspan_agent.web.access import AccessControl
 from tailspan_agent.web.agent_view import AgentView
 from tailspan_agent.web.session import Session
-from tailspan_agent.web.views import Views
+from tailspan_agent.web.views import PageRoutes
 
 __all__ = ["StatusServer"]
 
@@ -64,11 +64,11 @@ class StatusServer:
         self._readiness = readiness
         self._delivery = delivery
         session = Session(token, view.store.instance_id[:8] if view is not None else "")
-        views = self._views = Views(view, session) if view is not None else None
-        access = AccessControl(session, [address[0], *allowed_hosts], views.login_redirect if views else lambda _: None)
+        page = self._page = PageRoutes(view, session) if view is not None else None
+        access = AccessControl(session, [address[0], *allowed_hosts], page.login_redirect if page else lambda _: None)
         app = Starlette(
             routes=[
-                *(views.routes(access) if views else ()),
+                *(page.routes(access) if page else ()),
                 Route("/metrics", access.require_token(self._get_metrics)),
                 Route("/delivery", access.require_token(self._get_delivery)),
                 Route("/healthz", self._healthz),
@@ -111,8 +111,8 @@ class StatusServer:
     async def __aexit__(self, *_: object) -> None:
         """Stop: close idle connections at once, and give running responses one second."""
         self._server.should_exit = True
-        if self._views:
-            self._views.end_streams()
+        if self._page:
+            self._page.end_streams()
         if self._serving:
             await self._serving
         self._socket.close()

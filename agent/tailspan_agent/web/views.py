@@ -31,7 +31,7 @@ from tailspan_agent.web.job_view import JobView, load_job_view
 from tailspan_agent.web.log_window import WINDOW_LINES, LogWindow, LogWindowReader
 from tailspan_agent.web.session import Session, local_path
 
-__all__ = ["Views"]
+__all__ = ["PageRoutes"]
 
 _LISTING_S = 0.8
 _SERVICE_TIMEOUT_S = 10.0
@@ -47,8 +47,8 @@ _HEADERS = {
 }
 
 
-class Views:
-    """The endpoints of the page.
+class PageRoutes:
+    """The routes of the page and their endpoints.
 
     Args:
         view: The data of the agent.
