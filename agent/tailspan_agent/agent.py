@@ -27,7 +27,7 @@ from tailspan_agent.exporter.endpoints import Endpoints
 from tailspan_agent.job.ledger import JobLedger
 from tailspan_agent.metrics.agent import AgentMetrics, agent_resource
 from tailspan_agent.metrics.push import MetricsPush, export_interval_s
-from tailspan_agent.metrics.snapshot import MetricsReader
+from tailspan_agent.metrics.snapshot import MetricsReader, exports_exponential_histograms
 from tailspan_agent.pipeline.context import PipelineContext
 from tailspan_agent.pipeline.missing_runs import MissingRuns
 from tailspan_agent.pipeline.queue import LogQueue, SpanQueue
@@ -152,6 +152,7 @@ class Agent:
             start_unix_nano=self.store.start_unix_nano,
             pipeline_stats=self.pipeline_stats,
             run_id_on_metrics=settings.agent.run_id_on_metrics,
+            exponential=exports_exponential_histograms(),
         )
 
     @property

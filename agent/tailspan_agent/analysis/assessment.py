@@ -179,11 +179,11 @@ def _of_tasks(status: JobStatus, running_s: float, now_unix_nano: int) -> Progre
 
 
 def _eta_s(progress: Progress, now_unix_nano: int) -> float | None:
-    """Return the rest of an estimate; None once it is overdue, since it was wrong."""
+    """Return the rest of an estimate, at least 0; None once it is overdue, since it was wrong."""
     if progress.eta_s is None:
         return None
     left_s = progress.eta_s - _seconds(now_unix_nano - progress.seen_unix_nano)
-    return left_s if left_s > 0 or progress.fraction >= 1 else None
+    return max(0.0, left_s) if left_s > 0 or progress.fraction >= 1 else None
 
 
 def _seconds(nanos: int) -> float:

@@ -2,24 +2,48 @@
 
 The checkpoint store has one row for each `RunTotals` and replaces it in the transaction that writes the run span. So
 the totals survive restarts, include runs that ended while the agent was down, and count each run once.
+
+Durations are counted in fine exponential buckets, eight for each power of two. The bounds of the explicit buckets are
+powers of two, so both kinds of histogram come from the same counts, and neither loses a run when the other is chosen.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import operator
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from math import frexp
 from typing import Any
 
-__all__ = ["BOUNDS_S", "COLUMNS", "RunExemplar", "RunTotals"]
+__all__ = [
+    "BOUNDS_S",
+    "COLUMNS",
+    "LOWEST_INDEX",
+    "SCALE",
+    "RunExemplar",
+    "RunTotals",
+    "bucket_index",
+    "explicit_bucket",
+]
 
-BOUNDS_S: tuple[float, ...] = tuple(float(2**power) for power in range(15))
-"""Upper bounds of the duration buckets in seconds, 1 to 16384; one more bucket is above the last."""
+BOUNDS_S: tuple[float, ...] = tuple(2.0**power for power in range(-4, 20))
+"""Upper bounds of the explicit buckets in seconds, 1/16 to 524288 (6 days); one more bucket is above the last."""
+
+SCALE = 3
+"""Scale of the exponential buckets: bucket `i` has the durations in (2**(i / 2**SCALE), 2**((i + 1) / 2**SCALE)]."""
+
+_PER_OCTAVE = 1 << SCALE
+_FRACTIONS = tuple(2.0 ** (step / _PER_OCTAVE - 1) for step in range(1, _PER_OCTAVE + 1))
+LOWEST_INDEX = -10 * _PER_OCTAVE - 1
+"""The bucket that ends at 1/1024 s; it also has all shorter durations."""
+_HIGHEST_INDEX = 25 * _PER_OCTAVE - 1  # ends after 388 days; has all longer durations
 
 COLUMNS = ("pipeline", "result", "error_type", "sum_s", "buckets", "exemplars")
 """The columns of `RunTotals.to_row`; the first three are the key."""
+
+_FIRST_BOUNDS_S = tuple(2.0**power for power in range(15))
+"""The bounds of rows that an agent before exponential buckets wrote, 1 to 16384 s."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,6 +63,22 @@ class RunExemplar:
     time_unix_nano: int
 
 
+def bucket_index(duration_s: float) -> int:
+    """Return the exponential bucket of a duration. Exact at powers of two, where a logarithm would round."""
+    if duration_s <= 0:
+        return LOWEST_INDEX
+    fraction, exponent = frexp(duration_s)
+    if fraction == 0.5:  # a power of two belongs to the bucket below it
+        fraction, exponent = 1.0, exponent - 1
+    index = (exponent - 1) * _PER_OCTAVE + bisect_left(_FRACTIONS, fraction)
+    return min(max(index, LOWEST_INDEX), _HIGHEST_INDEX)
+
+
+def explicit_bucket(index: int) -> int:
+    """Return the bucket of `BOUNDS_S` that contains an exponential bucket."""
+    return bisect_left(BOUNDS_S, 2.0 ** (index // _PER_OCTAVE + 1))
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class RunTotals:
     """All ended runs of one pipeline with one result and error type, since the store was created.
@@ -48,15 +88,15 @@ class RunTotals:
         result: The ``cicd.pipeline.result``.
         error_type: The ``error.type``; None for runs without one.
         sum_s: The sum of all durations in seconds.
-        buckets: Number of runs in each bucket of `BOUNDS_S`; the last bucket is above all bounds.
-        exemplars: The newest run with a trace in each bucket.
+        counts: Number of runs by exponential bucket, see `bucket_index`.
+        exemplars: The newest run with a trace in each bucket of `BOUNDS_S`; the last bucket is above all bounds.
     """
 
     pipeline: str
     result: str
     error_type: str | None = None
     sum_s: float = 0.0
-    buckets: tuple[int, ...] = (0,) * (len(BOUNDS_S) + 1)
+    counts: Mapping[int, int] = dataclasses.field(default_factory=dict)
     exemplars: tuple[RunExemplar | None, ...] = (None,) * (len(BOUNDS_S) + 1)
 
     @property
@@ -67,7 +107,15 @@ class RunTotals:
     @property
     def count(self) -> int:
         """Number of runs."""
-        return sum(self.buckets)
+        return sum(self.counts.values())
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Number of runs in each bucket of `BOUNDS_S`; the last bucket is above all bounds."""
+        buckets = [0] * (len(BOUNDS_S) + 1)
+        for index, count in self.counts.items():
+            buckets[explicit_bucket(index)] += count
+        return tuple(buckets)
 
     def add(self, duration_s: float, *, trace_id: str = "", span_id: str = "", time_unix_nano: int = 0) -> RunTotals:
         """Return the totals with one more run.
@@ -79,47 +127,88 @@ class RunTotals:
             time_unix_nano: When it ended, in ns since the epoch.
         """
         duration_s = max(0.0, duration_s)
-        bucket = bisect_left(BOUNDS_S, duration_s)
-        buckets = tuple(count + (index == bucket) for index, count in enumerate(self.buckets))
-        exemplars = list(self.exemplars)
+        index = bucket_index(duration_s)
+        exemplars = self.exemplars
         if trace_id and span_id:
-            exemplars[bucket] = _newer(exemplars[bucket], RunExemplar(trace_id, span_id, duration_s, time_unix_nano))
-        return dataclasses.replace(self, sum_s=self.sum_s + duration_s, buckets=buckets, exemplars=tuple(exemplars))
+            exemplars = _newest([*exemplars, RunExemplar(trace_id, span_id, duration_s, time_unix_nano)])
+        counts = {**self.counts, index: self.counts.get(index, 0) + 1}
+        return dataclasses.replace(self, sum_s=self.sum_s + duration_s, counts=counts, exemplars=exemplars)
 
     def merge(self, other: RunTotals) -> RunTotals:
         """Return the sum of both totals, with the key of this one."""
-        return dataclasses.replace(
-            self,
-            sum_s=self.sum_s + other.sum_s,
-            buckets=tuple(map(operator.add, self.buckets, other.buckets)),
-            exemplars=tuple(map(_newer, self.exemplars, other.exemplars)),
-        )
+        counts = dict(self.counts)
+        for index, count in other.counts.items():
+            counts[index] = counts.get(index, 0) + count
+        exemplars = _newest([*self.exemplars, *other.exemplars])
+        return dataclasses.replace(self, sum_s=self.sum_s + other.sum_s, counts=counts, exemplars=exemplars)
 
     def to_row(self) -> tuple[str, str, str, float, str, str]:
         """Return the values of `COLUMNS`: text and numbers, buckets and exemplars as JSON."""
-        exemplars = [exemplar and dataclasses.astuple(exemplar) for exemplar in self.exemplars]
-        return *self.key, self.sum_s, json.dumps(self.buckets), json.dumps(exemplars)
+        exemplars = [dataclasses.astuple(exemplar) for exemplar in self.exemplars if exemplar]
+        buckets = {"scale": SCALE, "counts": {str(index): self.counts[index] for index in sorted(self.counts)}}
+        return *self.key, self.sum_s, json.dumps(buckets), json.dumps(exemplars)
 
     @classmethod
     def from_row(cls, row: Sequence[Any]) -> RunTotals:
-        """Return the totals of a row with the values of `COLUMNS`.
+        """Return the totals of a row with the values of `COLUMNS`, also of a row of an earlier agent.
 
         Raises:
             ValueError: The row does not come from `to_row`.
         """
         try:
             pipeline, result, error_type, sum_s, buckets, exemplars = row
-            counts = tuple(int(count) for count in json.loads(buckets))
-            found = tuple(values and RunExemplar(*values) for values in json.loads(exemplars))
+            found = [values and RunExemplar(*values) for values in json.loads(exemplars)]
+            counts = _counts(json.loads(buckets), found)
+            newest = _newest(found)
             seconds = float(sum_s)
-        except (TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a row of run totals: {error}") from error
-        if not len(counts) == len(found) == len(BOUNDS_S) + 1:
-            raise ValueError(f"not a row of run totals: {len(counts)} buckets instead of {len(BOUNDS_S) + 1}")
-        return cls(pipeline, result, error_type or None, seconds, counts, found)
+        return cls(pipeline, result, error_type or None, seconds, counts, newest)
 
 
-def _newer(one: RunExemplar | None, other: RunExemplar | None) -> RunExemplar | None:
-    if one is None or other is None:
-        return one or other
-    return max(one, other, key=lambda exemplar: exemplar.time_unix_nano)
+def _counts(stored: Any, exemplars: Sequence[RunExemplar | None]) -> dict[int, int]:
+    """Return the counts by exponential bucket of a row.
+
+    Raises:
+        ValueError: One of the columns is damaged.
+    """
+    if isinstance(stored, list):
+        return _counts_of_first_bounds([int(count) for count in stored], exemplars)
+    if None in exemplars:
+        raise ValueError("an exemplar is missing")
+    if stored["scale"] != SCALE:
+        raise ValueError(f"scale {stored['scale']} instead of {SCALE}")
+    counts = {int(index): int(count) for index, count in stored["counts"].items()}
+    if any(count < 0 or not LOWEST_INDEX <= index <= _HIGHEST_INDEX for index, count in counts.items()):
+        raise ValueError("a bucket or a count is out of range")
+    return counts
+
+
+def _counts_of_first_bounds(stored: Sequence[int], exemplars: Sequence[RunExemplar | None]) -> dict[int, int]:
+    """Return the counts of a row with the bounds 1, 2, 4 ... 16384 s.
+
+    Within its bucket, the newest run stands for the others. So no run leaves its bucket: a cumulative count up to one
+    of these bounds is the same before and after the change.
+    """
+    if not len(stored) == len(exemplars) == len(_FIRST_BOUNDS_S) + 1:
+        raise ValueError(f"{len(stored)} buckets instead of {len(_FIRST_BOUNDS_S) + 1}")
+    counts: dict[int, int] = {}
+    for bucket, (count, exemplar) in enumerate(zip(stored, exemplars, strict=True)):
+        if count:
+            index = (bucket - 1) * _PER_OCTAVE + _PER_OCTAVE // 2
+            if exemplar and bisect_left(_FIRST_BOUNDS_S, exemplar.duration_s) == bucket:
+                index = bucket_index(exemplar.duration_s)
+            counts[index] = counts.get(index, 0) + count
+    return counts
+
+
+def _newest(runs: Iterable[RunExemplar | None]) -> tuple[RunExemplar | None, ...]:
+    """Return the newest run in each bucket of `BOUNDS_S`; None for a bucket without one."""
+    newest: list[RunExemplar | None] = [None] * (len(BOUNDS_S) + 1)
+    for run in runs:
+        if run is not None:
+            bucket = explicit_bucket(bucket_index(run.duration_s))
+            known = newest[bucket]
+            if known is None or run.time_unix_nano > known.time_unix_nano:
+                newest[bucket] = run
+    return tuple(newest)

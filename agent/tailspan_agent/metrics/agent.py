@@ -6,6 +6,7 @@ and values are collected on demand (`AgentMetrics.collect`).
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -72,11 +73,13 @@ class AgentMetrics:
 
     Attributes:
         metrics_fault: Whether the last export of metrics ended with an endpoint fault.
+        run_changes: Set when a run begins, changes its state or is counted; an export of metrics clears it.
     """
 
     def __init__(self, resource: Resource, *, clock_s: Callable[[], float] = time.time) -> None:
         self.resource = resource
         self.metrics_fault = False
+        self.run_changes = asyncio.Event()
         self._clock_s = clock_s
         self._followed: dict[str, int] = {}
         self._newest_acked_s: dict[str, float] = {}

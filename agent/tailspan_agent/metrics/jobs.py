@@ -14,6 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from opentelemetry.sdk.metrics import Exemplar
 from opentelemetry.sdk.metrics.export import (
     AggregationTemporality,
+    Buckets,
+    ExponentialHistogram,
+    ExponentialHistogramDataPoint,
     Gauge,
     Histogram,
     HistogramDataPoint,
@@ -24,7 +27,7 @@ from opentelemetry.sdk.metrics.export import (
 
 from tailspan_agent.analysis.assessment import MAX_TASKS, JobSnapshot
 from tailspan_agent.analysis.pipeline_names import PipelineNames
-from tailspan_agent.analysis.run_totals import BOUNDS_S, RunTotals
+from tailspan_agent.analysis.run_totals import BOUNDS_S, LOWEST_INDEX, SCALE, RunTotals
 from tailspan_agent.metrics.gauges import Attributes, GaugeDefinition, GaugeValues, age_s
 
 __all__ = ["job_metrics"]
@@ -40,6 +43,7 @@ def job_metrics(
     start_unix_nano: int,
     now_unix_nano: int,
     run_id_on_metrics: bool = False,
+    exponential: bool = False,
 ) -> list[Metric]:
     """Return the metrics of all jobs.
 
@@ -53,6 +57,7 @@ def job_metrics(
         start_unix_nano: When the store began to count runs, in ns since the epoch; the same after each restart.
         now_unix_nano: The time of the values, in ns since the epoch.
         run_id_on_metrics: Add ``cicd.pipeline.run.id`` to the gauges of running jobs.
+        exponential: Return durations as exponential histograms, else with the buckets of `BOUNDS_S`.
 
     Returns:
         Metrics that have at least one value.
@@ -85,7 +90,7 @@ def job_metrics(
             "cicd.pipeline.run.duration",
             "Duration of a pipeline run grouped by pipeline, state and result.",
             "s",
-            Histogram([_duration(total, start_unix_nano, now_unix_nano) for total in totals.values()], cumulative),
+            _durations(list(totals.values()), start_unix_nano, now_unix_nano, exponential=exponential),
         ),
         Metric(
             "cicd.pipeline.run.errors",
@@ -117,16 +122,20 @@ def job_metrics(
     return [metric for metric in metrics if metric.data.data_points]
 
 
-def _duration(total: RunTotals, start_unix_nano: int, now_unix_nano: int) -> HistogramDataPoint:
-    attributes = {
-        "cicd.pipeline.name": total.pipeline,
-        "cicd.pipeline.run.state": "executing",
-        "cicd.pipeline.result": total.result,
-    }
-    if total.error_type:
-        attributes["error.type"] = total.error_type
+def _durations(
+    totals: Sequence[RunTotals], start_unix_nano: int, now_unix_nano: int, *, exponential: bool
+) -> Histogram | ExponentialHistogram:
+    cumulative = AggregationTemporality.CUMULATIVE
+    if exponential:
+        return ExponentialHistogram(
+            [_exponential(total, start_unix_nano, now_unix_nano) for total in totals], cumulative
+        )
+    return Histogram([_explicit(total, start_unix_nano, now_unix_nano) for total in totals], cumulative)
+
+
+def _explicit(total: RunTotals, start_unix_nano: int, now_unix_nano: int) -> HistogramDataPoint:
     return HistogramDataPoint(
-        attributes,
+        _run_attributes(total),
         start_unix_nano,
         now_unix_nano,
         total.count,
@@ -135,12 +144,45 @@ def _duration(total: RunTotals, start_unix_nano: int, now_unix_nano: int) -> His
         BOUNDS_S,
         min=None,  # type: ignore[arg-type] # optional in OTLP, and not known for runs of earlier processes
         max=None,  # type: ignore[arg-type]
-        exemplars=[
-            Exemplar({}, run.duration_s, run.time_unix_nano, int(run.span_id, 16), int(run.trace_id, 16))
-            for run in total.exemplars
-            if run
-        ],
+        exemplars=_exemplars(total),
     )
+
+
+def _exponential(total: RunTotals, start_unix_nano: int, now_unix_nano: int) -> ExponentialHistogramDataPoint:
+    indices = [index for index in total.counts if index > LOWEST_INDEX]
+    first, last = min(indices, default=0), max(indices, default=-1)
+    return ExponentialHistogramDataPoint(
+        _run_attributes(total),
+        start_unix_nano,
+        now_unix_nano,
+        total.count,
+        total.sum_s,
+        SCALE,
+        zero_count=total.counts.get(LOWEST_INDEX, 0),
+        positive=Buckets(first, [total.counts.get(index, 0) for index in range(first, last + 1)]),
+        negative=Buckets(0, []),
+        flags=0,
+        min=None,  # type: ignore[arg-type]
+        max=None,  # type: ignore[arg-type]
+        exemplars=_exemplars(total),
+    )
+
+
+def _run_attributes(total: RunTotals) -> dict[str, str]:
+    attributes = {
+        "cicd.pipeline.name": total.pipeline,
+        "cicd.pipeline.run.state": "executing",
+        "cicd.pipeline.result": total.result,
+    }
+    return {**attributes, "error.type": total.error_type} if total.error_type else attributes
+
+
+def _exemplars(total: RunTotals) -> list[Exemplar]:
+    return [
+        Exemplar({}, run.duration_s, run.time_unix_nano, int(run.span_id, 16), int(run.trace_id, 16))
+        for run in total.exemplars
+        if run
+    ]
 
 
 def _last_ends(totals: Iterable[RunTotals], now_unix_nano: int) -> list[NumberDataPoint]:

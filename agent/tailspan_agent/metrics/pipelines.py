@@ -7,7 +7,14 @@ from collections.abc import Sequence
 
 from opentelemetry.sdk.metrics.export import AggregationTemporality, Metric, NumberDataPoint, Sum
 
-from tailspan_agent.analysis.assessment import JobSnapshot, PipelineStats, assess, is_unassessable, last_starts
+from tailspan_agent.analysis.assessment import (
+    Assessment,
+    JobSnapshot,
+    PipelineStats,
+    assess,
+    is_unassessable,
+    last_starts,
+)
 from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES, PipelineNames
 from tailspan_agent.metrics.gauges import Attributes, GaugeDefinition, GaugeValues, age_s
 
@@ -37,8 +44,7 @@ def pipeline_metrics(
         run_id_on_metrics: Add ``cicd.pipeline.run.id`` to progress and time left.
 
     Returns:
-        Metrics that have at least one value. Counts of running jobs are 0 for every known pipeline without one, so
-        that an alert resolves; values of a single job disappear with the job.
+        Metrics that have at least one value. What describes running jobs disappears with the last one of its pipeline.
     """
     labelled = [(names.label(job.status.job_name), job) for job in jobs]
     missing = {names.label(name): is_missing for name, is_missing in pipeline_stats.missing.items()}
@@ -69,8 +75,7 @@ def _series(pipeline: str, run_id: str = "") -> Attributes:
 
 
 def _put_pipeline(gauges: GaugeValues, name: str, pipeline_stats: PipelineStats) -> None:
-    for metric in ("tailspan.job.silent", "tailspan.job.slow", "tailspan.job.pending.age"):
-        gauges.put(metric, _series(name), 0)
+    gauges.put("tailspan.job.pending.age", _series(name), 0)
     history = pipeline_stats.histories.of(name)
     if history.p50_s is not None and history.p95_s is not None:
         gauges.put("tailspan.pipeline.duration.p50", _series(name), history.p50_s)
@@ -90,13 +95,10 @@ def _put_job(
         submitted_ns = int(job.status.submitted_at.timestamp() * 1e9)
         gauges.put("tailspan.job.pending.age", _series(name), age_s(submitted_ns, now_unix_nano))
     history = pipeline_stats.histories.of(name)
-    if is_unassessable(job, history):
-        return
-    assessment = assess(job, history, now_unix_nano)
-    if assessment.silent:
-        gauges.put("tailspan.job.silent", _series(name), 1, operator.add)
-    if assessment.slow:
-        gauges.put("tailspan.job.slow", _series(name), 1, operator.add)
+    assessment = Assessment() if is_unassessable(job, history) else assess(job, history, now_unix_nano)
+    if not job.status.state.is_terminal:
+        gauges.put("tailspan.job.silent", _series(name), int(assessment.silent), operator.add)
+        gauges.put("tailspan.job.slow", _series(name), int(assessment.slow), operator.add)
     own_series = _series(name, job.status.job_id if run_id_on_metrics else "")
     if assessment.progress is not None:
         gauges.put("tailspan.job.progress", own_series, assessment.progress, min)

@@ -1,4 +1,4 @@
-"""`MetricsPush`: export all metrics periodically, as OTLP."""
+"""`MetricsPush`: export all metrics as OTLP, at an interval and when a run begins or ends."""
 
 from __future__ import annotations
 
@@ -18,10 +18,15 @@ __all__ = ["MetricsPush", "export_interval_s"]
 _log = logging.getLogger(__name__)
 
 _EXPORT_INTERVAL_S = 15.0
+_RUN_GAP_S = 5.0
+_RUN_LINGER_S = 0.25
 
 
 class MetricsPush:
-    """Export all metrics at an interval, and once at the end.
+    """Export all metrics at an interval, soon after a run begins or ends, and once at the end.
+
+    Without the exports for runs, a run that is shorter than the interval would never be seen to be active. There is at
+    most one export in 5 s, however many runs begin, and while exports fail only the interval counts.
 
     Args:
         reader: Reads the metrics.
@@ -64,6 +69,8 @@ class MetricsPush:
         kind, reason = _kind(outcome), outcome.warning if isinstance(outcome, Delivered) else outcome.reason
         self._agent.endpoint("metrics", not isinstance(outcome, Retry | EndpointFault))
         fault = self._agent.metrics_fault = isinstance(outcome, EndpointFault)
+        if isinstance(outcome, Delivered):
+            self._reader.accepted()
         if kind:
             self._agent.export_failed("metrics", kind)
         problem = reason if kind else None
@@ -79,14 +86,30 @@ class MetricsPush:
         return kind is None
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Export now and at each interval until `stop` is set, then once more."""
+        """Export now, at each interval and when runs change until `stop` is set, then once more."""
+        changes, clock_s = self._agent.run_changes, asyncio.get_running_loop().time
         while not stop.is_set():
+            changes.clear()
+            exported_s = clock_s()
             await self.export()
-            try:
-                await asyncio.wait_for(stop.wait(), self._interval_s)
-            except TimeoutError:
-                pass
+            await _any_set(stop, changes, timeout_s=exported_s + self._interval_s - clock_s())
+            if changes.is_set() and self._problem is None:
+                # The linger lets a burst of runs, and a run's first lines, go with one export.
+                next_s = max(clock_s() + _RUN_LINGER_S, exported_s + min(_RUN_GAP_S, self._interval_s))
+                await _any_set(stop, timeout_s=next_s - clock_s())
+            else:
+                await _any_set(stop, timeout_s=exported_s + self._interval_s - clock_s())
         await self.export()
+
+
+async def _any_set(*events: asyncio.Event, timeout_s: float) -> None:
+    """Wait until one of the events is set, for a limited time."""
+    waiting = [asyncio.create_task(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waiting, timeout=max(0.0, timeout_s), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in waiting:
+            task.cancel()
 
 
 def _kind(outcome: Outcome) -> str | None:

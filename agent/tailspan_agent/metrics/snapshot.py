@@ -5,12 +5,15 @@
     followed jobs               |                  --> prometheus_text() --> /metrics
 
 Metrics are state, not records: a failed export is not retried, since the next one has the same values and later ones.
+An ended series is state as well: its last point is exported until the endpoint accepts it.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
 from opentelemetry.sdk.metrics.export import MetricsData, ResourceMetrics, ScopeMetrics
@@ -21,10 +24,15 @@ from tailspan_agent.analysis.pipeline_names import PipelineNames
 from tailspan_agent.analysis.run_totals import RunTotals
 from tailspan_agent.metrics.agent import AgentMetrics
 from tailspan_agent.metrics.jobs import job_metrics
+from tailspan_agent.metrics.live_series import LiveSeries, flag_ends
 from tailspan_agent.metrics.pipelines import pipeline_metrics
 from tailspan_agent.metrics.prometheus import prometheus_text
 
-__all__ = ["MetricsReader"]
+__all__ = ["MetricsReader", "exports_exponential_histograms"]
+
+_AGGREGATION = "OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION"
+
+_log = logging.getLogger(__name__)
 
 
 class MetricsReader:
@@ -38,6 +46,7 @@ class MetricsReader:
         start_unix_nano: When the store began to count runs, in ns since the epoch.
         pipeline_stats: The history of pipelines.
         run_id_on_metrics: ``agent.run_id_on_metrics``.
+        exponential: Export durations over OTLP as exponential histograms.
         clock_ns: Returns the time in ns since the epoch.
     """
 
@@ -51,6 +60,7 @@ class MetricsReader:
         start_unix_nano: int,
         pipeline_stats: PipelineStats | None = None,
         run_id_on_metrics: bool = False,
+        exponential: bool = False,
         clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self._agent = agent
@@ -60,10 +70,16 @@ class MetricsReader:
         self._start_unix_nano = start_unix_nano
         self._pipeline_stats = pipeline_stats or PipelineStats()
         self._run_id_on_metrics = run_id_on_metrics
+        self._exponential = exponential
         self._clock_ns = clock_ns
+        self._live = LiveSeries()
 
-    def snapshot(self) -> list[ScopeMetrics]:
-        """Return all metrics with their current values: the agent's own, then those of jobs and pipelines."""
+    def snapshot(self, *, exponential: bool = False) -> list[ScopeMetrics]:
+        """Return all metrics with their current values: the agent's own, then those of jobs and pipelines.
+
+        Args:
+            exponential: Return durations as exponential histograms.
+        """
         jobs, now_unix_nano = list(self._jobs()), self._clock_ns()
         self._agent.jobs_followed(job.service for job in jobs)
         of_jobs = job_metrics(
@@ -73,6 +89,7 @@ class MetricsReader:
             start_unix_nano=self._start_unix_nano,
             now_unix_nano=now_unix_nano,
             run_id_on_metrics=self._run_id_on_metrics,
+            exponential=exponential,
         )
         of_jobs += pipeline_metrics(
             jobs=jobs,
@@ -85,18 +102,45 @@ class MetricsReader:
         return [*self._agent.collect(), ScopeMetrics(InstrumentationScope("tailspan.jobs"), of_jobs, schema_url="")]
 
     def metrics_request(self) -> tuple[bytes, int]:
-        """Return an ``ExportMetricsServiceRequest`` of all metrics, and its number of data points."""
-        scopes = [scope for scope in self.snapshot() if scope.metrics]
+        """Return an ``ExportMetricsServiceRequest`` of all metrics, and its number of data points.
+
+        A series that ended since the last accepted export has one more point, without a value.
+        """
+        scopes = self._live.with_ends(self.snapshot(exponential=self._exponential), self._clock_ns())
+        scopes = [scope for scope in scopes if scope.metrics]
         count = sum(len(metric.data.data_points) for scope in scopes for metric in scope.metrics)
         data = MetricsData([ResourceMetrics(self._agent.resource, scopes, schema_url="")])
-        request: bytes = encode_metrics(data).SerializeToString()
+        encoded = encode_metrics(data)
+        flag_ends(encoded)
+        request: bytes = encoded.SerializeToString()
         return request, count
+
+    def accepted(self) -> None:
+        """Note that the endpoint accepted the last request."""
+        self._live.accepted(self._clock_ns())
 
     def prometheus_text(self, accept: str = "") -> tuple[bytes, str]:
         """Return all metrics as text for Prometheus, and its content type.
+
+        The text has no form for exponential histograms, so durations always have explicit buckets.
 
         Args:
             accept: The Accept header of the scrape.
         """
         metrics = [metric for scope in self.snapshot() for metric in scope.metrics]
         return prometheus_text(metrics, self._agent.resource.attributes, accept)
+
+
+def exports_exponential_histograms(environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether the standard variable asks for exponential histograms; log a warning for an unknown value.
+
+    Source: OpenTelemetry specification, "OTLP Metrics Exporter"; an unknown value must be ignored with a warning.
+    """
+    text = environ.get(_AGGREGATION, "").strip()
+    if text.lower() not in {"", "explicit_bucket_histogram", "base2_exponential_bucket_histogram"}:
+        _log.warning(
+            "%s is %r: expected explicit_bucket_histogram or base2_exponential_bucket_histogram; using the first",
+            _AGGREGATION,
+            text,
+        )
+    return text.lower() == "base2_exponential_bucket_histogram"

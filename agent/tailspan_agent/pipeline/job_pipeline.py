@@ -67,6 +67,8 @@ class JobPipeline:
         self._unacked_seconds: Seconds = {}
         self._all_acked = Flag(is_set=True)
         context.in_flight[service.identity, status.job_id] = self
+        if not status.state.is_terminal:
+            context.health.run_changes.set()
 
     @property
     def status(self) -> JobStatus:
@@ -135,6 +137,7 @@ class JobPipeline:
                 self.apply_settings(job.watch)
             job.store_ledger()
             self.spans.write()
+            self._context.health.run_changes.set()
 
     def _end_attempt(self) -> None:
         """Write the spans of an attempt that is over: the next one is a trace of its own, linked to this one."""

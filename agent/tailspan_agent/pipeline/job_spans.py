@@ -62,6 +62,7 @@ class JobSpans:
         if counted:
             self._context.totals[totals.key] = totals
             self._context.pipeline_stats.histories.add(run)
+            self._context.health.run_changes.set()
         self._wake_queue()
         return counted
 

@@ -9,12 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES, PipelineNames
-from tailspan_agent.analysis.run_totals import BOUNDS_S, COLUMNS, RunTotals
+from tailspan_agent.analysis.run_totals import BOUNDS_S, COLUMNS, LOWEST_INDEX, SCALE, RunTotals, bucket_index
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 SPAN = "b7ad6b7169203331"
 
-durations = st.floats(-10, 1e6) | st.sampled_from(BOUNDS_S)
+durations = st.floats(-10, 1e6) | st.floats(0, 2) | st.sampled_from(BOUNDS_S)
+FIRST_BOUNDS_S = [2.0**power for power in range(15)]
 runs = st.lists(st.tuples(durations, st.sampled_from(["", TRACE, TRACE[::-1]]), st.integers(0, 2**63 - 1)), max_size=20)
 
 
@@ -36,6 +37,22 @@ def test_one_run_falls_into_the_bucket_whose_upper_bound_holds_it(duration_s):
     upper = BOUNDS_S[bucket] if bucket < len(BOUNDS_S) else math.inf
     assert lower < max(0.0, duration_s) <= upper
     assert totals.count == 1
+
+
+@given(st.floats(2**-10, 2**25, exclude_min=True))
+def test_an_exponential_bucket_contains_its_durations(duration_s):
+    """The bucket is the one that OTLP defines for the scale, up to the rounding of its bounds."""
+    base = 2 ** (2**-SCALE)
+    index = bucket_index(duration_s)
+    assert base**index * (1 - 1e-12) <= duration_s <= base ** (index + 1) * (1 + 1e-12)
+
+
+def test_exponential_buckets_end_exactly_at_powers_of_two():
+    """The explicit buckets are sums of exponential ones, so no rounding may move a run over a bound."""
+    for bound_s in BOUNDS_S:
+        below, above = bucket_index(bound_s), bucket_index(math.nextafter(bound_s, math.inf))
+        assert above == below + 1
+    assert bucket_index(0) == bucket_index(2**-10) == LOWEST_INDEX
 
 
 @given(runs)
@@ -84,6 +101,9 @@ def test_a_row_brings_back_the_same_totals(values, name, error_type):
         {"buckets": "not json"},
         {"buckets": '{"a": 1}'},
         {"buckets": "3"},
+        {"buckets": '{"scale": 2, "counts": {"1": 1}}'},
+        {"buckets": '{"scale": 3, "counts": {"1": -1}}'},
+        {"buckets": '{"scale": 3, "counts": {"9999": 1}}'},
         {"exemplars": "[null]"},
         {"exemplars": json.dumps([[1]] * 16)},
         {"sum_s": "many"},
@@ -94,6 +114,36 @@ def test_a_damaged_row_is_an_error(change):
     row = {**dict(zip(COLUMNS, total([(3.0, TRACE, 1)]).to_row(), strict=True)), **change}
     with pytest.raises(ValueError, match="run totals"):
         RunTotals.from_row(list(row.values()))
+
+
+first_buckets = st.lists(st.integers(0, 9), min_size=16, max_size=16)
+
+
+@given(first_buckets, st.lists(st.booleans(), min_size=16, max_size=16), durations)
+def test_a_row_of_an_earlier_agent_counts_on(counts, known, duration_s):
+    """A count up to a bound of the earlier buckets is the same after the change, and grows with the next run."""
+    lower = [0.0, *FIRST_BOUNDS_S]
+    exemplars = [
+        [TRACE, SPAN, lower[bucket] * 1.5 + 0.2, 7] if count and is_known else None
+        for bucket, (count, is_known) in enumerate(zip(counts, known, strict=True))
+    ]
+    row = ("etl", "success", "", 3.5, json.dumps(counts), json.dumps(exemplars))
+    before = RunTotals.from_row(row)
+    assert (before.count, before.sum_s) == (sum(counts), 3.5)
+    after = RunTotals.from_row(before.add(duration_s).to_row())
+    for bound, upper_s in enumerate(FIRST_BOUNDS_S):
+        place = BOUNDS_S.index(upper_s)
+        assert sum(before.buckets[: place + 1]) == sum(counts[: bound + 1])
+        assert sum(after.buckets[: place + 1]) == sum(counts[: bound + 1]) + (max(0, duration_s) <= upper_s)
+    newest = [exemplar.duration_s for exemplar in before.exemplars if exemplar]
+    assert newest == sorted(exemplar[2] for exemplar in exemplars if exemplar)
+
+
+def test_a_short_run_of_an_earlier_agent_keeps_its_duration():
+    """The newest run of a bucket says where in it the earlier runs were: 0.2 s is not 1 s."""
+    exemplars = [[TRACE, SPAN, 0.2, 7], *[None] * 15]
+    totals = RunTotals.from_row(("etl", "success", "", 8.0, json.dumps([40, *[0] * 15]), json.dumps(exemplars)))
+    assert totals.buckets[BOUNDS_S.index(0.25)] == 40
 
 
 def test_names_above_the_limit_share_one_label():

@@ -11,6 +11,7 @@ from tailspan.models import JobState, JobStatus
 from tailspan_agent.analysis.assessment import JobSnapshot, PipelineStats
 from tailspan_agent.analysis.baseline import Histories, PastRun
 from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES, PipelineNames
+from tailspan_agent.analysis.progress import Progress
 from tailspan_agent.metrics.pipelines import pipeline_metrics
 from tailspan_agent.metrics.prometheus import prometheus_text
 
@@ -99,12 +100,23 @@ def test_names_units_and_values() -> None:
 
 
 def test_series_of_ended_jobs_disappear() -> None:
-    """A known pipeline without a job has counts of 0, and no progress and time left."""
+    """What describes running jobs is there while one runs: 0 for a job that is neither silent nor slow."""
+    live = {"tailspan.job.progress", "tailspan.job.eta", "tailspan.job.silent", "tailspan.job.slow"}
     found = values(made(histories=Histories(past("etl", 3))))
-    assert found["tailspan.job.silent"] == found["tailspan.job.slow"] == {("etl",): 0}
-    assert not {"tailspan.job.progress", "tailspan.job.eta"} & set(found)
+    assert found["tailspan.job.pending.age"] == {("etl",): 0}
+    assert not live & set(found)
     found = values(made(job(state=JobState.SUCCEEDED, total_tasks=2, finished_tasks=2)))
-    assert "tailspan.job.progress" not in found
+    assert not live & set(found)
+    found = values(made(job()))
+    assert found["tailspan.job.silent"] == found["tailspan.job.slow"] == {("etl",): 0}
+
+
+def test_the_time_left_is_never_negative() -> None:
+    """A full bar whose time has come has 0 s left, not less."""
+    full = Progress(fraction=1.0, eta_s=0.0, seen_unix_nano=NOW - 8 * S, source="bar", text="100%")
+    running = job()
+    running.progress = full
+    assert values(made(running))["tailspan.job.eta"] == {("etl",): 0}
 
 
 def test_run_ids_only_with_the_option() -> None:

@@ -10,7 +10,9 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 
 from tailspan.errors import ConfigError
 from tailspan_agent.exporter.outcome import Delivered, EndpointFault, Outcome, Rejected, Retry, TooLarge
+from tailspan_agent.metrics import push as push_module
 from tailspan_agent.metrics.push import MetricsPush, export_interval_s
+from tests.unit.agent.metrics.test_snapshot import running
 from tests.unit.agent.metrics.world import World
 
 
@@ -111,6 +113,53 @@ def test_run_exports_at_once_at_intervals_and_at_the_end():
     last = ExportMetricsServiceRequest.FromString(sent[-1][0])
     assert "tailspan.agent.records.read" in str(last)
     assert all(count > 0 for _, count in sent)
+
+
+def sent_within(world: World, change_s: float, outcomes: Sequence[Outcome] = (), interval_s: float = 600) -> int:
+    """Return how many exports there are within some time after two changes of runs in a row."""
+
+    async def main() -> int:
+        exporter, stop = ScriptedExporter(*outcomes), asyncio.Event()
+        task = asyncio.create_task(MetricsPush(world.reader, world.agent, exporter, interval_s=interval_s).run(stop))
+        await exporter.called.wait()
+        for _ in range(2):
+            await asyncio.sleep(0.01)
+            world.agent.run_changes.set()
+        await asyncio.sleep(change_s)
+        sent = len(exporter.sent)
+        task.cancel()
+        return sent
+
+    return asyncio.run(main())
+
+
+def test_a_run_is_exported_soon_and_only_once_for_a_burst(monkeypatch):
+    """A run that is shorter than the interval is seen while it is active; a burst of runs goes with one export."""
+    monkeypatch.setattr(push_module, "_RUN_GAP_S", 0.05)
+    assert sent_within(World(), 2.0) == 2
+
+
+def test_exports_for_runs_are_limited_to_one_in_a_gap():
+    """Changes do not make an export before 5 s have passed since the last one."""
+    assert sent_within(World(), 1.0) == 1
+
+
+def test_a_change_of_runs_does_not_bother_an_endpoint_that_fails(monkeypatch):
+    """While exports fail, the interval alone decides."""
+    monkeypatch.setattr(push_module, "_RUN_GAP_S", 0.05)
+    assert sent_within(World(), 1.0, [Retry("down")]) == 1
+
+
+def test_the_end_of_a_series_survives_a_failed_export():
+    """Only an export that the endpoint accepted ends the matter."""
+    world = World()
+    world.jobs = [running()]
+    exported(world, [Delivered()])
+    world.jobs = []
+    exported(world, [Retry("down")])
+    assert "tailspan.job.progress" in world.ended()
+    exported(world, [Delivered()])
+    assert world.ended() == {}
 
 
 def test_replace_exporter():

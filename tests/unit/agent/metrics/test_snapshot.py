@@ -13,7 +13,8 @@ from tailspan.errors import ServiceUnavailableError
 from tailspan.models import JobState, JobStatus
 from tailspan_agent.analysis.assessment import JobSnapshot
 from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
-from tailspan_agent.analysis.run_totals import BOUNDS_S, RunTotals
+from tailspan_agent.analysis.run_totals import BOUNDS_S, RunTotals, bucket_index
+from tailspan_agent.metrics.snapshot import exports_exponential_histograms
 from tests.unit.agent.metrics.world import NOW_NS, NOW_S, OPENMETRICS, SPAN, START_NS, TRACE, World
 
 
@@ -59,11 +60,146 @@ def test_run_duration_is_the_stores_histogram():
         "error.type": "KeyError",
     }
     assert tuple(point.explicit_bounds) == BOUNDS_S
-    assert (point.count, point.sum, list(point.bucket_counts)) == (2, 20_003.0, [0, 0, 1, *[0] * 12, 1])
+    counts = dict(zip([*BOUNDS_S, math.inf], point.bucket_counts, strict=True))
+    assert (point.count, point.sum) == (2, 20_003.0)
+    assert {bound: count for bound, count in counts.items() if count} == {4.0: 1, 32768.0: 1}
     assert (point.start_time_unix_nano, point.time_unix_nano) == (START_NS, NOW_NS)
     assert not point.HasField("min")
     (exemplar,) = point.exemplars
     assert (exemplar.trace_id.hex(), exemplar.span_id.hex(), exemplar.as_double) == (TRACE, SPAN, 3.0)
+
+
+def test_run_duration_as_an_exponential_histogram():
+    """The same runs by the standard variable: scale, offset, counts and exemplars; a run of 0 s is a zero."""
+    world = World(exponential=True)
+    world.runs = [failed_runs().add(0.0).add(3.0)]
+    metric = world.metric("cicd.pipeline.run.duration")
+    assert metric.exponential_histogram.aggregation_temporality == 2
+    (point,) = metric.exponential_histogram.data_points
+    assert (point.count, point.sum, point.scale, point.zero_count) == (4, 20_006.0, 3, 1)
+    found = {point.positive.offset + place: count for place, count in enumerate(point.positive.bucket_counts) if count}
+    assert found == {bucket_index(3.0): 2, bucket_index(20_000.0): 1}
+    assert point.start_time_unix_nano == START_NS
+    (exemplar,) = point.exemplars
+    assert (exemplar.trace_id.hex(), exemplar.as_double) == (TRACE, 3.0)
+    # The text for scrapes has no such form.
+    samples = world.families()["cicd_pipeline_run_duration_seconds"].samples
+    assert {sample.value for sample in samples if sample.labels.get("le") == "4.0"} == {3}
+
+
+def test_a_pipeline_of_zeros_as_an_exponential_histogram():
+    """Without a positive duration there are no buckets, and no run is lost."""
+    world = World(exponential=True)
+    world.runs = [RunTotals("etl", "success").add(0.0)]
+    (point,) = world.metric("cicd.pipeline.run.duration").exponential_histogram.data_points
+    assert (point.count, point.zero_count, list(point.positive.bucket_counts)) == (1, 1, [])
+
+
+@pytest.mark.parametrize(
+    ("text", "exponential", "warnings"),
+    [
+        ("", False, 0),
+        ("explicit_bucket_histogram", False, 0),
+        (" base2_exponential_bucket_histogram ", True, 0),
+        ("fancy", False, 1),
+    ],
+)
+def test_the_standard_variable_chooses_the_histogram(text, exponential, warnings, caplog):
+    """An unknown value is ignored with a warning, as the specification asks."""
+    variable = "OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION"
+    assert exports_exponential_histograms({variable: text}) is exponential
+    assert [variable in record.getMessage() for record in caplog.records] == [True] * warnings
+
+
+RUNNING = {
+    "total_tasks": 10,
+    "finished_tasks": 4,
+    "first_line_unix_nano": NOW_NS - 10**9,
+    "last_line_unix_nano": NOW_NS,
+}
+LIVE = {
+    "tailspan.job.tasks.finished",
+    "tailspan.job.tasks.total",
+    "tailspan.job.heartbeat.age",
+    "tailspan.job.last_line.age",
+    "tailspan.job.exec_time",
+    "tailspan.job.progress",
+    "tailspan.job.eta",
+    "tailspan.job.silent",
+    "tailspan.job.slow",
+}
+
+
+def running(job_id: str = "j1", name: str = "etl"):
+    """Return a running job that has a value for each live gauge."""
+    times = {
+        "started_at": datetime.fromtimestamp(NOW_S - 60, UTC),
+        "last_heartbeat": datetime.fromtimestamp(NOW_S, UTC),
+    }
+    return job(job_id, name, **RUNNING, **times)
+
+
+@pytest.mark.parametrize("after", [[], [job("j1", state=JobState.SUCCEEDED, **RUNNING)]])
+def test_each_live_gauge_of_an_ended_run_ends_with_one_point(after):
+    """The endpoint gets one point without a value for each series: with the run's end, and never again."""
+    world = World()
+    world.jobs = [running()]
+    assert world.ended() == {}
+    assert {name for name in LIVE if world.values(name)} == LIVE
+    world.reader.accepted()
+    world.now_s += 1
+    world.jobs = after
+    ended = world.ended()
+    assert {name: ended[name] for name in LIVE} == {key: {("etl",)} for key in LIVE}
+    assert set(ended) - LIVE <= {"tailspan.agent.lag", "tailspan.pipeline.last_start.age"}
+    world.reader.accepted()
+    assert world.ended() == {}
+
+
+def test_a_series_that_another_run_keeps_does_not_end():
+    """Runs of one pipeline share a series, which ends with the last one; with run ids, each has its own."""
+    for run_id_on_metrics, ended in ((False, set()), (True, {("etl", "a")})):
+        world = World(run_id_on_metrics=run_id_on_metrics)
+        world.jobs = [running("a"), running("b")]
+        world.request()
+        world.reader.accepted()
+        world.jobs = [running("b")]
+        assert world.ended().get("tailspan.job.progress", set()) == ended
+
+
+def test_a_series_that_begins_again_does_not_end():
+    """A run that follows at once continues the series of the one before."""
+    world = World()
+    for job_id in "ab":
+        world.jobs = [running(job_id)]
+        assert world.ended() == {}
+        world.reader.accepted()
+
+
+def test_the_end_of_a_series_is_exported_until_it_is_accepted():
+    """An export that failed or whose reply was lost does not leave an ended run behind; after 10 minutes it is over."""
+    world = World()
+    world.jobs = [running()]
+    world.request()
+    world.jobs = []
+    for _ in range(3):
+        assert world.ended()["tailspan.job.eta"] == {("etl",)}
+    world.now_s += 601
+    assert world.ended() == {}
+
+
+def test_a_scrape_leaves_an_ended_series_out():
+    """Prometheus ends a series that a scrape does not have."""
+    world = World()
+    world.jobs = [running()]
+    assert "tailspan_job_progress_ratio" in world.families()
+    world.request()
+    world.jobs = []
+    world.request()
+    assert not {
+        name for name in world.families() if name.startswith("tailspan_job_") and name != "tailspan_job_too_fast"
+    } - {"tailspan_job_pending_age_seconds"}
+    assert b"NaN" not in world.reader.prometheus_text()[0]
 
 
 def test_errors_count_runs_that_have_an_error_type():
@@ -269,7 +405,7 @@ def test_prometheus_names_are_those_of_its_own_otlp_receiver(accept):
 def test_exemplars_are_in_openmetrics_only():
     """The plain format has no exemplars; in OpenMetrics each is in its own bucket."""
     world = World()
-    world.runs = [failed_runs().add(30_000, trace_id=TRACE[::-1], span_id=SPAN, time_unix_nano=NOW_NS)]
+    world.runs = [failed_runs().add(600_000, trace_id=TRACE[::-1], span_id=SPAN, time_unix_nano=NOW_NS)]
     assert TRACE.encode() not in world.reader.prometheus_text()[0]
     found = {
         sample.labels["le"]: (
@@ -280,7 +416,7 @@ def test_exemplars_are_in_openmetrics_only():
         for sample in world.families(OPENMETRICS)["cicd_pipeline_run_duration_seconds"].samples
         if sample.exemplar
     }
-    assert found == {"4.0": (TRACE, 3.0, NOW_S), "+Inf": (TRACE[::-1], 30_000.0, NOW_S)}
+    assert found == {"4.0": (TRACE, 3.0, NOW_S), "+Inf": (TRACE[::-1], 600_000.0, NOW_S)}
 
 
 def test_hostile_values_break_neither_format():

@@ -23,7 +23,7 @@ OPENMETRICS = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0
 class World:
     """Values that the metrics reader reads, to be changed by a test."""
 
-    def __init__(self, *, limit: int = 200, run_id_on_metrics: bool = False) -> None:
+    def __init__(self, *, limit: int = 200, run_id_on_metrics: bool = False, exponential: bool = False) -> None:
         self.now_s = float(NOW_S)
         self.runs: list[RunTotals] = []
         self.jobs: list[JobSnapshot] = []
@@ -38,6 +38,7 @@ class World:
             names=PipelineNames(limit),
             start_unix_nano=START_NS,
             run_id_on_metrics=run_id_on_metrics,
+            exponential=exponential,
             clock_ns=lambda: int(self.now_s * 10**9),
         )
 
@@ -53,7 +54,7 @@ class World:
         return found[0] if found else None
 
     def values(self, name: str) -> dict[tuple[str, ...], float]:
-        """Return a metric's numbers by attribute values, these in the order of attribute names."""
+        """Return a metric's numbers by attribute values, these in the order of attribute names; no ended series."""
         metric = self.metric(name)
         if metric is None:
             return {}
@@ -63,7 +64,25 @@ class World:
                 point, point.WhichOneof("value")
             )
             for point in data.data_points
+            if not point.flags
         }
+
+    def ended(self) -> dict[str, set[tuple[str, ...]]]:
+        """Return the series that end with the next request, by the name of their metric."""
+        (resource,) = self.request().resource_metrics
+        ended: dict[str, set[tuple[str, ...]]] = {}
+        for scope in resource.scope_metrics:
+            for metric in scope.metrics:
+                for point in getattr(metric, metric.WhichOneof("data")).data_points:
+                    if point.flags:
+                        assert point.flags == 1
+                        assert point.time_unix_nano == int(self.now_s * 10**9)
+                        assert isinstance(metric.WhichOneof("data"), str)
+                        assert not point.WhichOneof("value")
+                        ended.setdefault(metric.name, set()).add(
+                            tuple(each.value.string_value for each in point.attributes)
+                        )
+        return ended
 
     def families(self, accept: str = ""):
         """Parse the Prometheus text into families by name."""
