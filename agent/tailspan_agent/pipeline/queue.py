@@ -30,6 +30,11 @@ __all__ = ["BATCH_BYTES", "Chunk", "LogQueue", "SpanQueue", "until_usable"]
 BATCH_BYTES = 3 << 20
 """A collector's gRPC server takes 4 MiB by default; the envelope is small."""
 _BATCH_LINES = 15_000
+_STORED_BYTES = 4 << 20
+"""The most that a batch may take in a store that copies the resource to each line, as Loki does: its distributor sends
+a batch to an ingester in one gRPC message, of 4 MiB at most by default."""
+_COPIED_BYTES = 150
+"""What Loki adds to each line besides the resource: ids in hexadecimal, observed time, scope and level."""
 _QUEUE_BYTES = 3 << 20
 _LINGER_S = 0.1
 _LINGER_LINES = 500
@@ -58,6 +63,11 @@ class Chunk:
     count: int
     settle: Callable[[ChunkResult], Ack | None]
     done: Callable[[], None]
+
+    @property
+    def stored_size(self) -> int:
+        """About the bytes that the records take in a store that copies the resource to each line."""
+        return len(self.records) + self.count * (len(self.resource) + _COPIED_BYTES)
 
     @property
     def size(self) -> int:
@@ -154,11 +164,12 @@ class LogQueue:
                     async with asyncio.timeout(_LINGER_S):
                         await self._changed.wait_for(self._worth_sending)
             batch = [self._queue.popleft()]
-            size, lines = len(batch[0].records), batch[0].count
+            size, stored, lines = len(batch[0].records), batch[0].stored_size, batch[0].count
             while self._queue and lines < _BATCH_LINES:
                 size += len(self._queue[0].records)
+                stored += self._queue[0].stored_size
                 lines += self._queue[0].count
-                if size > BATCH_BYTES:
+                if size > BATCH_BYTES or stored > _STORED_BYTES:
                     break
                 batch.append(self._queue.popleft())
             self._queued_bytes -= sum(chunk.size for chunk in batch)
