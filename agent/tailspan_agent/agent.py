@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tailspan.config import Settings
@@ -140,6 +141,7 @@ class Agent:
             health=self.metrics,
             redactor=Redactor.from_settings(settings.redact),
             otlp_resource=settings.otlp.resource,
+            lines_on_spans=settings.otlp.puts_lines_on_spans,
             names=PipelineNames(settings.agent.max_pipeline_names, known),
             totals={total.key: total for total in runs},
             pipeline_stats=self.pipeline_stats,
@@ -385,7 +387,13 @@ class Agent:
         exporter = self.endpoints.metrics_exporter
         if exporter is None:
             return None
-        return MetricsPush(self.metrics_reader, self.metrics, exporter, interval_s=export_interval_s())
+        return MetricsPush(
+            self.metrics_reader,
+            self.metrics,
+            exporter,
+            interval_s=export_interval_s(),
+            on_unsupported=partial(self.endpoints.on_unsupported, "metrics"),
+        )
 
     def _start_pushing(self) -> None:
         push = self._make_push()
@@ -472,4 +480,6 @@ def _changes_that_need_restart(old: Settings, new: Settings) -> list[str]:
     keys = [f"agent.{key}" for key in _RESTART_KEYS if getattr(new.agent, key) != getattr(old.agent, key)]
     if any((new.otlp.for_signal(name) is None) != (old.otlp.for_signal(name) is None) for name in SIGNALS):
         keys.append("otlp.signals")
+    if new.otlp.puts_lines_on_spans != old.otlp.puts_lines_on_spans:
+        keys.append("otlp.lines_on_spans")
     return keys

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from tailspan.models import JobState, JobStatus
 from tailspan_agent.analysis.stack_traces import last_stack
+from tailspan_agent.otlp.text import shorten_stack
 
 __all__ = ["Failure", "error_type", "exit_reason", "failure_of", "fingerprint_of", "out_of_memory_line"]
 
@@ -21,7 +22,6 @@ _LAST_LINES = 20
 _LAST_LINE_CHARS = 1000
 # Loki rejects a record whose attributes have more than 64 KB in total.
 _MAX_STACK_BYTES = 48 * 1024
-_STACK_HEAD_BYTES = 8 * 1024
 
 _NAMES_A_PLACE = re.compile(r'File "|at |\d++: |Caused by: |\[cause\]: ')
 _FOLDERS = re.compile(r"""(?<![\w/.@~+-])(?:[\w.@~+-]*+/)++(?=[^/\s])""")
@@ -76,7 +76,7 @@ def failure_of(lines: Sequence[str]) -> Failure | None:
     return Failure(
         exception_type=found.exception_type[:_MAX_TYPE_CHARS],
         message=found.message[:_MAX_MESSAGE_CHARS],
-        stacktrace=_shortened("\n".join(found.lines)),
+        stacktrace=shorten_stack("\n".join(found.lines), _MAX_STACK_BYTES),
         last_lines=last_lines,
     )
 
@@ -147,17 +147,6 @@ def out_of_memory_line(job: JobStatus, failure: Failure | None) -> str | None:
 
 def _stable(text: str) -> str:
     return _NUMBER.sub("0", _ID.sub("0", _FOLDERS.sub("", text[:_MAX_LINE_CHARS])))
-
-
-def _shortened(text: str) -> str:
-    data = text.encode("utf-8", "replace")
-    if len(data) <= _MAX_STACK_BYTES:
-        return text
-    note = "\n  [... the middle is left out ...]\n"
-    head = data[:_STACK_HEAD_BYTES].decode("utf-8", "ignore")
-    # The end has the exception and the place that raised it.
-    tail = data[len(data) - (_MAX_STACK_BYTES - _STACK_HEAD_BYTES - len(note)) :].decode("utf-8", "ignore")
-    return head + note + tail
 
 
 def _signal_name(exit_code: int) -> str | None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tailspan.config import Settings, Watch
 from tailspan.config.signals import SIGNALS, Signal
 from tailspan.errors import AuthError, ConfigError, JobNotFoundError, ServiceError, TailspanError
 from tailspan.services import JobService
 from tailspan.services.registry import open_service
+from tailspan_agent.exporter.endpoints import signals_advice
 from tailspan_agent.exporter.factory import make_exporter
-from tailspan_agent.exporter.outcome import Delivered, Rejected
+from tailspan_agent.exporter.outcome import Delivered, EndpointFault, Outcome, Rejected
 from tailspan_agent.records.redact import Redactor
 
 __all__ = ["Finding", "check"]
@@ -68,8 +69,8 @@ async def check(
             watches = [watch for watch in settings.agent.watch if watch.service == name]
             async for finding in _check_service(service, watches):
                 yield finding
-    for signal in SIGNALS:
-        yield await _check_signal(signal, settings)
+    async for finding in _check_signals(settings):
+        yield finding
 
 
 def _check_settings(settings: Settings) -> Iterator[Finding]:
@@ -122,28 +123,41 @@ async def _check_service(service: JobService, watches: list[Watch]) -> AsyncIter
         yield Finding(subject, str(error), _CONFIG if isinstance(error, AuthError) else _UNREACHABLE)
 
 
-async def _check_signal(signal: Signal, settings: Settings) -> Finding:
+async def _check_signals(settings: Settings) -> AsyncIterator[Finding]:
+    checked = {signal: await _check_signal(signal, settings) for signal in SIGNALS}
+    unsupported = {
+        signal for signal, (_, outcome) in checked.items() if isinstance(outcome, EndpointFault) and outcome.unsupported
+    }
+    takes_traces = isinstance(checked["traces"][1], Delivered)
+    for signal, (finding, _) in checked.items():
+        if takes_traces and signal in unsupported:
+            advice = signals_advice(settings.otlp, unsupported)
+            finding = replace(finding, text=f"{finding.text}: {advice}")
+        yield finding
+
+
+async def _check_signal(signal: Signal, settings: Settings) -> tuple[Finding, Outcome | None]:
     keys = settings.otlp.for_signal(signal)
     subject = f"otlp {signal}"
     if keys is None:
-        return Finding(subject, "not sent (otlp.signals)")
+        return Finding(subject, "not sent (otlp.signals)"), None
     try:
         exporter = make_exporter(signal, keys, state_dir=settings.agent.state_dir, files=settings.files)
     except ConfigError as error:
-        return Finding(subject, str(error), _CONFIG)
+        return Finding(subject, str(error), _CONFIG), None
     async with aclosing(exporter):
         if keys.url is None:
-            return Finding(subject, f"no endpoint: written as OTLP JSON lines to {exporter.endpoint}")
+            return Finding(subject, f"no endpoint: written as OTLP JSON lines to {exporter.endpoint}"), None
         # Every receiver must accept an empty request.
         outcome = await exporter.export(b"", 0)
     match outcome:
         case Delivered():
-            return Finding(subject, f"{exporter.endpoint} accepts them")
+            finding = Finding(subject, f"{exporter.endpoint} accepts them")
         case Rejected(reason=reason):
-            return Finding(
-                subject, f"{exporter.endpoint} answers, but rejects an empty request: {reason}", warning=True
-            )
+            text = f"{exporter.endpoint} answers, but rejects an empty request: {reason}"
+            finding = Finding(subject, text, warning=True)
         case _:
             # Some reasons already name the endpoint.
             reason = outcome.reason.removeprefix(f"{exporter.endpoint}: ")
-            return Finding(subject, f"{exporter.endpoint}: {reason}", _UNREACHABLE)
+            finding = Finding(subject, f"{exporter.endpoint}: {reason}", _UNREACHABLE)
+    return finding, outcome

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import logging
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Protocol
+from urllib.parse import urlsplit
 
-from tailspan.config import Settings
+from tailspan.config import OtlpSettings, Settings
 from tailspan.config.signals import SIGNALS, Signal
 from tailspan.errors import ConfigError
 from tailspan_agent.exporter.dead_letter import DeadLetter
@@ -15,7 +19,9 @@ from tailspan_agent.exporter.factory import make_exporter
 from tailspan_agent.exporter.protocol import Exporter
 from tailspan_agent.exporter.retry import DeliveryResult, Outage, RetryingExporter
 
-__all__ = ["Endpoint", "Endpoints", "ExportHealth"]
+__all__ = ["Endpoint", "Endpoints", "ExportHealth", "signals_advice"]
+
+_log = logging.getLogger(__name__)
 
 
 class ExportHealth(Protocol):
@@ -41,8 +47,9 @@ class Endpoint:
         rejected: Number of records that went to the dead letter.
     """
 
-    def __init__(self, exporter: RetryingExporter) -> None:
+    def __init__(self, exporter: RetryingExporter, on_delivered: Callable[[], object] = lambda: None) -> None:
         self.exporter = exporter
+        self._on_delivered = on_delivered
         self.delivered = 0
         self.rejected = 0
         self._in_flight: set[asyncio.Future[DeliveryResult]] = set()
@@ -74,6 +81,8 @@ class Endpoint:
                 self._in_flight.discard(task)
             self.delivered += result.delivered
             self.rejected += result.rejected
+            if result.delivered:
+                self._on_delivered()
             return result
 
 
@@ -96,10 +105,12 @@ class Endpoints:
         self.dead_letter = _dead_letter(settings)
         self._health = health
         self._settings = settings
+        self._unsupported: set[Signal] = set()
+        self._advised = ""
         self.metrics_exporter = self._make_exporter("metrics", settings)
         retried: tuple[Signal, ...] = ("logs", "traces")
         self._endpoints: dict[Signal, Endpoint] = {
-            signal: Endpoint(exporter)
+            signal: Endpoint(exporter, self._advise)
             for signal in retried
             if (exporter := self._make_retrying(signal, settings)) is not None
         }
@@ -107,6 +118,34 @@ class Endpoints:
     def get(self, signal: Signal) -> Endpoint | None:
         """Return the endpoint of ``logs`` or ``traces``; None if the signal is not exported."""
         return self._endpoints.get(signal)
+
+    def on_unsupported(self, signal: Signal) -> str | None:
+        """Note that an endpoint does not have a signal; log advice once for all signals.
+
+        Returns:
+            The advice, empty while it is unknown whether traces are accepted; None if the signal's own error says all.
+        """
+        traces = self._endpoints.get("traces")
+        if signal == "traces" or traces is None:
+            return None
+        is_first = signal not in self._unsupported
+        self._unsupported.add(signal)
+        self._advise()
+        if self._advised:
+            return self._advised
+        return "" if is_first and traces.exporter.state == "ok" else None
+
+    def _advise(self) -> None:
+        traces = self._endpoints.get("traces")
+        if not self._unsupported or self._advised or traces is None or not traces.delivered:
+            return
+        self._advised = signals_advice(self._settings.otlp, self._unsupported)
+        _log.error(
+            "%s takes traces, but not %s: %s; spans are sent, all else waits",
+            traces.exporter.endpoint,
+            " and ".join(sorted(self._unsupported)),
+            self._advised,
+        )
 
     def paused(self) -> list[Signal]:
         """Return the signals whose export waits for an operator: endpoint fault, or dead letter full."""
@@ -170,6 +209,8 @@ class Endpoints:
             self.dead_letter = old_dead_letter
             raise
         self._settings = settings
+        self._unsupported.clear()
+        self._advised = ""
         for signal, exporter in exporters.items():
             if exporter is not None:
                 await self._endpoints[signal].replace_exporter(exporter)
@@ -201,7 +242,29 @@ class Endpoints:
             return None
         retries = settings.otlp.retry_server_errors
         failed = partial(self._health.export_failed, signal)
-        return RetryingExporter(signal, exporter, self.dead_letter, retry_server_errors=retries, on_failure=failed)
+        return RetryingExporter(
+            signal,
+            exporter,
+            self.dead_letter,
+            retry_server_errors=retries,
+            on_failure=failed,
+            on_unsupported=partial(self.on_unsupported, signal),
+        )
+
+
+def signals_advice(otlp: OtlpSettings, unsupported: Collection[Signal]) -> str:
+    """Return which `otlp.signals` fit an endpoint that does not have some of them.
+
+    Args:
+        otlp: Where signals are sent.
+        unsupported: The signals that an endpoint does not have. Others at the same address that are not traces are
+            left out, too: they may not have been tried yet.
+    """
+    places = {signal: urlsplit(keys.url or "").netloc for signal in SIGNALS if (keys := otlp.for_signal(signal))}
+    lacking = {places.get(signal) for signal in unsupported}
+    fitting = [signal for signal, place in places.items() if signal == "traces" or place not in lacking]
+    note = " (Jaeger takes traces only)" if fitting == ["traces"] else ""
+    return f"set otlp.signals = {json.dumps(fitting)}{note}"
 
 
 def _dead_letter(settings: Settings) -> DeadLetter:

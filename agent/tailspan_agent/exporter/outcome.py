@@ -92,9 +92,15 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class EndpointFault:
-    """The endpoint, as configured, accepts nothing of this signal; the batch may be valid."""
+    """The endpoint, as configured, accepts nothing of this signal; the batch may be valid.
+
+    Attributes:
+        reason: Why, to be shown.
+        unsupported: Whether the endpoint does not have this signal: Jaeger answers 404 for logs and metrics.
+    """
 
     reason: str
+    unsupported: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +114,7 @@ Outcome: TypeAlias = Delivered | Retry | Rejected | EndpointFault | TooLarge
 
 _RETRYABLE_HTTP: Final = frozenset({429, 502, 503, 504})
 _TRANSIENT_CLIENT_HTTP: Final = frozenset({408, 425})
+_NOT_FOUND_HTTP: Final = 404
 _BATCH_HTTP: Final = frozenset({400, 422})
 
 _RETRYABLE_GRPC: Final = frozenset(
@@ -166,7 +173,7 @@ def classify_http(
         return _rejected(reason, text)
     if 300 <= status < 400 and "location" in headers:
         reason = f"HTTP {status} redirects, and exports do not follow redirects: configure the final address"
-    return EndpointFault(reason)
+    return EndpointFault(reason, unsupported=status == _NOT_FOUND_HTTP)
 
 
 def classify_grpc(code: str, message: str, status_details: bytes | None) -> Outcome:
@@ -188,7 +195,7 @@ def classify_grpc(code: str, message: str, status_details: bytes | None) -> Outc
     if code in _SERVER_ERROR_GRPC:
         return Retry(reason, server_error=True, refused=True)
     if code in _FAULT_GRPC:
-        return EndpointFault(reason)
+        return EndpointFault(reason, unsupported=code == "UNIMPLEMENTED")
     return _rejected(reason, message)
 
 

@@ -78,6 +78,6 @@ def scrub(outcome: Outcome, secrets: list[str]) -> Outcome:
         case Rejected():
             return Rejected(outcome.rejected, text, outcome.kind)
         case EndpointFault():
-            return EndpointFault(text)
+            return EndpointFault(text, outcome.unsupported)
         case TooLarge():
             return TooLarge(text)

@@ -157,6 +157,7 @@ class RetryingExporter:
         jitter: Returns a random number in [0, 1).
         on_failure: Called for each failed attempt with its reason: ``unavailable``, ``endpoint_fault``, or the kind of
             a rejection.
+        on_unsupported: Called if the endpoint does not have the signal; returns advice if it is logged elsewhere.
 
     Attributes:
         state: ``paused`` while the endpoint is at fault or the dead letter is full, else ``ok``; for /readyz.
@@ -183,6 +184,7 @@ class RetryingExporter:
         clock: Clock | None = None,
         jitter: Callable[[], float] = random.random,
         on_failure: Callable[[str], object] = lambda reason: None,
+        on_unsupported: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.signal = signal
         self.exporter = exporter
@@ -202,6 +204,7 @@ class RetryingExporter:
         self._patience_s = patience_s
         self._jitter = jitter
         self._on_failure = on_failure
+        self._on_unsupported = on_unsupported
         self._endpoint_faults = False
         self._dead_letter_full = False
 
@@ -266,8 +269,8 @@ class RetryingExporter:
                 case TooLarge(reason):
                     self._record_response(None)
                     return result + await self._halve(payload, count, reason, batch, start, failures=0)
-                case EndpointFault(reason):
-                    self._record_fault(reason)
+                case EndpointFault(reason, unsupported):
+                    self._record_fault(reason, self._on_unsupported() if unsupported else None)
                     await self._pause()
                 case Retry(reason, after_s, server_error, refused):
                     batch.server_errors = batch.server_errors + 1 if server_error else 0
@@ -383,14 +386,16 @@ class RetryingExporter:
             self.delivered += count
             self.last_delivered = self._clock.wall_s()
 
-    def _record_fault(self, reason: str) -> None:
+    def _record_fault(self, reason: str, advice: str | None) -> None:
         self._on_failure("endpoint_fault")
         self._extend_outage(reason)
         if self._patience_s is not None:
             raise ExportRejectedError(f"{self.endpoint} does not accept {self.signal}: {reason}")
-        self.last_error = reason
+        self.last_error = f"{reason}; {advice}" if advice else reason
         if not self._endpoint_faults:
             self._set_state(endpoint_faults=True)
+        if advice is not None:
+            return
         _log.error(
             "export of %s paused: endpoint %s rejects it; check otlp.endpoint, credentials or otlp.signals: %s",
             self.signal,

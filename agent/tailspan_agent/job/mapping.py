@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from tailspan._identity import job_hash, span_id, trace_id
@@ -24,7 +25,9 @@ from tailspan_agent.job.ledger import JobLedger
 from tailspan_agent.job.times import JobTimes
 from tailspan_agent.otlp.log_record import LogRecordData, Severity
 from tailspan_agent.otlp.span import SpanData, SpanEvent, SpanKind, SpanLink, StatusCode
+from tailspan_agent.otlp.text import STORED_BYTES, shorten_middle, shorten_stack
 from tailspan_agent.otlp.wire import AttributeValue
+from tailspan_agent.records.span_lines import SpanLines
 
 __all__ = [
     "JobLedger",
@@ -90,7 +93,9 @@ def _stream_name(stream: int) -> str | None:
     return _BACKFILL if stream == 1 else f"{_BACKFILL}-{stream - 1}"
 
 
-def spans_of(job: JobStatus, ledger: JobLedger, *, delivery_known: bool = True) -> list[SpanData]:
+def spans_of(
+    job: JobStatus, ledger: JobLedger, *, delivery_known: bool = True, lines: SpanLines | None = None
+) -> list[SpanData]:
     """Return the spans of a job that have ended by now, in the order in which they end.
 
     Args:
@@ -98,6 +103,7 @@ def spans_of(job: JobStatus, ledger: JobLedger, *, delivery_known: bool = True) 
         ledger: Its ledger. The run span contains all lines, so it needs ``logs_complete``.
         delivery_known: Whether all lines are acknowledged. If not, the run span has no attributes of their delivery:
             a span cannot be corrected later; the receipt has them.
+        lines: Lines that the span of the execution carries as events, for stores that keep only traces.
 
     Returns:
         Spans; their ids depend on the job's identity only. A span that was returned before may have other values now:
@@ -109,7 +115,8 @@ def spans_of(job: JobStatus, ledger: JobLedger, *, delivery_known: bool = True) 
     if times.started_ns is not None:
         spans.append(_child(job, "queued", times.submitted_ns, times.started_ns))
         if ended:
-            spans.append(_child(job, "executing", times.started_ns, times.finished_ns))
+            executing = _child(job, "executing", times.started_ns, times.finished_ns)
+            spans.append(executing if lines is None else _with_lines(executing, lines))
     elif ended:
         spans.append(_child(job, "queued", times.submitted_ns, times.finished_ns))
     if ended:
@@ -199,6 +206,28 @@ def _child(job: JobStatus, name: str, start_ns: int, end_ns: int) -> SpanData:
         name=name,
         start_unix_nano=start_ns,
         end_unix_nano=end_ns,
+        # While the job runs, its run span is missing: a search by run id must find one of these.
+        attributes={"cicd.pipeline.name": job.job_name or "unnamed", "cicd.pipeline.run.id": job.job_id},
+    )
+
+
+def _with_lines(span: SpanData, lines: SpanLines) -> SpanData:
+    chosen = lines.chosen()
+    return replace(
+        span,
+        attributes={**span.attributes, "tailspan.lines.left_out": lines.count - len(chosen)},
+        events=tuple(
+            SpanEvent(
+                time_unix_nano=max(0, line.time_unix_nano),
+                name="log",
+                attributes={
+                    "message": line.text,
+                    **({"severity": line.severity.text} if line.severity.number else {}),
+                    **({"log.iostream": line.stream} if line.stream else {}),
+                },
+            )
+            for line in chosen
+        ),
     )
 
 
@@ -251,7 +280,11 @@ def _events(job: JobStatus, ledger: JobLedger, times: JobTimes) -> list[SpanEven
     ]
     if error_type(job, ledger.failure) is not None:
         events.append(
-            SpanEvent(time_unix_nano=times.finished_ns, name="exception", attributes=_exception(job, ledger.failure))
+            SpanEvent(
+                time_unix_nano=times.finished_ns,
+                name="exception",
+                attributes=_exception(job, ledger.failure, max_bytes=STORED_BYTES),
+            )
         )
     return events
 
@@ -278,11 +311,16 @@ def _iso(unix_nano: int) -> str:
     return datetime.fromtimestamp(unix_nano / 1e9, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _exception(job: JobStatus, failure: Failure | None) -> dict[str, AttributeValue]:
-    attributes: dict[str, AttributeValue] = {"exception.type": error_type(job, failure) or ""}
-    if failure and failure.stacktrace:
-        return {**attributes, "exception.message": failure.message, "exception.stacktrace": failure.stacktrace}
-    return {**attributes, "exception.message": failure_text(job, failure)}
+def _exception(job: JobStatus, failure: Failure | None, *, max_bytes: int | None = None) -> dict[str, AttributeValue]:
+    """Return the exception's attributes, each of at most `max_bytes` if given: a store would cut its end."""
+    kind = error_type(job, failure) or ""
+    stack = failure.stacktrace if failure else None
+    message = failure.message if failure and stack else failure_text(job, failure)
+    if max_bytes is not None:
+        message = shorten_middle(message, max_bytes)
+        stack = shorten_stack(stack, max_bytes) if stack else None
+    attributes: dict[str, AttributeValue] = {"exception.type": kind, "exception.message": message}
+    return {**attributes, "exception.stacktrace": stack} if stack else attributes
 
 
 def failure_text(job: JobStatus, failure: Failure | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from tailspan.errors import ConfigError
 from tailspan_agent.exporter.outcome import Delivered, EndpointFault, Outcome, Rejected, Retry
@@ -33,6 +33,7 @@ class MetricsPush:
         agent: Counts failed exports.
         exporter: The exporter of metrics; its owner closes it.
         interval_s: Seconds between two exports.
+        on_unsupported: Called if the endpoint does not have metrics; returns None if that must be logged here.
     """
 
     def __init__(
@@ -42,11 +43,13 @@ class MetricsPush:
         exporter: Exporter,
         *,
         interval_s: float = _EXPORT_INTERVAL_S,
+        on_unsupported: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._reader = reader
         self._agent = agent
         self._exporter = exporter
         self._interval_s = interval_s
+        self._on_unsupported = on_unsupported
         self._problem: str | None = None
 
     @property
@@ -74,7 +77,10 @@ class MetricsPush:
         if kind:
             self._agent.export_failed("metrics", kind)
         problem = reason if kind else None
-        if problem != self._problem:
+        unsupported = isinstance(outcome, EndpointFault) and outcome.unsupported
+        if unsupported and self._on_unsupported() is not None:
+            pass  # one message for all signals
+        elif problem != self._problem:
             if problem:
                 level = logging.ERROR if fault else logging.WARNING
                 _log.log(level, "export of metrics failed; the next export has the current values: %s", problem)

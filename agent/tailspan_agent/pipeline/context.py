@@ -41,6 +41,7 @@ class PipelineContext:
         health: The agent's own metrics.
         redactor: Removes secrets from lines; a reload replaces it.
         otlp_resource: Configured attributes of all telemetry; a reload replaces them.
+        lines_on_spans: Whether the span of the execution carries lines; see `SpanLines`.
         names: The pipelines that have metrics of their own.
         totals: Run totals by their key, as in the store.
         pipeline_stats: The past runs of pipelines, as in the store.
@@ -56,6 +57,7 @@ class PipelineContext:
     redactor: Redactor | None
     otlp_resource: Mapping[str, str]
     names: PipelineNames
+    lines_on_spans: bool = False
     totals: dict[tuple[str, str, str], RunTotals] = field(default_factory=dict)
     pipeline_stats: PipelineStats = field(default_factory=PipelineStats)
     in_flight: WeakValueDictionary[tuple[str, str], InFlight] = field(default_factory=WeakValueDictionary)

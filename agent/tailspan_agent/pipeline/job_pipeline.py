@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing, suppress
 
 import msgspec
 
 from tailspan.config import Watch
+from tailspan.errors import CursorExpiredError
 from tailspan.logs.page import LogPage
 from tailspan.models import JobState, JobStatus
 from tailspan.services import JobService
@@ -30,6 +33,7 @@ from tailspan_agent.pipeline.job_spans import JobSpans
 from tailspan_agent.pipeline.queue import Chunk
 from tailspan_agent.pipeline.tracked_job import TrackedJob
 from tailspan_agent.records.encode import LogContext, encode_lines
+from tailspan_agent.records.span_lines import SpanLines
 from tailspan_agent.tasks import Flag
 
 __all__ = ["JobPipeline"]
@@ -147,6 +151,7 @@ class JobPipeline:
         now_ns = time.time_ns()
         job.ledger = msgspec.structs.replace(job.ledger.with_state(now_ns, job.status.state), logs_complete=False)
         self.spans.write()
+        job.start_span_lines()
         # What follows belongs to the next attempt: its times start again, the count of all lines continues.
         job.update_ledger(first_seen_ns=now_ns, first_line_ns=None, last_line_ns=None, states=(), logs_complete=None)
 
@@ -182,6 +187,22 @@ class JobPipeline:
         """Note why the job failed; None if its last lines do not say."""
         self.job.update_ledger(failure=failure)
 
+    async def collect_span_lines(self, read: Callable[[], AsyncGenerator[LogPage, None]]) -> None:
+        """Read the log again for the lines of the job's span, if an earlier process read the start of it.
+
+        Args:
+            read: Reads the log from its start.
+        """
+        if self.job.span_lines is None or self.job.span_lines.whole:
+            return
+        lines = SpanLines()
+        # Relayed lines may be gone by now; the end of the job is reported all the same.
+        with suppress(CursorExpiredError):
+            async with aclosing(read()) as pages:
+                async for page in pages:
+                    lines.add(page, self._log_context)
+            self.job.span_lines = lines
+
     def redact(self, text: str) -> str:
         """Return the text without the configured secrets."""
         return self.job.redact(text)
@@ -203,6 +224,8 @@ class JobPipeline:
         job.ledger = job.ledger.with_page(page)
         if not late:
             job.ledger = job.ledger.with_last_line(page.last_lines(1)[0], job.redact)
+            if job.span_lines is not None:
+                job.span_lines.add(page, self._log_context)
         if not late and not job.status.state.is_terminal:
             self._progress.add_page(page, time.monotonic())
         cursor = None if late else page.cursor

@@ -29,7 +29,8 @@ class JobSpans:
 
     def write(self) -> None:
         """Write the spans that have ended by now; a span that was written before stays as it was."""
-        spans = self._outbox(spans_of(self._job.redacted_status, self._job.ledger))
+        job = self._job
+        spans = self._outbox(spans_of(job.redacted_status, job.ledger, lines=job.span_lines))
         if self._context.store.add_spans(self._job.checkpoint.key, spans):
             self._wake_queue()
 
@@ -47,7 +48,7 @@ class JobSpans:
         kind = error_type(job.status, job.ledger.failure)
         if kind is not None and not job.ledger.fingerprint:
             self._recognise_failure(name, kind)
-        spans = spans_of(job.redacted_status, job.ledger, delivery_known=delivery_known)
+        spans = spans_of(job.redacted_status, job.ledger, delivery_known=delivery_known, lines=job.span_lines)
         empty = RunTotals(name, run.result, kind)
         totals = self._context.totals.get(empty.key, empty).add(
             run.duration_s,

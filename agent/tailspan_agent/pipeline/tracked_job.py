@@ -18,6 +18,7 @@ from tailspan_agent.job.mapping import resource_attributes
 from tailspan_agent.otlp.requests import encode_resource
 from tailspan_agent.pipeline.context import PipelineContext
 from tailspan_agent.records.redact import Redactor
+from tailspan_agent.records.span_lines import SpanLines
 
 __all__ = ["BACKFILL_S", "TrackedJob"]
 
@@ -41,6 +42,7 @@ class TrackedJob:
         ledger: The job's lines and states as read.
         acked_ledger: The same with its lines as acknowledged: as in the store.
         resource: The encoded OTLP resource.
+        span_lines: Lines for the span of the execution; None if spans carry no lines.
     """
 
     def __init__(
@@ -55,6 +57,16 @@ class TrackedJob:
         self.checkpoint = known or self._first_checkpoint(first_seen_ns)
         self.ledger = self.acked_ledger = JobLedger.restored(self.checkpoint.ledger, status.job_id, first_seen_ns)
         self.resource = self._encode_resource()
+        self.span_lines: SpanLines | None = None
+        self.start_span_lines(whole=self.checkpoint.cursor is None)
+
+    def start_span_lines(self, *, whole: bool = True) -> None:
+        """Collect the lines of the span of the execution from here on.
+
+        Args:
+            whole: Whether no line of the log was read before.
+        """
+        self.span_lines = SpanLines(whole=whole) if self.context.lines_on_spans else None
 
     def _first_checkpoint(self, first_seen_ns: int) -> Checkpoint:
         newest_ns = self.ended_ns

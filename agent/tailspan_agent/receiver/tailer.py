@@ -354,6 +354,7 @@ class Tailer:
             await relay_missing(read, pipeline)
         if pipeline.status.state is not JobState.SUCCEEDED and pipeline.ledger.failure is None:
             pipeline.attach_failure(failure_of(await last_lines(read, pipeline)))
+        await pipeline.collect_span_lines(read)
         # The run span counts what is acknowledged, but does not wait for a logs endpoint that is down or slow.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_RUN_SPAN_WAIT_S):

@@ -21,7 +21,7 @@ from tailspan_agent.records.framing import LEFT_OUT, FramedRun, Lines, frame, sp
 from tailspan_agent.records.redact import Redactor
 from tailspan_agent.records.severity import SEVERITIES, SeverityLearner, severity_number
 
-__all__ = ["EncodedLines", "LogContext", "encode_lines"]
+__all__ = ["EncodedLines", "LogContext", "clean_lines", "encode_lines", "without_lower"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -91,11 +91,11 @@ def encode_lines(page: LogPage, *, context: LogContext) -> EncodedLines:
         page: The lines as read.
         context: The context of the job's records.
     """
-    lines = _clean_lines(page)
+    lines = clean_lines(page)
     severities = context.learner.find_all(lines)
     dropped = 0
     if context.min_severity:
-        severities = severities.translate(_without_lower(context.min_severity))
+        severities = severities.translate(without_lower(context.min_severity))
         if dropped := severities.count(LEFT_OUT):
             pairs = zip(split_lines(lines), severities, strict=True)
             lines = [b"" if severity == LEFT_OUT else line for line, severity in pairs]
@@ -112,7 +112,7 @@ def encode_lines(page: LogPage, *, context: LogContext) -> EncodedLines:
     return EncodedLines(records, count, dropped, redactions)
 
 
-def _clean_lines(page: LogPage) -> Lines:
+def clean_lines(page: LogPage) -> Lines:
     """Return the cleaned lines, without a call for each line if all are clean."""
     text = page.text
     if not all(run.flags & CLEAN for run in page.runs):
@@ -130,7 +130,7 @@ _ORDINAL_DIGITS = 4
 
 
 @lru_cache(maxsize=64)
-def _without_lower(least: int) -> bytes:
+def without_lower(least: int) -> bytes:
     """Return a table for ``bytes.translate`` that marks known, lower severities as left out."""
     table = bytearray(range(256))
     for index, severity in enumerate(SEVERITIES):

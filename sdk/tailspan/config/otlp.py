@@ -105,6 +105,8 @@ class OtlpSettings(OtlpKeys):
 
     Attributes:
         signals: Which signals to send.
+        lines_on_spans: Whether the span of a job's execution carries its last lines and its warnings. ``auto``: only if
+            no endpoint takes the lines as logs.
         resource: Attributes of all telemetry; a job's own attributes win.
         dead_letter_max: Limit of the dead-letter files, in bytes; at the limit the agent stops sending.
         retry_server_errors: Number of retries after a 5xx other than 502, 503 and 504.
@@ -115,6 +117,7 @@ class OtlpSettings(OtlpKeys):
     """
 
     signals: Annotated[list[Signal], *StrList.__metadata__, Field(min_length=1)] = ["logs", "traces", "metrics"]
+    lines_on_spans: bool | Literal["auto"] = "auto"
     resource: StrTable = {}
     dead_letter_max: Size = 10 * 2**30
     retry_server_errors: int = Field(default=10, ge=0)
@@ -122,6 +125,14 @@ class OtlpSettings(OtlpKeys):
     logs: OtlpKeys = OtlpKeys()
     traces: OtlpKeys = OtlpKeys()
     metrics: OtlpKeys = OtlpKeys()
+
+    @property
+    def puts_lines_on_spans(self) -> bool:
+        """Whether the span of a job's execution carries lines; see `lines_on_spans`."""
+        if self.lines_on_spans != "auto":
+            return self.lines_on_spans
+        traces, logs = self.for_signal("traces"), self.for_signal("logs")
+        return traces is not None and (logs is None or (logs.url is None and traces.url is not None))
 
     def for_signal(self, signal: Signal) -> SignalSettings | None:
         """Return where one signal is sent, or None if it is not one of `signals`.

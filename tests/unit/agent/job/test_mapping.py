@@ -116,6 +116,7 @@ def test_a_pending_job_is_visible() -> None:
         name="submitted",
         start_unix_nano=NS0,
         end_unix_nano=NS0 + 1_000_000,
+        attributes={"cicd.pipeline.name": "etl", "cicd.pipeline.run.id": "job-1"},
     )
 
 
@@ -177,7 +178,7 @@ def test_the_spans_of_a_job_that_succeeded() -> None:
         "tailspan.records.resent": 0,
         "tailspan.logs.complete": True,
     }
-    assert executing.attributes == {}
+    assert executing.attributes == {"cicd.pipeline.name": "etl", "cicd.pipeline.run.id": "job-1"}
     assert [(event.attributes["tailspan.job.state"], (event.time_unix_nano - NS0) // S) for event in root.events] == [
         ("RUNNING", 2),
         ("SUCCEEDED", 10),
