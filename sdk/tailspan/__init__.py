@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+# Not from `typing`, whose import costs `tailspan run` a fifth of its start.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from tailspan._version import __version__ as __version__
     from tailspan.client import AsyncJobClient, Client, RunResponse

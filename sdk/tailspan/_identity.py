@@ -6,14 +6,12 @@ The rules are part of the contract: docs/traces.md publishes a test vector.
 from __future__ import annotations
 
 import hashlib
-import re
 
 from tailspan.errors import ConfigError
 
 __all__ = ["check_job_id", "is_trace_id", "job_hash", "span_id", "trace_id"]
 
 _VERSION = "tailspan/1"
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _MAX_JOB_ID_CHARS = 512
 _TRACE_ID = re.compile(r"(?!0{32})[0-9a-f]{32}")
 
@@ -68,7 +66,7 @@ def check_job_id(job_id: str) -> str:
     Raises:
         ConfigError: The id is empty, too long or has control characters.
     """
-    if not job_id or len(job_id) > _MAX_JOB_ID_CHARS or _CONTROL.search(job_id):
+    if not job_id or len(job_id) > _MAX_JOB_ID_CHARS or any(char < " " or char == "\x7f" for char in job_id):
         shown = repr(job_id[:60])
         raise ConfigError(
             f"{shown} is not a job id: expected 1 to {_MAX_JOB_ID_CHARS} printable characters", job_id=job_id

@@ -5,18 +5,19 @@ The C part is absent where Tailspan was installed without a C compiler, or with 
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
-from typing import Any, TypeVar
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, TypeVar
+
+    F = TypeVar("F", bound=Callable[..., Any])
 
 __all__ = ["COMPILED", "compiled"]
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _load() -> Any:
     try:
-        return importlib.import_module("tailspan._compiled")
+        return __import__("tailspan._compiled", fromlist=["_compiled"])
     except ImportError:
         return None
 

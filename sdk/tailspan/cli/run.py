@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from tailspan.cli.group import exit_code_of, report
 from tailspan.cli.options import config_option, json_option, service_option, settings_for, with_client
+from tailspan.cli.run_job import RunOptions, run_command
 from tailspan.errors import ConfigError, TailspanError
 
-if TYPE_CHECKING:
-    from tailspan.models import JobStatus
-
-__all__ = ["run"]
+__all__ = ["report_failure", "run"]
 
 EXIT_OUR_ERROR = 125
 
@@ -41,6 +39,9 @@ def _attributes(ctx: click.Context, param: click.Parameter, given: tuple[str, ..
 )
 @click.option("--timeout", type=float, metavar="S", help="End the command after S seconds, with exit code 124.")
 @click.option("--detach", is_flag=True, help="Print the job's id and return; the job runs on.")
+@click.option("--strict", is_flag=True, help="Do not run the command if it cannot be captured; exit with 125 or 2.")
+@click.option("--no-tty", is_flag=True, help="Give the command pipes also at a terminal.")
+@click.option("--encoding", metavar="E", help="Encoding of the command's output, such as cp1252. [default: UTF-8]")
 @service_option
 @config_option
 @json_option
@@ -52,6 +53,9 @@ def run(
     attributes: dict[str, str],
     timeout: float | None,
     detach: bool,
+    strict: bool,
+    no_tty: bool,
+    encoding: str | None,
     service: str | None,
     config_path: Path | None,
     as_json: bool,
@@ -59,8 +63,8 @@ def run(
 ) -> None:
     """Run a command as a local job. Its input, output, directory and environment are those of this terminal.
 
-    Ctrl-C cancels the job. The exit code is the command's own: 128 + n after signal n, 124 after --timeout, 125 when
-    Tailspan itself failed.
+    The exit code is the command's own: 128 + n after signal n, 124 after --timeout, 125 when the supervisor was
+    killed. If Tailspan cannot capture the command, it runs all the same, and one line on standard error says why.
 
     \b
     Example:
@@ -71,62 +75,61 @@ def run(
         raise click.UsageError("there is no command to run: tailspan run -- COMMAND", ctx)
     if as_json and not detach:
         raise click.UsageError("--json needs --detach: without it the output is the command's own", ctx)
+    options = RunOptions(
+        command=command,
+        name=name,
+        attributes=attributes,
+        timeout_s=timeout,
+        detach=detach,
+        service=service,
+        config=None if config_path is None else str(config_path),
+        strict=strict,
+        terminal=not no_tty,
+        encoding=encoding,
+        as_json=as_json,
+    )
     try:
-        if detach:
-            _submit(config_path, service, command, name, attributes, timeout, as_json)
+        if detach and service is not None and not _is_local(service, config_path):
+            _submit(options, config_path)
         else:
-            ctx.exit(_attached(config_path, service, command, name, attributes, timeout))
-    except TailspanError as error:
-        # A script must distinguish our failure from the command's own exit code; wrong usage stays 2.
+            # A test runner calls this within its own process.
+            ctx.exit(run_command(options, own_process=sys.stdout is sys.__stdout__))
+    except (TailspanError, OSError) as error:
+        ctx.exit(report_failure(error))
+
+
+def report_failure(error: Exception) -> int:
+    """Print why the command did not run, and return the exit code.
+
+    Args:
+        error: A `TailspanError`, or an `OSError`; others are raised again.
+    """
+    if isinstance(error, TailspanError):
+        # A script must tell our failure from the command's own exit code; wrong usage stays 2.
         report(error)
-        ctx.exit(exit_code_of(error) if isinstance(error, ConfigError) else EXIT_OUR_ERROR)
+        return exit_code_of(error) if isinstance(error, ConfigError) else EXIT_OUR_ERROR
+    if isinstance(error, OSError):
+        click.echo(f"tailspan: {error}", err=True)
+        return EXIT_OUR_ERROR
+    raise error
 
 
-def _submit(
-    config_path: Path | None,
-    service: str | None,
-    command: tuple[str, ...],
-    name: str | None,
-    attributes: dict[str, str],
-    timeout: float | None,
-    as_json: bool,
-) -> None:
+def _is_local(service: str, config_path: Path | None) -> bool:
+    settings = settings_for(config_path)
+    return bool(settings.services.get(service, {}).get("type", service) == "local")
+
+
+def _submit(options: RunOptions, config_path: Path | None) -> None:
     from tailspan.cli.show import json_line, json_of, write
 
     status = with_client(
         config_path,
-        service or "local",
-        lambda client: client.job_submit(command, name=name, attributes=attributes, timeout=timeout),
+        options.service,
+        lambda client: client.job_submit(
+            options.command, name=options.name, attributes=options.attributes, timeout=options.timeout_s
+        ),
     )
-    if as_json:
+    if options.as_json:
         json_line(json_of(status))
     else:
         write(status.job_id)
-
-
-def _attached(
-    config_path: Path | None,
-    service: str | None,
-    command: tuple[str, ...],
-    name: str | None,
-    attributes: dict[str, str],
-    timeout: float | None,
-) -> int:
-    import sys
-
-    from tailspan.local import attached
-    from tailspan.logs.printing import is_terminal
-    from tailspan.services.local import LocalService
-    from tailspan.services.registry import open_service
-
-    chosen = open_service(service or "local", settings_for(config_path))
-    if not isinstance(chosen, LocalService):
-        raise ConfigError(f"the service {chosen.name!r} is not on this machine: add --detach to submit a job to it")
-
-    def say(status: JobStatus) -> None:
-        # Under cron every word on standard error is a mail.
-        if is_terminal(sys.stderr):
-            click.echo(f"tailspan: this is job {status.job_id}", err=True)
-
-    status = attached.run_attached(chosen, command, name=name, attributes=attributes, timeout_s=timeout, on_start=say)
-    return attached.exit_code_of(status)

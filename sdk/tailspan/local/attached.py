@@ -1,145 +1,249 @@
-"""Running a job in the foreground: its output at this terminal, its input from it, Ctrl-C to cancel it."""
+"""Running a job in the foreground: its output here, its input from here, and every signal passed on to it.
+
+`tailspan run` imports this before it starts the command: nothing here may import slowly.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import errno
+import fcntl
 import os
 import select
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
-from tailspan.local.launch import Launched, Request, standard_fds_taken
-from tailspan.local.stdin import Stdin
-from tailspan.models import JobState, JobStatus
+from tailspan.local.supervisor_events import Ended, read_events
+from tailspan.local.terminal import copy_size, foreground_group
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from tailspan.services.local import LocalService
+    from tailspan.local.launch import CallerState, Launched
 
-__all__ = ["OUR_ERROR", "TIMED_OUT", "exit_code_of", "run_attached"]
+__all__ = ["OUR_ERROR", "TIMED_OUT", "block_signals", "exit_code_of", "follow", "open_or_none", "passed_on"]
 
 TIMED_OUT = 124
 OUR_ERROR = 125
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+NOTED = 0x80
+_PASSED_ON = (
+    "SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGWINCH", "SIGVTALRM", "SIGPROF",
+    "SIGPWR", "SIGIO", "SIGURG", "SIGCHLD", "SIGINFO",
+)  # fmt: skip
+_NOT_SENT = ("SIGIO", "SIGCHLD")
+_CHECK_S = 1.0
+_LAST_LINES_S = 10.0
 
 
-def exit_code_of(job: JobStatus) -> int:
-    """Return what ``tailspan run`` exits with for a job that has ended.
-
-    Returns:
-        The command's own exit code (128 + n after signal n), 124 after a timeout, 125 when the job was lost.
-    """
-    if job.state is JobState.TIMED_OUT:
-        return TIMED_OUT
-    return job.exit_code if job.exit_code is not None else OUR_ERROR
-
-
-def run_attached(
-    service: LocalService,
-    command: Sequence[str],
-    *,
-    name: str | None = None,
-    attributes: Mapping[str, str] | None = None,
-    timeout_s: float | None = None,
-    on_start: Callable[[JobStatus], None] | None = None,
-) -> JobStatus:
-    """Run a command as a job in the foreground and return its last status.
-
-    Its output appears on this process's standard output and standard error as it is printed; its standard input is
-    this process's. SIGINT, SIGTERM and SIGHUP cancel it; a second one kills it; a third one leaves it alone.
+def passed_on(ignored: list[int]) -> set[int]:
+    """Return the signals that a runner waits for: those that it passes on, and those that wake it.
 
     Args:
-        service: Where to run it.
-        command: The command and its arguments.
-        name: The job's name; None: taken from the command.
-        attributes: What to attach to the job.
-        timeout_s: After so many seconds it is ended; None: never.
-        on_start: Called with its first status.
+        ignored: Signals that are ignored, and stay so: ``nohup``.
+    """
+    names = [name for name in _PASSED_ON if hasattr(signal, name)]
+    numbers = {int(getattr(signal, name)) for name in names}
+    if hasattr(signal, "SIGRTMIN"):
+        numbers |= set(range(signal.SIGRTMIN, signal.SIGRTMAX + 1))
+    return numbers - set(ignored)
+
+
+def block_signals(caller: CallerState) -> set[int]:
+    """Block the signals that `follow` waits for, so that none of them ends the runner while the job starts.
+
+    Args:
+        caller: What the command inherits.
 
     Returns:
-        Its status: ended, or still running after the third signal.
-
-    Raises:
-        ConfigError: The command or an option is not usable.
-        ServiceUnavailableError: It could not be started.
+        The signals that were blocked.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.flush()
-    show = _if_open(1), _if_open(2)
-    with standard_fds_taken(), _signals() as signals_fd, Stdin() as stdin:
-        launched = service.start(
-            Request(
-                command=command,
-                name=name,
-                attributes=attributes,
-                timeout_s=timeout_s,
-                stdin_fd=stdin.for_job,
-                show=show,
-            )
-        )
-        stdin.hand_over()
-        try:
-            if on_start:
-                on_start(service.status(launched.job_id))
-            _wait(launched, signals_fd, stdin)
-        finally:
-            launched.close()
-    return service.status(launched.job_id)
+    signals = passed_on(caller.ignored)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    return signals
 
 
-def _wait(launched: Launched, signals_fd: int | None, stdin: Stdin) -> None:
-    """Return when the job has ended, or its supervisor is gone, or the user insists."""
-    interrupts = 0
-    while True:
-        poller = select.poll()
-        poller.register(launched.status_fd, select.POLLIN)
-        if signals_fd is not None:
-            poller.register(signals_fd, select.POLLIN)
-        for fd, _event in poller.poll(stdin.register(poller)):
-            if fd == launched.status_fd:
-                return
-            if fd != signals_fd:
-                stdin.pump(fd)
-                continue
-            for number in os.read(fd, 64):
-                interrupts += number in _SIGNALS
-                if interrupts > 2:
-                    return
-                if number in _SIGNALS:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(launched.supervisor_pid, signal.SIGTERM if interrupts == 1 else signal.SIGINT)
+def follow(launched: Launched, signals: set[int], *, own_process: bool = False) -> int:
+    r"""Stay in the foreground until a job has ended, and return what ``tailspan run`` exits with.
 
+    The job is in the session and process group of this process, so a terminal sends Ctrl-C, Ctrl-\ and Ctrl-Z to it
+    directly. Signals that other processes send to this one are passed on.
 
-@contextlib.contextmanager
-def _signals() -> Iterator[int | None]:
-    """Turn the signals that end a program into bytes on a pipe; None outside of the main thread, which gets them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield None
-        return
-    read_fd, write_fd = os.pipe()
-    os.set_blocking(write_fd, False)
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    # What was ignored (nohup) stays ignored.
-    ours = [number for number in _SIGNALS if before[number] is not signal.SIG_IGN]
-    wakeup = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+    Args:
+        launched: The job.
+        signals: What `block_signals` returned before the job was started.
+        own_process: Whether this process does nothing else: it then lets go of its input and output, so that a pipe
+            ends when the job closes it.
+
+    Returns:
+        The exit code of `exit_code_of`.
+    """
     try:
-        for number in ours:
-            signal.signal(number, lambda *_: None)
-        yield read_fd
+        if own_process:
+            _let_go({launched.status_fd, *(fd for pair in launched.terminals for fd in pair)})
+        ended = _wait(launched, signals)
+        if os.getpid() == 1:
+            _wait_for_last_lines(launched)
     finally:
-        for number in ours:
-            signal.signal(number, before[number] or signal.SIG_DFL)
-        signal.set_wakeup_fd(wakeup)
-        os.close(read_fd)
-        os.close(write_fd)
+        launched.close()
+    return exit_code_of(ended, launched.job_id)
 
 
-def _if_open(fd: int) -> int | None:
+def exit_code_of(ended: Ended | None, job_id: str) -> int:
+    """Return what ``tailspan run`` exits with, and say on standard error what a caller has to know besides.
+
+    Args:
+        ended: What the supervisor reported; None: it is gone.
+        job_id: The job.
+
+    Returns:
+        The command's own exit code (128 + n after signal n), 124 after a timeout, 125 when the job was lost. When its
+        output could not be passed on, the code is not 0.
+    """
+    if ended is None:
+        _say(f"the supervisor of job {job_id} was killed: how the command ended is not known")
+        return OUR_ERROR
+    if ended.not_captured:
+        _say(f"{ended.lost_bytes} bytes of the output of job {job_id} are not captured: {ended.not_captured}")
+    failures = [number for number in ended.relay_failures if number != errno.EPIPE]
+    if failures:
+        _say(f"the command's output could not be written: {os.strerror(failures[0])}")
+    if ended.state == "TIMED_OUT":
+        return TIMED_OUT
+    if ended.exit_code == 0 and ended.relay_failures:
+        return 1 if failures else 128 + signal.SIGPIPE
+    if ended.signal == signal.SIGINT:
+        _die_of_interrupt()
+    return ended.exit_code
+
+
+def open_or_none(fd: int) -> int | None:
+    """Return a file descriptor, or None where it is closed."""
     try:
         os.fstat(fd)
     except OSError:
         return None
     return fd
+
+
+def _die_of_interrupt() -> None:
+    """End by SIGINT like the command: a shell then ends its script or loop, which an exit code would not do."""
+    if "pytest" in sys.modules:
+        return
+    sys.stdout = None
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def _say(text: str) -> None:
+    try:
+        os.write(2, f"tailspan: {text}\n".encode("utf-8", "replace"))
+    except OSError:
+        pass
+
+
+def _wait(launched: Launched, signals: set[int]) -> Ended | None:
+    """Return how the job ended, or None when its supervisor is gone; pass signals on meanwhile."""
+    if not hasattr(signal, "sigtimedwait"):
+        return _wait_by_polling(launched, signals)
+    fcntl.fcntl(launched.status_fd, fcntl.F_SETOWN, os.getpid())
+    flags = fcntl.fcntl(launched.status_fd, fcntl.F_GETFL)
+    # Each report of the supervisor sends SIGIO, so that one call waits for reports and signals.
+    fcntl.fcntl(launched.status_fd, fcntl.F_SETFL, flags | os.O_ASYNC | os.O_NONBLOCK)
+    buffer = bytearray()
+    ended: list[Ended] = []
+    while read_events(launched.status_fd, buffer, ended) and not ended:
+        got = signal.sigtimedwait(signals, _CHECK_S)
+        if got is not None:
+            # A terminal's signals come from the kernel, and the job has had them itself; except for a hangup, which only
+            # the leader of the session gets.
+            leads = got.si_signo == signal.SIGHUP and os.getsid(0) == os.getpid()
+            _pass_on(launched, got.si_signo, from_terminal=got.si_code > 0 and not leads)
+    return ended[0] if ended else None
+
+
+def _wait_by_polling(launched: Launched, signals: set[int]) -> Ended | None:
+    """Do the same where the system does not say who sent a signal (macOS)."""
+    read_fd, write_fd = os.pipe()
+    os.set_blocking(write_fd, False)
+    os.set_blocking(launched.status_fd, False)
+    wakeup = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+    before = {number: signal.signal(number, lambda *_: None) for number in signals}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    poller = select.poll()
+    poller.register(launched.status_fd, select.POLLIN)
+    poller.register(read_fd, select.POLLIN)
+    buffer = bytearray()
+    ended: list[Ended] = []
+    try:
+        while read_events(launched.status_fd, buffer, ended) and not ended:
+            for fd, _ in poller.poll(_CHECK_S * 1000):
+                for number in os.read(fd, 64) if fd == read_fd else b"":
+                    keyed = number in (signal.SIGINT, signal.SIGQUIT)
+                    _pass_on(launched, number, from_terminal=keyed and foreground_group() == os.getpgrp())
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        signal.set_wakeup_fd(wakeup)
+        os.close(read_fd)
+        os.close(write_fd)
+    return ended[0] if ended else None
+
+
+def _pass_on(launched: Launched, number: int, *, from_terminal: bool) -> None:
+    if number == signal.SIGCHLD:
+        _reap_strangers()
+        return
+    if number in {getattr(signal, name) for name in _NOT_SENT}:
+        return
+    if number == signal.SIGWINCH and sum(copy_size(*pair) for pair in launched.terminals):
+        # The terminal has sent it before the pseudo-terminal had the new size. Others in the group just look again.
+        os.killpg(0, signal.SIGWINCH)
+    try:
+        os.write(launched.status_fd, bytes([number | (NOTED if from_terminal else 0)]))
+    except OSError:
+        # The supervisor is gone, which the next read finds.
+        pass
+
+
+def _reap_strangers() -> None:
+    """As the first process of a container, collect the orphans that nobody else waits for."""
+    while os.getpid() == 1:
+        try:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                return
+        except ChildProcessError:
+            return
+
+
+def _wait_for_last_lines(launched: Launched) -> None:
+    """Let the supervisor finish the log: with the first process of a container, all others end."""
+    try:
+        os.kill(launched.supervisor_pid, signal.SIGTERM)
+    except ProcessLookupError:
+        return
+    poller = select.poll()
+    poller.register(launched.status_fd, select.POLLIN)
+    buffer = bytearray()
+    while poller.poll(_LAST_LINES_S * 1000) and read_events(launched.status_fd, buffer, []):
+        pass
+
+
+def _let_go(ours: set[int]) -> None:
+    """Close what only the command needs: the reader of a pipe waits until every process has closed it."""
+    for fd in _open_fds():
+        if fd > 2 and fd not in ours and open_or_none(fd) is not None and os.get_inheritable(fd):
+            os.close(fd)
+    null_fd = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for fd in (0, 1):
+        if fd != null_fd:
+            os.dup2(null_fd, fd)
+    if null_fd > 2:
+        os.close(null_fd)
+
+
+def _open_fds() -> list[int]:
+    for path in ("/proc/self/fd", "/dev/fd"):
+        try:
+            return [int(name) for name in os.listdir(path)]
+        except OSError:
+            continue
+    return []

@@ -5,13 +5,12 @@ The supervisor imports this: standard library only.
 
 from __future__ import annotations
 
+import errno
 import os
 import time
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections import namedtuple
 
 from tailspan.local.index import (
-    ENTRY_BYTES,
     HEADER_BYTES,
     MAX_ENTRY_BYTES,
     MAX_ENTRY_LINES,
@@ -24,10 +23,17 @@ from tailspan.local.index import (
 )
 from tailspan.logs.text import count_lines
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 __all__ = ["LineBuffer", "LogWriter", "Piece", "pieces_of"]
 
 
-class Piece(NamedTuple):
+_RETRY_S = 1.0
+
+
+class Piece(namedtuple("Piece", ("text", "lines", "flags"), defaults=(0,))):
     """Text that becomes one entry.
 
     Attributes:
@@ -36,9 +42,10 @@ class Piece(NamedTuple):
         flags: How it ends: `NO_NEWLINE` or 0.
     """
 
+    __slots__ = ()
     text: bytes
     lines: int
-    flags: int = 0
+    flags: int
 
 
 def pieces_of(text: bytes, *, max_bytes: int = MAX_ENTRY_BYTES, max_lines: int = MAX_ENTRY_LINES) -> Iterator[Piece]:
@@ -80,7 +87,7 @@ def _by_lines(text: bytes, max_lines: int) -> Iterator[Piece]:
 
 
 def _after_lines(text: bytes, start: int, lines: int) -> int:
-    """Return the offset behind the next so many newlines: halving takes no look at each of them."""
+    """Return the offset behind the next N newlines, by halving rather than by finding each."""
     end = len(text)
     while end - start > 1:
         middle = (start + end) // 2
@@ -139,6 +146,15 @@ class LineBuffer:
         self._keep(text[cut:])
         return list(self._pieces(text[:cut]))
 
+    @property
+    def has_partial(self) -> bool:
+        """Whether there is text without a newline."""
+        return bool(self._partial)
+
+    def partial(self) -> bytes:
+        """Return what is left without a newline, and keep it."""
+        return bytes(self._partial)
+
     def finish(self) -> list[Piece]:
         """Return what is left without a newline."""
         return list(self._pieces(self._take()))
@@ -161,54 +177,136 @@ class LineBuffer:
 
 
 class LogWriter:
-    """Appends pieces to `log` and their entries to `log.idx`.
+    """Appends pieces to `log` and their entries to `log.idx`. A failed write never blocks the job.
 
-    Text is written at its own offset rather than appended: when somebody truncates `log`, what comes after it still
-    stands where the index says.
+    Text that could not be written leaves a gap: its place in `log` stays empty, and its entries say how many bytes and
+    lines are missing. Entries that could not be written wait in memory.
+
+    Text is written at its own offset rather than appended: when another process truncates `log`, what comes after it
+    still stands where the index says.
 
     Attributes:
-        bytes: How long the log is.
-        lines: How many lines it has.
+        bytes: How long the log is, gaps included.
+        lines: How many lines it has, gaps included.
+        lost_bytes: How many bytes are missing.
+        lost_lines: How many lines are missing.
+        problem: Why the last write failed; None: it did not.
     """
 
-    def __init__(self, log_fd: int, index_fd: int, retry: Callable[[OSError], None]) -> None:
+    def __init__(self, log_fd: int, index_fd: int) -> None:
         """Start an empty log.
 
         Args:
             log_fd: The empty file `log`.
             index_fd: `log.idx` with its header only.
-            retry: Called when a write failed, best to wait; then it is tried again, for ever.
         """
         self.bytes = 0
         self.lines = 0
+        self.lost_bytes = 0
+        self.lost_lines = 0
+        self.problem: str | None = None
         self._log_fd = log_fd
         self._index_fd = index_fd
         self._index_bytes = HEADER_BYTES
-        self._retry = retry
+        self._unwritten = bytearray()
+        self._gap: Entry | None = None
+        self._gap_start = 0
+        self._retry_at_s = 0.0
+        self._preview_bytes = 0
         self._floor = 0
         self._sticky = 0
 
     def append(self, piece: Piece, stream: int, now_unix_nano: int | None = None) -> None:
         """Write a piece and then its entry."""
         now = time.time_ns() if now_unix_nano is None else now_unix_nano
+        if not self._write(self._log_fd, piece.text, self.bytes):
+            self._lose(piece, stream, now)
+        else:
+            if self._preview_bytes > len(piece.text):
+                self._cut_preview(self.bytes + len(piece.text))
+            self._close_gap()
+            self._enter(piece, stream, now, text_flags(piece.text) | piece.flags)
+        self._preview_bytes = 0
+        self._flush()
+
+    def preview(self, text: bytes) -> None:
+        """Write the beginning of a line behind the last entry, where readers find it; a later piece replaces it."""
+        if self._gap is None and self._write(self._log_fd, text, self.bytes):
+            if self._preview_bytes > len(text):
+                self._cut_preview(self.bytes + len(text))
+            self._preview_bytes = len(text)
+
+    def finish(self) -> bool:
+        """Enter what is left; return whether the index is complete."""
+        self._close_gap()
+        self._retry_at_s = 0.0
+        self._flush()
+        return not self._unwritten
+
+    def _enter(self, piece: Piece, stream: int, now: int, flags: int) -> None:
         start, stepped_back = entry_time(self._floor, now, piece.lines)
         if stepped_back:
             self._sticky = STEPPED_BACK
-        self._write(self._log_fd, piece.text, self.bytes)
         self._floor = start + piece.lines
         self.bytes += len(piece.text)
         self.lines += piece.lines
-        flags = text_flags(piece.text) | piece.flags | self._sticky
-        self._write(self._index_fd, pack_entry(Entry(self.bytes, start, self.lines, stream, flags)), self._index_bytes)
-        self._index_bytes += ENTRY_BYTES
+        self._unwritten += pack_entry(Entry(self.bytes, start, self.lines, stream, flags | self._sticky))
 
-    def _write(self, fd: int, data: bytes, offset: int) -> None:
-        view = memoryview(data)
-        while view:
-            try:
-                written = os.pwrite(fd, view, offset)
-            except OSError as error:
-                self._retry(error)
-                continue
-            view = view[written:]
-            offset += written
+    def _lose(self, piece: Piece, stream: int, now: int) -> None:
+        gap = self._gap
+        size, lines = len(piece.text), piece.lines
+        self.lost_bytes += size
+        self.lost_lines += lines
+        if gap is not None and (
+            self.bytes + size - self._gap_start > MAX_ENTRY_BYTES
+            or self.lines + lines - (gap.lines_end - 1) > MAX_ENTRY_LINES
+            or gap.stream != stream
+        ):
+            self._close_gap()
+            gap = None
+        if gap is None:
+            # Room for as many lines as the entry may get, all within one millisecond.
+            start, stepped_back = entry_time(self._floor, now, MAX_ENTRY_LINES)
+            if stepped_back:
+                self._sticky = STEPPED_BACK
+            self._gap_start = self.bytes
+            # `lines_end` is the number of the first line until the gap is closed.
+            self._gap = Entry(self.bytes, start, self.lines + 1, stream, self._sticky)
+        self.bytes += size
+        self.lines += lines
+
+    def _close_gap(self) -> None:
+        gap, self._gap = self._gap, None
+        if gap is not None:
+            self._floor = gap.time_unix_nano + self.lines - gap.lines_end + 1
+            self._unwritten += pack_entry(gap._replace(end=self.bytes, lines_end=self.lines))
+
+    def _flush(self) -> None:
+        if self._unwritten and self._write(self._index_fd, self._unwritten, self._index_bytes):
+            self._index_bytes += len(self._unwritten)
+            self._unwritten.clear()
+
+    def _cut_preview(self, end: int) -> None:
+        try:
+            os.ftruncate(self._log_fd, end)
+        except OSError:
+            # Readers take it for the beginning of the next line until that is written.
+            pass
+
+    def _write(self, fd: int, data: bytes | bytearray, offset: int) -> bool:
+        """Return whether all of it was written; after a failure nothing is tried for a second."""
+        if self._retry_at_s and time.monotonic() < self._retry_at_s:
+            return False
+        try:
+            with memoryview(data) as view:
+                done = 0
+                while done < len(view):
+                    done += os.pwrite(fd, view[done:], offset + done)
+        except OSError as error:
+            if error.errno == errno.EBADF:
+                raise
+            self.problem = error.strerror
+            self._retry_at_s = time.monotonic() + _RETRY_S
+            return False
+        self._retry_at_s = 0.0
+        return True

@@ -1,4 +1,4 @@
-"""Starting a job's command as a process group of its own, between two pipes.
+"""Starting a job's command, with its output in pipes or in a pseudo-terminal.
 
 The supervisor imports this: standard library only.
 """
@@ -8,112 +8,201 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import sys
-from typing import NamedTuple, NoReturn
+from collections import namedtuple
 
-__all__ = ["NotStartedError", "Started", "start"]
+from tailspan.local.process_tree import die_with_parent
 
-_PR_SET_PDEATHSIG = 1
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+    from typing import NoReturn
+
+__all__ = [
+    "NOT_EXECUTABLE",
+    "NOT_FOUND",
+    "Output",
+    "Started",
+    "execute",
+    "failure_text",
+    "restore_dispositions",
+    "start",
+]
+
+NOT_FOUND = 127
+NOT_EXECUTABLE = 126
+_SHELL = b"/bin/sh"
+_DEFAULT_PATH = b"/usr/local/bin:/usr/bin:/bin"
 
 
-class Started(NamedTuple):
-    """A command that runs.
+class Output(namedtuple("Output", ("number", "targets", "master_fd", "slave_fd", "relay_fd"))):
+    """Where one output stream of a job goes.
 
     Attributes:
-        pid: Its process, and the group of all that it starts.
-        stdout_fd: Read end of its standard output.
-        stderr_fd: Read end of its standard error.
+        number: 1 stdout, 2 stderr, 0 both.
+        targets: The file descriptors that it has in the job: 1, 2 or both.
+        master_fd: The end of its pseudo-terminal to read from; None: it gets a pipe.
+        slave_fd: The job's end of it.
+        relay_fd: The caller's own output; None: it is captured only.
     """
 
+    __slots__ = ()
+    number: int
+    targets: tuple[int, ...]
+    master_fd: int | None
+    slave_fd: int | None
+    relay_fd: int | None
+
+
+class Started(namedtuple("Started", ("pid", "read_fds", "failure"))):
+    """A command that was started.
+
+    Attributes:
+        pid: Its process.
+        read_fds: Where to read each of its outputs.
+        failure: The errno with which it could not be executed; 0: it runs.
+    """
+
+    __slots__ = ()
     pid: int
-    stdout_fd: int
-    stderr_fd: int
+    read_fds: list[int]
+    failure: int
 
 
-class NotStartedError(Exception):
-    """The command cannot be executed.
-
-    Attributes:
-        exit_code: What a shell would return: 127 when it was not found, else 126.
-    """
-
-    def __init__(self, command: str, number: int) -> None:
-        reason = {
-            errno.ENOENT: "command not found (or the interpreter that its first line names)",
-            errno.ENOEXEC: "not a program; a script needs a first line such as #!/bin/sh",
-        }.get(number, f"cannot be executed: {os.strerror(number)}")
-        super().__init__(f"{command}: {reason}")
-        self.exit_code = 127 if number == errno.ENOENT else 126
-
-
-def start(argv: list[bytes], env: dict[bytes, bytes]) -> Started:
+def start(
+    argv: list[bytes],
+    env: dict[bytes, bytes],
+    outputs: list[Output],
+    *,
+    new_session: bool,
+    ignored: Collection[int] = (),
+    mask: Iterable[int] = (),
+) -> Started:
     """Execute a command in the present directory, with the present standard input.
+
+    A command that cannot be executed says so on its standard error, as a shell would, and exits with 127 or 126.
 
     Args:
         argv: The command and its arguments.
         env: Its whole environment; its ``PATH`` finds the command.
-
-    Raises:
-        NotStartedError: It cannot be executed.
+        outputs: Where its output goes.
+        new_session: Whether it gets a session of its own instead of the caller's.
+        ignored: The signals that it ignores from its start.
+        mask: The signals that are blocked at its start.
     """
-    stdout_fd, stdout_child = os.pipe()
-    stderr_fd, stderr_child = os.pipe()
+    pipes = [
+        os.pipe() if output.master_fd is None or output.slave_fd is None else (output.master_fd, output.slave_fd)
+        for output in outputs
+    ]
     failed_fd, failed_child = os.pipe()
     supervisor_pid = os.getpid()
     pid = os.fork()
     if pid == 0:
-        _become(argv, env, stdout_child, stderr_child, failed_child, supervisor_pid)
-    for fd in (stdout_child, stderr_child, failed_child):
-        os.close(fd)
-    # Executing closes the pipe; what arrives is why it did not come to that.
+        try:
+            if new_session:
+                os.setsid()
+            signal.set_wakeup_fd(-1)
+            restore_dispositions(ignored)
+            for output, (_, write_fd) in zip(outputs, pipes, strict=True):
+                for target in output.targets:
+                    os.dup2(write_fd, target)
+            die_with_parent(supervisor_pid)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            execute(argv, env, failed_child)
+        finally:
+            os._exit(NOT_FOUND)
+    for _, write_fd in pipes:
+        os.close(write_fd)
+    os.close(failed_child)
+    # Executing closes the pipe; what arrives is why it failed.
     with open(failed_fd, "rb") as pipe:
         failure = pipe.read()
-    if not failure:
-        return Started(pid, stdout_fd, stderr_fd)
-    os.waitpid(pid, 0)
-    raise NotStartedError(os.fsdecode(argv[0]), int(failure))
+    return Started(pid, [read_fd for read_fd, _ in pipes], int(failure or 0))
 
 
-def _become(
-    argv: list[bytes], env: dict[bytes, bytes], stdout_fd: int, stderr_fd: int, failed_fd: int, supervisor_pid: int
-) -> NoReturn:
+def execute(argv: list[bytes], env: dict[bytes, bytes], failed_fd: int | None = None) -> NoReturn:
+    """Replace this process by a command, or say on standard error why that is not possible, and exit.
+
+    Args:
+        argv: The command and its arguments; a script without ``#!`` is run by the shell.
+        env: Its whole environment; its ``PATH`` finds the command.
+        failed_fd: Where to write the errno of a failure.
+    """
+    number = errno.ENOENT
+    for path in _candidates(argv[0], env):
+        try:
+            os.execve(path, argv, env)  # noqa: S606 - running commands is what a job runner is for
+        except OSError as error:
+            found = error.errno or errno.EINVAL
+            if found == errno.ENOEXEC and _is_text(path):
+                found = _execute_by_shell(path, argv, env)
+            if found not in (errno.ENOENT, errno.ENOTDIR) or (b"/" in argv[0]):
+                # As in execvp(3): a match without permission counts only where no other directory has one.
+                number = found
+            if found not in (errno.ENOENT, errno.ENOTDIR, errno.EACCES):
+                break
+    if failed_fd is not None:
+        os.write(failed_fd, str(number).encode())
     try:
-        os.setsid()
-        signal.set_wakeup_fd(-1)
-        for number in range(1, signal.NSIG):
-            _restore(number)
-        os.dup2(stdout_fd, 1)
-        os.dup2(stderr_fd, 2)
-        _die_with(supervisor_pid)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        os.execvpe(argv[0], argv, env)  # noqa: S606 - running commands is what a job runner is for
-    except OSError as error:
-        os.write(failed_fd, str(error.errno or errno.EINVAL).encode())
-    finally:
-        os._exit(127)
-
-
-def _restore(number: int) -> None:
-    """Take back what the interpreter and the supervisor have set: a command expects to die of a closed pipe."""
-    try:
-        if signal.getsignal(number) is not signal.SIG_DFL:
-            signal.signal(number, signal.SIG_DFL)
-    except (OSError, ValueError):
-        # SIGKILL, SIGSTOP and the C library's own signals.
+        os.write(2, b"tailspan: " + _sentence(argv[0], number) + b"\n")
+    except OSError:
         pass
+    os._exit(NOT_FOUND if number in (errno.ENOENT, errno.ENOTDIR) else NOT_EXECUTABLE)
 
 
-def _die_with(supervisor_pid: int) -> None:
-    """Have the kernel kill the command when its supervisor is killed: nobody would read its output any more."""
-    if sys.platform != "linux":
-        return
+def failure_text(command: str, number: int) -> str:
+    """Return why a command could not be executed, as a job's status says it.
+
+    Args:
+        command: Its program.
+        number: The errno.
+    """
+    reason = {
+        errno.ENOENT: "command not found (or the interpreter that its first line names)",
+        errno.ENOEXEC: "not a program of this machine",
+    }.get(number, f"cannot be executed: {os.strerror(number)}")
+    return f"{command}: {reason}"
+
+
+def _sentence(command: bytes, number: int) -> bytes:
+    if number == errno.ENOENT and b"/" not in command:
+        return command + b": command not found"
+    if number == errno.ENOENT and os.path.exists(command):
+        return command + b": cannot execute: required file not found"
+    if os.path.isdir(command):
+        return command + b": Is a directory"
+    if number == errno.ENOEXEC:
+        return command + b": cannot execute binary file: Exec format error"
+    return command + b": " + os.strerror(number).encode()
+
+
+def _candidates(program: bytes, env: dict[bytes, bytes]) -> list[bytes]:
+    if b"/" in program:
+        return [program]
+    return [os.path.join(directory or b".", program) for directory in env.get(b"PATH", _DEFAULT_PATH).split(b":")]
+
+
+def _is_text(path: bytes) -> bool:
     try:
-        # Here only, in the child: the supervisor stays small without it.
-        import ctypes
+        with open(path, "rb") as file:
+            return b"\0" not in file.read(512)
+    except OSError:
+        return False
 
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    except (ImportError, OSError, AttributeError):
-        return
-    if os.getppid() != supervisor_pid:
-        # It died before we could ask.
-        os._exit(128 + signal.SIGKILL)
+
+def _execute_by_shell(path: bytes, argv: list[bytes], env: dict[bytes, bytes]) -> int:
+    try:
+        os.execve(_SHELL, [_SHELL, path, *argv[1:]], env)  # noqa: S606
+    except OSError as error:
+        return error.errno or errno.EINVAL
+
+
+def restore_dispositions(ignored: Collection[int]) -> None:
+    """Take back what interpreter and supervisor have set: a command expects to die of a closed pipe."""
+    for number in range(1, signal.NSIG):
+        wanted = signal.SIG_IGN if number in ignored else signal.SIG_DFL
+        try:
+            if signal.getsignal(number) is not wanted:
+                signal.signal(number, wanted)
+        except (OSError, ValueError):
+            # SIGKILL, SIGSTOP and the C library's own signals.
+            pass

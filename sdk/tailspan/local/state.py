@@ -1,18 +1,24 @@
-"""``state.json``: what a supervisor says about its job, replaced as a whole each time.
+"""``state.json``: what a supervisor records about its job, replaced as a whole each time.
 
 The supervisor imports this: standard library only.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from typing import Any
+
+from tailspan.local.json_text import json_text
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 __all__ = ["iso_time", "state_line", "write_state"]
 
 _NANOS_PER_S = 1_000_000_000
+_NEW = "state.json.new"
+_RESERVED_BYTES = 4096
 
 
 def iso_time(unix_nano: int) -> str:
@@ -22,30 +28,47 @@ def iso_time(unix_nano: int) -> str:
 
 
 def state_line(state: dict[str, Any]) -> bytes:
-    """Return an object as it stands in a job's files and on the status pipe."""
-    return json.dumps(state).encode() + b"\n"
+    """Return an object as it stands in a job's files and on the status socket."""
+    return json_text(state).encode() + b"\n"
 
 
 def write_state(job_fd: int, state: dict[str, Any], file_mode: int) -> None:
-    """Replace ``state.json``.
+    """Replace ``state.json``, and reserve room for the next one, so that a full disk cannot hide a job's end.
 
     Args:
         job_fd: The job's directory.
-        state: What it shall say.
-        file_mode: Who may read it.
+        state: The new content.
+        file_mode: The permissions of the file.
 
     Raises:
         OSError: It could not be written; the old one still stands.
     """
-    fd = os.open("state.json.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, file_mode, dir_fd=job_fd)
+    data = state_line(state)
+    fd = os.open(_NEW, os.O_WRONLY | os.O_CREAT, file_mode, dir_fd=job_fd)
     try:
         os.fchmod(fd, file_mode)
-        data = state_line(state)
-        if os.write(fd, data) != len(data):
+        if os.pwrite(fd, data, 0) != len(data):
             raise OSError("there is no room for state.json")
+        os.ftruncate(fd, len(data))
         if state["finished_at"]:
-            # An end that was told must outlive a power failure: terminal states do not change.
+            # An end that was reported must survive a power failure: terminal states do not change.
             os.fsync(fd)
     finally:
         os.close(fd)
-    os.rename("state.json.new", "state.json", src_dir_fd=job_fd, dst_dir_fd=job_fd)
+    os.rename(_NEW, "state.json", src_dir_fd=job_fd, dst_dir_fd=job_fd)
+    if not state["end"]:
+        _reserve(job_fd, file_mode)
+
+
+def _reserve(job_fd: int, file_mode: int) -> None:
+    try:
+        fd = os.open(_NEW, os.O_WRONLY | os.O_CREAT, file_mode, dir_fd=job_fd)
+    except OSError:
+        return
+    try:
+        os.posix_fallocate(fd, 0, _RESERVED_BYTES)
+    except (OSError, AttributeError):
+        # No room, or a system without it: then the next state waits for room.
+        pass
+    finally:
+        os.close(fd)

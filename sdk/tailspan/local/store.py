@@ -6,29 +6,26 @@ submitted, never changed), ``state.json`` (what became of it, replaced as a whol
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
 import re
-import secrets
 import shutil
-import time
 import uuid
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tailspan._private_dirs import make_private
 from tailspan.errors import ConfigError, JobNotFoundError, ProtocolError, ServiceUnavailableError
-from tailspan.local.index import HEADER
 from tailspan.local.index_file import open_file, read_at
+from tailspan.local.state_dir import StateDir, new_job_id
 from tailspan.models import JobState
 
 __all__ = ["JobStore", "StoredJob", "new_job_id", "submitted_at_of", "time_of"]
 
 _JOB_ID = re.compile(r"[0-9]{8}-[0-9]{9}-[a-z0-9]{6}", re.ASCII)
-_LETTERS = "abcdefghijkmnpqrstuvwxyz23456789"
 _ABANDONED_S = 3600.0
 _MAX_JSON_BYTES = 16 << 20
 # What has another type than it was written with is as good as missing.
@@ -84,13 +81,6 @@ class StoredJob(NamedTuple):
             return None
 
 
-def new_job_id(unix_nano: int) -> str:
-    """Return a new id that sorts by time: UTC date, time to the millisecond, and six random characters."""
-    seconds, nanos = divmod(unix_nano, 1_000_000_000)
-    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(seconds))
-    return f"{stamp}{nanos // 1_000_000:03d}-" + "".join(secrets.choice(_LETTERS) for _ in range(6))
-
-
 def submitted_at_of(job_id: str) -> datetime | None:
     """Return when a job with this id was submitted, to the millisecond; None when the id has no valid date."""
     day, moment = job_id[:8], job_id[9:18]
@@ -116,6 +106,8 @@ class JobStore:
     """All jobs below one directory. Holds nothing open.
 
     Attributes:
+        place: Where new jobs are made.
+        state_dir: Its directory.
         jobs: The directory that has a directory for each job.
     """
 
@@ -129,12 +121,10 @@ class JobStore:
         Raises:
             ConfigError: There is no such group.
         """
-        # A supervisor works in another directory than we do.
-        self.state_dir = Path(os.path.abspath(state_dir))
+        self.place = StateDir(os.fspath(state_dir), gid=None if group is None else _gid(group))
+        self.state_dir = Path(self.place.path)
         self.jobs = self.state_dir / "jobs"
         self._used = False
-        self._gid = None if group is None else _gid(group)
-        self.file_mode = 0o600 if group is None else 0o640
 
     @functools.cached_property
     def identity(self) -> str:
@@ -143,26 +133,13 @@ class JobStore:
         Raises:
             ProtocolError: The file has something else.
         """
-        path = self.state_dir / "identity"
-        try:
-            text = path.read_text("ascii", "replace").strip()
-        except FileNotFoundError:
-            self._make_directories()
-            new = path.with_name(f"identity.{uuid.uuid4()}")
-            self._write_new(new, f"{uuid.uuid4()}\n".encode())
-            try:
-                # Fails where a second process was quicker: the first identity is the one.
-                os.link(new, path)
-            except FileExistsError:
-                pass
-            finally:
-                new.unlink()
-            text = path.read_text("ascii", "replace").strip()
+        text = self.place.identity()
         try:
             return str(uuid.UUID(text))
         except ValueError:
             raise ProtocolError(
-                f"{path} does not have a UUID; restore it, or remove it to give this store a new identity"
+                f"{self.state_dir / 'identity'} does not have a UUID; restore it, or remove it to give this store a "
+                "new identity"
             ) from None
 
     def directory(self, job_id: str) -> Path:
@@ -248,39 +225,16 @@ class JobStore:
             raise ServiceUnavailableError(f"{self.jobs} was moved away or unmounted")
 
     def create(self, job_id: str, spec: Mapping[str, Any]) -> int:
-        """Make a job's directory, which appears as a whole and locked.
-
-        Args:
-            job_id: A new id.
-            spec: ``job.json``.
-
-        Returns:
-            The file descriptor of its lock: as long as it, or a copy of it, is open, the job has a supervisor.
-        """
-        import fcntl
-
-        self._make_directories()
-        new = self.jobs / f".new-{job_id}"
-        self._make_directory(new)
-        lock_fd = self._write_new(new / "lock", b"", close=False)
-        try:
-            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._write_new(new / "job.json", json.dumps(spec, indent=2).encode() + b"\n", sync=True)
-            self._write_new(new / "log", b"")
-            self._write_new(new / "log.idx", HEADER)
-            new.rename(self.jobs / job_id)
-        except BaseException:
-            os.close(lock_fd)
-            shutil.rmtree(new, ignore_errors=True)
-            raise
-        return lock_fd
+        """Make a job's directory; see `tailspan.local.state_dir.StateDir.create`."""
+        return self.place.create(job_id, spec)
 
     def mark_canceled(self, job_id: str) -> None:
-        """Leave a mark for a supervisor that cannot be signalled yet."""
+        """Leave a mark for a supervisor that cannot be signalled yet; without room for it, do without."""
         try:
-            self._write_new(self.directory(job_id) / "cancel", b"")
-        except FileExistsError:
-            pass
+            os.close(os.open(self.directory(job_id) / "cancel", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
 
     def prune(self, older_than_s: float, now_s: float) -> Iterator[str]:
         """Delete the jobs that ended longer ago, and yield their ids, oldest first.
@@ -312,32 +266,6 @@ class JobStore:
         for entry in os.scandir(self.jobs) if self.jobs.is_dir() else ():
             if entry.name.startswith((".new-", ".gone-")) and now_s - entry.stat().st_mtime > _ABANDONED_S:
                 shutil.rmtree(entry.path, ignore_errors=True)
-
-    def _make_directories(self) -> None:
-        make_private(self.jobs, self._make_directory)
-
-    def _make_directory(self, path: Path) -> None:
-        path.mkdir(mode=0o700, exist_ok=True)
-        if self._gid is not None:
-            # New files take the directory's group, also those that a supervisor makes.
-            os.chown(path, -1, self._gid)
-            path.chmod(0o2750)
-
-    def _write_new(self, path: Path, data: bytes, *, sync: bool = False, close: bool = True) -> int:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            if self._gid is not None:
-                os.fchown(fd, -1, self._gid)
-                os.fchmod(fd, self.file_mode)
-            os.write(fd, data)
-            if sync:
-                os.fsync(fd)
-        except BaseException:
-            os.close(fd)
-            raise
-        if close:
-            os.close(fd)
-        return fd
 
 
 def _gid(group: str) -> int:

@@ -1,10 +1,10 @@
-"""The process that runs one job: starts its command, captures its output, writes its state, ends it when told to.
+"""The process that runs one job: starts its command, captures its output, records its state, and ends it on request.
 
-It is a process of its own so that a job outlives whoever started it. `tailspan.local.launch` starts it with a lock on
-the job's directory that it holds to its own end: a reader that gets the lock knows that the supervisor is gone.
+It is a process of its own so that a job outlives the process that started it. `tailspan.local.launch` starts it with a
+lock on the job's directory that it holds to its own end: a reader that gets the lock knows that the supervisor is gone.
 
 What has a deadline (timeout, grace, heartbeat) is done by signal handlers, because the main loop may be blocked by a
-full disk or by a terminal that somebody has paused.
+terminal that its user has paused.
 
 Standard library only, and little of that: a supervisor lives as long as its job, and there may be hundreds.
 """
@@ -12,27 +12,40 @@ Standard library only, and little of that: a supervisor lives as long as its job
 from __future__ import annotations
 
 import errno
+import fcntl
 import marshal
 import os
 import select
 import signal
 import time
-import traceback
-from typing import Any
 
-from tailspan.local.capture import LogWriter, Piece
-from tailspan.local.command_process import NotStartedError, start
+from tailspan.local.capture import LogWriter
+from tailspan.local.command_process import Output, failure_text, start
 from tailspan.local.output_stream import READ_BYTES, OutputStream
+from tailspan.local.process_tree import adopt_orphans, live_descendants, signal_descendants
 from tailspan.local.state import iso_time, state_line, write_state
 
-__all__ = ["main"]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from tailspan.local.capture import Piece
+
+__all__ = ["NOTED", "main"]
+
+NOTED = 0x80
+"""Added, in a command of the runner, to the number of a signal that the terminal has already sent to the job."""
 
 _SHORTEST_NAP_S, _LONGEST_NAP_S = 0.0001, 0.001
 _PROGRESS_S = 5.0
+_PREVIEW_S = 1.0
 _HEARTBEAT_S = 30.0
 _DISK_RETRY_S = 1.0
-_GROUP_CHECK_MS = 50
-_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM, signal.SIGCHLD)
+_TREE_CHECK_S = 0.05
+_TERMINAL_DRAIN_MS = 20
+_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM, signal.SIGCHLD, signal.SIGIO)
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 def main(job_fd: int, spec_fd: int, lock_fd: int) -> None:
@@ -48,40 +61,59 @@ def main(job_fd: int, spec_fd: int, lock_fd: int) -> None:
         os._exit(0)
     with open(spec_fd, "rb") as pipe:
         spec = marshal.load(pipe)  # noqa: S302 - written by our own launcher, in the same interpreter
-    # Until here standard error is the status pipe, so that the submitter learns why an interpreter did not start.
+    # Until here standard error is the status socket, so that the submitter learns why an interpreter did not start.
     status_fd = os.dup(2)
-    for fd in (job_fd, lock_fd, *spec["show"]):
-        if fd is not None:
-            os.set_inheritable(fd, False)
+    outputs = [Output(*output) for output in spec["outputs"]]
+    ours = {job_fd, lock_fd, status_fd, *(fd for output in outputs for fd in output[2:] if fd is not None)}
+    for fd in ours:
+        os.set_inheritable(fd, False)
+    inherited = _open_fds() - ours - {0, 1, 2}
+    if not spec["inherit"]:
+        inherited = _close(inherited)
     file_mode: int = spec["file_mode"]
     try:
-        _Supervisor(job_fd, lock_fd, status_fd, spec).run()
+        _Supervisor(job_fd, lock_fd, status_fd, spec, outputs, inherited).run()
     except BaseException:
-        fd = os.open("supervisor.err", os.O_WRONLY | os.O_CREAT, file_mode, dir_fd=job_fd)
-        os.write(fd, traceback.format_exc().encode("utf-8", "replace"))
+        _write_failure(job_fd, file_mode)
         raise
 
 
-def _wait_for_disk(error: OSError) -> None:
-    """Let the job block on its pipe until there is room again: output is never dropped."""
-    if error.errno == errno.EBADF:
-        raise error
-    time.sleep(_DISK_RETRY_S)
+class _Clock:
+    """Wall-clock time at the start of a job, and from there on elapsed time: a clock step does not change durations."""
+
+    def __init__(self) -> None:
+        self._offset_ns = time.time_ns() - time.clock_gettime_ns(_CLOCK)
+
+    def now(self) -> int:
+        """Return the time in ns since the epoch."""
+        return self._offset_ns + time.clock_gettime_ns(_CLOCK)
 
 
 class _Supervisor:
     """One job, from its start to the last byte of its output."""
 
-    def __init__(self, job_fd: int, lock_fd: int, status_fd: int, spec: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        job_fd: int,
+        lock_fd: int,
+        status_fd: int,
+        spec: dict[str, Any],
+        outputs: list[Output],
+        inherited: set[int],
+    ) -> None:
         self._job_fd = job_fd
         self._lock_fd = lock_fd
         self._status_fd = status_fd
         self._file_mode: int = spec["file_mode"]
         self._timeout_s: float | None = spec["timeout_s"]
         self._grace_s: float = spec["grace_s"]
+        self._attached: bool = spec["attached"]
         self._spec = spec
+        self._outputs = outputs
+        self._inherited = inherited
+        self._clock = _Clock()
         self._writer = LogWriter(
-            os.open("log", os.O_WRONLY, dir_fd=job_fd), os.open("log.idx", os.O_WRONLY, dir_fd=job_fd), _wait_for_disk
+            os.open("log", os.O_WRONLY, dir_fd=job_fd), os.open("log.idx", os.O_WRONLY, dir_fd=job_fd)
         )
         self._state: dict[str, Any] = {
             "state": "PENDING",
@@ -97,130 +129,172 @@ class _Supervisor:
             "bytes": 0,
             "end": None,
         }
+        self._state_is_written = False
         self._pid = 0
         self._exited = False
+        self._failure: str | None = None
         self._reason: str | None = None
+        self._noted: tuple[int, float] | None = None
         self._give_up = False
         self._deadlines: dict[str, float] = {}
         self._streams: dict[int, OutputStream] = {}
+        self._relay_failures: list[int] = []
         self._last_read_s = 0.0
         self._nap_s = _LONGEST_NAP_S
         # Kept: what is read into new memory each time costs a page fault for each 4 KiB.
         self._buffer = bytearray(READ_BYTES)
         self._progress_s = 0.0
+        self._preview_s: float | None = None
+        self._state_retry_s = 0.0
         self._wake_fd, waker_fd = os.pipe()
         os.set_blocking(self._wake_fd, False)
         os.set_blocking(waker_fd, False)
         signal.set_wakeup_fd(waker_fd, warn_on_full_buffer=False)
-        for number in (signal.SIGHUP, signal.SIGPIPE, signal.SIGQUIT):
+        for number in (signal.SIGHUP, signal.SIGPIPE, signal.SIGQUIT, signal.SIGTSTP, signal.SIGTTOU, signal.SIGTTIN):
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.signal(signal.SIGTERM, self._on_cancel)
         signal.signal(signal.SIGINT, self._on_kill)
         signal.signal(signal.SIGALRM, self._on_alarm)
+        signal.signal(signal.SIGIO, self._on_command)
 
     def run(self) -> None:
-        """Start the command, capture its output until its pipes close, and write down how it ended."""
-        # A handler must not run between the fork and our knowing the child's process group.
+        """Start the command, capture its output until its pipes close, and record how it ended."""
+        # A handler must not run between the fork and our knowing the child's process.
         signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
-        now = time.time_ns()
-        try:
-            started = start(self._spec["argv"], self._spec["env"])
-        except NotStartedError as error:
-            moment = iso_time(now)
-            self._state.update(state="FAILED", started_at=moment, finished_at=moment, end=moment)
-            self._state.update(exit_code=error.exit_code, error=str(error))
-            self._write_state()
-            self._tell({"started": True, "supervisor_pid": os.getpid()})
-            self._tell({"ended": True})
-            return
+        adopt_orphans()
+        spec = self._spec
+        if spec["cwd"] is not None:
+            os.chdir(spec["cwd"])
+        self._report({"forking": True})
+        now = self._clock.now()
+        started = start(
+            spec["argv"],
+            spec["env"],
+            self._outputs,
+            new_session=not self._attached,
+            ignored=spec["ignored"],
+            mask=spec["mask"],
+        )
         self._pid = started.pid
-        show = self._spec["show"]
-        self._streams = {
-            stream.fd: stream
-            for stream in (OutputStream(1, started.stdout_fd, show[0]), OutputStream(2, started.stderr_fd, show[1]))
-        }
+        if started.failure:
+            self._failure = failure_text(os.fsdecode(spec["argv"][0]), started.failure)
+        self._inherited = _close(self._inherited)
+        for output, fd in zip(self._outputs, started.read_fds, strict=True):
+            self._streams[fd] = OutputStream(
+                output.number,
+                fd,
+                output.relay_fd,
+                is_terminal=output.master_fd is not None,
+                encoding=spec["encoding"],
+            )
         # The environment is not needed any more, and it may hold secrets.
-        self._spec.clear()
+        spec.clear()
+        if self._attached:
+            os.setsid()
+        _raise_file_limit()
         if self._timeout_s is not None:
             self._deadlines["timeout"] = time.monotonic() + self._timeout_s
         self._deadlines["heartbeat"] = time.monotonic() + _HEARTBEAT_S
         self._arm()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
+        self._listen()
         _let_go_of_caller()
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         self._state.update(state="RUNNING", started_at=iso_time(now), pid=self._pid)
         self._write_state()
         if _exists("cancel", self._job_fd):
-            # Whoever canceled before `state.json` told our process id could only leave this mark.
+            # A cancel before `state.json` had our process id could only leave this mark.
             self._stop("CANCELED")
-        self._tell({"started": True, "supervisor_pid": os.getpid()})
+        self._report({"started": True, "supervisor_pid": os.getpid()})
         self._capture()
         self._write_end()
+
+    def _listen(self) -> None:
+        """Have the kernel send SIGIO for each command of the runner, and when it is gone."""
+        fcntl.fcntl(self._status_fd, fcntl.F_SETOWN, os.getpid())
+        flags = fcntl.fcntl(self._status_fd, fcntl.F_GETFL)
+        fcntl.fcntl(self._status_fd, fcntl.F_SETFL, flags | os.O_ASYNC | os.O_NONBLOCK)
 
     def _capture(self) -> None:
         """Read until the command has exited and all its pipes are closed."""
         poller = select.poll()
         poller.register(self._wake_fd, select.POLLIN)
-        poller.register(self._status_fd, 0)
         for fd in self._streams:
             poller.register(fd, select.POLLIN)
+        # What came before the kernel was asked to report it.
+        self._on_command()
+        self._reap()
         while not self._done():
             for fd, _event in poller.poll(self._timeout_ms()):
                 if fd == self._wake_fd:
                     os.read(self._wake_fd, 4096)
-                elif fd == self._status_fd:
-                    # The runner is gone: what background processes print later must not appear at its terminal.
+                elif fd in self._streams and (self._read(self._streams[fd]) == 0 or self._streams[fd].failure):
                     poller.unregister(fd)
-                    for stream in self._streams.values():
-                        stream.stop_showing()
-                elif self._read(self._streams[fd]) == 0:
-                    poller.unregister(fd)
-                    os.close(fd)
-                    del self._streams[fd]
+                    self._close_stream(fd)
             self._show_progress()
-            if not self._exited:
-                self._reap()
+            self._show_partial()
+            if not self._state_is_written and time.monotonic() > self._state_retry_s:
+                self._write_state()
+            self._reap()
         for stream in self._streams.values():
             self._append(stream, stream.lines.finish())
+
+    def _close_stream(self, fd: int) -> None:
+        """Close an output that has ended, or whose reader is gone: then the job sees that, too."""
+        stream = self._streams.pop(fd)
+        self._append(stream, stream.lines.finish())
+        if stream.failure:
+            self._relay_failures.append(stream.failure)
+        stream.stop_relaying()
+        os.close(fd)
 
     def _done(self) -> bool:
         if not self._exited:
             return False
-        if "grace" in self._deadlines and not _group_exists(self._pid):
-            # Nobody is left to be killed, and the number may be given to somebody else.
+        if "grace" in self._deadlines and not live_descendants(os.getpid()):
+            # There is nothing left to be killed.
             del self._deadlines["grace"]
         return self._give_up or not (self._streams or "grace" in self._deadlines)
 
     def _timeout_ms(self) -> float | None:
+        now = time.monotonic()
+        until = [self._state_retry_s] if not self._state_is_written else []
         if self._exited and "grace" in self._deadlines:
-            return _GROUP_CHECK_MS
+            until.append(now + _TREE_CHECK_S)
         if any(stream.lines.progress_is_waiting for stream in self._streams.values()):
-            return max(0.0, self._progress_s - time.monotonic()) * 1000
-        return None
+            until.append(self._progress_s)
+        if self._preview_s is not None:
+            until.append(self._preview_s)
+        return max(0.0, min(until) - now) * 1000 + 1 if until else None
 
     def _read(self, stream: OutputStream, at_unix_nano: int | None = None) -> int | None:
         """Read what a pipe holds; return how many bytes: 0 at its end, None when there is nothing now."""
-        if self._nap_s and time.monotonic() - self._last_read_s < 2 * _LONGEST_NAP_S:
-            # Let a chatty job fill its pipe: a thousand reads a second are enough, and cheaper for both.
+        if self._nap_s and len(self._streams) == 1 and time.monotonic() - self._last_read_s < 2 * _LONGEST_NAP_S:
+            # Let a chatty job fill its pipe: a thousand reads a second are enough, and cheaper for both. With two
+            # pipes that would mix up the order of their lines.
             time.sleep(self._nap_s)
         try:
             size = os.readv(stream.fd, [self._buffer])
         except BlockingIOError:
             return None
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            size = 0  # the job's end of a pseudo-terminal is closed
         self._last_read_s = now_s = time.monotonic()
         # A job that is about to fill its pipe must not have to wait for us.
         if size * 2 > stream.capacity:
             self._nap_s = 0.0
         elif size * 8 < stream.capacity:
             self._nap_s = min(2 * self._nap_s or _SHORTEST_NAP_S, _LONGEST_NAP_S)
-        if not size:
-            self._append(stream, stream.lines.finish(), at_unix_nano)
-            stream.stop_showing()
-            return 0
-        stream.show(self._buffer, size)
+        if size:
+            stream.relay(self._buffer, size)
         if not stream.lines.progress_is_waiting:
             self._progress_s = now_s + _PROGRESS_S
-        self._append(stream, stream.lines.feed(self._buffer, size), at_unix_nano)
+        text, length = stream.text_of(self._buffer, size)
+        self._append(stream, stream.lines.feed(text, length), at_unix_nano)
+        if stream.lines.has_partial and self._preview_s is None:
+            self._preview_s = now_s + _PREVIEW_S
         return size
 
     def _show_progress(self) -> None:
@@ -232,25 +306,57 @@ class _Supervisor:
                 self._progress_s = time.monotonic() + _PROGRESS_S
                 self._append(stream, stream.lines.progress())
 
+    def _show_partial(self) -> None:
+        """Let readers see a line whose newline has not come: a question, or dots."""
+        if self._preview_s is not None and time.monotonic() >= self._preview_s:
+            self._preview_s = None
+            for stream in self._streams.values():
+                if stream.lines.has_partial:
+                    self._writer.preview(stream.lines.partial())
+
     def _append(self, stream: OutputStream, pieces: list[Piece], at_unix_nano: int | None = None) -> None:
         for piece in pieces:
-            self._writer.append(piece, stream.number, at_unix_nano or time.time_ns())
+            self._writer.append(piece, stream.number, at_unix_nano or self._clock.now())
 
     def _reap(self) -> None:
-        """Notice the end of the main process, and write it down once what it printed has been read."""
-        pid, status = os.waitpid(self._pid, os.WNOHANG)
-        if not pid:
-            return
-        now = time.time_ns()
+        """Collect processes that have ended: the main process, and orphans that were adopted."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            if pid == self._pid and not self._exited:
+                self._on_exit(os.waitstatus_to_exitcode(status))
+
+    def _on_exit(self, exit_code: int) -> None:
+        """Record the end of the main process once what it printed has been read."""
+        now = self._clock.now()
         self._exited = True
         self._deadlines.pop("timeout", None)
-        for stream in self._streams.values():
+        for fd in list(self._streams):
+            stream = self._streams[fd]
             # No more than the pipe could hold at the exit: a background process may print for ever.
             drained = 0
-            while drained < stream.capacity and (size := self._read(stream, now)):
+            while drained < stream.capacity and (size := self._drain(stream, now)):
                 drained += size
             self._append(stream, stream.lines.finish(), now)
-        self._finish(now, os.waitstatus_to_exitcode(status))
+            if stream.failure:
+                # The main loop closes it; until then a background process cannot be told either.
+                self._relay_failures.append(stream.failure)
+                stream.failure = 0
+        self._finish(now, exit_code)
+
+    def _drain(self, stream: OutputStream, now: int) -> int | None:
+        size = self._read(stream, now)
+        if size is None and stream.is_terminal:
+            # What was written to a pseudo-terminal arrives a little later.
+            poller = select.poll()
+            poller.register(stream.fd, select.POLLIN)
+            poller.poll(_TERMINAL_DRAIN_MS)
+            size = self._read(stream, now)
+        return size
 
     def _finish(self, now_unix_nano: int, exit_code: int) -> None:
         signal_name = None
@@ -261,7 +367,10 @@ class _Supervisor:
             if signal_name == "SIGKILL":
                 error += ", perhaps because memory ran out"
         elif exit_code:
-            error = f"exited with code {exit_code}"
+            error = self._failure or f"exited with code {exit_code}"
+        self._on_command()
+        if error and not self._reason and self._was_interrupted(exit_code):
+            self._reason = "CANCELED"
         if self._reason == "TIMED_OUT":
             error = f"ran longer than its timeout of {self._timeout_s:g} s"
         elif self._reason:
@@ -273,31 +382,59 @@ class _Supervisor:
             signal=signal_name,
             error=error,
         )
+        # Before the disk is asked: the runner does not wait for room on it.
+        if self._writer.problem:
+            self._report({"not_captured": self._writer.problem, "lost_bytes": self._writer.lost_bytes})
         self._write_state()
-        self._tell({"ended": True})
+        self._report(
+            {
+                "ended": True,
+                "state": self._state["state"],
+                "exit_code": self._state["exit_code"],
+                "signal": max(0, -exit_code),
+                "relay_failures": self._relay_failures,
+            }
+        )
+
+    def _was_interrupted(self, exit_code: int) -> bool:
+        """Return whether the job ended because of a signal that its runner passed on or that Ctrl-C sent."""
+        if not self._attached:
+            return False
+        if exit_code in (-signal.SIGINT, 128 + signal.SIGINT):
+            return True
+        return self._noted is not None and time.monotonic() - self._noted[1] < self._grace_s
 
     def _write_end(self) -> None:
-        self._state["end"] = iso_time(time.time_ns())
-        self._write_state()
+        self._state["end"] = iso_time(self._clock.now())
+        while not (self._writer.finish() and self._write_state()):
+            if self._give_up or self._writer.problem == os.strerror(errno.EFBIG):
+                # It will not get better: readers find what is missing by themselves.
+                self._write_state()
+                return
+            time.sleep(_DISK_RETRY_S)
 
-    def _write_state(self) -> None:
+    def _write_state(self) -> bool:
+        """Write `state.json`; return whether that worked. The main loop tries again."""
         self._state.update(lines=self._writer.lines, bytes=self._writer.bytes)
-        while True:
-            try:
-                write_state(self._job_fd, self._state, self._file_mode)
-            except FileNotFoundError:
-                # Somebody removed the directory of a running job: nobody can ask for its state any more.
-                return
-            except OSError as error:
-                _wait_for_disk(error)
-            else:
-                return
+        if self._writer.lost_bytes:
+            self._state.update(lost_lines=self._writer.lost_lines, lost_bytes=self._writer.lost_bytes)
+        try:
+            write_state(self._job_fd, self._state, self._file_mode)
+        except FileNotFoundError:
+            # The directory of a running job was removed: nothing can ask for its state any more.
+            pass
+        except OSError:
+            self._state_is_written = False
+            self._state_retry_s = time.monotonic() + _DISK_RETRY_S
+            return False
+        self._state_is_written = True
+        return True
 
-    def _tell(self, event: dict[str, Any]) -> None:
+    def _report(self, event: dict[str, Any]) -> None:
         try:
             os.write(self._status_fd, state_line(event))
         except OSError:
-            # Nobody listens: the job was detached, or its runner is gone.
+            # The job was detached, or its runner is gone.
             pass
 
     def _stop(self, reason: str) -> None:
@@ -307,19 +444,34 @@ class _Supervisor:
         self._reason = reason
         self._deadlines["grace"] = time.monotonic() + self._grace_s
         self._arm()
-        self._signal_group(signal.SIGTERM)
+        signal_descendants(os.getpid(), signal.SIGTERM)
         # A stopped process acts on nothing else.
-        self._signal_group(signal.SIGCONT)
-
-    def _signal_group(self, number: int) -> None:
-        try:
-            os.killpg(self._pid, number)
-        except (ProcessLookupError, PermissionError):
-            pass
+        signal_descendants(os.getpid(), signal.SIGCONT)
 
     def _arm(self) -> None:
         due = min(self._deadlines.values()) - time.monotonic()
         signal.setitimer(signal.ITIMER_REAL, max(due, 0.001))
+
+    def _on_command(self, *_: object) -> None:
+        """Act on what the runner sends: signals for the job. Its end stops the relaying."""
+        while self._status_fd >= 0:
+            try:
+                numbers = os.read(self._status_fd, 256)
+            except BlockingIOError:
+                return
+            except OSError:
+                numbers = b""
+            if not numbers:
+                # What background processes print later must not appear at the runner's terminal.
+                for stream in self._streams.values():
+                    stream.stop_relaying()
+                os.close(self._status_fd)
+                self._status_fd = -1
+            for number in numbers:
+                if number & ~NOTED in _ENDING:
+                    self._noted = number & ~NOTED, time.monotonic()
+                if not number & NOTED and not self._exited:
+                    os.kill(self._pid, number)
 
     def _on_cancel(self, *_: object) -> None:
         if self._exited:
@@ -327,7 +479,7 @@ class _Supervisor:
         self._stop("CANCELED")
 
     def _on_kill(self, *_: object) -> None:
-        """The person at the terminal does not want to wait for the grace time."""
+        """End the job at once, without the grace time."""
         self._on_cancel()
         if self._reason:
             self._deadlines["grace"] = 0.0
@@ -340,11 +492,56 @@ class _Supervisor:
             if name == "timeout":
                 self._stop("TIMED_OUT")
             elif name == "grace":
-                self._signal_group(signal.SIGKILL)
+                # Again until none is left: one of them may just have started another.
+                if signal_descendants(os.getpid(), signal.SIGKILL):
+                    self._deadlines["grace"] = now + _TREE_CHECK_S
             else:
                 self._deadlines["heartbeat"] = now + _HEARTBEAT_S
                 _touch(self._lock_fd)
         self._arm()
+
+
+def _write_failure(job_fd: int, file_mode: int) -> None:
+    import traceback
+
+    fd = os.open("supervisor.err", os.O_WRONLY | os.O_CREAT, file_mode, dir_fd=job_fd)
+    os.write(fd, traceback.format_exc().encode("utf-8", "replace"))
+
+
+def _open_fds() -> set[int]:
+    for path in ("/proc/self/fd", "/dev/fd"):
+        try:
+            found = {int(name) for name in os.listdir(path)}
+        except OSError:
+            continue
+        # Without the one that the listing itself had open.
+        return {fd for fd in found if _is_open(fd)}
+    return {fd for fd in range(256) if _is_open(fd)}
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+def _close(fds: set[int]) -> set[int]:
+    for fd in fds:
+        os.close(fd)
+    return set()
+
+
+def _raise_file_limit() -> None:
+    """A limit on the size of the job's files is not meant for its log."""
+    try:
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    except (ImportError, OSError, ValueError):
+        pass
 
 
 def _let_go_of_caller() -> None:
@@ -354,16 +551,6 @@ def _let_go_of_caller() -> None:
         os.dup2(null_fd, fd, inheritable=False)
     os.close(null_fd)
     os.chdir("/")
-
-
-def _group_exists(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _signal_name(number: int) -> str:

@@ -26,8 +26,9 @@ from tailspan.errors import (
     ServiceUnavailableError,
     TailspanError,
 )
-from tailspan.local.launch import Launched, Request, launch
+from tailspan.local.launch import CANCEL_GRACE_S, Launched, Request, check_encoding, launch
 from tailspan.local.reader import LogReader
+from tailspan.local.run_settings import otlp_variables
 from tailspan.local.signalling import signal_supervisor
 from tailspan.local.status import row_of, status_of, totals_of
 from tailspan.local.stdin import inherited_stdin
@@ -69,7 +70,8 @@ class LocalService(SubmitService, ChangeFeedService):
         group: str | None = None,
         keep_finished_s: float = KEEP_FINISHED_S,
         otlp: Mapping[str, str] | None = None,
-        cancel_grace_s: float = 10.0,
+        cancel_grace_s: float = CANCEL_GRACE_S,
+        encoding: str | None = None,
     ) -> None:
         """Name the place; nothing is touched until it is used.
 
@@ -80,6 +82,7 @@ class LocalService(SubmitService, ChangeFeedService):
             keep_finished_s: How long a job is kept after its end, in seconds.
             otlp: ``OTEL_EXPORTER_OTLP_*`` variables for jobs whose environment names no endpoint.
             cancel_grace_s: Between SIGTERM and SIGKILL, in seconds.
+            encoding: The codec of the jobs' output, which is captured as UTF-8; None: captured as it is.
 
         Raises:
             ConfigError: No such group, or this is Windows.
@@ -94,6 +97,7 @@ class LocalService(SubmitService, ChangeFeedService):
         self._keep_finished_s = keep_finished_s
         self._otlp = dict(otlp or {})
         self._cancel_grace_s = cancel_grace_s
+        self._encoding = encoding
         self._identities: dict[str, str] = {}
         self._final_rows: dict[str, ListedJob] = {}
         self._running_rows: dict[str, tuple[tuple[int, ...], ListedJob]] = {}
@@ -111,18 +115,18 @@ class LocalService(SubmitService, ChangeFeedService):
             state_dir: UserPath | None = None
             group: str | None = None
             keep_finished: Duration = KEEP_FINISHED_S
+            encoding: str | None = None
 
         given = validate_options(LocalOptions, f"services.{name}", options)
-        otlp = {}
-        if settings.otlp.endpoint:
-            otlp["OTEL_EXPORTER_OTLP_ENDPOINT"] = settings.otlp.endpoint
-            otlp["OTEL_EXPORTER_OTLP_PROTOCOL"] = settings.otlp.protocol or "http/protobuf"
+        if given.encoding is not None:
+            check_encoding(given.encoding)
         return cls(
             name,
             state_dir=given.state_dir or platform_state_dir(),
             group=given.group,
             keep_finished_s=given.keep_finished,
-            otlp=otlp,
+            otlp=otlp_variables(settings.otlp.model_dump(exclude_none=True), name),
+            encoding=given.encoding,
         )
 
     @functools.cached_property
@@ -231,6 +235,7 @@ class LocalService(SubmitService, ChangeFeedService):
             cwd=cwd,
             env=env,
             stdin_fd=inherited_stdin(),
+            encoding=self._encoding,
         )
         launched = await anyio.to_thread.run_sync(self.start, request)
         launched.close()
@@ -246,8 +251,8 @@ class LocalService(SubmitService, ChangeFeedService):
             ServiceUnavailableError: The supervisor could not be started.
         """
         with self._translated():
-            launched = launch(self._store, request, otlp=self._otlp, grace_s=self._cancel_grace_s)
-        self._prune_sometimes()
+            launched = launch(self._store.place, request, otlp=self._otlp, grace_s=self._cancel_grace_s)
+        self.prune_sometimes()
         return launched
 
     async def cancel(self, job_id: str) -> JobStatus:
@@ -294,10 +299,10 @@ class LocalService(SubmitService, ChangeFeedService):
     def _runs(self, job_id: str) -> bool:
         return not self._store.load(job_id).state.is_terminal
 
-    def _prune_sometimes(self) -> None:
-        """Delete what need not be kept; a job must not fail because that fails."""
+    def prune_sometimes(self) -> None:
+        """Delete what need not be kept, at most once an hour; a job does not fail because that fails."""
         with contextlib.suppress(OSError, TailspanError):
-            mark = self.state_dir / "pruned"
+            mark = Path(self._store.place.prune_mark)
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - mark.stat().st_mtime < _PRUNE_EVERY_S:
                     return

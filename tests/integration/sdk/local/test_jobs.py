@@ -129,15 +129,22 @@ def test_exit_codes_and_signals(local):
 def test_commands_that_cannot_be_executed_are_failed_jobs(local, tmp_path):
     """Whoever watches the pipeline sees that it failed, and why."""
     job = anyio.run(lambda: local.service.submit(["no-such-command-here"]))
+    job = local.complete(job.job_id)
     assert (job.state, job.exit_code, job.logs_complete) == (JobState.FAILED, 127, True)
+    assert local.lines(job.job_id) == [b"tailspan: no-such-command-here: command not found"]
     assert job.error.startswith("no-such-command-here: command not found")
     job = local.run(str(tmp_path))
     assert (job.exit_code, job.error) == (126, f"{tmp_path}: cannot be executed: Permission denied")
+    assert local.lines(job.job_id) == [f"tailspan: {tmp_path}: Is a directory".encode()]
+
+
+def test_a_script_without_first_line_runs_as_by_a_shell(local, tmp_path):
+    """execvp(3) and every shell give it to /bin/sh."""
     script = tmp_path / "script"
-    script.write_text("echo no first line")
+    script.write_text("echo no first line: $1")
     script.chmod(0o755)
-    job = local.run(str(script))
-    assert (job.exit_code, "#!/bin/sh" in job.error) == (126, True)
+    job = local.run(str(script), "x")
+    assert (job.exit_code, local.lines(job.job_id)) == (0, [b"no first line: x"])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import os
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tailspan.local import index
+from tailspan.local import capture, index
 from tailspan.local.capture import LineBuffer, LogWriter, Piece, pieces_of
 from tailspan.local.index import NO_NEWLINE, Entry, entry_time, pack_entry, text_flags, unpack_entry
 
@@ -139,27 +139,26 @@ def test_flags_tell_what_is_to_be_cleaned():
     ]
 
 
-def test_writing_goes_on_where_it_failed(tmp_path):
-    """A full disk is waited for: nothing is lost, and nothing is written twice."""
+def test_a_failed_write_leaves_a_gap_with_its_size(tmp_path, monkeypatch):
+    """A full disk holds nothing up: what it had no room for is a gap, and what comes later stands behind it."""
     log_fd = os.open(tmp_path / "log", os.O_RDWR | os.O_CREAT)
-    failures: list[OSError] = []
-
-    def retry(error: OSError) -> None:
-        failures.append(error)
-        os.dup2(log_fd, broken_fd)
-
-    # Stands for a disk without room: every write fails until the retry puts the file in its place.
-    broken_fd = os.open(os.devnull, os.O_RDONLY)
+    # Stands for a disk without room: every write fails until the file is in its place.
+    broken_fd = os.open("/dev/full", os.O_WRONLY)
     index_fd = os.open(tmp_path / "idx", os.O_RDWR | os.O_CREAT)
-    writer = LogWriter(broken_fd, index_fd, retry)
+    writer = LogWriter(broken_fd, index_fd)
     writer.append(Piece(b"a\nb\n", 2), 1, now_unix_nano=5_000_000)
-    writer.append(Piece(b"c", 1, NO_NEWLINE), 2, now_unix_nano=5_000_000)
-    assert len(failures) == 1
-    assert (tmp_path / "log").read_bytes() == b"a\nb\nc"
+    writer.append(Piece(b"c\n", 1), 1, now_unix_nano=5_000_000)
+    assert (writer.lost_bytes, writer.lost_lines, writer.problem) == (6, 3, "No space left on device")
+    os.dup2(log_fd, broken_fd)
+    monkeypatch.setattr(capture, "_RETRY_S", 0.0)
+    writer._retry_at_s = 0.0
+    writer.append(Piece(b"d", 1, NO_NEWLINE), 2, now_unix_nano=5_000_000)
+    assert writer.finish()
+    assert (tmp_path / "log").read_bytes() == b"\0" * 6 + b"d"
     raw = (tmp_path / "idx").read_bytes()[32:]
     assert [unpack_entry(raw[:32]), unpack_entry(raw[32:])] == [
-        Entry(4, 5_000_000, 2, 1, 0),
-        Entry(5, 5_000_002, 3, 2, NO_NEWLINE),
+        Entry(6, 5_000_000, 3, 1, 0),
+        Entry(7, 5_000_003, 4, 2, NO_NEWLINE),
     ]
     for fd in (log_fd, broken_fd, index_fd):
         os.close(fd)

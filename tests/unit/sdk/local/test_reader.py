@@ -37,7 +37,7 @@ def write(path: Path, reads: list[tuple[int, bytes, int]]) -> None:
     log_fd = os.open(path / "log", os.O_WRONLY | os.O_CREAT, 0o600)
     index_fd = os.open(path / "log.idx", os.O_RDWR | os.O_CREAT, 0o600)
     os.write(index_fd, HEADER)
-    writer = LogWriter(log_fd, index_fd, lambda error: (_ for _ in ()).throw(error))
+    writer = LogWriter(log_fd, index_fd)
     buffers = {1: LineBuffer(), 2: LineBuffer()}
     for stream, data, at_ms in reads:
         for piece in buffers[stream].feed(data):
@@ -182,7 +182,7 @@ def test_lines_after_a_truncation_are_read(tmp_path):
     log, index = tmp_path / "log", tmp_path / "log.idx"
     index.write_bytes(HEADER)
     log.touch()
-    writer = LogWriter(os.open(log, os.O_WRONLY), os.open(index, os.O_WRONLY), lambda error: None)
+    writer = LogWriter(os.open(log, os.O_WRONLY), os.open(index, os.O_WRONLY))
     buffer = LineBuffer()
     for data in (b"one\n", b"two\n"):
         writer.append(buffer.feed(data)[0], 1)
@@ -217,7 +217,7 @@ def test_an_index_that_was_emptied_loses_no_line(tmp_path):
     log, index = tmp_path / "log", tmp_path / "log.idx"
     index.write_bytes(HEADER)
     log.touch()
-    writer = LogWriter(os.open(log, os.O_WRONLY), os.open(index, os.O_WRONLY), lambda error: None)
+    writer = LogWriter(os.open(log, os.O_WRONLY), os.open(index, os.O_WRONLY))
     buffer = LineBuffer()
     for data in (b"one\n", b"two\n"):
         writer.append(buffer.feed(data)[0], 1)

@@ -240,9 +240,11 @@ def test_a_group_may_read(tmp_path):
         with LocalJobs(tmp_path / "state", group=name) as local:
             local.run("echo", "hi")
             for path in (local.state_dir, *local.state_dir.rglob("*")):
-                if path.name != "pruned":
+                if not path.name.startswith("pruned"):
                     mode, group = stat.S_IMODE(path.stat().st_mode), path.stat().st_gid
-                    assert (mode, group) == (0o2750 if path.is_dir() else 0o640, os.getgid()), path
+                    shared = path in (local.state_dir, local.state_dir / "jobs")
+                    of_directory = 0o3770 if shared else 0o2750
+                    assert (mode, group) == (of_directory if path.is_dir() else 0o640, os.getgid()), path
     finally:
         os.umask(before)
 

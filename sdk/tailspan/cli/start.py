@@ -1,0 +1,103 @@
+"""The program ``tailspan``: runs ``tailspan run`` at once, and all else through the command group.
+
+``tailspan run`` stands before every cron line, so it is parsed here without click, whose import costs as much as all
+the rest of it. Whatever this parser does not know, `tailspan.cli.run` parses, explains and rejects.
+"""
+
+from __future__ import annotations
+
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tailspan.cli.run_job import RunOptions
+
+__all__ = ["main", "parse_run"]
+
+_VALUES = ("--name", "--attr", "--timeout", "--service", "--config", "--encoding")
+_FLAGS = ("--detach", "--strict", "--no-tty")
+
+
+def main() -> None:
+    """Run the command line of this process, and exit."""
+    options = parse_run(sys.argv[1:])
+    if options is None:
+        from tailspan.cli.group import main as group
+
+        group(prog_name="tailspan")
+        return
+    from tailspan.cli.run_job import run_command
+
+    try:
+        code = run_command(options, own_process=True)
+    except Exception as error:
+        from tailspan.cli.run import report_failure
+
+        code = report_failure(error)
+    sys.exit(code)
+
+
+def parse_run(arguments: Sequence[str]) -> RunOptions | None:
+    """Return the options of ``tailspan run``; None for anything else, and for what needs an explanation.
+
+    Args:
+        arguments: The command line without the program.
+    """
+    if not arguments or arguments[0] != "run":
+        return None
+    given: dict[str, str] = {}
+    attributes: dict[str, str] = {}
+    flags: set[str] = set()
+    rest = list(arguments[1:])
+    while rest and rest[0].startswith("-") and rest[0] != "--":
+        option, equals, value = rest.pop(0).partition("=")
+        if option in _FLAGS and not equals:
+            flags.add(option)
+            continue
+        if option not in _VALUES or (not equals and not rest):
+            return None
+        if not equals:
+            value = rest.pop(0)
+        if option == "--attr":
+            key, _, text = value.partition("=")
+            if not key or "=" not in value:
+                return None
+            attributes[key] = text
+        else:
+            given[option] = value
+    command = rest[1:] if rest[:1] == ["--"] else rest
+    timeout = _seconds(given.get("--timeout"))
+    if not command or timeout == 0 or "" in given.values():
+        return None
+    from tailspan.cli.run_job import RunOptions
+
+    return (
+        RunOptions(
+            command=command,
+            name=given.get("--name"),
+            attributes=attributes,
+            timeout_s=timeout,
+            detach="--detach" in flags,
+            service=given.get("--service"),
+            config=given.get("--config"),
+            strict="--strict" in flags,
+            terminal="--no-tty" not in flags,
+            encoding=given.get("--encoding"),
+        )
+        if _is_local(given, flags)
+        else None
+    )
+
+
+def _seconds(text: str | None) -> float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return 0
+
+
+def _is_local(given: dict[str, str], flags: set[str]) -> bool:
+    # A job for a remote service is submitted through its client.
+    return "--detach" not in flags or given.get("--service", "local") == "local"

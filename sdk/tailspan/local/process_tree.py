@@ -1,0 +1,145 @@
+"""All processes of a job: found and signalled wherever they went, and adopted when their parents end.
+
+On Linux the supervisor is a child subreaper: a process of the job stays its descendant, also in a process group or
+session of its own. Elsewhere descendants are found through ``ps``, which misses those whose parents have ended.
+
+The supervisor imports this: standard library only.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["adopt_orphans", "die_with_parent", "live_descendants", "signal_descendants"]
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+DETACHED = "detached"
+"""Marks, on its command line, the supervisor of a job that outlives the job which started it."""
+
+
+def adopt_orphans() -> None:
+    """Become the parent of all descendants whose own parents end (Linux)."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process when its parent is killed (Linux)."""
+    if not _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL):
+        return
+    if os.getppid() != parent_pid:
+        # It ended before the kernel was asked.
+        os._exit(128 + signal.SIGKILL)
+
+
+def _prctl(option: int, value: int) -> bool:
+    if sys.platform != "linux":
+        return False
+    try:
+        import ctypes
+
+        return bool(ctypes.CDLL(None).prctl(option, value, 0, 0, 0) == 0)
+    except (ImportError, OSError, AttributeError):
+        return False
+
+
+def live_descendants(root_pid: int) -> list[int]:
+    """Return the process ids of all descendants that have not ended, parents first.
+
+    A job that a job of ours started with ``--detach`` is not one of them: it outlives the job that started it.
+
+    Args:
+        root_pid: The process whose descendants are meant.
+    """
+    children = _children_of_all() if sys.platform != "linux" else None
+    found: list[int] = []
+    todo = [root_pid]
+    while todo:
+        pid = todo.pop(0)
+        for child in _children(pid) if children is None else children.get(pid, []):
+            if children is None and (not _is_alive(child) or _is_detached_supervisor(child)):
+                continue
+            found.append(child)
+            todo.append(child)
+    return found
+
+
+def signal_descendants(root_pid: int, number: int) -> bool:
+    """Send a signal to all live descendants; return whether there was one."""
+    pids = live_descendants(root_pid)
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except (ProcessLookupError, PermissionError):
+            # It has just ended, or it has become another user's by sudo.
+            pass
+    return bool(pids)
+
+
+def _children(pid: int) -> Iterator[int]:
+    try:
+        tasks = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return
+    for task in tasks:
+        text = _read(f"/proc/{pid}/task/{task}/children")
+        if text is None:
+            # A kernel without CONFIG_PROC_CHILDREN, or a thread that has just ended.
+            if os.path.exists("/proc/self/task") and not os.path.exists(f"/proc/self/task/{os.getpid()}/children"):
+                yield from _children_by_scan(pid)
+                return
+            continue
+        yield from map(int, text.split())
+
+
+def _children_by_scan(pid: int) -> Iterator[int]:
+    for name in os.listdir("/proc"):
+        if name.isdigit() and (fields := _stat_fields(int(name))) and int(fields[1]) == pid:
+            yield int(name)
+
+
+def _children_of_all() -> dict[int, list[int]]:
+    """Return the children of each process, as ``ps`` lists them."""
+    import subprocess
+
+    children: dict[int, list[int]] = {}
+    listed = subprocess.run(["ps", "-axo", "pid=,ppid=,stat="], capture_output=True, check=False).stdout
+    for line in listed.splitlines():
+        pid, parent, state = line.split(None, 2)
+        if not state.startswith(b"Z"):
+            children.setdefault(int(parent), []).append(int(pid))
+    return children
+
+
+def _is_alive(pid: int) -> bool:
+    fields = _stat_fields(pid)
+    return bool(fields) and fields[0] not in (b"Z", b"X")
+
+
+def _stat_fields(pid: int) -> list[bytes]:
+    """Return what follows the name in ``/proc/PID/stat``: state, parent and more; nothing for a process that ended."""
+    return (_read(f"/proc/{pid}/stat") or b"").rpartition(b")")[2].split()
+
+
+def _is_detached_supervisor(pid: int) -> bool:
+    arguments = (_read(f"/proc/{pid}/cmdline") or b"").split(b"\0")
+    return DETACHED.encode() in arguments and any(b"tailspan.local.supervisor" in one for one in arguments[:6])
+
+
+def _read(path: str) -> bytes | None:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return os.read(fd, 1 << 16)
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
