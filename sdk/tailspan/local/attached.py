@@ -153,8 +153,8 @@ def _wait(launched: Launched, signals: set[int]) -> Ended | None:
     while read_events(launched.status_fd, buffer, ended) and not ended:
         got = signal.sigtimedwait(signals, _CHECK_S)
         if got is not None:
-            # A terminal's signals come from the kernel, and the job has had them itself; except for a hangup, which only
-            # the leader of the session gets.
+            # Signals of a terminal come from the kernel, and the job has had them itself. Only a hangup goes to the
+            # leader of the session alone.
             leads = got.si_signo == signal.SIGHUP and os.getsid(0) == os.getpid()
             _pass_on(launched, got.si_signo, from_terminal=got.si_code > 0 and not leads)
     return ended[0] if ended else None

@@ -199,13 +199,13 @@ _WRAPPERS = {
     "uv": _Wrapper(
         words="run tool",
         values="-p --python --with --with-editable --with-requirements --extra --group --only-group --no-group "
-        "--env-file --project --directory --package --index --index-url --extra-index-url --default-index -i "
-        "--find-links --cache-dir --config-file --from -w",
+        "--env-file --project --directory --package --index --default-index -i "
+        "--cache-dir --config-file --from -w",
         modules="-m --module -s --script",
         letters=False,
     ),
-    "uvx": _Wrapper(values="-p --python --with --from --index --index-url", letters=False),
-    "pipx": _Wrapper(words="run", values="--spec --python --index-url --pip-args", letters=False),
+    "uvx": _Wrapper(values="-p --python --with --from --index", letters=False),
+    "pipx": _Wrapper(words="run", values="--spec --python --pip-args", letters=False),
     "npx": _Wrapper(values="-p --package", inline="-c --call", letters=False),
     "bunx": _PLAIN,
     "npm": _Wrapper(words="exec run run-script x", values="-w --workspace --prefix -C", letters=False),
