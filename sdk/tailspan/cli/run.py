@@ -105,7 +105,7 @@ def report_failure(error: Exception) -> int:
         error: A `TailspanError`, or an `OSError`; others are raised again.
     """
     if isinstance(error, TailspanError):
-        # A script must tell our failure from the command's own exit code; wrong usage stays 2.
+        # A script must distinguish our failure from the command's own exit code; wrong usage stays 2.
         report(error)
         return exit_code_of(error) if isinstance(error, ConfigError) else EXIT_OUR_ERROR
     if isinstance(error, OSError):
