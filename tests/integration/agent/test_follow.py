@@ -24,7 +24,7 @@ from tests.fakes.otlp_rows import log_rows
 
 @looped
 async def test_a_job_is_followed_from_its_start_to_its_end(bench: Bench) -> None:
-    """Found by discovery while the agent runs; its lines come as they are written, its spans as they end."""
+    """Discovery finds the job while the agent runs; lines are relayed as they are written, spans as they end."""
     async with bench.running():
         bench.fake.add_job("j1", job_name="etl")
         bench.fake.add_lines("j1", "a")
@@ -43,7 +43,7 @@ async def test_a_job_is_followed_from_its_start_to_its_end(bench: Bench) -> None
 
 @looped
 async def test_a_running_job_is_visible_at_once(bench: Bench) -> None:
-    """The trace of a job without a line and without an end is there while it runs."""
+    """A running job without lines has a trace."""
     bench.fake.add_job("j1")
     async with bench.running() as agent:
         await bench.received(lambda: {"submitted", "queued"} <= set(bench.spans()))
@@ -55,7 +55,7 @@ async def test_a_running_job_is_visible_at_once(bench: Bench) -> None:
 
 @looped
 async def test_a_running_job_is_in_its_trace_within_three_seconds(bench: Bench) -> None:
-    """From the moment at which the agent sees the job: a span with the job's own ids; in the end none is an orphan."""
+    """The first span, with the job's own ids, is sent when the agent sees the job; at the end no span is an orphan."""
     seen_s: list[float] = []
     async with bench.running():
         bench.fake.before_next("get_job", lambda: seen_s.append(time.monotonic()))
@@ -72,7 +72,7 @@ async def test_a_running_job_is_in_its_trace_within_three_seconds(bench: Bench) 
 
 @looped
 async def test_a_job_starts_when_its_service_says_although_its_lines_come_first(bench: Bench) -> None:
-    """It began between the status and the read: the spans follow each other all the same."""
+    """The job starts between the status and the read: its spans do not overlap."""
     started = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 
     bench.fake.add_job("j1", state="PENDING", submitted_at=started - timedelta(seconds=1), started_at=None)
@@ -88,7 +88,7 @@ async def test_a_job_starts_when_its_service_says_although_its_lines_come_first(
 
 @looped
 async def test_the_list_saves_status_requests(bench: Bench) -> None:
-    """A silent job whose lines the list counts is asked for its status once and not read; its end is seen at once."""
+    """A silent job with a line count in the list costs one status and no read; its end is found at once."""
     bench.fake.add_job("j1")
     async with bench.running():
         await until(lambda: bench.fake.calls.count(("list_jobs", "")) > 2)
@@ -102,7 +102,7 @@ async def test_the_list_saves_status_requests(bench: Bench) -> None:
 
 @looped
 async def test_stopped_and_started_in_the_middle(bench: Bench) -> None:
-    """The next agent goes on behind the last acked line: nothing twice, nothing lost, one trace."""
+    """The next agent continues after the last acknowledged line: no duplicate, no loss, one trace."""
     bench.fake.add_job("j1")
     bench.fake.add_lines("j1", "a", "b")
     async with bench.running():
@@ -120,7 +120,7 @@ async def test_stopped_and_started_in_the_middle(bench: Bench) -> None:
 
 @looped
 async def test_the_drain_acks_what_was_read(bench: Bench) -> None:
-    """What is in flight when the agent is told to stop is waited for, and is not sent again."""
+    """A stopping agent waits for what is in flight and does not send it again."""
     bench.fake.add_job("j1")
     bench.fake.add_lines("j1", "a", "b")
     bench.collector.script("logs", Reply(503, retry_after_s=0.3))
@@ -132,7 +132,7 @@ async def test_the_drain_acks_what_was_read(bench: Bench) -> None:
 
 @looped
 async def test_the_drain_has_an_end(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
-    """An endpoint that takes nothing does not keep the agent beyond its drain timeout; the lines come later."""
+    """A hanging endpoint does not hold the agent beyond its drain timeout; the lines are sent later."""
     bench.fake.add_job("j1")
     bench.fake.add_lines("j1", "a")
     bench.collector.always("logs", Reply(503))
@@ -146,7 +146,7 @@ async def test_the_drain_has_an_end(bench: Bench, caplog: pytest.LogCaptureFixtu
 
 @looped
 async def test_a_second_stop_skips_the_drain(bench: Bench) -> None:
-    """Whoever asks twice is in a hurry."""
+    """A second stop skips the drain."""
     bench.fake.add_job("j1")
     bench.fake.add_lines("j1", "a")
     bench.collector.always("logs", Reply(hang=True))
@@ -163,7 +163,7 @@ async def test_a_second_stop_skips_the_drain(bench: Bench) -> None:
 
 @looped
 async def test_an_end_that_is_taken_back_is_none(bench: Bench) -> None:
-    """A status that flaps to a terminal state and back ends nothing: the end is the one that stays."""
+    """A status that becomes terminal and running again ends nothing: only the last end counts."""
     bench.fake.add_job("j1")
     bench.fake.add_lines("j1", "a")
     async with bench.running():
@@ -185,7 +185,7 @@ async def test_an_end_that_is_taken_back_is_none(bench: Bench) -> None:
 
 @looped
 async def test_a_status_that_is_ahead_of_the_lines(bench: Bench) -> None:
-    """The end is seen before the last lines are: they are relayed, and lie within the run span."""
+    """The end is seen before the last lines: they are relayed, and lie within the run span."""
     bench.fake.add_job("j1")
     bench.fake.add_lines("j1", "a")
     async with bench.running({"discover": True, "settle": 0.3}):
@@ -201,7 +201,7 @@ async def test_a_status_that_is_ahead_of_the_lines(bench: Bench) -> None:
 
 @looped
 async def test_a_log_that_stays_open_is_followed_on(bench: Bench) -> None:
-    """An hour after the job's end its trace is whole, and what a background process prints is still relayed."""
+    """An hour after the job's end its trace is complete; lines of a background process are still relayed."""
     bench.fake.add_job("j1")
     bench.fake.add_lines("j1", "a")
     bench.fake.set_state("j1", "SUCCEEDED", finished_at=datetime.now(UTC) - timedelta(hours=2), logs_complete=False)
@@ -220,7 +220,7 @@ async def test_a_log_that_stays_open_is_followed_on(bench: Bench) -> None:
 
 @looped
 async def test_a_job_deleted_while_it_is_followed(bench: Bench) -> None:
-    """Its trace gets its root, its lines stay what they are, and one hiccup is no deletion."""
+    """The trace gets its root, the relayed lines stay valid; a single failed request is no deletion."""
     bench.fake.add_job("j1")
     bench.fake.add_lines("j1", "a")
     async with bench.running() as agent:
@@ -241,7 +241,7 @@ async def test_a_job_deleted_while_it_is_followed(bench: Bench) -> None:
 
 @looped
 async def test_a_service_that_is_away_for_a_while(bench: Bench) -> None:
-    """The job keeps its state, nobody calls it lost, readiness says what is wrong, and its lines come afterwards."""
+    """The job keeps its state and is not LOST, readiness names the cause, and its lines are relayed later."""
     bench.fake.add_job("j1")
     bench.fake.add_lines("j1", "a")
     async with bench.running() as agent:
@@ -261,7 +261,7 @@ async def test_a_service_that_is_away_for_a_while(bench: Bench) -> None:
 
 @looped
 async def test_an_endpoint_that_heals(bench: Bench) -> None:
-    """While it takes nothing the job is read on; when it answers again each line arrives once, in order."""
+    """Reading continues while the endpoint is down; when it answers again, each line arrives once, in order."""
     bench.fake.add_job("j1")
     bench.fake.add_lines("j1", *[f"line {number}" for number in range(20)])
     bench.collector.script("logs", Reply(503), Reply(cut="request"), Reply(429, retry_after_s=0.1))
@@ -272,8 +272,8 @@ async def test_an_endpoint_that_heals(bench: Bench) -> None:
 
 
 @looped
-async def test_a_hanging_endpoint_pauses_the_reader_of_its_lane(bench: Bench) -> None:
-    """The log is not read further than the bounded queue, and goes on from there when the endpoint answers."""
+async def test_a_hanging_endpoint_pauses_the_reads_of_its_queue(bench: Bench) -> None:
+    """Reading stops when the bounded queue is full, and continues when the endpoint answers."""
     bench.services["fake"] = service = OddService("fake", page_lines=500)
     service.add_job("j1")
     service.add_lines("j1", *["x" * 1000] * 10_000)
@@ -291,7 +291,7 @@ async def test_a_hanging_endpoint_pauses_the_reader_of_its_lane(bench: Bench) ->
 
 @looped
 async def test_expired_lines_are_counted_and_the_job_goes_on(bench: Bench) -> None:
-    """A gap is a fact, not an end."""
+    """A gap is counted and does not end the job."""
     bench.fake.add_job("j1")
     bench.fake.add_lines("j1", "a")
     async with bench.running():
@@ -305,7 +305,7 @@ async def test_expired_lines_are_counted_and_the_job_goes_on(bench: Bench) -> No
 
 @looped
 async def test_the_oldest_job_of_a_pipeline_goes_first(bench: Bench) -> None:
-    """A fresh sibling does not push the window of their common stream past an old backlog; strangers do not wait."""
+    """A new job of the same pipeline waits for one with an old backlog; jobs of other pipelines do not wait."""
     for hours, name in ((3, "etl"), (1, "etl"), (0, "etl"), (0, "other")):
         began = datetime.now(UTC) - timedelta(hours=hours)
         job_id = f"{name} {hours}"
@@ -320,7 +320,7 @@ async def test_the_oldest_job_of_a_pipeline_goes_first(bench: Bench) -> None:
 
 @looped
 async def test_a_job_that_cannot_be_read_keeps_no_sibling_waiting(bench: Bench) -> None:
-    """Its pipeline's other jobs are relayed all the same."""
+    """The other jobs of its pipeline are relayed."""
     bench.services["fake"] = service = OddService("fake")
     hours_ago = datetime.now(UTC) - timedelta(hours=3)
     for job_id, ended in (("broken", hours_ago - timedelta(hours=2)), ("fine", hours_ago)):
@@ -334,7 +334,7 @@ async def test_a_job_that_cannot_be_read_keeps_no_sibling_waiting(bench: Bench) 
 
 @looped
 async def test_health_and_metrics_are_served_while_it_runs(bench: Bench) -> None:
-    """Probes and Prometheus find the agent, and a run is in its text."""
+    """Probes and Prometheus reach the agent, and the text has the run."""
     bench.fake.add_job("j1", job_name="etl")
     bench.fake.set_state("j1", "SUCCEEDED")
     async with bench.running(listen="127.0.0.1:0") as agent:
@@ -350,7 +350,7 @@ async def test_health_and_metrics_are_served_while_it_runs(bench: Bench) -> None
 async def test_an_endpoint_that_is_wrong_for_metrics_is_a_problem(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nothing of it is lost by waiting, but nobody would ever see a metric: readiness and the log say so."""
+    """No line is lost, but no metric arrives either: readiness and the log report it."""
     bench.collector.always("metrics", Reply(404))
     async with bench.running() as agent:
         await until(lambda: agent.problems() == ["endpoint_metrics_paused"])
@@ -358,8 +358,8 @@ async def test_an_endpoint_that_is_wrong_for_metrics_is_a_problem(
 
 
 @looped
-async def test_a_lane_that_fails_ends_the_agent(bench: Bench) -> None:
-    """Going on behind a batch that is in nobody's hands would skip its lines: the next process sends them."""
+async def test_a_queue_that_fails_ends_the_agent(bench: Bench) -> None:
+    """A batch that was not delivered is not skipped: the agent ends, and the next process sends the lines."""
     bench.fake.add_job("j1")
     bench.fake.add_lines("j1", "a")
     agent = bench.agent()
@@ -371,7 +371,7 @@ async def test_a_lane_that_fails_ends_the_agent(bench: Bench) -> None:
             raise ZeroDivisionError("bug")
 
         async def aclose(self) -> None:
-            """Nothing to close."""
+            """There is nothing to close."""
 
     logs = agent.endpoints.get("logs")
     assert logs is not None
@@ -382,8 +382,8 @@ async def test_a_lane_that_fails_ends_the_agent(bench: Bench) -> None:
 
 
 @looped
-async def test_a_job_that_is_named_before_it_exists_is_not_asked_for_all_the_time(bench: Bench) -> None:
-    """A missing job costs two requests, not one a turn."""
+async def test_a_job_that_is_named_before_it_exists_is_polled_rarely(bench: Bench) -> None:
+    """A missing job costs two requests, not one per turn."""
     async with bench.running({"jobs": ["soon"]}) as agent:
         await until(lambda: bench.fake.calls.count(("get_job", "soon")) == 2)
         await until(lambda: not agent.tailers)
@@ -393,7 +393,7 @@ async def test_a_job_that_is_named_before_it_exists_is_not_asked_for_all_the_tim
 
 @looped
 async def test_one_dead_endpoint_does_not_keep_the_other_signal(bench: Bench) -> None:
-    """Traces go on with their own endpoint while logs have none that answers, and the other way round."""
+    """Traces are sent while the logs endpoint is down, and the other way round."""
     bench.fake.add_job("j1")
     bench.fake.add_lines("j1", "a")
     with Collector() as second:
@@ -412,7 +412,7 @@ async def test_one_dead_endpoint_does_not_keep_the_other_signal(bench: Bench) ->
 
 @looped
 async def test_lines_come_in_the_order_of_the_service(bench: Bench) -> None:
-    """Many jobs at once, an endpoint that is slow and refuses now and then: order holds within each job."""
+    """Many jobs and a slow endpoint that rejects now and then: order holds within each job."""
     answered = iter(range(10**6))
 
     def unsteady(request: Request) -> Reply:
@@ -436,7 +436,7 @@ async def test_lines_come_in_the_order_of_the_service(bench: Bench) -> None:
 
 @looped
 async def test_a_job_that_runs_again_is_followed_again(bench: Bench) -> None:
-    """Done was not the end: the lines that it writes then are relayed, its receipt is amended, its run counts once."""
+    """A job that runs again after its end: its lines are relayed, its receipt is amended, its run counts once."""
     bench.fake.add_job("j1")
     bench.fake.add_lines("j1", "a")
     bench.fake.set_state("j1", "SUCCEEDED", finished_at=datetime.now(UTC), logs_complete=None)
@@ -454,14 +454,14 @@ async def test_a_job_that_runs_again_is_followed_again(bench: Bench) -> None:
 
 @looped
 async def test_a_job_that_is_deleted_after_its_receipt_is_done(bench: Bench) -> None:
-    """All of it was relayed: nothing is amended, and no gap is told."""
+    """All of it was relayed: no amended receipt, no gap."""
     bench.fake.add_job("j1")
     bench.fake.add_lines("j1", "a")
     bench.fake.set_state("j1", "SUCCEEDED", finished_at=datetime.now(UTC), logs_complete=None)
     async with bench.running() as agent:
         await bench.received(lambda: bool(bench.receipts()))
         (tailer,) = agent.tailers
-        bench.fake.add_lines("j1", "b")  # has it looked at soon
+        bench.fake.add_lines("j1", "b")  # has it polled soon
         del bench.fake._jobs["j1"]
         await until(lambda: tailer.finished)
     assert bench.bodies() == ["a"]
@@ -470,7 +470,7 @@ async def test_a_job_that_is_deleted_after_its_receipt_is_done(bench: Bench) -> 
 
 @looped
 async def test_a_retry_is_a_new_trace_linked_to_the_one_before(bench: Bench) -> None:
-    """A service that reports attempts: each has a whole trace and its own lines; the second leads back to the first."""
+    """Each attempt has a complete trace and its own lines; the second links to the first."""
     first, second = (trace_id("fake", "j1", attempt) for attempt in (1, 2))
     bench.fake.add_job("j1", job_name="etl", trace_id=first)
     async with bench.running():
@@ -493,10 +493,10 @@ async def test_a_retry_is_a_new_trace_linked_to_the_one_before(bench: Bench) -> 
 
 
 class _EndlessList(OddService):
-    """A service whose list goes on after its first page without ever getting there."""
+    """A service whose list never yields a second page."""
 
     async def list_jobs(self) -> AsyncGenerator[list[ListedJob], None]:
-        """Yield the rows that there are, then nothing more."""
+        """Yield the first page, then wait for ever."""
         async for rows in super().list_jobs():
             yield rows
         await asyncio.Event().wait()
@@ -504,7 +504,7 @@ class _EndlessList(OddService):
 
 @looped
 async def test_a_stop_in_the_middle_of_a_list_begins_nothing_new(bench: Bench) -> None:
-    """What a watcher had found is not read by tailers that nobody would drain: their lines would come again."""
+    """A stopping agent starts no tailers for jobs just found: their lines would be relayed twice."""
     bench.services["fake"] = service = _EndlessList("fake")
     service.add_job("j1")
     service.add_lines("j1", "a", "b")
@@ -517,7 +517,7 @@ async def test_a_stop_in_the_middle_of_a_list_begins_nothing_new(bench: Bench) -
 
 @looped
 async def test_long_logs_do_not_keep_others_waiting(bench: Bench) -> None:
-    """A backlog of some hours is read in turns with what is written now, also in the same lane."""
+    """A long backlog is read in turns with new lines, also within one queue."""
     bench.services["fake"] = service = OddService("fake", page_lines=20)
     in_one_lane = (job_id for job_id in map(str, count()) if crc32(f"fake\0{job_id}".encode()) % 4 == 0)
     *long, short = islice(in_one_lane, 7)
@@ -536,8 +536,8 @@ async def test_long_logs_do_not_keep_others_waiting(bench: Bench) -> None:
 
 
 @looped
-async def test_a_lane_that_is_stuck_does_not_keep_others_from_being_read(bench: Bench) -> None:
-    """However many jobs wait for room in it: a batch that is refused for ever costs the other lanes nothing."""
+async def test_a_queue_that_is_stuck_does_not_block_the_reads_of_others(bench: Bench) -> None:
+    """However many jobs wait for room in one queue, a batch that is rejected for ever does not block other queues."""
 
     def of_lane(number: int) -> Iterator[str]:
         return (job_id for job_id in map(str, count()) if crc32(f"fake\0{job_id}".encode()) % 4 == number)

@@ -1,4 +1,4 @@
-"""`agent run --once`: what is readable now is relayed, each line once, and what came of it is said."""
+"""`agent run --once`: what is readable now is relayed, each line once, and the result is reported."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def ended(service: FakeService, job_id: str, *lines: str, state: str = "SUCCEEDE
 
 
 def relayed_so_far(bench: Bench, *, step_ms: int) -> OddService:
-    """Return a service that knows only times, of whose running job two lines were relayed."""
+    """Return a service without offsets, with a running job of which two lines were relayed."""
     bench.services["fake"] = service = OddService("fake")
     service.final_read = True
     service.add_job("j1")
@@ -59,7 +59,7 @@ def test_an_ended_job_is_relayed_completely(bench: Bench) -> None:
 
 
 def test_a_second_pass_repeats_nothing(bench: Bench) -> None:
-    """What is acked is not sent again: neither lines nor spans, and the run stays counted once."""
+    """Acknowledged lines and spans are not sent again, and the run stays counted once."""
     ended(bench.fake, "j1", "a", "b")
     bench.once()
     lines, spans = bench.bodies(), len(bench.collector.spans())
@@ -71,7 +71,7 @@ def test_a_second_pass_repeats_nothing(bench: Bench) -> None:
 
 
 def test_before_during_and_after_a_job(bench: Bench) -> None:
-    """Passes while a job is pending, runs and has ended add up to each line once, with one run span at the end."""
+    """Passes over a pending, a running and an ended job add up to each line once, with one run span at the end."""
     bench.fake.add_job("j1", state="PENDING", started_at=None)
     bench.once()
     assert list(bench.spans()) == ["submitted"]
@@ -91,7 +91,7 @@ def test_before_during_and_after_a_job(bench: Bench) -> None:
 
 
 def test_identical_lines_are_as_many_as_they_are(bench: Bench) -> None:
-    """Equal text at equal times: repeats are lines of their own, told apart by uid and time."""
+    """Equal text at equal times: repeated lines keep their number, and differ in uid and time."""
     bench.fake.add_job("j1")
     bench.fake.add_lines("j1", *["same"] * 5, timestamp_ms=1_700_000_000_000)
     bench.fake.set_state("j1", "SUCCEEDED")
@@ -113,7 +113,7 @@ def test_lookback_bounds_how_old_an_ended_job_may_be(bench: Bench) -> None:
 
 
 def test_a_job_taken_up_once_is_finished_however_old(bench: Bench) -> None:
-    """A job that ended out of lookback, but was followed before, still gets its last lines and its root span."""
+    """A job that was followed before and ended before the lookback still gets its last lines and its root span."""
     bench.fake.add_job("j1")
     bench.fake.add_lines("j1", "a")
     bench.once({"discover": True, "lookback": "1h"})
@@ -125,7 +125,7 @@ def test_a_job_taken_up_once_is_finished_however_old(bench: Bench) -> None:
 
 
 def test_named_jobs_need_no_discovery(bench: Bench) -> None:
-    """Only what is named is relayed, however old it is, and the list is not asked."""
+    """Only the named job is relayed, however old it is, and the list is not requested."""
     ended(bench.fake, "mine", "a", finished_at=ago(days=9), job_status_date=ago(days=9))
     ended(bench.fake, "other", "b")
     bench.once({"jobs": ["mine"]})
@@ -134,7 +134,7 @@ def test_named_jobs_need_no_discovery(bench: Bench) -> None:
 
 
 def test_the_first_watch_that_matches_wins(bench: Bench) -> None:
-    """A job of several watches is relayed once, with the attributes of the first, also where a later one names it."""
+    """A job of several watches is relayed once, with the attributes of the first, even if a later one names it."""
     ended(bench.fake, "j1", "a", job_name="etl-1")
     bench.once(
         {"discover": True, "name": "etl-*", "attributes": {"team": "geo"}},
@@ -146,7 +146,7 @@ def test_the_first_watch_that_matches_wins(bench: Bench) -> None:
 
 
 def test_min_severity_drops_and_counts(bench: Bench) -> None:
-    """Lines below it are not sent, unknown ones are; the run span still knows how many were read."""
+    """Lines below it are not sent, lines without a severity are; the run span still counts all lines read."""
     ended(bench.fake, "j1", "[INFO] fine", "plain", "[ERROR] bad")
     bench.once({"discover": True, "min_severity": "WARN"})
     assert bench.bodies() == ["plain", "[ERROR] bad"]
@@ -155,7 +155,7 @@ def test_min_severity_drops_and_counts(bench: Bench) -> None:
 
 
 def test_a_job_whose_lines_are_all_dropped_is_done(bench: Bench) -> None:
-    """Nothing to send is no reason to wait, and the next pass does not read the job again."""
+    """With nothing to send, the job is done, and the next pass does not read it again."""
     ended(bench.fake, "j1", "[INFO] fine")
     assert bench.once({"discover": True, "min_severity": "ERROR"}).delivered
     bench.fake.calls.clear()
@@ -164,7 +164,7 @@ def test_a_job_whose_lines_are_all_dropped_is_done(bench: Bench) -> None:
 
 
 def test_old_jobs_are_a_stream_of_their_own_and_stay_so(bench: Bench) -> None:
-    """Whether a job is backfill is decided when it is first seen, and kept with it."""
+    """Whether a job is backfill is decided at its first status, and stored."""
     ended(bench.fake, "old", "a", finished_at=ago(hours=2), job_status_date=ago(hours=2))
     ended(bench.fake, "new", "b")
     bench.collector.always("logs", Reply(503))
@@ -177,7 +177,7 @@ def test_old_jobs_are_a_stream_of_their_own_and_stay_so(bench: Bench) -> None:
 
 
 def test_settle_waits_for_lines_that_come_after_the_end(bench: Bench) -> None:
-    """A service that does not mark the end of a log is read until quiet: lines seen after the status are not lost."""
+    """A service without end marks is read until quiet: lines visible after the status are relayed."""
     bench.fake.add_job("j1")
     bench.fake.add_lines("j1", "a")
     bench.fake.set_state("j1", "SUCCEEDED", logs_complete=None)
@@ -188,8 +188,8 @@ def test_settle_waits_for_lines_that_come_after_the_end(bench: Bench) -> None:
     assert bench.bodies() == ["a", "b", "c"]
 
 
-def test_lines_that_nobody_saw_are_found_by_the_final_read(bench: Bench) -> None:
-    """A service that knows only times is read once more in full: what was missed is relayed, and counted as late."""
+def test_missed_lines_are_found_by_the_final_read(bench: Bench) -> None:
+    """A service without offsets is read once more in full: missing lines are relayed, and counted as late."""
     service = relayed_so_far(bench, step_ms=400)
     service.add_late("j1", "between", timestamp_ms=1_700_000_000_100)
     service.add_lines("j1", "c", timestamp_ms=1_700_000_009_000)
@@ -201,7 +201,7 @@ def test_lines_that_nobody_saw_are_found_by_the_final_read(bench: Bench) -> None
 
 
 def test_lines_that_the_service_has_deleted_are_not_missed(bench: Bench) -> None:
-    """What was relayed and is gone at its source is no difference; a line that came late after it is found."""
+    """Relayed lines that are gone at the service are no difference; a late line after them is found."""
     service = relayed_so_far(bench, step_ms=5_000)
     service.add_late("j1", "between", timestamp_ms=1_700_000_005_100)
     service.add_lines("j1", "c", timestamp_ms=1_700_000_019_000)
@@ -214,7 +214,7 @@ def test_lines_that_the_service_has_deleted_are_not_missed(bench: Bench) -> None
 
 
 def test_many_missed_lines_of_one_second_are_all_found(bench: Bench) -> None:
-    """Where the sums cannot tell which lines are missing, the second is repeated: nothing lost, all counted once."""
+    """If the sums cannot identify the missing lines, the second is sent again: no loss, each line counted once."""
     service = relayed_so_far(bench, step_ms=100)
     for number in range(4):
         service.add_late("j1", f"late {number}", timestamp_ms=1_700_000_000_050 + number)
@@ -229,7 +229,7 @@ def test_many_missed_lines_of_one_second_are_all_found(bench: Bench) -> None:
 
 @pytest.mark.parametrize(("watch", "offsets"), [({"final_read": False}, False), ({}, True)])
 def test_no_final_read_where_there_is_none(bench: Bench, watch: dict[str, object], offsets: bool) -> None:
-    """Switched off, or a service that needs none: what came since the last pass is read once."""
+    """Switched off, or with a service that needs none: new lines are read once."""
     bench.services["fake"] = service = OddService("fake")
     service.final_read = not offsets
     service.add_job("j1")
@@ -242,7 +242,7 @@ def test_no_final_read_where_there_is_none(bench: Bench, watch: dict[str, object
 
 
 def test_a_log_that_was_read_whole_after_its_end_is_not_read_again(bench: Bench) -> None:
-    """The final read is for what came while the job was followed: a job that had ended before is read once."""
+    """The final read finds lines missed while the job was followed: a job that had ended before is read once."""
     bench.services["fake"] = service = OddService("fake")
     service.final_read = True
     ended(service, "j1", "a", "b")
@@ -252,7 +252,7 @@ def test_a_log_that_was_read_whole_after_its_end_is_not_read_again(bench: Bench)
 
 
 def test_a_job_without_a_log_has_a_trace(bench: Bench) -> None:
-    """A service that answers 404 for the log of a job that never wrote has not lost the job."""
+    """A 404 for the log of a job that never wrote does not mean that the job is gone."""
     bench.fake.add_job("j1", state="CANCELED", started_at=None)
     bench.fake.fail_next("read_logs", *[JobNotFoundError("no log")] * 9)
     result = bench.once()
@@ -261,10 +261,10 @@ def test_a_job_without_a_log_has_a_trace(bench: Bench) -> None:
 
 
 def test_a_job_whose_texts_are_no_utf8_is_relayed(bench: Bench) -> None:
-    """A name, an attribute, a command or an error may hold an undecodable byte or half of a surrogate pair."""
-    odd = "caf\udce9\ud800"
-    texts = {"job_name": odd, "error": odd, "attributes": {odd: odd}, "details": {"process.command_line": odd}}
-    ended(bench.fake, "j1", f"ERROR {odd}", state="FAILED", **texts)
+    """A name, an attribute, a command or an error may have an undecodable byte or a lone surrogate."""
+    text = "caf\udce9\ud800"
+    texts = {"job_name": text, "error": text, "attributes": {text: text}, "details": {"process.command_line": text}}
+    ended(bench.fake, "j1", f"ERROR {text}", state="FAILED", **texts)
     ended(bench.fake, "j2", "fine")
     assert bench.once().failures == ()
     assert bench.spans("j1")["run"].attributes["cicd.pipeline.name"] == "caf??"
@@ -272,7 +272,7 @@ def test_a_job_whose_texts_are_no_utf8_is_relayed(bench: Bench) -> None:
 
 
 def test_what_was_rejected_is_said(bench: Bench) -> None:
-    """Refused records need no more work: they are counted, in the dead letter, and not sent again."""
+    """Rejected records are counted, written to the dead letter, and not sent again."""
     ended(bench.fake, "j1", "a", "b", "c")
     bench.collector.script("logs", Reply(rejected=2, message="too old"))
     result = bench.once()
@@ -283,7 +283,7 @@ def test_what_was_rejected_is_said(bench: Bench) -> None:
 
 
 def test_an_endpoint_that_is_away_is_not_waited_for_beyond_the_timeout(bench: Bench) -> None:
-    """What is not acked is said to be undelivered, and the next pass sends it: each line once."""
+    """Unacknowledged lines are reported as undelivered, and the next pass sends them: each line once."""
     ended(bench.fake, "j1", "a", "b")
     bench.collector.always("logs", Reply(503))
     bench.collector.always("traces", Reply(503))
@@ -297,7 +297,7 @@ def test_an_endpoint_that_is_away_is_not_waited_for_beyond_the_timeout(bench: Be
 
 
 def test_spans_do_not_wait_for_the_logs_endpoint(bench: Bench) -> None:
-    """With a dead logs endpoint the whole trace of an ended job is sent all the same."""
+    """The whole trace of an ended job is sent while the logs endpoint is down."""
     ended(bench.fake, "j1", "a", state="FAILED")
     bench.collector.always("logs", Reply(503))
     assert not bench.once(timeout_s=4.0).delivered
@@ -309,7 +309,7 @@ def test_spans_do_not_wait_for_the_logs_endpoint(bench: Bench) -> None:
 
 
 def test_logs_do_not_wait_for_the_traces_endpoint(bench: Bench) -> None:
-    """With a dead traces endpoint all lines are acked; the spans are sent later, byte for byte the same."""
+    """All lines are acknowledged while the traces endpoint is down; the same bytes of spans are sent later."""
     ended(bench.fake, "j1", "a")
     bench.collector.always("traces", Reply(503))
     assert not bench.once(timeout_s=1.0).delivered
@@ -334,7 +334,7 @@ def test_logs_do_not_wait_for_the_traces_endpoint(bench: Bench) -> None:
 
 
 def test_traces_switched_on_later_get_all_that_was_kept(bench: Bench) -> None:
-    """Spans are kept in the store while traces are not sent."""
+    """The store keeps the spans while traces are not sent."""
     ended(bench.fake, "j1", "a")
     bench.once(otlp={"signals": ["logs"]})
     assert bench.collector.spans() == []
@@ -344,7 +344,7 @@ def test_traces_switched_on_later_get_all_that_was_kept(bench: Bench) -> None:
 
 
 def test_logs_switched_on_later_backfill_from_their_own_cursor(bench: Bench) -> None:
-    """Traces of a job are done; its lines are then sent from the first, and its run is not counted twice."""
+    """The traces of a job are complete; its lines are sent from the first one on, and its run is not counted twice."""
     ended(bench.fake, "j1", "a", "b")
     for _ in range(2):
         assert bench.once(otlp={"signals": ["traces", "metrics"]}).delivered
@@ -358,7 +358,7 @@ def test_logs_switched_on_later_backfill_from_their_own_cursor(bench: Bench) -> 
 
 
 def test_run_counts_survive_restarts(bench: Bench) -> None:
-    """Each ended run counts once, whichever agent saw it end."""
+    """Each ended run counts once, whichever agent reports it."""
     for number in range(3):
         ended(bench.fake, f"j{number}", "a", job_name="etl")
         bench.once()
@@ -367,7 +367,7 @@ def test_run_counts_survive_restarts(bench: Bench) -> None:
 
 
 def test_what_outlives_a_job_is_relayed_by_later_passes(bench: Bench) -> None:
-    """The trace is whole with the first pass; lines of a background process come with later ones, as the receipt."""
+    """The trace is complete with the first pass; lines of a background process, and the receipt, come later."""
     ended(bench.fake, "j1", "a", state="FAILED", exit_code=3, finished_at=ago(minutes=5), logs_complete=False)
     assert bench.once().acked == 2
     assert bench.spans()["run"].attributes["tailspan.logs.complete"] is False
@@ -386,7 +386,7 @@ def test_what_outlives_a_job_is_relayed_by_later_passes(bench: Bench) -> None:
 
 
 def test_a_run_counts_with_the_time_it_ran(bench: Bench) -> None:
-    """The run span begins at submission; its duration in metrics does not have the time in the queue."""
+    """The run span begins at submission; the duration in metrics excludes the time in the queue."""
     start = ago(minutes=5).replace(microsecond=0)
     bench.fake.add_job("j1", submitted_at=start - timedelta(minutes=10), started_at=start)
     bench.fake.set_state("j1", "SUCCEEDED", finished_at=start + timedelta(seconds=5))
@@ -396,7 +396,7 @@ def test_a_run_counts_with_the_time_it_ran(bench: Bench) -> None:
 
 
 def test_an_unreachable_service_fails_the_pass(bench: Bench) -> None:
-    """Nothing is relayed of it, it is said, and nothing becomes LOST."""
+    """Its jobs are not relayed, the failure is reported, and no job becomes LOST."""
     bench.fake.add_job("j1")
     bench.fake.fail_next("list_jobs", ServiceUnavailableError("away", service="fake"))
     result = bench.once()
@@ -415,7 +415,7 @@ def test_one_service_that_is_away_does_not_keep_another(bench: Bench) -> None:
 
 
 def test_a_tailer_that_fails_in_between_is_a_failure_of_the_pass(bench: Bench) -> None:
-    """What was read before is acked, the failure is said, and the next pass goes on from there."""
+    """What was read is acknowledged, the failure is reported, and the next pass continues from there."""
     bench.services["fake"] = service = OddService("fake", page_lines=2)
     ended(service, "j1", "a", "b", "c", "d")
     ended(service, "j2", "x")
@@ -430,7 +430,7 @@ def test_a_tailer_that_fails_in_between_is_a_failure_of_the_pass(bench: Bench) -
 
 
 def test_a_fault_of_the_agent_is_no_success(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
-    """A service that breaks its promises is not mistaken for one without lines."""
+    """A service plugin that raises an unexpected error is not mistaken for one without lines."""
     ended(bench.fake, "j1", "a")
     bench.fake.fail_next("read_logs", ZeroDivisionError("bug"))
     result = bench.once()
@@ -438,8 +438,8 @@ def test_a_fault_of_the_agent_is_no_success(bench: Bench, caplog: pytest.LogCapt
     assert "bug" in str(result.failures[0])
 
 
-def test_one_job_that_cannot_be_asked_does_not_hide_the_others(bench: Bench) -> None:
-    """A listed job whose status is no status is left out, with its reason, and the rest is relayed."""
+def test_one_job_that_cannot_be_read_does_not_hide_the_others(bench: Bench) -> None:
+    """A listed job with an invalid status is left out, with its reason, and the others are relayed."""
     bench.services["fake"] = service = OddService("fake")
     service.lists_names = False
     ended(service, "good", "a")
@@ -451,7 +451,7 @@ def test_one_job_that_cannot_be_asked_does_not_hide_the_others(bench: Bench) -> 
 
 
 def test_a_named_job_that_does_not_exist_is_a_failure(bench: Bench) -> None:
-    """Whoever misspelt an id is told; a listed job that was deleted in passing is not one."""
+    """A misspelt id is reported; a listed job that was deleted meanwhile is not."""
     ended(bench.fake, "j1", "a")
     result = bench.once({"jobs": ["j1", "typo"]})
     assert [failure.job_id for failure in result.failures] == ["typo"]
@@ -460,7 +460,7 @@ def test_a_named_job_that_does_not_exist_is_a_failure(bench: Bench) -> None:
 
 
 def test_a_job_deleted_after_it_was_taken_up_gets_its_root_span(bench: Bench) -> None:
-    """Its trace has no orphans: the next pass writes its end, says that lines may be lost, and forgets it."""
+    """Its trace has no orphans: the next pass writes its end, reports that lines may be lost, and forgets it."""
     bench.fake.add_job("j1", job_name="etl")
     bench.fake.add_lines("j1", "a")
     bench.once()
@@ -476,7 +476,7 @@ def test_a_job_deleted_after_it_was_taken_up_gets_its_root_span(bench: Bench) ->
 
 
 def test_expired_lines_are_a_gap_and_the_rest_is_read(bench: Bench) -> None:
-    """A service that dropped lines behind the cursor: the job ends with all that is left, and the gap is counted."""
+    """A service dropped lines behind the cursor: the rest of the job is relayed, and the gap is counted."""
     bench.fake.add_job("j1")
     bench.fake.add_lines("j1", "a", "b")
     bench.once()
@@ -497,13 +497,13 @@ def test_two_services_of_one_identity_are_refused(bench: Bench) -> None:
 
 
 def test_an_agent_that_cannot_be_made_leaves_the_directory_free(bench: Bench) -> None:
-    """A wrong certificate, then a right configuration in the same process."""
+    """A wrong certificate, then a correct configuration in the same process."""
     with pytest.raises(ConfigError):
         bench.agent(otlp={"ca_file": str(bench.directory / "missing.pem")})
     bench.once()
 
 
-def test_a_second_agent_is_refused_and_told_who_holds_the_directory(bench: Bench) -> None:
+def test_a_second_agent_is_refused_with_the_holder_of_the_directory(bench: Bench) -> None:
     """Two agents on one state directory would each relay everything."""
     first = bench.agent()
     with pytest.raises(CheckpointError, match=r"in use by agent pid \d+ on .*another state_dir"):
@@ -513,7 +513,7 @@ def test_a_second_agent_is_refused_and_told_who_holds_the_directory(bench: Bench
 
 
 def test_the_sdk_switched_off_means_no_relay(bench: Bench) -> None:
-    """OTEL_SDK_DISABLED is for everything that speaks OTLP: the agent refuses rather than does nothing."""
+    """OTEL_SDK_DISABLED concerns everything that sends OTLP: the agent exits with an error instead of idling."""
     settings = bench.settings()
     off = settings.model_copy(update={"otlp": settings.otlp.model_copy(update={"disabled": True})})
     with pytest.raises(ConfigError, match="OTEL_SDK_DISABLED"):
@@ -521,7 +521,7 @@ def test_the_sdk_switched_off_means_no_relay(bench: Bench) -> None:
 
 
 def test_a_store_that_takes_no_writes_is_waited_for(bench: Bench) -> None:
-    """A disk that refuses for a while costs neither lines nor repeats."""
+    """A disk that fails for a while costs neither lines nor duplicates."""
     ended(bench.fake, "j1", "a", "b")
     agent = bench.agent()
     with closing(sqlite3.connect(agent.store.path, isolation_level=None, check_same_thread=False)) as other:
@@ -549,7 +549,7 @@ def test_a_store_that_takes_no_writes_is_waited_for(bench: Bench) -> None:
 
 
 def test_a_store_that_refuses_to_take_up_a_job_is_a_failure_of_the_pass(bench: Bench) -> None:
-    """A job whose checkpoint cannot be made is not read: what cannot be remembered would be repeated."""
+    """A job whose checkpoint cannot be made is not read: its lines would be relayed twice."""
     ended(bench.fake, "j1", "a")
     agent = bench.agent()
     with closing(sqlite3.connect(agent.store.path, isolation_level=None)) as other:
@@ -561,7 +561,7 @@ def test_a_store_that_refuses_to_take_up_a_job_is_a_failure_of_the_pass(bench: B
 
 
 def test_a_damaged_store_heals(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
-    """The agent starts, says so, and relays by lookback what it cannot remember: the same lines have the same uids."""
+    """The agent starts, reports the damage, and relays again within the lookback: the same lines have the same uids."""
     ended(bench.fake, "j1", "a")
     bench.once()
     (bench.state_dir / "checkpoints.db").write_bytes(b"not a database, whatever it was")
@@ -572,7 +572,7 @@ def test_a_damaged_store_heals(bench: Bench, caplog: pytest.LogCaptureFixture) -
 
 
 def test_without_an_endpoint_everything_goes_to_files(bench: Bench) -> None:
-    """The files mode acks what is on the disk."""
+    """The files mode acknowledges what is on disk."""
     ended(bench.fake, "j1", "a")
     result = bench.once(otlp={"endpoint": None})
     assert (result.acked, result.delivered) == (2, True)
@@ -595,14 +595,14 @@ def test_a_long_backlog_is_read_no_further_than_the_queue_holds(bench: Bench) ->
 
 
 def receipt(bench: Bench, job_id: str) -> dict[str, object]:
-    """The attributes of a job's receipt without their common prefix, and without times and ids."""
+    """Return the attributes of a job's receipt without their common prefix, and without times and ids."""
     row = bench.receipts()[job_id]
     names = {name.removeprefix("tailspan."): value for name, value in row.attributes.items()}
     return {name: value for name, value in names.items() if not name.endswith(("uid", "unix_nano", "hash"))}
 
 
 def test_a_receipt_says_what_became_of_each_line(bench: Bench) -> None:
-    """Read, acked, rejected by reason, sent again; the run span says the same."""
+    """Read, acknowledged, rejected by reason, sent again; the run span has the same."""
     ended(bench.fake, "j1", "a", "b", "c")
     bench.collector.script("logs", Reply(503), Reply(503), Reply(rejected=2, message="too old"))
     bench.once()
@@ -623,31 +623,31 @@ def test_a_receipt_says_what_became_of_each_line(bench: Bench) -> None:
 
 
 def test_a_receipt_adds_up_over_restarts(bench: Bench) -> None:
-    """What an earlier agent acked counts too."""
+    """It includes what an earlier agent delivered."""
     bench.fake.add_job("j1", state="RUNNING")
     bench.fake.add_lines("j1", "a", "b")
     bench.once()
     bench.fake.add_lines("j1", "c")
     bench.fake.set_state("j1", "SUCCEEDED")
     bench.once()
-    told = receipt(bench, "j1")
-    assert (told["lines.read"], told["records.acked"], told["records.resent"]) == (3, 3, 0)
+    found = receipt(bench, "j1")
+    assert (found["lines.read"], found["records.acked"], found["records.resent"]) == (3, 3, 0)
 
 
-def test_a_receipt_says_when_refused_records_cannot_be_told_apart(bench: Bench) -> None:
-    """Of a batch of several jobs an endpoint says only how many records it refused."""
+def test_a_receipt_marks_rejected_records_of_unknown_jobs(bench: Bench) -> None:
+    """For a batch of several jobs, an endpoint returns only the number of rejected records."""
     for job_id in map(str, range(20)):
         ended(bench.fake, job_id, "a")
     bench.collector.script("logs", Reply(rejected=1, message="too old"))
     bench.once()
     receipts = [receipt(bench, job_id) for job_id in map(str, range(20))]
-    assert sum(int(str(told["records.rejected"])) for told in receipts) == 1
-    refused = [told for told in receipts if told.get("records.rejected.unidentified")]
+    assert sum(int(str(one["records.rejected"])) for one in receipts) == 1
+    refused = [one for one in receipts if one.get("records.rejected.unidentified")]
     assert len(refused) > 1
 
 
 def test_lines_that_become_visible_after_the_receipt_amend_it(bench: Bench) -> None:
-    """A service that does not mark the end of a log is looked at again, by later passes too, for an hour."""
+    """A service without end marks is polled for late lines for an hour, by later passes too."""
     ended(bench.fake, "j1", "a", finished_at=ago(minutes=50), logs_complete=None)
     bench.once()
     assert (receipt(bench, "j1")["lines.read"], "amends" in receipt(bench, "j1")) == (1, False)
@@ -655,9 +655,9 @@ def test_lines_that_become_visible_after_the_receipt_amend_it(bench: Bench) -> N
     bench.once()
     assert bench.bodies() == ["a", "b"]
     assert (receipt(bench, "j1")["lines.read"], bench.receipts()["j1"].attributes["tailspan.receipt.amends"]) == (2, 1)
-    told = len(bench.collector.log_records())
+    records = len(bench.collector.log_records())
     bench.once()
-    assert len(bench.collector.log_records()) == told, "nothing came, so there is nothing to amend"
+    assert len(bench.collector.log_records()) == records, "no late line, so no amended receipt"
     assert len(bench.collector.spans()) == 4
     assert bench.metric("cicd.pipeline.run.duration").count == 1
     uids = [row.attributes["log.record.uid"] for row in bench.collector.log_records()]
@@ -665,21 +665,21 @@ def test_lines_that_become_visible_after_the_receipt_amend_it(bench: Bench) -> N
 
 
 def test_a_job_that_ended_long_ago_is_done_at_once(bench: Bench) -> None:
-    """An hour after its end nothing becomes visible late: no request is spent on it."""
+    """An hour after its end, a job costs no request."""
     ended(bench.fake, "j1", "a", finished_at=ago(minutes=70), logs_complete=None)
     bench.once()
     assert bench.once().jobs == 0
 
 
 def test_a_late_service_is_compared_once_more_when_its_time_is_over(bench: Bench) -> None:
-    """It has shown that it is late, so what came behind the window is looked for, an hour after the end."""
-    bench.services["fake"] = odd = OddService("fake")
-    odd.final_read = True
-    ended(odd, "j1", "a", finished_at=ago(minutes=50), logs_complete=None)
+    """The service showed lines late, so the whole log is read an hour after the end."""
+    bench.services["fake"] = service = OddService("fake")
+    service.final_read = True
+    ended(service, "j1", "a", finished_at=ago(minutes=50), logs_complete=None)
     bench.once()
-    odd.set_state("j1", "SUCCEEDED", finished_at=ago(minutes=61), logs_complete=None)
-    odd.add_lines("j1", "b")
-    odd.add_late("j1", "old", timestamp_ms=1_000)
+    service.set_state("j1", "SUCCEEDED", finished_at=ago(minutes=61), logs_complete=None)
+    service.add_lines("j1", "b")
+    service.add_late("j1", "old", timestamp_ms=1_000)
     bench.once()
     assert bench.bodies() == ["a", "b", "old"]
     assert receipt(bench, "j1")["lines.read"] == 3
@@ -687,7 +687,7 @@ def test_a_late_service_is_compared_once_more_when_its_time_is_over(bench: Bench
 
 
 def test_a_log_with_two_gaps_is_read_to_its_end(bench: Bench) -> None:
-    """Each gap is counted, and what lies behind both is relayed."""
+    """Each gap is counted, and the lines after both are relayed."""
     bench.fake.add_job("j1")
     bench.fake.add_lines("j1", *"abcdef")
     bench.fake.set_state("j1", "SUCCEEDED")
@@ -702,7 +702,7 @@ def test_a_log_with_two_gaps_is_read_to_its_end(bench: Bench) -> None:
 
 
 def test_a_failed_job_whose_last_lines_are_gone_gets_its_end(bench: Bench) -> None:
-    """They were relayed, and are gone when they are read again for the digest: its run span is written without one."""
+    """They are gone when they are read again for the failure digest: the run span is written without one."""
     bench.fake.add_job("j1")
     bench.fake.add_lines("j1", "a", "b")
     bench.fake.set_state("j1", "FAILED")

@@ -1,4 +1,4 @@
-"""An agent elsewhere: jobs reach it by `tailspan serve`, as log pages."""
+"""An agent on another machine: it reads jobs from `tailspan serve`, as log pages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ServedBench(Bench):
         return FusedService(name, base_url=self.server.url, requests_per_second=1000)
 
     def log_requests(self) -> list[str]:
-        """Return what was asked of logs, without queries."""
+        """Return the log requests, without queries."""
         targets = [request.target.removeprefix("/server/v1").partition("?")[0] for request in self.server.requests]
         return [target for target in targets if "log" in target]
 
@@ -44,7 +44,7 @@ def bench(collector: Collector, tmp_path: Path) -> Iterator[ServedBench]:
 
 @looped
 async def test_followed_job_that_ends_behind_a_burst_is_relayed_whole(bench: ServedBench) -> None:
-    """Many pages lie between two looks, the last of them behind the end: all lines come, once, and it is not reread."""
+    """Many pages between two polls, the last of them after the end: all lines come once, and none is read again."""
     bench.fake.add_job("j1")
     bench.fake.add_lines("j1", "first")
     async with bench.running():
@@ -61,7 +61,7 @@ async def test_followed_job_that_ends_behind_a_burst_is_relayed_whole(bench: Ser
 
 @looped
 async def test_jobs_that_speak_share_their_requests(bench: ServedBench) -> None:
-    """Ten jobs that are followed need hardly more requests than one."""
+    """Ten followed jobs need hardly more requests than one."""
     jobs = [f"j{number}" for number in range(10)]
     for job_id in jobs:
         bench.fake.add_job(job_id)
@@ -81,7 +81,7 @@ async def test_jobs_that_speak_share_their_requests(bench: ServedBench) -> None:
 
 @looped
 async def test_lines_that_are_gone_at_the_server_are_a_gap(bench: ServedBench) -> None:
-    """The agent goes on behind it, and says that lines are lost."""
+    """The agent continues after the gap, and reports that lines are lost."""
     bench.fake.add_job("j1")
     bench.fake.add_lines("j1", *LINES[:4])
     async with bench.running():

@@ -1,4 +1,4 @@
-"""Lanes: batches in order, one in flight, a bounded queue, and acks only for what needs no more work."""
+"""`LogQueue` and `SpanQueue`: batches in order, one in flight, a bounded queue, and acks after delivery only."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 class Job:
-    """A job whose chunks say in their cursor how far it is.
+    """A job whose chunks have their position in the cursor.
 
     Attributes:
         fates: What `Chunk.settle` was called with, in order.
@@ -135,7 +135,7 @@ async def running(queue: LogQueue | SpanQueue) -> AsyncIterator[None]:
 
 @looped
 async def test_chunks_arrive_in_order_one_request_at_a_time(store: Store) -> None:
-    """Of several jobs too; the checkpoint is the last chunk's."""
+    """Also of several jobs; the checkpoint is that of the last chunk."""
     fake = FakeEndpoint()
     queue, jobs = LogQueue(store, Endpoint(sender(fake))), [Job(store, "a"), Job(store, "b")]
     async with running(queue):
@@ -170,8 +170,8 @@ async def test_nothing_is_acked_before_the_endpoint_has_it(store: Store) -> None
 
 
 @looped
-async def test_a_full_lane_lets_its_tailers_wait(store: Store) -> None:
-    """While the endpoint hangs only so much is taken; empty chunks take room too; cancelled ones leave none behind."""
+async def test_a_full_queue_makes_its_tailers_wait(store: Store) -> None:
+    """While the endpoint hangs, the queue is bounded; empty chunks count too; cancelled ones leave nothing behind."""
     fake = FakeEndpoint()
     fake.open.clear()
     queue, job = LogQueue(store, Endpoint(sender(fake))), Job(store, "a")
@@ -197,7 +197,7 @@ async def test_a_full_lane_lets_its_tailers_wait(store: Store) -> None:
 
 @looped
 async def test_chunks_without_lines_are_not_endless(store: Store) -> None:
-    """Pages whose lines were all dropped wait behind a batch that hangs, and not without bound."""
+    """Pages whose lines were all dropped wait behind a batch that hangs, in a bounded queue."""
     fake = FakeEndpoint()
     fake.open.clear()
     queue, job = LogQueue(store, Endpoint(sender(fake))), Job(store, "a")
@@ -254,7 +254,7 @@ async def test_few_lines_linger_for_more(store: Store) -> None:
 
 @looped
 async def test_rejected_records_are_done(store: Store) -> None:
-    """They are acked, and counted by a word of few."""
+    """They are acknowledged, and counted with a short reason."""
     fake = FakeEndpoint()
     fake.outcomes = [Rejected(3, "line 17 of job x is too old", "partial")]
     queue, job = LogQueue(store, Endpoint(sender(fake))), Job(store, "a")
@@ -271,7 +271,7 @@ async def test_rejected_records_are_done(store: Store) -> None:
 
 @looped
 async def test_a_partly_refused_batch_of_two_jobs(store: Store) -> None:
-    """The count is right, but whose records they were is not known: both jobs' receipts have to say so."""
+    """The count is correct, but the jobs of the records are unknown: the receipts of both jobs must say so."""
     fake = FakeEndpoint()
     fake.outcomes = [Rejected(1, "too old", "partial")]
     queue, jobs = LogQueue(store, Endpoint(sender(fake))), [Job(store, "a"), Job(store, "b")]
@@ -286,7 +286,7 @@ async def test_a_partly_refused_batch_of_two_jobs(store: Store) -> None:
 
 @looped
 async def test_a_disk_that_refuses_is_waited_for(store: Store, caplog: pytest.LogCaptureFixture) -> None:
-    """Neither skipped nor sent again: the ack is written when the disk takes it."""
+    """Lines are neither skipped nor sent again: the ack is written when the disk accepts it."""
     fake = FakeEndpoint()
     queue, job = LogQueue(store, Endpoint(sender(fake))), Job(store, "a")
     with closing(sqlite3.connect(store.path, isolation_level=None)) as other:
@@ -302,7 +302,7 @@ async def test_a_disk_that_refuses_is_waited_for(store: Store, caplog: pytest.Lo
 
 @looped
 async def test_another_sender_takes_over_what_is_in_flight(store: Store) -> None:
-    """Reload while a batch hangs: the same bytes go to the new endpoint, and the old one is closed behind it."""
+    """Reload while a batch hangs: the same bytes go to the new endpoint, and the old one is closed."""
     old, new = FakeEndpoint(), FakeEndpoint()
     old.open.clear()
     endpoint = Endpoint(sender(old))
@@ -318,7 +318,7 @@ async def test_another_sender_takes_over_what_is_in_flight(store: Store) -> None
 
 @looped
 async def test_an_outlet_that_is_ended_while_it_changes_hands_ends() -> None:
-    """Cancelled and exchanged at one moment: the cancel counts, or the agent would never stop."""
+    """Cancelled and exchanged at the same moment: the cancellation wins, or the agent would never stop."""
     old, new = FakeEndpoint(), FakeEndpoint()
     old.open.clear()
     new.open.clear()
@@ -336,7 +336,7 @@ async def test_an_outlet_that_is_ended_while_it_changes_hands_ends() -> None:
 
 @looped
 async def test_spans_are_sent_as_they_were_written_and_once(store: Store) -> None:
-    """From the store, in requests that a receiver takes, and acked there."""
+    """Sent from the store, in requests of bounded size, and acknowledged there."""
     fake = FakeEndpoint()
     key = Job(store, "a").key
     spans = [OutboxSpan(key, f"{number:016x}", b"", bytes([18, 4]) + b"%04d" % number) for number in range(1200)]
@@ -358,7 +358,7 @@ async def test_spans_are_sent_as_they_were_written_and_once(store: Store) -> Non
 
 @looped
 async def test_spans_that_are_not_taken_stay(store: Store) -> None:
-    """Stopped while the endpoint hangs: they are sent by the next process, the same bytes."""
+    """Stopped while the endpoint hangs: the next process sends the same bytes."""
     fake = FakeEndpoint()
     fake.open.clear()
     key = Job(store, "a").key

@@ -1,4 +1,4 @@
-"""Which jobs are followed, and what looking for them costs the service."""
+"""`JobDiscovery`: which jobs are followed, and how many requests their discovery costs."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def watch(**keys: Any) -> Watch:
     ],
 )
 def test_the_first_watch_that_matches_wins(watches: list[Watch], name: str, found: int | None) -> None:
-    """Globs on names, case and all; excluded names; named jobs: in the order of the file."""
+    """Case-sensitive globs on names, excluded names, and named jobs, in the order of the file."""
     assert match(watches, "j1", name) == (None if found is None else watches[found])
 
 
 def test_the_largest_lookback_of_all_that_match_counts() -> None:
-    """Those that do not match have no say."""
+    """Watches that do not match do not count."""
     watches = [watch(name="etl", lookback=10, settle=3), watch(lookback=50), watch(name="web", lookback=99)]
     found = match(watches, "j1", "etl")
     assert found is not None
@@ -65,7 +65,7 @@ def finish(tailer: Tailer) -> None:
 
 
 class Scene:
-    """A watcher over a fake service whose list costs requests, with tailers that are started but never run."""
+    """A discovery over a fake service whose list costs requests; its tailers never run."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -99,7 +99,7 @@ class Scene:
         return found
 
     def asked(self, method: str) -> list[str]:
-        """Return the job ids of such requests since the last call."""
+        """Return the job ids of the requests of a method since the last call."""
         found = [job_id for name, job_id in self.service.calls if name == method]
         self.service.calls[:] = [call for call in self.service.calls if call[0] != method]
         return found
@@ -115,7 +115,7 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
 
 @looped
 async def test_jobs_are_found_once(scene: Scene) -> None:
-    """New ones with each look, known ones not again, those that nobody watches never."""
+    """Each list adds new jobs; known jobs are not started again, unwatched jobs never."""
     scene.add("j1")
     scene.add("other", job_name="web")
     discovery = scene.discovery(watch(name="j*"))
@@ -129,8 +129,8 @@ async def test_jobs_are_found_once(scene: Scene) -> None:
 
 
 @looped
-async def test_a_look_reads_no_further_than_there_is_news(scene: Scene) -> None:
-    """After the first look the list is read until every followed job was seen and a page brought nothing new."""
+async def test_a_scan_reads_the_list_only_as_far_as_it_changed(scene: Scene) -> None:
+    """After the first time, the list is read until all followed jobs were listed and a page had nothing new."""
     for number in range(95):
         scene.add(f"done-{number}", "SUCCEEDED", hours_ago=100)
     scene.add("long", hours_ago=1)
@@ -151,8 +151,8 @@ async def test_a_look_reads_no_further_than_there_is_news(scene: Scene) -> None:
 
 
 @looped
-async def test_looking_for_what_the_list_does_not_show_ends(scene: Scene) -> None:
-    """A named job that is not listed makes one look read the whole list, not each."""
+async def test_the_search_for_an_unlisted_job_ends(scene: Scene) -> None:
+    """A named job that is not listed makes one scan read the whole list, not each."""
     for number in range(40):
         scene.add(f"j{number}", "SUCCEEDED", hours_ago=100)
     scene.add("named")
@@ -166,8 +166,8 @@ async def test_looking_for_what_the_list_does_not_show_ends(scene: Scene) -> Non
 
 
 @looped
-async def test_names_are_asked_for_once(scene: Scene) -> None:
-    """A list without names: one request per job, remembered over restarts, none for jobs that are too old."""
+async def test_names_are_requested_once(scene: Scene) -> None:
+    """A list without names costs one request per job, stored over restarts; none for jobs that are too old."""
     scene.service.lists_names = False
     scene.add("old", "SUCCEEDED", hours_ago=100)
     scene.add("j1", job_name="etl")
@@ -183,7 +183,7 @@ async def test_names_are_asked_for_once(scene: Scene) -> None:
 
 @looped
 async def test_a_named_job_belongs_to_the_watch_that_discovers_it_first(scene: Scene) -> None:
-    """Its name is asked for where an earlier watch may match it, and only there."""
+    """Its name is requested only if an earlier watch may match it."""
     scene.add("j1", job_name="etl")
     first = watch(name="etl", min_severity="WARN")
     await scene.discovery(first, watch(discover=False, jobs=["j1"])).scan()
@@ -195,7 +195,7 @@ async def test_a_named_job_belongs_to_the_watch_that_discovers_it_first(scene: S
 
 @looped
 async def test_lookback_is_that_of_the_watch(scene: Scene) -> None:
-    """A job that ended longer ago is left out for good; one that the store knows is taken up however old."""
+    """A job that ended before it is left out for good; a job that the store has is followed however old."""
     scene.add("old", "SUCCEEDED", hours_ago=5)
     scene.add("begun", "SUCCEEDED", hours_ago=500)
     scene.add("recent", "FAILED", hours_ago=1)
@@ -208,7 +208,7 @@ async def test_lookback_is_that_of_the_watch(scene: Scene) -> None:
 
 @looped
 async def test_unfinished_jobs_need_no_list(scene: Scene) -> None:
-    """What an earlier agent began is gone on with, also where the list no longer shows it; what is done is not."""
+    """A job that an earlier agent began is followed even if it is not listed; a finished one is not."""
     for job_id in ("begun", "done"):
         key = scene.store.add_job("fake", job_id, job_id, stream=0, ledger="{}").key
         if job_id == "done":
@@ -220,8 +220,8 @@ async def test_unfinished_jobs_need_no_list(scene: Scene) -> None:
 
 
 @looped
-async def test_a_tailer_that_ended_unfinished_is_started_anew(scene: Scene) -> None:
-    """A job whose tailer failed is found again; one that is done is not, and a missing one only after a while."""
+async def test_a_tailer_that_stopped_unfinished_is_started_again(scene: Scene) -> None:
+    """A job whose tailer failed is found again; a finished one is not, and a deleted one only after a full scan."""
     for job_id in ("failed", "done", "missing"):
         scene.add(job_id)
     discovery = scene.discovery(watch(jobs=["missing"]))
@@ -237,7 +237,7 @@ async def test_a_tailer_that_ended_unfinished_is_started_anew(scene: Scene) -> N
 
 @looped
 async def test_a_list_that_breaks_off_loses_nothing(scene: Scene) -> None:
-    """Jobs that were found before the error are followed; the next look finds the others."""
+    """Jobs found before the error are followed; the next scan finds the others."""
     scene.service.lists_names = False
     scene.add("second")
     scene.add("first")
@@ -255,7 +255,7 @@ _AWAY = ServiceUnavailableError("away")
 
 @looped
 async def test_a_service_that_breaks_its_promises(scene: Scene) -> None:
-    """A fault in a service's class is an error like others: looking goes on with the next turn."""
+    """A bug in a service plugin is an error like others: the next scan works."""
     scene.add("j1")
     scene.service.fail_next("list_jobs", KeyError("bug"))
     discovery = scene.discovery()
@@ -274,7 +274,7 @@ class _Sparse(OddService):
 
 @looped
 async def test_a_page_of_the_list_may_be_empty(scene: Scene) -> None:
-    """It is neither a fault nor the list's end: the jobs of a page may all be gone when it is made."""
+    """It is neither an error nor the end of the list: all jobs of a page may be gone."""
     scene.service = _Sparse("fake", page_lines=10, poll_max_s=30.0, polls_are_free=False)
     scene.add("j1")
     discovery = scene.discovery()
@@ -286,8 +286,8 @@ async def test_a_page_of_the_list_may_be_empty(scene: Scene) -> None:
 
 
 @looped
-async def test_a_job_that_cannot_be_asked_is_left_out_and_tried_again(scene: Scene) -> None:
-    """It hides no other job, and is taken up once it answers."""
+async def test_a_job_that_cannot_be_read_is_left_out_and_retried(scene: Scene) -> None:
+    """It hides no other job, and is followed once it answers."""
     scene.service.lists_names = False
     scene.add("good")
     scene.add("bad")
@@ -301,7 +301,7 @@ async def test_a_job_that_cannot_be_asked_is_left_out_and_tried_again(scene: Sce
 
 @looped
 async def test_an_id_that_is_no_text_hides_no_other_job(scene: Scene) -> None:
-    """Nothing can keep or send half of a surrogate pair: such a job is told of and left out."""
+    """A lone surrogate can be neither stored nor sent: such a job is reported and left out."""
     for job_id in ("before", "caf\udce9", "after"):
         scene.add(job_id, "SUCCEEDED", hours_ago=5)
     discovery = scene.discovery(watch(discover=True, lookback=86400))
@@ -310,8 +310,8 @@ async def test_an_id_that_is_no_text_hides_no_other_job(scene: Scene) -> None:
 
 
 @looped
-async def test_other_watches_match_every_job_anew(scene: Scene) -> None:
-    """What was left out before may belong to them."""
+async def test_changed_watches_match_every_job_again(scene: Scene) -> None:
+    """Jobs that were left out before may match them."""
     scene.add("j1", "SUCCEEDED", hours_ago=5)
     discovery = scene.discovery(watch(lookback=3600))
     await discovery.scan()

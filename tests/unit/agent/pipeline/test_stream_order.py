@@ -11,7 +11,7 @@ HOUR_NS = 3600 * 1_000_000_000
 
 
 async def turns(stream_order: StreamOrder, stream: str, *members: str) -> list[str]:
-    """Return whose turn it is: those that do not wait."""
+    """Return the members that need not wait."""
     tasks = {member: asyncio.create_task(stream_order.turn(stream, member)) for member in members}
     for _ in range(3):
         await asyncio.sleep(0)
@@ -24,7 +24,7 @@ async def turns(stream_order: StreamOrder, stream: str, *members: str) -> list[s
 
 @looped
 async def test_the_oldest_goes_first_and_those_close_to_it() -> None:
-    """Whoever is half of Loki's window ahead waits; whoever is within it does not."""
+    """A member that is more than half of Loki's window ahead waits; others do not."""
     stream_order = StreamOrder()
     stream_order.join("etl", "old", 1 * HOUR_NS)
     stream_order.join("etl", "near", 1 * HOUR_NS + HOUR_NS // 2)
@@ -33,8 +33,8 @@ async def test_the_oldest_goes_first_and_those_close_to_it() -> None:
 
 
 @looped
-async def test_who_leaves_lets_the_next_go_on() -> None:
-    """Leaving wakes those that wait; leaving twice, or never having joined, is fine."""
+async def test_a_member_that_leaves_releases_the_next() -> None:
+    """Leaving wakes the members that wait; leaving twice, or without joining, is fine."""
     stream_order = StreamOrder()
     stream_order.join("etl", "old", HOUR_NS)
     stream_order.join("etl", "new", 3 * HOUR_NS)
@@ -44,11 +44,11 @@ async def test_who_leaves_lets_the_next_go_on() -> None:
     stream_order.leave("etl", "old")
     await waiting
     stream_order.leave("etl", "old")
-    stream_order.leave("web", "nobody")
+    stream_order.leave("web", "stranger")
 
 
 @looped
-async def test_who_moves_on_lets_the_next_go_on() -> None:
+async def test_a_member_that_advances_releases_the_next() -> None:
     """Joining again with a later time is progress."""
     stream_order = StreamOrder()
     stream_order.join("etl", "old", HOUR_NS)
@@ -60,8 +60,8 @@ async def test_who_moves_on_lets_the_next_go_on() -> None:
 
 
 @looped
-async def test_who_has_not_said_where_it_is_is_waited_for() -> None:
-    """Else the first that answers would go first, however new it is."""
+async def test_a_member_at_an_unknown_time_holds_the_others() -> None:
+    """Otherwise the first job that answers would go first, however new it is."""
     stream_order = StreamOrder()
     stream_order.join("etl", "unknown")
     stream_order.join("etl", "new", 3 * HOUR_NS)
@@ -71,8 +71,8 @@ async def test_who_has_not_said_where_it_is_is_waited_for() -> None:
 
 
 @looped
-async def test_streams_and_those_who_caught_up_do_not_wait() -> None:
-    """Other pipelines are no business of this one; nor is a job that follows live."""
+async def test_other_streams_and_caught_up_jobs_do_not_wait() -> None:
+    """Members of other streams do not wait; nor does a job that has caught up."""
     stream_order = StreamOrder()
     stream_order.join("etl", "old", HOUR_NS)
     stream_order.join("web", "new", 3 * HOUR_NS)

@@ -1,4 +1,4 @@
-"""`tailspan_agent.receiver.poll_schedule`: how often a speaking job's status is asked for."""
+"""`PollSchedule`: how often the status of a job with new lines is requested."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tailspan_agent.receiver.poll_schedule import PollSchedule
 
 
 def due_after_s(monkeypatch: pytest.MonkeyPatch, row: ListedJob | None, **status: Any) -> float:
-    """Return how long after a status the next one is due, while the list is read every 10 s and lines come."""
+    """Return after how many seconds the next status is due, with a list every 10 s and new lines."""
     now_s = 1000.0
     monkeypatch.setattr(schedule, "time", SimpleNamespace(monotonic=lambda: now_s))
     asked = PollSchedule(Follower())
@@ -41,18 +41,18 @@ def due_after_s(monkeypatch: pytest.MonkeyPatch, row: ListedJob | None, **status
         (JobState.RUNNING, {"last_heartbeat": datetime.now(UTC)}, 30),
         (JobState.UNKNOWN, {}, 30),
     ],
-    ids=["not listed", "listed", "tasks", "heartbeat", "a state that says nothing"],
+    ids=["not listed", "listed", "tasks", "heartbeat", "unknown state"],
 )
-def test_a_status_is_asked_for_as_often_as_it_says_more_than_the_list(
+def test_a_status_is_requested_as_often_as_it_adds_to_the_list(
     monkeypatch: pytest.MonkeyPatch, row: JobState | None, status: dict[str, Any], expected_s: float
 ) -> None:
-    """Each request for a status that says nothing new is one less for lines, where requests are few."""
+    """With a limited request rate, each useless status costs a read of lines."""
     listed = None if row is None else ListedJob(job_id="j", state=row, lines=5)
     assert due_after_s(monkeypatch, listed, **status) == expected_s
 
 
-def test_a_row_that_tells_of_another_state_has_it_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At once: an end must not wait for two minutes."""
+def test_a_changed_state_in_the_list_requests_the_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of a job must not wait for two minutes."""
     asked = PollSchedule(Follower(state=JobState.RUNNING))
     asked.on_row(ListedJob(job_id="j", state=JobState.RUNNING, lines=5))
     asked.on_status(JobStatus.from_state(JobState.RUNNING, job_id="j", job_name="", identity="i", trace_id="t"))
@@ -61,16 +61,16 @@ def test_a_row_that_tells_of_another_state_has_it_asked_for(monkeypatch: pytest.
     assert asked.status_is_due()
 
 
-def test_looks_that_go_in_one_request_are_not_spread() -> None:
-    """All are there before the moment at which they go together, and none so early that it is sent apart."""
+def test_merged_reads_have_no_jitter() -> None:
+    """All reads come before the merged request is sent, and none so early that it is sent alone."""
     asked = PollSchedule(Follower(poll_min_s=1.0, state=JobState.RUNNING))
     asked.on_read(1)
     assert {asked.delay_s(gather_s=0.5) for _ in range(9)} == {0.75}
     assert len({asked.delay_s() for _ in range(9)}) > 1
 
 
-def test_a_second_look_at_an_end_keeps_its_distance_where_looks_go_together() -> None:
-    """Or a state that flickers would be taken for the end at once."""
+def test_the_second_status_of_an_end_keeps_its_distance_with_merged_reads() -> None:
+    """Otherwise a state that flaps would count as the end at once."""
     follower = Follower(poll_min_s=1.0, state=JobState.RUNNING)
     asked = PollSchedule(follower)
     ended = JobStatus.from_state(JobState.SUCCEEDED, job_id="j", job_name="", identity="i", trace_id="t")

@@ -1,4 +1,4 @@
-"""`tailspan_agent.receiver.read_limits`: the longest wait is next, whatever its lane, and no lane takes all places."""
+"""`ReadLimit`: the read that waited longest is next, whatever its queue, and no queue takes all places."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from tailspan_agent.receiver.read_limits import ReadLimit
 
 
 class Field:
-    """Reads that begin in the order in which they have a place, and end when told to."""
+    """Reads that record the order in which they got a place, and end when the test says so."""
 
-    def __init__(self, most: float, most_a_lane: float) -> None:
-        self.readers = ReadLimit(most, most_a_lane)
+    def __init__(self, limit: float, limit_per_queue: float) -> None:
+        self.readers = ReadLimit(limit, limit_per_queue)
         self.begun: list[str] = []
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self._ends: dict[str, asyncio.Event] = {}
 
     async def _read(self, name: str) -> None:
-        # The lane is the first letter of its name.
+        # The first letter of the name is the queue.
         async with self.readers.of(name[0]):
             self.begun.append(name)
             await self._ends[name].wait()
@@ -31,21 +31,21 @@ class Field:
                 raise ValueError(name)
 
     async def ask(self, *names: str) -> None:
-        """Begin reads, one after the other."""
+        """Start reads, one after the other."""
         for name in names:
             self._ends[name] = asyncio.Event()
             self.tasks[name] = asyncio.create_task(self._read(name))
             await anyio.wait_all_tasks_blocked()
 
     async def end(self, *names: str) -> None:
-        """Let reads end."""
+        """End reads."""
         for name in names:
             self._ends[name].set()
             await asyncio.wait([self.tasks[name]])
             await anyio.wait_all_tasks_blocked()
 
     async def cancel(self, *names: str) -> None:
-        """Cancel reads, before any of them can act on it."""
+        """Cancel reads together."""
         for name in names:
             self.tasks[name].cancel()
         await asyncio.wait([self.tasks[name] for name in names])
@@ -53,8 +53,8 @@ class Field:
 
 
 @pytest.mark.anyio
-async def test_who_waits_longest_is_next() -> None:
-    """Also where most of them are of one lane: turns do not go by lane."""
+async def test_the_longest_wait_is_next() -> None:
+    """Also if most reads are of one queue: turns do not alternate between queues."""
     field = Field(2, 2)
     await field.ask("a1", "a2", "a3", "b1", "a4", "b2")
     await field.end("a1", "a2", "a3", "b1")
@@ -63,8 +63,8 @@ async def test_who_waits_longest_is_next() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_lane_that_is_full_keeps_no_others_waiting() -> None:
-    """However many of it wait."""
+async def test_a_full_queue_does_not_block_the_others() -> None:
+    """However many of its reads wait."""
     field = Field(3, 2)
     await field.ask("a1", "a2", "a3", "a4", "b1", "b2")
     assert field.begun == ["a1", "a2", "b1"]
@@ -77,7 +77,7 @@ async def test_a_lane_that_is_full_keeps_no_others_waiting() -> None:
 
 @pytest.mark.anyio
 async def test_a_place_is_given_back_however_a_read_ends() -> None:
-    """By an error, or cancelled while it reads or waits."""
+    """After an error, or cancelled while it reads or waits."""
     field = Field(1, 1)
     await field.ask("a1!", "a2", "b3", "b4", "a5")
     await field.cancel("a2")
@@ -93,8 +93,8 @@ async def test_a_place_is_given_back_however_a_read_ends() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_place_is_given_back_by_who_is_cancelled_in_the_moment_of_its_turn() -> None:
-    """It was given the place and has not run since."""
+async def test_a_place_is_given_back_by_a_read_cancelled_at_its_turn() -> None:
+    """It was admitted and has not run since."""
     readers, over, begun = ReadLimit(1, 1), asyncio.Event(), []
 
     async def first() -> None:
@@ -122,20 +122,20 @@ async def test_a_place_is_given_back_by_who_is_cancelled_in_the_moment_of_its_tu
     st.integers(1, 3),
     st.lists(st.tuples(st.sampled_from(["ask", "end", "cancel"]), st.integers(0, 9), st.sampled_from("abc"))),
 )
-def test_no_place_is_lost_or_given_twice(most, most_a_lane, steps) -> None:
-    """Whatever happens in whatever order, and at the end all have had their turn."""
+def test_no_place_is_lost_or_given_twice(limit, limit_per_queue, steps) -> None:
+    """In any order of starts, ends and cancellations; at the end every read had its turn."""
 
     async def run() -> None:
-        field = Field(most, most_a_lane)
+        field = Field(limit, limit_per_queue)
         for number, (what, which, queue) in enumerate(steps):
             left = [name for name, task in field.tasks.items() if not task.done()]
             reading = [name for name in field.begun if name in left]
-            assert len(reading) <= most
+            assert len(reading) <= limit
             for one in "abc":
                 mine = [name for name in left if name[0] == one]
                 now = [name for name in reading if name[0] == one]
-                assert len(now) <= most_a_lane
-                assert len(reading) == most or len(now) == min(len(mine), most_a_lane)
+                assert len(now) <= limit_per_queue
+                assert len(reading) == limit or len(now) == min(len(mine), limit_per_queue)
                 assert now == [name for name in mine if name in now] == mine[: len(now)]
             if what == "ask":
                 await field.ask(f"{queue}{number}")
