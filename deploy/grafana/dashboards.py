@@ -5,7 +5,9 @@
     pipelines   success, durations and errors over many runs
     agent       the agent's own health
 
-Every query uses metric names that OTLP and a scrape of /metrics share.
+Every query uses metric names that OTLP and a scrape of /metrics share, and finds durations as explicit and as native
+histograms. Values of variables stand between backticks, where no character of a name has a meaning: as a regular
+expression made of literal names where several can be chosen, exact where one run is meant.
 """
 
 from __future__ import annotations
@@ -40,11 +42,19 @@ PROMETHEUS = model.DataSourceRef(type_val="prometheus", uid="${prometheus}")
 LOKI = model.DataSourceRef(type_val="loki", uid="${loki}")
 TEMPO = model.DataSourceRef(type_val="tempo", uid="${tempo}")
 
-PIPELINE = 'cicd_pipeline_name=~"$pipeline"'
-ONE_RUN = f'{PIPELINE}, cicd_pipeline_run_id=~"$run_id|"'  # the label is there only with run_id_on_metrics
-AGENT = 'instance=~"$agent"'
+CHOSEN = "`${pipeline:regex}`"
+PIPELINE = f"cicd_pipeline_name=~{CHOSEN}"
+ITS_PIPELINE = "cicd_pipeline_name=`${pipeline:raw}`"
+ONE_RUN = f"{ITS_PIPELINE}, cicd_pipeline_run_id=~`${{run_id:regex}}|`"  # the label needs run_id_on_metrics
+AGENT = "instance=~`${agent:regex}`"
 SHOWN = "resource.service.name, resource.cicd.pipeline.run.id, span.cicd.pipeline.result, status, statusMessage"
-RUN_LINES = '{service_name=~"$pipeline"} | cicd_pipeline_run_id = "$run_id"'
+RUN = "resource.cicd.pipeline.run.id = `${run_id:raw}`"
+# The last two conditions: without a name Loki would refuse the query, and without an id every other line has none.
+RUN_LINES = (
+    "{service_name=`${pipeline:raw}`, service_name=~`.+`}"
+    " | cicd_pipeline_run_id = `${run_id:raw}` | cicd_pipeline_run_id != ``"
+)
+OUTCOME = "span.cicd.pipeline.result, span.process.exit.code, span.tailspan.exit.reason"
 RESULT_COLOURS = {
     "success": "green",
     "failure": "red",
@@ -56,11 +66,17 @@ RESULT_COLOURS = {
 Panel = Builder[model.Panel]
 
 
+RUNS = "cicd_pipeline_run_duration_seconds"
+FAILED = f'{PIPELINE}, cicd_pipeline_result=~"failure|error|timeout"'
+SUCCEEDED = f'{PIPELINE}, cicd_pipeline_result="success"'
+
+
 def ended(metric: str, window: str, by: str = "", matchers: str = PIPELINE) -> str:
-    """Return PromQL for the number of runs that ended in a window.
+    """Return PromQL for how much a counter grew in a window.
 
     increase() misses a run that is its counter's first sample, and most pipelines run rarely. The agent's counters
-    survive its restarts, so a difference is correct.
+    survive its restarts, so a difference is correct. An agent that is away sends nothing for a while: what it counted
+    is still shown, and is not counted again when it returns within two weeks.
 
     Args:
         metric: A counter.
@@ -69,13 +85,59 @@ def ended(metric: str, window: str, by: str = "", matchers: str = PIPELINE) -> s
         matchers: Label matchers of the series.
     """
     series = f"{metric}{{{matchers}}}"
-    before = f"(last_over_time({series}[1h] offset {window}) or {series} * 0)"
-    return f"sum{f' by ({by}) ' if by else ''}(clamp_min({series} - {before}, 0))"
+    now = latest(series, window)
+    return summed(f"clamp_min({now} - {before(series, window)} or {now}, 0)", by)
 
 
-RUNS = "cicd_pipeline_run_duration_seconds_count"
-FAILED = f'{PIPELINE}, cicd_pipeline_result=~"failure|error|timeout"'
-SUCCEEDED = f'{PIPELINE}, cicd_pipeline_result="success"'
+def latest(series: str, window: str) -> str:
+    """Return PromQL for the last value of a series in a window; short windows need not contain one."""
+    return f"last_over_time({series}[{window}])" if window == "$__range" else series
+
+
+def before(series: str, window: str, reach: str = "14d") -> str:
+    """Return PromQL for the last value of a series before a window."""
+    return f"last_over_time({series}[{reach}] offset {window})"
+
+
+def summed(expr: str, by: str) -> str:
+    """Return the PromQL that adds series up."""
+    return f"sum{f' by ({by}) ' if by else ''}({expr})"
+
+
+def ended_runs(window: str, by: str = "", matchers: str = PIPELINE) -> str:
+    """Return PromQL for the number of runs that ended in a window; see `ended`.
+
+    Durations are explicit histograms with a counter of their own, or native ones that contain their count. After a
+    change of the kind, the first difference is that of both kinds.
+    """
+    counter, native = f"{RUNS}_count{{{matchers}}}", f"{RUNS}{{{matchers}}}"
+    explicit = latest(counter, window), before(counter, window)
+    exponential = f"histogram_count({latest(native, window)})", f"histogram_count({before(native, window)})"
+    differences = [
+        f"{now} - {earlier}"
+        for now, earlier in (
+            explicit,
+            exponential,
+            (exponential[0], explicit[1]),
+            (explicit[0], exponential[1]),
+        )
+    ]
+    return summed(f"clamp_min({' or '.join([*differences, explicit[0], exponential[0]])}, 0)", by)
+
+
+def durations(window: str, by: str = "") -> tuple[str, str]:
+    """Return PromQL for the durations of runs that ended in a window: as buckets by ``le``, and as native histograms.
+
+    A bucket or a native histogram that is new while its pipeline is not was made by an update of the agent or by a
+    change of its settings: it repeats earlier runs, so its first window counts nothing. The reach is a day, since two
+    weeks of all buckets would take seconds to read.
+    """
+    bucket, native = f"{RUNS}_bucket{{{PIPELINE}}}", f"{RUNS}{{{PIPELINE}}}"
+    known = f"unless ignoring (le) {before(f'{RUNS}_count{{{PIPELINE}}}', window)}"
+    known += f" unless ignoring (le) {before(native, window)}"
+    explicit = f"clamp_min({bucket} - {before(bucket, window, '1d')} or ({bucket} {known}), 0)"
+    exponential = f"{native} - {before(native, window, '1d')} or ({native} {known})"
+    return summed(explicit, f"le, {by}" if by else "le"), summed(exponential, by)
 
 
 def promql(
@@ -97,7 +159,8 @@ def promql(
 
 def traceql(query: str, limit: int = 50) -> tempo.TempoQuery:
     """Return a search of Tempo with one row for each span."""
-    search = tempo.TempoQuery().datasource(TEMPO).query_type("traceql").query(query).limit(limit).ref_id("A")
+    newest = f"{query} with (most_recent=true)"  # else Tempo returns any
+    search = tempo.TempoQuery().datasource(TEMPO).query_type("traceql").query(newest).limit(limit).ref_id("A")
     return search.filters([]).table_type(tempo_model.SearchTableType.SPANS)
 
 
@@ -174,20 +237,35 @@ def spans(title: str, query: str, *, what: str = "", height: int = 9, limit: int
     panel = panel.with_target(traceql(query, limit))
     there = (
         "/d/tailspan-job?${__url_time_range}&${prometheus:queryparam}&${loki:queryparam}&${tempo:queryparam}"
-        '&var-pipeline=${__data.fields["service.name"]}'
-        '&var-run_id=${__data.fields["cicd.pipeline.run.id"]}&var-trace_id=${__data.fields["traceIdHidden"]}'
+        '&var-pipeline=${__data.fields["service.name"]:percentencode}'
+        '&var-run_id=${__data.fields["cicd.pipeline.run.id"]:percentencode}'
+        '&var-trace_id=${__data.fields["traceIdHidden"]:percentencode}'
     )
     link = {"title": "Open this job", "url": there}
     linked = [model.DynamicConfigValue(id_val="links", value=[link])]
     return panel.override_by_name("cicd.pipeline.run.id", linked)
 
 
+def outcome(title: str, field: str, *, unit: str = "string") -> Panel:
+    """Return a panel with one attribute of the run span: it is there when the run has ended.
+
+    Args:
+        title: Its title.
+        field: The column of the search result.
+        unit: The unit of a number.
+    """
+    found = f'{{ {RUN} && kind = server && span.cicd.pipeline.result =~ ".+" }} | select({OUTCOME})'
+    reduced = common.ReduceDataOptions().calcs(["lastNotNull"]).fields(f"/^{field.replace('.', chr(92) + '.')}$/")
+    panel = stat.Panel().title(title).datasource(TEMPO).height(4).span(6).no_value("-").unit(unit)
+    return panel.with_target(traceql(found, 1)).reduce_options(reduced).graph_mode(common_model.BigValueGraphMode.NONE)
+
+
 def records(title: str, expr: str, *, what: str = "", height: int = 10, width: int = 24) -> Panel:
-    """Return log records, oldest first."""
+    """Return the newest log records, the newest first: of a long log, Loki returns only the end in this order."""
     query = loki.Dataquery().datasource(LOKI).expr(expr).ref_id("A").query_type("range").max_lines(1000)
     panel = logs.Panel().title(title).description(what).datasource(LOKI).height(height).span(width).with_target(query)
     panel = panel.show_time(True).wrap_log_message(True).enable_log_details(True)
-    return panel.sort_order(common_model.LogsSortOrder.ASCENDING)
+    return panel.sort_order(common_model.LogsSortOrder.DESCENDING)
 
 
 def new(uid: str, title: str, what: str, variables: Iterable[Builder[model.VariableModel]]) -> dashboard.Dashboard:
@@ -244,18 +322,18 @@ def jobs() -> dashboard.Dashboard:
         "Firing alerts", [("Alerts", f"count by (alertname, cicd_pipeline_name, instance) ({alerts})", "short")]
     )
     seen = (
-        '{ resource.cicd.pipeline.name =~ "$pipeline" && name = "submitted" }'
+        f'{{ resource.cicd.pipeline.name =~ {CHOSEN} && name = "submitted" }}'
         " | select(resource.service.name, resource.cicd.pipeline.run.id)"
     )
     runs = (
-        '{ resource.cicd.pipeline.name =~ "$pipeline" && kind = server && span.cicd.pipeline.result =~ ".+" }'
+        f'{{ resource.cicd.pipeline.name =~ {CHOSEN} && kind = server && span.cicd.pipeline.result =~ ".+" }}'
         f" | select({SHOWN})"
     )
     return (
         board.with_panel(number("Running", active("executing")))
         .with_panel(number("Pending", active("pending")))
-        .with_panel(number("Succeeded", ended(RUNS, "$__range", matchers=SUCCEEDED), what="In the time range."))
-        .with_panel(number("Failed", ended(RUNS, "$__range", matchers=FAILED), red_above=1, what="In the time range."))
+        .with_panel(number("Succeeded", ended_runs("$__range", matchers=SUCCEEDED), what="In the time range."))
+        .with_panel(number("Failed", ended_runs("$__range", matchers=FAILED), red_above=1, what="In the time range."))
         .with_panel(number("Silent", f"sum(tailspan_job_silent{{{PIPELINE}}})", red_above=1))
         .with_panel(number("Slow", f"sum(tailspan_job_slow{{{PIPELINE}}})", red_above=1))
         .with_panel(number("Too fast", ended("tailspan_job_too_fast_total", "$__range"), red_above=1))
@@ -263,7 +341,7 @@ def jobs() -> dashboard.Dashboard:
         .with_panel(
             lines(
                 "Runs that ended",
-                [(ended(RUNS, "$__interval", "cicd_pipeline_result"), "{{cicd_pipeline_result}}")],
+                [(ended_runs("$__interval", "cicd_pipeline_result"), "{{cicd_pipeline_result}}")],
                 bars=True,
             )
         )
@@ -292,7 +370,7 @@ def jobs() -> dashboard.Dashboard:
         .with_panel(firing)
         .with_panel(spans("Ended runs", runs, what="The newest 50 of the time range."))
         .with_panel(spans("Jobs", seen, what="Running jobs included: each appears once, at its start."))
-        .with_panel(records("Failures", '{service_name=~"$pipeline"} | exception_type != ""'))
+        .with_panel(records("Failures", f'{{service_name=~{CHOSEN}}} | exception_type != ""'))
     )
 
 
@@ -300,35 +378,46 @@ def job() -> dashboard.Dashboard:
     """Return the dashboard of one run."""
     variables = [
         *map(source, ("prometheus", "loki", "tempo")),
-        text("pipeline", "Pipeline", ".+"),
+        text("pipeline", "Pipeline"),
         text("run_id", "Run id"),
         text("trace_id", "Trace id"),
     ]
-    what = "One run: open it from Jobs overview, or type its id (tailspan jobs) and its trace id (tailspan status JOB)."
+    what = (
+        "One run: open it from Jobs overview, or type its name and id (tailspan jobs) and its trace id"
+        " (tailspan status JOB)."
+    )
     board = new("job", "Tailspan: One job", what, variables)
-    its_trace = tempo.TempoQuery().datasource(TEMPO).query_type("traceql").query("$trace_id").ref_id("A").filters([])
+    its_trace = (
+        tempo.TempoQuery().datasource(TEMPO).query_type("traceql").query("${trace_id:raw}").ref_id("A").filters([])
+    )
     trace = dashboard.Panel().type("traces").title("Trace").datasource(TEMPO).with_target(its_trace).height(12).span(24)
-    found = f'{{ resource.cicd.pipeline.run.id = "$run_id" }} | select({SHOWN})'
+    found = f"{{ {RUN} }} | select({SHOWN})"
     volume = f"sum by (detected_level) (count_over_time({RUN_LINES} [$__auto]))"
     levels = loki.Dataquery().datasource(LOKI).expr(volume).legend_format("{{detected_level}}").query_type("range")
     per_level = timeseries.Panel().title("Lines by level").datasource(LOKI).with_target(levels.ref_id("A"))
     per_level = per_level.draw_style(common_model.GraphDrawStyle.BARS).fill_opacity(80).height(8).span(12)
     per_level = per_level.stacking(common.StackingConfig().mode(common_model.StackingMode.NORMAL))
     return (
-        board.with_panel(number("Progress", f"min(tailspan_job_progress_ratio{{{ONE_RUN}}})", unit="percentunit"))
+        board.with_panel(outcome("Result", "cicd.pipeline.result"))
+        .with_panel(outcome("Duration", "duration", unit="ns"))
+        .with_panel(outcome("Exit code", "process.exit.code"))
+        .with_panel(outcome("Reason", "tailspan.exit.reason"))
+        .with_panel(number("Progress", f"min(tailspan_job_progress_ratio{{{ONE_RUN}}})", unit="percentunit"))
         .with_panel(number("Time left", f"max(tailspan_job_eta_seconds{{{ONE_RUN}}})", unit="s"))
         .with_panel(number("Tasks done", f"sum(tailspan_job_tasks_finished{{{ONE_RUN}}})"))
         .with_panel(number("Tasks", f"sum(tailspan_job_tasks_total{{{ONE_RUN}}})"))
         .with_panel(number("Last line", f"max(tailspan_job_last_line_age_seconds{{{ONE_RUN}}})", unit="s"))
         .with_panel(number("So far", f"max(tailspan_job_exec_time_seconds{{{ONE_RUN}}})", unit="s"))
-        .with_panel(number("Usually (p50)", f"max(tailspan_pipeline_duration_p50_seconds{{{PIPELINE}}})", unit="s"))
-        .with_panel(number("Rarely over (p95)", f"max(tailspan_pipeline_duration_p95_seconds{{{PIPELINE}}})", unit="s"))
+        .with_panel(number("Usually (p50)", f"max(tailspan_pipeline_duration_p50_seconds{{{ITS_PIPELINE}}})", unit="s"))
+        .with_panel(
+            number("Rarely over (p95)", f"max(tailspan_pipeline_duration_p95_seconds{{{ITS_PIPELINE}}})", unit="s")
+        )
         .with_panel(
             lines(
                 "Progress",
                 [(f"min by (cicd_pipeline_name) (tailspan_job_progress_ratio{{{ONE_RUN}}})", "{{cicd_pipeline_name}}")],
                 unit="percentunit",
-                what="The pipeline's running job with the least progress, unless agent.run_id_on_metrics is set.",
+                what="While it runs. Without agent.run_id_on_metrics, running jobs of one pipeline share these values.",
             )
         )
         .with_panel(per_level)
@@ -346,12 +435,11 @@ def pipelines() -> dashboard.Dashboard:
     what = "Success, durations and errors of pipelines over many runs."
     board = new("pipelines", "Tailspan: Pipelines", what, [source("prometheus"), PIPELINES])
     per = "cicd_pipeline_name"
-    bucket = "cicd_pipeline_run_duration_seconds_bucket"
-    successes = ended(RUNS, "$__range", per, SUCCEEDED)
-    all_runs = ended(RUNS, "$__range", per)
+    successes = ended_runs("$__range", per, SUCCEEDED)
+    all_runs = ended_runs("$__range", per)
     rate = f"({successes} or {all_runs} * 0) / ({all_runs} > 0)"
     last_success = f"min by ({per}) (tailspan_pipeline_last_end_age_seconds{{{SUCCEEDED}}})"
-    quantile = f"histogram_quantile(0.95, {ended(bucket, '1h', f'le, {per}')}) >= 0"
+    quantile = " or ".join(f"histogram_quantile(0.95, {found}) >= 0" for found in durations("1h", per))
     red_to_green = dashboard.ThresholdsConfig().steps(
         [
             model.Threshold(value=None, color="red"),
@@ -363,7 +451,7 @@ def pipelines() -> dashboard.Dashboard:
     gauge = gauge.span(12).with_target(promql(rate, "{{cicd_pipeline_name}}", instant=True))
     gauge = gauge.thresholds(red_to_green.mode(model.ThresholdsMode.ABSOLUTE)).decimals(1)
     gauge = gauge.orientation(common_model.VizOrientation.HORIZONTAL)
-    cells = promql(ended(bucket, "$__interval", "le"), "{{le}}", form="heatmap", exemplar=True)
+    cells = promql(" or ".join(durations("$__interval")), "{{le}}", form="heatmap", exemplar=True)
     heat = heatmap.Panel().title("Durations").datasource(PROMETHEUS).with_target(cells).height(9).span(24)
     heat = heat.description("Runs by how long they took; the dots link to their traces.").calculate(False)
     heat = heat.y_axis(heatmap.YAxisConfig().unit("s")).exemplars_color("rgba(255,0,255,0.7)")
@@ -372,7 +460,7 @@ def pipelines() -> dashboard.Dashboard:
         .with_panel(
             lines(
                 "Runs that ended",
-                [(ended(RUNS, "$__interval", "cicd_pipeline_result"), "{{cicd_pipeline_result}}")],
+                [(ended_runs("$__interval", "cicd_pipeline_result"), "{{cicd_pipeline_result}}")],
                 bars=True,
             )
         )

@@ -4,32 +4,59 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import yaml
 
 __all__ = [
+    "ALL",
     "DASHBOARDS",
     "Query",
     "dashboard_queries",
     "datasource_queries",
+    "filled",
     "logql_labels",
     "promql_selectors",
     "traceql_attributes",
+    "without_strings",
 ]
 
 DASHBOARDS = Path(__file__).parents[2] / "deploy" / "grafana" / "dashboards"
 
-FILLED = {
-    "pipeline": ".+",
-    "agent": ".+",
-    "__rate_interval": "10s",
-    "__interval": "15s",
-    "__range": "3600s",
-    "__auto": "1m",
-}
+BUILT_IN = {"__rate_interval": "10s", "__interval": "15s", "__range": "3600s", "__auto": "1m"}
+ALL = ".+"
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::(\w+))?\})")
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"|`[^`]*`')
+
+
+def filled(text: str, values: Mapping[str, str | list[str]], window: str = BUILT_IN["__range"]) -> str:
+    """Return a query with its variables filled in, as Grafana formats them.
+
+    Args:
+        text: The query of a dashboard.
+        values: The value of each variable; a list for one where several can be chosen. `ALL` stays as it is.
+        window: The time range of the dashboard.
+    """
+
+    def value(found: re.Match[str]) -> str:
+        name, form = found[1] or found[2], found[3] or "raw"
+        if name in BUILT_IN:
+            return window if name == "__range" else BUILT_IN[name]
+        chosen = values[name]
+        if chosen == [ALL]:
+            return ALL
+        each = [chosen] if isinstance(chosen, str) else chosen
+        escaped = [re.sub(r"[\\^$*+?.()|\[\]{}/]", r"\\\g<0>", one) if form == "regex" else one for one in each]
+        return escaped[0] if len(escaped) == 1 else f"({'|'.join(escaped)})"
+
+    return _VARIABLE.sub(value, text)
+
+
+def without_strings(text: str) -> str:
+    """Return a query with empty strings."""
+    return _STRING.sub('""', text)
 
 
 class Query(NamedTuple):
@@ -41,19 +68,26 @@ class Query(NamedTuple):
     text: str
 
 
-def dashboard_queries(variables: Mapping[str, str]) -> Iterator[Query]:
+def dashboard_queries(
+    run: Mapping[str, str], chosen: Sequence[str] = (ALL,), window: str = BUILT_IN["__range"]
+) -> Iterator[Query]:
     """Yield every query of every dashboard.
 
     Args:
-        variables: Values of ``run_id`` and ``trace_id``.
+        run: The values of One job: ``pipeline``, ``run_id`` and ``trace_id``; empty ones by default.
+        chosen: The pipelines and agents that are chosen in the other dashboards.
+        window: The time range of the dashboards.
     """
-    values = {**FILLED, **variables}
     for path in sorted(DASHBOARDS.glob("*.json")):
         board = json.loads(path.read_text())
+        values: dict[str, str | list[str]] = {
+            variable["name"]: run.get(variable["name"], "") if variable["type"] == "textbox" else list(chosen)
+            for variable in board["templating"]["list"]
+            if variable["type"] != "datasource"
+        }
         for panel in board["panels"]:
             for target in panel["targets"]:
-                written = target.get("expr") or target.get("query")
-                text = re.sub(r"\$(\w+)", lambda found: values[found[1]], written)
+                text = filled(target.get("expr") or target.get("query"), values, window)
                 yield Query(f"{path.stem}: {panel['title']}", target["refId"], target["datasource"]["type"], text)
 
 
@@ -75,24 +109,24 @@ def promql_selectors(expr: str) -> Iterator[tuple[str, frozenset[str]]]:
     """Yield each metric of a PromQL expression with the labels that are matched or grouped by somewhere in it."""
     grouped = {
         label.strip()
-        for group in re.findall(r"\b(?:by|on)\s*\(([^)]*)\)", expr)
+        for group in re.findall(r"\b(?:by|on|ignoring)\s*\(([^)]*)\)", expr)
         for label in group.split(",")
         if label.strip()
     }
-    bare = re.sub(r"\b(?:by|on)\s*\([^)]*\)", "", expr)
+    bare = re.sub(r"\b(?:by|on|ignoring)\s*\([^)]*\)", "", expr)
     for name, matchers in re.findall(
-        r"\b((?:cicd|tailspan)_\w+|ALERTS)\b(?:\{([^}]*)\})?(?!\s*(?:=|!))", re.sub(r'"[^"]*"', '""', bare)
+        r"\b((?:cicd|tailspan)_\w+|ALERTS)\b(?:\{([^}]*)\})?(?!\s*(?:=|!))", without_strings(bare)
     ):
         yield name, frozenset(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", matchers)) | grouped
 
 
 def logql_labels(expr: str) -> set[str]:
     """Return the stream labels and structured metadata that a LogQL expression names."""
-    bare = re.sub(r'"[^"]*"', '""', expr)
+    bare = without_strings(expr)
     grouped = re.findall(r"by \((\w+)\)", bare)
     return {*re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", bare), *grouped}
 
 
 def traceql_attributes(query: str) -> set[str]:
     """Return the scoped attributes that a TraceQL query names, such as ``resource.service.name``."""
-    return set(re.findall(r"\b(?:resource|span)\.[\w.]+", re.sub(r'"[^"]*"', '""', query)))
+    return set(re.findall(r"\b(?:resource|span)\.[\w.]+", without_strings(query)))

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from tailspan.local.environment import job_environment
 from tests.deploy.fleet import Fleet
 from tests.deploy.queries import (
     DASHBOARDS,
@@ -20,10 +21,14 @@ from tests.deploy.queries import (
     logql_labels,
     promql_selectors,
     traceql_attributes,
+    without_strings,
 )
 
 DEPLOY = DASHBOARDS.parents[1]
-QUERIES = [*dashboard_queries({"run_id": "r-1", "trace_id": "0af7651916cd43dd"}), *datasource_queries()]
+RUN = {"pipeline": "etl", "run_id": "r-1", "trace_id": "0af7651916cd43dd"}
+QUERIES = [*dashboard_queries(RUN), *datasource_queries()]
+# Every character that a query language, a regular expression or a URL treats in a special way; a backtick is left out.
+HOSTILE = """a"b'c\\d(e)+f$g[h]{i}|j.k*l?m^n/o&p=q#r%s t~u!v,w"""
 NAMES = ("agent", "job", "jobs", "pipelines")
 # What a store adds of itself.
 BY_PROMETHEUS = {"instance"}
@@ -65,20 +70,77 @@ def test_a_dashboard_is_whole(name: str) -> None:
         for source in (panel["datasource"], *(target["datasource"] for target in panel["targets"])):
             assert variables[source["uid"].strip("${}")]["query"] == source["type"]
     used = set(
-        re.findall(r"\$(\w+)", " ".join(t.get("expr") or t["query"] for p in board["panels"] for t in p["targets"]))
+        re.findall(r"\$\{?(\w+)", " ".join(t.get("expr") or t["query"] for p in board["panels"] for t in p["targets"]))
     )
     assert {word for word in used if not word.startswith("__")} <= set(variables)
 
 
 def test_links_between_dashboards_lead_somewhere() -> None:
-    """A run id opens One job and fills in variables that it has."""
-    texts = {name: (DASHBOARDS / f"{name}.json").read_text() for name in NAMES}
-    job = {variable["name"] for variable in json.loads(texts["job"])["templating"]["list"]}
-    links = re.findall(r"/d/([\w-]+)\?([^\"]*)", texts["jobs"])
-    assert links
-    for uid, arguments in links:
-        assert uid == "tailspan-job"
-        assert set(re.findall(r"var-(\w+)=", arguments)) <= job
+    """A run id opens One job with all its variables and the time range; values with special characters arrive whole."""
+    boards = {name: json.loads((DASHBOARDS / f"{name}.json").read_text()) for name in NAMES}
+    variables = {variable["name"] for variable in boards["job"]["templating"]["list"]}
+    for name in ("jobs", "job"):
+        overrides = [one for panel in boards[name]["panels"] for one in panel.get("fieldConfig", {}).get("overrides", [])]
+        properties = [each for override in overrides for each in override["properties"] if each["id"] == "links"]
+        links = [link["url"] for each in properties for link in each["value"]]
+        assert links
+        for url in links:
+            path, _, arguments = url.partition("?")
+            assert path == "/d/tailspan-job"
+            assert {"pipeline", "run_id", "trace_id"} == set(re.findall(r"var-(\w+)=", arguments)) <= variables
+            assert "${__url_time_range}" in arguments
+            assert all(value.endswith(":percentencode}") for value in re.findall(r"=(\$\{[^}]*\})", arguments))
+
+
+def test_special_characters_stay_within_strings() -> None:
+    """A name of any characters changes no query but its own string, chosen alone or with others."""
+    hostile = dict.fromkeys(RUN, HOSTILE)
+    for plain, one, several in zip(
+        dashboard_queries(RUN, ["etl"]),
+        dashboard_queries(hostile, [HOSTILE]),
+        dashboard_queries(hostile, [HOSTILE, "etl"]),
+        strict=True,
+    ):
+        if plain.text != RUN["trace_id"]:
+            assert without_strings(one.text) == without_strings(several.text) == without_strings(plain.text), one.panel
+            for pattern in re.findall(r"=~\s*`([^`]*)`", several.text):
+                assert re.fullmatch(pattern, HOSTILE) or pattern == ".+", several.panel
+
+
+def test_one_job_asks_exactly_for_its_job() -> None:
+    """No name or id of One job is a regular expression, except the id where the label may be absent."""
+    board = json.loads((DASHBOARDS / "job.json").read_text())
+    asked = [target.get("expr") or target["query"] for panel in board["panels"] for target in panel["targets"]]
+    for query in asked:
+        assert set(re.findall(r"=~\s*(`[^`]*\$[^`]*`)", query)) <= {"`${run_id:regex}|`"}, query
+        assert set(re.findall(r"\$\{\w+:?(\w*)\}", query)) <= {"raw", "regex"}
+    assert all("`${run_id:raw}`" in query for query in asked if "service_name" in query or "resource." in query)
+
+
+def test_one_job_without_an_id_asks_for_no_job() -> None:
+    """Opened without an id, One job shows nothing instead of the lines of every other program."""
+    for query in dashboard_queries({}):
+        if query.panel.startswith("job: ") and query.source == "loki":
+            assert "{service_name=``, service_name=~`.+`}" in query.text
+            assert "| cicd_pipeline_run_id = `` | cicd_pipeline_run_id != ``" in query.text
+
+
+def test_the_number_of_newest_spans_is_that_of_the_newest() -> None:
+    """Tempo returns any spans up to the limit unless it is asked for the newest."""
+    searches = [query.text for query in QUERIES if query.source == "tempo" and "{" in query.text]
+    assert searches
+    assert all(search.endswith(" with (most_recent=true)") for search in searches)
+
+
+def test_trace_to_logs_works_from_the_spans_of_an_instrumented_program() -> None:
+    """Its spans may have a service name of its own, but the run's attributes: the job's environment sets them."""
+    environment = job_environment(
+        {"OTEL_SERVICE_NAME": "own"}, job_id="r-1", name="etl", trace_id="0a" * 16, span_id="0b" * 8, otlp={}
+    )
+    attributes = dict(pair.split("=") for pair in environment["OTEL_RESOURCE_ATTRIBUTES"].split(","))
+    sources = yaml.safe_load((DEPLOY / "grafana" / "provisioning" / "datasources.yaml").read_text())["datasources"]
+    (to_logs,) = (source["jsonData"]["tracesToLogsV2"] for source in sources if "tracesToLogsV2" in source["jsonData"])
+    assert {tag["value"]: attributes.get(tag["key"]) for tag in to_logs["tags"]} == {"service_name": "etl"}
 
 
 def test_dashboards_and_rules_ask_only_for_what_is_sent(tmp_path: Path) -> None:
@@ -95,6 +157,8 @@ def test_dashboards_and_rules_ask_only_for_what_is_sent(tmp_path: Path) -> None:
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             sent.setdefault(sample.name, set()).update(sample.labels)
+            if family.type == "histogram":
+                sent.setdefault(family.name, set()).update(sample.labels)  # as a native histogram
     rules = yaml.safe_load((DEPLOY / "prometheus" / "rules.yaml").read_text())["groups"]
     promql = [query.text for query in QUERIES if query.source == "prometheus"]
     promql += [rule["expr"] for group in rules for rule in group["rules"]]

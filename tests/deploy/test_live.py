@@ -95,9 +95,10 @@ def prometheus(home: Path, fleet: Fleet) -> Iterator[Prometheus]:
         process.wait()
 
 
-def promql(run_id: str) -> list[Query]:
-    """All PromQL of all dashboards."""
-    return [one for one in dashboard_queries({"run_id": run_id, "trace_id": ""}) if one.source == "prometheus"]
+def promql(pipeline: str, run_id: str) -> list[Query]:
+    """All PromQL of all dashboards, for one run where a dashboard shows one."""
+    run = {"pipeline": pipeline, "run_id": run_id}
+    return [one for one in dashboard_queries(run) if one.source == "prometheus"]
 
 
 def eventually(found: Callable[[], object], expected: object, timeout_s: float = 60) -> None:
@@ -141,10 +142,10 @@ def test_every_query_finds_trouble(tmp_path: Path) -> None:
         eventually(lambda: server.labels(firing, "cicd_pipeline_name"), [("broken",)])
 
         def silent_panels() -> set[str]:
-            return {f"{one.panel} {one.ref}" for one in promql("r-1") if not server.query(one.text)}
+            return {f"{one.panel} {one.ref}" for one in promql("remote", "r-1") if not server.query(one.text)}
 
         eventually(silent_panels, set())
-        values = {one.panel: server.query(one.text)[0][1] for one in promql("r-1") if one.ref == "A"}
+        values = {one.panel: server.query(one.text)[0][1] for one in promql("remote", "r-1") if one.ref == "A"}
         assert values["jobs: Failed"] == 2  # the very first runs of their pipeline
         assert values["jobs: Succeeded"] == 12
         assert (values["jobs: Running"], values["jobs: Pending"], values["jobs: Silent"], values["jobs: Slow"]) == (
@@ -154,7 +155,7 @@ def test_every_query_finds_trouble(tmp_path: Path) -> None:
             1,
         )
         assert (values["jobs: Too fast"], values["jobs: Missing"], values["job: Progress"]) == (1, 1, 0.4)
-        rates = {one.panel: server.query(one.text) for one in promql(hung)}["pipelines: Success rate"]
+        rates = {one.panel: server.query(one.text) for one in promql("etl", hung)}["pipelines: Success rate"]
         assert {labels["cicd_pipeline_name"]: value for labels, value in rates} == {"etl": 1, "noisy": 1, "broken": 0}
         exemplars = server.get("query_exemplars", query="cicd_pipeline_run_duration_seconds_bucket", start=0, end=2**32)
         assert {len(one["labels"]["trace_id"]) for series in exemplars for one in series["exemplars"]} == {32}
@@ -187,7 +188,7 @@ def test_nothing_is_wrong_in_a_quiet_run(tmp_path: Path) -> None:
         assert server.query("ALERTS") == []
         values = {
             one.panel: server.query(one.text)
-            for one in promql("x")
+            for one in promql("etl", "x")
             if one.panel.startswith("jobs: ") and one.ref == "A"
         }
         for title in ("Failed", "Silent", "Slow", "Too fast", "Missing", "Pending"):
@@ -199,7 +200,8 @@ def test_nothing_is_wrong_in_a_quiet_run(tmp_path: Path) -> None:
 def test_logql_and_traceql_parse() -> None:
     """By the grammars that Grafana itself uses; and the check can fail."""
     asked: dict[str, list[str]] = {"logql": [], "traceql": []}
-    for one in (*dashboard_queries({"run_id": "20261125-r-1", "trace_id": ""}), *datasource_queries()):
+    run = {"pipeline": 'an "odd" (name)', "run_id": "20261125-r-1"}
+    for one in (*dashboard_queries(run, [run["pipeline"], "b"]), *dashboard_queries({}), *datasource_queries()):
         if one.source == "loki":
             asked["logql"].append(one.text)
         elif one.source == "tempo" and one.text:

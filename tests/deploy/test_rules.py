@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.deploy.queries import dashboard_queries
+
 DEPLOY = Path(__file__).parents[2] / "deploy"
 PROMETHEUS = DEPLOY / "prometheus"
 ALERTS: dict[str, dict[str, Any]] = {
@@ -39,8 +41,18 @@ def test_no_alert_looks_at_the_job_label(name: str) -> None:
 @pytest.mark.parametrize("name", ALERTS)
 def test_every_alert_is_seen_to_fire_and_not_to_fire(name: str) -> None:
     """A rule without both cases is not tested."""
-    cases = [case for test in UNIT_TESTS for case in test["alert_rule_test"] if case["alertname"] == name]
+    cases = [case for test in UNIT_TESTS for case in test.get("alert_rule_test", ()) if case["alertname"] == name]
     assert {bool(case["exp_alerts"]) for case in cases} == {True, False}
+
+
+def test_the_unit_tests_of_counts_are_about_the_queries_of_the_dashboards() -> None:
+    """Each expression that promtool evaluates is a panel's query for all pipelines and the last three hours."""
+    tested = {case["expr"] for test in UNIT_TESTS for case in test.get("promql_expr_test", ())}
+    panels = {query.text: query.panel for query in dashboard_queries({}, window="3h")}
+    assert {panels.get(expr) for expr in tested} == {
+        "jobs: Succeeded",
+        "pipelines: 95th percentile of the last hour's runs",
+    }
 
 
 @pytest.mark.services
