@@ -80,7 +80,8 @@ def test_links_between_dashboards_lead_somewhere() -> None:
     boards = {name: json.loads((DASHBOARDS / f"{name}.json").read_text()) for name in NAMES}
     variables = {variable["name"] for variable in boards["job"]["templating"]["list"]}
     for name in ("jobs", "job"):
-        overrides = [one for panel in boards[name]["panels"] for one in panel.get("fieldConfig", {}).get("overrides", [])]
+        settings = [panel.get("fieldConfig", {}) for panel in boards[name]["panels"]]
+        overrides = [override for each in settings for override in each.get("overrides", [])]
         properties = [each for override in overrides for each in override["properties"] if each["id"] == "links"]
         links = [link["url"] for each in properties for link in each["value"]]
         assert links
