@@ -118,9 +118,26 @@ class Bench:
         """Make an agent; see `config`."""
         return Agent(self.settings(*watches, **keys), self.open)
 
-    def once(self, *watches: dict[str, Any], timeout_s: float = 10.0, **keys: Any) -> OnceResult:
+    def once(self, *watches: dict[str, Any], timeout_s: float = PATIENCE_S, **keys: Any) -> OnceResult:
         """Relay once what is readable now."""
         return asyncio.run(self.agent(*watches, **keys).run_once(timeout_s))
+
+    def once_until(self, holds: Callable[[], Any], *watches: dict[str, Any], **keys: Any) -> OnceResult:
+        """Relay once, and interrupt the pass as soon as this is true: a timeout would depend on the machine."""
+
+        async def run() -> OnceResult:
+            agent = self.agent(*watches, **keys)
+            once = asyncio.create_task(agent.run_once(PATIENCE_S))
+            while not (holds() or once.done()):
+                await asyncio.sleep(0.005)
+            agent.stop()
+            return await once
+
+        return asyncio.run(run())
+
+    def refused(self, signal: str = "logs") -> bool:
+        """Return whether the collector has received a request with this signal."""
+        return any(request.signal == signal for request in self.collector.requests)
 
     @asynccontextmanager
     async def running(self, *watches: dict[str, Any], **keys: Any) -> AsyncIterator[Agent]:

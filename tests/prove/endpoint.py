@@ -37,7 +37,8 @@ class EndpointFault:
         traces: Makes the answer to every request of traces only.
         act: Done while the jobs write.
         settings: Of the world.
-        dead: Whether something must be in the dead letter; else nothing may.
+        dead: Whether something must be in the dead letter, or nothing may; None allows both: the halves of a batch
+            that was rejected as a whole may be accepted.
         timeout_s: How long it may take until all is relayed.
         check: Returns what else is wrong, in words.
     """
@@ -48,7 +49,7 @@ class EndpointFault:
     traces: Answer | None = None
     act: Callable[[World], object] = lambda world: None
     settings: Settings = field(default_factory=Settings)
-    dead: bool = False
+    dead: bool | None = False
     timeout_s: float = 120.0
     check: Callable[[World, Found], list[str]] = lambda world, found: []
 
@@ -75,7 +76,7 @@ class EndpointFault:
             self.act(world)
             found = world.finish(self.timeout_s)
             problems = self.check(world, found)
-        if self.dead != bool(found.dead_lettered):
+        if self.dead not in (None, bool(found.dead_lettered)):
             problems.append(f"{found.dead_lettered} records in the dead letter")
         return Row(self.name, [found], problems)
 
@@ -110,7 +111,7 @@ def small_only(world: World) -> Answer:
 @contextlib.contextmanager
 def listener(port: Callable[[], int], answer: bytes | None) -> Iterator[None]:
     """Something else at the receiver's address: it answers so, or (None) never accepts a connection."""
-    with socket.create_server(("127.0.0.1", port()), stream_order=128) as server:
+    with socket.create_server(("127.0.0.1", port()), backlog=128) as server:
         stop = threading.Event()
 
         def serve() -> None:
@@ -208,7 +209,7 @@ FAULTS = (
         dead=True,
     ),
     EndpointFault("400 for some batches", always=partial(keep_none_of, each=3, status=400), dead=True),
-    EndpointFault("400, then healed", [Reply(400)] * 4, dead=True),
+    EndpointFault("400, then healed", [Reply(400)] * 4, dead=None),
     EndpointFault("401, then healed", [Reply(401)] * 2),
     EndpointFault("413 over 100 records", always=small_only),
     EndpointFault(
@@ -243,7 +244,9 @@ FAULTS = (
     ),
     EndpointFault(
         "gRPC: RESOURCE_EXHAUSTED without RetryInfo",
-        [lambda request: Reply(grpc="RESOURCE_EXHAUSTED")] * 2,
+        always=lambda world: (
+            lambda request: Reply(grpc="RESOURCE_EXHAUSTED") if b"fused-1" in request.payload else Reply()
+        ),
         settings=GRPC,
         dead=True,
     ),

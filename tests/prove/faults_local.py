@@ -28,7 +28,7 @@ from tests.prove.world import Settings, World
 
 Fault = Callable[[World, Row], Iterator[None]]
 
-FEW, MANY = 120, 20_000
+FEW, MANY = 120, 6_000
 
 
 def supervisor_killed(world: World, row: Row) -> Iterator[None]:
@@ -127,7 +127,7 @@ def index_damaged(world: World, row: Row) -> Iterator[None]:
     damaged.put(FEW)
 
 
-def full_speed(world: World, row: Row, lines: int = 20_000) -> Iterator[None]:
+def full_speed(world: World, row: Row, lines: int = 5_000) -> Iterator[None]:
     """Two jobs write as fast as they can, and the agent is killed meanwhile."""
     jobs = [told_job(world, f"fast-{number}") for number in range(2)]
     yield

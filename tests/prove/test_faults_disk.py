@@ -17,6 +17,8 @@ from tests.prove.faults_disk import (
     store_truncated,
 )
 
+pytestmark = pytest.mark.timeout(600)  # a proof takes minutes on a loaded machine
+
 LIMIT = SizeLimit()
 CUTS = 4
 

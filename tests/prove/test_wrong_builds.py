@@ -10,6 +10,8 @@ from tests.prove.mutant import CHECKPOINT_BEFORE_ACK
 from tests.prove.rows import run
 from tests.prove.wrong_builds import BUILDS
 
+pytestmark = pytest.mark.timeout(600)  # a proof takes minutes on a loaded machine
+
 MUTANTS = [CHECKPOINT_BEFORE_ACK, *(build.mutant for build in BUILDS)]
 
 

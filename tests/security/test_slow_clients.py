@@ -22,7 +22,7 @@ PATIENCE_S = 20.0
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten seconds are long in a test."""
-    monkeypatch.setattr(http_limits, "REQUEST_S", 0.2)
+    monkeypatch.setattr(http_limits, "REQUEST_S", 0.5)
 
 
 async def with_job_api(use: Callable[[int], Awaitable[None]]) -> None:
@@ -97,7 +97,7 @@ def test_a_connection_that_is_used_is_kept(quick: None, server: Callable[..., Aw
                 header = await reader.readuntil(b"\r\n\r\n")
                 length = next(line for line in header.lower().split(b"\r\n") if line.startswith(b"content-length:"))
                 await reader.readexactly(int(length.split(b":")[1]))
-            await asyncio.sleep(0.4)
+            await asyncio.sleep(0.8)
         writer.close()
 
     asyncio.run(server(use))

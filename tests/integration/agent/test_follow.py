@@ -56,12 +56,24 @@ async def test_a_running_job_is_visible_at_once(bench: Bench) -> None:
 @looped
 async def test_a_running_job_is_in_its_trace_within_three_seconds(bench: Bench) -> None:
     """The first span, with the job's own ids, is sent when the agent sees the job; at the end no span is an orphan."""
+    late_s = 0.0
+
+    async def measure_lateness() -> None:
+        # How much later than in 50 ms the loop runs again: on a loaded machine these are the seconds of others.
+        nonlocal late_s
+        while True:
+            start_s = time.monotonic()
+            await asyncio.sleep(0.05)
+            late_s += time.monotonic() - start_s - 0.05
+
     seen_s: list[float] = []
     async with bench.running():
-        bench.fake.before_next("get_job", lambda: seen_s.append(time.monotonic()))
+        measuring = asyncio.create_task(measure_lateness())
+        bench.fake.before_next("get_job", lambda: seen_s.append(time.monotonic() - late_s))
         job = bench.fake.add_job("j1", state="PENDING", started_at=None)
         await bench.received(lambda: "submitted" in bench.spans())
-        assert time.monotonic() - seen_s[0] < 3
+        assert time.monotonic() - late_s - seen_s[0] < 3
+        measuring.cancel()
         anchor = bench.spans()["submitted"]
         assert (anchor.trace_id, anchor.parent_span_id) == (job.trace_id, span_id("fake", "j1", "run"))
         bench.fake.set_state("j1", "SUCCEEDED")
@@ -278,12 +290,13 @@ async def test_a_hanging_endpoint_pauses_the_reads_of_its_queue(bench: Bench) ->
     service.add_job("j1")
     service.add_lines("j1", *["x" * 1000] * 10_000)
     service.set_state("j1", "SUCCEEDED")
-    bench.collector.script("logs", Reply(503, retry_after_s=1.0))
+    bench.collector.always("logs", Reply(503, retry_after_s=0.3))
     async with bench.running():
-        await bench.received(lambda: any(request.signal == "logs" for request in bench.collector.requests))
+        await bench.received(bench.refused)
         await until(lambda: service.pages > 3)
         await asyncio.sleep(0.2)
         assert service.pages < 16
+        bench.collector.always("logs", Reply())
         await bench.received(lambda: "run" in bench.spans())
     assert len(bench.bodies()) == 10_000
     assert service.open_reads == 0

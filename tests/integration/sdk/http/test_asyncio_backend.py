@@ -233,17 +233,17 @@ def test_no_server() -> None:
 
 
 @pytest.mark.parametrize(
-    ("serve", "expected"),
-    [(silence, httpcore.ConnectTimeout), (farewell, httpcore.ConnectError)],
+    ("serve", "timeout_s", "expected"),
+    [(silence, 0.2, httpcore.ConnectTimeout), (farewell, SECONDS, httpcore.ConnectError)],
     ids=["mute", "plain"],
 )
-def test_servers_without_tls(serve: Serve, expected: type[Exception]) -> None:
+def test_servers_without_tls(serve: Serve, timeout_s: float, expected: type[Exception]) -> None:
     """A handshake that fails or takes too long is a connection that there is not."""
 
     async def main() -> None:
         async with connected(serve) as stream:
             with pytest.raises(expected):
-                await stream.start_tls(ssl.create_default_context(), server_hostname="127.0.0.1", timeout=0.5)
+                await stream.start_tls(ssl.create_default_context(), server_hostname="127.0.0.1", timeout=timeout_s)
 
     asyncio.run(main())
 

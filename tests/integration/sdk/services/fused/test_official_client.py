@@ -10,6 +10,7 @@ import io
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Callable
 from datetime import timedelta
 
 import anyio
@@ -234,14 +235,22 @@ def test_indentation(api, do):
     assert out.getvalue() == "  indented\n"
 
 
+def answered_in_time(call: Callable[[float], object]) -> str:
+    """Return the error of a call with the first timeout that leaves time for an answer on this machine."""
+    for timeout_s in (0.3, 1.0, 3.0, 10.0, 30.0):
+        with pytest.raises(TailspanError) as failed:
+            call(timeout_s)
+        if "answered" not in str(failed.value):
+            break
+    return str(failed.value)
+
+
 def test_a_service_that_is_down_for_ever(api, do):
     """Bounded by the caller's timeout, in the server's words; a cancel is not sent again."""
     api.add_job("j")
     api.fault(status_fault(503, "closed for maintenance"), times=None)
-    with pytest.raises(TailspanError, match="closed for maintenance"):
-        do(AsyncJobClient.job_wait_for_job, "j", 5, 0.3)
-    with pytest.raises(TailspanError, match="closed for maintenance"):
-        do(AsyncJobClient.job_tail_logs, "j", timeout=0.3)
+    assert "closed for maintenance" in answered_in_time(lambda s: do(AsyncJobClient.job_wait_for_job, "j", 5, s))
+    assert "closed for maintenance" in answered_in_time(lambda s: do(AsyncJobClient.job_tail_logs, "j", timeout=s))
     api.clear_faults()
     api.fault(status_fault(503, "closed for maintenance"), on="cancel", times=None)
     with pytest.raises(ServiceUnavailableError, match="closed for maintenance"):
