@@ -340,15 +340,16 @@ class LateWindow:
             earlier.again_totals[ms] = place + 1
         overfull = earlier.overfull.get(ms, 0)
         # Only a millisecond that has left the window has a smaller ordinal than place.
-        if max(ordinal, place) >= self._max_lines:
-            self._kept.overfull.add(ms)
         if place >= self._max_lines or overfull:
+            self._kept.overfull.add(ms)
             return None if place < overfull else self._digest(ms, place, message)
         occurrence = earlier.again.get(digest, 0)
         earlier.again[digest] = occurrence + 1
         if occurrence < earlier.counts.get(digest, 0):
             return None
         kept = self._kept
+        if ordinal >= self._max_lines:
+            kept.overfull.add(ms)
         kept.is_sorted = False
         kept.times_ms.append(ms)
         kept.digests.append(digest)

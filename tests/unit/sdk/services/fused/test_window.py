@@ -227,6 +227,7 @@ LOST = [[(0, b"a"), (2, b"a"), (2, b"a"), (2, b"b"), (38, b"c")], [(2, b"d")]]
 
 @given(st.lists(SLICES, max_size=4), st.integers(1, 5), st.sampled_from([0, 0.01, 10]))
 @example([[[(0, b"b"), (2, b"x")]], LOST], 2, 0)
+@example([[[(0, b"x")]], [[(0, b"x")]]], 1, 0)  # as many lines as fit, read again
 def test_a_window_can_always_read_its_own_cursor(reads, max_lines, late_window_s):
     """Whatever order the lines come in, and although the server may lose lines that it has sent."""
     cursor = None
