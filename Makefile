@@ -13,7 +13,7 @@ INSTALLED := pyproject.toml requirements.lock agent/hatch_build.py sdk/tailspan/
 # One more than there are cores, since tests wait for each other's processes and for timers, but at most four.
 WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN || echo 3); echo $$((n < 3 ? n + 1 : 4)))
 
-.PHONY: demo test test-pythons test-systemd test-services dist sbom test-fused-client prove audit bench format lock clean
+.PHONY: demo test test-pythons test-systemd test-services stores dist sbom test-fused-client prove audit bench format lock clean
 .NOTPARALLEL: # two installs into one environment would fight
 
 demo: $(VENV)/.installed-agent
