@@ -107,22 +107,17 @@ def summed(expr: str, by: str) -> str:
 def ended_runs(window: str, by: str = "", matchers: str = PIPELINE) -> str:
     """Return PromQL for the number of runs that ended in a window; see `ended`.
 
-    Durations are explicit histograms with a counter of their own, or native ones that contain their count. After a
-    change of the kind, the first difference is that of both kinds.
+    Durations are explicit histograms with a counter of their own, or native ones that contain their count. Both come
+    from the same stored counts, so after a change of the kind the larger number is the newer one.
     """
     counter, native = f"{RUNS}_count{{{matchers}}}", f"{RUNS}{{{matchers}}}"
-    explicit = latest(counter, window), before(counter, window)
-    exponential = f"histogram_count({latest(native, window)})", f"histogram_count({before(native, window)})"
-    differences = [
-        f"{now} - {earlier}"
-        for now, earlier in (
-            explicit,
-            exponential,
-            (exponential[0], explicit[1]),
-            (explicit[0], exponential[1]),
-        )
-    ]
-    return summed(f"clamp_min({' or '.join([*differences, explicit[0], exponential[0]])}, 0)", by)
+    now = larger(latest(counter, window), latest(native, window))
+    return summed(f"clamp_min({now} - {larger(before(counter, window), before(native, window))} or {now}, 0)", by)
+
+
+def larger(counter: str, native: str) -> str:
+    """Return PromQL for the larger of a counter and the count of a native histogram, where both or one exist."""
+    return f'max without (kind) ({counter} or label_replace(histogram_count({native}), "kind", "native", "", ""))'
 
 
 def durations(window: str, by: str = "") -> tuple[str, str]:

@@ -113,7 +113,7 @@ def promql_selectors(expr: str) -> Iterator[tuple[str, frozenset[str]]]:
         for label in group.split(",")
         if label.strip()
     }
-    bare = re.sub(r"\b(?:by|on|ignoring)\s*\([^)]*\)", "", expr)
+    bare = re.sub(r"\b(?:by|on|ignoring|without)\s*\([^)]*\)", "", expr)
     for name, matchers in re.findall(
         r"\b((?:cicd|tailspan)_\w+|ALERTS)\b(?:\{([^}]*)\})?(?!\s*(?:=|!))", without_strings(bare)
     ):

@@ -6,20 +6,16 @@ import json
 import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from tests.deploy.fleet import Fleet
+from tests.deploy.prometheus import Prometheus, eventually
 from tests.deploy.queries import DASHBOARDS, Query, dashboard_queries, datasource_queries
 from tests.fakes.collector import Reply
 from tests.fakes.job_api import status_fault
@@ -34,38 +30,6 @@ RULES: dict[str, str] = {
     for group in yaml.safe_load((PROMETHEUS / "rules.yaml").read_text())["groups"]
     for rule in group["rules"]
 }
-
-
-class Prometheus:
-    """The answers of a server."""
-
-    def __init__(self, address: str) -> None:
-        self._address = address
-
-    def get(self, path: str, **parameters: Any) -> Any:
-        """Ask its API."""
-        url = f"http://{self._address}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
-        try:
-            with urllib.request.urlopen(url, timeout=30) as answer:
-                return json.load(answer)["data"]
-        except urllib.error.HTTPError as error:
-            raise AssertionError(f"{parameters}: {error.read().decode()}") from error
-
-    def query(self, expr: str) -> list[tuple[dict[str, str], float]]:
-        """Return the series of an expression now, each with its labels and value."""
-        return [(one["metric"], float(one["value"][1])) for one in self.get("query", query=expr)["result"]]
-
-    def labels(self, expr: str, *names: str) -> list[tuple[str, ...]]:
-        """Return these labels of its series, in order."""
-        return sorted(tuple(labels.get(name, "") for name in names) for labels, _ in self.query(expr))
-
-    def ready(self) -> bool:
-        """Whether it answers."""
-        try:
-            urllib.request.urlopen(f"http://{self._address}/-/ready", timeout=30).close()
-        except OSError:
-            return False
-        return True
 
 
 @contextmanager
@@ -99,14 +63,6 @@ def promql(pipeline: str, run_id: str) -> list[Query]:
     """All PromQL of all dashboards, for one run where a dashboard shows one."""
     run = {"pipeline": pipeline, "run_id": run_id}
     return [one for one in dashboard_queries(run) if one.source == "prometheus"]
-
-
-def eventually(found: Callable[[], object], expected: object, timeout_s: float = 60) -> None:
-    """Wait until it is as expected, and say what it was if not."""
-    deadline_s = time.monotonic() + timeout_s
-    while (last := found()) != expected and time.monotonic() < deadline_s:
-        time.sleep(0.25)
-    assert last == expected
 
 
 def test_every_query_finds_trouble(tmp_path: Path) -> None:
