@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -20,11 +19,11 @@ import yaml
 from tests.deploy.prometheus import Prometheus, eventually
 from tests.deploy.queries import ALL, DASHBOARDS, dashboard_queries
 from tests.ports import free_port
+from tests.stores.programs import program
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(300)]
 
 TAILSPAN = str(Path(sys.executable).with_name("tailspan"))
-BUILT = Path(__file__).parents[2] / ".venv" / "stores" / "bin" / "prometheus"
 PROMETHEUS = DASHBOARDS.parents[1] / "prometheus"
 RULES: dict[str, str] = {
     rule["alert"]: rule["expr"]
@@ -111,16 +110,14 @@ class Scene:
 @pytest.fixture
 def scene(tmp_path: Path) -> Iterator[Scene]:
     """Start a Prometheus 3 with the project's own configuration."""
-    program = os.environ.get("PROMETHEUS_BIN") or shutil.which(str(BUILT))
-    if not program:
-        pytest.skip("Prometheus 3 is not built: run tests/stores/build.sh, or set PROMETHEUS_BIN")
+    binary = program("prometheus")
     config = yaml.safe_load((PROMETHEUS / "prometheus.yaml").read_text())
     config["global"] = {"evaluation_interval": "1s"}
     config["rule_files"] = [str(PROMETHEUS / "rules.yaml")]
     (tmp_path / "prometheus.yaml").write_text(yaml.safe_dump(config))
     address = f"127.0.0.1:{free_port()}"
     command = [
-        program,
+        binary,
         f"--config.file={tmp_path}/prometheus.yaml",
         f"--storage.tsdb.path={tmp_path}/tsdb",
         f"--web.listen-address={address}",
