@@ -344,7 +344,9 @@ protocol = "{settings.protocol}"
         tallies = {job.name: job.tally for job in self.jobs}
         if signal_ == "logs":
             for name, text, nanos, uid in lines_in(message):
-                tallies[name].take(text, nanos, uid, in_order=in_order)
+                # Some jobs share one name: their lines begin with their own.
+                tally = tallies.get(name) or tallies[text.partition(" ")[0]]
+                tally.take(text, nanos, uid, in_order=in_order)
         elif signal_ == "traces":
             self._spans += spans_in(message)
         else:

@@ -1,0 +1,180 @@
+"""Limits of real stores, on their doubles: a default Loki and Tempo get every line, and nothing stops for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.fakes.agents import Bench
+from tests.fakes.collector import Collector, Reply, Request
+from tests.fakes.loki import MIB, Limits, Loki
+from tests.fakes.tempo import ATTRIBUTE_BYTES, Tempo
+from tests.prove.scenarios import Scenario
+from tests.prove.table import Row
+from tests.prove.world import World
+
+_HOUR_MS = 3_600_000
+_LOST_ANSWERS = 4
+_PATIENCE_S = 60.0
+
+
+@dataclass(frozen=True)
+class LokiFault:
+    """Jobs whose lines go into a Loki.
+
+    Attributes:
+        name: The row's name.
+        jobs: Adds the jobs and their lines, before the agent starts.
+        limits: What the Loki accepts.
+        lost_answers: Number of requests that it stores without an answer.
+        act: Done after the start.
+        rejected: Number of lines that it must reject, each with a receipt of its time; all others must be stored.
+        one_name: Whether the jobs have one name, so that the runs cannot be counted by job.
+    """
+
+    name: str
+    jobs: Callable[[World], object]
+    limits: Limits = field(default_factory=Limits)
+    lost_answers: int = 0
+    act: Callable[[World], object] = lambda world: None
+    rejected: int = 0
+    one_name: bool = False
+
+    def scenario(self) -> Scenario:
+        """Return the row."""
+        return Scenario(self.name, self._run)
+
+    def _run(self, seed: str) -> Row:
+        loki, lost = Loki(self.limits), 0
+
+        def answer(request: Request) -> Reply:
+            nonlocal lost
+            reply = loki(request)
+            lost += 1
+            return Reply(cut="answer") if lost <= self.lost_answers else reply
+
+        with World(seed) as world:
+            self.jobs(world)
+            world.collector.always("logs", answer)
+            world.configure()
+            world.start()
+            self.act(world)
+            found = world.finish(_PATIENCE_S)
+            names = tuple(f"{job.name} " for job in world.jobs)
+        stored = sum(line.startswith(names) for line in loki.lines())
+        expected = found.lines.expected - self.rejected
+        problems = [] if stored == expected else [f"{stored} of {expected} lines in the store: {dict(loki.rejected)}"]
+        if found.dead_lettered != 2 * self.rejected:
+            problems.append(f"{found.dead_lettered} records in the dead letter")
+        if self.one_name:
+            found.wrong_runs = []
+        return Row(self.name, [found], problems)
+
+
+def _bursts(world: World, *, jobs: int, lines: int) -> None:
+    for number in range(jobs):
+        world.fused_job(f"burst-{number}").write(lines, world.random)
+
+
+def _overlapping(world: World) -> None:
+    start_ms = int(time.time() * 1000) - 4 * _HOUR_MS
+    for number in range(3):
+        job = world.fused_job(f"run-{number}", start_ms=start_ms)
+        job.fake.becomes("Running", from_status=0)
+        job.fake._status()["job_name"] = "etl"
+        job.fake.row["job_name"] = "etl"
+        for step in range(240):
+            job.line(start_ms + step * 30_000)
+
+
+def _one_too_old(world: World) -> None:
+    week_ago_ms = int(time.time() * 1000) - 8 * 24 * _HOUR_MS
+    world.fused_job("old").line(week_ago_ms)
+    _bursts(world, jobs=3, lines=300)
+
+
+def _killed(world: World) -> None:
+    world.until(lambda: world.collector.requests, "a first request")
+    world.kill()
+    world.ended()
+    world.start()
+
+
+LOKI_FAULTS = (
+    LokiFault("Loki: 30,000 lines above the size of its messages", lambda world: _bursts(world, jobs=1, lines=30_000)),
+    LokiFault(
+        "Loki: batches above its burst",
+        lambda world: _bursts(world, jobs=2, lines=10_000),
+        Limits(rate_bytes_s=2.0 * MIB, burst_bytes=2 * MIB, message_bytes=64 * MIB),
+    ),
+    LokiFault("Loki: overlapping jobs of one name after hours", _overlapping, one_name=True),
+    LokiFault("Loki: a line that is too old, among others", _one_too_old, rejected=1),
+    LokiFault(
+        "Loki: lines that were stored are sent again",
+        lambda world: _bursts(world, jobs=2, lines=3_000),
+        lost_answers=_LOST_ANSWERS,
+        act=_killed,
+    ),
+)
+
+
+@contextmanager
+def _bench() -> Iterator[Bench]:
+    with tempfile.TemporaryDirectory(prefix="prove-") as home, Collector() as collector:
+        yield Bench(Path(home), collector)
+
+
+def _long_stack_trace(seed: str) -> Row:
+    """Return whether a default Tempo keeps the end of a long stack trace."""
+    frames = [line for number in range(150) for line in (f'  File "/app/m{number}.py", line 1, in f', "    call()")]
+    lines = ["Traceback (most recent call last):", *frames, "ValueError: the last line"]
+    tempo = Tempo()
+    with _bench() as bench:
+        bench.collector.always("traces", tempo)
+        bench.fake.add_job("j1", job_name="etl")
+        bench.fake.add_lines("j1", *lines)
+        bench.fake.set_state("j1", "FAILED")
+        bench.once(timeout_s=_PATIENCE_S)
+    stacks = [event.attributes.get("exception.stacktrace", "") for span in tempo.spans() for event in span.events]
+    stacks = [stack for stack in stacks if stack]
+    good = [stack for stack in stacks if stack.endswith("ValueError: the last line") and "m149.py" in stack]
+    fits = all(len(stack.encode()) <= ATTRIBUTE_BYTES for stack in stacks)
+    return Row("", [], [] if len(good) == 1 and fits else [f"the store has {stacks}"])
+
+
+def _end_in_an_outage(seed: str) -> Row:
+    """Return whether the run span is silent on a delivery that is unknown, and the receipt has it later."""
+    problems: list[str] = []
+
+    async def run(bench: Bench) -> None:
+        async with bench.running():
+            await bench.received(lambda: "run" in bench.spans("j1"))
+            attributes = bench.spans("j1")["run"].attributes
+            problems.extend(key for key in ("tailspan.logs.complete", "tailspan.records.acked") if key in attributes)
+            bench.collector.always("logs", Reply())
+            await bench.received(lambda: "j1" in bench.receipts())
+            receipt = bench.receipts()["j1"].attributes
+            if not receipt["tailspan.logs.complete"] or receipt["tailspan.records.acked"] != 2:
+                problems.append(f"the receipt has {receipt}")
+
+    with _bench() as bench:
+        bench.collector.always("logs", Reply(503))
+        bench.fake.add_job("j1", job_name="etl")
+        bench.fake.add_lines("j1", "a", "b")
+        bench.fake.set_state("j1", "SUCCEEDED")
+        asyncio.run(asyncio.wait_for(run(bench), _PATIENCE_S))
+    return Row("", [], problems)
+
+
+def scenarios() -> list[Scenario]:
+    """Return the rows."""
+    return [
+        *(fault.scenario() for fault in LOKI_FAULTS),
+        Scenario("Tempo: a stack trace above the size of its attributes", _long_stack_trace),
+        Scenario("logs endpoint down over the end of a job", _end_in_an_outage),
+    ]
