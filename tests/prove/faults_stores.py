@@ -99,7 +99,7 @@ def _one_too_old(world: World) -> None:
 
 
 def _killed(world: World) -> None:
-    world.until(lambda: world.collector.requests, "a first request")
+    world.until(lambda: any(request.signal == "logs" for request in world.collector.requests), "a request of logs")
     world.kill()
     world.ended()
     world.start()
