@@ -17,7 +17,8 @@ from tailspan_agent.web.formatting import ago, duration, visible
 from tests.fakes.agents import looped, until
 from tests.integration.agent.web.test_page import browsing, ended, job_page, relayed
 
-CSS = Path(tailspan_agent.web.__file__).with_name("static").joinpath("page.css").read_text()
+WEB = Path(tailspan_agent.web.__file__).parent
+CSS = (WEB / "static" / "page.css").read_text()
 Colour = tuple[float, ...]
 
 
@@ -52,6 +53,14 @@ def test_all_text_and_all_edges_have_the_contrast_of_wcag_aa(scheme):
     assert [(text, ground) for text, ground in pairs if contrast(colours[text], ground) < 4.5] == []
     edge = re.search(r"button, .button, input, select {.*?border: 1px solid var\(--(\w+)\)", CSS)[1]
     assert all(contrast(colours[edge], colours[ground]) >= 3 for ground in ("bg", "card"))
+
+
+def test_every_list_of_terms_has_a_layout():
+    """The class of each `<dl>` in the templates is a class of the style sheet: a rename must change both."""
+    html = "".join(file.read_text() for file in (WEB / "templates").glob("*.html"))
+    names = {name for classes in re.findall(r'<dl class="([^"{]+)"', html) for name in classes.split()}
+    assert "summary" in names
+    assert [name for name in sorted(names) if f".{name} " not in CSS and f".{name}." not in CSS] == []
 
 
 @looped
