@@ -205,7 +205,7 @@ def _pass_on(launched: Launched, number: int, *, from_terminal: bool) -> None:
 
 
 def _reap_strangers() -> None:
-    """As the first process of a container, collect the orphans that nobody else waits for."""
+    """As the first process of a container, reap the orphans that no other process waits for."""
     while os.getpid() == 1:
         try:
             if os.waitpid(-1, os.WNOHANG)[0] == 0:

@@ -76,8 +76,8 @@ def _cut(text: bytes, end: int) -> int:
 
 
 def _by_lines(text: bytes, max_lines: int) -> Iterator[Piece]:
-    # Each piece is full but the last: what follows one is cut the same when it is cut for itself, so that text without
-    # entries has the same uids wherever its reading is resumed.
+    # Each piece but the last is full, so the text after a piece is cut in the same places when it is cut alone. So
+    # text without entries has the same uids wherever its reading is resumed.
     lines, start = count_lines(text), 0
     while lines > max_lines:
         end = _after_lines(text, start, max_lines)

@@ -1,8 +1,8 @@
-"""`log.idx`: one small entry per read of a job's output, so that times and counts never need a look at the text.
+"""`log.idx`: one small entry per read of a job's output, so that times and counts need no read of the text.
 
 The file is a 32-byte header and then 32-byte entries, all little-endian. An entry says where its text ends in `log`,
 when it was read, how many lines precede its end, from which stream it came and what kind of bytes it has; its
-checksum tells a torn or damaged entry. `log` is written before `log.idx`.
+checksum detects a torn or damaged entry. `log` is written before `log.idx`.
 
 Line ``i`` of an entry has the time ``time_unix_nano + i``: unique and in order within a job. An entry lies within one
 millisecond, so that a search by ``since_ms`` never has to cut one.

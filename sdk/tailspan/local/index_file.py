@@ -19,7 +19,7 @@ _ENTRIES_PER_READ = 256
 def open_file(path: Path | str) -> int | None:
     """Return a file descriptor for reading, or None when there is no such file.
 
-    A link or a FIFO under its name is none: a reader with more rights than the job must not be led elsewhere.
+    A link or a FIFO under its name does not count: a reader with more rights than the job must not be led elsewhere.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -90,14 +90,14 @@ class IndexFile:
         raise ProtocolError("the index of the log has been changed while it was read")
 
     def whole_before(self, number: int) -> Entry:
-        """Return the last entry before a number that is not damaged; `NOTHING` when there is none."""
+        """Return the last entry before a number that is not damaged; `NOTHING` without one."""
         for candidate in range(number - 1, -1, -1):
             if entry := self.entry(candidate):
                 return entry
         return NOTHING
 
     def last(self) -> Entry | None:
-        """Return the last entry; None when there is none."""
+        """Return the last entry; None for an empty index."""
         return self.whole_at(self.count - 1)[1] if self.count else None
 
     def first_where(self, holds: Callable[[Entry], bool]) -> int:

@@ -43,7 +43,7 @@ _log = logging.getLogger(__name__)
 
 
 def open_local_changes(jobs: Path) -> InotifyChanges | None:
-    """Return the change feed of the jobs in a directory; None if there is none and the jobs must be polled.
+    """Return the change feed of the jobs in a directory; None if it is unavailable and the jobs must be polled.
 
     Args:
         jobs: The directory of all jobs.

@@ -91,7 +91,7 @@ class _Wrapper(_Options):
     """A program that runs another command.
 
     Attributes:
-        words: Subcommands, one of which comes before the command: ``run`` of ``uv run``.
+        words: Subcommands; one of them comes before the command: ``run`` of ``uv run``.
         positional: How many arguments precede the command: 1 for the time of ``timeout``.
         assignments: Whether ``NAME=value`` may precede the command.
     """
@@ -291,7 +291,7 @@ def _interpreter(program: str) -> _Options | None:
 
 
 def _inside(wrapper: _Wrapper, arguments: list[str]) -> list[str] | str:
-    """Return the command that a wrapper runs, empty where there is none; or the name, where an option gives one."""
+    """Return the command that a wrapper runs, empty without one; or the name, where an option gives one."""
     words, positional = wrapper.words, wrapper.positional
     position = 0
     while position < len(arguments):

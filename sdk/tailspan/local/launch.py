@@ -335,7 +335,7 @@ def _outputs(
     """
     out, err = request.show
     if out is not None and err is not None and _is_same(out, err):
-        # One pipe keeps the order of all lines, and nothing is lost: nobody could tell the streams apart behind it.
+        # One pipe keeps the order of all lines, and nothing is lost: its reader could not distinguish the streams.
         streams: list[tuple[int, tuple[int, ...], int | None]] = [(0, (1, 2), out)]
     else:
         streams = [(1, (1,), out), (2, (2,), err)]

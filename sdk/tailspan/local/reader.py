@@ -59,7 +59,7 @@ class _Span(NamedTuple):
 
     @property
     def is_possible(self) -> bool:
-        """Whether our capture can have made it: the checksum tells damage, but not who wrote it."""
+        """Whether our capture can have made it: the checksum detects damage, but not another writer."""
         size = self.entry.end - self.start
         return 0 < size <= MAX_ENTRY_BYTES + 1 and 0 < self.lines <= MAX_ENTRY_LINES and self.entry.stream in _STREAMS
 
@@ -68,12 +68,12 @@ class LogReader:
     """One job's log as it is now. A context manager; it holds the files open, so a pruned job stays readable."""
 
     def __init__(self, directory: Path, job_id: str, *, ended: bool) -> None:
-        """Open a log. What is written from now on is for the next reader, or a busy job would keep this one for ever.
+        """Open a log as it is now. Later lines are for the next reader, or a busy job would never end this one.
 
         Args:
             directory: The job's directory.
             job_id: The job, for errors and uids.
-            ended: Nobody writes any more, so text that a killed supervisor had not yet entered counts as lines.
+            ended: Whether the job has ended: text that a killed supervisor had not yet indexed then counts as lines.
         """
         self._job_id = job_id
         self._ended = ended
@@ -146,7 +146,7 @@ class LogReader:
         """Return the lines of entries that follow each other; None when the text is not what the index says."""
         start, end = batch[0].start, batch[-1].entry.end
         text = read_at(self._log_fd, start, end - start)
-        # The hole that is left when somebody truncates the log of a running job reads as NULs.
+        # Truncating the log of a running job leaves a hole, which reads as NULs.
         if len(text) < end - start or (b"\0" in text and not any(span.entry.flags & NUL for span in batch)):
             return None
         runs = [
@@ -208,7 +208,7 @@ class LogReader:
                 raise self._expired("its index is not the one that the cursor was made with", span.start)
             if span.start >= offset:
                 yield span
-        # An index that was emptied says nothing until its next entry; the log itself tells whether the cursor is of it.
+        # An emptied index knows nothing until its next entry; the log's size shows whether the cursor belongs to it.
         if offset > max(end, self._log_size()):
             raise self._expired("its log is shorter than when the cursor was made", end)
 
@@ -224,7 +224,7 @@ class LogReader:
     def _spans(self, number: int, offset: int = 0) -> Iterator[_Span]:
         """Yield what the index has from an entry's number on, and then what the supervisor could not enter.
 
-        Text whose entries are damaged is entered anew: see `_rebuilt`.
+        Text whose entries are damaged gets new entries: see `_rebuilt`.
         """
         before = self._index.whole_before(number)
         damaged = number > 0 and self._index.entry(number - 1) is None
@@ -243,7 +243,7 @@ class LogReader:
         yield from self._recovered(offset)
 
     def _recovered(self, offset: int = 0) -> Iterator[_Span]:
-        """Yield entries for the text behind the last entry, once nobody can enter it any more."""
+        """Yield entries for the text behind the last entry, once no supervisor can index it."""
         if not self._ended or self._log_fd is None:
             return
         last = self._index.last() or NOTHING

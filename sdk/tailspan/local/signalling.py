@@ -1,4 +1,4 @@
-"""Signalling a job's supervisor, and nobody else."""
+"""Send signals to a job's supervisor, and to no other process."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class StateDir:
     Attributes:
         path: The directory.
         jobs: The directory that has a directory for each job.
-        gid: The group that may read the jobs, and whose members may add some; None: nobody but their owner.
+        gid: The group that may read the jobs, and whose members may add some; None: only their owner.
         file_mode: Permissions of a job's files.
     """
 

@@ -28,7 +28,7 @@ class Owner(Protocol):
 
 
 def status_of(job: StoredJob, service: Owner) -> JobStatus:
-    """Return the status that a job's files tell.
+    """Return the status that a job's files record.
 
     Args:
         job: What its files say.
@@ -63,7 +63,7 @@ def status_of(job: StoredJob, service: Owner) -> JobStatus:
 
 
 def row_of(job: StoredJob, service: Owner) -> ListedJob:
-    """Return the row of a listing that a job's files tell; see `status_of`."""
+    """Return the row of a listing from a job's files; see `status_of`."""
     return ListedJob(
         job_id=job.job_id,
         job_name=job.name,

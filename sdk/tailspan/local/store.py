@@ -151,7 +151,7 @@ class JobStore:
         return Path(self._place(job_id))
 
     def _place(self, job_id: str) -> str:
-        # Text rather than a Path: an agent looks at thousands of jobs.
+        # Text rather than a Path: an agent polls thousands of jobs.
         if not _JOB_ID.fullmatch(job_id):
             raise JobNotFoundError(f"there is no local job {job_id[:80]!r}", job_id=job_id)
         place = f"{self.jobs}/{job_id}"
@@ -208,7 +208,7 @@ class JobStore:
     def running_mark(self, job_id: str) -> tuple[int, ...] | None:
         """Return what changes with each line and each state of a running job; None when it does not run.
 
-        Costs a tenth of `glance`, for whoever looks at thousands of silent jobs again and again.
+        Costs a tenth of `glance`, for callers that poll thousands of silent jobs.
         """
         directory = f"{self.jobs}/{job_id}"
         try:
@@ -216,11 +216,11 @@ class JobStore:
             if not _is_locked(f"{directory}/lock"):
                 return None
         except OSError:
-            return None  # whoever looks closer says why
+            return None  # the caller's next read raises the detailed error
         return state.st_ino, state.st_mtime_ns, state.st_size, index.st_ino, index.st_mtime_ns, index.st_size
 
     def _check_there(self) -> None:
-        """Tell a store that was moved away or unmounted while it was used from one that a job was deleted from."""
+        """Raise if the store was moved or unmounted while in use; a missing job then proves nothing."""
         if self._used and not self.jobs.is_dir():
             raise ServiceUnavailableError(f"{self.jobs} was moved away or unmounted")
 
@@ -257,7 +257,7 @@ class JobStore:
                     shutil.rmtree(gone)
                     yield job_id
             except (FileNotFoundError, JobNotFoundError, PermissionError):
-                # Somebody else prunes too, or the job is another user's.
+                # Another process prunes too, or the job is another user's.
                 continue
         self._sweep(now_s)
 

@@ -343,7 +343,7 @@ class _Supervisor:
                 drained += size
             self._append(stream, stream.lines.finish(), now)
             if stream.failure:
-                # The main loop closes it; until then a background process cannot be told either.
+                # The main loop closes it; until then a background process does not get the error either.
                 self._relay_failures.append(stream.failure)
                 stream.failure = 0
         self._finish(now, exit_code)

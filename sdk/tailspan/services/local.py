@@ -195,7 +195,7 @@ class LocalService(SubmitService, ChangeFeedService):
             await anyio.lowlevel.checkpoint()
 
     def open_changes(self) -> InotifyChanges | None:
-        """Begin to tell of jobs with news; see `tailspan.services.ChangeFeedService`."""
+        """Open the change feed of this machine's jobs; see `tailspan.services.ChangeFeedService`."""
         from tailspan.local.inotify import open_local_changes  # ctypes: only the agent needs it
 
         return open_local_changes(self._store.jobs)
@@ -213,13 +213,13 @@ class LocalService(SubmitService, ChangeFeedService):
         """Start a command as a job in the background; see `tailspan.job_submit`.
 
         Standard input is this process's, unless that is a terminal. A command that cannot be executed is a job that
-        has FAILED with exit code 127 or 126, not an error: whoever watches the pipeline shall see it.
+        has FAILED with exit code 127 or 126, not an error, so that dashboards and alerts show it.
 
         Args:
             command: The command and its arguments; no shell in between.
             name: The job's name; None: its program or script.
             attributes: What to attach to the job's telemetry.
-            timeout_s: After so many seconds it is ended; None: never.
+            timeout_s: End the command after this many seconds; None: never.
             cwd: Its directory; None: the present one.
             env: Variables on top of the present environment.
 
@@ -245,7 +245,7 @@ class LocalService(SubmitService, ChangeFeedService):
         """Start a job and stay attached to it, for callers without an event loop.
 
         Returns:
-            The job, and the pipe that tells its end; the caller closes it.
+            The job, and the pipe that reports its end; the caller closes it.
 
         Raises:
             ServiceUnavailableError: The supervisor could not be started.
