@@ -23,7 +23,7 @@ from tailspan.logs.page import NANOS_PER_MS, LogPage, Message, Stream
 from tailspan.models import JobStatus, ListedJob
 from tailspan.services import JobService
 
-__all__ = ["UNANSWERED_S", "LogReader", "StatusPoll", "newer", "newest_of", "stamped"]
+__all__ = ["UNANSWERED_S", "LogPoll", "StatusPoll", "newer", "newest_of", "stamped"]
 
 Answer = TypeVar("Answer", JobStatus, ListedJob)
 
@@ -93,7 +93,7 @@ class StatusPoll:
         )
 
 
-class LogReader:
+class LogPoll:
     """Reads a job's log from its last position to its present end.
 
     Attributes:

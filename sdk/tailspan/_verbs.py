@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Generic, Self, TypeVar
 import anyio
 
 from tailspan._clock import Clock
-from tailspan._polling import LogReader, StatusPoll, newer, newest_of, stamped
+from tailspan._polling import LogPoll, StatusPoll, newer, newest_of, stamped
 from tailspan.errors import ConfigError, InProgressWarning, RequestRejectedError
 from tailspan.logs.clean import printable
 from tailspan.logs.follow import SETTLE_S, Follower, TailUpdate
@@ -258,7 +258,7 @@ class AsyncVerbs(Generic[StatusT]):
         clock, deadline = self._clock, self._deadline(timeout)
         poll = StatusPoll(chosen, job_id, clock, deadline)
         follower = Follower(poll_min_s=refresh_seconds, poll_max_s=refresh_seconds, settle_s=settle_seconds)
-        reader = LogReader(chosen, job_id, clock, deadline, retries=get_logs_retries)
+        reader = LogPoll(chosen, job_id, clock, deadline, retries=get_logs_retries)
         while True:
             reported = await poll.ask()
             if reported is None:
