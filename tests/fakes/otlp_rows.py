@@ -72,7 +72,7 @@ class SpanRow:
 
 @dataclass(frozen=True)
 class MetricRow:
-    """One data point: `value` is a number, or the point's message for histograms and summaries."""
+    """One data point: `value` is a number, the point's message for histograms, or None for the end of a series."""
 
     name: str
     unit: str
@@ -190,11 +190,12 @@ def metric_rows(message: Any) -> Iterator[MetricRow]:
                     continue
                 for point in getattr(metric, kind).data_points:
                     number = point.WhichOneof("value") if kind in {"gauge", "sum"} else None
+                    value = getattr(point, number) if number else None if point.flags & 1 else point
                     yield MetricRow(
                         name=metric.name,
                         unit=metric.unit,
                         kind=kind,
-                        value=getattr(point, number) if number else point,
+                        value=value,
                         attributes=plain_attributes(point.attributes),
                         start_unix_nano=point.start_time_unix_nano,
                         time_unix_nano=point.time_unix_nano,
