@@ -1,4 +1,4 @@
-"""A real agent that follows real local jobs and a fake remote service, in trouble of every kind that it counts."""
+"""A real agent, real local jobs and a fake remote service, with every kind of failure that the agent counts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BROKEN = "import logging; logging.warning('careful'); {}['amount']"
 
 
 class Fleet:
-    """An agent, what it follows, and where it sends; all of it ends with the block.
+    """An agent, its jobs and its endpoint; all of it ends with the block.
 
     Attributes:
         collector: The endpoint.
@@ -32,7 +32,7 @@ class Fleet:
     """
 
     def __init__(self, home: Path, expected: str = "nightly") -> None:
-        """Prepare it in a directory; ``expected`` should start every second, or every hour where that is etl."""
+        """Write the configuration; the pipeline ``expected`` must start every second, ``etl`` every hour."""
         self._expect = ("etl", "1h") if expected == "etl" else (expected, "1s")
         self.collector = Collector()
         self.api = FakeJobApi()
@@ -97,7 +97,7 @@ class Fleet:
         self.wait_for(lambda: bool(self.metrics()))
 
     def stop_agent(self) -> None:
-        """Stop it without a drain: the endpoint may be one that takes nothing."""
+        """Stop it without a drain: the endpoint may accept nothing."""
         if self._agent is not None:
             self._agent.kill()
             self._agent.wait()
@@ -119,12 +119,12 @@ class Fleet:
         done = subprocess.run([TAILSPAN, "jobs", "--json"], env=self.env, capture_output=True, timeout=60, check=True)
         return {row["job_name"]: row["state"] for row in reversed(json.loads(done.stdout))}
 
-    def _told(self) -> set[str]:
-        """Return what came as log records, each by its text up to the first colon."""
+    def _texts(self) -> set[str]:
+        """Return the texts of the received log records, each up to the first colon."""
         return {str(record.body).partition(":")[0] for record in self.collector.log_records()}
 
     def metrics(self) -> str:
-        """Return what is scraped now; empty while the agent does not serve."""
+        """Return the text of a scrape; empty while the agent does not serve."""
         request = urllib.request.Request(f"http://{self.address}/metrics")
         try:
             with urllib.request.urlopen(request, timeout=10) as answer:
@@ -134,7 +134,7 @@ class Fleet:
         return text
 
     def trouble(self) -> None:
-        """Have something of everything: failures, dropped lines, refused records, failed requests, odd remote jobs."""
+        """Cause failures, dropped lines, rejected records, failed requests and anomalies."""
         now = datetime.now(UTC)
         remote = self.api.add_job(
             "r-1", name="remote", total_tasks=10, finished_tasks=4, last_heartbeat=now.isoformat()
@@ -144,8 +144,8 @@ class Fleet:
         self.api.add_job("r-2", name="queued", job_status="Pending", submitted_at=submitted)
         self.wait_for(lambda: "tailspan_job_progress_ratio" in self.metrics())
         self.wait_for(lambda: 'tailspan_pipeline_missing{cicd_pipeline_name="nightly"} 1' in self.metrics())
-        # what is scripted next is for what comes after these two
-        self.wait_for(lambda: {"a line of long ago", "nightly"} <= self._told())
+        # the scripted replies must not meet these two records
+        self.wait_for(lambda: {"a line of long ago", "nightly"} <= self._texts())
         self.collector.script("logs", Reply(503, retry_after_s=0.1), Reply(400, message="no"))
         self.collector.script("metrics", Reply(503))
         self.api.fault(status_fault(401), times=None)  # not retried, so it is counted at once
@@ -157,8 +157,8 @@ class Fleet:
 
     @staticmethod
     def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> None:
-        """Wait until something is so."""
+        """Wait until a condition holds."""
         deadline_s = time.monotonic() + timeout_s
         while not condition():
-            assert time.monotonic() < deadline_s, "it did not come about"
+            assert time.monotonic() < deadline_s, "the condition does not hold in time"
             time.sleep(0.1)

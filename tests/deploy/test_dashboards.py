@@ -1,4 +1,4 @@
-"""The Grafana dashboards: current, whole, and asking only for what Tailspan sends."""
+"""The Grafana dashboards: they are current and complete, and query only what Tailspan sends."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ QUERIES = [*dashboard_queries(RUN), *datasource_queries()]
 # Every character that a query language, a regular expression or a URL treats in a special way; a backtick is left out.
 HOSTILE = """a"b'c\\d(e)+f$g[h]{i}|j.k*l?m^n/o&p=q#r%s t~u!v,w"""
 NAMES = ("agent", "job", "jobs", "pipelines")
-# What a store adds of itself.
+# Labels that the stores add.
 BY_PROMETHEUS = {"instance"}
 BY_LOKI = {"trace_id", "span_id", "severity_text", "severity_number", "detected_level"}
 
 
 def load(path: Path) -> ModuleType:
-    """Load a program that is no module of ours."""
+    """Load a program that is not in a package."""
     spec = importlib.util.spec_from_file_location("dashboards", path)
     assert spec is not None
     assert spec.loader is not None
@@ -46,7 +46,7 @@ def load(path: Path) -> ModuleType:
 
 
 def test_the_committed_dashboards_are_current() -> None:
-    """What is committed is what the code makes: else run python deploy/grafana/dashboards.py."""
+    """The committed files are those that deploy/grafana/dashboards.py writes; if not, run it."""
     code = load(DEPLOY / "grafana" / "dashboards.py")
     assert {path.stem: path.read_text() for path in DASHBOARDS.glob("*.json")} == {
         name: code.as_json(name) for name in code.DASHBOARDS
@@ -55,7 +55,7 @@ def test_the_committed_dashboards_are_current() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_dashboard_is_whole(name: str) -> None:
-    """Ids are unique, panels do not overlap, and every data source is a variable of the dashboard's own."""
+    """Ids are unique, panels do not overlap, and every data source is a variable of the dashboard."""
     board = json.loads((DASHBOARDS / f"{name}.json").read_text())
     assert board["uid"] == f"tailspan-{name}"
     variables = {variable["name"]: variable for variable in board["templating"]["list"]}
@@ -108,7 +108,7 @@ def test_special_characters_stay_within_strings() -> None:
                 assert re.fullmatch(pattern, HOSTILE) or pattern == ".+", several.panel
 
 
-def test_one_job_asks_exactly_for_its_job() -> None:
+def test_one_job_queries_exactly_its_job() -> None:
     """No name or id of One job is a regular expression, except the id where the label may be absent."""
     board = json.loads((DASHBOARDS / "job.json").read_text())
     asked = [target.get("expr") or target["query"] for panel in board["panels"] for target in panel["targets"]]
@@ -118,7 +118,7 @@ def test_one_job_asks_exactly_for_its_job() -> None:
     assert all("`${run_id:raw}`" in query for query in asked if "service_name" in query or "resource." in query)
 
 
-def test_one_job_without_an_id_asks_for_no_job() -> None:
+def test_one_job_without_an_id_shows_no_job() -> None:
     """Opened without an id, One job shows nothing instead of the lines of every other program."""
     for query in dashboard_queries({}):
         if query.panel.startswith("job: ") and query.source == "loki":
@@ -127,7 +127,7 @@ def test_one_job_without_an_id_asks_for_no_job() -> None:
 
 
 def test_the_number_of_newest_spans_is_that_of_the_newest() -> None:
-    """Tempo returns any spans up to the limit unless it is asked for the newest."""
+    """Without the hint, Tempo returns any spans up to the limit."""
     searches = [query.text for query in QUERIES if query.source == "tempo" and "{" in query.text]
     assert searches
     assert all(search.endswith(" with (most_recent=true)") for search in searches)
@@ -144,8 +144,8 @@ def test_trace_to_logs_works_from_the_spans_of_an_instrumented_program() -> None
     assert {tag["value"]: attributes.get(tag["key"]) for tag in to_logs["tags"]} == {"service_name": "etl"}
 
 
-def test_dashboards_and_rules_ask_only_for_what_is_sent(tmp_path: Path) -> None:
-    """Metrics, labels and attributes of all queries are among those of a real run with trouble of every kind."""
+def test_dashboards_and_rules_query_only_what_is_sent(tmp_path: Path) -> None:
+    """Metrics, labels and attributes of all queries are among those that a real agent sent."""
     with Fleet(tmp_path) as fleet:
         fleet.start_agent()
         fleet.trouble()

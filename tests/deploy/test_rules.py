@@ -1,4 +1,4 @@
-"""The Prometheus rules: their form here, their meaning with promtool, their runbooks in deploy/README.md."""
+"""The Prometheus rules: their form, their meaning (with promtool), their runbooks in deploy/README.md."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ UNIT_TESTS = yaml.safe_load((PROMETHEUS / "rules.test.yaml").read_text())["tests
 
 
 @pytest.mark.parametrize("name", ALERTS)
-def test_every_alert_says_what_to_do(name: str) -> None:
-    """Summary, description, and a runbook section that exists."""
+def test_every_alert_has_a_runbook(name: str) -> None:
+    """An alert has a summary, a description, and a runbook section that exists."""
     annotations = ALERTS[name]["annotations"]
     assert annotations["summary"]
     assert annotations["description"]
@@ -33,14 +33,14 @@ def test_every_alert_says_what_to_do(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALERTS)
-def test_no_alert_looks_at_the_job_label(name: str) -> None:
-    """OTLP and a scrape fill `job` differently, and not every way has `up`."""
+def test_no_alert_uses_the_job_label(name: str) -> None:
+    """OTLP and a scrape fill `job` differently, and only a scrape has `up`."""
     assert not re.search(r"\bjob\s*(=|,|\))|\bup\b", ALERTS[name]["expr"])
 
 
 @pytest.mark.parametrize("name", ALERTS)
 def test_every_alert_is_seen_to_fire_and_not_to_fire(name: str) -> None:
-    """A rule without both cases is not tested."""
+    """Each rule has a case in which it fires and one in which it does not."""
     cases = [case for test in UNIT_TESTS for case in test.get("alert_rule_test", ()) if case["alertname"] == name]
     assert {bool(case["exp_alerts"]) for case in cases} == {True, False}
 
@@ -57,7 +57,7 @@ def test_the_unit_tests_of_counts_are_about_the_queries_of_the_dashboards() -> N
 
 @pytest.mark.services
 def test_the_rules_do_what_their_unit_tests_say() -> None:
-    """As promtool sees it."""
+    """promtool accepts the rules, and their unit tests pass."""
     for arguments in (["check", "rules", "rules.yaml"], ["test", "rules", "rules.test.yaml"]):
         done = subprocess.run(["promtool", *arguments], cwd=PROMETHEUS, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -66,7 +66,7 @@ def test_the_rules_do_what_their_unit_tests_say() -> None:
 @pytest.mark.services
 @pytest.mark.parametrize("name", ALERTS)
 def test_the_unit_tests_notice_a_rule_that_never_fires(name: str, tmp_path: Path) -> None:
-    """The unit tests can fail: each rule once with a condition that nothing meets."""
+    """The unit tests fail for a rule that never fires."""
     rules = yaml.safe_load((PROMETHEUS / "rules.yaml").read_text())
     for group in rules["groups"]:
         for rule in group["rules"]:
