@@ -130,6 +130,13 @@ def test_the_text_is_plain_english() -> None:
     assert list(map(str, found)) == []
 
 
+def test_each_package_says_what_belongs_there() -> None:
+    """The docstring of a package says what it is, what belongs there, and what may not."""
+    packages = [path for path in [*SDK, *AGENT] if path.name == "__init__.py"]
+    texts = {str(path.relative_to(ROOT)): ast.get_docstring(source(path)) or "" for path in packages}
+    assert [name for name, text in texts.items() if " belong" not in text or not re.search(r"\bmay\b", text)] == []
+
+
 def test_a_class_name_has_one_meaning() -> None:
     """No two classes of SDK and agent have the same name."""
     names = [node.name for path in [*SDK, *AGENT] for node in ast.walk(source(path)) if isinstance(node, ast.ClassDef)]

@@ -1,4 +1,7 @@
-"""Tailspan: see every batch job. Read, tail, wait for and cancel jobs of any job service."""
+"""Tailspan: see every batch job. Read, tail, wait for and cancel jobs of any job service.
+
+The public names belong here and are imported at their first use; nothing here may import OpenTelemetry or the agent.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The command line ``tailspan``, a thin layer over the SDK."""
+"""The command line ``tailspan``, a thin layer over the SDK.
+
+Options, output and exit codes belong here; nothing here may do what a verb of the SDK does not.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Pages of log lines: the model, cleaning, following, printing and the wire format.
 
-The names in ``__all__`` are public, for plugins; the modules are internal. Nothing here may depend on a job service.
+What concerns lines of any job belongs here; nothing here may depend on a job service. The names in ``__all__`` are
+public, for plugins; the modules are internal.
 """
 
 from __future__ import annotations

@@ -1,1 +1,4 @@
-"""The sample pipelines of ``tailspan demo``: small real programs that do not use Tailspan."""
+"""The sample pipelines of ``tailspan demo``: small real programs.
+
+Programs that run as jobs of the demo belong here; nothing here may import Tailspan.
+"""
