@@ -32,7 +32,7 @@ from tailspan_agent.metrics.snapshot import MetricsReader, exports_exponential_h
 from tailspan_agent.pipeline.context import PipelineContext
 from tailspan_agent.pipeline.missing_runs import MissingRuns
 from tailspan_agent.pipeline.queue import LogQueue, SpanQueue
-from tailspan_agent.pipeline.store_streams import StoreStreams
+from tailspan_agent.pipeline.store_streams import LogNames, StoreStreams
 from tailspan_agent.pipeline.stream_order import StreamOrder
 from tailspan_agent.receiver.discovery import JobDiscovery
 from tailspan_agent.receiver.receiver import Receiver
@@ -58,6 +58,7 @@ _RESTART_KEYS = (
     "listen",
     "token",
     "token_file",
+    "max_log_names",
     "max_pipeline_names",
     "run_id_on_metrics",
     "service_name",
@@ -138,6 +139,7 @@ class Agent:
             spans=SpanQueue(self.store, traces) if traces else None,
             stream_order=StreamOrder(),
             store_streams=StoreStreams(self.store.newest_by_stream),
+            log_names=LogNames(settings.agent.max_log_names, self.metrics.log_name_shared),
             health=self.metrics,
             redactor=Redactor.from_settings(settings.redact),
             otlp_resource=settings.otlp.resource,

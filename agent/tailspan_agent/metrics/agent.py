@@ -113,6 +113,9 @@ class AgentMetrics:
         self._redactions = counter("tailspan.agent.redactions", "{redaction}", "Secrets redacted in lines.")
         self._late = counter("tailspan.agent.lines.late", "{line}", "Lines that became visible late.")
         self._gaps = counter("tailspan.agent.gaps", "{gap}", "Gaps: lines that a service lost before they were read.")
+        self._shared_names = counter(
+            "tailspan.agent.log_names.shared", "{job}", "Jobs whose logs share a name, above agent.max_log_names."
+        )
         self._export_errors = counter("tailspan.agent.export.errors", "{error}", "Exports that failed.")
         gauge = meter.create_observable_gauge
         gauge("tailspan.agent.uptime", [self._observe_uptime], "s", "Time since the agent started.")
@@ -130,6 +133,10 @@ class AgentMetrics:
         for counter in (self._polls, self._read, self._acked, self._redactions, self._late, self._gaps):
             counter.add(0, {"service": service})
         self._in_flight.add(0, {"service": service})
+
+    def log_name_shared(self) -> None:
+        """Count a job whose logs share a name with those of other jobs."""
+        self._shared_names.add(1, {})
 
     def polled(self, service: str, n: int = 1) -> None:
         """Count requests to a job service."""

@@ -14,7 +14,7 @@ from tailspan_agent.analysis.run_totals import RunTotals
 from tailspan_agent.checkpoint.store import Store
 from tailspan_agent.metrics.agent import AgentMetrics
 from tailspan_agent.pipeline.queue import LogQueue, SpanQueue
-from tailspan_agent.pipeline.store_streams import StoreStreams
+from tailspan_agent.pipeline.store_streams import LogNames, StoreStreams
 from tailspan_agent.pipeline.stream_order import StreamOrder
 from tailspan_agent.records.redact import Redactor
 
@@ -38,6 +38,7 @@ class PipelineContext:
         spans: The span queue; None if traces are not among the signals (the store then keeps the spans).
         stream_order: The order in which jobs of one stream catch up.
         store_streams: The log stream of its pipeline that a job writes into.
+        log_names: The ``service.name`` of logs.
         health: The agent's own metrics.
         redactor: Removes secrets from lines; a reload replaces it.
         otlp_resource: Configured attributes of all telemetry; a reload replaces them.
@@ -53,6 +54,7 @@ class PipelineContext:
     spans: SpanQueue | None
     stream_order: StreamOrder
     store_streams: StoreStreams
+    log_names: LogNames
     health: AgentMetrics
     redactor: Redactor | None
     otlp_resource: Mapping[str, str]

@@ -266,7 +266,7 @@ class JobPipeline:
         add_seconds(self._unacked_seconds, seconds)
         self._all_acked.clear()
         try:
-            await self._queue.put(Chunk(job.resource, records, count, settle, done))
+            await self._queue.put(Chunk(job.log_resource, records, count, settle, done))
         except BaseException:
             # Cancelled while the queue was full: the next tailer of this job reads these lines again.
             self._leave_flight(seconds)
@@ -312,7 +312,7 @@ class JobPipeline:
         job = self.job
         stream = self._context.store_streams.choose(
             job.service.name,
-            job.status.job_name,
+            job.choose_log_name(),
             job.checkpoint.stream,
             oldest_ns,
             newest_ns,

@@ -8,14 +8,76 @@ it in time has that one. Jobs that follow each other share a stream: `StreamOrde
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from itertools import chain, count
+from time import monotonic
 
-__all__ = ["MAIN_STREAM", "StoreStreams"]
+from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
+
+__all__ = ["MAIN_STREAM", "LogNames", "StoreStreams"]
 
 MAIN_STREAM = 0
 _WINDOW_NS = 30 * 60 * 1_000_000_000
 """Half of Loki's out-of-order window (``max_chunk_age / 2``, one hour by default): room for what is in flight."""
+
+
+_IDLE_S = 3600.0
+"""After this time without a line, a store has closed a stream (Loki: ``ingester.chunk_idle_period``, 30 minutes)."""
+
+_log = logging.getLogger(__name__)
+
+
+class LogNames:
+    """The ``service.name`` of logs: the job's name, while a store takes a stream for it.
+
+    A store limits its open streams (Loki: 5,000 by default) and rejects all logs beyond. So the number of names in use
+    is limited, and the logs of further jobs share the name `OTHER_PIPELINES`; ``cicd.pipeline.name`` still differs.
+
+    Args:
+        limit: Maximum number of names in use.
+        folded: Called for each job whose logs get the shared name.
+        clock_s: Returns the time in seconds.
+    """
+
+    def __init__(self, limit: int, folded: Callable[[], object], *, clock_s: Callable[[], float] = monotonic) -> None:
+        self._limit = limit
+        self._folded = folded
+        self._clock_s = clock_s
+        self._used_s: dict[str, float] = {}
+        self._warned = False
+
+    def __len__(self) -> int:
+        """Return the number of names in use."""
+        return len(self._used_s)
+
+    def choose(self, job_name: str, current: str = "") -> str:
+        """Return the name for the next lines of a job.
+
+        Args:
+            job_name: The job's name.
+            current: The name of its last lines; empty for the first ones.
+        """
+        now_s = self._clock_s()
+        if job_name not in self._used_s and len(self._used_s) >= self._limit:
+            self._used_s = {name: at_s for name, at_s in self._used_s.items() if at_s > now_s - _IDLE_S}
+            if len(self._used_s) >= self._limit:
+                if current != OTHER_PIPELINES:
+                    self._fold()
+                return OTHER_PIPELINES
+        self._used_s[job_name] = now_s
+        return job_name
+
+    def _fold(self) -> None:
+        self._folded()
+        if not self._warned:
+            self._warned = True
+            _log.warning(
+                "more than %d job names within an hour: logs of further jobs share service.name %s, as stores limit"
+                " their streams (Loki: max_global_streams_per_user); raise agent.max_log_names if yours allows it",
+                self._limit,
+                OTHER_PIPELINES,
+            )
 
 
 class StoreStreams:

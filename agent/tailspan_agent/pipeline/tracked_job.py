@@ -12,6 +12,7 @@ from tailspan.config import Watch
 from tailspan.models import JobStatus
 from tailspan.services import JobService
 from tailspan_agent.analysis.baseline import PipelineHistory
+from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
 from tailspan_agent.checkpoint.store import Checkpoint
 from tailspan_agent.job.ledger import JobLedger
 from tailspan_agent.job.mapping import resource_attributes
@@ -42,6 +43,7 @@ class TrackedJob:
         ledger: The job's lines and states as read.
         acked_ledger: The same with its lines as acknowledged: as in the store.
         resource: The encoded OTLP resource.
+        log_name: The ``service.name`` of its last lines; empty before the first ones.
         span_lines: Lines for the span of the execution; None if spans carry no lines.
     """
 
@@ -57,6 +59,8 @@ class TrackedJob:
         self.checkpoint = known or self._first_checkpoint(first_seen_ns)
         self.ledger = self.acked_ledger = JobLedger.restored(self.checkpoint.ledger, status.job_id, first_seen_ns)
         self.resource = self._encode_resource()
+        self.log_name = ""
+        self._log_resource = b""
         self.span_lines: SpanLines | None = None
         self.start_span_lines(whole=self.checkpoint.cursor is None)
 
@@ -78,27 +82,42 @@ class TrackedJob:
             ledger=JobLedger(first_seen_ns=first_seen_ns).to_json(),
         )
 
-    def _encode_resource(self) -> bytes:
-        return encode_resource(
-            resource_attributes(
-                self.redacted_status,
-                service_name=self.service.name,
-                watch_attributes=self.watch.attributes,
-                otlp_resource=self.context.otlp_resource,
-                stream=self.checkpoint.stream,
-            )
+    def _encode_resource(self, name: str = "") -> bytes:
+        attributes = resource_attributes(
+            self.redacted_status,
+            service_name=self.service.name,
+            watch_attributes=self.watch.attributes,
+            otlp_resource=self.context.otlp_resource,
+            stream=self.checkpoint.stream,
         )
+        return encode_resource(attributes | {"service.name": name} if name else attributes)
+
+    def choose_log_name(self) -> str:
+        """Choose and return the ``service.name`` of the next lines; see `LogNames`."""
+        name = self.context.log_names.choose(self.status.job_name, self.log_name)
+        if name != self.log_name:
+            self.log_name, self._log_resource = name, b""
+        return name
+
+    @property
+    def log_resource(self) -> bytes:
+        """The encoded resource of the job's lines: `resource`, unless they share a name with other jobs."""
+        if self.log_name != OTHER_PIPELINES:
+            return self.resource
+        if not self._log_resource:
+            self._log_resource = self._encode_resource(self.log_name)
+        return self._log_resource
 
     def apply_settings(self, watch: Watch) -> None:
         """Apply the settings of a watch, and the present status, to what is encoded from now on."""
         self.watch = watch
-        self.resource = self._encode_resource()
+        self.resource, self._log_resource = self._encode_resource(), b""
 
     def change_stream(self, stream: int) -> None:
         """Send what is encoded from now on to another log stream of the pipeline; see `StoreStreams`."""
         self.context.store.update_stream(self.checkpoint.key, stream)
         self.checkpoint = dataclasses.replace(self.checkpoint, stream=stream)
-        self.resource = self._encode_resource()
+        self.resource, self._log_resource = self._encode_resource(), b""
 
     @property
     def redacted_status(self) -> JobStatus:

@@ -80,6 +80,7 @@ class AgentSettings(Options):
         allowed_hosts: More names that the status page accepts in the Host header.
         allow_cancel: Whether the status page may cancel jobs.
         drain_timeout: How long to wait for exports at shutdown, in seconds.
+        max_log_names: Number of names that logs may have at a time; the logs of further jobs share ``#other#``.
         max_pipeline_names: Number of pipeline names in metrics; further ones are counted as ``#other#``.
         run_id_on_metrics: Whether gauges have the job id as an attribute.
         service_name: ``service.name`` of the agent's own telemetry.
@@ -94,6 +95,7 @@ class AgentSettings(Options):
     allowed_hosts: StrList = []
     allow_cancel: bool = False
     drain_timeout: Duration = 30.0
+    max_log_names: int = Field(default=4000, ge=1)
     max_pipeline_names: int = Field(default=200, ge=1)
     run_id_on_metrics: bool = False
     service_name: str = Field(default="tailspan-agent", min_length=1)

@@ -18,7 +18,7 @@ from tailspan_agent.checkpoint.store import Store
 from tailspan_agent.errors import AgentError
 from tailspan_agent.metrics.agent import AgentMetrics, agent_resource
 from tailspan_agent.pipeline.context import PipelineContext
-from tailspan_agent.pipeline.store_streams import StoreStreams
+from tailspan_agent.pipeline.store_streams import LogNames, StoreStreams
 from tailspan_agent.pipeline.stream_order import StreamOrder
 from tailspan_agent.receiver.discovery import JobDiscovery, match
 from tailspan_agent.receiver.lifecycle import TailState
@@ -77,6 +77,7 @@ class Scene:
             spans=None,
             stream_order=StreamOrder(),
             store_streams=StoreStreams(store.newest_by_stream),
+            log_names=LogNames(100, lambda: None),
             health=AgentMetrics(agent_resource("tailspan-agent", "id", {})),
             redactor=None,
             otlp_resource={},

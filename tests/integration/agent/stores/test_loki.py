@@ -92,6 +92,20 @@ def test_one_refused_line_costs_no_other_job_its_receipt(bench: Bench, loki: Lok
     assert sorted(receipts) == [f"new{number}: 1 lines read, 1 records acked, 0 rejected" for number in range(3)]
 
 
+def test_more_names_than_the_store_has_streams_for(bench: Bench, loki: Loki) -> None:
+    """Further names share a stream instead of stopping all logs; the metric counts them, the name stays readable."""
+    loki.limits = Limits(rate_bytes_s=1000 * MIB, streams=6)
+    for number in range(12):
+        add_job(bench, f"job{number}", [f"line {number}"], start=datetime.now(UTC) - timedelta(minutes=1))
+    result = bench.once(timeout_s=60, max_log_names=5)
+    assert (result.delivered, result.rejected) == (True, 0)
+    assert len(loki.streams) == 6
+    stored = {line for line in loki.lines() if line.startswith("line ")}
+    assert stored == {f"line {number}" for number in range(12)}
+    assert loki.lines("#other#", cicd_pipeline_name="job11") or loki.lines("job11")
+    assert bench.metric("tailspan.agent.log_names.shared") == 7
+
+
 def test_lines_sent_again_are_equal(bench: Bench, loki: Loki, collector: Collector) -> None:
     """A batch that was stored but not acknowledged is sent again, and a store that drops equal entries drops it."""
     add_job(bench, "again", [f"line {number}" for number in range(50)], start=an_hour_ago())

@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tailspan_agent.pipeline.store_streams import MAIN_STREAM, StoreStreams
+from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
+from tailspan_agent.pipeline.store_streams import MAIN_STREAM, LogNames, StoreStreams
 
 MINUTE_NS = 60 * 1_000_000_000
 HOUR_NS = 60 * MINUTE_NS
@@ -76,3 +77,16 @@ def test_no_line_is_too_far_behind(pages: list[tuple[int, int, int]]) -> None:
         stream = current[job] = choose(streams, current[job], oldest_ns, newest_ns, ended=job % 2 == 0)
         assert oldest_ns >= newest.get(stream, 0) - HOUR_NS
         newest[stream] = max(newest.get(stream, 0), newest_ns)
+
+
+def test_names_beyond_the_limit_share_one() -> None:
+    """Each further job is counted once; the names in use keep theirs; a name is free again after an hour."""
+    now_s, folded = [0.0], []
+    names = LogNames(2, lambda: folded.append(1), clock_s=lambda: now_s[0])
+    assert [names.choose(name) for name in ("a", "b", "c")] == ["a", "b", OTHER_PIPELINES]
+    assert names.choose("c", OTHER_PIPELINES) == OTHER_PIPELINES
+    assert (names.choose("a", "a"), len(folded), len(names)) == ("a", 1, 2)
+    now_s[0] = 3601.0
+    assert names.choose("c", OTHER_PIPELINES) == "c"
+    assert names.choose("d") == "d"
+    assert names.choose("e") == OTHER_PIPELINES
