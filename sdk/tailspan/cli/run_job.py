@@ -19,7 +19,7 @@ from tailspan.local.terminal import is_terminal
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-__all__ = ["RunOptions", "run_command"]
+__all__ = ["RunOptions", "run_command", "say"]
 
 _PRUNE_EVERY_S = 3600.0
 
@@ -104,7 +104,7 @@ def run_command(options: RunOptions, *, own_process: bool = False) -> int:
             if options.strict:
                 raise
             kind = "" if isinstance(error, TailspanError | OSError) else f"{type(error).__name__}: "
-            _say(f"the command runs, but is not captured: {kind}{' '.join(str(error).split())}")
+            say(f"the command runs, but is not captured: {kind}{' '.join(str(error).split())}")
             return _run_uncaptured(options, caller)
         if options.detach:
             launched.close()
@@ -115,13 +115,15 @@ def run_command(options: RunOptions, *, own_process: bool = False) -> int:
         _prune_sometimes(options, place)
         return code
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, caller.mask)
+        if not own_process:
+            # Otherwise a late signal must not change the exit code.
+            signal.pthread_sigmask(signal.SIG_SETMASK, caller.mask)
 
 
 def _say_id(job_id: str) -> None:
     # Under cron every word on standard error is a mail.
     if is_terminal(2):
-        _say(f"this is job {job_id}")
+        say(f"this is job {job_id}")
 
 
 def _run_uncaptured(options: RunOptions, caller: CallerState) -> int:
@@ -210,11 +212,13 @@ def _prune_sometimes(options: RunOptions, place: StateDir) -> None:
         service = open_service(options.service or "local", settings)
         if isinstance(service, LocalService):
             service.prune_sometimes()
-    except (OSError, TailspanError):
+    except Exception:
+        # Whatever it is: `tailspan jobs prune` says so.
         return
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Print one line on standard error."""
     try:
         os.write(2, f"tailspan: {text}\n".encode("utf-8", "replace"))
     except OSError:

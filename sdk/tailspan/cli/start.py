@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["main", "parse_run"]
 
+_USAGE = 2
+_OUR_ERROR = 125
 _VALUES = ("--name", "--attr", "--timeout", "--service", "--config", "--encoding")
 _FLAGS = ("--detach", "--strict", "--no-tty")
 
@@ -28,14 +30,14 @@ def main() -> None:
 
         group(prog_name="tailspan")
         return
-    from tailspan.cli.run_job import run_command
+    from tailspan.cli.run_job import run_command, say
+    from tailspan.errors import ConfigError, TailspanError
 
     try:
         code = run_command(options, own_process=True)
-    except Exception as error:
-        from tailspan.cli.run import report_failure
-
-        code = report_failure(error)
+    except (TailspanError, OSError) as error:
+        say(" ".join(str(error).split()))
+        code = _USAGE if isinstance(error, ConfigError) else _OUR_ERROR
     sys.exit(code)
 
 

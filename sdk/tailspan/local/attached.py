@@ -157,6 +157,10 @@ def _wait(launched: Launched, signals: set[int]) -> Ended | None:
             # leader of the session alone.
             leads = got.si_signo == signal.SIGHUP and os.getsid(0) == os.getpid()
             _pass_on(launched, got.si_signo, from_terminal=got.si_code > 0 and not leads)
+    fcntl.fcntl(launched.status_fd, fcntl.F_SETFL, flags | os.O_NONBLOCK)
+    while signal.sigtimedwait([signal.SIGIO], 0) is not None:
+        # It would end this process as soon as it is not blocked any more.
+        pass
     return ended[0] if ended else None
 
 

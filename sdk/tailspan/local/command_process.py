@@ -10,11 +10,11 @@ import os
 import signal
 from collections import namedtuple
 
-from tailspan.local.process_tree import die_with_parent
+from tailspan.local.process_tree import die_with_parent, reset_internal_signals
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable
     from typing import NoReturn
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
 NOT_FOUND = 127
 NOT_EXECUTABLE = 126
 _SHELL = b"/bin/sh"
+_SPARE_FDS = 4
 _DEFAULT_PATH = b"/usr/local/bin:/usr/bin:/bin"
 
 
@@ -74,6 +75,7 @@ def start(
     outputs: list[Output],
     *,
     new_session: bool,
+    before_fork: Callable[[], None] = lambda: None,
     ignored: Collection[int] = (),
     mask: Iterable[int] = (),
 ) -> Started:
@@ -86,15 +88,23 @@ def start(
         env: Its whole environment; its ``PATH`` finds the command.
         outputs: Where its output goes.
         new_session: Whether it gets a session of its own instead of the caller's.
+        before_fork: Called at last before the command may run.
         ignored: The signals that it ignores from its start.
         mask: The signals that are blocked at its start.
+
+    Raises:
+        OSError: The system has no room for its pipes or its process; it has not run.
     """
     pipes = [
         os.pipe() if output.master_fd is None or output.slave_fd is None else (output.master_fd, output.slave_fd)
         for output in outputs
     ]
     failed_fd, failed_child = os.pipe()
+    # What comes after the fork needs file descriptors, too, and must not fail then.
+    for fd in [os.dup(failed_fd) for _ in range(_SPARE_FDS)]:
+        os.close(fd)
     supervisor_pid = os.getpid()
+    before_fork()
     pid = os.fork()
     if pid == 0:
         try:
@@ -206,3 +216,4 @@ def restore_dispositions(ignored: Collection[int]) -> None:
         except (OSError, ValueError):
             # SIGKILL, SIGSTOP and the C library's own signals.
             pass
+    reset_internal_signals()

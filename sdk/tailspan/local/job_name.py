@@ -337,6 +337,8 @@ def _script(program: str, options: _Options, arguments: list[str]) -> str:
         position += 1
         if argument == "--":
             continue
+        if argument == "-":
+            return program  # the script comes from standard input
         if _is_option(argument) or (argument.startswith("+") and options is _SHELL):
             found = _option(options, argument)
             if found == "inline":

@@ -16,10 +16,19 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["adopt_orphans", "die_with_parent", "live_descendants", "signal_descendants"]
+__all__ = [
+    "DETACHED",
+    "adopt_orphans",
+    "die_with_parent",
+    "live_descendants",
+    "reset_internal_signals",
+    "signal_descendants",
+]
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_RT_SIGACTION = {"x86_64": 13, "aarch64": 134, "riscv64": 134}
+_SIGACTION_BYTES = 32
 DETACHED = "detached"
 """Marks, on its command line, the supervisor of a job that outlives the job which started it."""
 
@@ -36,6 +45,22 @@ def die_with_parent(parent_pid: int) -> None:
     if os.getppid() != parent_pid:
         # It ended before the kernel was asked.
         os._exit(128 + signal.SIGKILL)
+
+
+def reset_internal_signals() -> None:
+    """Take back that glibc's posix_spawn(3) ignores its own signals, 32 and 33, in the processes that it starts."""
+    number = _RT_SIGACTION.get(os.uname().machine)
+    if sys.platform != "linux" or number is None:
+        return
+    try:
+        import ctypes
+
+        library = ctypes.CDLL(None)
+        for internal in (32, 33):
+            # An action of zeros is the default one.
+            library.syscall(number, internal, bytes(_SIGACTION_BYTES), None, 8)
+    except (ImportError, OSError, AttributeError):
+        return
 
 
 def _prctl(option: int, value: int) -> bool:

@@ -166,13 +166,13 @@ class _Supervisor:
         spec = self._spec
         if spec["cwd"] is not None:
             os.chdir(spec["cwd"])
-        self._report({"forking": True})
         now = self._clock.now()
         started = start(
             spec["argv"],
             spec["env"],
             self._outputs,
             new_session=not self._attached,
+            before_fork=lambda: self._report({"forking": True}),
             ignored=spec["ignored"],
             mask=spec["mask"],
         )
