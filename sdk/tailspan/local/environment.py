@@ -42,6 +42,7 @@ def job_environment(
     otlp: Mapping[str, str],
     attributes: Mapping[str, str] | None = None,
     unbuffered: bool = False,
+    python_context: bool = False,
 ) -> dict[str, str]:
     """Return the environment to run a job's command in.
 
@@ -55,6 +56,7 @@ def job_environment(
             ``OTEL_RESOURCE_ATTRIBUTES`` attributes of all telemetry.
         attributes: The job's own attributes.
         unbuffered: Whether a Python program must not keep its output back: it goes to a pipe.
+        python_context: Whether the program's Python has `tailspan.otel` and the API of OpenTelemetry.
     """
     environment = dict(inherited)
     # The state of another trace must not travel on with this one.
@@ -74,6 +76,8 @@ def job_environment(
     resource.update({quoted(key): quoted(value) for key, value in (attributes or {}).items()})
     resource.update({_NAME: quoted(name), _RUN_ID: job_id})
     environment["OTEL_RESOURCE_ATTRIBUTES"] = ",".join([f"{key}={value}" for key, value in resource.items()])
+    if python_context:
+        environment.setdefault("OTEL_PYTHON_CONTEXT", PYTHON_CONTEXT)
     if unbuffered:
         environment.setdefault("PYTHONUNBUFFERED", "1")
     return environment

@@ -264,6 +264,7 @@ def launch(
             span_id=span_id(job["identity"], job_id, "executing"),
             otlp=otlp,
             attributes=request.attributes or {},
+            python_context=_can_nest(request.command[0], inherited),
             unbuffered=any(output[2] is None for output in outputs),
         )
         caller = caller or CallerState()
@@ -504,7 +505,7 @@ def _is_ignored(number: int) -> bool:
 
 
 def _ignored_by_parent(number: int) -> bool:
-    """Return whether the parent ignores a signal, such as a shell after ``trap '' PIPE``; False for an interpreter."""
+    """Return whether the parent ignores a signal, as a shell after ``trap '' PIPE``; False for an interpreter."""
     parent = os.getppid()
     try:
         if os.path.basename(os.readlink(f"/proc/{parent}/exe")).startswith(("python", "pypy", "uv")):
@@ -514,6 +515,31 @@ def _ignored_by_parent(number: int) -> bool:
         return bool(found) and bool(int(rest.split(None, 1)[0], 16) >> (number - 1) & 1)
     except (OSError, ValueError, IndexError):
         return False
+
+
+def _can_nest(program: str, environment: Mapping[str, str]) -> bool:
+    """Return whether the Python of a command has Tailspan and OpenTelemetry: its own, or the one that ``PATH`` finds."""
+    names = ("python", "python3")
+    directories = environment.get("PATH", "").split(":")
+    if "/" in program:
+        directories = [os.path.dirname(program), *directories]
+    for directory in directories:
+        if any(os.path.exists(f"{directory}/{name}") for name in names):
+            return _has_both(f"{directory}/../lib")
+    return False
+
+
+def _has_both(library: str) -> bool:
+    try:
+        versions = [name for name in os.listdir(library) if name.startswith(("python", "pypy"))]
+        for version in versions:
+            found = os.listdir(f"{library}/{version}/site-packages")
+            wanted = {"tailspan-", "opentelemetry_api-"}
+            if all(any(name.startswith(start) and name.endswith(".dist-info") for name in found) for start in wanted):
+                return True
+    except OSError:
+        pass
+    return False
 
 
 def _present_directory() -> str:
