@@ -518,7 +518,7 @@ def _ignored_by_parent(number: int) -> bool:
 
 
 def _can_nest(program: str, environment: Mapping[str, str]) -> bool:
-    """Return whether the Python of a command has Tailspan and OpenTelemetry: its own, or the one that ``PATH`` finds."""
+    """Return whether the Python of a command, its own or that of ``PATH``, has Tailspan and OpenTelemetry."""
     names = ("python", "python3")
     directories = environment.get("PATH", "").split(":")
     if "/" in program:
