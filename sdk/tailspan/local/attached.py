@@ -151,12 +151,12 @@ def _wait(launched: Launched, signals: set[int]) -> Ended | None:
     buffer = bytearray()
     ended: list[Ended] = []
     while read_events(launched.status_fd, buffer, ended) and not ended:
-        got = signal.sigtimedwait(signals, _CHECK_S)
-        if got is not None:
-            # Signals of a terminal come from the kernel, and the job has had them itself. Only a hangup goes to the
-            # leader of the session alone.
-            leads = got.si_signo == signal.SIGHUP and os.getsid(0) == os.getpid()
-            _pass_on(launched, got.si_signo, from_terminal=got.si_code > 0 and not leads)
+        # Not `sigtimedwait`: after a stop that outlasts its timeout, CPython returns a signal that never came.
+        got = signal.sigwaitinfo(signals)
+        # Signals of a terminal come from the kernel, and the job has had them itself. Only a hangup goes to the
+        # leader of the session alone.
+        leads = got.si_signo == signal.SIGHUP and os.getsid(0) == os.getpid()
+        _pass_on(launched, got.si_signo, from_terminal=got.si_code > 0 and not leads)
     fcntl.fcntl(launched.status_fd, fcntl.F_SETFL, flags | os.O_NONBLOCK)
     while signal.sigtimedwait([signal.SIGIO], 0) is not None:
         # It would end this process as soon as it is not blocked any more.
