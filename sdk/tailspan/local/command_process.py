@@ -74,6 +74,7 @@ def start(
     env: dict[bytes, bytes],
     outputs: list[Output],
     *,
+    closed: Collection[int] = (),
     new_session: bool,
     before_fork: Callable[[], None] = lambda: None,
     ignored: Collection[int] = (),
@@ -87,6 +88,7 @@ def start(
         argv: The command and its arguments.
         env: Its whole environment; its ``PATH`` finds the command.
         outputs: Where its output goes.
+        closed: Which of 0, 1 and 2 are closed.
         new_session: Whether it gets a session of its own instead of the caller's.
         before_fork: Called at last before the command may run.
         ignored: The signals that it ignores from its start.
@@ -115,6 +117,8 @@ def start(
             for output, (_, write_fd) in zip(outputs, pipes, strict=True):
                 for target in output.targets:
                     os.dup2(write_fd, target)
+            for fd in closed:
+                os.close(fd)
             die_with_parent(supervisor_pid)
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             execute(argv, env, failed_child)
@@ -156,7 +160,7 @@ def execute(argv: list[bytes], env: dict[bytes, bytes], failed_fd: int | None = 
         os.write(2, b"tailspan: " + _sentence(argv[0], number) + b"\n")
     except OSError:
         pass
-    os._exit(NOT_FOUND if number in (errno.ENOENT, errno.ENOTDIR) else NOT_EXECUTABLE)
+    os._exit(NOT_FOUND if number == errno.ENOENT else NOT_EXECUTABLE)
 
 
 def failure_text(command: str, number: int) -> str:
@@ -188,6 +192,8 @@ def _sentence(command: bytes, number: int) -> bytes:
 def _candidates(program: bytes, env: dict[bytes, bytes]) -> list[bytes]:
     if b"/" in program:
         return [program]
+    if not program:
+        return []
     return [os.path.join(directory or b".", program) for directory in env.get(b"PATH", _DEFAULT_PATH).split(b":")]
 
 

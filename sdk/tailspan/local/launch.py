@@ -67,17 +67,19 @@ class MaybeStartedError(ServiceUnavailableError):
 
 
 class CallerState:
-    """What a command inherits besides files and environment, as the process that starts the job found it.
+    """What a command inherits besides files, as the process that starts the job found it.
 
     Attributes:
         ignored: The signals that are ignored.
         mask: The signals that are blocked.
+        environment: The environment.
     """
 
     def __init__(self) -> None:
         """Read the state of this process."""
         self.ignored = [number for number in range(1, signal.NSIG) if _is_ignored(number)]
         self.mask = [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, ())]
+        self.environment = _caller_environment()
 
 
 class Request:
@@ -152,7 +154,8 @@ class Request:
     def _check_command(self) -> None:
         if isinstance(self.command, str) or not self.command or not all(isinstance(a, str) for a in self.command):
             raise ConfigError("the command must be a list of texts: the program, then its arguments", key="command")
-        if not self.command[0] or any("\0" in argument for argument in self.command):
+        # `tailspan run -- "$UNSET"` is a command that is not found, as in a shell.
+        if not (self.command[0] or self.inherit) or any("\0" in argument for argument in self.command):
             raise ConfigError("the command has no program, or an argument has a NUL character", key="command")
 
     def _check_options(self) -> None:
@@ -248,7 +251,7 @@ def launch(
     """
     now = time.time_ns()
     job_id = new_job_id(now)
-    inherited = {**os.environ, **(request.env or {})}
+    inherited = {**(os.environ if caller is None else caller.environment), **(request.env or {})}
     job = _job_of(place, request, job_id, now, inherited)
     name: str = job["name"]
     taken = take_standard_fds()
@@ -280,6 +283,7 @@ def launch(
             "encoding": request.encoding,
             "cwd": None if request.cwd is None else os.fsencode(job["cwd"]),
             "outputs": outputs,
+            "closed": _closed(request),
             "ignored": caller.ignored,
             "mask": caller.mask,
         }
@@ -340,6 +344,8 @@ def _outputs(
         streams: list[tuple[int, tuple[int, ...], int | None]] = [(0, (1, 2), out)]
     else:
         streams = [(1, (1,), out), (2, (2,), err)]
+    closed = _closed(request)
+    streams = [stream for stream in streams if stream[1][0] not in closed]
     outputs = []
     for number, targets, relay in streams:
         pair = open_like(relay) if relay is not None and request.terminal and is_terminal(relay) else None
@@ -354,6 +360,13 @@ def _outputs(
             fds.append(copy)
         outputs.append((number, targets, master, slave, copy))
     return outputs
+
+
+def _closed(request: Request) -> list[int]:
+    """Return which of 0, 1 and 2 the caller has closed: they are closed for its job, too."""
+    if not request.attached:
+        return []
+    return [target for target, fd in enumerate((request.stdin_fd, *request.show)) if fd is None]
 
 
 def _is_same(out: int, err: int) -> bool:
@@ -492,6 +505,24 @@ def _receive(fd: int, size: int) -> bytes:
         return os.read(fd, size)
     except ConnectionResetError:
         return b""
+
+
+def _caller_environment() -> dict[str, str]:
+    """Return the environment without the LC_CTYPE that the interpreter sets in the C locale (PEP 538)."""
+    environment = dict(os.environ)
+    if environment.get("LC_CTYPE") not in ("C.UTF-8", "C.utf8", "UTF-8"):
+        return environment
+    try:
+        with open("/proc/self/environ", "rb") as file:
+            first = dict(entry.partition(b"=")[::2] for entry in file.read().split(b"\0"))
+    except OSError:
+        return environment
+    given = first.get(b"LC_CTYPE")
+    if given is None:
+        del environment["LC_CTYPE"]
+    else:
+        environment["LC_CTYPE"] = os.fsdecode(given)
+    return environment
 
 
 def _is_ignored(number: int) -> bool:

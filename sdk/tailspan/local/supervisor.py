@@ -171,6 +171,7 @@ class _Supervisor:
             spec["argv"],
             spec["env"],
             self._outputs,
+            closed=spec["closed"],
             new_session=not self._attached,
             before_fork=lambda: self._report({"forking": True}),
             ignored=spec["ignored"],

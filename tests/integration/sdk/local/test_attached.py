@@ -139,12 +139,14 @@ def test_a_killed_supervisor_is_our_error(runner, local):
 
 
 def test_closed_standard_streams_do_no_harm(local):
-    """Daemons close them; a job runs all the same."""
+    """Daemons close them; a job runs all the same, and finds them closed."""
     close = "import os, sys; [os.close(fd) for fd in (0, 1, 2)]; os.execv(sys.argv[1], sys.argv[1:])"
     env = {**os.environ, "TAILSPAN_STATE_DIR": str(local.state_dir)}
-    running = subprocess.run([sys.executable, "-c", close, *TAILSPAN, "run", "echo", "hi"], env=env, check=False)
-    assert running.returncode == 0
-    assert local.lines(the_job(local)) == [b"hi"]
+    running = subprocess.run(
+        [sys.executable, "-c", close, *TAILSPAN, "run", "sh", "-c", "exit 3"], env=env, check=False
+    )
+    assert running.returncode == 3
+    assert local.state(the_job(local))["exit_code"] == 3
 
 
 @pytest.mark.parametrize(

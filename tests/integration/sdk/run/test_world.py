@@ -1,0 +1,110 @@
+"""What a job finds, and how its runner ends, are the same as for the plain command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.fakes.variants import TAILSPAN, VARIANTS
+
+
+def quoted(words: list[str]) -> str:
+    """Return a command for a shell."""
+    return " ".join(f"'{word}'" for word in words)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("program", "closed", "code"),
+    [
+        ("echo hi", ">&-", 1),
+        ("cat", "<&-", 1),
+        ("ls /nope", "2>&-", 2),
+        ("echo hi", "<&- >&- 2>&-", 1),
+        ("true", "<&- >&- 2>&-", 0),
+    ],
+)
+def test_closed_standard_streams_stay_closed(variants, variant, program, closed, code):
+    """A job that writes to a closed output or reads a closed input fails as it does without Tailspan."""
+    command = variants.command(variant, ["/usr/bin/env", *program.split()])
+    ended = subprocess.run(
+        ["bash", "-c", f"{quoted(command)} {closed}"], env=variants.env, cwd=variants.directory, timeout=60, check=False
+    )
+    assert ended.returncode == code
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("broken", [False, True], ids=["captured", "not captured"])
+@pytest.mark.parametrize("given", [{}, {"LC_CTYPE": "C"}, {"LC_CTYPE": "C.UTF-8"}], ids=str)
+def test_the_locale_of_the_interpreter_is_not_passed_on(variants, variant, broken, given):
+    """Python sets LC_CTYPE in the C locale, as under cron; a job must not find that."""
+    env = {key: value for key, value in variants.env.items() if key != "LANG" and not key.startswith("LC_")} | given
+    if broken:
+        env["TAILSPAN_CONFIG"] = "/nope"
+    ended = variants.run(variant, ["sh", "-c", "echo ${LC_CTYPE-unset}"], env=env)
+    assert ended.stdout.decode().strip() == given.get("LC_CTYPE", "unset")
+
+
+@pytest.mark.parametrize("variant", ["plain", "tailspan"])
+@pytest.mark.parametrize(
+    ("command", "code", "sentence"),
+    [("''", 127, ": command not found"), ("/etc/passwd/x", 126, "/etc/passwd/x: Not a directory")],
+)
+def test_what_a_shell_cannot_run(variants, variant, command, code, sentence):
+    """An empty command, such as an unset variable in quotes, and a path through a file."""
+    run = "" if variant == "plain" else f"{quoted(TAILSPAN)} run --"
+    ended = subprocess.run(
+        ["bash", "-c", f"{run} {command}; exit $?"], env=variants.env, capture_output=True, timeout=60, check=False
+    )
+    assert ended.returncode == code
+    assert ended.stderr.decode().strip().endswith(sentence)
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGTSTP])
+def test_a_runner_that_was_stopped_goes_on(variants, number):
+    """A stop of more than a second reaches the job as no other signal, and the exit code is the job's own."""
+    program = (
+        "import os, signal, sys, time\n"
+        "for number in {*signal.valid_signals()} - {9, 19, 20}:\n"
+        "    try: signal.signal(number, lambda number, _: print('got', number))\n"
+        "    except (OSError, ValueError): pass\n"
+        "print('ready', flush=True)\n"
+        "while not os.path.exists('go'): time.sleep(0.02)\n"
+        "sys.exit(7)"
+    )
+    command = variants.command("tailspan", [sys.executable, "-u", "-c", program])
+    with subprocess.Popen(command, env=variants.env, cwd=variants.directory, stdout=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == b"ready\n"
+        os.kill(running.pid, number)
+        time.sleep(1.5)
+        os.kill(running.pid, signal.SIGCONT)
+        time.sleep(0.2)
+        (variants.directory / "go").touch()
+        assert running.wait(60) == 7
+        assert running.stdout.read() == b""
+
+
+def test_a_job_that_ends_while_its_runner_is_stopped(variants):
+    """The report of the end is a signal of ours, which must not end the runner."""
+    command = variants.command("tailspan", ["sh", "-c", "echo ready; read x; exit 7"])
+    with subprocess.Popen(
+        command, env=variants.env, cwd=variants.directory, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as running:
+        assert running.stdin is not None
+        assert running.stdout is not None
+        assert running.stdout.readline() == b"ready\n"
+        os.kill(running.pid, signal.SIGSTOP)
+        running.stdin.close()
+        state = variants.jobs()[0] / "state.json"
+        deadline = time.monotonic() + 60
+        while b"FAILED" not in state.read_bytes():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.kill(running.pid, signal.SIGCONT)
+        assert running.wait(60) == 7
