@@ -76,7 +76,7 @@ def start(
     *,
     closed: Collection[int] = (),
     new_session: bool,
-    before_fork: Callable[[], None] = lambda: None,
+    on_fork: Callable[[bool], None],
     ignored: Collection[int] = (),
     mask: Iterable[int] = (),
 ) -> Started:
@@ -90,7 +90,7 @@ def start(
         outputs: Where its output goes.
         closed: Which of 0, 1 and 2 are closed.
         new_session: Whether it gets a session of its own instead of the caller's.
-        before_fork: Called at last before the command may run.
+        on_fork: Called with True when the command may start from now on, and with False when it did not.
         ignored: The signals that it ignores from its start.
         mask: The signals that are blocked at its start.
 
@@ -106,8 +106,12 @@ def start(
     for fd in [os.dup(failed_fd) for _ in range(_SPARE_FDS)]:
         os.close(fd)
     supervisor_pid = os.getpid()
-    before_fork()
-    pid = os.fork()
+    on_fork(True)
+    try:
+        pid = os.fork()
+    except OSError:
+        on_fork(False)
+        raise
     if pid == 0:
         try:
             if new_session:

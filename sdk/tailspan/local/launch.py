@@ -186,7 +186,7 @@ def check_encoding(encoding: str) -> None:
     try:
         codecs.getincrementaldecoder(encoding)("replace").decode(b"")
         "".encode(encoding)
-    except (LookupError, TypeError, ValueError, AttributeError):
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError):
         raise ConfigError(
             f"{encoding!r} is not a known encoding: use a name such as latin-1, cp1252, shift_jis, gbk or utf-16",
             key="encoding",
@@ -488,14 +488,17 @@ def _wait_started(status_fd: int, job_id: str) -> int:
         if not part:
             break
         said += part
-        if said == b'{"forking": true}\n':
-            forking, said = True, b""
+        if said in (b'{"forking": true}\n', b'{"forking": false}\n'):
+            forking, said = b"true" in said, b""
     _, key, number = said.partition(b'"supervisor_pid": ')
     if key and said.endswith(b"}\n") and number[:-2].isdigit():
         return int(number[:-2])
     while part := _receive(status_fd, 4096):
         said += part
     reason = said.decode("utf-8", "replace").strip() or "it said nothing"
+    if reason.startswith("Traceback"):
+        # All of it is in the job's `supervisor.err`.
+        reason = reason.splitlines()[-1]
     kind = MaybeStartedError if forking else ServiceUnavailableError
     raise kind(f"the supervisor of job {job_id} did not start: {reason}", job_id=job_id)
 

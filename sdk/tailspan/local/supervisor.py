@@ -173,7 +173,7 @@ class _Supervisor:
             self._outputs,
             closed=spec["closed"],
             new_session=not self._attached,
-            before_fork=lambda: self._report({"forking": True}),
+            on_fork=lambda may_start: self._report({"forking": may_start}),
             ignored=spec["ignored"],
             mask=spec["mask"],
         )

@@ -108,3 +108,21 @@ def test_a_job_that_ends_while_its_runner_is_stopped(variants):
             time.sleep(0.02)
         os.kill(running.pid, signal.SIGCONT)
         assert running.wait(60) == 7
+
+
+@pytest.mark.parametrize("files", range(8, 22))
+def test_the_command_runs_whatever_the_limit_of_open_files(variants, files):
+    """Where too few files can be open, the command is not captured, but it runs, once, with its own exit code."""
+    command = variants.command("tailspan", ["sh", "-c", "echo ran; exit 5"])
+    script = f"ulimit -n {files}; exec {quoted(command)}"
+    ended = subprocess.run(["bash", "-c", script], env=variants.env, capture_output=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout) == (5, b"ran\n")
+    assert ended.stderr.count(b"\n") <= 1
+    assert b"Traceback" not in ended.stderr
+
+
+def test_a_codec_of_bytes_is_not_an_encoding(variants):
+    """`hex` is a codec of Python, but not one of text."""
+    ended = variants.run("tailspan", ["true"], "--encoding", "hex")
+    assert ended.returncode == 2
+    assert b"'hex' is not a known encoding" in ended.stderr
