@@ -10,6 +10,7 @@ from pathlib import Path
 from tests.e2e.conftest import Machine
 from tests.fakes.collector import Collector
 from tests.fakes.local_jobs import until
+from tests.fakes.otlp_rows import LogRow
 
 RESULTS = {
     "RUN weather-etl": "success",
@@ -22,6 +23,12 @@ RESULTS = {
 def results(collector: Collector) -> dict[str, object]:
     runs = [span for span in collector.spans() if span.name.startswith("RUN ")]
     return {span.name: span.attributes["cicd.pipeline.result"] for span in runs}
+
+
+def lines(collector: Collector, name: str, stream: str) -> list[LogRow]:
+    """Return the lines of a pipeline's stream in the order of arrival."""
+    rows = [row for row in collector.log_records() if row.resource["service.name"] == name]
+    return [row for row in rows if not row.event_name and row.attributes["log.iostream"] == stream]
 
 
 def states(home: Path) -> list[str]:
@@ -51,6 +58,10 @@ def test_the_demo_sends_to_the_endpoint_of_the_environment(machine: Machine, col
     assert results(collector) == RESULTS
     assert f"{len(collector.log_records()):,} log records" in told
     assert "cicd.pipeline.run.duration" in {metric.name for metric in collector.metrics()}
+    for name in RESULTS:
+        for stream in ("stdout", "stderr"):
+            times = [row.time_unix_nano for row in lines(collector, name.removeprefix("RUN "), stream)]
+            assert times == sorted(set(times)), f"{name}: lines of {stream} did not arrive in their order"
 
 
 def test_a_demo_that_is_stopped_leaves_no_job_running(machine: Machine) -> None:
