@@ -12,6 +12,7 @@ So each of them happens also across a restart. Several faults can share a world,
 from __future__ import annotations
 
 import os
+import re
 import resource
 import time
 import urllib.request
@@ -206,9 +207,12 @@ def supervisors_disk_full(world: World, row: Row) -> Iterator[None]:
     until(lambda: job.written == FEW + MANY)
     _expect(row, len(job.captured) == FEW, f"{len(job.captured)} lines in the log of a full disk")
     yield
-    job.destroyed(FEW, FEW + MANY)
     resource.prlimit(supervisor, resource.RLIMIT_FSIZE, (most, most))
-    time.sleep(1.1)  # after a failed write, the supervisor tries again after a second
+    while len(job.captured) == FEW:
+        job.do("write(1)")  # after a failed write, the supervisor tries again after a second
+        time.sleep(0.05)
+    numbers = map(int, re.findall(r"#(\d{7}) \d{19}$", "\n".join(job.captured), re.MULTILINE))
+    job.destroyed(FEW, min(number for number in numbers if number >= FEW))
     job.put(FEW)
     yield
     _relayed(world, job)

@@ -92,7 +92,18 @@ def events(records: list[dict[str, Any]]) -> Counter[tuple[str, ...]]:
 
 
 def spans(rows: list[dict[str, Any]]) -> Counter[str]:
-    return Counter(_text(row) for row in rows if row["job_id"] != "api")
+    """Return the local jobs' spans with all ids and times; attributes may be added, see `keeps_attributes`."""
+    return Counter(_text({**row, "attributes": {}}) for row in rows if row["job_id"] != "api")
+
+
+def keeps_attributes(collector: Collector) -> bool:
+    """Return whether the spans have at least the attributes that the older agent gave them."""
+    old = {
+        row["span_id"]: {pair for pair in row["attributes"].items() if pair[0] not in _PLACE}
+        for row in EXPECTED["all"]["spans"]
+    }
+    new = [as_span(row) for row in collector.spans()]
+    return all(old.get(row["span_id"], set()) <= row["attributes"].items() for row in new)
 
 
 def as_record(row: LogRow) -> dict[str, Any]:
@@ -168,6 +179,7 @@ def test_ids_are_those_of_the_older_agent(taken_over: Machine, collector: Collec
     taken_over.invoke("agent", "run", "--once")
     assert relayed_lines(collector) == lines(EXPECTED["all"]["records"])
     assert spans([as_span(row) for row in collector.spans()]) == spans(EXPECTED["all"]["spans"])
+    assert keeps_attributes(collector)
 
 
 def test_the_dead_letter_and_the_files_are_replayed(taken_over: Machine, collector: Collector) -> None:
