@@ -253,6 +253,8 @@ async def _refresh(service: LocalService, agent: Agent, samples: Mapping[str, _S
     from tailspan_agent.job.ledger import JobLedger
     from tailspan_agent.job.mapping import failure_text
 
+    logs, traces = agent.endpoints.get("logs"), agent.endpoints.get("traces")
+    spans_wait = traces is not None and bool(agent.store.unsent_spans(1))  # the summary has their number
     for sample in samples.values():
         sample.job = await service.get_job(sample.job.job_id)
         checkpoint = agent.store.job(service.identity, sample.job.job_id)
@@ -260,7 +262,7 @@ async def _refresh(service: LocalService, agent: Agent, samples: Mapping[str, _S
             ledger = JobLedger.from_json(checkpoint.ledger)
             sample.lines = ledger.lines
             sample.why = failure_text(sample.job, ledger.failure) if sample.job.state.result == "failure" else None
-            sample.relayed = checkpoint.ended and (checkpoint.logs_complete or agent.endpoints.get("logs") is None)
+            sample.relayed = checkpoint.ended and (checkpoint.logs_complete or logs is None) and not spans_wait
 
 
 def _others_ended(samples: Mapping[str, _Sample]) -> bool:
