@@ -1,6 +1,6 @@
 """``python -m tests.audit PIP_AUDIT`` asks what is known against the pinned dependencies: ``make audit``.
 
-It ends with 0 where nothing is known, with 1 where something is, and with 3 where nobody could be asked.
+The exit code is 0 if no vulnerability is known, 1 if one is, and 3 if no source could be reached.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def _report(packages: list[dict[str, object]], source: str) -> int:
         for weakness in package.get("vulns") or ():
             known += 1
             fixed = ", ".join(weakness["fix_versions"]) or "no version"
-            print(f"{package['name']} {package['version']}: {weakness['id']}, mended in {fixed}")
+            print(f"{package['name']} {package['version']}: {weakness['id']}, fixed in {fixed}")
         if reason := package.get("skip_reason"):
             skipped += 1
-            print(f"{package['name']}: not looked at: {reason}")
-    print(f"{len(packages) - skipped} packages looked at by {source}, {known} weaknesses known")
+            print(f"{package['name']}: not checked: {reason}")
+    print(f"{len(packages) - skipped} packages checked by {source}, {known} vulnerabilities known")
     return 1 if known else 0
 
 

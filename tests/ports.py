@@ -17,7 +17,7 @@ _random = random.SystemRandom()  # processes that were forked from one, too, tak
 
 
 def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 below the ephemeral range that nobody has at the moment."""
+    """Return a TCP port of 127.0.0.1 below the ephemeral range that is free at the moment."""
     while True:
         port = _random.randrange(_FIRST, _END)
         with socket.socket() as probe:

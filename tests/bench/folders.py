@@ -25,7 +25,7 @@ _PIPELINES = 10
 
 
 def make_store(directory: Path, jobs: int, lines: int, *, how: str = "whole") -> Path:
-    """Make a store of ended jobs that have so many lines each; return its state directory.
+    """Make a store of ended jobs with a number of lines each; return its state directory.
 
     Args:
         directory: Where; it is made.

@@ -103,7 +103,7 @@ def _first_line(process: subprocess.Popen[bytes], log: Path, says: str) -> str:
 def _peak_of(pid: int) -> Iterator[list[int]]:
     """Note a process's peak of memory until the block ends.
 
-    It is looked at again and again: what wait4 tells afterwards is at least the memory of the process that started it.
+    It is sampled repeatedly: what wait4 returns afterwards is at least the memory of the process that started it.
     """
     peak, over = [0], threading.Event()
 
@@ -151,7 +151,7 @@ def alternate(cases: Mapping[str, Callable[[], Usage]], times: int) -> dict[str,
 
 
 def median_usage(usages: Sequence[Usage]) -> Usage:
-    """Return the medians, each value for itself."""
+    """Return the median of each value."""
     return Usage(
         statistics.median(usage.cpu_s for usage in usages),
         statistics.median(usage.wall_s for usage in usages),

@@ -3,8 +3,8 @@
     printer.py COUNT [whole|each] [--warm FILE] [--supervisor FILE]
 
 ``whole`` writes 64 KiB at once, as a program does whose output is no terminal; ``each`` writes line by line. With
-``--warm`` whoever writes these lines into a file finds memory that was just used, as on a machine without a host: a
-page that a virtual machine has left alone for seconds costs it more than everything that is measured here. With
+``--warm`` a process that writes these lines into a file finds memory that was just used, as on a machine without a
+host: a page that a virtual machine has left alone for seconds costs it more than everything that is measured here. With
 ``--supervisor`` it notes what its parent, the job's supervisor, used up for these lines. It prints the wall time that
 printing took to standard error.
 """

@@ -96,7 +96,7 @@ def local(scale: Scale, directory: Path) -> Iterator[Row]:
             if in_python in found:
                 yield _cost(in_python, jobs * lines, found[in_python], counted)
             if usual in found:
-                # It sends fewer lines, so that the run does not last for hours: its start is looked at apart.
+                # It sends fewer lines, so that the run does not last for hours: its start is measured separately.
                 begun_s = found[f"{usual}, no lines"].cpu_s
                 per_line = (found[usual].cpu_s - begun_s) / usual_lines * 1e6
                 yield _cost(usual, usual_lines, found[usual], counted)

@@ -41,7 +41,7 @@ _KNOWN = 100_000
 
 
 def silence(scale: Scale, directory: Path) -> Iterator[Row]:
-    """W3: 10,000 running jobs of which 10 speak, local and over the job API; plain: as of any other server."""
+    """W3: 10,000 running jobs, 10 of them active, local and over the job API; plain: as from any other server."""
     count = scale.of(10_000, least=2 * _SPEAKERS)
     store = directory / "jobs"
     holder = [sys.executable, "-m", "tests.bench.holder", str(store), str(count), str(_SPEAKERS)]
@@ -70,7 +70,7 @@ def _silence(
     case: str, plan: Plan, receiver: Receiver, holder_pid: int, holder_log: Path, scale: Scale
 ) -> Iterator[Row]:
     with running(plan) as agent:
-        # Until every job has its tailer and the first look at each is over.
+        # Until every job has its tailer and was polled once.
         _quiet(agent, receiver)
         receiver.counts()
         watched = _WATCH_S if scale.factor >= 1 else _WATCH_S / 3
@@ -202,7 +202,7 @@ def start(scale: Scale, directory: Path) -> Iterator[Row]:
 
 
 def _fill(state_dir: Path, identity: str, count: int) -> None:
-    """Make a checkpoint store that knows so many finished jobs, as it would be after a month."""
+    """Make a checkpoint store with a number of finished jobs, as after a month."""
     store = Store(state_dir)
     ledger = json.dumps({"lines": 10_000})
     with closing(sqlite3.connect(store.path)) as db, db:

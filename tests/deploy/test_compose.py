@@ -83,7 +83,7 @@ def test_the_agent_takes_its_configuration(stack: str, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("stack", STACKS)
 def test_the_demo_is_a_profile_and_shares_the_jobs(stack: str) -> None:
-    """Its jobs are in the volume that the agent follows; without the profile there is none of it."""
+    """Its jobs are in the volume that the agent follows; without the profile nothing of it runs."""
     services = compose(stack)["services"]
     assert services["demo"]["profiles"] == ["demo"]
     assert "tailspan:/var/lib/tailspan" in services["agent"]["volumes"]

@@ -142,7 +142,7 @@ def test_a_job_beside_its_sidecar_is_relayed_to_its_end(tmp_path: Path) -> None:
                 )
                 for name, value in environ(container).items()
             }
-            # the port is this test's own; a pod has all ports for itself
+            # the port is this test's own; a pod shares its ports with no other
             return {**os.environ, **found, "TAILSPAN_AGENT__LISTEN": f"127.0.0.1:{port}", "PATH": path}
 
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"

@@ -81,7 +81,7 @@ def test_a_wheel_holds_all_of_the_packages_and_nothing_else(dist: Path, wheel: s
 
 
 def test_the_source_archive_can_be_tested_and_deployed(dist: Path) -> None:
-    """Whoever packages Tailspan finds its tests, its examples and what the Dockerfile copies."""
+    """The source archive has the tests, the examples and what the Dockerfile copies."""
     with tarfile.open(only(dist, "*.tar.gz")) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     tracked = set(run("git", "ls-files", cwd=ROOT).split())

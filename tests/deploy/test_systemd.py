@@ -91,7 +91,7 @@ def test_systemd_finds_no_fault(root: Path) -> None:
 @pytest.mark.services
 @pytest.mark.parametrize(("unit", "most"), [("tailspan-agent.service", 1.3), ("tailspan-serve.service", 1.8)])
 def test_exposure_stays_low(root: Path, unit: str, most: float) -> None:
-    """`systemd-analyze security`: 0 is none, 10 is all; what is left is the network, which is what they are for."""
+    """`systemd-analyze security`: 0 means no exposure, 10 all; the rest is the network, which they need."""
     said = analyze(root, "security", "--offline=true", unit)
     found = re.search(rf"exposure level for {unit}: ([\d.]+)", said)
     assert found is not None

@@ -1,4 +1,4 @@
-"""`tailspan demo`: what it promises on the terminal is what the endpoint has; stopped, it leaves nothing running."""
+"""`tailspan demo`: its printed counts are what the endpoint received; interrupted, it leaves no job running."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def states(home: Path) -> list[str]:
     return [json.loads(path.read_text())["state"] for path in home.glob("jobs/jobs/*/state.json")]
 
 
-def test_the_demo_without_a_collector_and_the_commands_that_it_tells(machine: Machine, collector: Collector) -> None:
-    """Four pipelines end as told, all goes to files, and the replay that is shown next delivers just that."""
+def test_the_demo_without_a_collector_and_the_commands_that_it_prints(machine: Machine, collector: Collector) -> None:
+    """Four pipelines end as printed, all goes to files, and the printed replay command delivers exactly that."""
     home = machine.home / "demo"
-    told = machine.tailspan("demo", "--dir", str(home)).stdout
+    shown = machine.tailspan("demo", "--dir", str(home)).stdout
     assert sorted(states(home)) == ["CANCELED", "FAILED", "SUCCEEDED", "SUCCEEDED"]
-    assert "InvoiceError" in told
+    assert "InvoiceError" in shown
     count = {
-        name: int(found.replace(",", "")) for found, name in re.findall(r"([\d,]+) (log records|spans) +to /", told)
+        name: int(found.replace(",", "")) for found, name in re.findall(r"([\d,]+) (log records|spans) +to /", shown)
     }
     files = sorted(map(str, home.glob("agent/otlp/*.jsonl")))
     machine.tailspan("agent", "replay", *files, "--endpoint", collector.http_url)
@@ -52,11 +52,11 @@ def test_the_demo_without_a_collector_and_the_commands_that_it_tells(machine: Ma
 
 
 def test_the_demo_sends_to_the_endpoint_of_the_environment(machine: Machine, collector: Collector) -> None:
-    """Logs, spans and metrics are there when it says so."""
+    """Logs, spans and metrics are received when it prints their counts."""
     endpoint = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.http_url}
-    told = machine.tailspan("demo", "--dir", str(machine.home / "demo"), env=endpoint).stdout
+    shown = machine.tailspan("demo", "--dir", str(machine.home / "demo"), env=endpoint).stdout
     assert results(collector) == RESULTS
-    assert f"{len(collector.log_records()):,} log records" in told
+    assert f"{len(collector.log_records()):,} log records" in shown
     assert "cicd.pipeline.run.duration" in {metric.name for metric in collector.metrics()}
     for name in RESULTS:
         for stream in ("stdout", "stderr"):

@@ -28,9 +28,9 @@ def reply(since_ms: int | None) -> Iterator[bytes]:
 
 
 def peak_rss_kib(pid: int) -> int:
-    """The most memory that a process had until now; 0 where the system does not tell (macOS) or it has ended.
+    """The peak memory of a process; 0 if the system does not report it (macOS) or the process has ended.
 
-    Not what `wait4` says: that counts the test's own memory, from which the process was forked.
+    Not the value of `wait4`, which includes the test's own memory, from which the process was forked.
     """
     try:
         found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())

@@ -1,4 +1,4 @@
-"""Whenever the agent starts, stops and starts again in good order, each line arrives once."""
+"""Each line arrives once, whenever the agent is started, stopped and started again."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class SteppedJob:
         self.id = machine.detach(*script(STEPS.format(gate=str(self._gate), lines=lines)), options=("--name", "steps"))
 
     def go(self, lines: int) -> None:
-        """Let it print up to so many lines in all; one more than its last ends it."""
+        """Let it print up to a number of lines in all; one more than its last ends it."""
         self._gate.write_bytes(b"." * lines)
 
 
@@ -43,7 +43,7 @@ def bodies(collector: Collector) -> list[object]:
 
 
 def stop(agent: subprocess.Popen[str]) -> None:
-    """End the agent in good order."""
+    """Stop the agent with SIGTERM."""
     agent.send_signal(signal.SIGTERM)
     _, errors = agent.communicate(timeout=60)
     assert agent.returncode == 0, errors
@@ -57,7 +57,7 @@ def job(machine: Machine, script: Callable[[str], list[str]], tmp_path: Path, co
 
 
 def test_agent_that_started_before_the_job(machine: Machine, collector: Collector, job: SteppedJob) -> None:
-    """It finds the job by itself, shows it while it runs, and its end."""
+    """It discovers the job, and relays its lines while it runs and its end."""
     agent = machine.start("agent", "run")
     collector.wait_until(lambda: bodies(collector) == job.expected[:1])
     collector.wait_until(lambda: "submitted" in {span.name for span in collector.spans()})
@@ -75,7 +75,7 @@ def test_agent_that_started_before_the_job(machine: Machine, collector: Collecto
 def test_agent_that_is_stopped_and_started_in_the_middle(
     machine: Machine, collector: Collector, job: SteppedJob
 ) -> None:
-    """What came while it was away is relayed once it is back; nothing twice."""
+    """Lines that were written while it was stopped are relayed after its start; no line is sent twice."""
     agent = machine.start("agent", "run")
     collector.wait_until(lambda: bodies(collector) == job.expected[:1])
     job.go(2)

@@ -54,7 +54,7 @@ def export(rotel: Rotel, protocol: str, signal: str, payload: bytes, compression
 def test_all_signals_arrive_through_a_real_collector(
     rotel: Rotel, behind: Collector, protocol: str, compression: str
 ) -> None:
-    """What our bytes say is what the collector reads and passes on."""
+    """The collector decodes our requests and forwards the same records."""
     assert export(rotel, protocol, "logs", logs_payload(5), compression) == Delivered()
     assert export(rotel, protocol, "traces", traces_payload("RUN job"), compression) == Delivered()
     assert export(rotel, protocol, "metrics", metrics_payload(7), compression) == Delivered()
@@ -70,7 +70,7 @@ def test_all_signals_arrive_through_a_real_collector(
 
 
 def test_our_json_lines_are_read_by_a_real_collector(rotel: Rotel, behind: Collector) -> None:
-    """Files of the files mode, and of the dead letter with its reasons, are OTLP JSON to somebody else's reader."""
+    """OTLP files and dead letters, with their reasons, are valid OTLP JSON for another implementation."""
     for note in (None, {"reason": "HTTP 400"}):
         for signal, payload in (("logs", logs_payload(2)), ("traces", traces_payload("RUN job"))):
             answer = httpx.post(
@@ -84,13 +84,13 @@ def test_our_json_lines_are_read_by_a_real_collector(rotel: Rotel, behind: Colle
 
 
 def test_a_real_collectors_size_limit_is_recognised(rotel: Rotel) -> None:
-    """tonic answers OUT_OF_RANGE, which OTLP calls retryable: retried as it is, it would block the lane for ever."""
+    """tonic answers OUT_OF_RANGE, which OTLP calls retryable: the same request would be retried for ever."""
     payload = logs_payload(5, padding="x" * (1 << 20))
     assert isinstance(export(rotel, "grpc", "logs", payload, "none"), TooLarge)
 
 
 def test_a_wrong_path_is_an_endpoint_fault(rotel: Rotel) -> None:
-    """A base URL that is one level off must not cost records."""
+    """A base URL with a wrong path must not lose records."""
 
     async def run() -> Outcome:
         exporter = exporter_to(f"{rotel.http_url}/otlp/v1/logs")

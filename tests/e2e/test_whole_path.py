@@ -56,7 +56,7 @@ def rotel(collector: Collector) -> Iterator[Rotel]:
 
 
 def expected_bodies(lines: list[bytes]) -> list[str]:
-    """What a line must look like at the end: cleaned, long ones in parts."""
+    """The bodies expected at the receiver: cleaned, long lines in parts."""
     return [part.decode() for line in lines for part in split_long(clean(line).encode())]
 
 
@@ -152,7 +152,7 @@ def jobs(machine: Machine) -> list[dict[str, str]]:
 
 
 def _line(row: LogRow) -> tuple[object, ...]:
-    """What tells a line from all others, and what it says."""
+    """A line's identity, time and text."""
     return row.attributes["log.record.uid"], row.attributes.get("tailspan.line.part"), row.time_unix_nano, row.body
 
 

@@ -1,4 +1,4 @@
-"""Agents over fake services and a fake collector, for tests: `Bench` makes them, `looped` runs a test in a loop.
+"""Agents with fake services and a fake collector: `Bench` makes them, `looped` runs an async test.
 
     def test_x(bench):
         bench.fake.add_job("j1", state="SUCCEEDED")
@@ -6,7 +6,7 @@
         assert bench.once().acked == 2
         assert bench.bodies() == ["a", "b"]
 
-Each test's bench has one state directory: agents made one after the other are restarts of one agent.
+A bench has one state directory, so the agents that a test makes are restarts of one agent.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PATIENCE_S = 90.0
 
 
 def looped(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Run an async test in a loop of its own; it must leave no task behind and no error unseen."""
+    """Run an async test in its own loop; it must leave no task and no unhandled error."""
 
     @functools.wraps(test)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -53,7 +53,7 @@ def looped(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None
 
 
 async def until(holds: Callable[[], Any]) -> None:
-    """Wait until something is true that gives no event; the test's own patience bounds it."""
+    """Wait until a condition without an event holds; `looped` limits the time."""
     while not holds():
         await asyncio.sleep(0.005)
 
@@ -162,7 +162,7 @@ class Bench:
         return [row.body for row in self.lines(job_id)]
 
     def lines(self, job_id: str | None = None) -> list[LogRow]:
-        """Return the records of all lines received, in order; failures and receipts are none."""
+        """Return the records of all lines received, in order; without events such as failures and receipts."""
         return [
             row
             for row in self.collector.log_records()
@@ -186,7 +186,7 @@ class Bench:
         }
 
     def metric(self, name: str, **attributes: Any) -> Any:
-        """Return the newest value of a metric's point with these attributes; None where there is none."""
+        """Return the newest value of a metric's point with these attributes; None if there is no such point."""
         found = [
             row.value
             for row in self.collector.metrics()

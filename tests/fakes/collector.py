@@ -249,7 +249,7 @@ class Collector:
         return [request.message for request in self.requests if request.signal == signal and request.taken]
 
     def wait_until(self, condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
-        """Wait until the condition holds; it is looked at after each request.
+        """Wait until the condition holds; it is evaluated after each request.
 
         Raises:
             TimeoutError: It did not hold in time; the message says what had arrived.

@@ -60,7 +60,7 @@ def main(base_url, token, since_ms):
     calls = {
         "status": lambda: api.job_get_status("done"),
         "status of running": lambda: api.job_get_status("forever"),
-        "status of odd id": lambda: api.job_get_status("größe 1"),
+        "status of an id with a space": lambda: api.job_get_status("größe 1"),
         "status of nobody": lambda: api.job_get_status("nobody"),
         "logs": lambda: api.job_get_logs("done"),
         "logs since": lambda: api.job_get_logs("done", since_ms=int(since_ms)),
@@ -78,7 +78,7 @@ def main(base_url, token, since_ms):
     }
     results = {}
     for name, call in calls.items():
-        # A request that no server knows: tells the recorder which function the next requests belong to.
+        # A request that no server knows: it marks which function the next requests belong to.
         with contextlib.suppress(OSError):
             urllib.request.urlopen(f"{base_url}/begin/{urllib.parse.quote(name)}")
         printed = io.StringIO()

@@ -120,7 +120,7 @@ class FakeJob:
     _script: list[tuple[int, float, dict[str, Any]]] = field(default_factory=list)
 
     def line(self, message: str, timestamp: int, *, from_read: int = 1, after_s: float = 0.0, **keys: Any) -> None:
-        """Add a line that is visible from that log request on, and not before so many seconds from now."""
+        """Add a line that is visible from that log request on, and not before `after_s` from now."""
         entry = {"message": message, "timestamp": timestamp, **keys}
         self._lines.append(_Line(entry, from_read, time.monotonic() + after_s))
 
@@ -133,7 +133,7 @@ class FakeJob:
         after_s: float = 0.0,
         **keys: Any,
     ) -> None:
-        """Script the status: this one holds from that status request on, and not before so many seconds from now.
+        """Script the status: this one holds from that status request on, and not before `after_s` from now.
 
         Args:
             job_status: ``Pending``, ``Running``, ``Done``, ``Failed``, ``Canceled`` or another word.

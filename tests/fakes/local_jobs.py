@@ -1,4 +1,4 @@
-"""Real local jobs for tests: run a command to its end, look at its files, leave no process behind."""
+"""Real local jobs for tests: run a command to its end, read its files, leave no process behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real OpenTelemetry collector (rotel) as a process, forwarding all it takes to our own receiver.
+"""A real OpenTelemetry collector (rotel) as a process, forwarding everything to our own receiver.
 
     with Collector() as behind, Rotel(behind) as rotel:
         ...                                  # send to rotel.http_url or rotel.grpc_url (no /v1/...)
@@ -46,7 +46,7 @@ class Rotel:
         self.grpc_url = ""
 
     def __enter__(self) -> Rotel:
-        # Somebody may take a free port between our look and rotel's bind; then it exits, and we look again.
+        # Another process may take a free port before rotel binds it; then rotel exits, and we try other ports.
         for _ in range(5):
             if self._start():
                 return self

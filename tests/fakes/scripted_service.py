@@ -28,11 +28,11 @@ _MS = 1_000_000
 
 @dataclass
 class ScriptedJob:
-    """A job that goes on by one step each time it is asked for.
+    """A job that advances by one step with each request.
 
     Attributes:
         lines: Its lines, one ms apart from `START_MS` on.
-        statuses: How many answers say RUNNING before ``state`` is told; None: for ever.
+        statuses: How many answers are RUNNING before ``state`` is reported; None: all.
         growing: Whether one more line is readable at each read, rather than all at once.
         page_lines: How many lines there are to a page.
         fails_at_page: Raise ``error`` instead of this page; 0: nothing at all can be read.

@@ -50,7 +50,7 @@ def use(state_dir: Path) -> None:
         store.unsent_spans(10)
         for job_id, _ in [*store.unfinished_jobs("me"), ("job-0", ""), ("new", "")]:
             job = store.job("me", str(job_id)) or store.add_job("me", "new", "n", stream=0, ledger="{}")
-            # A job whose facts are damaged begins anew: `tailspan_agent.pipeline.job_pipeline`.
+            # A job with a damaged ledger starts again: `tailspan_agent.pipeline.job_pipeline`.
             with suppress(ValueError):
                 JobLedger.from_json(job.ledger)
             store.seconds(job.key)

@@ -121,7 +121,7 @@ def outage(world: World) -> None:
 
 
 def other_endpoint(world: World) -> None:
-    """The endpoint refuses everything; a reload goes over to another one, which also gets what was under way."""
+    """The endpoint refuses everything; a reload switches to another one, which also receives what was in flight."""
     for signal in ("logs", "traces"):
         world.collector.always(signal, Reply(503))
     speak(world)

@@ -88,7 +88,7 @@ def refuse_most(world: World) -> Answer:
 
 
 def keep_none_of(world: World, each: int, **reply: object) -> Answer:
-    """Refuse each so many-th request with this reply; nothing of it is kept."""
+    """Reject every `each`-th request with this reply; nothing of it is kept."""
     seen: list[Request] = []
 
     def answer(request: Request) -> Reply:

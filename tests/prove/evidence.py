@@ -59,7 +59,7 @@ class Evidence:
 def steps_of(found: Evidence) -> list[Step]:
     """Return the steps that there is evidence of, the furthest first: the jobs' lines are at several at once.
 
-    A drain with nothing left to send is none: a kill there shows nothing.
+    A drain with nothing left to send does not count: a kill there proves nothing.
     """
     answered = _ahead(found.answered, found.acked)
     if found.draining:

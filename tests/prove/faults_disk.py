@@ -29,8 +29,8 @@ from tests.fakes.collector import Reply
 from tests.fakes.local_jobs import until
 from tests.prove.jobs import NumberedJob
 from tests.prove.scenarios import Scenario
+from tests.prove.steered_jobs import steered_job
 from tests.prove.table import Row
-from tests.prove.told_jobs import told_job
 from tests.prove.world import TAILSPAN, Job, Settings, World
 
 ROOT = Path(__file__).parents[2]
@@ -105,24 +105,24 @@ def full_while_relaying(seed: str, disk: Disk, *, ending: bool = True) -> Row:
     row = Row("")
     with World(seed, Settings(page=True)) as world, disk.below(world):
         jobs = [_fused_job(world, f"fused-{number}") for number in range(3)]
-        told = told_job(world, "local")
+        local = steered_job(world, "local")
         _speak(world, jobs)
-        told.put(LINES)
+        local.put(LINES)
         world.configure()
         world.start(strict=True)
         _all_acked(world)
         disk.fill(world)
         _speak(world, jobs)
-        told.put(LINES)
+        local.put(LINES)
         world.until(lambda: "waiting until the disk is usable" in world.log, "word of the full disk")
         world.until(lambda: _ready(world) == 503, "/readyz to fail")
         if ending:
             jobs[0].end()
-            told.end()
+            local.end()
             late = _fused_job(world, "begun-on-a-full-disk")
             late.write(LINES, world.random)
             world.until(
-                lambda: "service fused: cannot write the checkpoint store" in world.log, "a look at the new job"
+                lambda: "service fused: cannot write the checkpoint store" in world.log, "a poll of the new job"
             )
         _speak(world, jobs[1:])
         disk.free(world)
@@ -170,7 +170,7 @@ def dead_letter_full(seed: str, disk: Disk, *, patient: bool = True) -> Row:
     Args:
         seed: Of the world.
         disk: The disk.
-        patient: Whether to wait for the next try, which takes up to a minute; else the agent is killed.
+        patient: Whether to wait for the next retry, up to a minute; otherwise the agent is killed.
     """
     row = Row("")
     with World(seed, Settings(page=True)) as world, disk.below(world):
@@ -303,7 +303,7 @@ def store_truncated(seed: str, cuts: int) -> Row:
     healed = 0
     with DamagedWorld(seed) as world:
         over, running = _fused_job(world, "over"), _fused_job(world, "running")
-        told = told_job(world, "local")
+        local = steered_job(world, "local")
         _speak(world, [over, running])
         over.end()
         world.configure()
@@ -314,18 +314,18 @@ def store_truncated(seed: str, cuts: int) -> Row:
             world.ended()
             said = len(world.log)
             running.write(20, world.random)
-            told.put(20)
+            local.put(20)
             if path.exists():
                 os.truncate(path, min(size, path.stat().st_size))
             world.start()
             _all_acked(world)
             healed += "the checkpoint store was damaged" in world.log[said:]
         found = world.finish()
-    # When a job was first seen only the store knew, and `submitted` begins there where its service does not tell.
+    # Only the store knew when a job was first seen, and `submitted` begins there if its service does not report it.
     other, found.spans.other_bytes = found.spans.other_bytes, 0
     row.found.append(found)
-    row.notes.append(f"{cuts} cuts, {healed} of them told as damage; {other} spans that were made anew differ")
-    _expect(row, healed > 0, "a damage is told")
+    row.notes.append(f"{cuts} cuts, {healed} of them reported as damage; {other} spans that were made again differ")
+    _expect(row, healed > 0, "damage is reported")
     return row
 
 
@@ -373,7 +373,7 @@ def can_mount() -> bool:
 def boxed(seed: str, name: str) -> Row:
     """Run one of `BOXED` in a user and mount namespace of its own, which needs no privilege where it is allowed."""
     if not can_mount():
-        return Row("", notes=["NOT RUN: this machine lets nobody mount a file system of his own (unshare -rm)"])
+        return Row("", notes=["NOT RUN: this machine does not allow users to mount file systems (unshare -rm)"])
     command = ["unshare", "-rm", sys.executable, "-m", "tests.prove.faults_disk", name, seed]
     done = subprocess.run(command, stdout=subprocess.PIPE, cwd=ROOT)
     if done.returncode:
@@ -458,7 +458,7 @@ def _set_version(world: World, change: Callable[[int], int]) -> int:
 
 
 def _contents(world: World) -> dict[str, str]:
-    # The third file is SQLite's index of the second one: even to look at a store makes it.
+    # The third file is SQLite's index of the second one: even reading a store creates it.
     paths = (world.database, Path(f"{world.database}-wal"))
     return {path.name: hashlib.sha256(path.read_bytes() if path.exists() else b"").hexdigest() for path in paths}
 

@@ -1,4 +1,4 @@
-"""Faults of jobs on this machine. Steps of the clock are not among them: nobody may set this machine's clock.
+"""Faults of jobs on this machine. Steps of the clock are not among them: tests may not set this machine's clock.
 
 Each fault is a generator with three halts, and goes on when its world has come so far:
 
@@ -24,8 +24,8 @@ from tailspan.local.index import ENTRY_BYTES, HEADER_BYTES
 from tailspan.models import JobState
 from tests.fakes.local_jobs import until
 from tests.prove.scenarios import Scenario
+from tests.prove.steered_jobs import SteeredJob, steered_job
 from tests.prove.table import Row
-from tests.prove.told_jobs import ToldJob, told_job
 from tests.prove.world import Settings, World
 
 Fault = Callable[[World, Row], Iterator[None]]
@@ -35,16 +35,16 @@ FEW, MANY = 120, 6_000
 
 def supervisor_killed(world: World, row: Row) -> Iterator[None]:
     """One supervisor is killed under the agent's eyes, one while the agent is dead: what they captured is relayed."""
-    one, other = told_job(world, "bereft"), told_job(world, "bereft-unseen")
+    one, other = steered_job(world, "bereft"), steered_job(world, "bereft-unseen")
     one.put(FEW)
     other.put(FEW)
     yield
     _relayed(world, one)
-    one.tell(f"write({MANY})")
+    one.send(f"write({MANY})")
     until(lambda: len(one.captured) > FEW)
     one.kill()
     yield
-    other.tell(f"write({MANY})")
+    other.send(f"write({MANY})")
     until(lambda: len(other.captured) > FEW)
     other.kill()
     yield
@@ -53,28 +53,28 @@ def supervisor_killed(world: World, row: Row) -> Iterator[None]:
 
 def rebooted(world: World, row: Row) -> Iterator[None]:
     """The agent was killed, then all processes of jobs; of one job the index lacks its last bytes: power went."""
-    jobs = [told_job(world, f"rebooted-{number}") for number in range(3)]
+    jobs = [steered_job(world, f"rebooted-{number}") for number in range(3)]
     for job in jobs:
         job.put(FEW)
     yield
     for job in jobs:
         job.put(FEW)
         _relayed(world, job)
-        job.tell(f"write({MANY})")
+        job.send(f"write({MANY})")
     yield
     for job in jobs:
         job.kill(command_too=True)
     index = jobs[0].directory / "log.idx"
     os.truncate(index, index.stat().st_size - 7)
-    jobs.append(told_job(world, "after-reboot"))
+    jobs.append(steered_job(world, "after-reboot"))
     jobs[-1].put(FEW)
     yield
     _expect(row, [job.status.state for job in jobs[:3]] == [JobState.LOST] * 3, "a job of before the reboot is LOST")
 
 
 def log_truncated(world: World, row: Row) -> Iterator[None]:
-    """Somebody empties the log of a running job: first what was relayed, then also what nobody had read yet."""
-    job = told_job(world, "emptied")
+    """The log of a running job is emptied: first what was relayed, then also lines that were not read yet."""
+    job = steered_job(world, "emptied")
     job.put(FEW)
     yield
     _relayed(world, job)
@@ -89,14 +89,14 @@ def log_truncated(world: World, row: Row) -> Iterator[None]:
     job.put(FEW)
     yield
     _relayed(world, job)
-    _expect(row, _told_gaps(world, job) == 1, f"one gap is told, not {_told_gaps(world, job)}")
+    _expect(row, _reported_gaps(world, job) == 1, f"one gap is reported, not {_reported_gaps(world, job)}")
     _expect(row, gaps(world) >= 1, "the gap is counted")
     job.put(FEW)
 
 
 def log_removed(world: World, row: Row) -> Iterator[None]:
-    """Somebody removes the log of a running job: what was not read by then is a gap, and the job's end is relayed."""
-    job = told_job(world, "removed")
+    """The log of a running job is removed: lines that were not read by then are a gap, and the job's end is relayed."""
+    job = steered_job(world, "removed")
     job.put(FEW)
     yield
     _relayed(world, job)
@@ -111,7 +111,7 @@ def log_removed(world: World, row: Row) -> Iterator[None]:
 
 def index_damaged(world: World, row: Row) -> Iterator[None]:
     """The index of one running job is emptied, of another an entry is damaged: lines come, at the end if not before."""
-    emptied, damaged = told_job(world, "index-emptied"), told_job(world, "index-damaged")
+    emptied, damaged = steered_job(world, "index-emptied"), steered_job(world, "index-damaged")
     for job in (emptied, damaged):
         job.put(FEW)
     yield
@@ -131,20 +131,20 @@ def index_damaged(world: World, row: Row) -> Iterator[None]:
 
 def full_speed(world: World, row: Row, lines: int = 5_000) -> Iterator[None]:
     """Two jobs write as fast as they can, and the agent is killed meanwhile."""
-    jobs = [told_job(world, f"fast-{number}") for number in range(2)]
+    jobs = [steered_job(world, f"fast-{number}") for number in range(2)]
     yield
     for job in jobs:
-        job.tell(f"write({lines})")
+        job.send(f"write({lines})")
     until(lambda: all(world.acked(job) for job in jobs))
     yield
     for job in jobs:
-        job.tell(f"write({lines})")
+        job.send(f"write({lines})")
     yield
 
 
 def children_go_on(world: World, row: Row) -> Iterator[None]:
     """A job's main process ends, its children write on: the state is the main process's, and their lines come."""
-    job = told_job(world, "parent")
+    job = steered_job(world, "parent")
     job.put(FEW)
     yield
     job.put(FEW)
@@ -164,7 +164,7 @@ def children_go_on(world: World, row: Row) -> Iterator[None]:
 
 def stdout_closed(world: World, row: Row) -> Iterator[None]:
     """A job closes its stdout, later its stderr, too, and goes on."""
-    job = told_job(world, "silenced")
+    job = steered_job(world, "silenced")
     job.put(FEW)
     yield
     job.do("os.close(1)")
@@ -180,12 +180,12 @@ def stdout_closed(world: World, row: Row) -> Iterator[None]:
 
 def cancelled(world: World, row: Row) -> Iterator[None]:
     """Two jobs are cancelled while they write, one of them while the agent is dead."""
-    one, other = told_job(world, "cancelled"), told_job(world, "cancelled-unseen")
+    one, other = steered_job(world, "cancelled"), steered_job(world, "cancelled-unseen")
     for job in (one, other):
         job.put(FEW)
     yield
     for job in (one, other):
-        job.tell("while True: write(50); time.sleep(0.001)")
+        job.send("while True: write(50); time.sleep(0.001)")
     until(lambda: world.acked(one) > FEW)
     one.cancel()
     yield
@@ -196,14 +196,14 @@ def cancelled(world: World, row: Row) -> Iterator[None]:
 
 def supervisors_disk_full(world: World, row: Row) -> Iterator[None]:
     """No byte more fits into a job's log for a while: the job does not wait, and what it wrote meanwhile is one gap."""
-    job = told_job(world, "cramped")
+    job = steered_job(world, "cramped")
     job.put(FEW)
     yield
     _relayed(world, job)
     supervisor: int = world.local.state(job.job_id)["supervisor_pid"]
     _, most = resource.prlimit(supervisor, resource.RLIMIT_FSIZE)
     resource.prlimit(supervisor, resource.RLIMIT_FSIZE, ((job.directory / "log").stat().st_size, most))
-    job.tell(f"write({MANY})")
+    job.send(f"write({MANY})")
     until(lambda: job.written == FEW + MANY)
     _expect(row, len(job.captured) == FEW, f"{len(job.captured)} lines in the log of a full disk")
     yield
@@ -216,7 +216,7 @@ def supervisors_disk_full(world: World, row: Row) -> Iterator[None]:
     job.put(FEW)
     yield
     _relayed(world, job)
-    gaps = _told_gaps(world, job)
+    gaps = _reported_gaps(world, job)
     _expect(row, gaps == 1, f"one gap is reported, not {gaps}")
 
 
@@ -284,15 +284,15 @@ def _go_on(halts: Sequence[Iterator[None]]) -> None:
         list(pool.map(lambda fault: next(fault, None), halts))
 
 
-def _relayed(world: World, job: ToldJob) -> None:
+def _relayed(world: World, job: SteeredJob) -> None:
     world.until(lambda: world.acked(job) >= job.relayable, f"{job.relayable} lines of {job.name}")
 
 
-def _told_gaps(world: World, job: ToldJob) -> int:
+def _reported_gaps(world: World, job: SteeredJob) -> int:
     return world.log.count(f"job {job.job_id} of service local: lines are lost")
 
 
-def _damage(job: ToldJob, number: int) -> None:
+def _damage(job: SteeredJob, number: int) -> None:
     with (job.directory / "log.idx").open("r+b") as file:
         file.seek(HEADER_BYTES + number * ENTRY_BYTES + 3)
         file.write(b"\xff")

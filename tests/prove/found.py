@@ -19,7 +19,7 @@ class Found:
         lines: All jobs' lines together.
         spans: All jobs' spans.
         dead_lettered: Log records that are in the dead letter.
-        wrong_runs: Pipelines whose count of runs in the last metrics is not what it must be, and what else is wrong.
+        wrong_runs: Pipelines whose count of runs in the last metrics is not what it must be, and other faults.
         exit_code: Of the last agent, told to stop.
         peak_rss: Bytes of memory, at most, of any agent of this world.
     """

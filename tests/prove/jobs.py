@@ -73,13 +73,13 @@ class NumberedJob:
         return trace_id(self.identity, self.name)
 
     def write(self, count: int, random_: random.Random, *, max_step_ms: int = 3, pad: int = 0) -> None:
-        """Write so many lines; up to so many ms lie between two of them, or none."""
+        """Write a number of lines, 0 to `max_step_ms` apart."""
         for _ in range(count):
             self._next_ms += random_.randint(0, max_step_ms)
             self.line(self._next_ms, pad=pad)
 
     def line(self, timestamp_ms: int, *, pad: int = 0, copies: int = 1, visible_after_s: float = 0.0) -> None:
-        """Write one line with this time; so many copies; visible only after a time, in seconds."""
+        """Write one line with this time and a number of copies, visible only after some seconds."""
         number = self.written
         self._next_ms = timestamp_ms
         if copies > 1:
@@ -122,7 +122,7 @@ class NumberedJob:
         self.fake.body = body
 
     def restarted(self, acked: int, *, strict: bool) -> None:
-        """Say that the agent is started anew with so many lines acked."""
+        """Note that the agent is restarted with a number of lines acknowledged."""
         self.handed = 0
         # With late lines among them, the acked ones are not those with the lowest numbers.
         self.tally.restarted(0 if self._late else acked, strict=strict)
@@ -165,7 +165,7 @@ _WRITTEN_AT = re.compile(r" (\d{19})$")
 
 
 class LocalNumberedJob:
-    """A real job of this machine, a program that writes lines until it is told to end.
+    """A real job of this machine, a program that writes lines until its test ends it.
 
     Its lines carry the time at which they were written; the record's time is when the supervisor read them.
 
@@ -211,7 +211,7 @@ class LocalNumberedJob:
         self.ended = True
 
     def restarted(self, acked: int, *, strict: bool) -> None:
-        """Say that the agent is started anew with so many lines acked."""
+        """Note that the agent is restarted with a number of lines acknowledged."""
         self.tally.restarted(acked, strict=strict)
 
     def _find(self, number: int, text: str) -> tuple[int, int] | None:

@@ -34,7 +34,7 @@ class ServiceFault:
 
     Attributes:
         name: The row's name.
-        faults: Each of them spoils requests of every kind, so many times.
+        faults: Each of them spoils a number of requests of every kind.
         times: How many requests each of the faults spoils.
         write: Lets the jobs write: 800 lines each, over some seconds.
         act: Done when they have written, before they end.

@@ -225,7 +225,7 @@ def _nothing() -> None:
 def sweep_world(
     seed: str, kills: int, hits: Counter[Step], *, path: Path | None = None, aims: Sequence[Step] = tuple(Step)
 ) -> Found:
-    """Kill the agent of one world so often, then let it finish, and count.
+    """Kill the agent of one world a number of times, then let it finish, and count.
 
     Args:
         seed: Reproduces the world's choices.
@@ -256,7 +256,7 @@ def sweep_world(
 
 
 def sweep(seed: str, kills: int, *, least_hits: int, path: Path | None = None) -> Row:
-    """Kill the agent so often, in several worlds, and more often while a step was hit less than so many times."""
+    """Kill the agent a number of times, in several worlds, and more often while a step has fewer than `least_hits`."""
     row, hits = Row("SIGKILL"), Counter[Step]()
     while hits.total() < kills or (hits.total() < 1.5 * kills and min(hits[step] for step in STEPS) < least_hits):
         count = min(KILLS_A_WORLD, max(kills - hits.total(), len(STEPS)))

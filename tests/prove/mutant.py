@@ -30,7 +30,7 @@ class Mutant:
         """Return the module's text with the change.
 
         Raises:
-            LookupError: The code has changed: the mutant has to be made anew.
+            LookupError: The code has changed: the mutant must be adapted.
         """
         package, _, _ = self.module.partition("/")
         text = (PACKAGES[package] / self.module).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Faults of the agent as a process: stopped for a while, out of descriptors, told to stop or to reload as it starts."""
+"""Faults of the agent as a process: stopped for a while, out of descriptors, signalled while it starts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def no_descriptors(world: World) -> None:
 
 
 def state_taken_away(world: World) -> None:
-    """Somebody moves the agent's directory, and back: it says so, sends nothing that it cannot note, and goes on."""
+    """The agent's directory is moved away and back: it reports that, sends nothing it cannot store, and resumes."""
     away = world.home / "elsewhere"
     world.state_dir.rename(away)
     speak(world)
@@ -48,7 +48,7 @@ def state_taken_away(world: World) -> None:
     away.rename(world.state_dir)
 
 
-def told_at_its_start(world: World) -> None:
+def signalled_at_its_start(world: World) -> None:
     """SIGTERM, SIGHUP and both, at any moment of its start."""
     for number in range(12):
         world.terminate()
@@ -74,5 +74,5 @@ FAULTS = (
     Change("agent: stopped and continued (SIGSTOP)", stopped),
     Change("agent: no file descriptor left for a while", no_descriptors),
     Change("agent: its directory taken away and put back", state_taken_away),
-    Change("agent: SIGTERM and SIGHUP while it starts", told_at_its_start),
+    Change("agent: SIGTERM and SIGHUP while it starts", signalled_at_its_start),
 )

@@ -26,7 +26,7 @@ _MUTANT_KILLS = 20
 
 
 def grouped(kills: int) -> dict[str, list[Scenario]]:
-    """Return all rows by group; so many kills are in the sweep."""
+    """Return all rows by group; the sweep has `kills` kills."""
     return {
         "SIGKILL": [
             Scenario("SIGKILL at every step", partial(sweep, kills=kills, least_hits=LEAST_HITS), alone=True),

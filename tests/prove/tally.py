@@ -68,7 +68,7 @@ class JobTally:
         late: Numbers of lines that became visible late: they have no place in the order.
 
     Attributes:
-        cut: A last line that ends before its number does, and which it is; None where there is none.
+        cut: A last line that ends before its number does, and its number; None if there is no such line.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class JobTally:
         self._since_start: set[int] | None = None
 
     def restarted(self, acked: int, *, strict: bool = True) -> None:
-        """Say that the agent is started anew, with so many lines acked: those must not come again.
+        """Note that the agent is restarted with a number of lines acknowledged: those must not come again.
 
         Args:
             acked: How many lines of the job are acked; they are the ones with the lowest numbers.
@@ -158,7 +158,7 @@ class JobTally:
         return again or number < self._acked
 
     def count(self, expected: int) -> JobCount:
-        """Return what was found, for a job that wrote so many differently numbered lines (copies not counted)."""
+        """Return what was found for a job that wrote `written` differently numbered lines (copies not counted)."""
         found = self._found + JobCount(records=self.records)
         owners: dict[int, int] = {}
         for number in range(max(expected, len(self._uids))):

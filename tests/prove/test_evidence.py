@@ -1,4 +1,4 @@
-"""Which step a kill hit is decided by evidence, and a torn write is told from a whole one."""
+"""Which step a kill hit is decided by evidence, and a torn write is distinguished from a whole one."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def write(database: Path, transactions: int) -> None:
-    """Write so many transactions and be killed."""
+    """Write a number of transactions and be killed."""
     done = subprocess.run([sys.executable, "-S", "-c", WRITER, str(database), str(transactions)])
     assert done.returncode == -signal.SIGKILL
 

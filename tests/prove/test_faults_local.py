@@ -7,8 +7,8 @@ import time
 import pytest
 
 from tests.prove.faults_local import FAULTS, run_together
+from tests.prove.steered_jobs import steered_job
 from tests.prove.table import Row
-from tests.prove.told_jobs import told_job
 from tests.prove.world import Found, World
 
 pytestmark = pytest.mark.timeout(600)  # a proof takes minutes on a loaded machine
@@ -28,7 +28,7 @@ def test_no_captured_line_is_lost_whatever_happens_to_local_jobs(served: bool) -
 def test_what_a_killed_supervisor_wrote_of_a_line_is_that_line(cut: str) -> None:
     """Wherever it was cut; no other text is."""
     with World("short") as world:
-        job = told_job(world, "j")
+        job = steered_job(world, "j")
         job.put(3)
         with (job.directory / "log").open("a") as log:
             log.write(cut)
@@ -43,7 +43,7 @@ def test_what_a_killed_supervisor_wrote_of_a_line_is_that_line(cut: str) -> None
 def test_a_line_that_was_not_relayed_is_seen() -> None:
     """The proof of the proof: a line that was captured and did not come is missing, one that was destroyed is not."""
     with World("short") as world:
-        job = told_job(world, "j")
+        job = steered_job(world, "j")
         job.put(3)
         for text in job.captured[:2]:
             job.tally.take(text, int(text.rpartition(" ")[2]), text)

@@ -74,7 +74,7 @@ class World:
         collector: The receiver.
         api: The job service.
         jobs: All jobs of this world.
-        agent: The agent's process; None while there is none.
+        agent: The agent's process; None while no agent runs.
     """
 
     def __init__(self, seed: int | str, settings: Settings | None = None) -> None:
@@ -123,7 +123,7 @@ class World:
 
     @property
     def log(self) -> str:
-        """What the agents of this world said of themselves."""
+        """The log of the agents of this world."""
         path = self.home / "agent.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
@@ -144,7 +144,7 @@ class World:
         (self.home / "config.toml").write_text(change(self._config()))
 
     def reload(self, change: Callable[[str], str] = str) -> None:
-        """Write the configuration with a change, and let the running agent go over to it."""
+        """Write the configuration with a change, and let the running agent reload it."""
         assert self.agent is not None
         said = self.log.count(_RELOADED)
         self.configure(change)
@@ -229,13 +229,13 @@ protocol = "{settings.protocol}"
             self._peak_rss = max(self._peak_rss, int(found[1]) * 1024)
 
     def terminate(self) -> None:
-        """Tell the agent to stop: it drains."""
+        """Stop the agent with its drain."""
         assert self.agent is not None
         self._note_memory()
         self.agent.send_signal(signal.SIGTERM)
 
     def until(self, holds: Callable[[], Any], what: str, timeout_s: float = PATIENCE_S) -> Any:
-        """Return the first true value; fails where there is none in time, or where the agent ends."""
+        """Return the first true value; fail if none comes in time, or if the agent ends."""
         deadline = time.monotonic() + timeout_s
         while not (value := holds()):
             if self.agent is not None and self.agent.poll() is not None:
@@ -287,7 +287,7 @@ protocol = "{settings.protocol}"
         self.use(Collector(http_port=port))
 
     def use(self, collector: Collector) -> None:
-        """Go over to another receiver."""
+        """Switch to another receiver."""
         self.collector = self._stack.enter_context(collector)
 
     def finish(self, timeout_s: float = PATIENCE_S) -> Found:
@@ -325,7 +325,7 @@ protocol = "{settings.protocol}"
         return found
 
     def fold(self) -> None:
-        """Take in what has arrived since the last time, and forget it: memory stays small."""
+        """Count what has arrived since the last call, and drop it to save memory."""
         self._note_memory()
         for request in self.collector.drain():
             if request.taken and not any(message is request.message for message in self._refused):
@@ -384,7 +384,7 @@ def spans_in(message: Any) -> Iterator[Span]:
 
 
 def copy_store(state_dir: Path, to: Path) -> Path:
-    """Copy the checkpoint store of a dead agent, so that looking at it changes nothing."""
+    """Copy the checkpoint store of a dead agent, so that reading it changes nothing."""
     target = to / "store"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()

@@ -1,4 +1,4 @@
-"""The audit of the dependencies says what is known against them, and says so when nobody could be asked."""
+"""The audit lists known vulnerabilities of the dependencies, and reports when no source could be reached."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.audit import LOCK, NOT_AUDITED, audit
 
 BAD = {"name": "left", "version": "1", "vulns": [{"id": "CVE-1", "fix_versions": ["2"]}]}
 GOOD = {"name": "right", "version": "1", "vulns": []}
-SKIPPED = {"name": "odd", "skip_reason": "not on the index"}
+SKIPPED = {"name": "unlisted", "skip_reason": "not on the index"}
 ANSWERS = {
     "unreachable": None,
     "clean": [GOOD],
@@ -25,14 +25,14 @@ ANSWERS = {
 @pytest.mark.parametrize(
     ("first", "second", "code", "says"),
     [
-        ("clean", "known", 0, "1 packages looked at by pypi, 0 weaknesses known"),
-        ("known", "clean", 1, "left 1: CVE-1, mended in 2"),
-        ("unreachable", "known", 1, "left 1: CVE-1, mended in 2"),
-        ("unreachable", "clean", 0, "looked at by osv"),
+        ("clean", "known", 0, "1 packages checked by pypi, 0 vulnerabilities known"),
+        ("known", "clean", 1, "left 1: CVE-1, fixed in 2"),
+        ("unreachable", "known", 1, "left 1: CVE-1, fixed in 2"),
+        ("unreachable", "clean", 0, "checked by osv"),
         ("unreachable", "unreachable", NOT_AUDITED, "NOT AUDITED: no source could be asked"),
-        ("skipped", "clean", 0, "looked at by osv"),
+        ("skipped", "clean", 0, "checked by osv"),
         ("skipped", "unreachable", NOT_AUDITED, "the source pypi knows none of the packages: not on the index"),
-        ("one skipped", "clean", 0, "odd: not looked at"),
+        ("one skipped", "clean", 0, "unlisted: not checked"),
     ],
 )
 def test_what_the_audit_says(
@@ -54,7 +54,7 @@ def test_what_the_audit_says(
 
 
 def test_all_that_is_installed_is_pinned_exactly() -> None:
-    """The audit looks at versions: each line of the lock names one."""
+    """The audit checks versions: each line of the lock names one."""
     lines = [line for line in LOCK.read_text().splitlines() if line and not line.startswith("#")]
     assert lines
     assert all(line.count("==") == 1 for line in lines)

@@ -15,7 +15,7 @@ from tests.fakes.collector import Collector, Reply
 
 
 def open_to_others(top: Path) -> list[str]:
-    """Return what somebody else may read, write or enter."""
+    """Return what other users may read, write or enter."""
     return [
         f"{path.relative_to(top.parent)} {stat.S_IMODE(path.lstat().st_mode):o}"
         for path in (top, *top.rglob("*"))
@@ -58,7 +58,7 @@ def test_while_the_agent_runs(machine: Machine) -> None:
 
 
 def test_directories_that_were_there_stay_as_they_are(tmp_path: Path) -> None:
-    """What somebody else made is theirs; what is missing below it is ours alone."""
+    """An existing directory keeps its mode; what the code creates below it is private."""
     shared = tmp_path / "shared"
     shared.mkdir()
     shared.chmod(0o775)

@@ -59,7 +59,7 @@ UNFINISHED = {
 @SERVERS
 @pytest.mark.parametrize("start", UNFINISHED.values(), ids=UNFINISHED)
 def test_an_unfinished_request_is_dropped(quick: None, server: Callable[..., Awaitable[None]], start: bytes) -> None:
-    """Also one that goes on a byte at a time, which never looks idle."""
+    """Also a request that sends one byte at a time, which is never idle."""
 
     async def use(port: int) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -137,7 +137,7 @@ def test_a_header_has_a_limit(server: Callable[..., Awaitable[None]]) -> None:
 
 
 def test_both_servers_limit_connections() -> None:
-    """More than a process can bear are told to come back, not taken."""
+    """Requests beyond the limit of a process get 503 instead of being queued."""
     app = create_app(ScriptedService({}))
     assert isinstance(make_server(app), uvicorn.Server)
     assert 0 < (make_server(app).config.limit_concurrency or 0) < 1024

@@ -1,4 +1,4 @@
-"""What remote servers say cannot act on the terminal of whoever reads it: every command, on a real terminal."""
+"""Text of remote servers cannot control the terminal: every command, on a real terminal."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_errors_of_a_service(machine: Machine, api: FakeJobApi, status: int) -> 
 
 
 def test_python_verbs(machine: Machine, api: FakeJobApi) -> None:
-    """The same from a program: lines, remarks, warnings, and an exception that nobody caught."""
+    """The same from a program: lines, remarks, warnings, and an unhandled exception."""
     machine.config.write_text(
         f'default_service = "remote"\n[services.remote]\ntype = "fused"\nbase_url = "{api.base_url}"\n'
     )

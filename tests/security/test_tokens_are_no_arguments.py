@@ -38,7 +38,7 @@ def test_no_option_takes_a_secret() -> None:
 
 @pytest.mark.parametrize("path", SERVERS)
 def test_our_servers_compare_tokens_in_constant_time(path: str) -> None:
-    """How long a refusal takes must not tell how much of a token was right."""
+    """The time of a rejection must not depend on how much of a token was right."""
     tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and "token" in ast.unparse(node)]
     assert any(ast.unparse(node.func) == "hmac.compare_digest" for node in calls)

@@ -1,6 +1,6 @@
-"""Local jobs that do as they are told: a program that takes its commands, one line of Python each, from a pipe.
+"""Local jobs that a test steers: a program that reads its commands, one line of Python each, from a pipe.
 
-What was said is done one after the other, so that a scenario knows at each moment which lines the job has written.
+Commands run one after the other, so a scenario always knows which lines the job has written.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _TICK_NS = 20_000_000
 _SLOWEST_CAPTURE_NS = 60_000_000_000
 
 
-class ToldJob(LocalNumberedJob):
-    """A job of this machine that writes what it is told to.
+class SteeredJob(LocalNumberedJob):
+    """A job of this machine that runs the commands it is sent.
 
     Attributes:
-        gone: Numbers of lines that were destroyed before anybody could read them.
+        gone: Numbers of lines that were destroyed before they were read.
     """
 
     def __init__(self, jobs: LocalJobs, name: str, **options: Any) -> None:
@@ -84,21 +84,21 @@ class ToldJob(LocalNumberedJob):
 
     @property
     def relayable(self) -> int:
-        """How many of its lines somebody can read."""
+        """How many of its lines can be read."""
         return self.written - len(self.gone)
 
-    def tell(self, command: str) -> None:
-        """Have it do something, and do not wait for that."""
+    def send(self, command: str) -> None:
+        """Send a command without waiting for its end."""
         self._commands += 1
         os.write(self._write_fd, command.encode() + b"\n")
 
     def do(self, command: str) -> None:
-        """Have it do something, and wait until it is done."""
-        self.tell(command)
+        """Send a command and wait for its end."""
+        self.send(command)
         until(lambda: len(self._said.read_text().split()) >= self._commands)
 
     def put(self, count: int, out: int = 1) -> None:
-        """Have it write lines, and wait until its supervisor has written them down."""
+        """Let it write lines, and wait until its supervisor has stored them."""
         size = self._log_size()
         self.do(f"write({count}, {out})")
         until(lambda: self._log_size() >= size + count * len(f"{self.name} #0000000 1700000000000000000\n"))
@@ -127,7 +127,7 @@ class ToldJob(LocalNumberedJob):
         self._close()
 
     def destroyed(self, first: int, end: int) -> None:
-        """Say that nobody can read these lines any more: then they must not come, and are not missing."""
+        """Note that these lines can no longer be read: they must not come, and are not missing."""
         self.gone = range(first, end)
         self._copies.update(dict.fromkeys(self.gone, 0))
 
@@ -149,12 +149,12 @@ class ToldJob(LocalNumberedJob):
         if not stamp or len(stamp) != 19:
             # The last line of a log whose supervisor was killed while it wrote.
             return (0, LATEST_NS) if self._lines is not None else None
-        # The time of a line that nobody could enter into the index is its file's: as coarse as the kernel's tick.
+        # A line that is missing in the index has the time of its file, which is as coarse as the kernel's tick.
         return int(stamp) - _TICK_NS, int(stamp) + _SLOWEST_CAPTURE_NS
 
 
-def told_job(world: World, name: str, **options: Any) -> ToldJob:
-    """Start such a job in a world."""
-    job = ToldJob(world.local, name, **options)
+def steered_job(world: World, name: str, **options: Any) -> SteeredJob:
+    """Start a steered job in a world."""
+    job = SteeredJob(world.local, name, **options)
     world.jobs.append(job)
     return job
