@@ -353,7 +353,30 @@ static PyObject *frame(PyObject *Py_UNUSED(module), PyObject *args)
     return records;
 }
 
+#ifdef __linux__
+#include <unistd.h>
+#include <sys/syscall.h>
+
+PyDoc_STRVAR(system_call_doc, "system_call(number, first, second, /)\n--\n\n"
+"See `tailspan.local.process_tree`.");
+
+static PyObject *system_call(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    long number, first;
+    PyObject *second;
+    if (!PyArg_ParseTuple(args, "llO", &number, &first, &second)) return NULL;
+    long value;
+    if (PyBytes_Check(second)) value = (long)(intptr_t)PyBytes_AsString(second);
+    else value = PyLong_AsLong(second);
+    if (PyErr_Occurred()) return NULL;
+    return PyLong_FromLong(syscall(number, first, value, 0L, 8L));
+}
+#endif
+
 static PyMethodDef methods[] = {
+#ifdef __linux__
+    {"system_call", system_call, METH_VARARGS, system_call_doc},
+#endif
     {"count_lines", count_lines, METH_O, count_lines_doc},
     {"find_severities", find_severities, METH_VARARGS, find_severities_doc},
     {"frame", frame, METH_VARARGS, frame_doc},

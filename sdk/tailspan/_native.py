@@ -35,4 +35,4 @@ def compiled(name: str, python: F) -> F:
         name: Its name in `_native.c`.
         python: The same function in Python, with the same results.
     """
-    return python if _extension is None else getattr(_extension, name)
+    return getattr(_extension, name, python)

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 from collections import namedtuple
 
 from tailspan.local.process_tree import die_with_parent, reset_internal_signals
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal
     from collections.abc import Callable, Collection, Iterable
     from typing import NoReturn
+else:
+    import _signal as signal  # without the enums of `signal`, which cost 4 ms
 
 __all__ = [
     "NOT_EXECUTABLE",

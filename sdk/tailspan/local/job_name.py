@@ -8,6 +8,7 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
 __all__ = ["default_name"]
 
@@ -25,63 +26,82 @@ class _Options:
         values: Options that take the next argument.
         modules: Options whose value is a name: a module, a jar.
         letters: Whether single letters can be joined: ``-lc``.
+        shell: Whether it is a shell: ``+e`` is an option, and ``-euo`` takes the next argument.
+        lower: Whether the case of options does not matter.
     """
 
-    def __init__(self, *, inline: str = "", values: str = "", modules: str = "", letters: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        inline: str = "",
+        values: str = "",
+        modules: str = "",
+        letters: bool = True,
+        shell: bool = False,
+        lower: bool = False,
+    ) -> None:
         self.inline = frozenset(inline.split())
         self.values = frozenset(values.split())
         self.modules = frozenset(modules.split())
         self.letters = letters
+        self.shell = shell
+        self.lower = lower
 
 
-_PYTHON = _Options(inline="-c", values="-W -X -Q --check-hash-based-pycs", modules="-m")
-_SHELL = _Options(inline="-c --command", values="-o +o -O +O --rcfile --init-file -C --init-command --features")
-_INTERPRETERS = {
+# As plain tables: only the one that is needed becomes an object.
+_PYTHON: dict[str, Any] = {"inline": "-c", "values": "-W -X -Q --check-hash-based-pycs", "modules": "-m"}
+_SHELL: dict[str, Any] = {
+    "shell": True,
+    "inline": "-c --command",
+    "values": "-o +o -O +O --rcfile --init-file -C --init-command --features",
+}
+_INTERPRETERS: dict[str, dict[str, Any]] = {
     "python": _PYTHON,
     "pythonw": _PYTHON,
     "pypy": _PYTHON,
-    "ipython": _Options(inline="-c", values="--profile --matplotlib", modules="-m"),
+    "ipython": {"inline": "-c", "values": "--profile --matplotlib", "modules": "-m"},
     **dict.fromkeys(("sh", "bash", "dash", "ash", "zsh", "ksh", "mksh", "fish", "csh", "tcsh", "rbash"), _SHELL),
-    "perl": _Options(inline="-e -E", values="-I -x -0", modules=""),
-    "ruby": _Options(inline="-e", values="-I -r -C -E -W -x --require --encoding"),
-    "node": _Options(
-        inline="-e -p -pe --eval --print",
-        values="-r --require --import --loader --experimental-loader -C --conditions --env-file --input-type",
-        letters=False,
-    ),
-    "nodejs": _Options(inline="-e -p -pe --eval --print", values="-r --require --import --loader", letters=False),
-    "bun": _Options(inline="-e -p --eval --print", values="-r --preload --cwd -c --config", letters=False),
-    "deno": _Options(values="-c --config --import-map --lock --cert --log-level -L", letters=False),
-    "php": _Options(inline="-r -B -R -E --run --process-begin --process-code", values="-c -d -z", modules="-f -F"),
-    "Rscript": _Options(inline="-e", values="", letters=False),
-    "R": _Options(inline="-e", values="--args", modules="-f", letters=False),
-    "lua": _Options(inline="-e", values="-l"),
-    "julia": _Options(inline="-e -E --eval --print", values="-p -t -L -J --project --threads --procs --load -C -O"),
-    "java": _Options(
-        values="-cp -classpath --class-path -p --module-path --add-modules --add-opens --add-exports --add-reads",
-        modules="-jar -m --module",
-        letters=False,
-    ),
-    "pwsh": _Options(
-        inline="-command -c -encodedcommand -e -ec -enc --command",
-        values="-executionpolicy -ep -ex -workingdirectory -wd -configurationname -outputformat -o -inputformat "
+    "perl": {"inline": "-e -E", "values": "-I -x -0", "modules": ""},
+    "ruby": {"inline": "-e", "values": "-I -r -C -E -W -x --require --encoding"},
+    "node": {
+        "inline": "-e -p -pe --eval --print",
+        "values": "-r --require --import --loader --experimental-loader -C --conditions --env-file --input-type",
+        "letters": False,
+    },
+    "nodejs": {"inline": "-e -p -pe --eval --print", "values": "-r --require --import --loader", "letters": False},
+    "bun": {"inline": "-e -p --eval --print", "values": "-r --preload --cwd -c --config", "letters": False},
+    "deno": {"values": "-c --config --import-map --lock --cert --log-level -L", "letters": False},
+    "php": {"inline": "-r -B -R -E --run --process-begin --process-code", "values": "-c -d -z", "modules": "-f -F"},
+    "Rscript": {"inline": "-e", "values": "", "letters": False},
+    "R": {"inline": "-e", "values": "--args", "modules": "-f", "letters": False},
+    "lua": {"inline": "-e", "values": "-l"},
+    "julia": {"inline": "-e -E --eval --print", "values": "-p -t -L -J --project --threads --procs --load -C -O"},
+    "java": {
+        "values": "-cp -classpath --class-path -p --module-path --add-modules --add-opens --add-exports --add-reads",
+        "modules": "-jar -m --module",
+        "letters": False,
+    },
+    "pwsh": {
+        "lower": True,
+        "inline": "-command -c -encodedcommand -e -ec -enc --command",
+        "values": "-executionpolicy -ep -ex -workingdirectory -wd -configurationname -outputformat -o -inputformat "
         "-version -v -windowstyle -w -settingsfile",
-        modules="-file -f",
-        letters=False,
-    ),
-    "tclsh": _Options(),
-    "groovy": _Options(inline="-e", values="-cp --classpath -classpath"),
-    "osascript": _Options(inline="-e", values="-l"),
-    "awk": _Options(inline="", values="-F -v", modules="-f"),
-    "scala": _Options(inline="-e", values="-cp -classpath"),
-    "elixir": _Options(inline="-e --eval", values="-r -pa -pz --name --sname --cookie"),
-    "spark-submit": _Options(
-        values="--master --deploy-mode --class --name --jars --packages --repositories --py-files --files --conf "
+        "modules": "-file -f",
+        "letters": False,
+    },
+    "tclsh": {"letters": True},
+    "groovy": {"inline": "-e", "values": "-cp --classpath -classpath"},
+    "osascript": {"inline": "-e", "values": "-l"},
+    "awk": {"inline": "", "values": "-F -v", "modules": "-f"},
+    "scala": {"inline": "-e", "values": "-cp -classpath"},
+    "elixir": {"inline": "-e --eval", "values": "-r -pa -pz --name --sname --cookie"},
+    "spark-submit": {
+        "values": "--master --deploy-mode --class --name --jars --packages --repositories --py-files --files --conf "
         "--properties-file --driver-memory --driver-java-options --driver-library-path --driver-class-path "
         "--executor-memory --executor-cores --num-executors --total-executor-cores --queue --proxy-user --principal "
         "--keytab --archives --exclude-packages --driver-cores -c --status --kill",
-        letters=False,
-    ),
+        "letters": False,
+    },
 }  # fmt: skip
 _INTERPRETERS["powershell"] = _INTERPRETERS["pwsh"]
 _INTERPRETERS["gawk"] = _INTERPRETERS["mawk"] = _INTERPRETERS["awk"]
@@ -113,144 +133,145 @@ class _Wrapper(_Options):
         self.assignments = assignments
 
 
-_PLAIN = _Wrapper()
-_PACKAGE_RUN = _Wrapper(words="run", values="-p --project --python --directory -C -P", letters=False)
-_WRAPPERS = {
-    "env": _Wrapper(values="-u --unset -C --chdir -a --argv0", assignments=True),
-    "nice": _Wrapper(values="-n --adjustment"),
-    "ionice": _Wrapper(values="-c --class -n --classdata"),
-    "chrt": _Wrapper(values="-T --sched-runtime -P --sched-period -D --sched-deadline", positional=1),
-    "taskset": _Wrapper(values="", positional=1),
-    "numactl": _Wrapper(values="-i -N -m -C -p -P --interleave --cpunodebind --membind --physcpubind --preferred"),
-    "timeout": _Wrapper(values="-k --kill-after -s --signal", positional=1),
-    "gtimeout": _Wrapper(values="-k --kill-after -s --signal", positional=1),
-    "flock": _Wrapper(inline="-c --command", values="-w --timeout --wait -E --conflict-exit-code", positional=1),
-    "lockf": _Wrapper(values="-t", positional=1),
+_PLAIN: dict[str, Any] = {}
+_PACKAGE_RUN: dict[str, Any] = {"words": "run", "values": "-p --project --python --directory -C -P", "letters": False}
+_WRAPPERS: dict[str, dict[str, Any]] = {
+    "env": {"values": "-u --unset -C --chdir -a --argv0", "assignments": True},
+    "nice": {"values": "-n --adjustment"},
+    "ionice": {"values": "-c --class -n --classdata"},
+    "chrt": {"values": "-T --sched-runtime -P --sched-period -D --sched-deadline", "positional": 1},
+    "taskset": {"values": "", "positional": 1},
+    "numactl": {"values": "-i -N -m -C -p -P --interleave --cpunodebind --membind --physcpubind --preferred"},
+    "timeout": {"values": "-k --kill-after -s --signal", "positional": 1},
+    "gtimeout": {"values": "-k --kill-after -s --signal", "positional": 1},
+    "flock": {"inline": "-c --command", "values": "-w --timeout --wait -E --conflict-exit-code", "positional": 1},
+    "lockf": {"values": "-t", "positional": 1},
     "chronic": _PLAIN,
     "nohup": _PLAIN,
     "setsid": _PLAIN,
-    "exec": _Wrapper(values="-a"),
+    "exec": {"values": "-a"},
     "command": _PLAIN,
     "builtin": _PLAIN,
     "busybox": _PLAIN,
     "catchsegv": _PLAIN,
     "unbuffer": _PLAIN,
-    "fakeroot": _Wrapper(values="-l --lib -s -i -b --faked"),
-    "proxychains": _Wrapper(values="-f"),
-    "time": _Wrapper(values="-f --format -o --output"),
-    "gtime": _Wrapper(values="-f --format -o --output"),
-    "stdbuf": _Wrapper(values="-i -o -e --input --output --error"),
-    "sudo": _Wrapper(
-        values="-u --user -g --group -h --host -p --prompt -C --close-from -r --role -t --type -T "
+    "fakeroot": {"values": "-l --lib -s -i -b --faked"},
+    "proxychains": {"values": "-f"},
+    "time": {"values": "-f --format -o --output"},
+    "gtime": {"values": "-f --format -o --output"},
+    "stdbuf": {"values": "-i -o -e --input --output --error"},
+    "sudo": {
+        "values": "-u --user -g --group -h --host -p --prompt -C --close-from -r --role -t --type -T "
         "--command-timeout -U --other-user -D --chdir -R --chroot",
-        assignments=True,
-    ),
-    "doas": _Wrapper(values="-u -C"),
-    "runuser": _Wrapper(inline="-c --command", values="-u --user -g --group -G --supp-group -s --shell"),
-    "setpriv": _Wrapper(
-        values="--reuid --regid --groups --inh-caps --ambient-caps --bounding-set --securebits --pdeathsig "
+        "assignments": True,
+    },
+    "doas": {"values": "-u -C"},
+    "runuser": {"inline": "-c --command", "values": "-u --user -g --group -G --supp-group -s --shell"},
+    "setpriv": {
+        "values": "--reuid --regid --groups --inh-caps --ambient-caps --bounding-set --securebits --pdeathsig "
         "--selinux-label --apparmor-profile",
-    ),
-    "gosu": _Wrapper(positional=1),
-    "su-exec": _Wrapper(positional=1),
-    "chroot": _Wrapper(values="--userspec --groups", positional=1),
-    "chpst": _Wrapper(values="-u -U -b -/ -n -l -L -m -d -o -p -f -c -t -e"),
-    "unshare": _Wrapper(values="--map-user --map-group --setgroups -R --root -w --wd -S --setuid -G --setgid"),
-    "dumb-init": _Wrapper(values="-r --rewrite"),
-    "tini": _Wrapper(values="-e -p"),
+    },
+    "gosu": {"positional": 1},
+    "su-exec": {"positional": 1},
+    "chroot": {"values": "--userspec --groups", "positional": 1},
+    "chpst": {"values": "-u -U -b -/ -n -l -L -m -d -o -p -f -c -t -e"},
+    "unshare": {"values": "--map-user --map-group --setgroups -R --root -w --wd -S --setuid -G --setgid"},
+    "dumb-init": {"values": "-r --rewrite"},
+    "tini": {"values": "-e -p"},
     "catatonit": _PLAIN,
-    "strace": _Wrapper(values="-e -o -s -p -P -u -E -a -b -O -S -I"),
-    "ltrace": _Wrapper(values="-e -o -s -p -u -a -l -n -A -D -F"),
-    "perf": _Wrapper(words="record stat trace", values="-e --event -o --output -F --freq -p -c --count"),
-    "valgrind": _Wrapper(),
-    "xvfb-run": _Wrapper(values="-n --server-num -e --error-file -f --auth-file -s --server-args -p -w --wait"),
-    "dbus-run-session": _Wrapper(values="--config-file --dbus-daemon"),
-    "systemd-run": _Wrapper(
-        values="-u --unit -p --property -M --machine -H --host --description --slice -E --setenv --uid --gid --nice "
+    "strace": {"values": "-e -o -s -p -P -u -E -a -b -O -S -I"},
+    "ltrace": {"values": "-e -o -s -p -u -a -l -n -A -D -F"},
+    "perf": {"words": "record stat trace", "values": "-e --event -o --output -F --freq -p -c --count"},
+    "valgrind": {"letters": True},
+    "xvfb-run": {"values": "-n --server-num -e --error-file -f --auth-file -s --server-args -p -w --wait"},
+    "dbus-run-session": {"values": "--config-file --dbus-daemon"},
+    "systemd-run": {
+        "values": "-u --unit -p --property -M --machine -H --host --description --slice -E --setenv --uid --gid --nice "
         "--working-directory --service-type --on-calendar --on-active",
-    ),
-    "systemd-inhibit": _Wrapper(values="--what --who --why --mode"),
-    "systemd-cat": _Wrapper(values="-t --identifier -p --priority --stderr-priority"),
-    "caffeinate": _Wrapper(values="-t -w"),
-    "srun": _Wrapper(
-        values="-A --account -c --cpus-per-task -C --constraint -D --chdir -e --error -G --gpus -i --input -J "
+    },
+    "systemd-inhibit": {"values": "--what --who --why --mode"},
+    "systemd-cat": {"values": "-t --identifier -p --priority --stderr-priority"},
+    "caffeinate": {"values": "-t -w"},
+    "srun": {
+        "values": "-A --account -c --cpus-per-task -C --constraint -D --chdir -e --error -G --gpus -i --input -J "
         "--job-name -m --distribution --mem -n --ntasks -N --nodes --ntasks-per-node -o --output -p --partition -q "
         "--qos -t --time -w --nodelist -x --exclude --gres --mpi --export --cpu-bind --gpus-per-task --gpus-per-node",
-    ),
-    "mpirun": _Wrapper(
-        values="-n -np -c -H --host -hostfile --hostfile -machinefile --map-by --bind-to -x -f -ppn -hosts -N -wdir",
-        letters=False,
-    ),
-    "aws-vault": _Wrapper(words="exec", values="-d --duration --region", positional=1, letters=False),
-    "chamber": _Wrapper(words="exec", positional=1, letters=False),
-    "op": _Wrapper(words="run", values="--env-file --account", letters=False),
-    "doppler": _Wrapper(words="run", values="-p --project -c --config -t --token", letters=False),
-    "infisical": _Wrapper(words="run", values="--env --path --projectId --token", letters=False),
-    "dotenv": _Wrapper(words="run", values="-f --file -e --env -q", letters=False),
-    "direnv": _Wrapper(words="exec", positional=1, letters=False),
-    "honcho": _Wrapper(words="run", values="-e --env -f -d", letters=False),
-    "foreman": _Wrapper(words="run", values="-e --env -f -d", letters=False),
+    },
+    "mpirun": {
+        "values": "-n -np -c -H --host -hostfile --hostfile -machinefile --map-by --bind-to -x -f -ppn -hosts -N -wdir",
+        "letters": False,
+    },
+    "aws-vault": {"words": "exec", "values": "-d --duration --region", "positional": 1, "letters": False},
+    "chamber": {"words": "exec", "positional": 1, "letters": False},
+    "op": {"words": "run", "values": "--env-file --account", "letters": False},
+    "doppler": {"words": "run", "values": "-p --project -c --config -t --token", "letters": False},
+    "infisical": {"words": "run", "values": "--env --path --projectId --token", "letters": False},
+    "dotenv": {"words": "run", "values": "-f --file -e --env -q", "letters": False},
+    "direnv": {"words": "exec", "positional": 1, "letters": False},
+    "honcho": {"words": "run", "values": "-e --env -f -d", "letters": False},
+    "foreman": {"words": "run", "values": "-e --env -f -d", "letters": False},
     "poetry": _PACKAGE_RUN,
     "pdm": _PACKAGE_RUN,
     "pipenv": _PACKAGE_RUN,
     "rye": _PACKAGE_RUN,
-    "hatch": _Wrapper(words="run", values="-e --env -p --project", letters=False),
-    "pixi": _Wrapper(words="run", values="-e --environment --manifest-path", letters=False),
-    "uv": _Wrapper(
-        words="run tool",
-        values="-p --python --with --with-editable --with-requirements --extra --group --only-group --no-group "
+    "hatch": {"words": "run", "values": "-e --env -p --project", "letters": False},
+    "pixi": {"words": "run", "values": "-e --environment --manifest-path", "letters": False},
+    "uv": {
+        "words": "run tool",
+        "values": "-p --python --with --with-editable --with-requirements --extra --group --only-group --no-group "
         "--env-file --project --directory --package --index --default-index -i "
         "--cache-dir --config-file --from -w",
-        modules="-m --module -s --script",
-        letters=False,
-    ),
-    "uvx": _Wrapper(values="-p --python --with --from --index", letters=False),
-    "pipx": _Wrapper(words="run", values="--spec --python --pip-args", letters=False),
-    "npx": _Wrapper(values="-p --package", inline="-c --call", letters=False),
+        "modules": "-m --module -s --script",
+        "letters": False,
+    },
+    "uvx": {"values": "-p --python --with --from --index", "letters": False},
+    "pipx": {"words": "run", "values": "--spec --python --pip-args", "letters": False},
+    "npx": {"values": "-p --package", "inline": "-c --call", "letters": False},
     "bunx": _PLAIN,
-    "npm": _Wrapper(words="exec run run-script x", values="-w --workspace --prefix -C", letters=False),
-    "pnpm": _Wrapper(words="exec dlx run", values="-C --dir -F --filter", letters=False),
-    "yarn": _Wrapper(words="exec run dlx", values="--cwd", letters=False),
-    "bundle": _Wrapper(words="exec", values="--gemfile", letters=False),
-    "conda": _Wrapper(words="run", values="-n --name -p --prefix --cwd", letters=False),
-    "mamba": _Wrapper(words="run", values="-n --name -p --prefix --cwd", letters=False),
-    "micromamba": _Wrapper(words="run", values="-n --name -p --prefix --cwd -a --attach", letters=False),
-    "singularity": _Wrapper(words="exec", values="-B --bind --env --pwd -H --home", positional=1, letters=False),
-    "apptainer": _Wrapper(words="exec", values="-B --bind --env --pwd -H --home", positional=1, letters=False),
-    "coverage": _Wrapper(
-        words="run", values="--rcfile --source --include --omit --data-file --concurrency --context", modules="-m",
-        letters=False,
-    ),
-    "torchrun": _Wrapper(
-        values="--nnodes --nproc_per_node --nproc-per-node --node_rank --node-rank --master_addr --master-addr "
+    "npm": {"words": "exec run run-script x", "values": "-w --workspace --prefix -C", "letters": False},
+    "pnpm": {"words": "exec dlx run", "values": "-C --dir -F --filter", "letters": False},
+    "yarn": {"words": "exec run dlx", "values": "--cwd", "letters": False},
+    "bundle": {"words": "exec", "values": "--gemfile", "letters": False},
+    "conda": {"words": "run", "values": "-n --name -p --prefix --cwd", "letters": False},
+    "mamba": {"words": "run", "values": "-n --name -p --prefix --cwd", "letters": False},
+    "micromamba": {"words": "run", "values": "-n --name -p --prefix --cwd -a --attach", "letters": False},
+    "singularity": {"words": "exec", "values": "-B --bind --env --pwd -H --home", "positional": 1, "letters": False},
+    "apptainer": {"words": "exec", "values": "-B --bind --env --pwd -H --home", "positional": 1, "letters": False},
+    "coverage": {
+        "words": "run", "values": "--rcfile --source --include --omit --data-file --concurrency --context",
+        "modules": "-m",
+        "letters": False,
+    },
+    "torchrun": {
+        "values": "--nnodes --nproc_per_node --nproc-per-node --node_rank --node-rank --master_addr --master-addr "
         "--master_port --master-port --rdzv_backend --rdzv-backend --rdzv_endpoint --rdzv-endpoint --rdzv_id "
         "--rdzv-id --rdzv_conf --rdzv-conf --max_restarts --max-restarts --monitor_interval --start_method --role "
         "--log_dir --log-dir -r --redirects -t --tee",
-        modules="-m --module",
-        letters=False,
-    ),
-    "accelerate": _Wrapper(
-        words="launch", values="--config_file --num_processes --num_machines --machine_rank --main_process_ip "
-        "--main_process_port --mixed_precision --dynamo_backend --gpu_ids", modules="-m --module", letters=False,
-    ),
-    "deepspeed": _Wrapper(
-        values="-H --hostfile -i --include -e --exclude --num_nodes --num_gpus --master_port --master_addr",
-        modules="--module", letters=False,
-    ),
-    "opentelemetry-instrument": _Wrapper(
-        values="--traces_exporter --metrics_exporter --logs_exporter --service_name --exporter_otlp_endpoint "
+        "modules": "-m --module",
+        "letters": False,
+    },
+    "accelerate": {
+        "words": "launch", "values": "--config_file --num_processes --num_machines --machine_rank --main_process_ip "
+        "--main_process_port --mixed_precision --dynamo_backend --gpu_ids", "modules": "-m --module", "letters": False,
+    },
+    "deepspeed": {
+        "values": "-H --hostfile -i --include -e --exclude --num_nodes --num_gpus --master_port --master_addr",
+        "modules": "--module", "letters": False,
+    },
+    "opentelemetry-instrument": {
+        "values": "--traces_exporter --metrics_exporter --logs_exporter --service_name --exporter_otlp_endpoint "
         "--exporter_otlp_protocol --tracer_provider --id_generator --configurator --distro",
-        letters=False,
-    ),
+        "letters": False,
+    },
     "ddtrace-run": _PLAIN,
-    "newrelic-admin": _Wrapper(words="run-program", letters=False),
-    "tailspan": _Wrapper(
-        words="run", values="--name --attr --timeout --service --config --encoding", letters=False,
-    ),
-    "memray": _Wrapper(words="run", values="-o --output", modules="-m", letters=False),
-    "py-spy": _Wrapper(words="record", values="-o --output -d -r -f --format --rate --duration", letters=False),
-    "scalene": _Wrapper(values="--outfile --cpu-percent-threshold"),
-    "xargs": _Wrapper(values="-n --max-args -P --max-procs -I -L -d --delimiter -a --arg-file -s -E"),
+    "newrelic-admin": {"words": "run-program", "letters": False},
+    "tailspan": {
+        "words": "run", "values": "--name --attr --timeout --service --config --encoding", "letters": False,
+    },
+    "memray": {"words": "run", "values": "-o --output", "modules": "-m", "letters": False},
+    "py-spy": {"words": "record", "values": "-o --output -d -r -f --format --rate --duration", "letters": False},
+    "scalene": {"values": "--outfile --cpu-percent-threshold"},
+    "xargs": {"values": "-n --max-args -P --max-procs -I -L -d --delimiter -a --arg-file -s -E"},
 }  # fmt: skip
 _WRAPPERS["orterun"] = _WRAPPERS["mpiexec"] = _WRAPPERS["mpirun"]
 _WRAPPERS["proxychains4"] = _WRAPPERS["proxychains"]
@@ -278,7 +299,7 @@ def _called(command: list[str]) -> str:
             kind = _interpreter(program)
             return _shown(program) if kind is None else _script(program, kind, command[1:])
         fallback = _base(command[0])
-        inner = _inside(wrapper, command[1:])
+        inner = _inside(_Wrapper(**wrapper), command[1:])
         if isinstance(inner, str):
             return inner
         command = inner
@@ -287,7 +308,8 @@ def _called(command: list[str]) -> str:
 
 def _interpreter(program: str) -> _Options | None:
     stem = program.removesuffix(".exe")
-    return _INTERPRETERS.get(stem) or _INTERPRETERS.get(stem.rstrip("0123456789.").rstrip("-") or stem)
+    table = _INTERPRETERS.get(stem) or _INTERPRETERS.get(stem.rstrip("0123456789.").rstrip("-") or stem)
+    return None if table is None else _Options(**table)
 
 
 def _inside(wrapper: _Wrapper, arguments: list[str]) -> list[str] | str:
@@ -339,7 +361,7 @@ def _script(program: str, options: _Options, arguments: list[str]) -> str:
             continue
         if argument == "-":
             return program  # the script comes from standard input
-        if _is_option(argument) or (argument.startswith("+") and options is _SHELL):
+        if _is_option(argument) or (argument.startswith("+") and options.shell):
             found = _option(options, argument)
             if found == "inline":
                 return program
@@ -364,7 +386,7 @@ def _is_option(argument: str) -> bool:
 def _option(options: _Options, argument: str) -> str:
     """Return what an option is: ``flag``, ``value``, ``inline``, ``module``, or ``=NAME`` for ``-mNAME``."""
     name, equals, _ = argument.partition("=")
-    if options is _INTERPRETERS["pwsh"]:
+    if options.lower:
         name = name.lower()
     for kind, names in (("inline", options.inline), ("module", options.modules), ("value", options.values)):
         if name in names:
@@ -378,9 +400,9 @@ def _option(options: _Options, argument: str) -> str:
             return "inline"
         if short in options.modules:
             return f"={rest}" if rest else "module"
-        if short in options.values and (options is not _SHELL or letter in "oO"):
+        if short in options.values and (not options.shell or letter in "oO"):
             # A shell's -o takes the next argument also within a group: -euo pipefail.
-            return "value" if not rest or options is _SHELL else "flag"
+            return "value" if not rest or options.shell else "flag"
         if letter in _PERIOD:
             return "flag"
     return "flag"

@@ -10,7 +10,6 @@ import _thread
 import marshal
 import os
 import select
-import signal
 import sys
 import time
 
@@ -25,8 +24,11 @@ from tailspan.local.terminal import is_terminal, open_like
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal
     from collections.abc import Callable, Mapping, Sequence
     from typing import Any
+else:
+    import _signal as signal  # without the enums of `signal`, which cost 4 ms
 
 __all__ = [
     "CANCEL_GRACE_S",

@@ -107,7 +107,7 @@ class StateDir:
         try:
             lock_fd = self._write_new(f"{new}/lock", b"", close=False)
             fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._write_new(f"{new}/job.json", json_text(dict(spec)).encode() + b"\n", sync=True)
+            self._write_new(f"{new}/job.json", json_text(dict(spec)).encode() + b"\n")
             self._write_new(f"{new}/log", b"")
             self._write_new(f"{new}/log.idx", HEADER)
             os.rename(new, f"{self.jobs}/{job_id}")
@@ -153,7 +153,7 @@ class StateDir:
             os.chown(path, -1, self.gid)
             os.chmod(path, 0o2750)  # noqa: S103 - the group reads
 
-    def _write_new(self, path: str, data: bytes, *, sync: bool = False, close: bool = True) -> int:
+    def _write_new(self, path: str, data: bytes, *, close: bool = True) -> int:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             if self.gid is not None:
@@ -161,8 +161,6 @@ class StateDir:
                 os.fchmod(fd, self.file_mode)
             if os.write(fd, data) != len(data):
                 raise OSError(28, os.strerror(28), path)
-            if sync:
-                os.fsync(fd)
         except BaseException:
             os.close(fd)
             raise

@@ -6,7 +6,6 @@ Standard library only: `tailspan run` falls back to this whatever is missing.
 from __future__ import annotations
 
 import os
-import signal
 import time
 
 from tailspan.local.attached import TIMED_OUT, passed_on
@@ -15,10 +14,13 @@ from tailspan.local.process_tree import adopt_orphans, live_descendants, signal_
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal
     from collections.abc import Sequence
     from typing import NoReturn
 
     from tailspan.local.launch import CallerState
+else:
+    import _signal as signal  # without the enums of `signal`, which cost 4 ms
 
 __all__ = ["run_detached", "run_uncaptured"]
 

@@ -6,7 +6,8 @@ public, for plugins; the modules are internal.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+# Not from `typing`: the supervisor imports this package.
+TYPE_CHECKING = False
 
 if TYPE_CHECKING:
     from tailspan.logs.follow import TailUpdate
