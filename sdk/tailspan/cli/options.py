@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -9,11 +10,22 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from tailspan.local.run_settings import is_plain
+
 if TYPE_CHECKING:
     from tailspan.client import AsyncJobClient
     from tailspan.config import Settings
+    from tailspan.models import JobStatus
 
-__all__ = ["config_option", "job_argument", "json_option", "service_option", "settings_for", "with_client"]
+__all__ = [
+    "config_option",
+    "job_argument",
+    "json_option",
+    "links_of",
+    "service_option",
+    "settings_for",
+    "with_client",
+]
 
 T = TypeVar("T")
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -29,6 +41,11 @@ def settings_for(config_path: Path | None, *, telemetry: bool = False) -> Settin
     return load_settings(config_path, telemetry=telemetry)
 
 
+def links_of(config_path: Path | None, job: JobStatus) -> dict[str, str]:
+    """Return the configured links of a job."""
+    return {} if config_path is None and is_plain(os.environ) else settings_for(config_path).links.of(job)
+
+
 def with_client(config_path: Path | None, service: str | None, use: Callable[[AsyncJobClient], Awaitable[T]]) -> T:
     """Run async code with a client, to its end."""
     import anyio
@@ -36,7 +53,9 @@ def with_client(config_path: Path | None, service: str | None, use: Callable[[As
     from tailspan.client import AsyncJobClient
 
     async def run() -> T:
-        async with AsyncJobClient(settings_for(config_path), service=service) as client:
+        # Without a file the client loads the configuration itself, if it needs more of it than its defaults.
+        settings = None if config_path is None else settings_for(config_path)
+        async with AsyncJobClient(settings, service=service) as client:
             return await use(client)
 
     return anyio.run(run)

@@ -12,8 +12,8 @@ from tailspan.cli.options import (
     config_option,
     job_argument,
     json_option,
+    links_of,
     service_option,
-    settings_for,
     with_client,
 )
 
@@ -42,7 +42,7 @@ def status(job: str, service: str | None, config_path: Path | None, as_json: boo
     if as_json:
         json_line(json_of(answer))
     else:
-        status_fields(answer, settings_for(config_path).links.of(answer))
+        status_fields(answer, links_of(config_path, answer))
 
 
 @click.command()

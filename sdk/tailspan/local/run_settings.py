@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-__all__ = ["RunSettings", "load_run_settings", "otlp_variables"]
+__all__ = ["RunSettings", "is_plain", "load_run_settings", "otlp_variables"]
 
 _PREFIX = "TAILSPAN_"
 _KNOWN = ("type", "state_dir", "group", "keep_finished", "encoding")
+_PLAIN = ("TAILSPAN_STATE_DIR", "TAILSPAN_SERVICES__LOCAL__STATE_DIR", "TAILSPAN_SERVICES__LOCAL__GROUP")
 _SIGNALS = ("logs", "traces", "metrics")
 _VARIABLES = {
     "endpoint": "ENDPOINT",
@@ -36,16 +37,29 @@ class RunSettings:
 
     Attributes:
         state_dir: Its directory.
-        gid: The group that may read it; None: only its user.
+        group: The name of the group that may read it; None: only its user.
+        gid: Its number.
         encoding: The codec of its output; None: captured as it is.
         otlp: ``OTEL_*`` variables for its command.
     """
 
-    def __init__(self, state_dir: str, gid: int | None, encoding: str | None, otlp: dict[str, str]) -> None:
+    def __init__(
+        self, state_dir: str, group: str | None, gid: int | None, encoding: str | None, otlp: dict[str, str]
+    ) -> None:
         self.state_dir = state_dir
+        self.group = group
         self.gid = gid
         self.encoding = encoding
         self.otlp = otlp
+
+
+def is_plain(environ: Mapping[str, str]) -> bool:
+    """Return whether there is no configuration beyond the state directory of local jobs and its group.
+
+    Args:
+        environ: The environment.
+    """
+    return all(name in _PLAIN for name, value in environ.items() if value and name.upper().startswith(_PREFIX))
 
 
 def load_run_settings(path: str | None, service: str, environ: Mapping[str, str]) -> RunSettings:
@@ -87,6 +101,7 @@ def load_run_settings(path: str | None, service: str, environ: Mapping[str, str]
     group, encoding = options.get("group"), options.get("encoding")
     return RunSettings(
         _state_dir(options.get("state_dir"), environ, key),
+        group,
         None if group is None else _gid(group, key),
         encoding,
         otlp_variables(otlp, service),

@@ -7,6 +7,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 from tailspan.errors import ConfigError
+from tailspan.local.run_settings import is_plain
 from tailspan.models import CoerceableToJobId, job_id_of
 from tailspan.services import JobService
 from tailspan.services.registry import check_service_type, open_service
@@ -44,7 +45,7 @@ class OpenedServices:
             ConfigError: It cannot be read, or a key is wrong.
         """
         if self._loads_settings:
-            found = sorted((key, value) for key, value in os.environ.items() if key.startswith("TAILSPAN_"))
+            found = _variables()
             if self._settings is None or found != self._loaded_from:
                 from tailspan.config import load_settings
 
@@ -67,12 +68,28 @@ class OpenedServices:
             # Without a type checker, objects written to the protocol of earlier versions arrive here.
             check_service_type(type(which), "service")
             return which
+        if which in (None, "local") and (plain := self._without_configuration()) is not None:
+            return plain
         settings = self.settings
         name = which or settings.default_service
         if name not in self._services:
             self._services[name] = open_service(name, settings)
             _opened_by_name.add(self._services[name])
         return self._services[name]
+
+    def _without_configuration(self) -> JobService | None:
+        """Return the local service where nothing is configured: loading that would take most of a command's time."""
+        if not self._loads_settings or not is_plain(os.environ):
+            return None
+        found = _variables()
+        if found != self._loaded_from or "local" not in self._services:
+            from tailspan.services.local import LocalService
+
+            self._retired.extend(self._services.values())
+            self._settings, self._loaded_from = None, found
+            self._services = {"local": LocalService.from_environment()}
+            _opened_by_name.add(self._services["local"])
+        return self._services["local"]
 
     def find(self, job: CoerceableToJobId, service: str | JobService | None) -> tuple[JobService, str]:
         """Return the service of a job, and the job's id there.
@@ -103,3 +120,7 @@ class OpenedServices:
         except ConfigError:
             return origin
         return ours if ours.identity == origin.identity else origin
+
+
+def _variables() -> list[tuple[str, str]]:
+    return sorted((key, value) for key, value in os.environ.items() if key.startswith("TAILSPAN_"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import signal
 import sys
 import time
@@ -28,7 +29,7 @@ from tailspan.errors import (
 )
 from tailspan.local.launch import CANCEL_GRACE_S, Launched, Request, check_encoding, launch
 from tailspan.local.reader import LogReader
-from tailspan.local.run_settings import otlp_variables
+from tailspan.local.run_settings import load_run_settings, otlp_variables
 from tailspan.local.signalling import signal_supervisor
 from tailspan.local.status import row_of, status_of, totals_of
 from tailspan.local.stdin import inherited_stdin
@@ -128,6 +129,16 @@ class LocalService(SubmitService, ChangeFeedService):
             otlp=otlp_variables(settings.otlp.model_dump(exclude_none=True), name),
             encoding=given.encoding,
         )
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """Make the service ``local`` where there is no configuration, without the classes of one.
+
+        Raises:
+            ConfigError: The home directory or the group is not known.
+        """
+        found = load_run_settings(None, "local", os.environ)
+        return cls(state_dir=Path(found.state_dir), group=found.group, otlp=found.otlp)
 
     @functools.cached_property
     def identity(self) -> str:  # type: ignore[override]  # read from disk at first use
