@@ -249,7 +249,7 @@ class JobPipeline:
         job, ledger, health = self.job, self.job.ledger, self._context.health
         name = job.service.name
 
-        def settle(result: ChunkResult) -> Ack:
+        def on_result(result: ChunkResult) -> Ack:
             # What a restart at this cursor needs: the lines up to this page, the states seen up to now.
             delivery = job.acked_ledger.delivery.after(count, result)
             job.acked_ledger = msgspec.structs.replace(ledger.with_seen(job.ledger), delivery=delivery)
@@ -258,7 +258,7 @@ class JobPipeline:
                 health.records_rejected(name, result.rejected, result.kind)
             return Ack(job.checkpoint.key, cursor, job.acked_ledger.to_json(), seconds)
 
-        def done() -> None:
+        def on_stored() -> None:
             self._leave_flight(seconds)
             health.checkpointed()
 
@@ -266,7 +266,7 @@ class JobPipeline:
         add_seconds(self._unacked_seconds, seconds)
         self._all_acked.clear()
         try:
-            await self._queue.put(Chunk(job.log_resource, records, count, settle, done))
+            await self._queue.put(Chunk(job.log_resource, records, count, on_result, on_stored))
         except BaseException:
             # Cancelled while the queue was full: the next tailer of this job reads these lines again.
             self._leave_flight(seconds)

@@ -54,15 +54,15 @@ class Chunk:
         resource: The job's encoded resource.
         records: Framed log records; empty if every line of the page was dropped by configuration.
         count: The number of records.
-        settle: Called once with the outcome of the records; returns what to store, if anything.
-        done: Called once after that was stored.
+        on_result: Called once with the outcome of the records; returns what to store, if anything.
+        on_stored: Called once after that was stored.
     """
 
     resource: bytes
     records: bytes
     count: int
-    settle: Callable[[ChunkResult], Ack | None]
-    done: Callable[[], None]
+    on_result: Callable[[ChunkResult], Ack | None]
+    on_stored: Callable[[], None]
 
     @property
     def stored_size(self) -> int:
@@ -188,11 +188,11 @@ class LogQueue:
             for chunk in batch:
                 chunk.records = b""  # megabytes that the payload has now
             result = await self._endpoint.deliver(payload, count)
-        settled = [chunk.settle(outcome) for chunk, outcome in zip(batch, _chunk_results(batch, result), strict=True)]
-        acks = [ack for ack in settled if ack is not None]
+        results = zip(batch, _chunk_results(batch, result), strict=True)
+        acks = [ack for chunk, outcome in results if (ack := chunk.on_result(outcome)) is not None]
         await _until_stored(lambda: self._store.ack(acks), "the checkpoint of sent lines")
         for chunk in batch:
-            chunk.done()
+            chunk.on_stored()
 
 
 def _chunk_results(batch: Sequence[Chunk], result: DeliveryResult) -> Iterator[ChunkResult]:

@@ -90,7 +90,7 @@ class JobDiscovery:
         self._once = once
         self._start = start
         self._names = context.store.names(self._service.identity)
-        self._settled = context.store.finished_jobs(self._service.identity)
+        self._ignored = context.store.finished_jobs(self._service.identity)
         self._deleted: set[str] = set()
         self._unlisted: set[str] = set()
         self._found: list[Tailer] = []
@@ -197,7 +197,7 @@ class JobDiscovery:
             if job_id in self.tailers:
                 self.tailers[job_id].schedule.wake()
             else:
-                unknown = unknown or job_id not in self._settled
+                unknown = unknown or job_id not in self._ignored
         return unknown
 
     def _drop_old_rows(self) -> None:
@@ -235,13 +235,13 @@ class JobDiscovery:
     async def _scan(self, full: bool) -> None:
         discover = any(watch.discover for watch in self.watches)
         if full:
-            self._settled -= self._deleted
+            self._ignored -= self._deleted
             self._deleted.clear()
             # However old it is: a job that the store has as unfinished gets its end.
             for job_id, name in self._context.store.unfinished_jobs(self._service.identity):
                 self._follow(job_id, name)
         for job_id in dict.fromkeys(job_id for watch in self.watches for job_id in watch.jobs):
-            if job_id not in self.tailers and job_id not in self._settled:
+            if job_id not in self.tailers and job_id not in self._ignored:
                 # An earlier watch may match the job by its name.
                 self._follow(job_id, await self._name_of(job_id) if discover else "")
         if discover:
@@ -277,12 +277,12 @@ class JobDiscovery:
         if tailer is not None:
             tailer.on_row(row)
             return False
-        if row.job_id in self._settled:
+        if row.job_id in self._ignored:
             return False
         try:
             _check_text(row.job_id)
             if self._ended_before(row, self._lookback_s):
-                self._settled.add(row.job_id)
+                self._ignored.add(row.job_id)
                 return True
             name = row.job_name or await self._name_of(row.job_id)
         except (ProtocolError, RequestRejectedError) as error:
@@ -294,7 +294,7 @@ class JobDiscovery:
         self.skipped.pop(row.job_id, None)
         watch = match(self.watches, row.job_id, name)
         if watch is None or self._ended_before(row, watch.lookback):
-            self._settled.add(row.job_id)
+            self._ignored.add(row.job_id)
         else:
             self._follow(row.job_id, name)
             self.tailers[row.job_id].on_row(row)
@@ -326,7 +326,7 @@ class JobDiscovery:
         return not self._source.polls_are_free and row.created_at is not None and _age_s(row) > self._lookback_s
 
     def _follow(self, job_id: str, name: str) -> None:
-        if job_id in self.tailers or job_id in self._settled:
+        if job_id in self.tailers or job_id in self._ignored:
             return
         watch = match(self.watches, job_id, name)
         if watch is not None:
@@ -345,7 +345,7 @@ class JobDiscovery:
     def apply_watches(self, watches: Sequence[Watch]) -> None:
         """Apply changed watches: every job is matched again."""
         self.watches = watches
-        self._settled = self._context.store.finished_jobs(self._service.identity)
+        self._ignored = self._context.store.finished_jobs(self._service.identity)
         self._deleted.clear()
         self._unlisted.clear()
         self._full_scan_at_s = float("-inf")
@@ -357,7 +357,7 @@ class JobDiscovery:
             self._changes.leave(tailer.job_id)
         deleted = isinstance(tailer.failure, JobNotFoundError)
         if tailer.finished or deleted:
-            self._settled.add(tailer.job_id)
+            self._ignored.add(tailer.job_id)
         if deleted:
             self._deleted.add(tailer.job_id)
 

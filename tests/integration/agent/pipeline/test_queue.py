@@ -83,15 +83,15 @@ class Job:
     """A job whose chunks have their position in the cursor.
 
     Attributes:
-        fates: What `Chunk.settle` was called with, in order.
-        done: How many chunks are done.
+        results: What `Chunk.on_result` was called with, in order.
+        stored: How many chunks are stored.
     """
 
     def __init__(self, store: Store, name: str) -> None:
         self.name = name
         self.key = store.add_job("id", name, name, stream=0, ledger="{}").key
-        self.fates: list[ChunkResult] = []
-        self.done = 0
+        self.results: list[ChunkResult] = []
+        self.stored = 0
         self._store = store
 
     def chunk(self, number: int, *, count: int = 1, size: int = 0) -> Chunk:
@@ -106,14 +106,14 @@ class Job:
         return self._chunk(b"", 0, None)
 
     def _chunk(self, records: bytes, count: int, cursor: bytes | None) -> Chunk:
-        def settle(fate: ChunkResult) -> Ack:
-            self.fates.append(fate)
+        def on_result(result: ChunkResult) -> Ack:
+            self.results.append(result)
             return Ack(self.key, cursor, "{}")
 
-        def done() -> None:
-            self.done += 1
+        def on_stored() -> None:
+            self.stored += 1
 
-        return Chunk(encode_resource({"service.name": self.name}), records, count, settle, done)
+        return Chunk(encode_resource({"service.name": self.name}), records, count, on_result, on_stored)
 
     @property
     def cursor(self) -> bytes | None:
@@ -147,7 +147,7 @@ async def test_chunks_arrive_in_order_one_request_at_a_time(store: Store) -> Non
     bodies = [body for batch in fake.bodies() for body in batch]
     for job in jobs:
         assert [body for body in bodies if body.startswith(job.name)] == [f"{job.name} {n}" for n in range(50)]
-        assert (job.cursor, job.done) == (b"49", 50)
+        assert (job.cursor, job.stored) == (b"49", 50)
     assert fake.most_at_once == 1
     assert queue.idle
 
@@ -162,7 +162,7 @@ async def test_nothing_is_acked_before_the_endpoint_has_it(store: Store) -> None
     async with running(queue):
         await queue.put(job.chunk(1))
         await until(lambda: fake.payloads)
-        assert (job.cursor, job.done, queue.idle) == (None, 0, False)
+        assert (job.cursor, job.stored, queue.idle) == (None, 0, False)
         fake.open.set()
         await queue.flush()
     assert job.cursor == b"1"
@@ -262,11 +262,11 @@ async def test_rejected_records_are_done(store: Store) -> None:
     await queue.put(job.chunk(2, count=2))
     async with running(queue):
         await queue.flush()
-    assert [(fate.rejected, fate.kind, fate.identified) for fate in job.fates] == [
+    assert [(result.rejected, result.kind, result.identified) for result in job.results] == [
         (2, "partial", True),
         (1, "partial", True),
     ]
-    assert (job.cursor, job.done) == (b"2", 2)
+    assert (job.cursor, job.stored) == (b"2", 2)
 
 
 @looped
@@ -279,9 +279,9 @@ async def test_a_partly_refused_batch_of_two_jobs(store: Store) -> None:
         await queue.put(job.chunk(1))
     async with running(queue):
         await queue.flush()
-    fates = [fate for job in jobs for fate in job.fates]
-    assert sum(fate.rejected for fate in fates) == 1
-    assert [fate.identified for fate in fates] == [False, False]
+    results = [result for job in jobs for result in job.results]
+    assert sum(result.rejected for result in results) == 1
+    assert [result.identified for result in results] == [False, False]
 
 
 @looped
@@ -294,7 +294,7 @@ async def test_a_disk_that_refuses_is_waited_for(store: Store, caplog: pytest.Lo
         async with running(queue):
             await queue.put(job.chunk(1))
             await until(lambda: "waiting until the disk is usable" in caplog.text)
-            assert job.done == 0
+            assert job.stored == 0
             other.execute("ROLLBACK")
             await queue.flush()
     assert (job.cursor, len(fake.payloads)) == (b"1", 1)
