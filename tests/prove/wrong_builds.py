@@ -75,7 +75,8 @@ BUILDS = (
             "takes a timeout for an ack",
             "tailspan_agent/exporter/http.py",
             "        if isinstance(error, TimeoutError | TOO_SLOW):\n",
-            "        if isinstance(error, TimeoutError | TOO_SLOW):\n            return Delivered()\n",
+            "        if isinstance(error, TimeoutError | TOO_SLOW):\n"
+            "            from tailspan_agent.exporter.outcome import Delivered\n\n            return Delivered()\n",
         ),
         "hang",
         "missing",
@@ -88,7 +89,7 @@ BUILDS = (
             "                if count:\n                    break\n                await self._dead_letter.add(",
         ),
         "400 for some batches",
-        "missing",
+        "0 records in the dead letter",
     ),
     WrongBuild(
         Mutant(
