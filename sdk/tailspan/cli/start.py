@@ -6,6 +6,8 @@ the rest of it. Whatever this parser does not know, `tailspan.cli.run` parses, e
 
 from __future__ import annotations
 
+import gc
+import os
 import sys
 
 TYPE_CHECKING = False
@@ -30,6 +32,8 @@ def main() -> None:
 
         group(prog_name="tailspan")
         return
+    # What is made here lives until the end.
+    gc.disable()
     from tailspan.cli.run_job import run_command, say
     from tailspan.errors import ConfigError, TailspanError
 
@@ -38,7 +42,8 @@ def main() -> None:
     except (TailspanError, OSError) as error:
         say(" ".join(str(error).split()))
         code = _USAGE if isinstance(error, ConfigError) else _OUR_ERROR
-    sys.exit(code)
+    # All is written: taking the interpreter down would cost a tenth of the whole run.
+    os._exit(code)
 
 
 def parse_run(arguments: Sequence[str]) -> RunOptions | None:

@@ -45,7 +45,7 @@ CANCEL_GRACE_S = 10.0
 _START_TIMEOUT_S = 60.0
 _MAX_NAME_CHARS = 200
 _BOOT = (
-    "import sys; sys.path.append(sys.argv[1]); "
+    "import gc, sys; gc.disable(); sys.path.append(sys.argv[1]); "
     "from tailspan.local.supervisor import main; main(*map(int, sys.argv[2:5]))"
 )
 # glibc would give the memory of each 256 KiB that the supervisor reads back to the system: each read then cost up to 95
@@ -398,7 +398,8 @@ def _start_supervisor(
     except BrokenPipeError:
         # What it wrote before it died stands in the status socket.
         pass
-    os.waitpid(pid, 0)
+    if not request.attached:
+        os.waitpid(pid, 0)
     return status_fd
 
 

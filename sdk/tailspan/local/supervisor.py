@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import marshal
 import os
 import select
+import sys
 import time
 
 from tailspan.local.capture import LogWriter
 from tailspan.local.command_process import Output, failure_text, start
 from tailspan.local.output_stream import READ_BYTES, OutputStream
-from tailspan.local.process_tree import adopt_orphans, live_descendants, signal_descendants
+from tailspan.local.process_tree import DETACHED, adopt_orphans, live_descendants, signal_descendants
 from tailspan.local.state import iso_time, state_line, write_state
 
 TYPE_CHECKING = False
@@ -47,6 +49,7 @@ _TREE_CHECK_S = 0.05
 _TERMINAL_DRAIN_MS = 20
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM, signal.SIGCHLD, signal.SIGIO)
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+_ARGUMENTS = 6
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
@@ -58,9 +61,10 @@ def main(job_fd: int, spec_fd: int, lock_fd: int) -> None:
         spec_fd: Pipe with what to run, as a marshalled dict.
         lock_fd: The job's lock, held.
     """
-    # The submitter waits for its child only: what goes on is an orphan, adopted by init.
-    if os.fork():
+    # A submitter that lives on waits for its child only: what goes on is an orphan, adopted by init.
+    if DETACHED in sys.argv[:_ARGUMENTS] and os.fork():
         os._exit(0)
+    gc.enable()
     with open(spec_fd, "rb") as pipe:
         spec = marshal.load(pipe)  # noqa: S302 - written by our own launcher, in the same interpreter
     # Until here standard error is the status socket, so that the submitter learns why an interpreter did not start.
@@ -78,6 +82,7 @@ def main(job_fd: int, spec_fd: int, lock_fd: int) -> None:
     except BaseException:
         _write_failure(job_fd, file_mode)
         raise
+    os._exit(0)
 
 
 class _Clock:
