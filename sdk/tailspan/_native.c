@@ -357,19 +357,19 @@ static PyObject *frame(PyObject *Py_UNUSED(module), PyObject *args)
 #include <unistd.h>
 #include <sys/syscall.h>
 
-PyDoc_STRVAR(system_call_doc, "system_call(number, first, second, /)\n--\n\n"
+PyDoc_STRVAR(system_call_doc, "system_call(number, first, second, third=0, /)\n--\n\n"
 "See `tailspan.local.process_tree`.");
 
 static PyObject *system_call(PyObject *Py_UNUSED(module), PyObject *args)
 {
-    long number, first;
+    long number, first, third = 0;
     PyObject *second;
-    if (!PyArg_ParseTuple(args, "llO", &number, &first, &second)) return NULL;
+    if (!PyArg_ParseTuple(args, "llO|l", &number, &first, &second, &third)) return NULL;
     long value;
     if (PyBytes_Check(second)) value = (long)(intptr_t)PyBytes_AsString(second);
     else value = PyLong_AsLong(second);
     if (PyErr_Occurred()) return NULL;
-    return PyLong_FromLong(syscall(number, first, value, 0L, 8L));
+    return PyLong_FromLong(syscall(number, first, value, third, 8L));
 }
 #endif
 

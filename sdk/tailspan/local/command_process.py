@@ -78,6 +78,7 @@ def start(
     *,
     closed: Collection[int] = (),
     new_session: bool,
+    on_pipes: Callable[[list[int]], None],
     on_fork: Callable[[bool], None],
     ignored: Collection[int] = (),
     mask: Iterable[int] = (),
@@ -92,6 +93,7 @@ def start(
         outputs: Where its output goes.
         closed: Which of 0, 1 and 2 are closed.
         new_session: Whether it gets a session of its own instead of the caller's.
+        on_pipes: Called with where to read each of its outputs, before anything is written there.
         on_fork: Called with True when the command may start from now on, and with False when it did not.
         ignored: The signals that it ignores from its start.
         mask: The signals that are blocked at its start.
@@ -103,6 +105,7 @@ def start(
         os.pipe() if output.master_fd is None or output.slave_fd is None else (output.master_fd, output.slave_fd)
         for output in outputs
     ]
+    on_pipes([read_fd for read_fd, _ in pipes])
     failed_fd, failed_child = os.pipe()
     # What comes after the fork needs file descriptors, too, and must not fail then.
     for fd in [os.dup(failed_fd) for _ in range(_SPARE_FDS)]:

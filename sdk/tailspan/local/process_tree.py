@@ -27,6 +27,7 @@ __all__ = [
     "live_descendants",
     "reset_internal_signals",
     "signal_descendants",
+    "system_call",
 ]
 
 _PR_SET_PDEATHSIG = 1
@@ -59,25 +60,25 @@ def reset_internal_signals() -> None:
         return
     for internal in (32, 33):
         # An action of zeros is the default one.
-        _system_call(number, internal, bytes(_SIGACTION_BYTES))
+        system_call(number, internal, bytes(_SIGACTION_BYTES))
 
 
 def _prctl(option: int, value: int) -> bool:
     number = _PRCTL.get(os.uname().machine)
-    return sys.platform == "linux" and number is not None and _system_call(number, option, value) == 0
+    return sys.platform == "linux" and number is not None and system_call(number, option, value) == 0
 
 
-def _system_call_in_python(number: int, first: int, second: int | bytes) -> int:
+def _system_call_in_python(number: int, first: int, second: int | bytes, third: int = 0) -> int:
     """Make a system call of Linux; return its result, or -1."""
     try:
         import ctypes
 
-        return int(ctypes.CDLL(None).syscall(number, first, second, None, 8))
+        return int(ctypes.CDLL(None).syscall(number, first, second, third, 8))
     except (ImportError, OSError, AttributeError):
         return -1
 
 
-_system_call = compiled("system_call", _system_call_in_python)
+system_call = compiled("system_call", _system_call_in_python)
 
 
 def live_descendants(root_pid: int) -> list[int]:

@@ -25,6 +25,7 @@ from tailspan.local.command_process import Output, failure_text, start
 from tailspan.local.output_stream import READ_BYTES, OutputStream
 from tailspan.local.process_tree import DETACHED, adopt_orphans, live_descendants, signal_descendants
 from tailspan.local.state import iso_time, state_line, write_state
+from tailspan.local.write_order import WriteOrder, in_order
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ _PREVIEW_S = 1.0
 _HEARTBEAT_S = 30.0
 _DISK_RETRY_S = 1.0
 _TREE_CHECK_S = 0.05
+_REPORT_S = 0.00005
 _TERMINAL_DRAIN_MS = 20
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM, signal.SIGCHLD, signal.SIGIO)
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -146,6 +148,9 @@ class _Supervisor:
         self._deadlines: dict[str, float] = {}
         self._streams: dict[int, OutputStream] = {}
         self._relay_failures: list[int] = []
+        self._order: WriteOrder | None = None
+        self._held: dict[int, list[Piece]] | None = None
+        self._held_at_ns = 0
         self._last_read_s = 0.0
         self._nap_s = _LONGEST_NAP_S
         # Kept: what is read into new memory each time costs a page fault for each 4 KiB.
@@ -180,6 +185,7 @@ class _Supervisor:
             self._outputs,
             closed=spec["closed"],
             new_session=not self._attached,
+            on_pipes=self._watch_order,
             on_fork=lambda may_start: self._report({"forking": may_start}),
             ignored=spec["ignored"],
             mask=spec["mask"],
@@ -218,6 +224,12 @@ class _Supervisor:
         self._capture()
         self._write_end()
 
+    def _watch_order(self, read_fds: list[int]) -> None:
+        """Begin to watch in which order the command writes into its pipes, if it has two."""
+        if len(read_fds) > 1 and all(output.master_fd is None for output in self._outputs):
+            numbers = [output.number for output in self._outputs]
+            self._order = WriteOrder.open(dict(zip(read_fds, numbers, strict=True)))
+
     def _listen(self) -> None:
         """Have the kernel send SIGIO for each command of the runner, and when it is gone."""
         fcntl.fcntl(self._status_fd, fcntl.F_SETOWN, os.getpid())
@@ -234,10 +246,11 @@ class _Supervisor:
         self._on_command()
         self._reap()
         while not self._done():
-            for fd, _event in poller.poll(self._timeout_ms()):
-                if fd == self._wake_fd:
-                    os.read(self._wake_fd, 4096)
-                elif fd in self._streams and (self._read(self._streams[fd]) == 0 or self._streams[fd].failure):
+            ready = {fd for fd, _event in poller.poll(self._timeout_ms())}
+            if self._wake_fd in ready:
+                os.read(self._wake_fd, 4096)
+            if ready & self._streams.keys() or self._has_held():
+                for fd in self._read_all(ready):
                     poller.unregister(fd)
                     self._close_stream(fd)
             self._show_progress()
@@ -245,8 +258,51 @@ class _Supervisor:
             if not self._state_is_written and time.monotonic() > self._state_retry_s:
                 self._write_state()
             self._reap()
+        self._release(self._hold(), at_end=True)
         for stream in self._streams.values():
             self._append(stream, stream.lines.finish())
+
+    def _has_held(self) -> bool:
+        return self._order is not None and any(self._order.later.values())
+
+    def _read_all(self, ready: set[int]) -> list[int]:
+        """Read the outputs that are ready, or all where the order of their writes is known; return those that end."""
+        self._nap()
+        writes = self._hold()
+        fds = [fd for fd in self._streams if fd in ready or writes is not None]
+        ended = [fd for fd in fds if self._read(self._streams[fd]) == 0 or self._streams[fd].failure]
+        self._release(writes, at_end=bool(ended))
+        return ended
+
+    def _hold(self) -> list[int] | None:
+        """Hold what is read from now on until its order is known; return the writes so far."""
+        if self._order is None:
+            return None
+        held = self._order.later
+        self._held = {stream.number: held.get(stream.number, []) for stream in self._streams.values()}
+        return self._order.pending + self._order.take()
+
+    def _release(self, writes: list[int] | None, *, at_end: bool) -> None:
+        """Append what was held, in the order in which it was written."""
+        held, self._held = self._held, None
+        if self._order is None or writes is None or held is None:
+            return
+        known = len(writes)
+        if not at_end and sum(map(bool, held.values())) > 1:
+            # The report of a write comes a moment after its text.
+            time.sleep(_REPORT_S)
+        writes += self._order.take()
+        for number, piece in in_order(held, writes, len(writes) if at_end else known):
+            self._writer.append(piece, number, self._held_at_ns or self._clock.now())
+        self._order.pending, self._order.later = writes, held
+
+    def _nap(self) -> None:
+        """Let a chatty job fill its pipe: a thousand reads a second are enough, and cheaper for both."""
+        if not self._nap_s or (self._order is None and len(self._streams) > 1):
+            # Without reports of writes, a nap would mix up the order of two pipes.
+            return
+        if time.monotonic() - self._last_read_s < 2 * _LONGEST_NAP_S:
+            time.sleep(self._nap_s)
 
     def _close_stream(self, fd: int) -> None:
         """Close an output that has ended, or whose reader is gone: then the job sees that, too."""
@@ -256,6 +312,9 @@ class _Supervisor:
             self._relay_failures.append(stream.failure)
         stream.stop_relaying()
         os.close(fd)
+        if self._order is not None:
+            self._order.close()
+            self._order = None
 
     def _done(self) -> bool:
         if not self._exited:
@@ -266,6 +325,8 @@ class _Supervisor:
         return self._give_up or not (self._streams or "grace" in self._deadlines)
 
     def _timeout_ms(self) -> float | None:
+        if self._has_held():
+            return 0
         now = time.monotonic()
         until = [self._state_retry_s] if not self._state_is_written else []
         if self._exited and "grace" in self._deadlines:
@@ -278,10 +339,6 @@ class _Supervisor:
 
     def _read(self, stream: OutputStream, at_unix_nano: int | None = None) -> int | None:
         """Read what a pipe holds; return how many bytes: 0 at its end, None when there is nothing now."""
-        if self._nap_s and len(self._streams) == 1 and time.monotonic() - self._last_read_s < 2 * _LONGEST_NAP_S:
-            # Let a chatty job fill its pipe: a thousand reads a second are enough, and cheaper for both. With two
-            # pipes that would mix up the order of their lines.
-            time.sleep(self._nap_s)
         try:
             size = os.readv(stream.fd, [self._buffer])
         except BlockingIOError:
@@ -308,7 +365,7 @@ class _Supervisor:
 
     def _show_progress(self) -> None:
         """Enter what progress bars have drawn so far: their line may not end for hours."""
-        if time.monotonic() < self._progress_s:
+        if time.monotonic() < self._progress_s or self._has_held():
             return
         for stream in self._streams.values():
             if stream.lines.progress_is_waiting:
@@ -324,6 +381,9 @@ class _Supervisor:
                     self._writer.preview(stream.lines.partial())
 
     def _append(self, stream: OutputStream, pieces: list[Piece], at_unix_nano: int | None = None) -> None:
+        if self._held is not None:
+            self._held[stream.number] += pieces
+            return
         for piece in pieces:
             self._writer.append(piece, stream.number, at_unix_nano or self._clock.now())
 
@@ -344,6 +404,8 @@ class _Supervisor:
         now = self._clock.now()
         self._exited = True
         self._deadlines.pop("timeout", None)
+        self._held_at_ns = now
+        writes = self._hold()
         for fd in list(self._streams):
             stream = self._streams[fd]
             # No more than the pipe could hold at the exit: a background process may print for ever.
@@ -355,6 +417,8 @@ class _Supervisor:
                 # The main loop closes it; until then a background process does not get the error either.
                 self._relay_failures.append(stream.failure)
                 stream.failure = 0
+        self._release(writes, at_end=True)
+        self._held_at_ns = 0
         self._finish(now, exit_code)
 
     def _drain(self, stream: OutputStream, now: int) -> int | None:

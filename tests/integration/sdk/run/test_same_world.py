@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -136,6 +137,29 @@ def test_lines_of_one_destination_keep_their_order(variants: Variants) -> None:
     expected = b"".join(b"%d\n" % number for number in range(3000))
     assert done.stdout == expected
     assert (variants.jobs()[0] / "log").read_bytes() == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports writes into pipes")
+@pytest.mark.parametrize("distance_us", [0, 20, 200])
+def test_lines_of_two_pipes_keep_their_order(variants: Variants, distance_us: int) -> None:
+    """Standard output and standard error go to two places: the kernel reports the order of the writes."""
+    program = (
+        "import os, time\nfor i in range(2000):\n os.write(1 + i % 2, b'%d\\n' % i)\n"
+        f" end = time.perf_counter() + {distance_us} / 1e6\n"
+        " while time.perf_counter() < end: pass"
+    )
+    done = variants.run("tailspan", [PYTHON, "-c", program])
+    assert len(done.stdout.split()) == len(done.stderr.split()) == 1000
+    lines = [int(line) for line in (variants.jobs()[0] / "log").read_bytes().split()]
+    assert sorted(lines) == list(range(2000))
+    assert sum(after != before + 1 for before, after in itertools.pairwise(lines)) <= 20
+
+
+def test_five_alternating_lines_of_a_shell(variants: Variants) -> None:
+    """What a script prints is read as a person would have seen it."""
+    script = "echo 1; echo 2 >&2; echo 3; echo 4 >&2; echo 5"
+    variants.run("tailspan", ["sh", "-c", script])
+    assert (variants.jobs()[0] / "log").read_bytes() == b"1\n2\n3\n4\n5\n"
 
 
 @pytest.mark.parametrize(
