@@ -82,7 +82,7 @@ class Machine:
 
     def status(self, job_id: str, *options: str) -> dict[str, Any]:
         """Return the JSON of ``tailspan status``."""
-        answer: dict[str, Any] = json.loads(self.tailspan("status", job_id, "--json", *options).stdout)
+        answer: dict[str, Any] = json.loads(self.invoke("status", job_id, "--json", *options).stdout)
         return answer
 
     def detach(self, *command: str, options: tuple[str, ...] = ()) -> str:

@@ -25,9 +25,9 @@ def test_waiting_for_the_last_ack(machine: Machine, collector: Collector, addres
     collector.always("logs", Reply(503, retry_after_s=0.2))
     machine.start("agent", "run")
     job_id = machine.detach(sys.executable, "-c", "print('last words')")
-    machine.tailspan("wait", job_id)
+    machine.invoke("wait", job_id)
     collector.wait_until(lambda: any(request.signal == "logs" for request in collector.requests))
-    early = machine.tailspan("wait", job_id, "--delivered", "--timeout", "1", exit_code=124)
+    early = machine.invoke("wait", job_id, "--delivered", "--timeout", "1", exit_code=124)
     assert "had not delivered" in early.stderr
     collector.always("logs", Reply())
     machine.tailspan("wait", job_id, "--delivered", "--timeout", "60")
@@ -37,6 +37,6 @@ def test_waiting_for_the_last_ack(machine: Machine, collector: Collector, addres
 def test_waiting_without_an_agent(machine: Machine, address: str) -> None:
     """It says that no agent answers, where, and what to do."""
     job_id = machine.detach(sys.executable, "-c", "pass")
-    done = machine.tailspan("wait", job_id, "--delivered", exit_code=3)
+    done = machine.invoke("wait", job_id, "--delivered", exit_code=3)
     assert address in done.stderr
     assert "tailspan agent run" in done.stderr

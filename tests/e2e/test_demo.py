@@ -46,7 +46,7 @@ def test_the_demo_without_a_collector_and_the_commands_that_it_prints(machine: M
         name: int(found.replace(",", "")) for found, name in re.findall(r"([\d,]+) (log records|spans) +to /", shown)
     }
     files = sorted(map(str, home.glob("agent/otlp/*.jsonl")))
-    machine.tailspan("agent", "replay", *files, "--endpoint", collector.http_url)
+    machine.invoke("agent", "replay", *files, "--endpoint", collector.http_url)
     assert results(collector) == RESULTS
     assert count == {"log records": len(collector.log_records()), "spans": len(collector.spans())}
 

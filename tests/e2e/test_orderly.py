@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def test_agent_that_is_stopped_and_started_in_the_middle(
 def test_agent_that_starts_after_the_job(machine: Machine, collector: Collector, job: SteppedJob) -> None:
     """An ended job is backfilled completely."""
     job.go(9)
-    machine.tailspan("wait", job.id)
+    machine.invoke("wait", job.id)
     agent = machine.start("agent", "run")
     collector.wait_until(lambda: "RUN steps" in {span.name for span in collector.spans()})
     stop(agent)
@@ -104,16 +105,16 @@ def test_agent_that_starts_after_the_job(machine: Machine, collector: Collector,
 def test_two_passes_relay_each_line_once(machine: Machine, collector: Collector, job: SteppedJob) -> None:
     """A pass takes a running job to its present end, the next goes on there, and one more finds nothing."""
     job.go(2)
-    while len(machine.tailspan("logs", job.id).stdout.splitlines()) < 2:
-        pass
-    machine.tailspan("agent", "run", "--once")
+    while len(machine.invoke("logs", job.id).stdout.splitlines()) < 2:
+        time.sleep(0.02)
+    machine.invoke("agent", "run", "--once")
     assert bodies(collector) == job.expected[:2]
     job.go(9)
-    machine.tailspan("wait", job.id)
-    machine.tailspan("agent", "run", "--once")
+    machine.invoke("wait", job.id)
+    machine.invoke("agent", "run", "--once")
     assert bodies(collector) == job.expected
     spans = len(collector.spans())
-    machine.tailspan("agent", "run", "--once")
+    machine.invoke("agent", "run", "--once")
     assert bodies(collector) == job.expected
     assert len(collector.spans()) == spans == 4
 
@@ -124,11 +125,11 @@ def test_without_an_endpoint_the_files_are_replayed_later(
     """Telemetry waits in OTLP JSON lines files; a replay delivers each line once, and every span."""
     machine.configure()
     job.go(9)
-    machine.tailspan("wait", job.id)
-    machine.tailspan("agent", "run", "--once")
+    machine.invoke("wait", job.id)
+    machine.invoke("agent", "run", "--once")
     files = sorted(str(path) for path in (machine.home / "agent" / "otlp").glob("*.jsonl"))
     assert [Path(name).stem for name in files] == ["logs", "metrics", "traces"]
-    machine.tailspan("agent", "replay", *files, "--endpoint", collector.http_url)
+    machine.invoke("agent", "replay", *files, "--endpoint", collector.http_url)
     assert bodies(collector) == job.expected
     assert {span.name for span in collector.spans()} == {"submitted", "queued", "executing", "RUN steps"}
     assert collector.metrics()

@@ -74,9 +74,9 @@ def spans_of(collector: Collector, trace_id: str) -> dict[str, SpanRow]:
 
 
 def run_once(machine: Machine, endpoint: str, protocol: str, *, text: str = "") -> None:
-    """Relay all local jobs with the real command."""
+    """Relay all local jobs."""
     machine.configure(f'{text}[otlp]\nendpoint = "{endpoint}"\nprotocol = "{protocol}"\n')
-    machine.tailspan("agent", "run", "--once", "--timeout", "60")
+    machine.invoke("agent", "run", "--once", "--timeout", "60")
 
 
 @pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
@@ -99,7 +99,7 @@ def test_every_line_of_real_programs_arrives_once_through_a_real_collector(
     shown = attached.stdout.splitlines()
     assert len(shown) > len(list(compiled.glob("*.py")))
     corpus = machine.detach(*script(PROGRAM.format(lines=HOSTILE)), options=("--name", "corpus"))
-    machine.tailspan("wait", corpus)
+    machine.invoke("wait", corpus)
     compile_id = next(row["job_id"] for row in jobs(machine) if row["job_name"] == "compile")
 
     endpoint = rotel.grpc_url if protocol == "grpc" else rotel.http_url
@@ -147,7 +147,7 @@ def jobs(machine: Machine) -> list[dict[str, str]]:
     """The rows of ``tailspan jobs --json``."""
     import json
 
-    rows: list[dict[str, str]] = json.loads(machine.tailspan("jobs", "--json").stdout)
+    rows: list[dict[str, str]] = json.loads(machine.invoke("jobs", "--json").stdout)
     return rows
 
 
@@ -168,7 +168,7 @@ def test_the_same_job_through_the_job_api_has_the_same_trace(
 ) -> None:
     """Reached through `tailspan serve` and the Fused service, a job has the same records and the same trace."""
     job_id = machine.detach(*script(PROGRAM.format(lines=HOSTILE[:15])), options=("--name", "corpus"))
-    machine.tailspan("wait", job_id)
+    machine.invoke("wait", job_id)
     direct = machine.status(job_id)
     token = machine.home / "token"
     token.write_text("s3cret-token\n")

@@ -20,7 +20,7 @@ from tests.prove.faults_disk import (
 pytestmark = pytest.mark.timeout(600)  # a proof takes minutes on a loaded machine
 
 LIMIT = SizeLimit()
-CUTS = 4
+CUTS = 2
 
 
 @pytest.mark.parametrize(

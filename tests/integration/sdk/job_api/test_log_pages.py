@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from contextlib import aclosing, asynccontextmanager, nullcontext
 
 import pytest
@@ -15,7 +16,7 @@ from tailspan.services import MergingService
 from tailspan.services.fused import FusedService
 from tailspan.services.fused.pages import MessageSplitter, ServedPages
 from tailspan.testing import FakeService
-from tests.fakes.local_jobs import LocalJobs
+from tests.fakes.local_jobs import LocalJobs, until
 from tests.fakes.scripted_service import ScriptedJob, ScriptedService, ask, serving
 from tests.ports import free_port
 
@@ -111,9 +112,16 @@ def test_lines_since_a_time(server, service):
 @pytest.mark.parametrize("since", [None, 0, 2])
 def test_messages_by_log_pages_are_those_of_the_json_reply(tmp_path, since):
     """Odd bytes, streams and times too; who asks for JSON gets it."""
-    program = "printf 'a\\033[1mb\\r\\n\\n\\377\\342\\202\\n'; echo err >&2; sleep 0.01; printf 'x\\000y\\nno end'"
+    program = (
+        "printf 'a\\033[1mb\\r\\n\\n\\377\\342\\202\\n'; echo err >&2;"
+        f"until [ -e {tmp_path}/go ]; do sleep 0.01; done; printf 'x\\000y\\nno end'"
+    )
     with LocalJobs(tmp_path / "state") as local:
-        job = local.run("sh", "-c", program)
+        job_id = local.start("sh", "-c", program)
+        until(lambda: b"err" in (local.directory(job_id) / "log").read_bytes())
+        time.sleep(0.01)  # the other lines get another time
+        (tmp_path / "go").touch()
+        job = local.complete(job_id)
         path = f"/logs/{job.job_id}"
         as_json = ask(local.service, path)
         times = sorted({message["timestamp"] for message in as_json.json()})
