@@ -14,7 +14,7 @@ from tests.fakes.collector import Collector
 from tests.fakes.otlp_samples import SPAN_ID, TRACE_ID, exporter_to, logs_payload, metrics_payload, traces_payload
 from tests.fakes.rotel import Rotel, rotel_binary
 
-pytestmark = pytest.mark.skipif(rotel_binary() is None, reason="there is no rotel wheel for this platform")
+pytestmark = pytest.mark.skipif(rotel_binary() is None, reason="there is no rotel that runs here")
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from tests.fakes.collector import Collector
 from tests.fakes.otlp_rows import LogRow, SpanRow
 from tests.fakes.rotel import Rotel, rotel_binary
 
-pytestmark = pytest.mark.skipif(rotel_binary() is None, reason="there is no rotel wheel for this platform")
+pytestmark = pytest.mark.skipif(rotel_binary() is None, reason="there is no rotel that runs here")
 
 HOSTILE = [
     b"plain",

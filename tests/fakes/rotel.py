@@ -15,6 +15,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
 from tests.fakes.collector import Collector
@@ -23,11 +24,17 @@ from tests.ports import free_port
 _READY_TIMEOUT_S = 30.0
 
 
+@cache
 def rotel_binary() -> Path | None:
-    """Return the installed collector, or None where there is no wheel for this platform."""
+    """Return the installed collector, or None where there is no wheel for this platform or its program cannot start.
+
+    The program needs the shared library of its Python, which some builds of Python do not have.
+    """
     found = importlib.util.find_spec("rotel")
     binary = Path(found.origin).with_name("rotel-agent") if found and found.origin else None
-    return binary if binary and binary.exists() else None
+    if binary is None or not binary.exists():
+        return None
+    return binary if subprocess.run([binary, "--version"], capture_output=True).returncode == 0 else None
 
 
 class Rotel:

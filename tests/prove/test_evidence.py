@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def write(database: Path, transactions: int) -> None:
     assert done.returncode == -signal.SIGKILL
 
 
-def test_a_torn_write_is_told_from_whole_ones_and_from_an_older_tear(tmp_path: Path) -> None:
+def test_a_torn_write_differs_from_whole_ones_and_from_an_older_tear(tmp_path: Path) -> None:
     """A log that was cut within its last transaction is torn, once: not for the process that comes after."""
     database = tmp_path / "store.db"
     write(database, 2)
@@ -73,5 +74,5 @@ def test_a_torn_write_is_told_from_whole_ones_and_from_an_older_tear(tmp_path: P
     assert torn.torn_since(before)
     assert not torn.torn_since(torn)
     shutil.copytree(tmp_path, tmp_path / "copy")
-    with sqlite3.connect(tmp_path / "copy" / "store.db") as db:
+    with closing(sqlite3.connect(tmp_path / "copy" / "store.db")) as db:
         assert db.execute("SELECT count(*) FROM t").fetchone() == (2,)

@@ -32,7 +32,10 @@ def authority() -> trustme.CA:
 async def serving(serve: Serve, authority: trustme.CA | None = None) -> AsyncIterator[int]:
     """A server on 127.0.0.1, which hangs up after serving; yields its port."""
 
+    handlers = set[asyncio.Task[None] | None]()
+
     async def ended(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        handlers.add(asyncio.current_task())
         try:
             await serve(reader, writer)
             writer.close()
@@ -44,7 +47,12 @@ async def serving(serve: Serve, authority: trustme.CA | None = None) -> AsyncIte
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         authority.issue_cert("127.0.0.1").configure_cert(context)
     async with await asyncio.start_server(ended, "127.0.0.1", 0, ssl=context) as server:
-        yield server.sockets[0].getsockname()[1]
+        try:
+            yield server.sockets[0].getsockname()[1]
+        finally:
+            for handler in handlers:
+                assert handler is not None
+                handler.cancel()  # from Python 3.12.1 on, the end of a server waits for its connections
 
 
 @asynccontextmanager

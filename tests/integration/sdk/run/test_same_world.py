@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from tests.fakes.local_jobs import until
 from tests.fakes.variants import TAILSPAN, VARIANTS, Variants
 
 PYTHON = sys.executable
+# Signal 32, which only glibc uses: posix_spawn ignores it in a child, and Python 3.13 starts processes by that.
+_INTERNAL = re.compile(rb"(SigIgn:\t[0-9a-f]{8})8(?=[0-9a-f]{7}\n)")
 WAIT = "until [ -e go ]; do sleep 0.05; done"
 
 
@@ -72,7 +75,7 @@ def test_shell_lines(variants: Variants, script: str) -> None:
             capture_output=True,
             timeout=60,
         )
-        results[variant] = done.returncode, done.stdout
+        results[variant] = done.returncode, _INTERNAL.sub(rb"\g<1>0", done.stdout)
     assert results["tailspan"] == results["plain"]
     if "Sig(" not in script and "exec 1>&-" not in script:
         # timeout(1) sets dispositions of its own, and keeps an output open that its command closes.
