@@ -137,8 +137,8 @@ def test_every_line_of_real_programs_arrives_once_through_a_real_collector(
     assert run.end_unix_nano // 1000 >= micros(compile_status["finished_at"])
     assert str(compiled) in run.attributes["process.command"] or "compileall" in str(run.attributes)
 
-    names = {metric.name for metric in collector.metrics()}
-    assert {"cicd.pipeline.run.duration", "tailspan.agent.records.acked"} <= names
+    expected = {"cicd.pipeline.run.duration", "tailspan.agent.records.acked"}
+    collector.wait_until(lambda: expected <= {metric.name for metric in collector.metrics()})
     durations = [metric for metric in collector.metrics() if metric.name == "cicd.pipeline.run.duration"]
     assert {metric.attributes["cicd.pipeline.name"] for metric in durations} == {"compile", "corpus"}
 

@@ -66,6 +66,7 @@ class Terminal:
         self.ours, theirs = os.openpty()
         self.resize(rows, columns)
         self.shown = b""
+        self._seen = 0
         self.pid = os.fork()
         if self.pid == 0:
             try:
@@ -102,9 +103,11 @@ class Terminal:
         os.write(self.ours, keys)
 
     def until(self, text: bytes) -> bytes:
-        """Read until a text is shown; return all that was shown."""
-        self._read(lambda: text in self.shown)
-        assert text in self.shown, self.shown
+        """Read until a text is shown after the text of the call before; return all that was shown."""
+        self._read(lambda: self.shown.find(text, self._seen) >= 0)
+        start = self.shown.find(text, self._seen)
+        assert start >= 0, (text, self.shown[self._seen :], self.shown)
+        self._seen = start + len(text)
         return self.shown
 
     def end(self) -> int:
