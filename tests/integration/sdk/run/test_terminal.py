@@ -34,7 +34,7 @@ def test_keys_reach_the_job_as_signals_once(variants, variant, keys, program, sh
     # Short sleeps: a signal just before a sleep begins does not end it.
     begin = "import signal, sys, time\ndef wait():\n print('ready')\n while True: time.sleep(0.02)\n"
     with terminal(variants, variant, [PYTHON, "-u", "-c", begin + program]) as at:
-        at.until(b"ready")
+        at.until(b"ready\r\n")
         at.type(keys)
         assert at.end() == code
         assert at.shown.count(shown) == 1
@@ -47,7 +47,7 @@ def test_ctrl_c_arrives_once(variants):
         "while not n: time.sleep(0.01)\ntime.sleep(0.3)\nprint('got', len(n))"
     )
     with terminal(variants, "tailspan", [PYTHON, "-c", program]) as at:
-        at.until(b"ready")
+        at.until(b"ready\r\n")
         at.type(b"\x03")
         assert at.end() == 0
         assert b"got 1" in at.shown
@@ -164,7 +164,7 @@ def test_the_end_of_the_terminal_is_a_hangup(variants, variant):
         "signal.signal(signal.SIGHUP, on)\nprint('ready', flush=True)\nwhile True: time.sleep(0.02)"
     )
     at = terminal(variants, variant, [PYTHON, "-c", program])
-    at.until(b"ready")
+    at.until(b"ready\r\n")
     os.close(at.ours)
     os.waitpid(at.pid, 0)
     deadline = time.monotonic() + 30
