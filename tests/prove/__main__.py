@@ -5,21 +5,25 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+from tests.docs_tables import ROOT
 from tests.prove.docs_table import write
 from tests.prove.rows import run, scenarios
-from tests.prove.scenarios import select
+from tests.prove.scenarios import Scenario, select
 from tests.prove.table import Row, render
 
 _TOGETHER = 6
+_PROVED = ("agent", "sdk", "tests")
 
 
 def main() -> int:
-    """Run, print, and return 1 if a row failed."""
+    """Run the rows, print the table, and return 1 if a row failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.prove", description="Prove the delivery guarantee.")
     parser.add_argument("--seed", type=int, default=0, help="repeats a run's choices; 0 takes a new one")
     parser.add_argument("--kills", type=int, default=200, help="SIGKILLs at least")
@@ -28,31 +32,49 @@ def main() -> int:
     parser.add_argument("--docs", action="store_true", help="write the rows that ran into docs/proof.md")
     given = parser.parse_args()
     seed = given.seed or int(time.time())
+    commit = _commit()
     chosen = list(select(scenarios(given.kills), given.only))
     print(f"seed {seed}, {len(chosen)} rows, Python {platform.python_version()}", file=sys.stderr)
     rows = {}
-    with ProcessPoolExecutor(_TOGETHER) as pool:
-        together = [scenario.name for scenario in chosen if not scenario.alone]
-        waiting = {name: pool.submit(run, name, given.kills, seed) for name in together}
-        for name, future in waiting.items():
-            rows[name] = future.result()
-            _say(rows[name])
-    for scenario in chosen:
-        if scenario.alone:
-            rows[scenario.name] = run(scenario.name, given.kills, seed)
-            _say(rows[scenario.name])
+    for row in _run(chosen, given.kills, seed):
+        rows[row.fault] = row
+        print(f"{'ok    ' if row.ok else 'FAILED'} {row.seconds:5.0f} s  {row.fault}", file=sys.stderr, flush=True)
+        if not row.ok:
+            print(f"  {row.verdict}", file=sys.stderr, flush=True)
+        if given.docs:
+            # Each row at once: a run that is interrupted keeps what it has proved.
+            known = {"date": _now(), "seed": str(seed), "commit": commit}
+            write([{**row.to_json(), "verdict": row.cells()[-1], **known}])
     table = [rows[scenario.name] for scenario in chosen]
-    when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    print(f"\n{when}, seed {seed}\n\n{render(table)}")
-    if given.docs:
-        write({**row.to_json(), "verdict": row.cells()[-1], "date": when, "seed": str(seed)} for row in table)
+    when = _now()
+    print(f"\n{when}, seed {seed}, commit {commit}\n\n{render(table)}")
     if given.json is not None:
-        given.json.write_text(json.dumps({"time": when, "seed": seed, "rows": [row.to_json() for row in table]}))
+        given.json.write_text(
+            json.dumps({"time": when, "seed": seed, "commit": commit, "rows": [row.to_json() for row in table]})
+        )
     return 0 if table and all(row.ok for row in table) else 1
 
 
-def _say(row: Row) -> None:
-    print(f"{'ok    ' if row.ok else 'FAILED'} {row.seconds:5.0f} s  {row.fault}", file=sys.stderr, flush=True)
+def _run(chosen: Sequence[Scenario], kills: int, seed: int) -> Iterator[Row]:
+    """Run the rows, several at the same time where they allow it, and yield each when it is done."""
+    with ProcessPoolExecutor(_TOGETHER) as pool:
+        together = [pool.submit(run, scenario.name, kills, seed) for scenario in chosen if not scenario.alone]
+        for done in as_completed(together):
+            yield done.result()
+    for scenario in chosen:
+        if scenario.alone:
+            yield run(scenario.name, kills, seed)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+
+
+def _commit() -> str:
+    """Return the commit that is proved, with a `+` if code was changed since; empty outside a git checkout."""
+    found = subprocess.run(["git", "rev-parse", "--short=7", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    changed = subprocess.run(["git", "status", "--porcelain", *_PROVED], cwd=ROOT, capture_output=True, text=True)
+    return found.stdout.strip() + ("+" if changed.stdout else "")
 
 
 if __name__ == "__main__":

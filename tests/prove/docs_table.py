@@ -17,7 +17,7 @@ COMMAND = "make prove PROVE_DOCS=1"
 BEGIN, END = f"<!-- proof: written by `{COMMAND}` -->", "<!-- proof: end -->"
 COLUMNS = (
     "fault", "jobs", "lines", "missing", "repeated", "needless", "order", "time", "uid", "foreign", "spans", "dead",
-    "MiB", "s", "verdict", "date", "seed",
+    "MiB", "s", "verdict", "date", "seed", "commit",
 )  # fmt: skip
 _COUNTED = ("lines", "missing", "repeated", "needless", "order", "time", "uid", "foreign", "spans")
 

@@ -14,6 +14,7 @@ import resource
 import sqlite3
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -440,10 +441,11 @@ def _expect(row: Row, holds: bool, what: str) -> None:
 
 def _expect_refusal(row: Row, world: World, words: str) -> None:
     assert world.agent is not None
-    try:
-        world.agent.wait(_REFUSES_S)
-    except subprocess.TimeoutExpired:
-        world.kill()
+    patience = world.patience(_REFUSES_S)
+    while world.agent.poll() is None:
+        if patience.is_over():
+            world.kill()
+        time.sleep(0.02)
     code = world.ended()
     last = world.log.splitlines()[-1:] or [""]
     _expect(row, code == 2, f"the agent refuses to start with exit code 2, not {code}")

@@ -34,6 +34,7 @@ from tests.prove.world import Found, Settings, World, copy_store
 ROOT = Path(__file__).parents[2]
 KILLS_A_WORLD = 20
 _LIFE_S = 6.0
+_POLL_S = 0.02
 _ENCODED = re.compile(r"^tailspan_agent_records_read(?:_total)?\{[^}]*\} (\d+)", re.MULTILINE)
 
 
@@ -80,8 +81,10 @@ class Killer:
         world.start(strict=True)
         if aim is Step.WRITING:
             self._slow_motion = self._prepare_slow_motion()
-        if not life.over.wait(_LIFE_S):
-            self._kill()
+        patience = world.patience(_LIFE_S)
+        while not life.over.wait(_POLL_S):
+            if patience.is_over():
+                self._kill()
         self.disarm()
         killed = world.ended() == -signal.SIGKILL
         if self._slow_motion is not None:
@@ -199,9 +202,10 @@ class Killer:
 
     def _drain_then_kill(self, pause_s: float) -> None:
         self.world.terminate()
-        said = f"{self.world.log[self._life.log_bytes :]}"
-        deadline = time.monotonic() + 1.0
-        while "stopping:" not in said and time.monotonic() < deadline:
+        said = self.world.log[self._life.log_bytes :]
+        patience = self.world.patience(1.0)
+        while "stopping:" not in said and not patience.is_over():
+            time.sleep(0.001)
             said = self.world.log[self._life.log_bytes :]
         self._life.over.wait(pause_s)
         self._kill(draining="stopping:" in said)

@@ -62,8 +62,8 @@ class Load:
             for signal in ("logs", "traces"):
                 world.collector.always(signal, Reply() if self.answer == Reply(503) else self.answer)
             written = sum(job.written for job in world.jobs)
-            ended_s = time.monotonic()
-            _fold_until(world, lambda: world.all_done() or time.monotonic() - ended_s > self.timeout_s)
+            ended_s, patience = time.monotonic(), world.patience(self.timeout_s)
+            _fold_until(world, lambda: world.all_done() or patience.is_over())
             caught_up_s = time.monotonic() - ended_s
             row = Row(self.name, [world.finish()])
         left = max(0, written - behind)

@@ -11,7 +11,7 @@ from tests.prove.docs_table import BEGIN, COLUMNS, END, rows_of, with_rows, with
 from tests.prove.rows import groups, scenarios
 
 TEXT = PROOF.read_text(encoding="utf-8")
-ROW = {**dict.fromkeys(COLUMNS, "0"), "verdict": "ok", "date": "2026-01-02 03:04 UTC", "seed": "7"}
+ROW = {**dict.fromkeys(COLUMNS, "0"), "verdict": "ok", "date": "2026-01-02 03:04 UTC", "seed": "7", "commit": "0123abc"}
 
 
 def test_the_page_has_each_row_of_the_proof_and_no_other() -> None:

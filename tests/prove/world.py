@@ -30,10 +30,12 @@ from tests.fakes.scripted_service import serving
 from tests.ports import free_port
 from tests.prove.found import Found
 from tests.prove.jobs import LocalNumberedJob, NumberedJob
+from tests.prove.patience import Patience
 from tests.prove.tally import Span, count_spans
 
 TAILSPAN = str(Path(sys.executable).with_name("tailspan"))
 PATIENCE_S = 60.0
+_SETTLE_S = 600.0
 _RELOADED = "the configuration was"
 _HIGH_WATER = re.compile(r"^VmHWM:\s*(\d+) kB$", re.MULTILINE)
 _RUN_DURATION = "cicd.pipeline.run.duration"
@@ -234,13 +236,17 @@ protocol = "{settings.protocol}"
         self._note_memory()
         self.agent.send_signal(signal.SIGTERM)
 
+    def patience(self, limit_s: float) -> Patience:
+        """Return a time limit that does not count the waits of the agent and of this process for a processor."""
+        return Patience(limit_s, lambda: [os.getpid()] if self.agent is None else [os.getpid(), self.agent.pid])
+
     def until(self, holds: Callable[[], Any], what: str, timeout_s: float = PATIENCE_S) -> Any:
         """Return the first true value; fail if none comes in time, or if the agent ends."""
-        deadline = time.monotonic() + timeout_s
+        patience = self.patience(timeout_s)
         while not (value := holds()):
             if self.agent is not None and self.agent.poll() is not None:
                 raise AssertionError(f"the agent ended with {self.agent.returncode}: {self.log[-1500:]}")
-            if time.monotonic() > deadline:
+            if patience.is_over():
                 raise TimeoutError(f"{what}: not within {timeout_s:g} s; the agent says: {self.log[-1500:]}")
             time.sleep(0.02)
         return value
@@ -270,7 +276,7 @@ protocol = "{settings.protocol}"
 
     def settle_receiver(self) -> None:
         """Wait until the receiver has dealt with everything that was sent."""
-        self.collector.wait_until(lambda: not self.collector.open_requests)
+        self.collector.wait_until(lambda: not self.collector.open_requests, _SETTLE_S)
 
     def refuse(self, request: Request, reply: Reply) -> Reply:
         """Return an answer by which the receiver keeps nothing of a request, whatever its status says."""
