@@ -136,8 +136,8 @@ class JobStatus:
         identity: What the job's ids are hashed from: the identity of the service where the job really runs.
         attempt: 1 unless the service reports retries of one job.
         trace_id: The trace that the agent gives this job: deterministic, known before the agent ran.
-        logs_complete: True when the service marks that no further line will come, False when it reports that lines
-            may still come, None when it reports neither.
+        logs_complete: True when the service marks that no further line will come. False on an ended job when all lines
+            of its main process are readable and a background process may print more. None when it reports neither.
         stale: True when the service did not answer and this is its last known answer.
     """
 

@@ -150,17 +150,19 @@ def failure_record(job: JobStatus, ledger: JobLedger) -> LogRecordData | None:
     )
 
 
-def receipt_record(job: JobStatus, ledger: JobLedger) -> LogRecordData:
+def receipt_record(job: JobStatus, ledger: JobLedger, *, still_open: bool = False) -> LogRecordData:
     """Return a job's delivery receipt: how many lines were read, and how many records acknowledged and rejected.
 
     Args:
         job: The last status of the job.
         ledger: Its ledger as of the last acknowledgement.
+        still_open: Whether its service marks the log as open: then ``logs_complete`` is False, but no line is lost.
     """
     rejected = sum(ledger.delivery.rejected.values())
+    is_lacking = rejected or not (ledger.logs_complete or still_open)
     return LogRecordData(
         time_unix_nano=JobTimes.of(job, ledger).finished_ns,
-        severity=Severity(13, "WARN") if rejected or not ledger.logs_complete else Severity(9, "INFO"),
+        severity=Severity(13, "WARN") if is_lacking else Severity(9, "INFO"),
         body=f"{job.job_name}: {ledger.lines} lines read, {ledger.delivery.acked} records acked, {rejected} rejected",
         attributes={
             "log.record.uid": f"{job_hash(job.identity, job.job_id)}.receipt.{job.attempt}"

@@ -347,18 +347,23 @@ class JobPipeline:
         if self.spans.end_run(run, delivery_known=all_acked) and run.too_fast:
             self.alerts.on_too_fast(run, history)
 
-    async def complete_log(self, *, read_to_end: bool, late_lines: bool = False) -> None:
+    async def complete_log(self, *, read_to_end: bool, late_lines: bool = False, still_open: bool = False) -> None:
         """Wait for the last acknowledgement, write the receipt or amend it, and store that the log is complete.
 
         Args:
-            read_to_end: Whether the log was read to its end.
+            read_to_end: Whether the log was read to its present end.
             late_lines: Whether lines may still become visible.
+            still_open: Whether the service marks the log as open.
         """
         await self.all_acked()
         if self.relays_logs:
             acked = self.job.acked_ledger
-            self.job.ledger = msgspec.structs.replace(acked, logs_complete=read_to_end, receipts=acked.receipts + 1)
-            record = receipt_record(self.job.redacted_status, self.ledger)
+            self.job.ledger = msgspec.structs.replace(
+                acked,
+                logs_complete=read_to_end and not still_open,
+                receipts=acked.receipts + 1,
+            )
+            record = receipt_record(self.job.redacted_status, self.ledger, still_open=still_open)
             await self._send_record(record)
             await self.all_acked()
             self.close_log(late_lines=late_lines)

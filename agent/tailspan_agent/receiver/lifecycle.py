@@ -3,15 +3,17 @@
     state        the job                                                    next states
     NEW          has no status yet                                          any
     FOLLOWING    has not ended                                              SETTLING; STOPPED
-    SETTLING     has a terminal status; its last lines may still be unread  FOLLOWING, OPEN_END, LATE_LINES, DONE
-    OPEN_END     has ended and its run is reported; its log is still open   FOLLOWING, LATE_LINES, DONE; STOPPED
-    LATE_LINES   is relayed; lines may still become visible late            FOLLOWING, DONE
+    SETTLING     has a terminal status; its last lines may still be unread  FOLLOWING, LATE_LINES, DONE
+    LATE_LINES   is over and has a receipt; further lines amend that        FOLLOWING, DONE; STOPPED
     DONE         is relayed and acknowledged completely                     none
     STOPPED      is read to its present end by a single pass (`--once`)     none
 
 `advance` takes one observation and returns the new lifecycle and one action. The tailer carries the action out and
 reports its result as the next observation, until the action is to wait or to stop. A state therefore changes only
 after the work that it stands for is finished, and a tailer that fails repeats that work.
+
+A job is over when its main process is, even if a background process keeps its log open. A service that marks the end
+of a log shows such a log as open; the lines that follow are late lines, for as long as it is open.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ __all__ = [
 ]
 
 LATE_LINES_S = 3600.0
-"""How long after the end of a job its log is polled for late lines, in seconds."""
+"""How long after its end a job is polled for late lines, in seconds, if its service does not mark the end of a log."""
+_LONGEST_AMEND_S = 600.0
 
 
 class TailState(enum.Enum):
@@ -57,7 +60,6 @@ class TailState(enum.Enum):
     NEW = "new"
     FOLLOWING = "following"
     SETTLING = "settling"
-    OPEN_END = "open end"
     LATE_LINES = "late lines"
     DONE = "done"
     STOPPED = "stopped"
@@ -207,9 +209,11 @@ class CompleteLog:
 
     Attributes:
         late_lines: Whether lines may still become visible.
+        still_open: Whether the service marks the log as open.
     """
 
     late_lines: bool
+    still_open: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,8 +267,9 @@ class JobLifecycle:
         state: The present state.
         end_mark: The end mark of the last status; see `StatusSeen.end_mark`.
         completed_before: Whether an earlier process completed the job: one that runs again is not followed again.
-        end_reported: Whether the end of the run was reported; stays true if the job runs again.
         saw_late_lines: Whether a line became visible late.
+        unreported: The number of late lines relayed since the last receipt.
+        amend_after_s: How long after the end the receipt of an open log may be amended again, in seconds.
     """
 
     once: bool = False
@@ -272,8 +277,9 @@ class JobLifecycle:
     state: TailState = TailState.NEW
     end_mark: bool | None = None
     completed_before: bool = False
-    end_reported: bool = False
     saw_late_lines: bool = False
+    unreported: int = 0
+    amend_after_s: float = 0.0
 
     @property
     def is_over(self) -> bool:
@@ -297,7 +303,6 @@ _EXPECTED: dict[TailState, tuple[type[Observation], ...]] = {
     TailState.NEW: _ALWAYS,
     TailState.FOLLOWING: (*_ALWAYS, LogRead, AllAcked),
     TailState.SETTLING: (*_ALWAYS, LogRead, EndReported),
-    TailState.OPEN_END: (*_ALWAYS, LogRead, EndReported, AllAcked),
     TailState.LATE_LINES: (*_ALWAYS, LateLinesRead, Reconciled),
 }
 
@@ -325,8 +330,10 @@ def advance(life: JobLifecycle, seen: Observation) -> tuple[JobLifecycle, Action
         case LateLinesRead():
             return _after_late_read(life, seen)
         case Reconciled():
-            return life, CompleteLog(late_lines=False) if seen.lines else CloseLog()
+            amend = seen.lines or life.end_mark is True
+            return life, CompleteLog(late_lines=False) if amend else CloseLog()
         case LogCompleted():
+            life = replace(life, unreported=0)
             # The next pass reads the late lines of a single one.
             late = seen.late_lines and not life.once
             return (life.to(TailState.LATE_LINES), WaitForPoll()) if late else (life.to(TailState.DONE), Stop())
@@ -353,9 +360,7 @@ def _state_after(life: JobLifecycle, seen: StatusSeen) -> TailState:
         return TailState.LATE_LINES
     if life.completed_before:
         return TailState.DONE
-    if not seen.terminal:
-        return TailState.FOLLOWING
-    return TailState.OPEN_END if life.state is TailState.OPEN_END else TailState.SETTLING
+    return TailState.SETTLING if seen.terminal else TailState.FOLLOWING
 
 
 def _after_read(life: JobLifecycle, seen: LogRead) -> tuple[JobLifecycle, Action]:
@@ -363,34 +368,30 @@ def _after_read(life: JobLifecycle, seen: LogRead) -> tuple[JobLifecycle, Action
         return life, AwaitAcks() if life.once else WaitForPoll()
     if not seen.complete:
         return life, WaitForPoll()
-    # Something outlives the job and may still write: its trace is complete now, its log is followed further.
-    still_open = life.end_mark is False and life.relays_logs
-    if still_open and life.end_reported:
-        return _with_open_end(life)
-    return life, ReportEnd(log_complete=not still_open)
+    return life, ReportEnd(log_complete=not (life.relays_logs and life.end_mark is False))
 
 
 def _after_end(life: JobLifecycle, seen: EndReported) -> tuple[JobLifecycle, Action]:
-    life = replace(life, end_reported=True)
-    if not seen.log_complete:
-        return _with_open_end(life)
+    still_open = not seen.log_complete
     # A service that does not mark the end of a log may show a line of it at any later time.
     late_lines = life.end_mark is None and life.relays_logs and seen.ended_ago_s < LATE_LINES_S
-    return life, CompleteLog(late_lines=late_lines)
-
-
-def _with_open_end(life: JobLifecycle) -> tuple[JobLifecycle, Action]:
-    return life.to(TailState.OPEN_END), AwaitAcks() if life.once else WaitForPoll()
+    return replace(life, amend_after_s=0.0), CompleteLog(late_lines=still_open or late_lines, still_open=still_open)
 
 
 def _after_late_read(life: JobLifecycle, seen: LateLinesRead) -> tuple[JobLifecycle, Action]:
-    life = replace(life, saw_late_lines=life.saw_late_lines or seen.lines > 0)
-    over = seen.ended_ago_s >= LATE_LINES_S
+    unreported = life.unreported + seen.lines
+    life = replace(life, unreported=unreported, saw_late_lines=life.saw_late_lines or seen.lines > 0)
+    still_open, closed = life.end_mark is False, life.end_mark is True
+    over = closed or (not still_open and seen.ended_ago_s >= LATE_LINES_S)
     if over and life.saw_late_lines and seen.may_lack_lines:
         # The service shows lines late, so lines before the window may be missing, too.
-        return life, Reconcile(lines=seen.lines)
-    if seen.lines:
-        return life, CompleteLog(late_lines=not over)
+        return life, Reconcile(lines=unreported)
+    # A background process may print for ever: the receipts of its job come in growing intervals.
+    amend = unreported and (life.once or not still_open or seen.ended_ago_s >= life.amend_after_s)
+    if amend or closed:
+        # The receipts of an open log state that it is not complete, so that its end needs one even without a line.
+        life = replace(life, amend_after_s=seen.ended_ago_s + min(seen.ended_ago_s, _LONGEST_AMEND_S))
+        return life, CompleteLog(late_lines=not over, still_open=still_open)
     if over:
         return life, CloseLog()
     return (life.to(TailState.STOPPED), Stop()) if life.once else (life, WaitForPoll())

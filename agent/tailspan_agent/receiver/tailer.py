@@ -62,7 +62,6 @@ from tailspan_agent.receiver.source import Source
 
 __all__ = ["Tailer"]
 
-_FOLLOW_TO_END_S = 3600.0
 _AUTH_RETRY_S = 30.0
 _RUN_SPAN_WAIT_S = 2.0
 
@@ -102,7 +101,6 @@ class Tailer:
             poll_min_s=self._service.poll_min_s,
             poll_max_s=self._service.poll_max_s,
             settle_s=watch.settle,
-            follow_to_end_s=0.0 if once else _FOLLOW_TO_END_S,
         )
         self.schedule = PollSchedule(self._follower)
         self._name = name
@@ -131,7 +129,7 @@ class Tailer:
 
     @property
     def expects_late_lines(self) -> bool:
-        """Whether all of the job is relayed, and it is polled only for lines that become visible late."""
+        """Whether the job is over and relayed, and only late lines may follow."""
         return self.lifecycle.state is TailState.LATE_LINES
 
     @property
@@ -275,14 +273,16 @@ class Tailer:
         gather_s = self._source.gather_s(pipeline.cursor)
         return self.schedule.delay_s(catching_up=self._catch_up.catching_up, gather_s=gather_s)
 
-    async def _late_turn(self, pipeline: JobPipeline) -> float:
+    async def _late_turn(self, pipeline: JobPipeline) -> float | None:
         """Relay the lines that became visible after the log was complete."""
-        ended_ago_s = pipeline.job.ended_ago_s
+        ended_ago_s, started_s = pipeline.job.ended_ago_s, time.monotonic()
         lines = await self._read(pipeline)
+        self._follower.on_read(lines, started_s)
         may_lack_lines = self._may_lack_lines(pipeline)
         seen = LateLinesRead(lines=lines, ended_ago_s=ended_ago_s, may_lack_lines=may_lack_lines)
         await self._carry_out(self._advance(seen), pipeline)
-        return late_lines_delay_s(ended_ago_s)
+        # A log that is marked as open has a writer.
+        return self.schedule.delay_s() if self.lifecycle.end_mark is False else late_lines_delay_s(ended_ago_s)
 
     async def _carry_out(self, action: Action, pipeline: JobPipeline) -> None:
         """Carry out an action and those that follow from it, until the next one is to wait or to stop."""
@@ -292,8 +292,8 @@ class Tailer:
                     await self._report_end(pipeline, log_complete=log_complete)
                     ended_ago_s = pipeline.job.ended_ago_s
                     action = self._advance(EndReported(log_complete=log_complete, ended_ago_s=ended_ago_s))
-                case CompleteLog(late_lines=late_lines):
-                    await pipeline.complete_log(read_to_end=True, late_lines=late_lines)
+                case CompleteLog(late_lines=late_lines, still_open=still_open):
+                    await pipeline.complete_log(read_to_end=True, late_lines=late_lines, still_open=still_open)
                     action = self._advance(LogCompleted(late_lines=late_lines))
                 case CloseLog():
                     pipeline.close_log()

@@ -5,6 +5,10 @@ The only follow logic there is: the verb ``job_tail_logs`` and the agent both dr
 The commonest bug of log tailers is to stop when the status turns terminal: the last lines are then never read. So
 an end counts only after two equal answers, and a log counts as complete only after it was read to its end *after*
 the job's end had settled (or after the service itself reported that no line will come).
+
+A service that marks the end of a log reports a job's end once the job's own lines are readable. What keeps the log
+open then is a background process, which may print for hours. It gets a moment for its last lines, not the time to
+settle: a filter of the job's output (``exec > >(tee file)``) ends just after the job.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from tailspan.models import JobState, JobStatus
 __all__ = ["SETTLE_S", "Follower", "TailUpdate"]
 
 SETTLE_S = 10.0
+_OPEN_LOG_S = 2.0
 _GROWTH = 1.6
 _CONFIRM_S = 0.2
 _QUIET_READS = 2
@@ -31,8 +36,6 @@ class Follower:
         poll_min_s: Delay after a read that found lines.
         poll_max_s: Longest delay while the job is silent.
         settle_s: How long after the end lines may still become visible.
-        follow_to_end_s: How long after the end to wait for a service that marks the end of the log to mark it; 0 goes
-            by settling alone.
         read_whole: Whether one read that began after the end had settled, or after the service had marked the end of
             the log, went from the start to the end of the log: then a second one has nothing more to find.
     """
@@ -40,7 +43,6 @@ class Follower:
     poll_min_s: float = 1.0
     poll_max_s: float = 30.0
     settle_s: float = SETTLE_S
-    follow_to_end_s: float = 0.0
     state: JobState = JobState.UNKNOWN
     read_whole: bool = field(default=False, init=False)
     _delay_s: float = field(default=0.0, init=False)
@@ -105,7 +107,6 @@ class Follower:
             self._complete_read = True
         elif started_s >= self._settled_at_s:
             self._quiet_reads = self._quiet_reads + 1 if not lines else 0
-            # A service that marks the end of a log and has not: something outlives the job and may write for ever.
             outlived = self._logs_complete is False
             if self._quiet_reads >= _QUIET_READS or self._settled_when_seen or outlived:
                 self._complete_read = True
@@ -148,10 +149,8 @@ class Follower:
 
     @property
     def _settled_at_s(self) -> float:
-        ended = self._ended_at_s or 0.0
-        if self._logs_complete is False and self.follow_to_end_s:
-            return ended + self.follow_to_end_s
-        return ended + self.settle_s
+        settle_s = min(self.settle_s, _OPEN_LOG_S) if self._logs_complete is False else self.settle_s
+        return (self._ended_at_s or 0.0) + settle_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -213,21 +213,49 @@ async def test_a_status_that_is_ahead_of_the_lines(bench: Bench) -> None:
 
 @looped
 async def test_a_log_that_stays_open_is_followed_on(bench: Bench) -> None:
-    """An hour after the job's end its trace is complete; lines of a background process are still relayed."""
+    """The job has its trace and its receipt; lines of a background process, even hours later, amend the receipt."""
     bench.fake.add_job("j1")
     bench.fake.add_lines("j1", "a")
     bench.fake.set_state("j1", "SUCCEEDED", finished_at=datetime.now(UTC) - timedelta(hours=2), logs_complete=False)
     async with bench.running():
-        await bench.received(lambda: "run" in bench.spans())
+        await bench.received(lambda: _receipt_lines(bench) == [1])
+        assert bench.spans()["run"].attributes["tailspan.logs.complete"] is False
         bench.fake.add_lines("j1", "b")
-        await bench.received(lambda: bench.bodies() == ["a", "b"])
-        assert not bench.receipts()
+        await bench.received(lambda: _receipt_lines(bench) == [1, 2])
         bench.fake.add_lines("j1", "c")
         bench.fake.set_state("j1", "SUCCEEDED", logs_complete=True)
-        await bench.received(lambda: bool(bench.receipts()))
+        await bench.received(lambda: _receipt_lines(bench) == [1, 2, 3])
     assert bench.bodies() == ["a", "b", "c"]
     assert len(bench.collector.spans()) == 4
-    assert bench.receipts()["j1"].attributes["tailspan.lines.read"] == 3
+    receipts = [row for row in bench.collector.log_records() if row.event_name == "tailspan.receipt"]
+    assert [row.attributes["tailspan.logs.complete"] for row in receipts] == [False, False, True]
+    assert {row.severity_text for row in receipts} == {"INFO"}
+
+
+@looped
+async def test_an_open_log_is_followed_by_the_next_agent(bench: Bench) -> None:
+    """What it has relayed is not relayed again; what an unfinished receipt lacked is in the next one."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    bench.fake.set_state("j1", "SUCCEEDED", finished_at=datetime.now(UTC) - timedelta(seconds=1), logs_complete=False)
+    async with bench.running():
+        await bench.received(lambda: _receipt_lines(bench) == [1])
+        bench.fake.add_lines("j1", "b")
+        await bench.received(lambda: _receipt_lines(bench) == [1, 2])
+        # This one comes too soon after the receipt.
+        bench.fake.add_lines("j1", "c")
+        await bench.received(lambda: bench.bodies() == ["a", "b", "c"])
+    async with bench.running() as agent:
+        bench.fake.set_state("j1", "SUCCEEDED", logs_complete=True)
+        await until(lambda: _receipt_lines(bench)[-1] == 3 and not agent.tailers)
+    assert bench.bodies() == ["a", "b", "c"]
+    assert _receipt_lines(bench) == [1, 2, 3]
+    assert len(bench.collector.spans()) == 4
+
+
+def _receipt_lines(bench: Bench) -> list[int]:
+    receipts = [row for row in bench.collector.log_records() if row.event_name == "tailspan.receipt"]
+    return [row.attributes["tailspan.lines.read"] for row in receipts]
 
 
 @looped

@@ -369,14 +369,15 @@ def test_run_counts_survive_restarts(bench: Bench) -> None:
 
 
 def test_what_outlives_a_job_is_relayed_by_later_passes(bench: Bench) -> None:
-    """The trace is complete with the first pass; lines of a background process, and the receipt, come later."""
+    """The first pass sends the trace and the receipt; lines of a background process amend the receipt."""
     ended(bench.fake, "j1", "a", state="FAILED", exit_code=3, finished_at=ago(minutes=5), logs_complete=False)
-    assert bench.once().acked == 2
+    assert bench.once().acked == 3
     assert bench.spans()["run"].attributes["tailspan.logs.complete"] is False
     bench.fake.add_lines("j1", "b")
     bench.once()
     bench.once()
-    assert [row.event_name for row in bench.collector.log_records()] == ["", "exception", ""]
+    events = [row.event_name for row in bench.collector.log_records()]
+    assert events == ["", "exception", "tailspan.receipt", "", "tailspan.receipt"]
     bench.fake.add_lines("j1", "c")
     bench.fake.set_state("j1", "FAILED", logs_complete=True)
     bench.once()

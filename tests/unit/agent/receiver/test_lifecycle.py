@@ -91,16 +91,14 @@ def test_a_lifecycle_that_is_over_stays_as_it_is(life: JobLifecycle, seen: list[
 @THOROUGH
 @given(LIVES, st.lists(OBSERVATIONS, max_size=30))
 def test_the_end_is_reported_only_after_a_terminal_status(life: JobLifecycle, seen: list[Observation]) -> None:
-    """Also if observations come in an order that no tailer makes; while the log is open, at most once."""
-    before, terminal = life, None
+    """Also if observations come in an order that no tailer makes."""
+    terminal = None
     for after, one, action in walk(life, seen):
         if isinstance(one, StatusSeen) and not after.is_over:
             terminal = one.terminal
         if isinstance(action, ReportEnd) and isinstance(one, LogRead) and terminal is not None:
             assert terminal
             assert one.complete
-        assert not before.end_reported or action != ReportEnd(log_complete=False)
-        before = after
 
 
 @THOROUGH
@@ -168,7 +166,6 @@ class Driver:
     """
 
     life: JobLifecycle
-    follow_to_end_s: float = LATE_LINES_S
     may_lack_lines: bool = True
     unreported: int = 0
     done: Counter[Action] = field(default_factory=Counter)
@@ -176,8 +173,7 @@ class Driver:
     ended_at_s: float | None = None
 
     def __post_init__(self) -> None:
-        follow_to_end_s = 0.0 if self.life.once else self.follow_to_end_s
-        self.follower = Follower(settle_s=10.0, follow_to_end_s=follow_to_end_s)
+        self.follower = Follower(settle_s=10.0)
 
     def poll(self, moment: Moment) -> None:
         """Poll the job once."""
@@ -239,8 +235,12 @@ class Driver:
         raise AssertionError("the actions have no end")
 
     def reports(self) -> int:
-        """Return how often a complete log was reported."""
-        return self.done[ReportEnd(log_complete=True)]
+        """Return how often the end was reported."""
+        return sum(self.done[ReportEnd(log_complete=complete)] for complete in (False, True))
+
+    def receipts(self) -> int:
+        """Return how often a receipt was written or amended."""
+        return sum(count for one, count in self.done.items() if isinstance(one, CompleteLog))
 
 
 @THOROUGH
@@ -254,8 +254,7 @@ def test_a_job_that_ends_is_done_exactly_once(
 ) -> None:
     """Whatever came before: a steady end leads to DONE, with one report since the job last ran, and no line left out.
 
-    A job may run again: then its end is reported again, and the store counts the first report only. A log that is not
-    relayed may stay open.
+    A job may run again: then its end is reported again, and the store counts the first report only.
     """
     relays_logs, end_mark = log
     driver = Driver(JobLifecycle(relays_logs=relays_logs), may_lack_lines=may_lack_lines)
@@ -269,24 +268,47 @@ def test_a_job_that_ends_is_done_exactly_once(
         driver.poll(Moment(JobState.SUCCEEDED, end_mark, after_s=LATE_LINES_S / 4))
     assert driver.life.state is TailState.DONE
     assert driver.reports() == reports + (0 if relayed else 1)
-    assert driver.done[ReportEnd(log_complete=False)] <= 1
     assert driver.unreported == 0 or was_over
     assert driver.done[Stop()] == 1
 
 
 @THOROUGH
 @given(st.lists(MOMENTS, max_size=12))
-def test_a_log_that_stays_open_is_followed_with_one_report(before: list[Moment]) -> None:
-    """Something outlives the job: its run is reported once, and its log is followed for as long as it is open."""
+def test_a_log_that_stays_open_does_not_keep_its_job(before: list[Moment]) -> None:
+    """The run is reported once, its receipt comes within seconds, and the log is followed for as long as it is open."""
     driver = Driver(JobLifecycle())
     for moment in before:
         driver.poll(replace(moment, end_mark=False))
+    reports, relayed = driver.reports(), driver.life.state is TailState.LATE_LINES
+    for _ in range(4):
+        driver.poll(Moment(JobState.FAILED, end_mark=False, lines=1))
+    assert driver.life.state is TailState.LATE_LINES
+    assert driver.reports() == reports + (not relayed)
+    assert driver.done[CompleteLog(late_lines=True, still_open=True)] >= 1
     for _ in range(9):
         driver.poll(Moment(JobState.FAILED, end_mark=False, lines=1, after_s=LATE_LINES_S))
-        assert not driver.life.is_over
-    assert driver.life.state is TailState.OPEN_END
-    assert driver.done[ReportEnd(log_complete=False)] == 1
-    assert driver.reports() == 0
+        assert driver.life.state is TailState.LATE_LINES
+        assert driver.unreported == 0
+    driver.poll(Moment(JobState.FAILED, end_mark=True, lines=1))
+    driver.poll(Moment(JobState.FAILED, end_mark=True))
+    assert driver.life.state is TailState.DONE
+    assert driver.reports() == reports + (not relayed)
+    assert driver.unreported == 0
+
+
+def test_a_busy_background_process_does_not_cause_a_receipt_for_each_line() -> None:
+    """The receipt of an open log is amended in growing intervals, at least every ten minutes, and at the end."""
+    driver = Driver(JobLifecycle(), may_lack_lines=False)
+    driver.poll(Moment(JobState.RUNNING, end_mark=False))
+    for _ in range(7200):
+        driver.poll(Moment(JobState.SUCCEEDED, end_mark=False, lines=1, after_s=0.5))
+        assert driver.unreported <= 2 * 600
+    assert 8 <= driver.receipts() <= 20
+    receipts = driver.receipts()
+    driver.poll(Moment(JobState.SUCCEEDED, end_mark=True))
+    assert driver.receipts() == receipts + 1
+    assert driver.life.state is TailState.DONE
+    assert driver.unreported == 0
 
 
 @THOROUGH
@@ -321,17 +343,17 @@ def test_a_deleted_job_is_done_at_once(before: list[Moment], late_lines: bool) -
 
 
 @THOROUGH
-@given(st.lists(MOMENTS, max_size=12), END_MARKS)
-def test_late_lines_are_relayed_for_an_hour(later: list[Moment], end_mark: bool | None) -> None:
+@given(st.lists(MOMENTS, max_size=12))
+def test_late_lines_are_relayed_for_an_hour(later: list[Moment]) -> None:
     """A restarted agent continues with a complete job; late lines only amend its receipt."""
     driver = Driver(JobLifecycle())
     driver.ended_at_s = driver.now_s
-    first = StatusSeen(terminal=True, end_mark=end_mark, completed_before=True, late_lines=True)
+    first = StatusSeen(terminal=True, completed_before=True, late_lines=True)
     driver.life, action = advance(driver.life, first)
     assert action == ReadLateLines()
     came_late = False
     for moment in later:
-        driver.poll(replace(moment, state=JobState.SUCCEEDED))
+        driver.poll(replace(moment, state=JobState.SUCCEEDED, end_mark=None))
         assert driver.life.state is (TailState.DONE if driver.ended_ago_s >= LATE_LINES_S else TailState.LATE_LINES)
         assert driver.unreported == 0 or driver.life.is_over
         came_late = came_late or moment.lines > 0
@@ -339,10 +361,10 @@ def test_late_lines_are_relayed_for_an_hour(later: list[Moment], end_mark: bool 
             break
     reconciled = sum(count for one, count in driver.done.items() if isinstance(one, Reconcile))
     assert reconciled == (came_late and driver.life.is_over)
-    assert driver.reports() == driver.done[ReportEnd(log_complete=False)] == 0
+    assert driver.reports() == 0
 
 
-NEW, FOLLOWING, SETTLING, OPEN_END, LATE_LINES, DONE, STOPPED = TailState
+NEW, FOLLOWING, SETTLING, LATE_LINES, DONE, STOPPED = TailState
 
 
 def at(state: TailState, **fields: Any) -> JobLifecycle:
@@ -372,8 +394,7 @@ def late(lines: int, ago_s: float, *, lacks: bool = False) -> LateLinesRead:
         (at(NEW), StatusSeen(terminal=False, completed_before=True, late_lines=True), DONE, Stop()),
         (at(LATE_LINES, completed_before=True), StatusSeen(terminal=False), DONE, Stop()),
         (at(LATE_LINES), StatusSeen(terminal=False), FOLLOWING, ReadLog()),
-        (at(OPEN_END), StatusSeen(terminal=False), FOLLOWING, ReadLog()),
-        (at(OPEN_END), StatusSeen(terminal=True), OPEN_END, ReadLog()),
+        (at(LATE_LINES), StatusSeen(terminal=True, end_mark=False), LATE_LINES, ReadLateLines()),
         (at(FOLLOWING), LogRead(complete=False), FOLLOWING, WaitForPoll()),
         (at(FOLLOWING, once=True), LogRead(complete=False), FOLLOWING, AwaitAcks()),
         (at(FOLLOWING, once=True), AllAcked(), STOPPED, Stop()),
@@ -386,9 +407,13 @@ def late(lines: int, ago_s: float, *, lacks: bool = False) -> LateLinesRead:
             SETTLING,
             ReportEnd(log_complete=True),
         ),
-        (at(SETTLING, end_mark=False), ended(complete=False), OPEN_END, WaitForPoll()),
-        (at(SETTLING, end_mark=False, once=True), ended(complete=False), OPEN_END, AwaitAcks()),
-        (at(SETTLING, end_mark=False, end_reported=True), LogRead(complete=True), OPEN_END, WaitForPoll()),
+        (at(SETTLING, end_mark=False), ended(complete=False), SETTLING, CompleteLog(late_lines=True, still_open=True)),
+        (
+            at(SETTLING, end_mark=False),
+            ended(9e9, complete=False),
+            SETTLING,
+            CompleteLog(late_lines=True, still_open=True),
+        ),
         (at(SETTLING), ended(), SETTLING, CompleteLog(late_lines=True)),
         (at(SETTLING), ended(3600), SETTLING, CompleteLog(late_lines=False)),
         (at(SETTLING, end_mark=True), ended(), SETTLING, CompleteLog(late_lines=False)),
@@ -400,6 +425,25 @@ def late(lines: int, ago_s: float, *, lacks: bool = False) -> LateLinesRead:
         (at(LATE_LINES, once=True), late(0, 9), STOPPED, Stop()),
         (at(LATE_LINES), late(1, 9), LATE_LINES, CompleteLog(late_lines=True)),
         (at(LATE_LINES), late(1, 3600), LATE_LINES, CompleteLog(late_lines=False)),
+        (at(LATE_LINES, end_mark=False), late(0, 3600), LATE_LINES, WaitForPoll()),
+        (at(LATE_LINES, end_mark=False), late(1, 3600), LATE_LINES, CompleteLog(late_lines=True, still_open=True)),
+        (at(LATE_LINES, end_mark=False, amend_after_s=9), late(1, 8), LATE_LINES, WaitForPoll()),
+        (
+            at(LATE_LINES, end_mark=False, amend_after_s=9, once=True),
+            late(1, 8),
+            LATE_LINES,
+            CompleteLog(late_lines=True, still_open=True),
+        ),
+        (at(LATE_LINES, end_mark=False, once=True), late(0, 9), STOPPED, Stop()),
+        (at(LATE_LINES, end_mark=True, amend_after_s=9), late(1, 8), LATE_LINES, CompleteLog(late_lines=False)),
+        (at(LATE_LINES, end_mark=True), late(0, 8), LATE_LINES, CompleteLog(late_lines=False)),
+        (at(LATE_LINES, end_mark=True), Reconciled(lines=0), LATE_LINES, CompleteLog(late_lines=False)),
+        (
+            at(LATE_LINES, end_mark=False, unreported=1),
+            late(0, 8),
+            LATE_LINES,
+            CompleteLog(late_lines=True, still_open=True),
+        ),
         (at(LATE_LINES), late(0, 3600, lacks=True), LATE_LINES, CloseLog()),
         (at(LATE_LINES, saw_late_lines=True), late(0, 3600, lacks=True), LATE_LINES, Reconcile(lines=0)),
         (at(LATE_LINES), Reconciled(lines=0), LATE_LINES, CloseLog()),

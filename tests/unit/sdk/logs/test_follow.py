@@ -132,27 +132,36 @@ def test_a_service_clock_that_is_behind_does_not_skip_settling():
 
 
 def test_what_outlives_a_job_does_not_keep_its_reader():
-    """When the service reports that lines may still come, settling ends the read however many come."""
+    """A log that the service marks as open is complete 2 s after the end, however many lines come; a filter may end."""
     follower = Follower()
     for second in (0.0, 0.2):
         see(follower, job(JobState.SUCCEEDED, ended_ago_s=0, logs_complete=False, at_s=0), second)
-    follower.on_read(5, 9.9)
+    follower.on_read(5, 1.9)
+    assert follower.needs_status
     assert not follower.complete
-    follower.on_read(5, 10.1)
+    follower.on_read(5, 2.1)
     assert follower.complete
 
 
-def test_the_end_of_the_log_can_be_waited_for():
-    """With follow_to_end_s, a log that is not marked as ended is followed that much longer."""
-    follower = Follower(follow_to_end_s=3600)
+def test_an_open_log_settles_no_longer_than_others():
+    """A shorter `settle_s` counts for it, too."""
+    follower = Follower(settle_s=0.5)
     for second in (0.0, 0.2):
         see(follower, job(JobState.SUCCEEDED, ended_ago_s=0, logs_complete=False, at_s=0), second)
-    follower.on_read(0, 60)
-    follower.on_read(0, 90)
-    assert follower.needs_status
+    follower.on_read(5, 0.4)
     assert not follower.complete
-    see(follower, job(JobState.SUCCEEDED, ended_ago_s=0, logs_complete=True, at_s=0), 91)
-    follower.on_read(1, 91)
+    follower.on_read(5, 0.6)
+    assert follower.complete
+
+
+def test_an_open_log_that_ends_is_complete_at_once():
+    """The mark at its end needs one more read and no settling."""
+    follower = Follower()
+    see(follower, job(JobState.SUCCEEDED, ended_ago_s=0, logs_complete=False, at_s=0), 0)
+    follower.on_read(0, 0.1)
+    see(follower, job(JobState.SUCCEEDED, ended_ago_s=0, logs_complete=True, at_s=0), 0.2)
+    assert not follower.complete
+    follower.on_read(1, 0.2)
     assert follower.complete
 
 
