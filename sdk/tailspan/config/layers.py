@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from tailspan._config_file import read_config_text
 from tailspan.config.signals import SIGNALS
 from tailspan.errors import ConfigError
 
@@ -162,17 +163,7 @@ def file_layer(path: Path | None) -> Layer:
     """
     if path is None:
         return Layer({}, {})
-    try:
-        text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path} is a directory: give the path of the TOML file") from None
-    except FileNotFoundError:
-        raise ConfigError(f"there is no configuration file {path}: check --config or TAILSPAN_CONFIG") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"cannot read the configuration file {str(path)!r}: {reason}") from None
+    text = read_config_text(str(path))
     try:
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
+from tailspan._config_file import read_config_text
 from tailspan.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -146,15 +147,7 @@ def _text(value: object) -> str:
 
 
 def _read(path: str) -> dict[str, Any]:
-    try:
-        with open(path, "rb") as file:
-            text = file.read().decode("utf-8-sig").replace("\r\n", "\n")
-    except FileNotFoundError:
-        raise ConfigError(f"there is no configuration file {path}: check --config or TAILSPAN_CONFIG") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the configuration file {path!r}: {error}") from None
+    text = read_config_text(path)
     import tomllib
 
     try:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import tailspan
+from tailspan._config_file import MAX_CONFIG_BYTES
 from tests.fakes.local_jobs import until
 from tests.fakes.variants import Variants
 
@@ -61,6 +62,37 @@ def test_what_concerns_the_agent_does_not_concern_a_job(variants: Variants, tmp_
     assert (done.returncode, done.stdout, done.stderr) == (7, b"out\n", b"err\n")
     assert len(variants.jobs()) == 1
     assert variants.run("tailspan", COMMAND, "--config", str(path), "--strict").returncode == 2
+
+
+@pytest.mark.parametrize("kind", ["/dev/full", "/dev/zero", "directory", "large file", "binary"])
+def test_a_configuration_that_is_not_a_file(variants: Variants, tmp_path: Path, kind: str) -> None:
+    """A device without end is not read for ever; the job runs, and one line says why it is not captured."""
+    path = tmp_path / "config"
+    if kind == "large file":
+        path.write_text("#" * (MAX_CONFIG_BYTES + 1))
+    elif kind == "binary":
+        path.write_bytes(os.urandom(100) + b"\xff")
+    elif kind == "directory":
+        path.mkdir()
+    env = {**variants.env, "TAILSPAN_CONFIG": kind if kind.startswith("/") else str(path)}
+    done = variants.run("tailspan", COMMAND, env=env)
+    assert (done.returncode, done.stdout) == (7, b"out\n")
+    assert NOT_CAPTURED.fullmatch(done.stderr.removesuffix(b"err\n"))
+
+
+def test_a_configuration_from_a_pipe(variants: Variants) -> None:
+    """`<(...)` of a shell is read to its end, and a named pipe waits for its writer, but not for ever."""
+    (variants.directory / "config").write_text(f'[services.local]\nstate_dir = "{variants.directory}/x"\n')
+    (variants.directory / "slow").write_text("sleep 0.3; cat config")
+    script = (
+        "unset TAILSPAN_STATE_DIR; mkfifo pipe; (sh slow > pipe) & TAILSPAN_CONFIG=pipe tailspan_run -- echo one\n"
+        "TAILSPAN_CONFIG=<(sh slow) tailspan_run -- echo two; TAILSPAN_CONFIG=pipe tailspan_run -- echo three"
+    )
+    done = variants.shell(script)
+    assert done.stdout == b"one\ntwo\nthree\n"
+    assert NOT_CAPTURED.fullmatch(done.stderr)
+    assert b"sends nothing within 5 s" in done.stderr
+    assert len(list((variants.directory / "x" / "jobs").glob("2*"))) == 2
 
 
 @pytest.mark.parametrize("where", ["/proc/x", "/dev/null", "/dev/full/x", "file/x"])
