@@ -98,7 +98,15 @@ def run_command(options: RunOptions, *, own_process: bool = False) -> int:
                 request = _request(options, settings.encoding)
             place = StateDir(settings.state_dir, gid=settings.gid)
             on_id = None if options.detach else _say_id
-            launched = launch(place, request, otlp=settings.otlp, grace_s=CANCEL_GRACE_S, caller=caller, on_id=on_id)
+            launched = launch(
+                place,
+                request,
+                otlp=settings.otlp,
+                grace_s=CANCEL_GRACE_S,
+                caller=caller,
+                on_id=on_id,
+                discard=not options.strict,
+            )
         except MaybeStartedError:
             raise
         except Exception as error:

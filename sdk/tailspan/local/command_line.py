@@ -1,4 +1,8 @@
-"""How a command is shown without its secrets. Pure.
+"""Hide secrets in what is stored and sent of a command: its arguments, the job's name and attributes. Pure.
+
+A secret is found by the name before it (``--password x``, ``DB_PASS=x``), by the option of a known program
+(``mysql -px``), by its place in a URL, or by its own form. A script within an argument (``sh -c "..."``) is divided
+into words, and each of its commands is treated like the command itself.
 
 `tailspan run` imports this before it starts the command: the patterns are compiled only where a text can match.
 """
@@ -9,76 +13,309 @@ from tailspan.local.job_name import default_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import re
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    _Patterns = tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str], re.Pattern[str]]
-
-
-__all__ = ["default_name", "redact_command", "redact_name"]
+__all__ = ["default_name", "redact_attributes", "redact_command", "redact_name"]
 
 _HIDDEN = "***"
-# Each match of a pattern contains one of these, in lower case.
+# Each name of a secret and each form of a secret contains one of these, in lower case.
 _HINTS = (
-    "passw", "passphrase", "pwd", "secret", "token", "key", "credential", "authorization", "cookie", "bearer", "gh",
-    "glpat-", "xox", "sk-", "akia", "asia", "eyj", "://",
+    "pass", "pw", "phrase", "secret", "token", "key", "cred", "auth", "cookie", "bearer", "session", "otp", "jwt",
+    "psk", "sig", "identified", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-", "xox", "sk-", "akia",
+    "asia", "aiza", "eyj", "ya29.", "npm_", "pypi-", "hf_",
 )  # fmt: skip
-_compiled: _Patterns | None = None
+# Options of programs that take a secret and whose names do not reveal that. A program also counts after a wrapper:
+# `docker exec db mysql -px`.
+_PROGRAMS = {
+    **dict.fromkeys(("mysql", "mysqldump", "mysqladmin", "mysqlimport", "mysqlcheck", "mysqlpump", "mysqlslap"), "-p"),
+    **dict.fromkeys(
+        ("mariadb", "mariadb-dump", "mariadb-admin", "mariadb-import", "mariadb-check", "mysqlbinlog"), "-p"
+    ),
+    **dict.fromkeys(("mongo", "mongosh", "mongodump", "mongorestore", "mongoexport", "mongoimport"), "-p"),
+    **dict.fromkeys(("ldapsearch", "ldapadd", "ldapmodify", "ldapdelete", "ldappasswd", "ldapwhoami"), "-w"),
+    **dict.fromkeys(("sqlcmd", "bcp", "osql", "tsql", "isql"), "-P"),
+    **dict.fromkeys(("docker", "podman", "helm", "oc", "buildah", "skopeo", "nerdctl", "crane", "cf", "az"), "-p"),
+    **dict.fromkeys(("7z", "7za", "7zr", "7zz", "rar", "unrar"), "-p"),
+    "sshpass": "-p",
+    "curl": "-u -U -b --user --proxy-user",
+    "wget": "--user",
+    "http": "-a",
+    "https": "-a",
+    "xh": "-a",
+    "redis-cli": "-a",
+    "redis-benchmark": "-a",
+    "valkey-cli": "-a",
+    "openssl": "-k -K",
+    "smbclient": "-U",
+    "rpcclient": "-U",
+    "lftp": "-u",
+    "ncftp": "-p",
+    "ncftpput": "-p",
+    "ncftpget": "-p",
+    "useradd": "-p",
+    "usermod": "-p",
+    "zip": "-P",
+    "unzip": "-P",
+    "impala-shell": "-l",
+    "beeline": "-p",
+    "snmpget": "-A -X",
+    "snmpwalk": "-A -X",
+    "ipmitool": "-P",
+    "pdftk": "user_pw owner_pw",
+    "swaks": "-ap",
+    "vncviewer": "-P",
+}
+# Here `-p x` has another meaning than `-px`: a port, or a file.
+_JOINED_ONLY = ("mysql", "mariadb", "7z", "rar", "unrar")
+# Of these only `docker login -p x` and the like.
+_LOGIN_ONLY = ("docker", "podman", "helm", "oc", "buildah", "skopeo", "nerdctl", "crane", "cf", "az")
+# Flags of curl that may precede an option in one argument: `-sSu me:secret`.
+_CURL_FLAGS = "#0346aBfgGiIjJklLnNOpqRsSvZ"
+# Programs whose argument `user/password@database` is a login.
+_SLASH_LOGINS = ("sqlplus", "sqlldr", "expdp", "impdp", "exp", "imp", "rman", "sqlcl")
+# After these words a name of its own precedes its value: `aws configure set aws_secret_access_key x`.
+_SETTERS = ("set", "setenv", "config", "configure")
+_MARKS = "\"'\\`$({})"
+_AS_SPACES = str.maketrans(dict.fromkeys(f"{_MARKS};|&/", " "))
+_TRAILING = ",;)]}"
+_MAX_DEPTH = 4
+_patterns: _Patterns | None = None
 
 
-def _patterns() -> _Patterns:
-    global _compiled
-    if _compiled is None:
-        _compiled = _compile()
-    return _compiled
+class _Patterns:
+    """The compiled patterns.
 
+    An argument may be 128 KB long: whatever repeats is bounded, or the search would be quadratic in its length.
 
-def _compile() -> _Patterns:
-    """Return the patterns of an option with a secret, a secret after its name, a secret word, and a URL with a user."""
-    import re
+    Attributes:
+        option: An option or variable with a secret, as a whole word.
+        assignment: The beginning of a word up to a secret value: ``DB_PASS=``, ``-Dpassword=``.
+        header: The beginning of a text up to a secret value: ``X-Api-Key: ``.
+        value: A secret after its name, anywhere in a text.
+        form: A secret by its own form.
+        url: The user and the password of a URL.
+        word: A word of a shell script.
+        separator: What ends a command of a shell script.
+    """
 
-    # An argument may be 128 KB long: whatever repeats is bounded, or the search would be quadratic in its length.
-    name = (
-        r"(?:passw(?:or)?d|passphrase|pwd|secret|token|api[_-]?key|access[_-]?key|private[_-]?key|credential"
-        r"|authorization|cookie)[\w.-]{0,64}+"
-    )
-    return (
-        re.compile(rf"--?[\w.-]{{0,64}}?{name}", re.IGNORECASE),
-        re.compile(
-            rf"""(?P<name>{name}["']?\s*[=:]\s*)(?P<quote>["']?)(?:(?:Bearer|Basic|Token)\s+)?[^\s"'&]+""",
+    def __init__(self) -> None:
+        import re
+
+        strong = (
+            r"passw(?:or)?d|pass-?phrase|passcode|secret|(?<!max[_-])(?<!num[_-])token(?!i[sz]|s?[_-](?:count|limit|size))"
+            r"|(?:api|access|private|account|master|encryption|signing|storage|license|subscription|functions)[_-]?key"
+            r"|credential|authorization|cookie|sess(?:ion)?[_-]?id"
+        )
+        weak = (
+            "pw|pwd|pass|passin|passout|storepass|keypass|auth|authkey|bearer|otp|jwt|psk|sig|signature|creds?"
+            "|auth[_-]?key|deploy[_-]?key"
+        )
+        # A weak name is a word of its own: not `compass`, but `DB_PASS` and `dbPass`.
+        begins = r"(?:(?<![A-Za-z0-9])|(?<=[a-z])(?=(?-i:[A-Z])))"
+        key = r"(?<=(?-i:[A-Z0-9])_)(?-i:KEY)"
+        name = rf"(?:(?:{strong})[\w.-]{{0,64}}+|{begins}(?:{weak}|{key})(?![\w-]))"
+        whole = rf"[\w.:/-]{{0,64}}?{name}"
+        quoted = r"""(?P<mark>\\{1,8}["']).*?(?:(?P=mark)|$)|"(?:\\.|[^"\\])*(?:"|$)|'(?:\\.|[^'\\])*(?:'|$)"""
+        scheme = r"(?:(?:Bearer|Basic|Token|Digest|Negotiate|ApiKey)\s{1,8})?"
+        self.option = re.compile(rf"--?{whole}", re.IGNORECASE)
+        self.assignment = re.compile(rf"(?:[\w.-]{{1,64}}+=)?[\w.$:-]{{0,64}}?{name}\+?=(?!=)", re.IGNORECASE)
+        self.header = re.compile(
+            rf"(?:-H|--[\w-]{{1,20}}=)?[\w-]{{0,64}}?(?:{name}|(?<=-)key)\s{{0,8}}:(?!/)\s{{0,8}}", re.IGNORECASE
+        )
+        self.value = re.compile(
+            rf"""(?P<name>(?:{name}["'\\\])}}]{{0,9}}\s{{0,8}}(?:=>|:=|[=:>])|(?:password|identified\s+by)\s+(?=["']))\s{{0,8}})"""
+            rf"""(?!["'\\]{{0,9}}\*\*\*)(?:{quoted}|["']?{scheme}[^\s"'&<]+)""",
+            re.IGNORECASE | re.DOTALL,
+        )
+        self.form = re.compile(
+            r"\b(?:gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|xox[abeprs]-[\w-]{10,}|sk-[\w-]{20,}"
+            r"|(?:AKIA|ASIA)[A-Z0-9]{16}|AIza[\w-]{30,}|ya29\.[\w-]{20,}|npm_\w{30,}|pypi-[\w-]{20,}|hf_\w{30,}"
+            r"|eyJ[\w-]{10,4096}+\.[\w-]{10,8192}+\.[\w-]*)|(?<=(?-i:B|b)earer )[^\s\"']+",
+        )
+        self.url = re.compile(
+            r"""(?P<scheme>\b[a-z][a-z0-9+.-]{0,30}+://)"""
+            r"""(?:[^\s/?\#@:"'<>]{0,256}+:(?!\d{1,5}[/?\#])[^\s"'<>]{0,300}|[^\s/?\#@:"'<>]{0,256})@""",
             re.IGNORECASE,
-        ),
-        re.compile(
-            r"\b(?:gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|xox[abprs]-[\w-]{10,}|sk-[\w-]{20,}"
-            r"|(?:AKIA|ASIA)[A-Z0-9]{16}|eyJ[\w-]{10,4096}+\.[\w-]{10,8192}+\.[\w-]*)|(?<=Bearer )\S+",
-        ),
-        re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]{0,30}+://)[^\s/@:]*+(?P<password>:[^\s/@]*)?@", re.IGNORECASE),
-    )
+        )
+        self.word = re.compile(r"""(?:[^\s'"\\;|&()<>]|\\.|'[^']*'|"(?:\\.|[^"\\])*")+""", re.DOTALL)
+        self.separator = re.compile(r"[;|&\n(]")
 
 
 def redact_command(command: Sequence[str]) -> list[str]:
-    """Return the command with what looks like a secret hidden: by the name before it, or by its own form."""
+    """Return the command with its secrets hidden; as many arguments as before."""
     if not _may_have_secret(" ".join(command)):
         return list(command)
-    shown: list[str] = []
-    for number, argument in enumerate(command):
-        if number and _patterns()[0].fullmatch(command[number - 1]) and not argument.startswith("--"):
-            shown.append(_HIDDEN)
-        else:
-            shown.append(redact_name(argument))
-    return shown
+    found = _compiled()
+    return _redact_words(found, list(command), 0)
 
 
 def redact_name(text: str) -> str:
-    """Return a text with what looks like a secret hidden, by its own form or by the name in front of it."""
+    """Return a text, such as a job's name, with its secrets hidden."""
     if not _may_have_secret(text):
         return text
-    _, value, word, url_user = _patterns()
-    text = url_user.sub(rf"\g<scheme>{_HIDDEN}@", text)
-    text = value.sub(rf"\g<name>\g<quote>{_HIDDEN}", text)
-    return word.sub(_HIDDEN, text)
+    return _redact_word(_compiled(), text, "", 0)
+
+
+def redact_attributes(attributes: Mapping[str, str]) -> dict[str, str]:
+    """Return a job's attributes with their secrets hidden: in a key, in a value, or by the key's name."""
+    return {redact_name(key): _redact_attribute(key, value) for key, value in attributes.items()}
+
+
+def _redact_attribute(key: str, value: str) -> str:
+    if _may_have_secret(key) and value and _compiled().option.fullmatch(f"-{key}"):
+        return _HIDDEN
+    return redact_name(value)
+
+
+def _compiled() -> _Patterns:
+    global _patterns
+    if _patterns is None:
+        _patterns = _Patterns()
+    return _patterns
 
 
 def _may_have_secret(text: str) -> bool:
     lower = text.lower()
-    return any(hint in lower for hint in _HINTS)
+    if any(hint in lower for hint in _HINTS) or ("://" in text and "@" in text):
+        return True
+    words = text.translate(_AS_SPACES).split()
+    return any(word in _PROGRAMS or word in _SLASH_LOGINS for word in words)
+
+
+def _redact_words(found: _Patterns, words: Sequence[str], depth: int) -> list[str]:
+    """Return the words of one command with its secrets hidden.
+
+    Args:
+        found: The patterns.
+        words: The command; in a script with their quotes.
+        depth: How many scripts there are around it.
+    """
+    shown: list[str] = []
+    program = before = ""
+    sets = False
+    for number, word in enumerate(words):
+        bare = word.strip(_MARKS)
+        if number and _hides_next(found, before, program, sets=sets) and not bare.startswith("--"):
+            shown.append(_hide(word))
+            # The value of an option is not an option itself; what `sshpass` starts has options of its own.
+            before, program = "", "" if program == "sshpass" else program
+            continue
+        shown.append(_redact_word(found, word, program, depth, is_script=_precedes_script(before)))
+        base = bare.rpartition("/")[2]
+        if base in _PROGRAMS or base in _SLASH_LOGINS:
+            program = base
+        elif base == "login" and program in _LOGIN_ONLY:
+            program = f"{program} login"
+        sets = sets or bare in _SETTERS
+        before = bare
+    return shown
+
+
+def _hides_next(found: _Patterns, word: str, program: str, *, sets: bool) -> bool:
+    """Return whether the word after this one is a secret."""
+    if word.startswith("-"):
+        return bool(found.option.fullmatch(word)) or _is_secret_option(word, program)
+    if word.lower() == "convertto-securestring" or (program == "pdftk" and word in _PROGRAMS[program].split()):
+        return True
+    return sets and bool(found.option.fullmatch(f"-{word}"))
+
+
+def _is_secret_option(word: str, program: str) -> bool:
+    if program.startswith(_JOINED_ONLY) or program in _LOGIN_ONLY:
+        return False
+    options = _PROGRAMS.get(program.removesuffix(" login"), "").split()
+    if program == "curl" and not word.startswith("--"):
+        return word[-1] in "uUb" and not word[1:-1].strip(_CURL_FLAGS)
+    return word in options
+
+
+def _precedes_script(word: str) -> bool:
+    """Return whether the word after this one is a script: ``-c``, ``-lc``."""
+    return word.startswith("-") and word.endswith("c") and not word.startswith("--")
+
+
+def _redact_word(found: _Patterns, word: str, program: str, depth: int, *, is_script: bool = False) -> str:
+    """Return a word with the secrets within it hidden."""
+    if is_script and depth < _MAX_DEPTH:
+        return _redact_text(found, _redact_script(found, word, depth + 1), depth)
+    opening = word[: len(word) - len(word.lstrip("\"'"))]
+    body = word[len(opening) :]
+    match = found.assignment.match(body) if "=" in body else None
+    match = match or (found.header.match(body) if ":" in body else None)
+    if match is not None and match.end() < len(body):
+        return opening + match[0] + _hide(body[match.end() :], closing=opening)
+    joined = _joined_option(word, program)
+    if joined:
+        return joined + _hide(word[len(joined) :])
+    if depth < _MAX_DEPTH and any(char.isspace() for char in word):
+        word = _redact_script(found, word, depth + 1)
+    return _redact_text(found, word, depth)
+
+
+def _redact_text(found: _Patterns, word: str, depth: int) -> str:
+    """Return a text without secrets that are recognised wherever they are."""
+    if depth:
+        # The whole script is searched at once.
+        return word
+    word = found.url.sub(rf"\g<scheme>{_HIDDEN}@", word)
+    word = found.value.sub(lambda match: match["name"] + _hide(match[0][len(match["name"]) :]), word)
+    return found.form.sub(_HIDDEN, word)
+
+
+def _joined_option(word: str, program: str) -> str:
+    """Return the part of a word before the secret that a known program has in it; empty without one."""
+    if program in _SLASH_LOGINS:
+        user, slash, rest = word.partition("/")
+        return user + slash if rest and slash and user and not user.startswith(("-", ".", "@", "/")) else ""
+    if not word.startswith("-") or program in _LOGIN_ONLY:
+        return ""
+    if program == "curl" and not word.startswith("--"):
+        flags = word[1:].lstrip(_CURL_FLAGS)
+        return word[: len(word) - len(flags) + 1] if flags[:1] in ("u", "U", "b") and len(flags) > 1 else ""
+    for option in _PROGRAMS.get(program.removesuffix(" login"), "").split():
+        if option.startswith("--") and word.startswith(f"{option}="):
+            return f"{option}="
+        if not option.startswith("--") and word.startswith(option) and len(word) > len(option):
+            return option
+    return ""
+
+
+def _redact_script(found: _Patterns, text: str, depth: int) -> str:
+    """Return a text, which may be a shell script, with the secrets in its commands hidden."""
+    parts: list[str] = []
+    words: list[str] = []
+    gaps: list[str] = []
+    done = 0
+    if text[:1] in ("'", '"') and text[-1:] == text[0] and len(text) > 1:
+        return text[0] + _redact_script(found, text[1:-1], depth) + text[0]
+    for match in found.word.finditer(text):
+        gap = text[done : match.start()]
+        if words and found.separator.search(gap):
+            parts += _joined(gaps, _redact_words(found, words, depth))
+            words, gaps = [], []
+        words.append(match[0])
+        gaps.append(gap)
+        done = match.end()
+    parts += _joined(gaps, _redact_words(found, words, depth))
+    return "".join(parts) + text[done:]
+
+
+def _joined(gaps: Sequence[str], words: Sequence[str]) -> list[str]:
+    return [part for pair in zip(gaps, words, strict=True) for part in pair]
+
+
+def _hide(value: str, *, closing: str = "") -> str:
+    r"""Return what is shown for a secret: its quotes stay, so that the rest of a script remains readable.
+
+    Args:
+        value: The secret, perhaps in quotes: ``"x"``, ``'x'``, ``\"x\"``.
+        closing: The quotes that were opened before it.
+    """
+    if closing:
+        return _HIDDEN + (closing[::-1] if value.endswith(closing[::-1]) else "")
+    mark = value[: len(value) - len(value.lstrip("\\")) + 1]
+    if mark[-1:] not in ("'", '"'):
+        return _HIDDEN
+    inner = value.rstrip(_TRAILING)
+    closed = inner.endswith(mark) and len(inner) > len(mark)
+    return mark + _HIDDEN + (mark + value[len(inner) :] if closed else "")

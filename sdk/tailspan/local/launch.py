@@ -15,7 +15,7 @@ import time
 
 from tailspan._identity import span_id, trace_id
 from tailspan.errors import ConfigError, ServiceUnavailableError
-from tailspan.local.command_line import default_name, redact_command, redact_name
+from tailspan.local.command_line import default_name, redact_attributes, redact_command, redact_name
 from tailspan.local.environment import job_environment, parent_of
 from tailspan.local.process_tree import DETACHED
 from tailspan.local.state import iso_time, write_state
@@ -235,6 +235,7 @@ def launch(
     grace_s: float,
     caller: CallerState | None = None,
     on_id: Callable[[str], None] | None = None,
+    discard: bool = False,
 ) -> Launched:
     """Start a job and return once its command runs, or cannot be executed (then the job fails).
 
@@ -245,6 +246,7 @@ def launch(
         grace_s: Between SIGTERM and SIGKILL, in seconds.
         caller: What the command inherits; None: the state of this process.
         on_id: Called with the job's id before the command runs.
+        discard: Whether nothing must remain of a job that did not start: its command then runs without us.
 
     Raises:
         ServiceUnavailableError: The supervisor did not start.
@@ -268,7 +270,7 @@ def launch(
             trace_id=job["trace_id"],
             span_id=span_id(job["identity"], job_id, "executing"),
             otlp=otlp,
-            attributes=request.attributes or {},
+            attributes=job["attributes"],
             python_context=_can_nest(request.command[0], inherited),
             unbuffered=any(output[2] is None for output in outputs),
         )
@@ -292,15 +294,19 @@ def launch(
         status_fd = _start_supervisor(place, job, request, spec, on_id)
     except BaseException:
         _close_pairs(terminals)
+        if discard:
+            place.discard(job_id)
         raise
     finally:
         for fd in fds:
             os.close(fd)
     try:
         return Launched(job_id, _wait_started(status_fd, job_id), status_fd, terminals)
-    except BaseException:
+    except BaseException as error:
         os.close(status_fd)
         _close_pairs(terminals)
+        if discard and not isinstance(error, MaybeStartedError):
+            place.discard(job_id)
         raise
 
 
@@ -316,12 +322,12 @@ def _job_of(place: StateDir, request: Request, job_id: str, now: int, inherited:
     return {
         "version": 1,
         "id": job_id,
-        "name": request.name or redact_name(default_name(request.command))[:_MAX_NAME_CHARS],
+        "name": redact_name(request.name or default_name(request.command))[:_MAX_NAME_CHARS],
         "command": redact_command(request.command),
         "cwd": os.path.abspath(request.cwd) if request.cwd is not None else _present_directory(),
         "host": os.uname().nodename,
         "user": _user(),
-        "attributes": dict(request.attributes or {}),
+        "attributes": redact_attributes(request.attributes or {}),
         "timeout_s": request.timeout_s,
         "submitted_at": iso_time(now),
         "identity": identity,

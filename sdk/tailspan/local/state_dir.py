@@ -118,6 +118,19 @@ class StateDir:
             raise
         return lock_fd
 
+    def discard(self, job_id: str) -> None:
+        """Remove a job that did not start and whose command runs without being captured, as far as possible."""
+        hidden = f"{self.jobs}/.new-{job_id}"
+        try:
+            # Readers must not find half of it.
+            os.rename(f"{self.jobs}/{job_id}", hidden)
+            for name in os.listdir(hidden):
+                os.unlink(f"{hidden}/{name}")
+            os.rmdir(hidden)
+        except OSError:
+            # It never appeared, or what is left is removed as an unfinished job.
+            pass
+
     def make_directories(self) -> None:
         """Make the directories that are missing, for their owner alone or for the group, whatever the umask.
 

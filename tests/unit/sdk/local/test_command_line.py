@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tailspan.local.command_line import default_name, redact_command
+from tailspan.local.command_line import default_name, redact_attributes, redact_command, redact_name
 from tailspan.local.environment import job_environment, parent_of
 
 
@@ -57,6 +59,70 @@ def test_a_job_is_called_after_its_program_or_script(command, name):
 def test_secrets_are_hidden(command, shown):
     """By the name before it, by its own form, or in a URL; what is none stays."""
     assert redact_command(command) == shown
+
+
+HIDDEN = r"""
+load --pass hunter2                                           | load --pass ***
+load --auth hunter2 --author me --auth-type basic             | load --auth *** --author me --auth-type basic
+load --bearer=hunter2 --user-pass hunter2                     | load --bearer=*** --user-pass ***
+env DB_PASS=hunter2 PW=hunter2 STRIPE_KEY=hunter2 load        | env DB_PASS=*** PW=*** STRIPE_KEY=*** load
+mysql -uroot -phunter2 db                                     | mysql -uroot -p*** db
+mysql -u root -p db                                           | mysql -u root -p db
+docker exec db mysqldump -phunter2                            | docker exec db mysqldump -p***
+docker run -p 80:80 -ePASS=hunter2 x                          | docker run -p 80:80 -ePASS=*** x
+docker login -u me -p hunter2 reg                             | docker login -u me -p *** reg
+sshpass -p hunter2 ssh -p 22 host                             | sshpass -p *** ssh -p 22 host
+sshpass -phunter2 ssh host mysql -phunter2                    | sshpass -p*** ssh host mysql -p***
+curl -u me:hunter2 -o x https://h                             | curl -u *** -o x https://h
+curl -fsSLume:hunter2 https://h                               | curl -fsSLu*** https://h
+curl -sSu me:hunter2 --proxy-user=me:hunter2 x                | curl -sSu *** --proxy-user=*** x
+curl -H 'X-Api-Key: hunter2' '-HX-Auth-Token: hunter2 x'      | curl -H 'X-Api-Key: ***' '-HX-Auth-Token: ***'
+curl -H 'Authorization: Digest u="x", response="hunter2"'     | curl -H 'Authorization: ***'
+wget --header='Cookie: a=b; c=hunter2'                        | wget '--header=Cookie: ***'
+redis-cli -a hunter2 ping                                     | redis-cli -a *** ping
+openssl enc -pass pass:hunter2 -in x                          | openssl enc -pass *** -in x
+sqlplus scott/hunter2@db @x.sql                               | sqlplus scott/*** @x.sql
+7z a -phunter2 x.7z                                           | 7z a -p*** x.7z
+aws configure set aws_secret_access_key hunter2               | aws configure set aws_secret_access_key ***
+load postgres://me:hun@ter2/hunter2@db/x                      | load postgres://***@db/x
+load http://host:80/x@y git+https://h/a/b@v1                  | load http://host:80/x@y git+https://h/a/b@v1
+java -Dpassword=hunter2 -Ddb.pass=hunter2 -jar x.jar          | java -Dpassword=*** -Ddb.pass=*** -jar x.jar
+load '--from-literal=password=a hunter2'                      | load '--from-literal=password=***'
+load '{"password": "a hunter2", "user": "b"}'                 | load '{"password": "***", "user": "b"}'
+python -c 'connect(password="a hunter2", user="x")'           | python -c 'connect(password="***", user="x")'
+bash -c 'export PW=hunter2; run'                              | bash -c 'export PW=***; run'
+bash -c 'DB_PASS="a hunter2" cmd --x'                         | bash -c 'DB_PASS="***" cmd --x'
+sh -c 'load --password "a hunter2" --x y'                     | sh -c 'load --password "***" --x y'
+sh -c 'load "{\"password\": \"a hunter2\", \"x\": 1}"'         | sh -c 'load "{\"password\": \"***\", \"x\": 1}"'
+sh -c 'load "{\\\"pass\\\": \\\"a hunter2\\\"}"'                | sh -c 'load "{\\\"pass\\\": \\\"***\\\"}"'
+bash -lc 'bash -c "mysql -phunter2 db" | sort -p 3'           | bash -lc 'bash -c "mysql -p*** db" | sort -p 3'
+ssh host 'x=$(redis-cli -a hunter2); echo'                    | ssh host 'x=$(redis-cli -a ***); echo'
+fish -c 'set -gx DB_PASSWORD hunter2; run'                    | fish -c 'set -gx DB_PASSWORD ***; run'
+psql -p 5432 -c "ALTER USER x PASSWORD 'hunter2'"             | psql -p 5432 -c "ALTER USER x PASSWORD '***'"
+pwsh -c '$password = "hunter2"; Connect -Password hunter2'    | pwsh -c '$password = "***"; Connect -Password ***'
+load --max-tokens 4096 --tokenizer gpt2 --sort-key name       | load --max-tokens 4096 --tokenizer gpt2 --sort-key name
+"""
+
+
+@pytest.mark.parametrize("row", HIDDEN.strip().splitlines())
+def test_secrets_are_hidden_as_programs_take_them(row):
+    """By a program's own option, in scripts, quotes and headers; other options of the same spelling stay."""
+    command, shown = row.rsplit(" | ", 1) if row.count(" | ") == 1 else row.split("  | ")
+    assert redact_command(shlex.split(command)) == shlex.split(shown)
+
+
+def test_secrets_in_names_and_attributes():
+    """In a name that was given, in an attribute's key or value, and by an attribute's key."""
+    assert redact_name("load --password hunter2") == "load --password ***"
+    given = {"password": "hunter2", "db": "pg://u:hunter2@h", "pw=hunter2": "x", "token_count": "5", "team": "geo"}
+    shown = {"password": "***", "db": "pg://***@h", "pw=***": "x", "token_count": "5", "team": "geo"}
+    assert redact_attributes(given) == shown
+
+
+@pytest.mark.parametrize("part", ["://a:", "mysql -p", "password ", "pw=", "a'b\"", "password='", "( ", "eyJ", "a=:"])
+def test_the_longest_argument_takes_no_quadratic_time(part):
+    """An argument may have 128 KB; what a pattern repeats is bounded."""
+    assert len(redact_command(["load", part * (4096 // len(part))])) == 2
 
 
 @given(st.lists(st.text(), min_size=1))
