@@ -22,14 +22,23 @@ if TYPE_CHECKING:
 else:
     import _signal as signal  # without the enums of `signal`, which cost 4 ms
 
-__all__ = ["OUR_ERROR", "TIMED_OUT", "block_signals", "exit_code_of", "follow", "open_or_none", "passed_on"]
+__all__ = [
+    "OUR_ERROR",
+    "TIMED_OUT",
+    "block_signals",
+    "exit_code_of",
+    "follow",
+    "open_or_none",
+    "passed_on",
+    "stop_this_process",
+]
 
 TIMED_OUT = 124
 OUR_ERROR = 125
 NOTED = 0x80
 _PASSED_ON = (
     "SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGWINCH", "SIGVTALRM", "SIGPROF",
-    "SIGPWR", "SIGIO", "SIGURG", "SIGCHLD", "SIGINFO",
+    "SIGPWR", "SIGIO", "SIGURG", "SIGCHLD", "SIGINFO", "SIGTSTP", "SIGCONT",
 )  # fmt: skip
 _NOT_SENT = ("SIGIO", "SIGCHLD")
 _CHECK_S = 1.0
@@ -184,7 +193,7 @@ def _wait_by_polling(launched: Launched, signals: set[int]) -> Ended | None:
         while read_events(launched.status_fd, buffer, ended) and not ended:
             for fd, _ in poller.poll(_CHECK_S * 1000):
                 for number in os.read(fd, 64) if fd == read_fd else b"":
-                    keyed = number in (signal.SIGINT, signal.SIGQUIT)
+                    keyed = number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP)
                     _pass_on(launched, number, from_terminal=keyed and foreground_group() == os.getpgrp())
     finally:
         for number, handler in before.items():
@@ -204,11 +213,27 @@ def _pass_on(launched: Launched, number: int, *, from_terminal: bool) -> None:
     if number == signal.SIGWINCH and sum(copy_size(*pair) for pair in launched.terminals):
         # The terminal has sent it before the pseudo-terminal had the new size. Others in the group just look again.
         os.killpg(0, signal.SIGWINCH)
+    # The shell's `fg` continues the whole group: the job needs it only where it is still stopped.
+    _send(launched, number | (NOTED if from_terminal or number == signal.SIGCONT else 0))
+    if number == signal.SIGTSTP:
+        stop_this_process()
+
+
+def _send(launched: Launched, command: int) -> None:
     try:
-        os.write(launched.status_fd, bytes([number | (NOTED if from_terminal else 0)]))
+        os.write(launched.status_fd, bytes([command]))
     except OSError:
         # The supervisor is gone, which the next read finds.
         pass
+
+
+def stop_this_process() -> None:
+    """Stop like the job that got SIGTSTP, so that a shell sees a stopped job; return once SIGCONT has come."""
+    handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTSTP)
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTSTP])
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    signal.signal(signal.SIGTSTP, handler or signal.SIG_DFL)
 
 
 def _reap_strangers() -> None:

@@ -24,6 +24,7 @@ __all__ = [
     "DETACHED",
     "adopt_orphans",
     "die_with_parent",
+    "is_stopped",
     "live_descendants",
     "reset_internal_signals",
     "signal_descendants",
@@ -100,6 +101,12 @@ def live_descendants(root_pid: int) -> list[int]:
             found.append(child)
             todo.append(child)
     return found
+
+
+def is_stopped(pid: int) -> bool:
+    """Return whether a process is stopped, as by Ctrl-Z; True where the system does not report it."""
+    fields = _stat_fields(pid)
+    return fields[0] == b"T" if fields else sys.platform != "linux"
 
 
 def signal_descendants(root_pid: int, number: int) -> bool:

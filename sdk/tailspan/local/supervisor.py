@@ -23,7 +23,7 @@ import time
 from tailspan.local.capture import LogWriter
 from tailspan.local.command_process import Output, failure_text, start
 from tailspan.local.output_stream import READ_BYTES, OutputStream
-from tailspan.local.process_tree import DETACHED, adopt_orphans, live_descendants, signal_descendants
+from tailspan.local.process_tree import DETACHED, adopt_orphans, is_stopped, live_descendants, signal_descendants
 from tailspan.local.state import iso_time, state_line, write_state
 from tailspan.local.write_order import WriteOrder, in_order
 
@@ -82,7 +82,11 @@ def main(job_fd: int, spec_fd: int, lock_fd: int) -> None:
     try:
         _Supervisor(job_fd, lock_fd, status_fd, spec, outputs, inherited).run()
     except BaseException:
-        _write_failure(job_fd, file_mode)
+        try:
+            _write_failure(job_fd, file_mode)
+        except OSError:
+            # The submitter must learn the first problem, not this one.
+            pass
         raise
     os._exit(0)
 
@@ -192,7 +196,7 @@ class _Supervisor:
         )
         self._pid = started.pid
         if started.failure:
-            self._failure = failure_text(os.fsdecode(spec["argv"][0]), started.failure)
+            self._failure = _failure_text(os.fsdecode(spec["argv"][0]), started.failure)
         self._inherited = _close(self._inherited)
         for output, fd in zip(self._outputs, started.read_fds, strict=True):
             self._streams[fd] = OutputStream(
@@ -543,8 +547,19 @@ class _Supervisor:
             for number in numbers:
                 if number & ~NOTED in _ENDING:
                     self._noted = number & ~NOTED, time.monotonic()
-                if not number & NOTED and not self._exited:
-                    os.kill(self._pid, number)
+                if not self._exited and (not number & NOTED or self._is_still_stopped(number)):
+                    self._signal_job(number & ~NOTED)
+
+    def _signal_job(self, number: int) -> None:
+        try:
+            os.kill(self._pid, number)
+        except OSError:
+            # It has become another user's by sudo: without us, the sender could not signal it either.
+            pass
+
+    def _is_still_stopped(self, command: int) -> bool:
+        """Return whether the runner goes on while the job stays stopped: only the runner was sent SIGCONT."""
+        return command & ~NOTED == signal.SIGCONT and is_stopped(self._pid)
 
     def _on_cancel(self, *_: object) -> None:
         if self._exited:
@@ -579,6 +594,13 @@ def _write_failure(job_fd: int, file_mode: int) -> None:
 
     fd = os.open("supervisor.err", os.O_WRONLY | os.O_CREAT, file_mode, dir_fd=job_fd)
     os.write(fd, traceback.format_exc().encode("utf-8", "replace"))
+
+
+def _failure_text(program: str, number: int) -> str:
+    # Only here: most jobs start. `PW=x load` is not found, and its status must not show the secret.
+    from tailspan.local.command_line import redact_name
+
+    return failure_text(redact_name(program), number)
 
 
 def _open_fds() -> set[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 
-from tailspan.local.attached import TIMED_OUT, passed_on
+from tailspan.local.attached import TIMED_OUT, passed_on, stop_this_process
 from tailspan.local.command_process import execute, restore_dispositions
 from tailspan.local.process_tree import adopt_orphans, live_descendants, signal_descendants
 
@@ -70,6 +70,8 @@ def run_uncaptured(command: Sequence[str], *, caller: CallerState, timeout_s: fl
             continue
         if got is not None and got.si_code <= 0 and got.si_signo != signal.SIGCHLD:
             os.kill(pid, got.si_signo)
+        if got is not None and got.si_signo == signal.SIGTSTP:
+            stop_this_process()
 
 
 def run_detached(command: Sequence[str], *, caller: CallerState) -> None:

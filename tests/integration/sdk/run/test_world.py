@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from tests.fakes.local_jobs import until
 from tests.fakes.variants import TAILSPAN, VARIANTS
 
 
@@ -87,7 +89,33 @@ def test_a_runner_that_was_stopped_goes_on(variants, number):
         time.sleep(0.2)
         (variants.directory / "go").touch()
         assert running.wait(60) == 7
-        assert running.stdout.read() == b""
+        # SIGTSTP also stopped the job, which had to be continued.
+        assert running.stdout.read() == (b"got 18\n" if number == signal.SIGTSTP else b"")
+
+
+@pytest.mark.parametrize("options", [("plain",), ("tailspan",), ("tailspan", "--timeout", "50")], ids=str)
+@pytest.mark.parametrize("broken", [False, True], ids=["captured", "not captured"])
+def test_a_stop_by_another_process_stops_the_job(variants, options, broken):
+    """`kill -TSTP` of the runner stops both, as it would stop the job; `kill -CONT` continues both."""
+    variant, *given = options
+    command = variants.command(variant, ["sh", "-c", "echo $$; while ! [ -e go ]; do sleep 0.05; done; exit 7"], *given)
+    env = {**variants.env, "TAILSPAN_CONFIG": "/nope"} if broken else variants.env
+    with subprocess.Popen(
+        command, env=env, cwd=variants.directory, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as running:
+        assert running.stdout is not None
+        pids = {int(running.stdout.readline()), running.pid}
+        os.kill(running.pid, signal.SIGTSTP)
+        until(lambda: all(process_state(pid) == "T" for pid in pids))
+        os.kill(running.pid, signal.SIGCONT)
+        until(lambda: all(process_state(pid) != "T" for pid in pids))
+        (variants.directory / "go").touch()
+        assert running.wait(60) == 7
+
+
+def process_state(pid):
+    """Return the letter with which the kernel shows a process's state."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def test_a_job_that_ends_while_its_runner_is_stopped(variants):
@@ -119,6 +147,7 @@ def test_the_command_runs_whatever_the_limit_of_open_files(variants, files):
     assert (ended.returncode, ended.stdout) == (5, b"ran\n")
     assert ended.stderr.count(b"\n") <= 1
     assert b"Traceback" not in ended.stderr
+    assert len(variants.jobs()) == (0 if ended.stderr else 1)  # what ran must not be recorded as not started
 
 
 def test_a_codec_of_bytes_is_not_an_encoding(variants):
