@@ -10,6 +10,7 @@ import faulthandler
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -20,6 +21,10 @@ from hypothesis import HealthCheck, settings
 from tests import leftovers
 from tests.fakes.agents import Bench
 from tests.fakes.collector import Collector
+
+# Workers and processes that tests start use compiled sources: to compile them each time is a fifth of the suite's cost.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # A loaded machine fails deadlines and `too_slow`, and neither says anything about the code.
 settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=25)
