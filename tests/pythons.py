@@ -7,6 +7,7 @@ Each Python gets a virtual environment below DIRECTORY, with the pinned versions
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -55,15 +56,24 @@ def environment(directory: Path, version: str, python: str) -> Path:
 def main(arguments: list[str]) -> int:
     """Run the suite on each version, print a summary, and return the exit code."""
     cut = arguments.index("--") if "--" in arguments else len(arguments)
-    (directory, *versions), pytest = arguments[:cut], arguments[cut + 1 :]
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.pythons",
+        usage="%(prog)s [-h] DIRECTORY [VERSION ...] [-- PYTEST_ARGUMENT ...]",
+        description="Run the suite on every supported Python that is installed.",
+    )
+    parser.add_argument("directory", metavar="DIRECTORY", help="where the virtual environments are made")
+    parser.add_argument("versions", metavar="VERSION", nargs="*", help=f"such as 3.12; default: {', '.join(VERSIONS)}")
+    given, pytest = parser.parse_args(arguments[:cut]), arguments[cut + 1 :]
+    if unknown := set(given.versions) - set(VERSIONS):
+        parser.error(f"not a supported Python: {', '.join(sorted(unknown))}; expected some of {', '.join(VERSIONS)}")
     results: dict[str, str] = {}
-    for version in versions or VERSIONS:
+    for version in given.versions or VERSIONS:
         python = find(version)
         if python is None:
             results[version] = "left out: not installed"
             continue
         print(f"Python {version}", flush=True)
-        scripts = environment(Path(directory).absolute(), version, python)
+        scripts = environment(Path(given.directory).absolute(), version, python)
         env = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
         done = subprocess.run([str(scripts / "pytest"), *pytest], env=env, cwd=ROOT)
         results[version] = "passed" if done.returncode == 0 else f"FAILED (pytest exits with {done.returncode})"

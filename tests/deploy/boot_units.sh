@@ -80,7 +80,7 @@ tailspan jobs | grep CANCELED
 [ "$(show tailspan-serve ActiveState)" = active ]
 [ "$(curl -s -o /dev/null -w '%{http_code}' http://127.0.0.1:8798/server/v1/run)" = 401 ]
 
-say 'an orderly stop; a hanging agent is started anew; a wrong configuration is not'
+say 'an orderly stop; a hanging agent is started again; a wrong configuration is not'
 systemctl stop tailspan-agent
 [ "$(show tailspan-agent Result)" = success ]
 mkdir -p /etc/systemd/system/tailspan-agent.service.d
