@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from tailspan._plural import plural
 from tailspan.config import Settings
 from tailspan.config.signals import SIGNALS
 from tailspan.errors import ConfigError, JobNotFoundError, TailspanError
@@ -418,7 +419,11 @@ class Agent:
                 _log.warning("old jobs were not removed from the checkpoint store: %s", error)
             else:
                 if forgotten:
-                    _log.info("removed %d jobs without a change for 30 days from the checkpoint store", forgotten)
+                    _log.info(
+                        "removed %d %s without a change for 30 days from the checkpoint store",
+                        forgotten,
+                        plural(forgotten, "job"),
+                    )
             await asyncio.sleep(_HOUSEKEEPING_S)
 
     async def _completes(

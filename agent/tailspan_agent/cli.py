@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tailspan._plural import plural
 from tailspan.cli.options import config_option, job_argument, json_option, service_option, settings_for
 from tailspan.cli.show import write
 from tailspan.cli.watch import say
@@ -132,7 +133,9 @@ async def _run_once(settings: Settings, timeout_s: float, release: Callable[[], 
         say(str(failure))
     targets = ", ".join(dict.fromkeys(agent.endpoints.targets.values()))
     click.echo(
-        f"{result.jobs} jobs: {result.acked} log records acknowledged, {result.rejected} rejected ({targets})", err=True
+        f"{result.jobs} {plural(result.jobs, 'job')}:"
+        f" {result.acked} log {plural(result.acked, 'record')} acknowledged, {result.rejected} rejected ({targets})",
+        err=True,
     )
     if not result.delivered:
         when = "before the agent was stopped" if agent.stopping else f"within {timeout_s:g} s"
@@ -250,8 +253,10 @@ async def _replay(files: tuple[Path, ...], settings: Settings, as_json: bool) ->
     for problem in result.problems:
         say(problem)
     click.echo(
-        f"{result.lines} lines in {result.files} files: {result.delivered} records delivered,"
-        f" {result.rejected} rejected, {result.skipped} skipped, {result.bad_lines} lines unreadable"
+        f"{result.lines} {plural(result.lines, 'line')} in {result.files} {plural(result.files, 'file')}:"
+        f" {result.delivered} {plural(result.delivered, 'record')} delivered,"
+        f" {result.rejected} rejected, {result.skipped} skipped,"
+        f" {result.bad_lines} {plural(result.bad_lines, 'line')} unreadable"
     )
     return 0 if result.ok else 1
 
@@ -278,7 +283,8 @@ def dead_letter(config_path: Path | None, as_json: bool) -> None:
         return
     for group in groups:
         write(
-            f"{group.signal}: {group.rejected} of {group.records} records in {group.batches} batches"
+            f"{group.signal}: {group.rejected} of {group.records} {plural(group.records, 'record')}"
+            f" in {group.batches} {plural(group.batches, 'batch', 'batches')}"
             f" ({group.first} to {group.last}): {group.kind}: {group.reason}"
         )
     click.echo(f"send it again: tailspan agent replay {shlex.quote(str(directory))}/*.jsonl --endpoint URL")

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import anyio
 
+from tailspan._plural import plural
 from tailspan.errors import JobNotFoundError, TailspanError
 from tailspan.logs.page import DIGEST_BYTES, MAX_PAGE_BYTES, MAX_PAGE_LINES, NANOS_PER_MS, LogPage
 from tailspan.models import JobState, JobStatus, ListedJob
@@ -321,7 +322,7 @@ def _fault_of(page: LogPage) -> str | None:
     count = page.line_count
     faults = {
         "is empty": not count,
-        f"has {count} lines; {MAX_PAGE_LINES} is the limit": count > MAX_PAGE_LINES,
+        f"has over {MAX_PAGE_LINES} lines: {count}": count > MAX_PAGE_LINES,
         f"has over {MAX_PAGE_BYTES} bytes and more than one line": count > 1 and _size(page) > MAX_PAGE_BYTES,
         "has runs of another number of lines": sum(run.lines for run in page.runs) != len(page.lines),
         f"has a cursor of type {type(page.cursor).__name__}, not bytes": not isinstance(page.cursor, bytes),
@@ -351,7 +352,7 @@ def _difference(when: str, found: Sequence[_Row], expected: Sequence[_Row]) -> s
     if [row.line for row in found] == [row.line for row in expected]:
         return f"{when} yields the right lines with other times or uids"
     missing, extra = len(set(expected) - set(found)), len(set(found) - set(expected))
-    text = f"{when} yields {len(found)} lines instead of {len(expected)}"
+    text = f"{when} yields {len(found)} {plural(len(found), 'line')} instead of {len(expected)}"
     return f"{text}: {missing} missing, {extra} that do not belong there, {len(found) - len(set(found))} repeated"
 
 
@@ -380,7 +381,8 @@ async def _check_since(subject: _Subject) -> None:
         messages = await subject.all_of("read_messages", subject.job_id, since_ms)
         if sum(map(len, messages)) != len(expected):
             count = sum(map(len, messages))
-            raise _Broken("read_messages", f"with since_ms={since_ms} yields {count} lines instead of {len(expected)}")
+            yielded = f"{count} {plural(count, 'line')}"
+            raise _Broken("read_messages", f"with since_ms={since_ms} yields {yielded} instead of {len(expected)}")
 
 
 async def _check_messages(subject: _Subject) -> None:
@@ -394,7 +396,8 @@ async def _check_messages(subject: _Subject) -> None:
     texts = sorted((message["timestamp"], message["message"]) for message in found)
     expected = [(row.time_unix_nano // NANOS_PER_MS, row.line.decode("utf-8", "replace")) for row in subject.rows]
     if texts != sorted(expected):
-        raise _Broken("read_messages", f"yields {len(texts)} lines that are not the {len(expected)} of read_logs")
+        yielded = f"{len(texts)} {plural(len(texts), 'line')}"
+        raise _Broken("read_messages", f"yields {yielded}, not the {len(expected)} of read_logs")
 
 
 async def _check_log_times(subject: _Subject) -> None:

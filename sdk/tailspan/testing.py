@@ -160,7 +160,7 @@ class FakeService(SubmitService):
         if start < job.expired:
             if cursor is not None:
                 raise CursorExpiredError(
-                    f"the first {job.expired} lines of job {job_id} are gone",
+                    f"the lines 1 to {job.expired} of job {job_id} are gone",
                     resume_cursor=b"%d" % job.expired,
                     service=self.name,
                     job_id=job_id,

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from tailspan._plural import plural
 from tests.bench.agents import Plan, relay_once
 from tests.bench.folders import add_real, make_store, text_bytes
 from tests.bench.job_server import SERVING, base_url
@@ -199,7 +200,9 @@ def growth(scale: Scale, directory: Path) -> Iterator[Row]:
         for small, large in more_lines:
             more = shapes[large][0] * scale.of(shapes[large][1]) - shapes[small][0] * scale.of(shapes[small][1])
             slopes.append((found[large].cpu_s - found[small].cpu_s) / more * 1e6)
-            yield Row(case=f"W7 slope, {shapes[small][0]:,} jobs", figure=slopes[-1], unit="us")
+            yield Row(
+                case=f"W7 slope, {shapes[small][0]:,} {plural(shapes[small][0], 'job')}", figure=slopes[-1], unit="us"
+            )
         yield Row(case="W7 slopes, largest to smallest", figure=max(slopes) / min(slopes), unit="x", goal=Goal(1.2))
         for what, pairs in (("more lines", more_lines), ("ten times the jobs", ten_times_the_jobs)):
             most = max(peaks[large] / peaks[small] for small, large in pairs)

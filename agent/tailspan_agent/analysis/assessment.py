@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from tailspan._plural import plural
 from tailspan.config import Expect
 from tailspan.models import JobState, JobStatus
 from tailspan_agent.analysis.baseline import Histories, PipelineHistory
@@ -174,7 +175,7 @@ def _of_tasks(status: JobStatus, running_s: float, now_unix_nano: int) -> Progre
         eta_s=running_s * (1 - fraction) / fraction if fraction else None,
         seen_unix_nano=now_unix_nano,
         source="tasks",
-        text=f"{finished} of {status.total_tasks} tasks",
+        text=f"{finished} of {status.total_tasks} {plural(status.total_tasks, 'task')}",
     )
 
 

@@ -27,6 +27,7 @@ from contextlib import AbstractContextManager, ExitStack, closing, contextmanage
 from pathlib import Path
 from typing import Any
 
+from tailspan._plural import plural
 from tailspan._private_dirs import make_private
 from tailspan_agent.analysis.baseline import PastRun
 from tailspan_agent.analysis.pipeline_names import utf8_name
@@ -130,7 +131,7 @@ class Store:
                 part.rename(aside.with_name(aside.name + suffix))
         db = connect(self.path)
         rows = salvage(aside, db)
-        self.recovered = f"{self.recovered}; set aside as {aside.name}, {rows} rows salvaged"
+        self.recovered = f"{self.recovered}; set aside as {aside.name}, {rows} {plural(rows, 'row')} salvaged"
         return db
 
     def close(self) -> None:

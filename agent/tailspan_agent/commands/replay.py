@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from tailspan._clock import Clock
+from tailspan._plural import plural
 from tailspan.config.signals import Signal
 from tailspan_agent.errors import ExportRejectedError
 from tailspan_agent.exporter.protocol import Exporter
@@ -143,12 +144,13 @@ async def _replay_line(
             sent = await exporters[signal].deliver(part, part_count)
         except ExportRejectedError as error:
             raise ExportRejectedError(
-                f"stopped at {path}:{number} after {result.delivered} records: {error}"
+                f"stopped at {path}:{number} after {result.delivered} {plural(result.delivered, 'record')}: {error}"
             ) from error
         result.delivered += sent.delivered
         result.rejected += sent.rejected
         if sent.reason is not None:
-            result.add_problem(path, number, f"{sent.rejected} of {part_count} records rejected: {sent.reason}")
+            records = f"{sent.rejected} of {part_count} {plural(part_count, 'record')}"
+            result.add_problem(path, number, f"{records} rejected: {sent.reason}")
 
 
 def _decode(line: bytes) -> tuple[Signal, bytes, int]:

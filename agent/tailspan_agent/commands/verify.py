@@ -7,6 +7,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Literal
 
+from tailspan._plural import plural
 from tailspan.config import Settings
 from tailspan.errors import CursorExpiredError
 from tailspan.services import JobService
@@ -76,18 +77,22 @@ async def verify(
         except CursorExpiredError as error:
             return VerifyReport("source_gone", str(error), job_id, relayed.lines, now.lines)
     if now.lines < relayed.lines:
-        text = f"the service has {now.lines} lines, but {relayed.lines} were relayed: it did not keep all of them"
+        text = f"the service has {_lines(now)}, but the agent relayed {relayed.lines}: it did not keep all of them"
         return VerifyReport("source_gone", text, job_id, relayed.lines, now.lines)
     if not checkpoint.logs_complete:
-        text = f"{relayed.lines} of {now.lines} lines are acknowledged; the log is not complete yet"
+        text = f"acknowledged: {relayed.lines} of {_lines(now)}; the log is not complete yet"
         return VerifyReport("incomplete", text, job_id, relayed.lines, now.lines)
     if (now.lines, now.stream_hash) != (relayed.lines, relayed.stream_hash):
-        text = f"{relayed.lines} lines were relayed; the {now.lines} lines that the service has now differ from them"
+        text = f"the agent relayed {_lines(relayed)}; the log now has {_lines(now)} and differs"
         return VerifyReport("different", text, job_id, relayed.lines, now.lines)
     return VerifyReport(
         "verified",
-        f"all {now.lines} lines of the log were acknowledged and are unchanged",
+        f"the whole log was acknowledged and is unchanged: {_lines(now)}",
         job_id,
         now.lines,
         now.lines,
     )
+
+
+def _lines(ledger: JobLedger) -> str:
+    return f"{ledger.lines} {plural(ledger.lines, 'line')}"

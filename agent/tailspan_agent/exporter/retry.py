@@ -29,6 +29,7 @@ from typing import Literal, Protocol
 
 from tailspan._backoff import backoff_s
 from tailspan._clock import Clock
+from tailspan._plural import plural
 from tailspan.config.signals import Signal
 from tailspan_agent.errors import AgentError, ExportRejectedError
 from tailspan_agent.exporter.outcome import Delivered, EndpointFault, Rejected, Retry, TooLarge
@@ -67,8 +68,8 @@ class Outage:
     def __str__(self) -> str:
         """Return it for a probe, without the endpoint's own text, which may be private."""
         since = datetime.fromtimestamp(self.since_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        tries = "1 try" if self.tries == 1 else f"{self.tries} tries"
-        return f"since {since}, {tries}: {self.reason.partition(': ')[0]}"
+        tries = plural(self.tries, "try", "tries")
+        return f"since {since}, {self.tries} {tries}: {self.reason.partition(': ')[0]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +276,8 @@ class RetryingExporter:
                 case Retry(reason, after_s, server_error, refused):
                     batch.server_errors = batch.server_errors + 1 if server_error else 0
                     if server_error and batch.server_errors >= self._retry_server_errors:
-                        rejected = Rejected(None, f"{reason} ({batch.server_errors} times in a row)", "server_error")
+                        times = f"{batch.server_errors} {plural(batch.server_errors, 'time')} in a row"
+                        rejected = Rejected(None, f"{reason} ({times})", "server_error")
                         return result + await self._reject(payload, count, rejected, start)
                     self._record_failure(reason, failures)
                     delay_s = backoff_s(failures, self._jitter(), retry_after_s=after_s)
@@ -365,7 +367,12 @@ class RetryingExporter:
         self.rejected[kind] += rejected
         self._count_delivered(count - rejected)
         _log.warning(
-            "%s: %d of %d records rejected, the batch is in the dead letter: %s", self.signal, rejected, count, reason
+            "%s: %d of %d %s rejected, the batch is in the dead letter: %s",
+            self.signal,
+            rejected,
+            count,
+            plural(count, "record"),
+            reason,
         )
         rejections = (Rejection(start, count, rejected, kind, reason),)
         return DeliveryResult(count - rejected, rejected, reason, kind, rejections=rejections)
@@ -410,7 +417,8 @@ class RetryingExporter:
             self.last_error = reason
         # One line at the first failure, then about one every five minutes.
         if failures % 10 == 0:
-            _log.warning("%s: retrying after %d failed attempts: %s", self.signal, failures + 1, reason)
+            attempts = plural(failures + 1, "attempt")
+            _log.warning("%s: retrying after %d failed %s: %s", self.signal, failures + 1, attempts, reason)
 
     def _extend_outage(self, reason: str) -> None:
         known = self.outage or Outage(self._clock.wall_s(), 0, reason)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tailspan._identity import job_hash, span_id
+from tailspan._plural import plural
 from tailspan.config import Expect
 from tailspan.models import JobStatus
 from tailspan_agent.analysis.assessment import Assessment
@@ -50,7 +51,8 @@ def alert_text(alert: str, job: JobStatus, history: PipelineHistory, *, duration
         duration_s: How long it has been running, or ran, in seconds.
         quiet_s: The time without a line, in seconds.
     """
-    past = f"by its last {len(history.succeeded)} successful runs"
+    runs = len(history.succeeded)
+    past = f"by its last {runs} successful {plural(runs, 'run')}"
     if alert == "silent":
         return (
             f"{job.job_name}: no line for {quiet_s:.0f} s; {past} over {history.silent_after_s or 0:.0f} s is unusual"

@@ -18,6 +18,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 from tailspan._identity import job_hash, span_id, trace_id
+from tailspan._plural import plural
 from tailspan.logs.page import NANOS_PER_MS
 from tailspan.models import JobState, JobStatus
 from tailspan_agent.analysis.failure import Failure, error_type, exit_reason, out_of_memory_line
@@ -163,7 +164,8 @@ def receipt_record(job: JobStatus, ledger: JobLedger, *, still_open: bool = Fals
     return LogRecordData(
         time_unix_nano=JobTimes.of(job, ledger).finished_ns,
         severity=Severity(13, "WARN") if is_lacking else Severity(9, "INFO"),
-        body=f"{job.job_name}: {ledger.lines} lines read, {ledger.delivery.acked} records acked, {rejected} rejected",
+        body=f"{job.job_name}: {ledger.lines} {plural(ledger.lines, 'line')} read,"
+        f" {ledger.delivery.acked} {plural(ledger.delivery.acked, 'record')} acked, {rejected} rejected",
         attributes={
             "log.record.uid": f"{job_hash(job.identity, job.job_id)}.receipt.{job.attempt}"
             + (f".{ledger.receipts}" if ledger.receipts > 1 else ""),
@@ -307,7 +309,8 @@ def _failure(job: JobStatus, ledger: JobLedger) -> dict[str, AttributeValue]:
 def _recurrence(ledger: JobLedger) -> str:
     if ledger.first_failed_ns is None:
         return "first seen with this run"
-    return f"seen {ledger.failures_before + 1} times since {_iso(ledger.first_failed_ns)}"
+    times = ledger.failures_before + 1
+    return f"seen {times} {plural(times, 'time')} since {_iso(ledger.first_failed_ns)}"
 
 
 def _iso(unix_nano: int) -> str:

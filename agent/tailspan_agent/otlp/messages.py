@@ -15,6 +15,7 @@ from opentelemetry.proto.collector.logs.v1 import logs_service_pb2 as logs
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2 as metrics
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as traces
 
+from tailspan._plural import plural
 from tailspan.config.signals import Signal
 
 __all__ = [
@@ -174,7 +175,7 @@ def _shorten_value(value: Any, max_bytes: int) -> int:
     half = max_bytes // 2
     left_out = len(encoded) - 2 * half
     head, tail = encoded[:half].decode(errors="ignore"), encoded[-half:].decode(errors="ignore")
-    value.string_value = f"{head} … {left_out} bytes left out … {tail}"
+    value.string_value = f"{head} … {left_out} {plural(left_out, 'byte')} left out … {tail}"
     return left_out
 
 

@@ -77,7 +77,7 @@ class Redactor:
         return cls(secrets, patterns) if secrets or patterns else None
 
     def __repr__(self) -> str:
-        return f"<Redactor of {len(self._secrets)} secrets and {len(self.patterns)} patterns>"
+        return f"<Redactor(secrets={len(self._secrets)}, patterns={len(self.patterns)})>"
 
     def redact(self, text: str) -> tuple[str, int]:
         """Return the redacted text and the number of redactions.

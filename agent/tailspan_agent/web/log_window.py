@@ -16,6 +16,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+from tailspan._plural import plural
 from tailspan.errors import CursorExpiredError
 from tailspan.logs.clean import clean
 from tailspan.logs.page import NANOS_PER_MS, LineRun, LogPage, Stream
@@ -320,7 +321,8 @@ class _PageLines:
         level = _level(_severity(text))
         run, before = self._run(position)
         if len(text) > _MAX_LINE_CHARS:
-            text = f"{text[:_MAX_LINE_CHARS]} … ({len(text) - _MAX_LINE_CHARS:,} more characters)"
+            more = len(text) - _MAX_LINE_CHARS
+            text = f"{text[:_MAX_LINE_CHARS]} … ({more:,} more {plural(more, 'character')})"
         return LogLine(number, run.time_unix_nano + position - before, Stream.NAMES[run.stream], level, visible(text))
 
     def _run(self, position: int) -> tuple[LineRun, int]:

@@ -16,6 +16,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, RedirectRespons
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from tailspan._plural import plural
 from tailspan.errors import CursorExpiredError, JobNotFoundError, ServiceError, TailspanError
 from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
 from tailspan_agent.web import formatting
@@ -349,6 +350,7 @@ def _templates() -> Environment:
         "count": formatting.count,
         "duration": formatting.duration,
         "exact": formatting.exact,
+        "plural": plural,
         "quoted": partial(quote, safe="", errors="replace"),
         "visible": formatting.visible,
         "visible_block": formatting.visible_block,

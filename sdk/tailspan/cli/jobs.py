@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tailspan._plural import plural
 from tailspan.cli.options import config_option, json_option, service_option, with_client
 from tailspan.errors import ConfigError
 
@@ -99,4 +100,4 @@ def prune(ctx: click.Context, older_than: str, service: str | None, config_path:
     if as_json or above["as_json"]:
         json_line({"pruned": pruned})
     else:
-        write(f"removed {len(pruned)} job{'' if len(pruned) == 1 else 's'}")
+        write(f"removed {len(pruned)} {plural(len(pruned), 'job')}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tailspan._plural import plural
 from tailspan.cli.group import EXIT_TIMEOUT
 from tailspan.cli.options import config_option, job_argument, json_option, service_option, with_client
 
@@ -89,7 +90,7 @@ def tail(
                     if update.gap:
                         say("lines before these are gone at the service")
                     if update.left_out:
-                        say(f"{update.left_out} lines left out")
+                        say(f"{update.left_out} {plural(update.left_out, 'line')} left out")
                     if as_json:
                         _json_lines(update.messages)
                     else:

@@ -23,6 +23,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tailspan._identity import check_job_id
+from tailspan._plural import plural
 from tailspan.errors import ConfigError, TailspanError
 from tailspan.job_api.replies import LogReply, Parts, json_array, json_reply, page_frames, with_lines
 from tailspan.logs.page import NANOS_PER_MS
@@ -107,7 +108,7 @@ class JobApi:
         if not 0 < len(jobs) == len(cursors) <= MAX_JOBS:
             raise ConfigError(f"expected equally many `job` and `cursor` parameters, 1 to {MAX_JOBS} of each")
         asked = list(zip(map(check_job_id, jobs), map(read_cursor, cursors), strict=True))
-        return LogReply(f"{len(asked)} jobs", self._frames_of(asked), MEDIA_TYPE)
+        return LogReply(f"{len(asked)} {plural(len(asked), 'job')}", self._frames_of(asked), MEDIA_TYPE)
 
     async def _frames_of(self, asked: Sequence[tuple[str, bytes]]) -> Parts:
         sent = 0

@@ -113,7 +113,7 @@ def exit_code_of(ended: Ended | None, job_id: str) -> int:
         _say(f"the supervisor of job {job_id} was killed: how the command ended is not known")
         return OUR_ERROR
     if ended.not_captured:
-        _say(f"{ended.lost_bytes} bytes of the output of job {job_id} are not captured: {ended.not_captured}")
+        _say(f"the output of job {job_id} is incomplete, {ended.lost_bytes} B are not captured: {ended.not_captured}")
     failures = [number for number in ended.relay_failures if number != errno.EPIPE]
     if failures:
         _say(f"the command's output could not be written: {os.strerror(failures[0])}")

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from typing import IO
 
+from tailspan._plural import plural
 from tailspan.logs.clean import printable
 from tailspan.logs.follow import TailUpdate
 from tailspan.logs.page import Message
@@ -75,7 +76,7 @@ class TailPrinter:
         if update.gap:
             self._printer.note("lines before these are gone at the service")
         if update.left_out:
-            self._printer.note(f"{update.left_out} lines left out")
+            self._printer.note(f"{update.left_out} {plural(update.left_out, 'line')} left out")
         self._printer.messages(update.messages)
         self._silent = self._silent and not update.messages
         if update.complete and self._silent:

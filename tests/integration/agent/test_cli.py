@@ -91,7 +91,7 @@ def test_once_relays_and_prints_a_summary(bench: Bench, config: Path) -> None:
     result = once(config)
     assert result.exit_code == 0, result.stderr
     assert result.stdout == ""
-    assert result.stderr == f"1 jobs: 3 log records acknowledged, 0 rejected ({', '.join(targets(bench))})\n"
+    assert result.stderr == f"1 job: 3 log records acknowledged, 0 rejected ({', '.join(targets(bench))})\n"
     assert bench.bodies() == ["first", "second"]
     assert once(config).exit_code == 0
     assert bench.bodies() == ["first", "second"]
@@ -108,7 +108,7 @@ def test_once_with_rejected_records(bench: Bench, config: Path) -> None:
     assert (result.exit_code, "2 log records acknowledged, 1 rejected" in result.stderr) == (1, True)
     listed = agent("dead-letter", "--config", config)
     assert listed.exit_code == 0
-    assert "logs: 1 of 2 records in 1 batches" in listed.output
+    assert "logs: 1 of 2 records in 1 batch" in listed.output
     assert "too old" in listed.output
     (group,) = json.loads(agent("dead-letter", "--config", config, "--json").output)
     assert (group["signal"], group["kind"], group["rejected"], group["records"]) == ("logs", "partial", 1, 2)
@@ -264,7 +264,7 @@ def test_verify_compares_the_log_with_what_was_relayed(bench: Bench, config: Pat
     result = agent("verify", "j1", "--config", config)
     assert (result.exit_code, result.output) == (
         0,
-        "verified: all 2 lines of the log were acknowledged and are unchanged\n",
+        "verified: the whole log was acknowledged and is unchanged: 2 lines\n",
     )
     report = json.loads(agent("verify", "j1", "--config", config, "--json").output)
     assert (report["verdict"], report["lines_relayed"]) == ("verified", 2)

@@ -127,7 +127,7 @@ def test_rejected_lines_are_reported_and_skipped(collector: Collector, tmp_path:
     result = run(collector, path)
     assert (result.delivered, result.rejected, result.ok) == (4, 2, False)
     assert result.problems == [
-        f"{path}:2: 1 of 1 records rejected: HTTP 400: bad",
+        f"{path}:2: 1 of 1 record rejected: HTTP 400: bad",
         f"{path}:3: 1 of 2 records rejected: old",
     ]
 

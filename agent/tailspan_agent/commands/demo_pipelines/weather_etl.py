@@ -26,7 +26,7 @@ def main() -> None:
     """Extract, transform, load."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     text = "\n".join(_measurements(days=60, stations=12))
-    _log.info("extract: %d bytes of measurements", len(text))
+    _log.info("extract: read %d B of measurements", len(text))
     database = sqlite3.connect(":memory:")
     database.execute("CREATE TABLE measurements (station TEXT, day INTEGER, celsius REAL)")
     skipped = 0
@@ -38,7 +38,7 @@ def main() -> None:
             _log.warning("transform: station %s day %s has no value, skipped", row["station"], row["day"])
             continue
         database.execute("INSERT INTO measurements VALUES (?, ?, ?)", values)
-    _log.info("transform: %d rows without value skipped", skipped)
+    _log.info("transform: rows without a value, skipped: %d", skipped)
     for station, mean in database.execute("SELECT station, avg(celsius) FROM measurements GROUP BY station"):
         _log.info("load: station %s mean %.2f C", station, mean)
         time.sleep(0.05)

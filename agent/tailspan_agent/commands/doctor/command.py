@@ -22,6 +22,7 @@ from typing import Any
 import click
 
 from tailspan._net import host_port
+from tailspan._plural import plural
 from tailspan.cli.options import config_option, json_option
 from tailspan.config import Settings, load_settings, platform_state_dir
 from tailspan.errors import ConfigError, TailspanError
@@ -203,8 +204,8 @@ def _dead_letter(state_dir: Path) -> list[str]:
     from tailspan_agent.exporter.dead_letter import summarize
 
     return [
-        f"{group.signal}: {group.rejected} of {group.records} records, {group.first} to {group.last}:"
-        f" {group.kind}: {group.reason}"
+        f"{group.signal}: {group.rejected} of {group.records} {plural(group.records, 'record')},"
+        f" {group.first} to {group.last}: {group.kind}: {group.reason}"
         for group in summarize(state_dir / "dead-letter")
     ]
 

@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from tailspan._native import COMPILED
+from tailspan._plural import plural
 from tailspan_agent.checkpoint.database import SCHEMA_VERSION, lock_holder
 
 __all__ = ["clock", "disk", "limits", "store", "variables", "versions"]
@@ -139,7 +140,7 @@ def store(state_dir: Path) -> Iterator[tuple[str, str]]:
     except FileNotFoundError:
         yield "checkpoints", "none yet"
         return
-    yield "checkpoints", f"{size} bytes"
+    yield "checkpoints", f"{size} {plural(size, 'byte')}"
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
         yield "version", f"{db.execute('PRAGMA user_version').fetchone()[0]} (this Tailspan: {SCHEMA_VERSION})"
         yield "integrity", str(db.execute("PRAGMA quick_check(1)").fetchone()[0])

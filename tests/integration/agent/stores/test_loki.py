@@ -89,7 +89,7 @@ def test_one_refused_line_costs_no_other_job_its_receipt(bench: Bench, loki: Lok
         for entry in stream
         if ".receipt." in dict(entry.metadata)["log_record_uid"]
     ]
-    assert sorted(receipts) == [f"new{number}: 1 lines read, 1 records acked, 0 rejected" for number in range(3)]
+    assert sorted(receipts) == [f"new{number}: 1 line read, 1 record acked, 0 rejected" for number in range(3)]
 
 
 def test_more_names_than_the_store_has_streams_for(bench: Bench, loki: Loki) -> None:

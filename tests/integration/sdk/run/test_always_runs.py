@@ -146,7 +146,7 @@ def test_a_disk_that_becomes_full(variants: Variants, tmp_path: Path) -> None:
         done = variants.run("tailspan", ["sh", "-c", "seq 100000; exit 7"], env=env)
         assert done.returncode == 7
         assert done.stdout.split() == [str(number).encode() for number in range(1, 100_001)]
-        assert re.search(rb"tailspan: \d+ bytes of the output of job \S+ are not captured: No space left", done.stderr)
+        assert re.search(rb"the output of job \S+ is incomplete, \d+ B are not captured: No space left", done.stderr)
         (job,) = (disk / "state" / "jobs").glob("2*")
         state = until(lambda: (found := json.loads((job / "state.json").read_text()))["finished_at"] and found)
         assert (state["exit_code"], state["lines"]) == (7, 100_000)

@@ -69,7 +69,7 @@ def test_a_pattern_is_searched_only_with_its_literal() -> None:
 def test_secrets_are_not_shown() -> None:
     """Neither repr nor the list of ignored values shows one."""
     redactor = Redactor({"redact.env A": "hunter22", "redact.env B": "abc"}, [("pw", re.compile("pw.*"))])
-    assert repr(redactor) == "<Redactor of 1 secrets and 1 patterns>"
+    assert repr(redactor) == "<Redactor(secrets=1, patterns=1)>"
     assert "abc" not in str(redactor.ignored)
 
 
