@@ -217,7 +217,5 @@ class LocalNumberedJob:
         match = _WRITTEN_AT.search(text)
         if match is None:
             return None
-        written_ns = int(match[1])
-        return written_ns, max(
-            written_ns, time.time_ns()
-        )  # it was captured before it arrived, however slow the machine is
+        # The line was captured between its writing and now, however slow the machine is.
+        return int(match[1]), time.time_ns()
