@@ -66,6 +66,8 @@ def main(job_fd: int, spec_fd: int, lock_fd: int) -> None:
     # A submitter that lives on waits for its child only: what goes on is an orphan, adopted by init.
     if DETACHED in sys.argv[:_ARGUMENTS] and os.fork():
         os._exit(0)
+    # What was imported lives until the end: a collection need not visit it.
+    gc.freeze()
     gc.enable()
     with open(spec_fd, "rb") as pipe:
         spec = marshal.load(pipe)  # noqa: S302 - written by our own launcher, in the same interpreter
