@@ -7,6 +7,8 @@ PYTHONS := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 py
 ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 INSTALL := $(if $(UV),VIRTUAL_ENV=$(VENV) $(UV) pip install --quiet,$(BIN)/python -m pip install -qq --disable-pip-version-check)
 INSTALL += --constraint requirements.lock
+# As pip does for other installations: where PYTHONDONTWRITEBYTECODE is set, each start would compile all it imports.
+COMPILE := $(BIN)/python -m compileall -q sdk agent
 # Installs again after a change of these: the C file is compiled where there is a C compiler.
 INSTALLED := pyproject.toml requirements.lock agent/hatch_build.py sdk/tailspan/_native.c
 
@@ -137,11 +139,13 @@ $(BIN)/python:
 $(VENV)/.installed-agent: $(INSTALLED) | $(BIN)/python
 	@echo 'Installing into $(VENV) ...'
 	@$(INSTALL) -e '.[agent]'
+	@$(COMPILE)
 	@touch $@
 
 $(VENV)/.installed-dev: $(INSTALLED) | $(BIN)/python
 	@echo 'Installing into $(VENV) ...'
 	@$(INSTALL) -e '.[dev]'
+	@$(COMPILE)
 	@touch $@
 
 # Newest versions that go together; run it on the oldest supported Python.
