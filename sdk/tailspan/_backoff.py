@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 
 __all__ = ["backoff_s", "parse_retry_after_s"]
 
@@ -54,6 +53,8 @@ def parse_retry_after_s(value: str | None, now: datetime) -> float | None:
     text = (value or "").strip()
     if _DELTA_SECONDS.fullmatch(text):
         return float(text)
+    from email.utils import parsedate_to_datetime  # slow to import, and rarely needed
+
     try:
         moment = parsedate_to_datetime(text)
         if moment.tzinfo is None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 
-import anyio
-
 __all__ = ["Clock"]
 
 
@@ -22,4 +20,6 @@ class Clock:
 
     async def sleep(self, seconds: float) -> None:
         """Wait."""
+        import anyio  # reading local files needs no event loop
+
         await anyio.sleep(seconds)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import TypeVar
-
-import anyio
 
 from tailspan._backoff import backoff_s
 from tailspan._clock import Clock
@@ -67,6 +64,8 @@ class StatusPoll:
             JobNotFoundError: The service has no such job.
             ServiceError: The first request failed, requests failed for `UNANSWERED_S`, or the service rejects them.
         """
+        import anyio  # reading local files needs no event loop
+
         left_s = max(0.0, self._deadline_s - self._clock.monotonic_s())
         with anyio.move_on_after(left_s + self._grace_s):
             try:
@@ -125,6 +124,8 @@ class LogPoll:
         Raises:
             ServiceError: The request failed once more than there are retries, or a retry cannot help.
         """
+        import random
+
         failures = 0
         while True:
             try:
@@ -155,6 +156,8 @@ class LogPoll:
         return gap
 
     async def _next(self, pages: AsyncIterator[LogPage]) -> LogPage | None:
+        import anyio
+
         with anyio.move_on_after(self._deadline_s - self._clock.monotonic_s()):
             return await anext(pages, None)
         self.time_is_up = True

@@ -15,8 +15,6 @@ from datetime import timedelta
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Generic, Self, TypeVar
 
-import anyio
-
 from tailspan._clock import Clock
 from tailspan._polling import LogPoll, StatusPoll, newer, newest_of, stamped
 from tailspan.errors import ConfigError, InProgressWarning, RequestRejectedError
@@ -89,6 +87,14 @@ class AsyncVerbs(Generic[StatusT]):
             ConfigError: No such service is configured, or its options are wrong.
         """
         return self._opened.service(which)
+
+    def reads_directly(self, job: CoerceableToJobId | None = None, *, service: str | JobService | None = None) -> bool:
+        """Return whether the verbs that read a job, or list all, can run by `tailspan._direct`.
+
+        Raises:
+            ConfigError: The argument names no job.
+        """
+        return self._opened.reads_directly(job, service)
 
     async def get_logs(
         self, job: CoerceableToJobId, since_ms: int | None = None, *, service: str | JobService | None = None
@@ -398,6 +404,10 @@ def _check_seconds(name: str, seconds: float, *, minimum: float) -> None:
 async def _named(rows: Sequence[ListedJob], service: JobService) -> list[ListedJob]:
     """Return the rows with their names; of each row without one, request the status."""
     named = list(rows)
+    if all(row.job_name is not None for row in rows):
+        return named
+    import anyio
+
     limit = anyio.CapacityLimiter(_NAME_REQUESTS)
 
     async def request_name(position: int) -> None:

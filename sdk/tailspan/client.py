@@ -9,13 +9,13 @@ import dataclasses
 import os
 import sys
 import warnings
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Self
+from typing import IO, TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
 from tailspan._clock import Clock
-from tailspan._portal import Portal
+from tailspan._direct import iterate_directly, run_directly
 from tailspan._times import Seconds, Since, seconds_of, since_ms_of
 from tailspan._verbs import AsyncVerbs, in_progress_text
 from tailspan.errors import InProgressWarning
@@ -25,9 +25,13 @@ from tailspan.models import CoerceableToJobId, JobState, JobStatus, ListedJob
 from tailspan.services import JobService
 
 if TYPE_CHECKING:
+    from tailspan._portal import Portal
     from tailspan.config import Settings
 
 __all__ = ["AsyncJobClient", "Client", "Jobs", "RunResponse", "process_client"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class AsyncJobClient(AsyncVerbs["RunResponse"]):
@@ -87,7 +91,10 @@ class Client:
             clock: The clock that deadlines and waits go by; None is real time.
         """
         self._clock = clock or Clock()
-        self._portal = Portal(lambda: AsyncVerbs(settings, service, clock, self._response))
+        self._settings = settings
+        self._service = service
+        self._direct = self._make_verbs()
+        self._portals: list[Portal[AsyncVerbs[RunResponse]]] = []
         self.jobs = Jobs(self)
 
     def __enter__(self) -> Self:
@@ -103,13 +110,14 @@ class Client:
 
         Service objects given by the caller stay open.
         """
-        self._portal.close()
+        for portal in self._portals:
+            portal.close()
 
     def get_logs(
         self, job: CoerceableToJobId, since_ms: Since | None = None, *, service: str | JobService | None = None
     ) -> list[Message]:
         """Return the job's lines; see `tailspan.job_get_logs`."""
-        return self._portal.call(AsyncVerbs.get_logs, job, self._since_ms(since_ms), service=service)
+        return self._read(job, service, AsyncVerbs.get_logs, job, self._since_ms(since_ms), service=service)
 
     def print_logs(
         self,
@@ -155,7 +163,7 @@ class Client:
 
     def get_status(self, job: CoerceableToJobId, *, service: str | JobService | None = None) -> RunResponse:
         """Return the job's status; see `tailspan.job_get_status`."""
-        return self._portal.call(AsyncVerbs.get_status, job, service=service)
+        return self._read(job, service, AsyncVerbs.get_status, job, service=service)
 
     def cancel(self, job: CoerceableToJobId, *, service: str | JobService | None = None) -> RunResponse:
         """Cancel the job; see `tailspan.job_cancel`."""
@@ -193,7 +201,7 @@ class Client:
         service: str | JobService | None = None,
     ) -> list[ListedJob]:
         """Return the service's jobs, newest first; see `tailspan.job_list`."""
-        return self._portal.call(AsyncVerbs.list_jobs, limit, name=name, state=state, service=service)
+        return self._read(None, service, AsyncVerbs.list_jobs, limit, name=name, state=state, service=service)
 
     def submit(
         self,
@@ -271,14 +279,44 @@ class Client:
     def _log_pages(
         self, job: CoerceableToJobId, since_ms: Since | None, service: str | JobService | None
     ) -> Generator[Sequence[Message], None, None]:
-        return self._portal.iterate(AsyncVerbs.iter_logs, job, self._since_ms(since_ms), service=service)
+        since = self._since_ms(since_ms)
+        if self._direct.reads_directly(job, service=service):
+            return iterate_directly(self._direct.iter_logs(job, since, service=service))
+        return self._portal.iterate(AsyncVerbs.iter_logs, job, since, service=service)
 
     def _exec_time(self, job: CoerceableToJobId, service: str | JobService | None) -> timedelta:
         """Return the execution time; a warning points at the caller of this method's caller."""
-        exec_time, status = self._portal.call(AsyncVerbs.exec_time_and_status, job, service=service)
+        exec_time, status = self._read(job, service, AsyncVerbs.exec_time_and_status, job, service=service)
         if not status.state.is_terminal:
             warnings.warn(in_progress_text(status), InProgressWarning, stacklevel=3)
         return exec_time
+
+    def _read(
+        self,
+        job: CoerceableToJobId | None,
+        service: str | JobService | None,
+        function: Callable[Concatenate[AsyncVerbs[RunResponse], P], Coroutine[Any, Any, T]],
+        /,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """Run a verb that only reads: in this thread, where it waits for nothing, else in the background loop."""
+        if self._direct.reads_directly(job, service=service):
+            return run_directly(function(self._direct, *args, **kwargs))
+        return self._portal.call(function, *args, **kwargs)
+
+    @property
+    def _portal(self) -> Portal[AsyncVerbs[RunResponse]]:
+        """The background loop; made at first use, because asyncio and anyio are slow to import."""
+        if not self._portals:
+            from tailspan._portal import Portal
+
+            # If two threads come here, both use the first; the other has started nothing.
+            self._portals.append(Portal(self._make_verbs))
+        return self._portals[0]
+
+    def _make_verbs(self) -> AsyncVerbs[RunResponse]:
+        return AsyncVerbs(self._settings, self._service, self._clock, self._response)
 
     def _response(self, status: JobStatus) -> RunResponse:
         return _response(status, self)

@@ -54,7 +54,9 @@ def jobs(
 
     # One more than is shown, to find out whether there are more.
     asked = None if all_jobs else limit + 1
-    rows = with_client(config_path, service, lambda client: client.job_list(asked, name=name, state=state))
+    rows = with_client(
+        config_path, service, lambda client: client.job_list(asked, name=name, state=state), only_reads=True
+    )
     shown = rows if all_jobs else rows[:limit]
     if as_json:
         json_line([json_of(row) for row in shown])

@@ -46,11 +46,32 @@ def links_of(config_path: Path | None, job: JobStatus) -> dict[str, str]:
     return {} if config_path is None and is_plain(os.environ) else settings_for(config_path).links.of(job)
 
 
-def with_client(config_path: Path | None, service: str | None, use: Callable[[AsyncJobClient], Awaitable[T]]) -> T:
-    """Run async code with a client, to its end."""
-    import anyio
+def with_client(
+    config_path: Path | None,
+    service: str | None,
+    use: Callable[[AsyncJobClient], Awaitable[T]],
+    *,
+    only_reads: bool = False,
+) -> T:
+    """Run async code with a client, to its end.
 
+    Args:
+        config_path: The configuration file; None: the one that ``TAILSPAN_CONFIG`` names, if any.
+        service: The service's name; None: the default one.
+        use: What to run.
+        only_reads: Whether it only calls verbs that read a job or list all, once: over local files these need no event
+            loop, whose import costs as much as the rest of the command.
+    """
     from tailspan.client import AsyncJobClient
+
+    if only_reads and config_path is None:
+        from tailspan._direct import run_directly
+
+        # It holds nothing open.
+        client = AsyncJobClient(service=service)
+        if client.reads_directly():
+            return run_directly(use(client))
+    import anyio
 
     async def run() -> T:
         # Without a file the client loads the configuration itself, if it needs more of it than its defaults.

@@ -45,7 +45,7 @@ def logs(job: str, since_ms: int | None, service: str | None, config_path: Path 
             else:
                 printer.messages(messages)
 
-    with_client(config_path, service, use)
+    with_client(config_path, service, use, only_reads=True)
 
 
 @click.command()
@@ -128,7 +128,7 @@ def exec_time(job: str, service: str | None, config_path: Path | None, as_json: 
     from tailspan.cli.show import json_line, write
     from tailspan.cli.watch import say
 
-    took, status = with_client(config_path, service, lambda client: client.exec_time_and_status(job))
+    took, status = with_client(config_path, service, lambda client: client.exec_time_and_status(job), only_reads=True)
     running = not status.state.is_terminal
     if running:
         say(in_progress_text(status))

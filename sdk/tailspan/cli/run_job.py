@@ -9,8 +9,8 @@ import os
 
 from tailspan.errors import TailspanError
 from tailspan.local.attached import block_signals, follow, open_or_none
-from tailspan.local.launch import CANCEL_GRACE_S, CallerState, MaybeStartedError, Request, launch
-from tailspan.local.run_settings import load_run_settings
+from tailspan.local.launch import CallerState, MaybeStartedError, Request, launch
+from tailspan.local.run_settings import CANCEL_GRACE_S, load_run_settings
 from tailspan.local.state_dir import StateDir
 from tailspan.local.stdin import inherited_stdin
 from tailspan.local.terminal import is_terminal

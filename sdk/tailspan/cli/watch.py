@@ -38,7 +38,7 @@ def status(job: str, service: str | None, config_path: Path | None, as_json: boo
     """  # noqa: D301 - click wants the backspace character itself
     from tailspan.cli.show import json_line, json_of, status_fields
 
-    answer = with_client(config_path, service, lambda client: client.job_get_status(job))
+    answer = with_client(config_path, service, lambda client: client.job_get_status(job), only_reads=True)
     if as_json:
         json_line(json_of(answer))
     else:

@@ -31,7 +31,6 @@ else:
     import _signal as signal  # without the enums of `signal`, which cost 4 ms
 
 __all__ = [
-    "CANCEL_GRACE_S",
     "CallerState",
     "Launched",
     "MaybeStartedError",
@@ -41,7 +40,6 @@ __all__ = [
     "take_standard_fds",
 ]
 
-CANCEL_GRACE_S = 10.0
 _START_TIMEOUT_S = 60.0
 _MAX_NAME_CHARS = 200
 _BOOT = (

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-__all__ = ["RunSettings", "is_plain", "load_run_settings", "otlp_variables"]
+__all__ = ["CANCEL_GRACE_S", "RunSettings", "is_plain", "load_run_settings", "otlp_variables"]
+
+CANCEL_GRACE_S = 10.0
+"""How long a job that is cancelled has between SIGTERM and SIGKILL, in seconds."""
 
 _PREFIX = "TAILSPAN_"
 _KNOWN = ("type", "state_dir", "group", "keep_finished", "encoding")

@@ -11,8 +11,6 @@ import functools
 import json
 import os
 import re
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -133,6 +131,8 @@ class JobStore:
         Raises:
             ProtocolError: The file has something else.
         """
+        import uuid
+
         text = self.place.identity()
         try:
             return str(uuid.UUID(text))
@@ -243,6 +243,8 @@ class JobStore:
             older_than_s: Age of their end in seconds.
             now_s: The present in seconds since the epoch.
         """
+        import shutil
+
         limit = now_s - older_than_s
         for job_id in reversed(self.job_ids()):
             submitted = submitted_at_of(job_id)
@@ -263,6 +265,8 @@ class JobStore:
 
     def _sweep(self, now_s: float) -> None:
         """Delete what a process left that was killed while it made or deleted a job."""
+        import shutil
+
         for entry in os.scandir(self.jobs) if self.jobs.is_dir() else ():
             if entry.name.startswith((".new-", ".gone-")) and now_s - entry.stat().st_mtime > _ABANDONED_S:
                 shutil.rmtree(entry.path, ignore_errors=True)

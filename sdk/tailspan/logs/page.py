@@ -10,7 +10,8 @@ Both are stored per *run* of lines (one read of a pipe, one millisecond of a log
 
 from __future__ import annotations
 
-import hashlib
+# What `hashlib` has, which would load OpenSSL first.
+from _blake2 import blake2b
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple, NotRequired, Required, TypedDict
@@ -130,7 +131,7 @@ def line_digest(identity: str, job_id: str, time_unix_nano: int, message: bytes,
         occurrence: 0 for the first line with this time and text, 1 for its repeat, and so on.
     """
     key = f"{identity}\0{job_id}\0{time_unix_nano}\0{occurrence}\0".encode()
-    return hashlib.blake2b(key + message, digest_size=DIGEST_BYTES).digest()
+    return blake2b(key + message, digest_size=DIGEST_BYTES).digest()
 
 
 class LogPage:
@@ -306,7 +307,7 @@ def numbered_pages(
             bodies, runs, digests, size = [], [], [], 0
         bodies.append(body)
         size += len(body) + 1
-        digests.append(hashlib.blake2b(key + b"%d" % number, digest_size=DIGEST_BYTES).digest())
+        digests.append(blake2b(key + b"%d" % number, digest_size=DIGEST_BYTES).digest())
         _extend(runs, last_nano + min(ordinal, NANOS_PER_MS - 1), Stream.NAMES.index(line.stream))
     if bodies:
         number += 1

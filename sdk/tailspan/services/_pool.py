@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import weakref
 from typing import TYPE_CHECKING
 
@@ -82,14 +83,36 @@ class OpenedServices:
         if not self._loads_settings or not is_plain(os.environ):
             return None
         found = _variables()
-        if found != self._loaded_from or "local" not in self._services:
+        service = self._services.get("local")
+        if found != self._loaded_from or service is None:
             from tailspan.services.local import LocalService
 
+            service = LocalService.from_environment()
+            _opened_by_name.add(service)
             self._retired.extend(self._services.values())
-            self._settings, self._loaded_from = None, found
-            self._services = {"local": LocalService.from_environment()}
-            _opened_by_name.add(self._services["local"])
-        return self._services["local"]
+            self._settings, self._loaded_from, self._services = None, found, {"local": service}
+        return service
+
+    def reads_directly(self, job: CoerceableToJobId | None, service: str | JobService | None) -> bool:
+        """Return whether reads wait for nothing: those of local jobs, where nothing is configured.
+
+        Args:
+            job: The job; None: all of them.
+            service: The service of the call.
+
+        Raises:
+            ConfigError: The argument names no job.
+        """
+        if not self._loads_settings or not is_plain(os.environ):
+            return False
+        which = service or self._default
+        if job is not None and not isinstance(job, str) and service is None:
+            # It may be of a service that another client opened.
+            which = self.find(job, None)[0]
+        if which is None or isinstance(which, str):
+            return which in (None, "local")
+        local = sys.modules.get("tailspan.services.local")
+        return local is not None and type(which) is local.LocalService
 
     def find(self, job: CoerceableToJobId, service: str | JobService | None) -> tuple[JobService, str]:
         """Return the service of a job, and the job's id there.

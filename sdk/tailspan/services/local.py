@@ -8,17 +8,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import signal
 import sys
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import anyio
-import anyio.lowlevel
-import anyio.to_thread
-
+from tailspan._direct import checkpoint
 from tailspan.errors import (
     AuthError,
     ConfigError,
@@ -27,12 +23,9 @@ from tailspan.errors import (
     ServiceUnavailableError,
     TailspanError,
 )
-from tailspan.local.launch import CANCEL_GRACE_S, Launched, Request, check_encoding, launch
 from tailspan.local.reader import LogReader
-from tailspan.local.run_settings import load_run_settings, otlp_variables
-from tailspan.local.signalling import signal_supervisor
+from tailspan.local.run_settings import CANCEL_GRACE_S, load_run_settings, otlp_variables
 from tailspan.local.status import row_of, status_of, totals_of
-from tailspan.local.stdin import inherited_stdin
 from tailspan.local.store import JobStore, StoredJob, submitted_at_of
 from tailspan.logs.page import NANOS_PER_MS, LogPage
 from tailspan.models import JobStatus, ListedJob
@@ -41,6 +34,7 @@ from tailspan.services import LATE_WINDOW_S, ChangeFeedService, SubmitService
 if TYPE_CHECKING:
     from tailspan.config import Settings
     from tailspan.local.inotify import InotifyChanges
+    from tailspan.local.launch import Launched, Request
 
 __all__ = ["LocalService"]
 
@@ -111,6 +105,7 @@ class LocalService(SubmitService, ChangeFeedService):
             ConfigError: An option is unknown or does not fit; the message names its key.
         """
         from tailspan.config import Duration, Options, UserPath, platform_state_dir, validate_options
+        from tailspan.local.launch import check_encoding
 
         class LocalOptions(Options):
             state_dir: UserPath | None = None
@@ -184,7 +179,7 @@ class LocalService(SubmitService, ChangeFeedService):
             with LogReader(job.directory, job_id, ended=job.logs_complete) as reader:
                 for page in reader.pages(identity, cursor, since_ms):
                     yield page
-                    await anyio.lowlevel.checkpoint()
+                    await checkpoint()
 
     async def log_times_ms(self, job_id: str) -> tuple[int, int] | None:
         """Return the times of the first and the last line; see `tailspan.services.JobService`."""
@@ -197,13 +192,14 @@ class LocalService(SubmitService, ChangeFeedService):
         with self._translated():
             ids = self._store.job_ids()
         # An agent lists every few seconds: what has ended for good is not read again.
-        self._final_rows = {job_id: self._final_rows[job_id] for job_id in ids if job_id in self._final_rows}
-        self._running_rows = {job_id: self._running_rows[job_id] for job_id in ids if job_id in self._running_rows}
+        final, running = self._final_rows, self._running_rows
+        self._final_rows = {job_id: row for job_id in ids if (row := final.get(job_id)) is not None}
+        self._running_rows = {job_id: known for job_id in ids if (known := running.get(job_id)) is not None}
         for start in range(0, len(ids), _LIST_PAGE):
             with self._translated():
                 rows = [self._row(job_id) for job_id in ids[start : start + _LIST_PAGE]]
             yield [row for row in rows if row]
-            await anyio.lowlevel.checkpoint()
+            await checkpoint()
 
     def open_changes(self) -> InotifyChanges | None:
         """Open the change feed of this machine's jobs; see `tailspan.services.ChangeFeedService`."""
@@ -238,6 +234,11 @@ class LocalService(SubmitService, ChangeFeedService):
             ConfigError: The command or an option is not usable.
             ServiceUnavailableError: The supervisor could not be started.
         """
+        import anyio.to_thread
+
+        from tailspan.local.launch import Request
+        from tailspan.local.stdin import inherited_stdin
+
         request = Request(
             command=command,
             name=name,
@@ -261,6 +262,8 @@ class LocalService(SubmitService, ChangeFeedService):
         Raises:
             ServiceUnavailableError: The supervisor could not be started.
         """
+        from tailspan.local.launch import launch
+
         with self._translated():
             launched = launch(self._store.place, request, otlp=self._otlp, grace_s=self._cancel_grace_s)
         self.prune_sometimes()
@@ -272,6 +275,12 @@ class LocalService(SubmitService, ChangeFeedService):
         Returns:
             Its status: ended already, where it ends within a second.
         """
+        import signal
+
+        import anyio
+
+        from tailspan.local.signalling import signal_supervisor
+
         with self._translated(job_id):
             job = self._store.load(job_id)
             if not job.state.is_terminal:
@@ -322,8 +331,9 @@ class LocalService(SubmitService, ChangeFeedService):
 
     def _row(self, job_id: str) -> ListedJob | None:
         """Return a job's row; None when it was pruned meanwhile."""
-        if job_id in self._final_rows:
-            return self._final_rows[job_id]
+        # Another thread may list, too.
+        if (final := self._final_rows.get(job_id)) is not None:
+            return final
         # Taken before the row is: what changes in between is seen the next time.
         mark = self._store.running_mark(job_id)
         known = self._running_rows.pop(job_id, None)

@@ -289,7 +289,8 @@ def test_a_job_of_another_user_hides_no_other(local):
         if theirs not in path.parts:
             os.chown(path, 65534, 65534)
     program = (
-        "import fcntl, os, sys, anyio; from pathlib import Path; from tailspan.services.local import LocalService\n"
+        "import fcntl, os, shutil, sys, anyio\n"
+        "from pathlib import Path; from tailspan.services.local import LocalService\n"
         "anyio.run(anyio.sleep, 0)\n"  # imports what this user may not
         "os.setgid(65534); os.setuid(65534)\n"
         "service = LocalService(state_dir=Path(sys.argv[1]))\n"
