@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         job_get_exec_time,
         job_get_logs,
         job_get_status,
+        job_get_tasks,
         job_list,
         job_print_logs,
         job_submit,
@@ -36,9 +37,9 @@ if TYPE_CHECKING:
         job_wait_for_job,
     )
     from tailspan.logs.follow import TailUpdate
-    from tailspan.logs.page import Line, LogPage, Message
-    from tailspan.models import CoerceableToJobId, JobState, JobStatus, ListedJob
-    from tailspan.services import JobService, SubmitService
+    from tailspan.logs.page import Line, LogPage, Message, TaskRef
+    from tailspan.models import CoerceableToJobId, JobState, JobStatus, ListedJob, TaskRun
+    from tailspan.services import JobService, SubmitService, TaskService
     from tailspan.services.registry import open_service
 
 __all__ = [
@@ -66,11 +67,15 @@ __all__ = [
     "SubmitService",
     "TailUpdate",
     "TailspanError",
+    "TaskRef",
+    "TaskRun",
+    "TaskService",
     "WaitTimeoutError",
     "job_cancel",
     "job_get_exec_time",
     "job_get_logs",
     "job_get_status",
+    "job_get_tasks",
     "job_list",
     "job_print_logs",
     "job_submit",
@@ -87,9 +92,9 @@ _MODULES = {
     "tailspan.errors": tuple(name for name in __all__ if name.endswith(("Error", "Warning"))),
     "tailspan.logs.follow": ("TailUpdate",),
     "tailspan.jobs": tuple(name for name in __all__ if name.startswith("job_")),
-    "tailspan.models": ("CoerceableToJobId", "JobState", "JobStatus", "ListedJob"),
-    "tailspan.logs.page": ("Line", "LogPage", "Message"),
-    "tailspan.services": ("JobService", "SubmitService"),
+    "tailspan.models": ("CoerceableToJobId", "JobState", "JobStatus", "ListedJob", "TaskRun"),
+    "tailspan.logs.page": ("Line", "LogPage", "Message", "TaskRef"),
+    "tailspan.services": ("JobService", "SubmitService", "TaskService"),
     "tailspan.services.registry": ("open_service",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -16,7 +16,7 @@ from tailspan.errors import (
     ServiceUnavailableError,
     WaitTimeoutError,
 )
-from tailspan.logs.page import NANOS_PER_MS, LogPage, Message, Stream
+from tailspan.logs.page import LogPage, Message
 from tailspan.models import JobStatus, ListedJob
 from tailspan.services import JobService
 
@@ -173,16 +173,13 @@ def stamped(answer: Answer, service: JobService) -> Answer:
 
 def newest_of(page: LogPage) -> Message:
     """Return the newest line of a page; ties go to the last."""
-    best_nano, best_line, best_stream, position = -1, 0, Stream.NONE, 0
+    newest, line, position = page.runs[0], 0, 0
     for run in page.runs:
         position += run.lines
-        nano = run.time_unix_nano + run.lines - 1
-        if nano >= best_nano:
-            best_nano, best_line, best_stream = nano, position - 1, run.stream
-    message = Message(message=page.lines[best_line].decode("utf-8", "replace"), timestamp=best_nano // NANOS_PER_MS)
-    if best_stream:
-        message["stream"] = Stream.NAMES[best_stream]
-    return message
+        if run.time_unix_nano + run.lines >= newest.time_unix_nano + newest.lines:
+            newest, line = run, position - 1
+    last = newest._replace(lines=1, time_unix_nano=newest.time_unix_nano + newest.lines - 1)
+    return next(LogPage([page.lines[line]], [last], page.cursor, tasks=page.tasks).messages())
 
 
 def newer(one: Message | None, other: Message) -> Message:

@@ -21,8 +21,8 @@ from tailspan.errors import ConfigError, InProgressWarning, RequestRejectedError
 from tailspan.logs.clean import printable
 from tailspan.logs.follow import SETTLE_S, Follower, TailUpdate
 from tailspan.logs.page import Message
-from tailspan.models import CoerceableToJobId, JobState, JobStatus, ListedJob
-from tailspan.services import JobService, SubmitService
+from tailspan.models import CoerceableToJobId, JobState, JobStatus, ListedJob, TaskRun
+from tailspan.services import JobService, SubmitService, TaskService
 from tailspan.services._pool import OpenedServices
 
 if TYPE_CHECKING:
@@ -97,12 +97,16 @@ class AsyncVerbs(Generic[StatusT]):
         return self._opened.reads_directly(job, service)
 
     async def get_logs(
-        self, job: CoerceableToJobId, since_ms: int | None = None, *, service: str | JobService | None = None
+        self,
+        job: CoerceableToJobId,
+        since_ms: int | None = None,
+        *,
+        task: str | None = None,
+        service: str | JobService | None = None,
     ) -> list[Message]:
         """Return the job's lines; see `tailspan.job_get_logs`."""
-        chosen, job_id = self._opened.find(job, service)
         messages: list[Message] = []
-        async with aclosing(chosen.read_messages(job_id, since_ms)) as pages:
+        async with aclosing(self.iter_logs(job, since_ms, task=task, service=service)) as pages:
             async for page in pages:
                 messages += page
         # Stable: lines of one millisecond keep the service's order.
@@ -115,13 +119,15 @@ class AsyncVerbs(Generic[StatusT]):
         since_ms: int | None = None,
         file: IO[str] | None = None,
         *,
+        task: str | None = None,
         service: str | JobService | None = None,
     ) -> None:
         """Print the job's lines; see `tailspan.job_print_logs`."""
         from tailspan.logs.printing import LinePrinter
 
         printer = LinePrinter(file or sys.stdout)
-        async with aclosing(self.iter_logs(job, since_ms, service=service)) as pages:
+        printer.shows_tasks = task is None and await self.has_tasks(job, service=service)
+        async with aclosing(self.iter_logs(job, since_ms, task=task, service=service)) as pages:
             async for page in pages:
                 printer.messages(page)
 
@@ -222,13 +228,19 @@ class AsyncVerbs(Generic[StatusT]):
             await self._clock.sleep(min(poll_interval_seconds, deadline - now))
 
     async def iter_logs(
-        self, job: CoerceableToJobId, since_ms: int | None = None, *, service: str | JobService | None = None
+        self,
+        job: CoerceableToJobId,
+        since_ms: int | None = None,
+        *,
+        task: str | None = None,
+        service: str | JobService | None = None,
     ) -> AsyncGenerator[Sequence[Message], None]:
         """Yield the lines that are readable now, some thousands at a time, in the order of the service.
 
         Args:
             job: A job id, a status, or a row of a listing.
             since_ms: Only lines whose time is at or after this, in ms since the epoch.
+            task: Only lines of the task with this name or id.
             service: The service's name, or the service; None: the job's own, or the default one.
 
         Raises:
@@ -238,7 +250,25 @@ class AsyncVerbs(Generic[StatusT]):
         chosen, job_id = self._opened.find(job, service)
         async with aclosing(chosen.read_messages(job_id, since_ms)) as pages:
             async for page in pages:
-                yield page
+                yield page if task is None else [one for one in page if task in (one.get("task"), one.get("task_id"))]
+
+    async def get_tasks(self, job: CoerceableToJobId, *, service: str | JobService | None = None) -> list[TaskRun]:
+        """Return the job's tasks; see `tailspan.job_get_tasks`."""
+        chosen, job_id = self._opened.find(job, service)
+        if isinstance(chosen, TaskService):
+            return list(await chosen.list_tasks(job_id))
+        await chosen.get_job(job_id)
+        return []
+
+    async def has_tasks(self, job: CoerceableToJobId, *, service: str | JobService | None = None) -> bool:
+        """Return whether the job has more than one task, so that its lines are printed with the task's name.
+
+        Raises:
+            JobNotFoundError: The service has no such job.
+            ServiceError: The service failed.
+        """
+        chosen, job_id = self._opened.find(job, service)
+        return isinstance(chosen, TaskService) and (await chosen.get_job(job_id)).total_tasks > 1
 
     async def follow_logs(
         self,
@@ -370,6 +400,7 @@ class AsyncVerbs(Generic[StatusT]):
 
     # The names of the functions in `tailspan.jobs`.
     job_get_logs = get_logs
+    job_get_tasks = get_tasks
     job_print_logs = print_logs
     job_tail_logs = tail_logs
     job_get_status = get_status

@@ -21,7 +21,7 @@ from tailspan._verbs import AsyncVerbs, in_progress_text
 from tailspan.errors import InProgressWarning
 from tailspan.logs.follow import SETTLE_S, TailUpdate
 from tailspan.logs.page import Message
-from tailspan.models import CoerceableToJobId, JobState, JobStatus, ListedJob
+from tailspan.models import CoerceableToJobId, JobState, JobStatus, ListedJob, TaskRun
 from tailspan.services import JobService
 
 if TYPE_CHECKING:
@@ -114,10 +114,19 @@ class Client:
             portal.close()
 
     def get_logs(
-        self, job: CoerceableToJobId, since_ms: Since | None = None, *, service: str | JobService | None = None
+        self,
+        job: CoerceableToJobId,
+        since_ms: Since | None = None,
+        *,
+        task: str | None = None,
+        service: str | JobService | None = None,
     ) -> list[Message]:
         """Return the job's lines; see `tailspan.job_get_logs`."""
-        return self._read(job, service, AsyncVerbs.get_logs, job, self._since_ms(since_ms), service=service)
+        return self._read(job, service, AsyncVerbs.get_logs, job, self._since_ms(since_ms), task=task, service=service)
+
+    def get_tasks(self, job: CoerceableToJobId, *, service: str | JobService | None = None) -> list[TaskRun]:
+        """Return the job's tasks; see `tailspan.job_get_tasks`."""
+        return self._read(job, service, AsyncVerbs.get_tasks, job, service=service)
 
     def print_logs(
         self,
@@ -125,13 +134,15 @@ class Client:
         since_ms: Since | None = None,
         file: IO[str] | None = None,
         *,
+        task: str | None = None,
         service: str | JobService | None = None,
     ) -> None:
         """Print the job's lines; see `tailspan.job_print_logs`."""
         from tailspan.logs.printing import LinePrinter
 
         printer = LinePrinter(file or sys.stdout)
-        for messages in self._log_pages(job, since_ms, service):
+        printer.shows_tasks = task is None and self._read(job, service, AsyncVerbs.has_tasks, job, service=service)
+        for messages in self._log_pages(job, since_ms, task, service):
             printer.messages(messages)
 
     def tail_logs(
@@ -227,7 +238,12 @@ class Client:
         )
 
     def iter_logs(
-        self, job: CoerceableToJobId, since_ms: Since | None = None, *, service: str | JobService | None = None
+        self,
+        job: CoerceableToJobId,
+        since_ms: Since | None = None,
+        *,
+        task: str | None = None,
+        service: str | JobService | None = None,
     ) -> Generator[Message, None, None]:
         """Yield the lines that are readable now, one by one, in the order of the service.
 
@@ -236,13 +252,14 @@ class Client:
         Args:
             job: A job id, a status, or a row of a listing.
             since_ms: Only lines at or after this: ms since the epoch, an aware datetime, or a timedelta ago.
+            task: Only lines of the task with this name or id.
             service: The service's name, or the service; None: the job's own, or the default one.
 
         Raises:
             JobNotFoundError: The service has no such job.
             ServiceError: The service failed.
         """
-        for messages in self._log_pages(job, since_ms, service):
+        for messages in self._log_pages(job, since_ms, task, service):
             yield from messages
 
     def follow_logs(
@@ -277,12 +294,12 @@ class Client:
         )
 
     def _log_pages(
-        self, job: CoerceableToJobId, since_ms: Since | None, service: str | JobService | None
+        self, job: CoerceableToJobId, since_ms: Since | None, task: str | None, service: str | JobService | None
     ) -> Generator[Sequence[Message], None, None]:
         since = self._since_ms(since_ms)
         if self._direct.reads_directly(job, service=service):
-            return iterate_directly(self._direct.iter_logs(job, since, service=service))
-        return self._portal.iterate(AsyncVerbs.iter_logs, job, since, service=service)
+            return iterate_directly(self._direct.iter_logs(job, since, task=task, service=service))
+        return self._portal.iterate(AsyncVerbs.iter_logs, job, since, task=task, service=service)
 
     def _exec_time(self, job: CoerceableToJobId, service: str | JobService | None) -> timedelta:
         """Return the execution time; a warning points at the caller of this method's caller."""
@@ -384,25 +401,32 @@ class RunResponse(JobStatus):
         """Return this job's status as it is now; see `tailspan.job_get_status`."""
         return self._verbs.get_status(self, service=service)
 
-    def get_logs(self, since_ms: Since | None = None, *, service: str | JobService | None = None) -> list[Message]:
+    def get_logs(
+        self, since_ms: Since | None = None, *, task: str | None = None, service: str | JobService | None = None
+    ) -> list[Message]:
         """Return this job's lines; see `tailspan.job_get_logs`."""
-        return self._verbs.get_logs(self, since_ms, service=service)
+        return self._verbs.get_logs(self, since_ms, task=task, service=service)
 
     def iter_logs(
-        self, since_ms: Since | None = None, *, service: str | JobService | None = None
+        self, since_ms: Since | None = None, *, task: str | None = None, service: str | JobService | None = None
     ) -> Generator[Message, None, None]:
         """Yield this job's lines one by one; see `Client.iter_logs`."""
-        return self._verbs.iter_logs(self, since_ms, service=service)
+        return self._verbs.iter_logs(self, since_ms, task=task, service=service)
+
+    def get_tasks(self, *, service: str | JobService | None = None) -> list[TaskRun]:
+        """Return this job's tasks; see `tailspan.job_get_tasks`."""
+        return self._verbs.get_tasks(self, service=service)
 
     def print_logs(
         self,
         since_ms: Since | None = None,
         file: IO[str] | None = None,
         *,
+        task: str | None = None,
         service: str | JobService | None = None,
     ) -> None:
         """Print this job's lines; see `tailspan.job_print_logs`."""
-        self._verbs.print_logs(self, since_ms, file, service=service)
+        self._verbs.print_logs(self, since_ms, file, task=task, service=service)
 
     def tail_logs(
         self,

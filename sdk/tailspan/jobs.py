@@ -14,7 +14,7 @@ from typing import IO
 from tailspan.client import RunResponse, process_client
 from tailspan.logs.follow import SETTLE_S
 from tailspan.logs.page import Message
-from tailspan.models import CoerceableToJobId, JobState, ListedJob
+from tailspan.models import CoerceableToJobId, JobState, ListedJob, TaskRun
 from tailspan.services import JobService
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "job_get_exec_time",
     "job_get_logs",
     "job_get_status",
+    "job_get_tasks",
     "job_list",
     "job_print_logs",
     "job_submit",
@@ -31,19 +32,25 @@ __all__ = [
 
 
 def job_get_logs(
-    job: CoerceableToJobId, since_ms: int | None = None, *, service: str | JobService | None = None
+    job: CoerceableToJobId,
+    since_ms: int | None = None,
+    *,
+    task: str | None = None,
+    service: str | JobService | None = None,
 ) -> list[Message]:
     """Return the lines of a job.
 
     Args:
         job: A job id, a `RunResponse`, or a row of `job_list`.
         since_ms: Only lines whose time is at or after this, in ms since the epoch. None: all lines.
+        task: Only lines of the task with this name or id; for services whose jobs have tasks.
         service: A service's name from the configuration, or a `JobService`. None: the job's own, where a status or a
             row was given, else the default service.
 
     Returns:
         Messages as dicts, oldest first, each once: ``message`` (str), ``timestamp`` (int, ms since the epoch) and
-        further keys of the service. Lines of one millisecond keep the order of the service.
+        further keys of the service, for example ``task``, ``attempt`` and ``level``. Lines of one millisecond keep
+        the order of the service.
 
     Raises:
         JobNotFoundError: The service has no such job.
@@ -53,7 +60,7 @@ def job_get_logs(
         >>> job_get_logs("nightly-42")
         [{'message': 'started', 'timestamp': 1000}, {'message': 'done', 'timestamp': 3500}]
     """
-    return process_client().get_logs(job, since_ms, service=service)
+    return process_client().get_logs(job, since_ms, task=task, service=service)
 
 
 def job_print_logs(
@@ -61,14 +68,18 @@ def job_print_logs(
     since_ms: int | None = None,
     file: IO[str] | None = None,
     *,
+    task: str | None = None,
     service: str | JobService | None = None,
 ) -> None:
     """Print the lines of a job in the order of the service; a long log is never held in memory.
+
+    If the job has more than one task, the task's name stands before each line.
 
     Args:
         job: A job id, a `RunResponse`, or a row of `job_list`.
         since_ms: Only lines whose time is at or after this, in ms since the epoch. None: all lines.
         file: Text file to print to. None: ``sys.stdout``. On a terminal, control characters are removed.
+        task: Only lines of the task with this name or id, without that name before them.
         service: A service's name or a `JobService`; see `job_get_logs`.
 
     Raises:
@@ -79,7 +90,7 @@ def job_print_logs(
         >>> job_print_logs("nightly-42", since_ms=2000)
         done
     """
-    process_client().print_logs(job, since_ms, file, service=service)
+    process_client().print_logs(job, since_ms, file, task=task, service=service)
 
 
 def job_tail_logs(
@@ -150,6 +161,27 @@ def job_get_status(job: CoerceableToJobId, *, service: str | JobService | None =
         RunResponse(job_id='nightly-42', job_name='nightly', state=SUCCEEDED, ...)
     """
     return process_client().get_status(job, service=service)
+
+
+def job_get_tasks(job: CoerceableToJobId, *, service: str | JobService | None = None) -> list[TaskRun]:
+    """Return the tasks of a job: what its service starts for it.
+
+    Args:
+        job: A job id, a `RunResponse`, or a row of `job_list`.
+        service: A service's name or a `JobService`; see `job_get_logs`.
+
+    Returns:
+        Every attempt of every task, oldest first; empty if the service has jobs without tasks.
+
+    Raises:
+        JobNotFoundError: The service has no such job.
+        ServiceError: The service failed.
+
+    Example:
+        >>> [(task.name, task.attempt, task.result) for task in job_get_tasks("nightly-42")]
+        []
+    """
+    return process_client().get_tasks(job, service=service)
 
 
 def job_cancel(job: CoerceableToJobId, *, service: str | JobService | None = None) -> RunResponse:

@@ -1,4 +1,4 @@
-"""What a job is: its states, its status, and a row of a listing. Data only."""
+"""What a job is: its states, its status, a row of a listing, and its tasks. Data only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ from typing import Any, Self, TypeAlias
 from tailspan._identity import check_job_id
 from tailspan.errors import ConfigError
 
-__all__ = ["CoerceableToJobId", "JobState", "JobStatus", "ListedJob", "fused_state", "job_id_of"]
+__all__ = [
+    "TASK_RESULTS",
+    "CoerceableToJobId",
+    "JobState",
+    "JobStatus",
+    "ListedJob",
+    "TaskRun",
+    "fused_state",
+    "job_id_of",
+]
 
 
 class JobState(enum.StrEnum):
@@ -249,6 +258,62 @@ class ListedJob:
 
     def __repr__(self) -> str:
         return _short_repr(self)
+
+
+TASK_RESULTS = ("success", "failure", "error", "timeout", "cancellation", "skip")
+"""The results of a task run. Source: OpenTelemetry semantic conventions 1.44.0, ``cicd.pipeline.task.run.result``."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TaskRun:
+    """One attempt of one task of a job: what the service starts for a job, as a job is what a user starts.
+
+    Attributes:
+        task_id: The task's id, unique within the job, and the same at each request and attempt.
+        name: The task's name, which its runs have in common: the name of its span.
+        attempt: 1 for the first attempt.
+        result: How it ended, one of `TASK_RESULTS`; None before its end.
+        submitted_at: When it was queued (aware UTC).
+        started_at: When it began to execute (aware UTC).
+        finished_at: When it ended (aware UTC).
+        exit_code: The exit code of its main process.
+        error: Why it did not succeed, in one sentence.
+        url: Its page at the service.
+        instance_id: The machine that ran it.
+        parent: The id of the task that it is part of; None for a task of the job itself.
+        after: The ids of the tasks that it waited for.
+    """
+
+    task_id: str
+    name: str
+    attempt: int = 1
+    result: str | None = None
+    submitted_at: datetime | None = None
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    exit_code: int | None = None
+    error: str | None = None
+    url: str | None = None
+    instance_id: str | None = None
+    parent: str | None = None
+    after: tuple[str, ...] = ()
+
+    @property
+    def ended(self) -> bool:
+        """Whether this attempt has ended."""
+        return self.result is not None
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended without success, and was neither canceled nor skipped."""
+        return self.result in ("failure", "error", "timeout")
+
+    @property
+    def duration(self) -> timedelta | None:
+        """Time from start to end; so far, while it runs; None before it started."""
+        if self.started_at is None:
+            return None
+        return max(timedelta(0), (self.finished_at or datetime.now(UTC)) - self.started_at)
 
 
 def _public_fields(job: JobStatus | ListedJob) -> dict[str, Any]:

@@ -22,11 +22,11 @@ import anyio.lowlevel
 from tailspan._clock import Clock
 from tailspan._conformance import PROMISES, BrokenPromise, find_broken_promises
 from tailspan.errors import ConfigError, CursorExpiredError, JobNotFoundError
-from tailspan.logs.page import MAX_PAGE_LINES, NANOS_PER_MS, Line, LogPage, Message
-from tailspan.models import JobState, JobStatus, ListedJob
-from tailspan.services import LATE_WINDOW_S, JobService, SubmitService
+from tailspan.logs.page import MAX_PAGE_LINES, NANOS_PER_MS, Line, LogPage, Message, TaskRef
+from tailspan.models import JobState, JobStatus, ListedJob, TaskRun
+from tailspan.services import LATE_WINDOW_S, JobService, SubmitService, TaskService
 
-__all__ = ["BrokenPromise", "FakeClock", "FakeService", "ServiceConformance", "check_service"]
+__all__ = ["BrokenPromise", "FakeClock", "FakeService", "FakeTaskService", "ServiceConformance", "check_service"]
 
 
 class FakeService(SubmitService):
@@ -86,7 +86,14 @@ class FakeService(SubmitService):
         return self.set_state(job_id, state, **fields)
 
     def add_lines(
-        self, job_id: str, *messages: str, timestamp_ms: int | None = None, stream: str = "", step_ms: int = 0
+        self,
+        job_id: str,
+        *messages: str,
+        timestamp_ms: int | None = None,
+        stream: str = "",
+        step_ms: int = 0,
+        task: TaskRef | None = None,
+        severity: int = 0,
     ) -> None:
         """Add lines to a job's log.
 
@@ -96,10 +103,13 @@ class FakeService(SubmitService):
             timestamp_ms: The time of the first line, in ms since the epoch. None: now.
             stream: ``stdout``, ``stderr`` or empty.
             step_ms: The time from each line to the next, in ms.
+            task: The task that wrote the lines.
+            severity: Their OTLP severity number; 0: found in the text.
         """
         first = int(time.time() * 1000) if timestamp_ms is None else timestamp_ms
         self._jobs[job_id].lines.extend(
-            Line((first + index * step_ms) * NANOS_PER_MS, message, stream) for index, message in enumerate(messages)
+            Line((first + index * step_ms) * NANOS_PER_MS, message, stream, task, severity)
+            for index, message in enumerate(messages)
         )
 
     def set_state(self, job_id: str, state: JobState | str, **fields: Any) -> JobStatus:
@@ -124,8 +134,8 @@ class FakeService(SubmitService):
         """Make the next calls of a method raise these errors, one each.
 
         Args:
-            method: ``get_job``, ``read_logs``, ``read_messages``, ``log_times_ms``, ``cancel``, ``list_jobs`` or
-                ``submit``.
+            method: ``get_job``, ``read_logs``, ``read_messages``, ``log_times_ms``, ``cancel``, ``list_jobs``,
+                ``list_tasks`` or ``submit``.
             *errors: What to raise.
         """
         self._faults.setdefault(method, []).extend(errors)
@@ -265,11 +275,34 @@ class FakeService(SubmitService):
         return self.make_status(job_id, job.state, **job.fields)
 
 
+class FakeTaskService(FakeService, TaskService):
+    """A `FakeService` whose jobs have tasks."""
+
+    def set_task(self, job_id: str, task: TaskRun) -> None:
+        """Add an attempt of a task to a job, or change it; the job's status counts its tasks.
+
+        Args:
+            job_id: The job.
+            task: The attempt as it is now.
+        """
+        job = self._jobs[job_id]
+        job.tasks[task.task_id, task.attempt] = task
+        newest = {one.task_id: one for one in job.tasks.values()}
+        finished = sum(one.ended for one in newest.values())
+        job.fields = {**job.fields, "total_tasks": len(newest), "finished_tasks": finished}
+
+    async def list_tasks(self, job_id: str) -> Sequence[TaskRun]:
+        """Return the job's tasks as `set_task` has set them."""
+        await self._called("list_tasks", job_id)
+        return list(self._job(job_id).tasks.values())
+
+
 @dataclasses.dataclass(slots=True)
 class _FakeJob:
     fields: dict[str, Any]
     state: JobState = JobState.UNKNOWN
     lines: list[Line] = dataclasses.field(default_factory=list)
+    tasks: dict[tuple[str, int], TaskRun] = dataclasses.field(default_factory=dict)
     expired: int = 0
 
 

@@ -105,7 +105,7 @@ def select_lines(page: LogPage, keep: set[int]) -> LogPage | None:
         keep: The uids.
 
     Returns:
-        A page whose lines keep their times, streams and uids; its cursor is the page's.
+        A page whose lines keep their times, streams, tasks and uids; its cursor is the page's.
     """
     lines: list[bytes] = []
     digests: list[bytes] = []
@@ -119,4 +119,4 @@ def select_lines(page: LogPage, keep: set[int]) -> LogPage | None:
                 digests.append(page.digests[DIGEST_BYTES * position : DIGEST_BYTES * (position + 1)])
                 runs.append(run._replace(lines=1, time_unix_nano=run.time_unix_nano + index))
             position += 1
-    return LogPage(lines, runs, page.cursor, b"".join(digests)) if lines else None
+    return LogPage(lines, runs, page.cursor, b"".join(digests), tasks=page.tasks) if lines else None

@@ -6,6 +6,7 @@ The spans, each sent as soon as its values are final (a trace store shows a span
     submitted   a millisecond at the start, so that a running job is visible at once
     queued      from submission to start
     executing   from start to end; the parent of the job's own spans (its id is in the job's TRACEPARENT)
+    {task}      each attempt of a task, see `tailspan_agent.job.task_spans`
 
 Source: OpenTelemetry semantic conventions 1.44.0, CICD spans and attributes, exceptions.
 """
@@ -13,21 +14,23 @@ Source: OpenTelemetry semantic conventions 1.44.0, CICD spans and attributes, ex
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
 from tailspan._identity import job_hash, span_id, trace_id
 from tailspan._plural import plural
 from tailspan.logs.page import NANOS_PER_MS
-from tailspan.models import JobState, JobStatus
+from tailspan.models import JobState, JobStatus, TaskRun
 from tailspan_agent.analysis.failure import Failure, error_type, exit_reason, out_of_memory_line
 from tailspan_agent.job.ledger import JobLedger
+from tailspan_agent.job.task_spans import LineTimes, failed_task, task_spans, with_tasks
 from tailspan_agent.job.times import JobTimes
 from tailspan_agent.otlp.log_record import LogRecordData, Severity
 from tailspan_agent.otlp.span import SpanData, SpanEvent, SpanKind, SpanLink, StatusCode
 from tailspan_agent.otlp.text import STORED_BYTES, shorten_middle, shorten_stack
 from tailspan_agent.otlp.wire import AttributeValue
+from tailspan_agent.records.encode import span_id_of, task_span_id
 from tailspan_agent.records.span_lines import SpanLines
 
 __all__ = [
@@ -96,7 +99,13 @@ def _stream_name(stream: int) -> str | None:
 
 
 def spans_of(
-    job: JobStatus, ledger: JobLedger, *, delivery_known: bool = True, lines: SpanLines | None = None
+    job: JobStatus,
+    ledger: JobLedger,
+    *,
+    delivery_known: bool = True,
+    lines: SpanLines | None = None,
+    tasks: Sequence[TaskRun] = (),
+    task_lines: LineTimes | None = None,
 ) -> list[SpanData]:
     """Return the spans of a job that have ended by now, in the order in which they end.
 
@@ -106,12 +115,14 @@ def spans_of(
         delivery_known: Whether all lines are acknowledged. If not, the run span has no attributes of their delivery:
             a span cannot be corrected later; the receipt has them.
         lines: Lines that the span of the execution carries as events, for stores that keep only traces.
+        tasks: Every attempt of the job's tasks.
+        task_lines: The times of the tasks' lines.
 
     Returns:
         Spans; their ids depend on the job's identity only. A span that was returned before may have other values now:
         always send the one that was stored first.
     """
-    times = JobTimes.of(job, ledger)
+    times = with_tasks(JobTimes.of(job, ledger), tasks)
     spans = [_child(job, "submitted", times.submitted_ns, times.submitted_ns + _SUBMITTED_NS)]
     ended = job.state.is_terminal and ledger.logs_complete is not None
     if times.started_ns is not None:
@@ -121,21 +132,24 @@ def spans_of(
             spans.append(executing if lines is None else _with_lines(executing, lines))
     elif ended:
         spans.append(_child(job, "queued", times.submitted_ns, times.finished_ns))
+    spans += task_spans(job, tasks, times, task_lines)
     if ended:
         spans.append(_run_span(job, ledger, times, delivery_known=delivery_known))
     return spans
 
 
-def failure_record(job: JobStatus, ledger: JobLedger) -> LogRecordData | None:
+def failure_record(job: JobStatus, ledger: JobLedger, tasks: Sequence[TaskRun] = ()) -> LogRecordData | None:
     """Return the log record of a job's failure; None if it did not fail or has not ended.
 
     Args:
         job: The last status of the job.
         ledger: Its ledger.
+        tasks: Every attempt of its tasks: the record goes to the span of the one that failed.
     """
     if error_type(job, ledger.failure) is None:
         return None
     lines = ledger.failure.last_lines if ledger.failure else ()
+    task = failed_task(tasks)
     return LogRecordData(
         time_unix_nano=JobTimes.of(job, ledger).finished_ns,
         severity=Severity(17, "ERROR"),
@@ -144,9 +158,12 @@ def failure_record(job: JobStatus, ledger: JobLedger) -> LogRecordData | None:
             "log.record.uid": f"{job_hash(job.identity, job.job_id)}.failure.{job.attempt}",
             **_exception(job, ledger.failure),
             **_failure(job, ledger),
+            **({} if task is None else {"cicd.pipeline.task.name": task.name}),
         },
         trace_id=bytes.fromhex(job.trace_id),
-        span_id=bytes.fromhex(_id(job, "run")),
+        span_id=bytes.fromhex(
+            span_id_of(job, "run") if task is None else task_span_id(job, task.task_id, task.attempt)
+        ),
         event_name="exception",
     )
 
@@ -173,7 +190,7 @@ def receipt_record(job: JobStatus, ledger: JobLedger, *, still_open: bool = Fals
             **{key: value for key, value in {**_lines(ledger), **_delivery(ledger)}.items() if value is not None},
         },
         trace_id=bytes.fromhex(job.trace_id),
-        span_id=bytes.fromhex(_id(job, "run")),
+        span_id=bytes.fromhex(span_id_of(job, "run")),
         event_name="tailspan.receipt",
     )
 
@@ -199,15 +216,11 @@ def _delivery(ledger: JobLedger) -> dict[str, AttributeValue | None]:
     }
 
 
-def _id(job: JobStatus, span_name: str) -> str:
-    return span_id(job.identity, job.job_id, span_name, job.attempt)
-
-
 def _child(job: JobStatus, name: str, start_ns: int, end_ns: int) -> SpanData:
     return SpanData(
         trace_id=job.trace_id,
-        span_id=_id(job, name),
-        parent_span_id=_id(job, "run"),
+        span_id=span_id_of(job, name),
+        parent_span_id=span_id_of(job, "run"),
         name=name,
         start_unix_nano=start_ns,
         end_unix_nano=max(end_ns, start_ns + _SHORTEST_NS),
@@ -256,7 +269,7 @@ def _run_span(job: JobStatus, ledger: JobLedger, times: JobTimes, *, delivery_kn
     }
     return SpanData(
         trace_id=job.trace_id,
-        span_id=_id(job, "run"),
+        span_id=span_id_of(job, "run"),
         name=f"RUN {job.job_name}",
         kind=SpanKind.SERVER,
         start_unix_nano=times.submitted_ns,

@@ -64,7 +64,7 @@ class JobAlerts:
     async def send_pending(self) -> None:
         """Queue, once, the record that says why the job failed, or that it was too fast."""
         job = self._job
-        record = failure_record(job.redacted_status, job.ledger)
+        record = failure_record(job.redacted_status, job.ledger, job.tasks)
         if record is not None and not job.ledger.failure_reported:
             job.update_ledger(failure_reported=True)
             await self._send(record)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 
 import msgspec
@@ -16,7 +16,7 @@ import msgspec
 from tailspan.config import Watch
 from tailspan.errors import CursorExpiredError
 from tailspan.logs.page import LogPage
-from tailspan.models import JobState, JobStatus
+from tailspan.models import JobState, JobStatus, TaskRun
 from tailspan.services import JobService
 from tailspan_agent.analysis.assessment import JobSnapshot
 from tailspan_agent.analysis.failure import Failure
@@ -143,6 +143,13 @@ class JobPipeline:
             self.spans.write()
             self._context.health.run_changes.set()
 
+    def on_tasks(self, tasks: Sequence[TaskRun]) -> None:
+        """Apply the job's tasks as they are now; write the spans of attempts that have ended."""
+        ended = {(task.task_id, task.attempt) for task in self.job.tasks if task.ended}
+        self.job.update_tasks(tasks)
+        if any(task.ended and (task.task_id, task.attempt) not in ended for task in tasks):
+            self.spans.write()
+
     def _end_attempt(self) -> None:
         """Write the spans of an attempt that is over: the next one is a trace of its own, linked to this one."""
         job = self.job
@@ -222,6 +229,7 @@ class JobPipeline:
             await self._queue.room()
         job = self.job
         job.ledger = job.ledger.with_page(page)
+        job.task_lines.add(page)
         if not late:
             job.ledger = job.ledger.with_last_line(page.last_lines(1)[0], job.redact)
             if job.span_lines is not None:

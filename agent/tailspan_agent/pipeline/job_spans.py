@@ -29,8 +29,7 @@ class JobSpans:
 
     def write(self) -> None:
         """Write the spans that have ended by now; a span that was written before stays as it was."""
-        job = self._job
-        spans = self._outbox(spans_of(job.redacted_status, job.ledger, lines=job.span_lines))
+        spans = self._outbox(self._ended())
         if self._context.store.add_spans(self._job.checkpoint.key, spans):
             self._wake_queue()
 
@@ -48,7 +47,7 @@ class JobSpans:
         kind = error_type(job.status, job.ledger.failure)
         if kind is not None and not job.ledger.fingerprint:
             self._recognise_failure(name, kind)
-        spans = spans_of(job.redacted_status, job.ledger, delivery_known=delivery_known, lines=job.span_lines)
+        spans = self._ended(delivery_known=delivery_known)
         empty = RunTotals(name, run.result, kind)
         totals = self._context.totals.get(empty.key, empty).add(
             run.duration_s,
@@ -66,6 +65,17 @@ class JobSpans:
             self._context.health.run_changes.set()
         self._wake_queue()
         return counted
+
+    def _ended(self, *, delivery_known: bool = True) -> list[SpanData]:
+        job = self._job
+        return spans_of(
+            job.redacted_status,
+            job.ledger,
+            delivery_known=delivery_known,
+            lines=job.span_lines,
+            tasks=job.tasks,
+            task_lines=job.task_lines,
+        )
 
     def _recognise_failure(self, pipeline: str, kind: str) -> None:
         """Note how often the pipeline failed in this way before."""

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from tailspan.config import Watch
-from tailspan.models import JobStatus
+from tailspan.models import JobStatus, TaskRun
 from tailspan.services import JobService
 from tailspan_agent.analysis.baseline import PipelineHistory
 from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
 from tailspan_agent.checkpoint.store import Checkpoint
 from tailspan_agent.job.ledger import JobLedger
 from tailspan_agent.job.mapping import resource_attributes
+from tailspan_agent.job.task_spans import LineTimes
 from tailspan_agent.otlp.requests import encode_resource
 from tailspan_agent.pipeline.context import PipelineContext
 from tailspan_agent.records.redact import Redactor
@@ -45,6 +47,8 @@ class TrackedJob:
         resource: The encoded OTLP resource.
         log_name: The ``service.name`` of its last lines; empty before the first ones.
         span_lines: Lines for the span of the execution; None if spans carry no lines.
+        tasks: Every attempt of the job's tasks, redacted; empty for a job without tasks.
+        task_lines: The times of the tasks' lines.
     """
 
     def __init__(
@@ -54,6 +58,8 @@ class TrackedJob:
         self.service = service
         self.watch = watch
         self.status = status
+        self.tasks: tuple[TaskRun, ...] = ()
+        self.task_lines = LineTimes()
         self._redacted: tuple[JobStatus, Redactor, JobStatus] | None = None
         known = context.store.job(service.identity, status.job_id)
         self.checkpoint = known or self._first_checkpoint(first_seen_ns)
@@ -118,6 +124,11 @@ class TrackedJob:
         self.context.store.update_stream(self.checkpoint.key, stream)
         self.checkpoint = dataclasses.replace(self.checkpoint, stream=stream)
         self.resource, self._log_resource = self._encode_resource(), b""
+
+    def update_tasks(self, tasks: Sequence[TaskRun]) -> None:
+        """Take the tasks as they are now, without the configured secrets."""
+        redactor = self.context.redactor
+        self.tasks = tuple(tasks) if redactor is None else tuple(map(redactor.redact_task, tasks))
 
     @property
     def redacted_status(self) -> JobStatus:

@@ -42,6 +42,7 @@ class PollSchedule:
 
     Args:
         follower: Poll delays for jobs without change notifications.
+        has_tasks: Whether the job has tasks, which change without a sign of it in the list.
 
     Attributes:
         has_changes: Whether the service pushes changes of this job.
@@ -49,11 +50,12 @@ class PollSchedule:
         parked: Whether the tailer waits without a timer for a change.
     """
 
-    def __init__(self, follower: Follower) -> None:
+    def __init__(self, follower: Follower, *, has_tasks: bool = False) -> None:
         self.has_changes = False
         self.row: ListedJob | None = None
         self.parked = False
         self._follower = follower
+        self._has_tasks = has_tasks
         self._poll_max_s = follower.poll_max_s
         self._row_at_s = float("-inf")
         self._listed: tuple[ListedJob, JobSnapshot] | None = None
@@ -66,8 +68,8 @@ class PollSchedule:
 
     @property
     def is_counted(self) -> bool:
-        """Whether the list counts the job's lines."""
-        return self.row is not None and self.row.lines is not None
+        """Whether the list shows that the job needs no poll, since it counts the job's lines."""
+        return not self._has_tasks and self.row is not None and self.row.lines is not None
 
     def listed(self, service: JobService, name: str) -> JobSnapshot | None:
         """Return a snapshot of the job from its row; None without a row.
@@ -107,7 +109,7 @@ class PollSchedule:
         # Keep an equal row: the snapshot made from it stays valid.
         self.row = known if known == row else row
         self._row_at_s = time.monotonic()
-        self._follower.poll_max_s = max(self._poll_max_s, _SILENCE_S if row.lines is not None else 0.0)
+        self._follower.poll_max_s = max(self._poll_max_s, _SILENCE_S if self.is_counted else 0.0)
         if known is None:
             if self._status_at_s < 0:
                 return
@@ -160,7 +162,7 @@ class PollSchedule:
         age_s = time.monotonic() - self._status_at_s
         if self.has_changes:
             return age_s >= _NOTIFIED_STATUS_S
-        if self.row is None or self.row_age_s >= _LISTED_STATUS_S:
+        if self._has_tasks or self.row is None or self.row_age_s >= _LISTED_STATUS_S:
             return True
         row_suffices = self._is_plain and self.row.state is not JobState.UNKNOWN
         return age_s >= (_PLAIN_STATUS_S if row_suffices else _LISTED_STATUS_S)

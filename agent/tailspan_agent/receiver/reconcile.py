@@ -12,6 +12,7 @@ from contextlib import aclosing, suppress
 from tailspan.errors import CursorExpiredError
 from tailspan.logs.clean import clean
 from tailspan.logs.page import NANOS_PER_MS, LogPage
+from tailspan.models import TaskRun
 from tailspan_agent.job.line_sums import (
     Seconds,
     add_seconds,
@@ -20,6 +21,7 @@ from tailspan_agent.job.line_sums import (
     page_uids_by_second,
     select_lines,
 )
+from tailspan_agent.job.task_spans import failed_task
 from tailspan_agent.pipeline.job_pipeline import JobPipeline
 
 __all__ = ["last_lines", "relay_missing"]
@@ -77,18 +79,35 @@ async def relay_missing(read: Callable[[], AsyncGenerator[LogPage, None]], pipel
 
 
 async def last_lines(read: Callable[..., AsyncGenerator[LogPage, None]], pipeline: JobPipeline) -> list[str]:
-    """Return the job's last lines, for the failure digest.
+    """Return the job's last lines, for the failure digest: those of the task that failed, if there is one.
 
     Args:
         read: Reads the log from ``since_ms`` on.
         pipeline: The pipeline of the job.
     """
     lines: deque[str] = deque(maxlen=_DIGEST_LINES)
-    if pipeline.ledger.last_line_ns is not None:
-        since_ms = pipeline.ledger.last_line_ns // NANOS_PER_MS - _DIGEST_MS
+    task = failed_task(pipeline.job.tasks)
+    newest_ns = pipeline.ledger.last_line_ns
+    if task is not None:
+        newest_ns = (pipeline.job.task_lines.of(task) or (0, newest_ns))[1]
+    if newest_ns is not None:
+        since_ms = newest_ns // NANOS_PER_MS - _DIGEST_MS
         # Relayed lines may be gone by now; the end of the job is reported all the same.
         with suppress(CursorExpiredError):
             async with aclosing(read(since_ms=since_ms)) as pages:
                 async for page in pages:
-                    lines.extend(pipeline.redact(clean(line)) for line in page.lines[-_DIGEST_LINES:])
+                    lines.extend(pipeline.redact(clean(line)) for line in _lines_of(page, task)[-_DIGEST_LINES:])
     return list(lines)
+
+
+def _lines_of(page: LogPage, task: TaskRun | None) -> list[bytes]:
+    """Return the lines of an attempt of a task; all lines for None."""
+    if task is None:
+        return page.lines
+    kept: list[bytes] = []
+    start = 0
+    for run in page.runs:
+        if run.task and page.tasks[run.task - 1][::2] == (task.task_id, task.attempt):
+            kept += page.lines[start : start + run.lines]
+        start += run.lines
+    return kept

@@ -25,6 +25,7 @@ from tailspan.errors import (
 )
 from tailspan.logs.follow import Follower
 from tailspan.models import JobState, ListedJob
+from tailspan.services import TaskService
 from tailspan_agent.analysis.assessment import JobSnapshot, assess
 from tailspan_agent.analysis.failure import failure_of
 from tailspan_agent.job.alerts import new_alerts
@@ -102,7 +103,7 @@ class Tailer:
             poll_max_s=self._service.poll_max_s,
             settle_s=watch.settle,
         )
-        self.schedule = PollSchedule(self._follower)
+        self.schedule = PollSchedule(self._follower, has_tasks=isinstance(self._service, TaskService))
         self._name = name
         self._errors = 0
         self._catch_up = CatchUp(context.stream_order, self._service.name, name)
@@ -234,6 +235,7 @@ class Tailer:
         terminal, end_mark = status.state.is_terminal, status.logs_complete
         if pipeline is not None:
             pipeline.on_status(status)
+            await self._poll_tasks(pipeline)
             self._follower.on_status(status, now_s, time.time())
             return pipeline, self._advance(StatusSeen(terminal=terminal, end_mark=end_mark))
         await self._context.nothing_in_flight(self._service.identity, self.job_id)
@@ -243,6 +245,8 @@ class Tailer:
             if late_lines or not pipeline.completed_before:
                 pipeline.on_status(status)
         self._pipeline = pipeline
+        if late_lines or not pipeline.completed_before:
+            await self._poll_tasks(pipeline)
         self._catch_up.move(self._service.name, status.job_name)
         self._follower.on_status(status, now_s, time.time())
         first = StatusSeen(
@@ -253,6 +257,12 @@ class Tailer:
             nothing_new=not terminal and not self.schedule.has_changes and self._has_nothing_new(),
         )
         return pipeline, self._advance(first)
+
+    async def _poll_tasks(self, pipeline: JobPipeline) -> None:
+        """Request the job's tasks, if its service has tasks."""
+        if isinstance(self._service, TaskService):
+            self._context.health.polled(self._service.name)
+            pipeline.on_tasks(await self._service.list_tasks(self.job_id))
 
     async def _read_turn(self, pipeline: JobPipeline, *, opened: bool, status_polled: bool) -> float | None:
         """Relay the lines that are readable now, and the end of the job once it is certain."""
@@ -352,6 +362,8 @@ class Tailer:
         read = partial(self._source.pages, self.job_id)
         if self._may_lack_lines(pipeline) and pipeline.relays_logs and not self._follower.read_whole:
             await relay_missing(read, pipeline)
+        # What happened since the last status: the last attempts may end after the job.
+        await self._poll_tasks(pipeline)
         if pipeline.status.state is not JobState.SUCCEEDED and pipeline.ledger.failure is None:
             pipeline.attach_failure(failure_of(await last_lines(read, pipeline)))
         await pipeline.collect_span_lines(read)

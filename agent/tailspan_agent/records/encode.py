@@ -5,23 +5,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 from tailspan._identity import span_id
 from tailspan._native import COMPILED
 from tailspan.logs.clean import MAX_BODY_BYTES, clean, is_clean, split_long
-from tailspan.logs.page import CLEAN, DIGEST_BYTES, LineRun, LogPage, Stream
+from tailspan.logs.page import CLEAN, DIGEST_BYTES, LineRun, LogPage, Stream, TaskRef
 from tailspan.logs.text import count_lines
 from tailspan.models import JobStatus
 from tailspan_agent.otlp.log_record import observed_field, origin_fields, severity_fields
 from tailspan_agent.otlp.wire import UINT64_MAX, attributes_fields, bytes_field, fixed64_field
 from tailspan_agent.records.framing import LEFT_OUT, FramedRun, Lines, frame, split_lines
 from tailspan_agent.records.redact import Redactor
-from tailspan_agent.records.severity import SEVERITIES, SeverityLearner, severity_number
+from tailspan_agent.records.severity import SEVERITIES, SeverityLearner, severity_index, severity_number
 
-__all__ = ["EncodedLines", "LogContext", "clean_lines", "encode_lines", "without_lower"]
+__all__ = [
+    "EncodedLines",
+    "LogContext",
+    "clean_lines",
+    "encode_lines",
+    "span_id_of",
+    "task_run_id",
+    "task_span_id",
+    "without_lower",
+]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,6 +43,7 @@ class LogContext:
         min_severity: Lines with a lower, known severity number are dropped; 0 drops none.
         redactor: Redacts lines.
         learner: Finds severities; keep it for the next pages of the job.
+        job: The job, for the spans of its tasks; a job without tasks needs none.
     """
 
     trace_id: bytes
@@ -41,6 +51,8 @@ class LogContext:
     min_severity: int = 0
     redactor: Redactor | None = None
     learner: SeverityLearner = field(default_factory=SeverityLearner)
+    job: JobStatus | None = None
+    _origins: dict[TaskRef | None, bytes] = field(default_factory=dict)
 
     @classmethod
     def for_job(
@@ -58,10 +70,47 @@ class LogContext:
         """
         return cls(
             trace_id=bytes.fromhex(job.trace_id),
-            span_id=bytes.fromhex(span_id(job.identity, job.job_id, "run", job.attempt)),
+            span_id=bytes.fromhex(span_id_of(job, "run")),
+            job=job,
             min_severity=severity_number(min_severity) if min_severity else 0,
             redactor=redactor,
         )
+
+    def origins(self, tasks: Sequence[TaskRef]) -> list[bytes]:
+        """Return the fields of the records by the place of the task in `LineRun.task`: its span and its names.
+
+        Args:
+            tasks: The tasks of a page.
+        """
+        return [self._origins.get(task) or self._add_origin(task) for task in (None, *tasks)]
+
+    def _add_origin(self, task: TaskRef | None) -> bytes:
+        if task is None or self.job is None:
+            origin = origin_fields(self.trace_id, self.span_id)
+        else:
+            origin = origin_fields(self.trace_id, bytes.fromhex(task_span_id(self.job, task.task_id, task.attempt)))
+            name = self.redactor.redact(task.name)[0] if self.redactor is not None else task.name
+            names = {"cicd.pipeline.task.name": name, "cicd.pipeline.task.run.id": task_run_id(task)}
+            origin += attributes_fields(6, names)
+        if len(self._origins) >= _MAX_ORIGINS:
+            self._origins.clear()
+        self._origins[task] = origin
+        return origin
+
+
+def span_id_of(job: JobStatus, name: str) -> str:
+    """Return the id of one of a job's spans; see `tailspan_agent.job.mapping` for their names."""
+    return span_id(job.identity, job.job_id, name, job.attempt)
+
+
+def task_span_id(job: JobStatus, task_id: str, attempt: int) -> str:
+    """Return the id of the span of an attempt of a job's task."""
+    return span_id_of(job, f"task\0{task_id}\0{attempt}")
+
+
+def task_run_id(task: TaskRef) -> str:
+    """Return the id of an attempt of a task, unique within the job."""
+    return task.task_id if task.attempt == 1 else f"{task.task_id}.{task.attempt}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +141,7 @@ def encode_lines(page: LogPage, *, context: LogContext) -> EncodedLines:
         context: The context of the job's records.
     """
     lines = clean_lines(page)
-    severities = context.learner.find_all(lines)
+    severities = _with_known(context.learner.find_all(lines), page.runs)
     dropped = 0
     if context.min_severity:
         severities = severities.translate(without_lower(context.min_severity))
@@ -102,14 +151,22 @@ def encode_lines(page: LogPage, *, context: LogContext) -> EncodedLines:
     redactions = 0
     if context.redactor is not None:
         lines, redactions = context.redactor.redact_lines(lines)
-    origin = origin_fields(context.trace_id, context.span_id)
-    runs = [_framed(run, origin, is_numbered=not page.digests) for run in page.runs]
+    origins = context.origins(page.tasks)
+    runs = [_framed(run, origins[run.task], is_numbered=not page.digests) for run in page.runs]
     records = frame(lines, severities, _SEVERITY_FIELDS, runs, page.digests, MAX_BODY_BYTES)
     count = len(severities) - dropped
     if records is None:
-        parts = list(_with_long(split_lines(lines), severities, runs, page, origin))
+        parts = list(_with_long(split_lines(lines), severities, runs, page, origins))
         records, count = b"".join(text for text, _ in parts), sum(many for _, many in parts)
     return EncodedLines(records, count, dropped, redactions)
+
+
+def _with_known(severities: bytes, runs: Sequence[LineRun]) -> bytes:
+    """Return the severities of lines with those that the service has, in place of what was found in the text."""
+    if not any(run.severity for run in runs):
+        return severities
+    known = b"".join(bytes([severity_index(run.severity) if run.severity else LEFT_OUT]) * run.lines for run in runs)
+    return bytes(found if own == LEFT_OUT else own for own, found in zip(known, severities, strict=True))
 
 
 def clean_lines(page: LogPage) -> Lines:
@@ -127,6 +184,7 @@ _SEVERITY_FIELDS = tuple(map(severity_fields, SEVERITIES))
 _UID = "log.record.uid"
 _LEFT_OUT = bytes([LEFT_OUT])
 _ORDINAL_DIGITS = 4
+_MAX_ORIGINS = 4096
 
 
 @lru_cache(maxsize=64)
@@ -154,7 +212,7 @@ def _uid_head(digits: int) -> bytes:
 
 
 def _with_long(
-    lines: list[bytes], severities: bytes, runs: list[FramedRun], page: LogPage, origin: bytes
+    lines: list[bytes], severities: bytes, runs: list[FramedRun], page: LogPage, origins: list[bytes]
 ) -> Iterator[tuple[bytes, int]]:
     """Yield the records of lines, some of them too long for one record, and the number of records."""
 
@@ -167,13 +225,13 @@ def _with_long(
 
     uids = page.uids()
     times = [time for run in runs for time in range(run.time_unix_nano, run.time_unix_nano + run.lines)]
-    streams = [run.stream for run in page.runs for _ in range(run.lines)]
+    shared_fields = [_IOSTREAM[run.stream] + origins[run.task] for run in page.runs for _ in range(run.lines)]
     start = 0
     for position, body in enumerate(lines):
         if len(body) <= MAX_BODY_BYTES:
             continue
         yield records_between(start, position)
-        shared = _SEVERITY_FIELDS[severities[position]] + _IOSTREAM[streams[position]] + origin
+        shared = _SEVERITY_FIELDS[severities[position]] + shared_fields[position]
         shared += observed_field(times[position]) + fixed64_field(1, times[position])
         for part, text in enumerate(split_long(body)):
             attributes = attributes_fields(6, {_UID: f"{uids[position]}.{part}", "tailspan.line.part": part})

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tailspan.config import RedactSettings
 from tailspan.errors import ConfigError
-from tailspan.models import JobStatus
+from tailspan.models import JobStatus, TaskRun
 from tailspan_agent.records.framing import Lines, split_lines
 
 __all__ = ["MIN_SECRET_CHARS", "REDACTED", "Redactor"]
@@ -109,6 +109,15 @@ class Redactor:
             url=job.url and self.redact(job.url)[0],
             attributes=hide(job.attributes),
             details=hide(job.details),
+        )
+
+    def redact_task(self, task: TaskRun) -> TaskRun:
+        """Return a task with redacted texts: its name, error and URL; its id stays."""
+        return dataclasses.replace(
+            task,
+            name=self.redact(task.name)[0],
+            error=task.error and self.redact(task.error)[0],
+            url=task.url and self.redact(task.url)[0],
         )
 
     def redact_lines(self, lines: Lines) -> tuple[Lines, int]:

@@ -13,10 +13,11 @@ from __future__ import annotations
 import re
 
 from tailspan.errors import ConfigError
+from tailspan.logs.page import level_name
 from tailspan_agent.otlp.log_record import Severity
 from tailspan_agent.records.framing import SAME_DIGITS, UNKNOWN, Lines, find_severities, first_lines, split_lines
 
-__all__ = ["SEVERITIES", "UNSPECIFIED", "SeverityLearner", "find_severity", "severity_number"]
+__all__ = ["SEVERITIES", "UNSPECIFIED", "SeverityLearner", "find_severity", "severity_index", "severity_number"]
 
 
 _NUMBERS = {
@@ -47,6 +48,8 @@ SEVERITIES: tuple[Severity, ...] = (
 """All severities of lines; elsewhere, a severity is its index in this table."""
 UNSPECIFIED = 0
 _INDEX = {severity.text.encode(): index for index, severity in enumerate(SEVERITIES)}
+_BY_NUMBER = {number: _INDEX[word.encode()] for word, number in reversed(_NUMBERS.items())}
+_BY_NUMBER |= {number: _INDEX[level_name(number).encode()] for number in range(1, 25, 4)}
 
 
 _UPPER = sorted(_NUMBERS, key=len, reverse=True)
@@ -78,6 +81,14 @@ def severity_number(name: str) -> int:
     if number is None:
         raise ConfigError(f"{name!r} is not a severity: use one of {', '.join(_NUMBERS)}", key="min_severity")
     return number
+
+
+def severity_index(number: int) -> int:
+    """Return the index in `SEVERITIES` of a number that a service gives, with the name that the number has.
+
+    A number without an entry, for example 11 (INFO3), takes that of its name, so that it is not lost.
+    """
+    return _BY_NUMBER.get(number) or _BY_NUMBER[(number - 1) // 4 * 4 + 1]
 
 
 def find_severity(line: bytes) -> int:

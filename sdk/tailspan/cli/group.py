@@ -46,6 +46,7 @@ _COMMANDS = {
     "jobs": _Lazy("tailspan.cli.jobs", "jobs", "List jobs, newest first; prune ended ones."),
     "logs": _Lazy("tailspan.cli.read", "logs", "Print a job's lines."),
     "tail": _Lazy("tailspan.cli.read", "tail", "Print a job's lines as they come, until it has ended."),
+    "tasks": _Lazy("tailspan.cli.watch", "tasks", "List a job's tasks."),
     "status": _Lazy("tailspan.cli.watch", "status", "Show a job's status."),
     "cancel": _Lazy("tailspan.cli.watch", "cancel", "Cancel a job."),
     "wait": _Lazy("tailspan.cli.watch", "wait", "Wait until a job has ended."),

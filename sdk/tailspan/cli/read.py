@@ -24,10 +24,13 @@ __all__ = ["exec_time", "logs", "tail"]
 @click.command()
 @job_argument
 @click.option("--since-ms", type=int, metavar="MS", help="Only lines at or after this time, in ms since the epoch.")
+@click.option("--task", metavar="TASK", help="Only lines of the task with this name or id.")
 @service_option
 @config_option
 @json_option
-def logs(job: str, since_ms: int | None, service: str | None, config_path: Path | None, as_json: bool) -> None:
+def logs(
+    job: str, since_ms: int | None, task: str | None, service: str | None, config_path: Path | None, as_json: bool
+) -> None:
     """Print a job's lines, all that are readable now.
 
     \b
@@ -39,7 +42,8 @@ def logs(job: str, since_ms: int | None, service: str | None, config_path: Path 
     printer = LinePrinter(sys.stdout)
 
     async def use(client: AsyncJobClient) -> None:
-        async for messages in client.iter_logs(job, since_ms):
+        printer.shows_tasks = task is None and not as_json and await client.has_tasks(job)
+        async for messages in client.iter_logs(job, since_ms, task=task):
             if as_json:
                 _json_lines(messages)
             else:
@@ -94,6 +98,7 @@ def tail(
                     if as_json:
                         _json_lines(update.messages)
                     else:
+                        printer.shows_tasks = update.status.total_tasks > 1
                         printer.messages(update.messages)
                 silent = silent and not update.messages
                 if not update.complete:

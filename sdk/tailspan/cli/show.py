@@ -11,9 +11,19 @@ from typing import Any
 
 from tailspan.logs.clean import printable
 from tailspan.logs.printing import LinePrinter, end_text, is_terminal
-from tailspan.models import JobState, JobStatus, ListedJob
+from tailspan.models import JobState, JobStatus, ListedJob, TaskRun
 
-__all__ = ["ended", "jobs_table", "json_line", "json_lines", "json_of", "seconds_text", "status_fields", "write"]
+__all__ = [
+    "ended",
+    "jobs_table",
+    "json_line",
+    "json_lines",
+    "json_of",
+    "seconds_text",
+    "status_fields",
+    "tasks_table",
+    "write",
+]
 
 _COLOURS = {
     JobState.SUCCEEDED: "green",
@@ -23,6 +33,14 @@ _COLOURS = {
     JobState.CANCELED: "yellow",
     JobState.RUNNING: "cyan",
 }
+_TASK_COLOURS = {
+    "success": "green",
+    "failure": "red",
+    "error": "red",
+    "timeout": "red",
+    "cancellation": "yellow",
+    "running": "cyan",
+}
 
 
 def write(text: str) -> None:
@@ -30,14 +48,14 @@ def write(text: str) -> None:
     LinePrinter(sys.stdout).write(_safe(text) + "\n")
 
 
-def json_of(answer: JobStatus | ListedJob) -> dict[str, Any]:
-    """Return every field of a status or a row by its own name; times as ISO 8601, durations in seconds."""
+def json_of(answer: JobStatus | ListedJob | TaskRun) -> dict[str, Any]:
+    """Return every field of a status, a row or a task by its own name; times as ISO 8601, durations in seconds."""
     fields = {
         field.name: _plain(getattr(answer, field.name))
         for field in dataclasses.fields(answer)
         if not field.name.startswith("_")
     }
-    if isinstance(answer, JobStatus):
+    if isinstance(answer, JobStatus | TaskRun):
         fields["duration_s"] = answer.duration.total_seconds() if answer.duration is not None else None
     return fields
 
@@ -116,19 +134,46 @@ def status_fields(status: JobStatus, links: Mapping[str, str]) -> None:
 def jobs_table(rows: Sequence[ListedJob]) -> None:
     """Show a list of jobs."""
     head = ("JOB", "STATE", "CREATED", "LINES", "NAME")
-    terminal = is_terminal(sys.stdout)
     cells = [
         (
             _safe(row.job_id),
             str(row.state),
-            (_age_text(row.created_at) if terminal else _time_text(row.created_at)) or "-",
+            _when_text(row.created_at),
             "-" if row.lines is None else str(row.lines),
             _safe(row.job_name or "-"),
         )
         for row in rows
     ]
-    if not terminal:
-        # The name comes last because it alone may have spaces.
+    _table(head, cells, [_COLOURS.get(row.state, "") for row in rows])
+
+
+def tasks_table(rows: Sequence[TaskRun]) -> None:
+    """Show a list of task attempts."""
+    head = ("STATE", "ATTEMPT", "STARTED", "DURATION", "ID", "TASK")
+    states = [row.result or ("running" if row.started_at else "waiting") for row in rows]
+    cells = [
+        (
+            _safe(state),
+            str(row.attempt),
+            _when_text(row.started_at),
+            "-" if row.duration is None else seconds_text(row.duration),
+            _safe(row.task_id),
+            _safe(row.name + (f": {row.error}" if row.error else "")),
+        )
+        for row, state in zip(rows, states, strict=True)
+    ]
+    _table(head, cells, [_TASK_COLOURS.get(state, "") for state in states])
+
+
+def _table(head: tuple[str, ...], cells: Sequence[tuple[str, ...]], colours: Sequence[str]) -> None:
+    """Show rows: aligned text in a pipe; at a terminal, the column STATE of each row in its colour.
+
+    Args:
+        head: The names of the columns. The last one takes what is left of the line, since it alone may have spaces.
+        cells: The rows.
+        colours: The colour of each row's state.
+    """
+    if not is_terminal(sys.stdout):
         widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
         for line in (head, *cells):
             write("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
@@ -138,10 +183,15 @@ def jobs_table(rows: Sequence[ListedJob]) -> None:
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in head:
-        table.add_column(name, justify="right" if name == "LINES" else "left", no_wrap=name != "NAME")
-    for row, (job_id, state, created, lines, name) in zip(rows, cells, strict=True):
-        table.add_row(Text(job_id), Text(state, style=_COLOURS.get(row.state, "")), created, lines, Text(name))
+        table.add_column(name, justify="right" if name in ("LINES", "ATTEMPT") else "left", no_wrap=name != head[-1])
+    for row, colour in zip(cells, colours, strict=True):
+        pairs = zip(head, row, strict=True)
+        table.add_row(*(Text(cell, style=colour if name == "STATE" else "") for name, cell in pairs))
     _rich_print(table)
+
+
+def _when_text(time: datetime | None) -> str:
+    return (_age_text(time) if is_terminal(sys.stdout) else _time_text(time)) or "-"
 
 
 def _rich_print(renderable: Any) -> None:

@@ -1,4 +1,4 @@
-"""The commands about a job's state: ``status``, ``wait``, ``cancel``."""
+"""The commands about a job's state: ``status``, ``tasks``, ``wait``, ``cancel``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tailspan.client import AsyncJobClient
     from tailspan.models import JobStatus
 
-__all__ = ["cancel", "exit_code_for", "say", "status", "wait"]
+__all__ = ["cancel", "exit_code_for", "say", "status", "tasks", "wait"]
 
 
 @click.command()
@@ -43,6 +43,29 @@ def status(job: str, service: str | None, config_path: Path | None, as_json: boo
         json_line(json_of(answer))
     else:
         status_fields(answer, links_of(config_path, answer))
+
+
+@click.command()
+@job_argument
+@service_option
+@config_option
+@json_option
+def tasks(job: str, service: str | None, config_path: Path | None, as_json: bool) -> None:
+    """List a job's tasks, each attempt, oldest first.
+
+    \b
+    Example:
+      tailspan tasks etl/manual__2026-11-29 --service airflow
+    """  # noqa: D301 - click wants the backspace character itself
+    from tailspan.cli.show import json_line, json_of, tasks_table
+
+    rows = with_client(config_path, service, lambda client: client.job_get_tasks(job))
+    if as_json:
+        json_line([json_of(row) for row in rows])
+        return
+    tasks_table(rows)
+    if not rows:
+        say("this job has no tasks")
 
 
 @click.command()

@@ -11,9 +11,28 @@ TYPE_CHECKING = False
 
 if TYPE_CHECKING:
     from tailspan.logs.follow import TailUpdate
-    from tailspan.logs.page import MAX_PAGE_BYTES, MAX_PAGE_LINES, Line, LineRun, LogPage, Message, Stream
+    from tailspan.logs.page import (
+        MAX_PAGE_BYTES,
+        MAX_PAGE_LINES,
+        Line,
+        LineRun,
+        LogPage,
+        Message,
+        Stream,
+        TaskRef,
+    )
 
-__all__ = ["MAX_PAGE_BYTES", "MAX_PAGE_LINES", "Line", "LineRun", "LogPage", "Message", "Stream", "TailUpdate"]
+__all__ = [
+    "MAX_PAGE_BYTES",
+    "MAX_PAGE_LINES",
+    "Line",
+    "LineRun",
+    "LogPage",
+    "Message",
+    "Stream",
+    "TailUpdate",
+    "TaskRef",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -30,6 +30,8 @@ __all__ = [
     "LogPage",
     "Message",
     "Stream",
+    "TaskRef",
+    "level_name",
     "line_digest",
     "numbered_pages",
 ]
@@ -49,6 +51,31 @@ class Stream:
     NAMES = ("", "stdout", "stderr")
 
 
+class TaskRef(NamedTuple):
+    """The attempt of a task that a line came from.
+
+    Attributes:
+        task_id: The task's id, unique within the job.
+        name: The task's name, which its runs have in common.
+        attempt: 1 for the first attempt.
+    """
+
+    task_id: str
+    name: str
+    attempt: int = 1
+
+
+_LEVELS = ("TRACE", "DEBUG", "INFO", "WARN", "ERROR", "FATAL")
+
+
+def level_name(severity: int) -> str:
+    """Return the name of a severity number of 1 to 24.
+
+    Source: opentelemetry-specification, logs data model, SeverityNumber: four numbers for each name.
+    """
+    return _LEVELS[(severity - 1) // 4]
+
+
 CLEAN = 1
 """Run flag: plain ASCII without CR, ESC or NUL, so `tailspan.logs.clean.clean` would change nothing in any line."""
 
@@ -60,11 +87,19 @@ class Message(TypedDict):
         message: The text, without its line ending.
         timestamp: In ms since the epoch.
         stream: ``stdout`` or ``stderr``, where the service reports it.
+        task: The name of the task that wrote it, in a job with tasks.
+        task_id: The id of that task.
+        attempt: The attempt of that task, from 1.
+        level: ``INFO``, ``ERROR`` and so on, where the service reports it.
     """
 
     message: Required[str]
     timestamp: Required[int]
     stream: NotRequired[str]
+    task: NotRequired[str]
+    task_id: NotRequired[str]
+    attempt: NotRequired[int]
+    level: NotRequired[str]
 
 
 def _sharing_keys(**fields: Any) -> Any:
@@ -95,15 +130,19 @@ class Line(NamedTuple):
         time_unix_nano: The time that the source gives the line, in ns since the epoch.
         message: The line as read, without its line ending.
         stream: ``stdout``, ``stderr`` or empty.
+        task: The task that wrote the line; None in a job without tasks, and for lines of the job itself.
+        severity: Its OTLP severity number, 1 to 24, where the source has one; 0: found in the text.
     """
 
     time_unix_nano: int
     message: str | bytes
     stream: str = ""
+    task: TaskRef | None = None
+    severity: int = 0
 
 
 class LineRun(NamedTuple):
-    """Consecutive lines of one instant and one stream.
+    """Consecutive lines of one instant, stream, task and severity.
 
     Attributes:
         lines: How many.
@@ -111,6 +150,8 @@ class LineRun(NamedTuple):
         stream: One of `Stream`.
         flags: `CLEAN` or 0.
         uid_prefix: Start of each line's uid for services with offsets; empty where the page has digests.
+        task: The place of the lines' task in `LogPage.tasks`, from 1; 0 is none.
+        severity: Their OTLP severity number; 0: found in the text.
     """
 
     lines: int
@@ -118,9 +159,13 @@ class LineRun(NamedTuple):
     stream: int = Stream.NONE
     flags: int = 0
     uid_prefix: str = ""
+    task: int = 0
+    severity: int = 0
 
 
-def line_digest(identity: str, job_id: str, time_unix_nano: int, message: bytes, occurrence: int) -> bytes:
+def line_digest(
+    identity: str, job_id: str, time_unix_nano: int, message: bytes, occurrence: int, task: TaskRef | None = None
+) -> bytes:
     """Return the 8 bytes that identify a line of a service that has times and no offsets.
 
     Args:
@@ -128,9 +173,11 @@ def line_digest(identity: str, job_id: str, time_unix_nano: int, message: bytes,
         job_id: The job's id there.
         time_unix_nano: The time as the source gave it (not counted up within the instant).
         message: The line as read, before cleaning and redaction.
-        occurrence: 0 for the first line with this time and text, 1 for its repeat, and so on.
+        occurrence: 0 for the first line with this time and text (in its task), 1 for its repeat, and so on.
+        task: The task that wrote it.
     """
-    key = f"{identity}\0{job_id}\0{time_unix_nano}\0{occurrence}\0".encode()
+    origin = job_id if task is None else f"{job_id}\0task\0{task.task_id}\0{task.attempt}"
+    key = f"{identity}\0{origin}\0{time_unix_nano}\0{occurrence}\0".encode()
     return blake2b(key + message, digest_size=DIGEST_BYTES).digest()
 
 
@@ -142,12 +189,19 @@ class LogPage:
         cursor: Where to resume once all these lines are acked; opaque, the service's own.
         digests: 8 bytes a line for services without offsets; empty where runs have a uid prefix.
         text: The lines with a newline after each, where the service has them so; empty otherwise. See `joined`.
+        tasks: The tasks that its lines came from; empty in a job without tasks.
     """
 
-    __slots__ = ("_lines", "cursor", "digests", "runs", "text")
+    __slots__ = ("_lines", "cursor", "digests", "runs", "tasks", "text")
 
     def __init__(
-        self, lines: list[bytes] | None, runs: list[LineRun], cursor: bytes, digests: bytes = b"", text: bytes = b""
+        self,
+        lines: list[bytes] | None,
+        runs: list[LineRun],
+        cursor: bytes,
+        digests: bytes = b"",
+        text: bytes = b"",
+        tasks: tuple[TaskRef, ...] = (),
     ) -> None:
         """Make a page.
 
@@ -158,23 +212,27 @@ class LogPage:
             cursor: As the attribute.
             digests: As the attribute.
             text: As the attribute; only for a page without lines of its own.
+            tasks: As the attribute.
         """
         self._lines = lines
         self.runs = runs
         self.cursor = cursor
         self.digests = digests
         self.text = text if lines is None else b""
+        self.tasks = tasks
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, LogPage):
             return NotImplemented
-        mine = self.lines, self.runs, self.cursor, self.digests
-        return mine == (other.lines, other.runs, other.cursor, other.digests)
+        mine = self.lines, self.runs, self.cursor, self.digests, self.tasks
+        return mine == (other.lines, other.runs, other.cursor, other.digests, other.tasks)
 
     __hash__ = None  # type: ignore[assignment]  # it holds lists
 
     def __repr__(self) -> str:
-        return f"LogPage(lines={self.lines!r}, runs={self.runs!r}, cursor={self.cursor!r}, digests={self.digests!r})"
+        tasks = f", tasks={self.tasks!r}" if self.tasks else ""
+        columns = f"lines={self.lines!r}, runs={self.runs!r}, cursor={self.cursor!r}, digests={self.digests!r}"
+        return f"LogPage({columns}{tasks})"
 
     @property
     def lines(self) -> list[bytes]:
@@ -212,23 +270,26 @@ class LogPage:
             job_id: The job that they belong to.
 
         Returns:
-            The page. Uids count equal lines of one time within the page: end a page between two times.
+            The page. Uids count equal lines of one task and time within the page: end a page between two times.
         """
         bodies: list[bytes] = []
         runs: list[LineRun] = []
         digests: list[bytes] = []
-        instants: dict[int, int] = {}
-        repeats: dict[tuple[int, bytes], int] = {}
+        tasks: dict[TaskRef, int] = {}
+        # By task: what other tasks write in the same instant changes neither time nor uid of a line.
+        instants: dict[tuple[TaskRef | None, int], int] = {}
+        repeats: dict[tuple[TaskRef | None, int, bytes], int] = {}
         for line in lines:
             body = line.message if isinstance(line.message, bytes) else line.message.encode("utf-8", "replace")
-            ordinal = instants.get(line.time_unix_nano, 0)
-            instants[line.time_unix_nano] = ordinal + 1
-            occurrence = repeats.get((line.time_unix_nano, body), 0)
-            repeats[line.time_unix_nano, body] = occurrence + 1
-            digests.append(line_digest(identity, job_id, line.time_unix_nano, body, occurrence))
+            instant = line.task, line.time_unix_nano
+            ordinal = instants.get(instant, 0)
+            instants[instant] = ordinal + 1
+            occurrence = repeats.get((*instant, body), 0)
+            repeats[*instant, body] = occurrence + 1
+            digests.append(line_digest(identity, job_id, line.time_unix_nano, body, occurrence, line.task))
             bodies.append(body)
-            _extend(runs, line.time_unix_nano + min(ordinal, NANOS_PER_MS - 1), Stream.NAMES.index(line.stream))
-        return cls(bodies, runs, cursor, b"".join(digests))
+            _extend(runs, line, ordinal, tasks)
+        return cls(bodies, runs, cursor, b"".join(digests), tasks=tuple(tasks))
 
     def joined(self) -> bytes:
         """Return all lines as one text, with a newline after each."""
@@ -256,6 +317,10 @@ class LogPage:
         for run in self.runs:
             nano, end = run.time_unix_nano, run.time_unix_nano + run.lines
             empty = _EMPTY_MESSAGES[run.stream].copy()
+            if run.task:
+                empty["task_id"], empty["task"], empty["attempt"] = self.tasks[run.task - 1]
+            if run.severity:
+                empty["level"] = level_name(run.severity)
             while nano < end:
                 empty["timestamp"] = ms = nano // NANOS_PER_MS
                 past_nano = min(end, (ms + 1) * NANOS_PER_MS)
@@ -290,11 +355,12 @@ def numbered_pages(
     bodies: list[bytes] = []
     runs: list[LineRun] = []
     digests: list[bytes] = []
+    tasks: dict[TaskRef, int] = {}
     size = number = ordinal = 0
     last_nano: int | None = None
 
     def page() -> LogPage:
-        return LogPage(bodies, runs, b"%d" % number, b"".join(digests))
+        return LogPage(bodies, runs, b"%d" % number, b"".join(digests), tasks=tuple(tasks))
 
     for number, line in enumerate(lines):
         ordinal = ordinal + 1 if line.time_unix_nano == last_nano else 0
@@ -304,20 +370,34 @@ def numbered_pages(
         body = line.message if isinstance(line.message, bytes) else line.message.encode("utf-8", "replace")
         if bodies and (len(bodies) == MAX_PAGE_LINES or size + len(body) > MAX_PAGE_BYTES):
             yield page()
-            bodies, runs, digests, size = [], [], [], 0
+            bodies, runs, digests, tasks, size = [], [], [], {}, 0
         bodies.append(body)
         size += len(body) + 1
         digests.append(blake2b(key + b"%d" % number, digest_size=DIGEST_BYTES).digest())
-        _extend(runs, last_nano + min(ordinal, NANOS_PER_MS - 1), Stream.NAMES.index(line.stream))
+        _extend(runs, line, ordinal, tasks)
     if bodies:
         number += 1
         yield page()
 
 
-def _extend(runs: list[LineRun], nano: int, stream: int) -> None:
-    """Add a line to the last run if it continues it, else begin a run."""
+def _extend(runs: list[LineRun], line: Line, ordinal: int, tasks: dict[TaskRef, int]) -> None:
+    """Add a line to the last run if it continues it, else begin a run.
+
+    Args:
+        runs: The runs so far.
+        line: The line.
+        ordinal: Its place among the lines of its instant, from 0.
+        tasks: The place of each task, from 1; a new one is added.
+    """
+    nano = line.time_unix_nano + min(ordinal, NANOS_PER_MS - 1)
+    stream = Stream.NAMES.index(line.stream)
+    task = 0 if line.task is None else tasks.setdefault(line.task, len(tasks) + 1)
     last = runs[-1] if runs else None
-    if last and last.stream == stream and last.time_unix_nano + last.lines == nano:
+    if (
+        last
+        and last.time_unix_nano + last.lines == nano
+        and (last.stream, last.task, last.severity) == (stream, task, line.severity)
+    ):
         runs[-1] = last._replace(lines=last.lines + 1)
     else:
-        runs.append(LineRun(1, nano, stream))
+        runs.append(LineRun(1, nano, stream, task=task, severity=line.severity))

@@ -5,9 +5,12 @@ it is: its lines in one piece, with the times and uids that they have where the 
 frames, each four bytes, big-endian, with the length of the MessagePack array that follows:
 
     frame          [job, more, page]    job: its place in the request; more: request it again, at once and alone
-    page           [cursor, runs, text, lines, digests], see `tailspan.logs.page.LogPage`; nil ends a reply for one job
+    page           [cursor, runs, text, lines, digests, tasks, marks], see `tailspan.logs.page.LogPage`; nil ends a
+                   reply for one job
     run            [lines, time_unix_nano, stream, flags, uid_prefix]
     text, lines    the lines with a newline after each; or one by one, where a line has a newline within
+    tasks          [task_id, name, attempt]
+    marks          [task, severity] of each run; empty where all are 0. Older readers ignore tasks and marks.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from typing import Annotated, NamedTuple
 import msgspec
 
 from tailspan.errors import ConfigError
-from tailspan.logs.page import DIGEST_BYTES, MAX_PAGE_LINES, LineRun, LogPage, Stream
+from tailspan.logs.page import DIGEST_BYTES, MAX_PAGE_LINES, LineRun, LogPage, Stream, TaskRef
 from tailspan.logs.text import count_lines
 
 __all__ = [
@@ -70,12 +73,19 @@ class Frame(NamedTuple):
     page: LogPage | None
 
 
+_MAX_SEVERITY = 24
+
+_Run = tuple[int, int, int, int, str]
+
+
 class _Page(msgspec.Struct, array_like=True, gc=False):
     cursor: bytes
-    runs: Annotated[list[LineRun], msgspec.Meta(max_length=_MOST_LINES)]
+    runs: Annotated[list[_Run], msgspec.Meta(max_length=_MOST_LINES)]
     text: bytes
     lines: Annotated[list[bytes], msgspec.Meta(max_length=_MOST_LINES)]
     digests: bytes
+    tasks: Annotated[list[TaskRef], msgspec.Meta(max_length=_MOST_LINES)] = []
+    marks: Annotated[list[tuple[int, int]], msgspec.Meta(max_length=_MOST_LINES)] = []
 
 
 class _Frame(msgspec.Struct, array_like=True, gc=False):
@@ -95,7 +105,10 @@ def encode_frame(page: LogPage | None, *, job: int = 0, more: bool = False) -> b
         text, lines = page.joined(), list[bytes]()
         if not page.text and count_lines(text) != page.line_count:
             text, lines = b"", page.lines
-        sent = _Page(page.cursor, page.runs, text, lines, page.digests)
+        runs: list[_Run] = [run[:5] for run in page.runs]
+        is_marked = any(run.task or run.severity for run in page.runs)
+        marks = [(run.task, run.severity) for run in page.runs] if is_marked else []
+        sent = _Page(page.cursor, runs, text, lines, page.digests, list(page.tasks), marks)
     frame = bytearray(_length.size)
     _encoder.encode_into(_Frame(job, more, sent), frame, _length.size)
     _length.pack_into(frame, 0, len(frame) - _length.size)
@@ -181,17 +194,25 @@ def _decoded(data: memoryview) -> Frame:
         raise FrameError(f"a page has over {_MOST_LINES} lines")
     if found.text and not found.text.endswith(b"\n"):
         raise FrameError("the last line of a page has no end")
-    # A server may send anything; encoding relies on these.
-    if not 0 < count == sum(run.lines for run in found.runs):
+    # A server may send anything; encoding relies on these. That the text is clean we find out ourselves.
+    marks = found.marks or [(0, 0)] * len(found.runs)
+    if len(marks) != len(found.runs):
+        raise FrameError("the marks of a page are not those of its runs")
+    if not all(0 <= task <= len(found.tasks) and 0 <= severity <= _MAX_SEVERITY for task, severity in marks):
+        raise FrameError("a run of a page has an unknown task or severity")
+    runs = [
+        LineRun(lines, time, stream, 0, prefix, *mark)
+        for (lines, time, stream, _, prefix), mark in zip(found.runs, marks, strict=True)
+    ]
+    if not 0 < count == sum(run.lines for run in runs):
         raise FrameError("the runs of a page are not those of its lines")
     if found.digests and len(found.digests) != DIGEST_BYTES * count:
         raise FrameError("the digests of a page are not those of its lines")
-    for run in found.runs:
+    for run in runs:
         numbered = run.lines <= MAX_PAGE_LINES and 0 < len(run.uid_prefix) <= _MAX_UID_PREFIX
         has_uids = bool(found.digests) or numbered
         if run.lines < 1 or not 0 <= run.stream < len(Stream.NAMES) or not has_uids:
             raise FrameError(f"a run of a page is not possible: {str(run)[:200]}")
-    # That the text is clean we find out ourselves.
-    runs = [run._replace(flags=0) for run in found.runs]
-    lines = None if found.text else found.lines
-    return Frame(frame.job, frame.more, LogPage(lines, runs, CURSOR_MARK + found.cursor, found.digests, found.text))
+    cursor, lines = CURSOR_MARK + found.cursor, None if found.text else found.lines
+    page = LogPage(lines, runs, cursor, found.digests, found.text, tuple(found.tasks))
+    return Frame(frame.job, frame.more, page)

@@ -28,10 +28,14 @@ class LinePrinter:
 
     On a terminal, control characters that could move the cursor or fake output are removed; colours stay unless
     ``NO_COLOR`` is set. Elsewhere the text stays as the job wrote it.
+
+    Attributes:
+        shows_tasks: Whether to print the task's name before each line that has one.
     """
 
     def __init__(self, file: IO[str] | None) -> None:
         """Print to this text file; None, as sys.stdout is without a standard output, prints nowhere."""
+        self.shows_tasks = False
         self._file = file
         self._terminal = is_terminal(file)
         self._colours = not os.environ.get("NO_COLOR")
@@ -39,11 +43,16 @@ class LinePrinter:
     def messages(self, messages: Iterable[Message]) -> None:
         """Print the text of each message."""
         if self._terminal:
-            text = "".join(f"{printable(_text(one), colours=self._colours)}\n" for one in messages)
+            text = "".join(f"{printable(self._text(one), colours=self._colours)}\n" for one in messages)
         else:
-            text = "".join(f"{_text(one)}\n" for one in messages)
+            text = "".join(f"{self._text(one)}\n" for one in messages)
         if text:
             self.write(text)
+
+    def _text(self, message: Message) -> str:
+        # Some services keep the line's own ending in the text.
+        text = message.get("message", "").removesuffix("\n")
+        return f"{message['task']} | {text}" if self.shows_tasks and "task" in message else text
 
     def note(self, text: str) -> None:
         """Print a note of ours; names and errors in it come from elsewhere."""
@@ -77,6 +86,7 @@ class TailPrinter:
             self._printer.note("lines before these are gone at the service")
         if update.left_out:
             self._printer.note(f"{update.left_out} {plural(update.left_out, 'line')} left out")
+        self._printer.shows_tasks = update.status.total_tasks > 1
         self._printer.messages(update.messages)
         self._silent = self._silent and not update.messages
         if update.complete and self._silent:
@@ -88,9 +98,3 @@ def end_text(status: JobStatus) -> str:
     how = status.state.lower().replace("_", " ")
     why = status.error or (f"exit code {status.exit_code}" if status.exit_code else "")
     return f"job {status.job_id} {how}" + (f": {why}" if why and why != how else "")
-
-
-def _text(message: Message) -> str:
-    text = message.get("message", "")
-    # Some services keep the line's own ending in the text.
-    return text.removesuffix("\n")

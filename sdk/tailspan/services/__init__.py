@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from tailspan._identity import trace_id
 from tailspan.errors import ConfigError, RequestRejectedError
 from tailspan.logs.page import NANOS_PER_MS, Line, LogPage, Message, numbered_pages
-from tailspan.models import JobState, JobStatus, ListedJob
+from tailspan.models import JobState, JobStatus, ListedJob, TaskRun
 
 if TYPE_CHECKING:
     from tailspan.config import Settings
@@ -28,6 +28,7 @@ __all__ = [
     "JobService",
     "MergingService",
     "SubmitService",
+    "TaskService",
 ]
 
 LATE_WINDOW_S = 10.0
@@ -219,6 +220,24 @@ class SubmitService(JobService):
         env: Mapping[str, str] | None = None,
     ) -> JobStatus:
         """Start a command as a job and return its first status; see `tailspan.job_submit`."""
+
+
+class TaskService(JobService):
+    """A service whose jobs have tasks: runs of a DAG, pods and containers, steps.
+
+    The status counts them (``total_tasks``, ``finished_tasks``), and lines say which attempt of which task wrote them
+    (`tailspan.logs.page.TaskRef`). The order of lines is promised within an attempt.
+    """
+
+    @abstractmethod
+    async def list_tasks(self, job_id: str) -> Sequence[TaskRun]:
+        """Return every attempt of every task of the job, oldest first; also attempts that have not started.
+
+        An attempt that has ended does not change any more.
+
+        Raises:
+            JobNotFoundError: The service has no such job.
+        """
 
 
 class MergingService(JobService):

@@ -322,7 +322,9 @@ def _runs(times_unix_nano: Sequence[int], streams: int | Sequence[int], flags: i
     firsts = map(times_unix_nano.__getitem__, starts)
     kinds = repeat(streams) if isinstance(streams, int) else map(streams.__getitem__, starts)
     # Most lines have a millisecond, and so a run, of their own: this makes `LineRun`s without a Python call for each.
-    return list(map(_new_run, zip(counts, firsts, kinds, repeat(flags), repeat(""), strict=False)))
+    return list(
+        map(_new_run, zip(counts, firsts, kinds, repeat(flags), repeat(""), repeat(0), repeat(0), strict=False))
+    )
 
 
-_new_run = cast("Callable[[tuple[int, int, int, int, str]], LineRun]", partial(tuple.__new__, LineRun))
+_new_run = cast("Callable[[tuple[int, int, int, int, str, int, int]], LineRun]", partial(tuple.__new__, LineRun))

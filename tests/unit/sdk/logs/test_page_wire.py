@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailspan.errors import ConfigError
-from tailspan.logs.page import CLEAN, NANOS_PER_MS, Line, LineRun, LogPage, Stream
+from tailspan.logs.page import CLEAN, NANOS_PER_MS, Line, LineRun, LogPage, Stream, TaskRef
 from tailspan.logs.page_wire import (
     CURSOR_MARK,
     MAX_FRAME_BYTES,
@@ -47,9 +47,9 @@ def offset_pages(draw):
 @st.composite
 def simple_pages(draw):
     """Pages as simple services make them, with digests."""
-    lines = draw(
-        st.lists(st.builds(Line, st.integers(0, 2**62), LINES, st.sampled_from(Stream.NAMES)), min_size=1, max_size=9)
-    )
+    tasks = st.none() | st.builds(TaskRef, st.sampled_from("ab"), st.sampled_from("xy"), st.integers(1, 3))
+    line = st.builds(Line, st.integers(0, 2**62), LINES, st.sampled_from(Stream.NAMES), tasks, st.integers(0, 24))
+    lines = draw(st.lists(line, min_size=1, max_size=9))
     return LogPage.from_lines(lines, cursor=draw(st.binary(max_size=9)), identity="here", job_id="j")
 
 

@@ -1,0 +1,139 @@
+"""Jobs with tasks: a span for each attempt while the job runs, and lines under the span of their attempt."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from tailspan._identity import span_id
+from tailspan.logs.page import TaskRef
+from tailspan.models import TaskRun
+from tailspan.testing import FakeTaskService
+from tests.fakes.agents import Bench, looped
+from tests.fakes.otlp_rows import LogRow
+
+START = datetime(2026, 11, 29, 10, tzinfo=UTC)
+EXTRACT, LOAD_1, LOAD_2 = TaskRef("e", "extract"), TaskRef("l", "load"), TaskRef("l", "load", 2)
+
+
+@pytest.fixture
+def service(bench: Bench) -> FakeTaskService:
+    """A service with tasks in place of the one without."""
+    service = FakeTaskService("fake")
+    bench.services["fake"] = service
+    return service
+
+
+def at(seconds: float) -> datetime:
+    """A time after the start."""
+    return START + timedelta(seconds=seconds)
+
+
+def attempt(ref: TaskRef, result: str | None, start: float, end: float, **fields: object) -> TaskRun:
+    """An attempt of a task."""
+    return TaskRun(
+        task_id=ref.task_id,
+        name=ref.name,
+        attempt=ref.attempt,
+        result=result,
+        started_at=at(start),
+        finished_at=at(end) if result else None,
+        **fields,  # type: ignore[arg-type]
+    )
+
+
+def task_span_id(ref: TaskRef) -> str:
+    """The id of an attempt's span."""
+    return span_id("fake", "j1", f"task\0{ref.task_id}\0{ref.attempt}")
+
+
+def failures(bench: Bench) -> list[LogRow]:
+    """The records that say why a job failed."""
+    return [row for row in bench.collector.log_records() if row.event_name == "exception"]
+
+
+@looped
+async def test_attempts_are_spans_as_soon_as_they_have_ended(bench: Bench, service: FakeTaskService) -> None:
+    """Under `executing`, with result, links to the attempt before and to tasks before; lines have their span."""
+    service.add_job("j1", job_name="etl", submitted_at=START, started_at=START)
+    service.set_task("j1", attempt(EXTRACT, None, 0, 0))
+    ms = int(START.timestamp() * 1000)
+    service.add_lines("j1", "reading", timestamp_ms=ms + 500, task=EXTRACT, severity=9)
+    async with bench.running():
+        await bench.received(lambda: bench.bodies() == ["reading"])
+        service.set_task("j1", attempt(EXTRACT, "success", 0, 2))
+        await bench.received(lambda: any(span.name == "extract" for span in bench.collector.spans()))
+        assert "run" not in bench.spans()
+        after = {"after": ("e",), "submitted_at": at(2)}
+        service.set_task("j1", attempt(LOAD_1, "failure", 3, 4, error="disk full", **after))
+        service.add_lines("j1", "loading", "boom", timestamp_ms=ms + 3500, task=LOAD_1, stream="stderr")
+        service.set_task("j1", attempt(LOAD_2, "success", 5, 6, **after))
+        service.add_lines("j1", "ERROR but only a word", timestamp_ms=ms + 5500, task=LOAD_2, severity=13)
+        skipped = TaskRun(task_id="n", name="notify", result="skip", after=("l",))
+        service.set_task("j1", skipped)
+        service.set_state("j1", "SUCCEEDED", finished_at=at(7))
+        await bench.received(lambda: "run" in bench.spans() and len(bench.bodies()) == 4)
+
+    spans = {span.span_id: span for span in bench.collector.spans()}
+    executing = span_id("fake", "j1", "executing")
+    extract, first, second = (spans[task_span_id(ref)] for ref in (EXTRACT, LOAD_1, LOAD_2))
+    notify = spans[task_span_id(TaskRef("n", "notify"))]
+    assert {span.parent_span_id for span in (extract, first, second, notify)} == {executing}
+    assert [span.name for span in (extract, first, second, notify)] == ["extract", "load", "load", "notify"]
+    assert {span.kind for span in (extract, first, second)} == {"INTERNAL"}
+    results = [span.attributes["cicd.pipeline.task.run.result"] for span in (extract, first, second, notify)]
+    assert results == ["success", "failure", "success", "skip"]
+    assert [span.status for span in (extract, first, second)] == ["UNSET", "ERROR", "UNSET"]
+    assert first.attributes["error.type"] == "failure"
+    assert first.attributes["tailspan.task.queued_s"] == 1.0
+    assert {span for _, span in second.links} == {first.span_id, extract.span_id}
+    assert (extract.start_unix_nano, extract.end_unix_nano) == (ms * 10**6, (ms + 2000) * 10**6)
+    assert spans[executing].start_unix_nano <= extract.start_unix_nano
+    assert spans[executing].end_unix_nano >= second.end_unix_nano
+    assert bench.spans()["run"].attributes["tailspan.job.tasks.total"] == 3
+
+    lines = {row.body: row for row in bench.lines()}
+    assert {body: row.span_id for body, row in lines.items()} == {
+        "reading": extract.span_id,
+        "loading": first.span_id,
+        "boom": first.span_id,
+        "ERROR but only a word": second.span_id,
+    }
+    assert lines["reading"].severity_text == "INFO"
+    assert lines["ERROR but only a word"].severity_text == "WARN"
+    assert lines["boom"].attributes["cicd.pipeline.task.name"] == "load"
+    assert lines["boom"].attributes["cicd.pipeline.task.run.id"] == "l"
+    assert lines["ERROR but only a word"].attributes["cicd.pipeline.task.run.id"] == "l.2"
+
+
+@looped
+async def test_the_failure_belongs_to_the_task_that_failed(bench: Bench, service: FakeTaskService) -> None:
+    """Its record is under the task's span, and its text is of that task's lines, whatever others write later."""
+    service.add_job("j1", job_name="etl", submitted_at=START, started_at=START)
+    ms = int(START.timestamp() * 1000)
+    service.set_task("j1", attempt(LOAD_1, "failure", 0, 1))
+    service.set_task("j1", attempt(EXTRACT, "success", 0, 9))
+    trace = ["Traceback (most recent call last):", '  File "x.py", line 1, in <module>', "KeyError: 'region'"]
+    service.add_lines("j1", *trace, timestamp_ms=ms + 900, task=LOAD_1)
+    service.add_lines("j1", *map(str, range(50)), timestamp_ms=ms + 8900, task=EXTRACT)
+    service.set_state("j1", "FAILED", finished_at=at(10))
+    async with bench.running():
+        await bench.received(lambda: "run" in bench.spans() and bool(failures(bench)))
+    (record,) = failures(bench)
+    assert record.span_id == task_span_id(LOAD_1)
+    assert record.attributes["exception.type"] == "KeyError"
+    assert record.attributes["cicd.pipeline.task.name"] == "load"
+
+
+@looped
+async def test_spans_of_tasks_are_sent_once_over_a_restart(bench: Bench, service: FakeTaskService) -> None:
+    """A second agent lists the same attempts again; the span that was sent first stays."""
+    service.add_job("j1", job_name="etl", submitted_at=START, started_at=START)
+    service.set_task("j1", attempt(EXTRACT, "success", 0, 2))
+    async with bench.running():
+        await bench.received(lambda: any(span.name == "extract" for span in bench.collector.spans()))
+    service.set_state("j1", "SUCCEEDED", finished_at=at(7))
+    async with bench.running():
+        await bench.received(lambda: "run" in bench.spans())
+    assert [span.name for span in bench.collector.spans()].count("extract") == 1
