@@ -150,7 +150,7 @@ class LineRun(NamedTuple):
         stream: One of `Stream`.
         flags: `CLEAN` or 0.
         uid_prefix: Start of each line's uid for services with offsets; empty where the page has digests.
-        task: The place of the lines' task in `LogPage.tasks`, from 1; 0 is none.
+        task: The place of the lines' task in `LogPage.tasks`, from 1; 0 without a task.
         severity: Their OTLP severity number; 0: found in the text.
     """
 

@@ -225,7 +225,7 @@ class SubmitService(JobService):
 class TaskService(JobService):
     """A service whose jobs have tasks: runs of a DAG, pods and containers, steps.
 
-    The status counts them (``total_tasks``, ``finished_tasks``), and lines say which attempt of which task wrote them
+    The status counts them (``total_tasks``, ``finished_tasks``), and lines say the task and attempt that wrote them
     (`tailspan.logs.page.TaskRef`). The order of lines is promised within an attempt.
     """
 
