@@ -96,7 +96,7 @@ def as_read(page):
     if page is None:
         return None
     runs = [run._replace(flags=0) for run in page.runs]
-    return LogPage(page.lines, runs, CURSOR_MARK + page.cursor, page.digests)
+    return LogPage(page.lines, runs, CURSOR_MARK + page.cursor, page.digests, tasks=page.tasks)
 
 
 @given(
