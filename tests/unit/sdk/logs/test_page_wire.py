@@ -32,7 +32,14 @@ def offset_pages(draw):
     runs = draw(
         st.lists(
             st.builds(
-                LineRun, st.integers(1, 5), TIMES, st.sampled_from(range(3)), st.sampled_from([0, CLEAN]), PREFIXES
+                LineRun,
+                st.integers(1, 5),
+                TIMES,
+                st.sampled_from(range(3)),
+                st.sampled_from([0, CLEAN]),
+                PREFIXES,
+                st.just(0),
+                st.integers(0, 24),
             ),
             min_size=1,
             max_size=4,
