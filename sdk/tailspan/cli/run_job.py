@@ -19,8 +19,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal
     from collections.abc import Mapping, Sequence
+
+    from tailspan.local.run_settings import RunSettings
 else:
     import _signal as signal  # without the enums of `signal`, which cost 4 ms
+
 __all__ = ["RunOptions", "run_command", "say"]
 
 _PRUNE_EVERY_S = 3600.0
@@ -119,10 +122,10 @@ def run_command(options: RunOptions, *, own_process: bool = False) -> int:
         if options.detach:
             launched.close()
             code = 0
-            _print_job(options, launched.job_id)
+            _print_job(options, settings, launched.job_id)
         else:
             code = follow(launched, signals, own_process=own_process)
-        _prune_sometimes(options, place)
+        _prune_sometimes(options, settings, place)
         return code
     finally:
         if not own_process:
@@ -182,24 +185,18 @@ def _check_all(options: RunOptions) -> None:
     load_settings(None if options.config is None else Path(options.config), telemetry=False)
 
 
-def _print_job(options: RunOptions, job_id: str) -> None:
+def _print_job(options: RunOptions, settings: RunSettings, job_id: str) -> None:
     if options.as_json:
-        from pathlib import Path
-
-        from tailspan.cli.options import settings_for
         from tailspan.cli.show import json_line, json_of
         from tailspan.services.local import LocalService
-        from tailspan.services.registry import open_service
 
-        settings = settings_for(None if options.config is None else Path(options.config))
-        service = open_service(options.service or "local", settings)
-        assert isinstance(service, LocalService)
+        service = LocalService.from_run_settings(options.service or "local", settings)
         json_line(json_of(service.status(job_id)))
     else:
         print(job_id, flush=True)  # noqa: T201 - it is the command's output
 
 
-def _prune_sometimes(options: RunOptions, place: StateDir) -> None:
+def _prune_sometimes(options: RunOptions, settings: RunSettings, place: StateDir) -> None:
     """Delete what need not be kept, at most once an hour; a job does not fail because that fails."""
     import time
 
@@ -212,16 +209,9 @@ def _prune_sometimes(options: RunOptions, place: StateDir) -> None:
     except OSError:
         return
     try:
-        from pathlib import Path
-
-        from tailspan.cli.options import settings_for
         from tailspan.services.local import LocalService
-        from tailspan.services.registry import open_service
 
-        settings = settings_for(None if options.config is None else Path(options.config))
-        service = open_service(options.service or "local", settings)
-        if isinstance(service, LocalService):
-            service.prune_sometimes()
+        LocalService.from_run_settings(options.service or "local", settings).prune_sometimes()
     except Exception:
         # Whatever it is: `tailspan jobs prune` says so.
         return

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 
-from tailspan._config_file import read_config_text
 from tailspan.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -45,16 +44,24 @@ class RunSettings:
         gid: Its number.
         encoding: The codec of its output; None: captured as it is.
         otlp: ``OTEL_*`` variables for its command.
+        keep_finished: How long it is kept after its end, as configured, unchecked; None: the default time.
     """
 
     def __init__(
-        self, state_dir: str, group: str | None, gid: int | None, encoding: str | None, otlp: dict[str, str]
+        self,
+        state_dir: str,
+        group: str | None,
+        gid: int | None,
+        encoding: str | None,
+        otlp: dict[str, str],
+        keep_finished: object = None,
     ) -> None:
         self.state_dir = state_dir
         self.group = group
         self.gid = gid
         self.encoding = encoding
         self.otlp = otlp
+        self.keep_finished = keep_finished
 
 
 def is_plain(environ: Mapping[str, str]) -> bool:
@@ -109,6 +116,7 @@ def load_run_settings(path: str | None, service: str, environ: Mapping[str, str]
         None if group is None else _gid(group, key),
         encoding,
         otlp_variables(otlp, service),
+        options.get("keep_finished"),
     )
 
 
@@ -150,6 +158,8 @@ def _text(value: object) -> str:
 
 
 def _read(path: str) -> dict[str, Any]:
+    from tailspan._config_file import read_config_text
+
     text = read_config_text(path)
     import tomllib
 

@@ -8,7 +8,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 from tailspan.errors import ConfigError
-from tailspan.local.run_settings import is_plain
+from tailspan.local.run_settings import is_plain, load_run_settings
 from tailspan.models import CoerceableToJobId, job_id_of
 from tailspan.services import JobService
 from tailspan.services.registry import check_service_type, open_service
@@ -87,7 +87,7 @@ class OpenedServices:
         if found != self._loaded_from or service is None:
             from tailspan.services.local import LocalService
 
-            service = LocalService.from_environment()
+            service = LocalService.from_run_settings("local", load_run_settings(None, "local", os.environ))
             _opened_by_name.add(service)
             self._retired.extend(self._services.values())
             self._settings, self._loaded_from, self._services = None, found, {"local": service}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import sys
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from tailspan.errors import (
     TailspanError,
 )
 from tailspan.local.reader import LogReader
-from tailspan.local.run_settings import CANCEL_GRACE_S, load_run_settings, otlp_variables
+from tailspan.local.run_settings import CANCEL_GRACE_S, otlp_variables
 from tailspan.local.status import row_of, status_of, totals_of
 from tailspan.local.store import JobStore, StoredJob, submitted_at_of
 from tailspan.logs.page import NANOS_PER_MS, LogPage
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from tailspan.config import Settings
     from tailspan.local.inotify import InotifyChanges
     from tailspan.local.launch import Launched, Request
+    from tailspan.local.run_settings import RunSettings
 
 __all__ = ["LocalService"]
 
@@ -126,14 +126,25 @@ class LocalService(SubmitService, ChangeFeedService):
         )
 
     @classmethod
-    def from_environment(cls) -> Self:
-        """Make the service ``local`` where there is no configuration, without the classes of one.
+    def from_run_settings(cls, name: str, found: RunSettings) -> Self:
+        """Make the service of the tables that `tailspan run` reads, without the configuration's classes.
 
         Raises:
-            ConfigError: The home directory or the group is not known.
+            ConfigError: The group is not known, or ``keep_finished`` is not a duration.
         """
-        found = load_run_settings(None, "local", os.environ)
-        return cls(state_dir=Path(found.state_dir), group=found.group, otlp=found.otlp)
+        keep_finished_s = KEEP_FINISHED_S
+        if found.keep_finished is not None:
+            from tailspan.config import parse_duration_s
+
+            keep_finished_s = parse_duration_s(found.keep_finished)
+        return cls(
+            name,
+            state_dir=Path(found.state_dir),
+            group=found.group,
+            keep_finished_s=keep_finished_s,
+            otlp=found.otlp,
+            encoding=found.encoding,
+        )
 
     @functools.cached_property
     def identity(self) -> str:  # type: ignore[override]  # read from disk at first use
