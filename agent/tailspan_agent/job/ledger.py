@@ -15,6 +15,7 @@ from tailspan.models import JobState
 from tailspan_agent.analysis.failure import Failure
 from tailspan_agent.fast_zlib import crc32
 from tailspan_agent.job.line_sums import add_uids, page_uids
+from tailspan_agent.records.redact import CUT_WINDOW_CHARS
 
 __all__ = ["ChunkResult", "Delivery", "JobLedger"]
 
@@ -163,7 +164,9 @@ class JobLedger(msgspec.Struct, frozen=True, kw_only=True):
     def with_last_line(self, line: bytes, redact: Callable[[str], str]) -> JobLedger:
         """Return the ledger with the job's newest line, cut off to be shown."""
         # A progress bar overwrites its line: the end is what it shows now.
-        part = line[-_SHOWN_BYTES:] if b"\r" in line else line[:_SHOWN_BYTES]
+        # More than is shown: a secret must not be divided before it is redacted.
+        size = _SHOWN_BYTES + CUT_WINDOW_CHARS
+        part = line[-size:] if b"\r" in line else line[:size]
         return msgspec.structs.replace(self, last_line=redact(clean(part))[:_SHOWN_CHARS])
 
     def _quiet_ns(self, page: LogPage) -> int:

@@ -40,7 +40,6 @@ class TrackedJob:
         first_seen_ns: When the agent first saw the job, in ns since the epoch.
 
     Attributes:
-        status: The last status.
         checkpoint: What the store had when this object was made.
         ledger: The job's lines and states as read.
         acked_ledger: The same with its lines as acknowledged: as in the store.
@@ -55,6 +54,7 @@ class TrackedJob:
         self, context: PipelineContext, service: JobService, watch: Watch, status: JobStatus, first_seen_ns: int
     ) -> None:
         self.context = context
+        self._names = ("", "")
         self.service = service
         self.watch = watch
         self.status = status
@@ -69,6 +69,20 @@ class TrackedJob:
         self._log_resource = b""
         self.span_lines: SpanLines | None = None
         self.start_span_lines(whole=self.checkpoint.cursor is None)
+
+    @property
+    def status(self) -> JobStatus:
+        """The last status, with its name redacted."""
+        return self._status
+
+    @status.setter
+    def status(self, status: JobStatus) -> None:
+        if self.context.redactor is not None:
+            if self._names[0] != status.job_name:
+                self._names = status.job_name, self.context.redactor.redact(status.job_name)[0]
+            if self._names[1] != status.job_name:
+                status = dataclasses.replace(status, job_name=self._names[1])
+        self._status = status
 
     def start_span_lines(self, *, whole: bool = True) -> None:
         """Collect the lines of the span of the execution from here on.

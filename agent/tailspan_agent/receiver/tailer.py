@@ -247,7 +247,7 @@ class Tailer:
         self._pipeline = pipeline
         if late_lines or not pipeline.completed_before:
             await self._poll_tasks(pipeline)
-        self._catch_up.move(self._service.name, status.job_name)
+        self._catch_up.move(self._service.name, pipeline.status.job_name)
         self._follower.on_status(status, now_s, time.time())
         first = StatusSeen(
             terminal=terminal,

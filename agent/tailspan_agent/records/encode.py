@@ -18,7 +18,7 @@ from tailspan.models import JobStatus
 from tailspan_agent.otlp.log_record import observed_field, origin_fields, severity_fields
 from tailspan_agent.otlp.wire import UINT64_MAX, attributes_fields, bytes_field, fixed64_field
 from tailspan_agent.records.framing import LEFT_OUT, FramedRun, Lines, frame, split_lines
-from tailspan_agent.records.redact import Redactor
+from tailspan_agent.records.redact import CUT_BYTES, CUT_WINDOW_CHARS, Redactor
 from tailspan_agent.records.severity import SEVERITIES, SeverityLearner, severity_index, severity_number
 
 __all__ = [
@@ -44,6 +44,7 @@ class LogContext:
         redactor: Redacts lines.
         learner: Finds severities; keep it for the next pages of the job.
         job: The job, for the spans of its tasks; a job without tasks needs none.
+        cut_ends: By stream, the unredacted end of a line that capture cut and that goes on in the next line.
     """
 
     trace_id: bytes
@@ -51,6 +52,7 @@ class LogContext:
     min_severity: int = 0
     redactor: Redactor | None = None
     learner: SeverityLearner = field(default_factory=SeverityLearner)
+    cut_ends: dict[int, str] = field(default_factory=dict)
     job: JobStatus | None = None
     _origins: dict[TaskRef | None, bytes] = field(default_factory=dict)
 
@@ -150,7 +152,7 @@ def encode_lines(page: LogPage, *, context: LogContext) -> EncodedLines:
             lines = [b"" if severity == LEFT_OUT else line for line, severity in pairs]
     redactions = 0
     if context.redactor is not None:
-        lines, redactions = context.redactor.redact_lines(lines)
+        lines, redactions = _redacted(page, lines, context.redactor, context.cut_ends)
     origins = context.origins(page.tasks)
     runs = [_framed(run, origins[run.task], is_numbered=not page.digests) for run in page.runs]
     records = frame(lines, severities, _SEVERITY_FIELDS, runs, page.digests, MAX_BODY_BYTES)
@@ -177,6 +179,23 @@ def clean_lines(page: LogPage) -> Lines:
         if not is_clean(text) or (not page.text and count_lines(text) != page.line_count):
             return [clean(line).encode() for line in page.lines]
     return text if COMPILED and text else page.lines
+
+
+def _redacted(page: LogPage, lines: Lines, redactor: Redactor, cut_ends: dict[int, str]) -> tuple[Lines, int]:
+    """Return redacted lines and the number of redactions, also of secrets that a cut has divided."""
+    if not cut_ends and (len(page.text) or sum(map(len, page.lines))) < CUT_BYTES:
+        return redactor.redact_lines(lines)
+    streams = [run.stream for run in page.runs for _ in range(run.lines)]
+    redacted: list[bytes] = []
+    total = 0
+    for read, line, stream in zip(page.lines, split_lines(lines), streams, strict=True):
+        text, before = line.decode("utf-8", "replace"), cut_ends.pop(stream, "")
+        if len(read) >= CUT_BYTES:
+            cut_ends[stream] = text[-CUT_WINDOW_CHARS:]
+        kept, count = redactor.redact(text, before=before)
+        redacted.append(kept.encode() if count else line)
+        total += count
+    return redacted, total
 
 
 _IOSTREAM = tuple(attributes_fields(6, {"log.iostream": name}) if name else b"" for name in Stream.NAMES)

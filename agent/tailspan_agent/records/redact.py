@@ -14,15 +14,25 @@ from pathlib import Path
 
 from tailspan.config import RedactSettings
 from tailspan.errors import ConfigError
+from tailspan.local.index import MAX_ENTRY_BYTES
 from tailspan.models import JobStatus, TaskRun
 from tailspan_agent.records.framing import Lines, split_lines
 
-__all__ = ["MIN_SECRET_CHARS", "REDACTED", "Redactor"]
+__all__ = ["CUT_BYTES", "CUT_WINDOW_CHARS", "MIN_SECRET_CHARS", "REDACTED", "Redactor"]
 
 MIN_SECRET_CHARS = 4
 """Shorter values are not redacted: they occur by chance in many lines."""
 
 REDACTED = "[REDACTED]"
+
+CUT_BYTES = MAX_ENTRY_BYTES - 3
+"""A line of this size or more may be a piece of a longer one: capture cuts there, at most 3 bytes before 1 MiB."""
+
+CUT_WINDOW_CHARS = 4096
+"""How much of a piece is searched together with the next one."""
+
+_OPEN_CHARS = 1024
+_SLOW_OPEN_CHARS = 128
 
 
 class Redactor:
@@ -79,14 +89,18 @@ class Redactor:
     def __repr__(self) -> str:
         return f"<Redactor(secrets={len(self._secrets)}, patterns={len(self.patterns)})>"
 
-    def redact(self, text: str) -> tuple[str, int]:
+    def redact(self, text: str, *, before: str = "") -> tuple[str, int]:
         """Return the redacted text and the number of redactions.
 
         Args:
-            text: One whole line.
+            text: One line. If capture may have cut it, its end is redacted where that may begin a secret.
+            before: The end of the piece before it, unredacted, if the line continues that.
         """
+        found = [(max(0, start), stop) for start, stop in self._matches_after(before, text) if stop > 0]
+        if len(text) >= CUT_BYTES // 4 and len(text.encode("utf-8", "replace")) >= CUT_BYTES:
+            found.append((self._open_start(text), len(text)))
         merged: list[tuple[int, int]] = []
-        for start, stop in sorted(self._matches(text)):
+        for start, stop in sorted(span for span in found if span[0] < span[1]):
             if merged and start < merged[-1][1]:
                 start, stop = merged[-1][0], max(stop, merged.pop()[1])
             merged.append((start, stop))
@@ -98,13 +112,14 @@ class Redactor:
         return "".join((*parts, text[kept_from:])), len(merged)
 
     def redact_job(self, job: JobStatus) -> JobStatus:
-        """Return a status with redacted texts: its error, URL, attributes and details; names and ids stay."""
+        """Return a status with redacted texts: its name, error, URL, attributes and details; ids stay."""
 
         def hide(texts: Mapping[str, str]) -> dict[str, str]:
-            return {key: self.redact(text)[0] for key, text in texts.items()}
+            return {self.redact(key)[0]: self.redact(text)[0] for key, text in texts.items()}
 
         return dataclasses.replace(
             job,
+            job_name=self.redact(job.job_name)[0],
             error=job.error and self.redact(job.error)[0],
             url=job.url and self.redact(job.url)[0],
             attributes=hide(job.attributes),
@@ -136,6 +151,32 @@ class Redactor:
             redacted.append(kept.encode() if count else line)
             total += count
         return redacted, total
+
+    def _matches_after(self, before: str, text: str) -> Iterator[tuple[int, int]]:
+        """Yield the matches in a text and what is before it, by their offsets in the text."""
+        for start, stop in self._matches(before + text):
+            yield start - len(before), stop - len(before)
+
+    def _open_start(self, text: str) -> int:
+        """Return the offset of what may be the beginning of a secret that goes on behind the text."""
+        starts = [len(text)]
+        for secret in (*self._secrets, *(literal for literal, _ in self.patterns if literal)):
+            sizes = range(min(len(secret) - 1, len(text)), 0, -1)
+            starts += (len(text) - size for size in sizes if text.endswith(secret[:size]))
+        offset = max(0, len(text) - _OPEN_CHARS)
+        for literal, regex in self.patterns:
+            if literal is None:
+                starts.append(max(0, len(text) - _SLOW_OPEN_CHARS))
+                continue
+            closed = [match.span() for match in regex.finditer(text, offset) if match.end() < len(text)]
+            found = text.find(literal, offset)
+            while found >= 0:
+                if not any(start <= found < stop for start, stop in closed):
+                    # The match may begin before its literal, but hardly before the word.
+                    starts.append(max(text.rfind(" ", 0, found), text.rfind("\t", 0, found), offset - 1) + 1)
+                    break
+                found = text.find(literal, found + 1)
+        return min(starts)
 
     def _matches(self, text: str) -> Iterator[tuple[int, int]]:
         for secret in self._secrets:

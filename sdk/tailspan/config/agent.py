@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
 
 from tailspan._net import is_loopback, read_secret_file
 from tailspan.config.fields import Duration, JsonList, PositiveDuration, StrList, StrTable, UserPath
@@ -69,12 +69,17 @@ class Expect(Options):
     grace: Duration = 3600.0
 
 
+def _listen_or_off(value: object) -> object:
+    # An empty variable counts as unset, so the environment needs a word for it.
+    return "" if isinstance(value, str) and value.lower() == "off" else value
+
+
 class AgentSettings(Options):
     """The agent's own settings.
 
     Attributes:
         state_dir: Checkpoints, dead letters and files.
-        listen: ``HOST:PORT`` of status page and metrics; empty: no server.
+        listen: ``HOST:PORT`` of status page and metrics; empty, or ``off`` in a file or variable: no server.
         token: Required by the status page.
         token_file: A file with that token, read when needed.
         allowed_hosts: More names that the status page accepts in the Host header.
@@ -89,7 +94,7 @@ class AgentSettings(Options):
     """
 
     state_dir: UserPath = Field(default_factory=lambda: platform_state_dir() / "agent")
-    listen: str = "127.0.0.1:8797"
+    listen: Annotated[str, BeforeValidator(_listen_or_off)] = "127.0.0.1:8797"
     token: SecretStr | None = None
     token_file: UserPath | None = None
     allowed_hosts: StrList = []
@@ -128,7 +133,7 @@ class AgentSettings(Options):
         except ValueError:
             valid, address = False, None
         if not valid or "/" in self.listen or "@" in self.listen:
-            raise ConfigError('expected "HOST:PORT", or "" for no status page', key="agent.listen")
+            raise ConfigError('expected "HOST:PORT", or "off" for no status page', key="agent.listen")
         if self.token is not None and self.token_file is not None:
             raise ConfigError("token and token_file are both set: keep one of them", key="agent.token")
         if address and not is_loopback(address[0]) and self.token is None and self.token_file is None:

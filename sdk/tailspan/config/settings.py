@@ -24,6 +24,7 @@ from tailspan.config.layers import Layer, Loc, below, environment_layer, file_la
 from tailspan.config.options import Options, OptionsTable, config_error
 from tailspan.config.otel_env import otel_layer
 from tailspan.config.otlp import OtlpSettings
+from tailspan.config.regex_literal import can_contain
 from tailspan.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -74,6 +75,10 @@ class RedactPattern(Options):
     def _has_literal(self) -> Self:
         if self.literal is None and not self.slow:
             raise ConfigError("set literal to text that every match contains, or slow = true")
+        if self.literal is not None and not can_contain(self.regex, self.literal):
+            raise ConfigError(
+                "no match of regex can contain literal, so nothing would ever be redacted: correct one of them"
+            )
         return self
 
 

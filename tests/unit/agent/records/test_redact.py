@@ -9,6 +9,10 @@ from hypothesis import strategies as st
 
 from tailspan.config import RedactPattern, RedactSettings
 from tailspan.errors import ConfigError
+from tailspan.local.index import MAX_ENTRY_BYTES
+from tailspan.logs.page import LineRun, LogPage, Stream
+from tailspan.models import JobState, JobStatus
+from tailspan_agent.records.encode import LogContext, encode_lines
 from tailspan_agent.records.redact import REDACTED, Redactor
 
 KEY = "-----BEGIN KEY-----\nMIIEvQIBADANBg\nkqhkiG9w0BAQEF\n-----END KEY-----\n"
@@ -31,6 +35,47 @@ def test_values_and_patterns_are_replaced(tmp_path: Path) -> None:
     assert redactor.redact(line) == (f"login {REDACTED} with {REDACTED}, {REDACTED} card {REDACTED}, {REDACTED}!", 5)
     assert redactor.redact("nothing here") == ("nothing here", 0)
     assert redactor.ignored == ["redact.env NOT_SET has no value of 4 characters or more"]
+
+
+@pytest.mark.parametrize("size", range(1, 20))
+@pytest.mark.parametrize("text", ["hunter2-and-more", "pre AKIA0123456789ABCDEF", "key=hunter2hunter2 x"])
+def test_a_secret_that_a_cut_divides(text: str, size: int) -> None:
+    """Capture cuts a line over 1 MiB: no part of a secret is left on either side, and other text stays."""
+    redactor = Redactor(
+        {"a": "hunter2-and-more"}, [("AKIA", re.compile(r"AKIA\w{16}")), ("key=", re.compile(r"key=\w+"))]
+    )
+    size = min(size, len(text) - 1)
+    first = "x" * (MAX_ENTRY_BYTES - size - 6) + " abcd " + text[:size]
+    context = LogContext(trace_id=b"t" * 16, span_id=b"s" * 8, redactor=redactor)
+    records = b""
+    for number, line in enumerate((first, text[size:] + " tail of the line")):
+        page = LogPage([line.encode()], [LineRun(1, number, Stream.STDOUT, 0, f"{number}-")], b"1")
+        records += encode_lines(page, context=context).records
+    assert REDACTED.encode() in records
+    assert b" tail of the line" in records
+    assert b"xx abcd " in records
+    secret = text.removeprefix("pre ").removesuffix(" x")
+    cut = size - text.index(secret)
+    for part in {secret[: max(cut, 0)], secret[max(cut, 0) :]}:
+        assert len(part) < 2 or part.encode() + b" tail" not in records
+        assert len(part) < 4 or part.encode() not in records
+
+
+def test_names_and_keys_of_attributes_are_redacted() -> None:
+    """They reach every record, and a job can put anything there."""
+    redactor = Redactor({"a": "hunter22"})
+    job = JobStatus.from_state(
+        JobState.RUNNING,
+        job_id="j",
+        service="s",
+        identity="i",
+        trace_id="0" * 32,
+        job_name="load hunter22",
+        attributes={"key hunter22": "hunter22"},
+    )
+    redacted = redactor.redact_job(job)
+    assert redacted.job_name == f"load {REDACTED}"
+    assert redacted.attributes == {f"key {REDACTED}": REDACTED}
 
 
 def test_no_settings_no_redactor() -> None:

@@ -119,6 +119,12 @@ def test_the_environment_names_the_file(write: Write, monkeypatch: pytest.Monkey
     assert load_settings(other).path == other
 
 
+def test_the_page_is_switched_off_by_environment(monkeypatch):
+    """An empty variable counts as unset, so there is a word for it."""
+    monkeypatch.setenv("TAILSPAN_AGENT__LISTEN", "off")
+    assert load_settings().agent.listen_address is None
+
+
 def test_nested_environment(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nested variables reach every kind of value, also in the tables of services, whatever their names' case."""
     for name, value in {
