@@ -119,8 +119,11 @@ def exit_code_of(ended: Ended | None, job_id: str) -> int:
         _say(f"the command's output could not be written: {os.strerror(failures[0])}")
     if ended.state == "TIMED_OUT":
         return TIMED_OUT
+    if failures and (ended.exit_code == 0 or ended.signal == signal.SIGPIPE):
+        # It has met the closed pipe instead of the full disk, with which it would have failed in its own way.
+        return 1
     if ended.exit_code == 0 and ended.relay_failures:
-        return 1 if failures else 128 + signal.SIGPIPE
+        return 128 + signal.SIGPIPE
     if ended.signal == signal.SIGINT:
         _die_of_interrupt()
     return ended.exit_code

@@ -34,6 +34,7 @@ NOT_FOUND = 127
 NOT_EXECUTABLE = 126
 _SHELL = b"/bin/sh"
 _SPARE_FDS = 4
+_SAMPLE_BYTES = 128
 _DEFAULT_PATH = b"/usr/local/bin:/usr/bin:/bin"
 
 
@@ -207,11 +208,13 @@ def _candidates(program: bytes, env: dict[bytes, bytes]) -> list[bytes]:
 
 
 def _is_text(path: bytes) -> bool:
+    """Return whether a shell would run a file as a script: as in bash, by its first line."""
     try:
         with open(path, "rb") as file:
-            return b"\0" not in file.read(512)
+            start = file.read(_SAMPLE_BYTES)
     except OSError:
         return False
+    return not start.startswith(b"\x7fELF") and b"\0" not in start.partition(b"\n")[0]
 
 
 def _execute_by_shell(path: bytes, argv: list[bytes], env: dict[bytes, bytes]) -> int:

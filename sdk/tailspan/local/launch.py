@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import _socket
 import _thread
+import errno
 import marshal
 import os
 import select
@@ -361,11 +362,26 @@ def _outputs(
             fds += (slave,)
             terminals.append((os.dup(relay), master))
         copy = None
-        if relay is not None:
+        if relay is not None and _takes_nothing(relay):
+            # The job gets the error itself, and there is nothing to capture.
+            master, write_fd = os.pipe()
+            os.close(write_fd)
+            slave = os.dup(relay)
+            fds += (master, slave)
+        elif relay is not None:
             copy = os.dup(relay)
             fds.append(copy)
         outputs.append((number, targets, master, slave, copy))
     return outputs
+
+
+def _takes_nothing(fd: int) -> bool:
+    """Return whether each write fails, as to ``/dev/full``."""
+    try:
+        os.write(fd, b"")
+    except OSError as error:
+        return error.errno == errno.ENOSPC
+    return False
 
 
 def _closed(request: Request) -> list[int]:

@@ -56,6 +56,11 @@ class OutputStream:
         self._decoder = None if encoding is None else _decoder(encoding)
         os.set_blocking(fd, False)
 
+    @property
+    def relay_fd(self) -> int | None:
+        """The caller's own output; None: nothing is relayed, or not any more."""
+        return self._relay_fd
+
     def relay(self, data: bytearray, size: int) -> None:
         """Pass output on to the caller's own output at once."""
         if self._relay_fd is None:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from tailspan.local.capture import Piece
+    from tailspan.local.terminal import ModeMirror
+    from tailspan.local.terminal_keys import TerminalKeys
 else:
     import _signal as signal  # without the enums of `signal`, which cost 4 ms
 
@@ -49,6 +51,7 @@ _DISK_RETRY_S = 1.0
 _TREE_CHECK_S = 0.05
 _REPORT_S = 0.00005
 _TERMINAL_DRAIN_MS = 20
+_FIRST_MODES_S, _LAST_MODES_S = 0.005, 1.0
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM, signal.SIGCHLD, signal.SIGIO)
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _ARGUMENTS = 6
@@ -154,6 +157,11 @@ class _Supervisor:
         self._deadlines: dict[str, float] = {}
         self._streams: dict[int, OutputStream] = {}
         self._relay_failures: list[int] = []
+        self._mirrors: list[ModeMirror] = []
+        self._keys: dict[int, TerminalKeys] = {}
+        self._poller = select.poll()
+        self._modes_s: float | None = None
+        self._modes_nap_s = _FIRST_MODES_S
         self._order: WriteOrder | None = None
         self._held: dict[int, list[Piece]] | None = None
         self._held_at_ns = 0
@@ -184,6 +192,10 @@ class _Supervisor:
         spec = self._spec
         if spec["cwd"] is not None:
             os.chdir(spec["cwd"])
+        for output in self._outputs:
+            if self._attached and output.master_fd is not None and output.relay_fd is not None:
+                # Before the job can change its modes.
+                self._follow_terminal(output.master_fd, output.relay_fd)
         now = self._clock.now()
         started = start(
             spec["argv"],
@@ -244,7 +256,7 @@ class _Supervisor:
 
     def _capture(self) -> None:
         """Read until the command has exited and all its pipes are closed."""
-        poller = select.poll()
+        poller = self._poller
         poller.register(self._wake_fd, select.POLLIN)
         for fd in self._streams:
             poller.register(fd, select.POLLIN)
@@ -259,8 +271,11 @@ class _Supervisor:
                 for fd in self._read_all(ready):
                     poller.unregister(fd)
                     self._close_stream(fd)
+            for fd in ready & self._keys.keys():
+                self._pass_key_on(self._keys[fd])
             self._show_progress()
             self._show_partial()
+            self._follow_modes()
             if not self._state_is_written and time.monotonic() > self._state_retry_s:
                 self._write_state()
             self._reap()
@@ -339,8 +354,7 @@ class _Supervisor:
             until.append(now + _TREE_CHECK_S)
         if any(stream.lines.progress_is_waiting for stream in self._streams.values()):
             until.append(self._progress_s)
-        if self._preview_s is not None:
-            until.append(self._preview_s)
+        until += [due for due in (self._preview_s, self._modes_s) if due is not None]
         return max(0.0, min(until) - now) * 1000 + 1 if until else None
 
     def _read(self, stream: OutputStream, at_unix_nano: int | None = None) -> int | None:
@@ -360,6 +374,11 @@ class _Supervisor:
         elif size * 8 < stream.capacity:
             self._nap_s = min(2 * self._nap_s or _SHORTEST_NAP_S, _LONGEST_NAP_S)
         if size:
+            if self._mirrors:
+                # Before the text that asks for a key appears.
+                self._copy_modes()
+                self._modes_nap_s = _FIRST_MODES_S
+                self._modes_s = now_s + self._modes_nap_s
             stream.relay(self._buffer, size)
         if not stream.lines.progress_is_waiting:
             self._progress_s = now_s + _PROGRESS_S
@@ -385,6 +404,40 @@ class _Supervisor:
             for stream in self._streams.values():
                 if stream.lines.has_partial:
                     self._writer.preview(stream.lines.partial())
+
+    def _follow_terminal(self, pty_fd: int, terminal_fd: int) -> None:
+        # Only here: most jobs have no terminal.
+        from tailspan.local.terminal import ModeMirror
+        from tailspan.local.terminal_keys import TerminalKeys
+
+        self._mirrors.append(ModeMirror(pty_fd, terminal_fd, os.getppid()))
+        self._keys[terminal_fd] = TerminalKeys(pty_fd, terminal_fd)
+
+    def _await_keys(self) -> None:
+        for fd, keys in self._keys.items():
+            if keys.are_awaited():
+                self._poller.register(fd, select.POLLIN)
+
+    def _pass_key_on(self, keys: TerminalKeys) -> None:
+        """Pass one key on, if a process still waits for it; then find out again whether one waits for the next."""
+        self._poller.unregister(keys.terminal_fd)
+        if keys.are_awaited() and not keys.pass_on():
+            return
+        self._modes_nap_s = _FIRST_MODES_S
+        self._modes_s = time.monotonic() + self._modes_nap_s
+
+    def _copy_modes(self) -> None:
+        for mirror in self._mirrors:
+            mirror.copy()
+
+    def _follow_modes(self) -> None:
+        """Copy the modes of the job's terminal for a while after each output: programs change them about then."""
+        if self._modes_s is None or time.monotonic() < self._modes_s:
+            return
+        self._copy_modes()
+        self._await_keys()
+        self._modes_nap_s *= 2
+        self._modes_s = time.monotonic() + self._modes_nap_s if self._modes_nap_s < _LAST_MODES_S else None
 
     def _append(self, stream: OutputStream, pieces: list[Piece], at_unix_nano: int | None = None) -> None:
         if self._held is not None:
@@ -425,6 +478,7 @@ class _Supervisor:
                 stream.failure = 0
         self._release(writes, at_end=True)
         self._held_at_ns = 0
+        self._copy_modes()
         self._finish(now, exit_code)
 
     def _drain(self, stream: OutputStream, now: int) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 
@@ -107,6 +108,46 @@ def test_a_prompt_and_a_password(variants, variant):
         assert at.end() == 0
         assert b"hello you 7" in at.shown
         assert b"hunter2" not in at.shown
+
+
+SINGLE_KEYS = {
+    "standard input": "tty.setcbreak(0); os.write(1, b'ready'); k = os.read(0, 1)",
+    "modes by standard output": "tty.setraw(1); os.write(1, b'ready'); k = os.read(0, 1)",
+    "keys from standard error": "tty.setraw(2); os.write(1, b'ready'); k = os.read(2, 1)",
+    "keys by poll": "tty.setraw(2); p = select.poll(); p.register(2, 1); os.write(1, b'ready'); p.poll()\n"
+    "k = os.read(2, 1)",
+    "the terminal's own name": "f = os.open(os.ttyname(2), 0); tty.setraw(f); os.write(1, b'ready'); k = os.read(f, 1)",
+    "curses": "s = curses.initscr(); curses.cbreak(); s.addstr('ready'); s.refresh()\n"
+    "k = bytes([s.getch()]); curses.endwin()",
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux shows what a process waits for")
+@pytest.mark.parametrize("variant", ["plain", "tailspan"])
+@pytest.mark.parametrize("kind", SINGLE_KEYS)
+def test_a_full_screen_program_gets_single_keys(variants, variant, kind):
+    """Whatever file descriptor it sets its modes and reads through."""
+    program = f"import curses, os, select, tty\n{SINGLE_KEYS[kind]}\nos.write(1, b' got ' + k)"
+    with terminal(variants, variant, [PYTHON, "-c", program]) as at:
+        at.until(b"ready")
+        at.type(b"q")
+        at.until(b" got q")
+        assert at.end() == 0
+
+
+@pytest.mark.parametrize("variant", ["plain", "tailspan"])
+@pytest.mark.parametrize("program", ["less", "more"])
+def test_a_pager_gets_keys(variants, variant, program):
+    """`less` and `more` read from their output's terminal."""
+    if not shutil.which(program):
+        pytest.skip(f"needs {program}")
+    (variants.directory / "text").write_text("".join(f"line {number}\n" for number in range(99)))
+    with terminal(variants, variant, [program, "text"]) as at:
+        at.until(b"line 20\r")
+        at.type(b" ")
+        at.until(b"line 40\r")
+        at.type(b"q")
+        assert at.end() == 0
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

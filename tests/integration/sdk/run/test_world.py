@@ -67,6 +67,38 @@ def test_what_a_shell_cannot_run(variants, variant, command, code, sentence):
     assert ended.stderr.decode().strip().endswith(sentence)
 
 
+FILES = {
+    "damaged": b"\x7fELF\x02\x01",
+    "for another machine": b"\x7fELF\x02\x01\x01" + bytes(11) + b"\xb7\0" + bytes(44),
+    "binary": b"\0\1\2",
+    "script without a first line": b"echo hi; exit 3\n",
+    "script with a payload": b"echo hi; exit 4\n\0\1",
+    "script of DOS": b"#!/bin/sh\r\necho hi\r\n",
+    "script without interpreter": b"#!/nope\n",
+    "empty interpreter": b"#!\necho hi; exit 5\n",
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("kind", [*FILES, "not executable", "directory", "dangling", "loop"])
+def test_what_the_shell_makes_of_a_file(variants, kind):
+    """Exit code, output and sentence are those of bash, and the sentence is in the log."""
+    path = variants.directory / "file"
+    if kind == "directory":
+        path.mkdir()
+    elif kind in ("dangling", "loop"):
+        path.symlink_to("file" if kind == "loop" else "nope")
+    else:
+        path.write_bytes(FILES.get(kind, b"echo hi"))
+        path.chmod(0o644 if kind == "not executable" else 0o755)
+    plain = variants.run("plain", ["bash", "-c", "./file; exit $?"])
+    ended = variants.run("tailspan", ["./file"])
+    assert (ended.returncode, ended.stdout) == (plain.returncode, plain.stdout)
+    sentence = plain.stderr.rpartition(b"./file: ")[2]
+    assert ended.stderr.endswith(sentence)
+    assert (variants.jobs()[0] / "log").read_bytes().endswith(sentence or plain.stdout)
+
+
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGTSTP])
 def test_a_runner_that_was_stopped_goes_on(variants, number):
     """A stop of more than a second reaches the job as no other signal, and the exit code is the job's own."""
