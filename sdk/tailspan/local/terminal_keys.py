@@ -60,7 +60,7 @@ class TerminalKeys:
         return any(self._is_reading(pid) for pid in live_descendants(os.getpid()))
 
     def pass_on(self) -> bool:
-        """Pass one key on: what is typed after it may be for another program. Return False where there is none."""
+        """Pass one key on: what is typed after it may be for another program. Return False at the end of input."""
         try:
             key = os.read(self.terminal_fd, 1)
             return bool(key) and os.write(self._pty_fd, key) > 0
