@@ -20,6 +20,7 @@ __all__ = ["main", "parse_run"]
 
 _USAGE = 2
 _OUR_ERROR = 125
+_INTERRUPTED = 130
 _VALUES = ("--name", "--attr", "--timeout", "--service", "--config", "--encoding")
 _FLAGS = ("--detach", "--strict", "--no-tty")
 
@@ -45,10 +46,13 @@ def main() -> None:
 
 
 def _run_group() -> None:
-    from tailspan.cli.group import main as group
-
     try:
+        from tailspan.cli.group import main as group
+
         group(prog_name="tailspan")
+    except KeyboardInterrupt:
+        # The group handles it, too, once it is imported.
+        sys.exit(_INTERRUPTED)
     except SystemExit as end:
         # Such a command has no event loop, and so no threads and connections that must be closed. Taking the
         # interpreter down would cost a fifth of the whole command.

@@ -52,6 +52,22 @@ def test_help_names_every_command_without_loading_one():
     assert done.stdout.endswith("[]\n")
 
 
+def test_ctrl_c_while_it_starts():
+    """It exits with 130 and without a traceback, also before the commands are imported."""
+    program = (
+        "import sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'click':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from tailspan.cli.start import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, "jobs"], capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_each_command_has_help_with_an_example(name):
     """The help of a command has an example; the list of commands has its summary."""
