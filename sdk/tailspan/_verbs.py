@@ -10,17 +10,17 @@ import os
 import sys
 import warnings
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Generic, Self, TypeVar
 
 from tailspan._clock import Clock
 from tailspan._polling import LogPoll, StatusPoll, newer, newest_of, stamped
-from tailspan.errors import ConfigError, InProgressWarning, RequestRejectedError
+from tailspan.errors import ConfigError, InProgressWarning, RequestRejectedError, ServiceError
 from tailspan.logs.clean import printable
 from tailspan.logs.follow import SETTLE_S, Follower, TailUpdate
-from tailspan.logs.page import Message
+from tailspan.logs.page import Message, OpenLine
 from tailspan.models import CoerceableToJobId, JobState, JobStatus, ListedJob, TaskRun
 from tailspan.services import JobService, SubmitService, TaskService
 from tailspan.services._pool import OpenedServices
@@ -130,6 +130,7 @@ class AsyncVerbs(Generic[StatusT]):
         async with aclosing(self.iter_logs(job, since_ms, task=task, service=service)) as pages:
             async for page in pages:
                 printer.messages(page)
+        printer.open_line(await self.open_line(job, service=service))
 
     async def tail_logs(
         self,
@@ -270,6 +271,16 @@ class AsyncVerbs(Generic[StatusT]):
         chosen, job_id = self._opened.find(job, service)
         return isinstance(chosen, TaskService) and (await chosen.get_job(job_id)).total_tasks > 1
 
+    async def open_line(self, job: CoerceableToJobId, *, service: str | JobService | None = None) -> OpenLine | None:
+        """Return the last line of a running job while its newline has not come; None without one.
+
+        Args:
+            job: A job id, a status, or a row of a listing.
+            service: The service's name, or the service; None: the job's own, or the default one.
+        """
+        chosen, job_id = self._opened.find(job, service)
+        return await _open_line_of(chosen, job_id)
+
     async def follow_logs(
         self,
         job: CoerceableToJobId,
@@ -315,12 +326,14 @@ class AsyncVerbs(Generic[StatusT]):
             if reader.time_is_up:
                 return
             follower.on_read(lines, started)
+            open_line = None if follower.complete else await _open_line_of(chosen, job_id)
             yield TailUpdate(
                 status=status,
                 messages=(newest,) if newest else (),
                 left_out=lines - 1 if newest else 0,
                 gap=reader.take_gap(),
                 complete=follower.complete,
+                open_line=open_line,
             )
             now = clock.monotonic_s()
             if follower.complete or now >= deadline:
@@ -412,6 +425,13 @@ class AsyncVerbs(Generic[StatusT]):
 
     def _deadline(self, timeout: float | None) -> float:
         return math.inf if timeout is None else self._clock.monotonic_s() + timeout
+
+
+async def _open_line_of(service: JobService, job_id: str) -> OpenLine | None:
+    # It is an extra: without it, every line still comes.
+    with suppress(ServiceError):
+        return await service.open_line(job_id)
+    return None
 
 
 def in_progress_text(status: JobStatus) -> str:

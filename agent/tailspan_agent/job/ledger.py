@@ -101,6 +101,7 @@ class JobLedger(msgspec.Struct, frozen=True, kw_only=True):
         alerts: The alerts sent for it: (ns since the epoch, alert).
         receipts: Number of receipts written; each further one amends the one before.
         last_line: Its newest line, cleaned, redacted and cut off, to be shown.
+        open_line: The uid of the last open line that was sent; unset if there was none.
     """
 
     first_seen_ns: int
@@ -121,6 +122,7 @@ class JobLedger(msgspec.Struct, frozen=True, kw_only=True):
     first_failed_ns: int | None = None
     fingerprint: str = ""
     last_line: str = ""
+    open_line: str | msgspec.UnsetType = msgspec.UNSET
 
     @classmethod
     def from_json(cls, text: str) -> JobLedger:

@@ -15,7 +15,8 @@ import msgspec
 
 from tailspan.config import Watch
 from tailspan.errors import CursorExpiredError
-from tailspan.logs.page import LogPage
+from tailspan.logs.clean import clean
+from tailspan.logs.page import LogPage, OpenLine
 from tailspan.models import JobState, JobStatus, TaskRun
 from tailspan.services import JobService
 from tailspan_agent.analysis.assessment import JobSnapshot
@@ -25,6 +26,7 @@ from tailspan_agent.checkpoint.store import Ack
 from tailspan_agent.job.ledger import ChunkResult, JobLedger
 from tailspan_agent.job.line_sums import Seconds, add_seconds, page_seconds
 from tailspan_agent.job.mapping import receipt_record
+from tailspan_agent.job.open_lines import OpenLineLimit, open_line_record
 from tailspan_agent.job.times import past_run
 from tailspan_agent.otlp.log_record import LogRecordData, encode_log_record
 from tailspan_agent.pipeline.context import PipelineContext
@@ -67,6 +69,7 @@ class JobPipeline:
         self._queue = context.queue(service.identity, status.job_id)
         self._log_context = LogContext.for_job(status, min_severity=watch.min_severity, redactor=context.redactor)
         self._progress = ProgressMeter(self.job.redact)
+        self._open_lines = OpenLineLimit()
         self._unacked = 0
         self._unacked_seconds: Seconds = {}
         self._all_acked = Flag(is_set=True)
@@ -228,6 +231,7 @@ class JobPipeline:
         if self._queue is not None:
             await self._queue.room()
         job = self.job
+        self._open_lines.on_page(page)
         job.ledger = job.ledger.with_page(page)
         job.task_lines.add(page)
         if not late:
@@ -251,6 +255,24 @@ class JobPipeline:
             newest_ns = page.runs[-1].time_unix_nano
             await self._put(encoded.records, encoded.count, cursor, page_seconds(page), newest_ns)
         self.cursor = cursor or self.cursor
+
+    async def send_open_line(self, line: OpenLine) -> float | None:
+        """Queue a record of the line whose newline has not come, unless it was sent already.
+
+        Returns:
+            How long to wait before this line may be sent, in seconds; None if nothing is left to send.
+        """
+        job, wait_s = self.job, self._open_lines.wait_s(line, time.monotonic())
+        text = job.redact_open(clean(line.text))
+        if wait_s is None or not text or line.uid == job.ledger.open_line:
+            return None
+        job.ledger = job.ledger.with_last_line(text.encode(), job.redact)
+        if wait_s:
+            return wait_s
+        self._open_lines.on_sent(line)
+        job.ledger = msgspec.structs.replace(job.ledger, open_line=line.uid)
+        await self._send_record(open_line_record(line, text, job.status))
+        return None
 
     async def _put(self, records: bytes, count: int, cursor: bytes | None, seconds: Seconds, newest_ns: int) -> None:
         assert self._queue is not None

@@ -158,6 +158,10 @@ class TrackedJob:
         """Return the text without the configured secrets."""
         return self.context.redactor.redact(text)[0] if self.context.redactor is not None else text
 
+    def redact_open(self, text: str) -> str:
+        """Return the beginning of a line without what is, or may become, a configured secret."""
+        return self.context.redactor.redact_open(text) if self.context.redactor is not None else text
+
     @property
     def ended_ns(self) -> int | None:
         """When the job ended, in ns since the epoch: about the time of its newest line. None before its end."""

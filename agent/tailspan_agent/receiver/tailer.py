@@ -281,7 +281,16 @@ class Tailer:
             await pipeline.report_anomalies()
         await self._carry_out(self._advance(LogRead(complete=self._follower.complete)), pipeline)
         gather_s = self._source.gather_s(pipeline.cursor)
-        return self.schedule.delay_s(catching_up=self._catch_up.catching_up, gather_s=gather_s)
+        delay_s = self.schedule.delay_s(catching_up=self._catch_up.catching_up, gather_s=gather_s)
+        wait_s = None if lines else await self._relay_open_line(pipeline)
+        return min((one for one in (delay_s, wait_s) if one is not None), default=None)
+
+    async def _relay_open_line(self, pipeline: JobPipeline) -> float | None:
+        """Relay what a running job has written of its next line; return when more of it may be sent, in seconds."""
+        if self.once or not pipeline.relays_logs or self.lifecycle.state is not TailState.FOLLOWING:
+            return None
+        line = await self._service.open_line(self.job_id)
+        return None if line is None else await pipeline.send_open_line(line)
 
     async def _late_turn(self, pipeline: JobPipeline) -> float | None:
         """Relay the lines that became visible after the log was complete."""

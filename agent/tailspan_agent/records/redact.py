@@ -111,6 +111,18 @@ class Redactor:
             kept_from = stop
         return "".join((*parts, text[kept_from:])), len(merged)
 
+    def redact_open(self, text: str) -> str:
+        """Return the redacted beginning of a line, without an end that may be the beginning of a secret.
+
+        Args:
+            text: The beginning of a line. Empty is returned if there are patterns: they see whole lines only.
+        """
+        if self.patterns:
+            return ""
+        # From the longest: the end of the text may begin several secrets.
+        starts = (text.endswith(secret[:size]) and size for secret in self._secrets for size in range(1, len(secret)))
+        return self.redact(text[: len(text) - max(starts, default=0)])[0]
+
     def redact_job(self, job: JobStatus) -> JobStatus:
         """Return a status with redacted texts: its name, error, URL, attributes and details; ids stay."""
 

@@ -74,6 +74,10 @@ class AgentView:
         """Return text without the configured secrets."""
         return self.context.redactor.redact(text)[0] if self.context.redactor is not None else text
 
+    def redact_open(self, text: str) -> str:
+        """Return the beginning of a line without what is, or may become, a configured secret."""
+        return self.context.redactor.redact_open(text) if self.context.redactor is not None else text
+
     def redact_job(self, job: JobStatus) -> JobStatus:
         """Return a status without the configured secrets."""
         return self.context.redactor.redact_job(job) if self.context.redactor is not None else job

@@ -12,7 +12,7 @@ from tailspan.errors import CursorExpiredError, TailspanError
 from tailspan_agent.web.event_stream import KEEP_ALIVE, REFRESH_S, format_event
 from tailspan_agent.web.job_rows import job_path
 from tailspan_agent.web.job_view import JobView
-from tailspan_agent.web.log_window import LogWindow, LogWindowReader
+from tailspan_agent.web.log_window import LogLine, LogWindow, LogWindowReader
 
 __all__ = ["job_events", "read_tail"]
 
@@ -52,6 +52,7 @@ async def job_events(
     path = partial(job_path, job.service.name, job.status.job_id)
     window: LogWindow | None = None
     head = ""
+    shown_open: list[LogLine] = []
     while True:
         job = await _within(timeout_s, reload()) or job
         is_reset, new = await _within(timeout_s, _new_lines(logs, job, window)) or (False, None)
@@ -60,6 +61,10 @@ async def job_events(
         if new is not None and (is_reset or new.lines):
             html = render("_lines.html", lines=new.lines, left_out=new.left_out, path=path)
             yield format_event("reset" if is_reset else "lines", {"html": html})
+        open_lines = await _within(timeout_s, logs.open_line(job.service, job.status.job_id)) or []
+        if open_lines != shown_open:
+            yield format_event("open_line", {"html": render("_lines.html", lines=open_lines, left_out=0, path=path)})
+            shown_open = open_lines
         if new_head != head:
             yield format_event("head", {"html": new_head, "ended": job.status.state.is_terminal})
             head = new_head

@@ -47,7 +47,7 @@ class LogLine:
         number: The line number from 1; None if only the end of a long log was read.
         time_unix_nano: Its time, in ns since the epoch.
         stream: ``stdout``, ``stderr`` or empty.
-        level: ``error``, ``warn``, ``info``, ``debug`` or empty.
+        level: ``error``, ``warn``, ``info``, ``debug``, empty, or ``open`` for a line that is not complete.
         text: Cleaned, without secrets, truncated if it is very long.
     """
 
@@ -87,10 +87,12 @@ class LogWindowReader:
 
     Args:
         redact: Removes secrets from text.
+        redact_open: The same for the beginning of a line; None: `redact`.
     """
 
-    def __init__(self, redact: Callable[[str], str]) -> None:
+    def __init__(self, redact: Callable[[str], str], redact_open: Callable[[str], str] | None = None) -> None:
         self._redact = redact
+        self._redact_open = redact_open or redact
         # One limit per service: a service that hangs must not block reads from the others.
         self._read_limits: dict[str, asyncio.Semaphore] = {}
         # Starts of pages as (lines before, cursor). If the log has changed since, the service rejects the cursor.
@@ -218,6 +220,17 @@ class LogWindowReader:
                     break
         found.lines, found.left_out = list(last), read - len(last)
         return found
+
+    async def open_line(self, service: JobService, job_id: str) -> list[LogLine]:
+        """Return the line whose newline has not come, if there is one.
+
+        Raises:
+            ServiceError: The log cannot be read.
+        """
+        async with self._read_limit(service):
+            line = await service.open_line(job_id)
+        text = self._redact_open(clean(line.text))[:_MAX_LINE_CHARS] if line is not None else ""
+        return [LogLine(None, line.time_unix_nano, "", "open", visible(text))] if line is not None and text else []
 
     def _read_limit(self, service: JobService) -> asyncio.Semaphore:
         return self._read_limits.setdefault(service.identity, asyncio.Semaphore(_MAX_READS))

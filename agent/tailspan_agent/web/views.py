@@ -29,7 +29,7 @@ from tailspan_agent.web.job_events import job_events, read_tail
 from tailspan_agent.web.job_filter import PAGE_ROWS, STATE_GROUPS, JobEntry, JobFilter, JobListing, list_jobs
 from tailspan_agent.web.job_rows import JobRow, ended_entry, followed_entry, job_path, job_row
 from tailspan_agent.web.job_view import JobView, load_job_view
-from tailspan_agent.web.log_window import WINDOW_LINES, LogWindow, LogWindowReader
+from tailspan_agent.web.log_window import WINDOW_LINES, LogLine, LogWindow, LogWindowReader
 from tailspan_agent.web.session import Session, local_path
 
 __all__ = ["PageRoutes"]
@@ -60,7 +60,7 @@ class PageRoutes:
         self._view = view
         self._session = session
         self._ended = EndedJobs(view.store.ledgers)
-        self._logs = LogWindowReader(view.redact)
+        self._logs = LogWindowReader(view.redact, view.redact_open)
         self._streams = EventStreams()
         self._entries: list[JobEntry] = []
         self._entries_at_s = float("-inf")
@@ -166,10 +166,13 @@ class PageRoutes:
         text = query.get("q", "")[:200]
         if query.get("jump") == "error":
             return await self._jump_to_error(job, first or 1)
-        problem, window = None, LogWindow()
+        follows = first is None and not text and not job.status.state.is_terminal
+        problem, window, open_lines = None, LogWindow(), list[LogLine]()
         try:
             async with asyncio.timeout(_SERVICE_TIMEOUT_S):
                 window = await self._window(job, first, text)
+                if follows:
+                    open_lines = await self._logs.open_line(job.service, job.status.job_id)
         except CursorExpiredError as error:
             problem = f"The service no longer has these lines: {error}"
         except ServiceError as error:
@@ -184,7 +187,8 @@ class PageRoutes:
             problem=problem,
             first=first,
             text=text,
-            follows=first is None and not text and not job.status.state.is_terminal,
+            open_lines=open_lines,
+            follows=follows,
             lines_a_window=WINDOW_LINES,
             form_token=self._session.form_token,
             may_cancel=self._view.settings().agent.allow_cancel and not job.status.state.is_terminal,

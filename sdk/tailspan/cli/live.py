@@ -74,6 +74,11 @@ class StateLine:
             self._status = status
             self._draw()
 
+    def hide(self) -> None:
+        """Show nothing until the next `show`: the last line of the terminal is in use."""
+        with self.paused():
+            self._status = None
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Take the line away while something else is printed; the next `show` or tick brings it back."""

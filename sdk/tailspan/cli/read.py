@@ -16,7 +16,7 @@ from tailspan.cli.options import config_option, job_argument, json_option, servi
 if TYPE_CHECKING:
     from tailspan.client import AsyncJobClient
     from tailspan.logs.follow import TailUpdate
-    from tailspan.logs.page import Message
+    from tailspan.logs.page import Message, OpenLine
 
 __all__ = ["exec_time", "logs", "tail"]
 
@@ -48,6 +48,11 @@ def logs(
                 _json_lines(messages)
             else:
                 printer.messages(messages)
+        open_line = await client.open_line(job) if task is None else None
+        if as_json:
+            _json_open(open_line)
+        else:
+            printer.open_line(open_line)
 
     with_client(config_path, service, use, only_reads=True)
 
@@ -90,20 +95,28 @@ def tail(
         silent = True
         with StateLine() as line:
             async for update in client.follow_logs(job, refresh, sample, timeout):
+                if update.open_line is not None and not as_json:
+                    line.hide()
                 with line.paused():
+                    if update.gap or update.left_out:
+                        printer.close()
                     if update.gap:
                         say("lines before these are gone at the service")
                     if update.left_out:
                         say(f"{update.left_out} {plural(update.left_out, 'line')} left out")
                     if as_json:
                         _json_lines(update.messages)
+                        if last is None or update.open_line != last.open_line:
+                            _json_open(update.open_line)
                     else:
                         printer.shows_tasks = update.status.total_tasks > 1
                         printer.messages(update.messages)
+                        printer.open_line(update.open_line)
                 silent = silent and not update.messages
-                if not update.complete:
+                if not update.complete and not printer.has_open:
                     line.show(update.status)
                 last = update
+            printer.close()
         if last is not None and last.complete:
             say(end_text(last.status) + (", without a line" if silent else ""))
         return last
@@ -141,6 +154,14 @@ def exec_time(job: str, service: str | None, config_path: Path | None, as_json: 
         json_line({"job_id": status.job_id, "exec_time_s": took.total_seconds(), "in_progress": running})
     else:
         write(str(took))
+
+
+def _json_open(line: OpenLine | None) -> None:
+    from tailspan.cli.show import json_lines
+    from tailspan.logs.page import NANOS_PER_MS
+
+    if line is not None:
+        json_lines([{"message": line.message, "timestamp": line.time_unix_nano // NANOS_PER_MS, "open": True}])
 
 
 def _json_lines(messages: Sequence[Message]) -> None:

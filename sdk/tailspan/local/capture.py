@@ -230,11 +230,13 @@ class LogWriter:
         self._flush()
 
     def preview(self, text: bytes) -> None:
-        """Write the beginning of a line behind the last entry, where readers find it; a later piece replaces it."""
+        """Write an open line behind the last entry, where readers find it; a later piece replaces it."""
         if self._gap is None and self._write(self._log_fd, text, self.bytes):
             if self._preview_bytes > len(text):
                 self._cut_preview(self.bytes + len(text))
             self._preview_bytes = len(text)
+            # Changes nothing, but the kernel reports it to whom reads the log by its index.
+            self._cut(self._index_fd, self._index_bytes)
 
     def finish(self) -> bool:
         """Enter what is left; return whether the index is complete."""
@@ -287,10 +289,13 @@ class LogWriter:
             self._unwritten.clear()
 
     def _cut_preview(self, end: int) -> None:
+        # If it fails, readers take the rest for the beginning of the next line until that is written.
+        self._cut(self._log_fd, end)
+
+    def _cut(self, fd: int, end: int) -> None:
         try:
-            os.ftruncate(self._log_fd, end)
+            os.ftruncate(fd, end)
         except OSError:
-            # Readers take it for the beginning of the next line until that is written.
             pass
 
     def _write(self, fd: int, data: bytes | bytearray, offset: int) -> bool:

@@ -26,12 +26,13 @@ from tailspan.local.index import (
     text_flags,
 )
 from tailspan.local.index_file import IndexFile, open_file, read_at
-from tailspan.logs.page import CLEAN, MAX_PAGE_BYTES, MAX_PAGE_LINES, NANOS_PER_MS, LineRun, LogPage, Stream
+from tailspan.logs.page import CLEAN, MAX_PAGE_BYTES, MAX_PAGE_LINES, NANOS_PER_MS, LineRun, LogPage, OpenLine, Stream
 from tailspan.logs.text import count_lines
 
 __all__ = ["LogReader", "Totals"]
 
 _READ_BYTES = 1 << 20
+_MAX_OPEN_BYTES = 64 << 10
 _MOST_DIGITS = 20
 _STREAMS = range(len(Stream.NAMES))
 
@@ -141,6 +142,22 @@ class LogReader:
                     yield page
                 raise self._gap(batch[len(intact)].start)
             yield page
+
+    def open_line(self, identity: str) -> OpenLine | None:
+        """Return the line whose newline has not come, at most its first 64 KiB; None without one.
+
+        Args:
+            identity: The service's identity.
+        """
+        if self._ended or self._log_fd is None:
+            return None
+        last = self._index.last() or NOTHING
+        text = read_at(self._log_fd, last.end, _MAX_OPEN_BYTES)
+        # Whole lines wait for their entry, and a gap reads as NULs.
+        if not text or b"\n" in text or text.startswith(b"\0"):
+            return None
+        written_ns = os.fstat(self._log_fd).st_mtime_ns
+        return OpenLine(text, written_ns, f"{job_hash(identity, self._job_id)}-{last.end:012x}-open-{len(text):x}")
 
     def _page(self, batch: list[_Span], prefix: str) -> LogPage | None:
         """Return the lines of entries that follow each other; None when the text is not what the index says."""

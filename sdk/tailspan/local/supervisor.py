@@ -45,7 +45,7 @@ NOTED = 0x80
 
 _SHORTEST_NAP_S, _LONGEST_NAP_S = 0.0001, 0.001
 _PROGRESS_S = 5.0
-_PREVIEW_S = 1.0
+_PREVIEW_S = 0.5
 _HEARTBEAT_S = 30.0
 _DISK_RETRY_S = 1.0
 _TREE_CHECK_S = 0.05
@@ -171,6 +171,7 @@ class _Supervisor:
         self._buffer = bytearray(READ_BYTES)
         self._progress_s = 0.0
         self._preview_s: float | None = None
+        self._open: OutputStream | None = None
         self._state_retry_s = 0.0
         self._wake_fd, waker_fd = os.pipe()
         os.set_blocking(self._wake_fd, False)
@@ -384,7 +385,9 @@ class _Supervisor:
             self._progress_s = now_s + _PROGRESS_S
         text, length = stream.text_of(self._buffer, size)
         self._append(stream, stream.lines.feed(text, length), at_unix_nano)
-        if stream.lines.has_partial and self._preview_s is None:
+        if stream.lines.has_partial:
+            self._open = stream
+        if self._preview_s is None and self._open is not None:
             self._preview_s = now_s + _PREVIEW_S
         return size
 
@@ -398,12 +401,14 @@ class _Supervisor:
                 self._append(stream, stream.lines.progress())
 
     def _show_partial(self) -> None:
-        """Let readers see a line whose newline has not come: a question, or dots."""
-        if self._preview_s is not None and time.monotonic() >= self._preview_s:
-            self._preview_s = None
-            for stream in self._streams.values():
-                if stream.lines.has_partial:
-                    self._writer.preview(stream.lines.partial())
+        """Let readers see the open line, a question or dots; of two outputs with one, the newest."""
+        if self._preview_s is None or time.monotonic() < self._preview_s:
+            return
+        self._preview_s = None
+        if self._open is not None and not self._open.lines.has_partial:
+            self._open = next((stream for stream in self._streams.values() if stream.lines.has_partial), None)
+        if self._open is not None:
+            self._writer.preview(self._open.lines.partial())
 
     def _follow_terminal(self, pty_fd: int, terminal_fd: int) -> None:
         # Only here: most jobs have no terminal.

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         LineRun,
         LogPage,
         Message,
+        OpenLine,
         Stream,
         TaskRef,
     )
@@ -29,6 +30,7 @@ __all__ = [
     "LineRun",
     "LogPage",
     "Message",
+    "OpenLine",
     "Stream",
     "TailUpdate",
     "TaskRef",

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tailspan.logs.page import Message
+from tailspan.logs.page import Message, OpenLine
 from tailspan.models import JobState, JobStatus
 
 __all__ = ["SETTLE_S", "Follower", "TailUpdate"]
@@ -163,6 +163,7 @@ class TailUpdate:
         left_out: Number of new lines before those that were left out of the sample.
         gap: Whether lines before these are gone at the service.
         complete: Whether the job has ended and this is the last of its lines: nothing follows.
+        open_line: The line whose newline has not come, if there is one. It comes as a message once it is complete.
     """
 
     status: JobStatus
@@ -170,3 +171,4 @@ class TailUpdate:
     left_out: int = 0
     gap: bool = False
     complete: bool = False
+    open_line: OpenLine | None = None

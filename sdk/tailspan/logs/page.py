@@ -10,6 +10,8 @@ Both are stored per *run* of lines (one read of a pipe, one millisecond of a log
 
 from __future__ import annotations
 
+import codecs
+
 # What `hashlib` has, which would load OpenSSL first.
 from _blake2 import blake2b
 from collections.abc import Iterable, Iterator
@@ -29,6 +31,7 @@ __all__ = [
     "LineRun",
     "LogPage",
     "Message",
+    "OpenLine",
     "Stream",
     "TaskRef",
     "level_name",
@@ -139,6 +142,25 @@ class Line(NamedTuple):
     stream: str = ""
     task: TaskRef | None = None
     severity: int = 0
+
+
+class OpenLine(NamedTuple):
+    """The beginning of a line whose newline has not come: a question, dots, a progress bar.
+
+    Attributes:
+        text: What the job has written of it.
+        time_unix_nano: When the newest of it was written, in ns since the epoch.
+        uid: Identifies this text of this line; differs from the uid that the line gets.
+    """
+
+    text: bytes
+    time_unix_nano: int
+    uid: str
+
+    @property
+    def message(self) -> str:
+        """The text, without the bytes of a character that is not complete."""
+        return codecs.getincrementaldecoder("utf-8")("replace").decode(self.text)
 
 
 class LineRun(NamedTuple):

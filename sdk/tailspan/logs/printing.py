@@ -9,10 +9,13 @@ from typing import IO
 from tailspan._plural import plural
 from tailspan.logs.clean import printable
 from tailspan.logs.follow import TailUpdate
-from tailspan.logs.page import Message
+from tailspan.logs.page import Message, OpenLine
 from tailspan.models import JobStatus
 
 __all__ = ["LinePrinter", "TailPrinter", "end_text", "is_terminal"]
+
+
+_ERASE = "\r\x1b[K"
 
 
 def is_terminal(file: IO[str] | None) -> bool:
@@ -25,6 +28,8 @@ def is_terminal(file: IO[str] | None) -> bool:
 
 class LinePrinter:
     """Prints lines with their indentation, and flushes.
+
+    An open line is printed as it grows, without newline; its rest follows when it is complete.
 
     On a terminal, control characters that could move the cursor or fake output are removed; colours stay unless
     ``NO_COLOR`` is set. Elsewhere the text stays as the job wrote it.
@@ -39,15 +44,47 @@ class LinePrinter:
         self._file = file
         self._terminal = is_terminal(file)
         self._colours = not os.environ.get("NO_COLOR")
+        self._open = ""
 
     def messages(self, messages: Iterable[Message]) -> None:
         """Print the text of each message."""
+        texts = list(map(self._text, messages))
         if self._terminal:
-            text = "".join(f"{printable(self._text(one), colours=self._colours)}\n" for one in messages)
+            texts = [printable(one, colours=self._colours) for one in texts]
+        while texts and texts[0].endswith("\r") and self._open.startswith(texts[0]):
+            # States of a progress bar: its line goes on.
+            self._open = self._open.removeprefix(texts.pop(0))
+        if texts:
+            self._replace_open("\n".join((*texts, "")))
+            self._open = ""
+
+    def open_line(self, line: OpenLine | None) -> None:
+        """Print what is new of a line whose newline has not come."""
+        text = line.message if line is not None else ""
+        if self._terminal:
+            text = printable(text, colours=self._colours)
+        if text and text != self._open:
+            self._replace_open(text)
+            self._open = text
+
+    @property
+    def has_open(self) -> bool:
+        """Whether the last line printed has no newline yet."""
+        return bool(self._open)
+
+    def close(self) -> None:
+        """End the line that is open, so that what is printed next begins a line."""
+        if self._open:
+            self.write("\n")
+            self._open = ""
+
+    def _replace_open(self, text: str) -> None:
+        """Print a text that begins with the open line, or else stands in its place."""
+        if text.startswith(self._open):
+            self.write(text[len(self._open) :])
         else:
-            text = "".join(f"{self._text(one)}\n" for one in messages)
-        if text:
-            self.write(text)
+            # A line of the other stream, or the next state of a progress bar.
+            self.write((_ERASE if self._terminal else "\n") + text)
 
     def _text(self, message: Message) -> str:
         # Some services keep the line's own ending in the text.
@@ -56,6 +93,7 @@ class LinePrinter:
 
     def note(self, text: str) -> None:
         """Print a note of ours; names and errors in it come from elsewhere."""
+        self.close()
         self.write(f"[tailspan] {printable(' '.join(text.split()), colours=False)}\n")
 
     def write(self, text: str) -> None:
@@ -88,6 +126,7 @@ class TailPrinter:
             self._printer.note(f"{update.left_out} {plural(update.left_out, 'line')} left out")
         self._printer.shows_tasks = update.status.total_tasks > 1
         self._printer.messages(update.messages)
+        self._printer.open_line(update.open_line)
         self._silent = self._silent and not update.messages
         if update.complete and self._silent:
             self._printer.note(f"{end_text(update.status)}, without a line")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from tailspan._identity import trace_id
 from tailspan.errors import ConfigError, RequestRejectedError
-from tailspan.logs.page import NANOS_PER_MS, Line, LogPage, Message, numbered_pages
+from tailspan.logs.page import NANOS_PER_MS, Line, LogPage, Message, OpenLine, numbered_pages
 from tailspan.models import JobState, JobStatus, ListedJob, TaskRun
 
 if TYPE_CHECKING:
@@ -170,6 +170,16 @@ class JobService(ABC):
         async with aclosing(self.read_logs(job_id, since_ms=since_ms)) as pages:
             async for page in pages:
                 yield list(page.messages())
+
+    async def open_line(self, job_id: str) -> OpenLine | None:
+        """Return the last line of a log while its newline has not come; None without one. By default None.
+
+        `read_logs` yields the line once it is complete, or once the job has ended.
+
+        Args:
+            job_id: The job.
+        """
+        return None
 
     async def aclose(self) -> None:
         """Release connections and files. The caller may close twice. By default there is nothing to release."""

@@ -26,7 +26,7 @@ from tailspan.local.reader import LogReader
 from tailspan.local.run_settings import CANCEL_GRACE_S, otlp_variables
 from tailspan.local.status import row_of, status_of, totals_of
 from tailspan.local.store import JobStore, StoredJob, submitted_at_of
-from tailspan.logs.page import NANOS_PER_MS, LogPage
+from tailspan.logs.page import NANOS_PER_MS, LogPage, OpenLine
 from tailspan.models import JobStatus, ListedJob
 from tailspan.services import LATE_WINDOW_S, ChangeFeedService, SubmitService
 
@@ -191,6 +191,16 @@ class LocalService(SubmitService, ChangeFeedService):
                 for page in reader.pages(identity, cursor, since_ms):
                     yield page
                     await checkpoint()
+
+    async def open_line(self, job_id: str) -> OpenLine | None:
+        """Return the line whose newline has not come; see `tailspan.services.JobService`."""
+        with self._translated(job_id):
+            job = self._store.glance(job_id)
+            if job.logs_complete:
+                return None
+            identity = self._identities.get(job_id) or self._identity_in(self._store.load(job_id))
+            with LogReader(job.directory, job_id, ended=False) as reader:
+                return reader.open_line(identity)
 
     async def log_times_ms(self, job_id: str) -> tuple[int, int] | None:
         """Return the times of the first and the last line; see `tailspan.services.JobService`."""

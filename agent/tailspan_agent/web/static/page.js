@@ -96,6 +96,7 @@
           lines.append(...rowsOf(html));
           while (lines.children.length > MOST_LINES) lines.firstElementChild.remove();
         }),
+        open_line: ({ html }) => keepAtEnd(() => find("#open").replaceChildren(...rowsOf(html))),
         head: ({ html }) => { find("#jobhead").innerHTML = html; },
         end: (_, end) => { end(); location.reload(); },
       });

@@ -141,3 +141,18 @@ def test_lines_without_secrets_are_unchanged(lines: list[str]) -> None:
     """A page without secrets comes back as it is."""
     redactor = Redactor({"a": "hunter22"})
     assert redactor.redact_lines([line.encode() for line in lines]) == ([line.encode() for line in lines], 0)
+
+
+@given(st.integers(0, 7), st.sampled_from(["hunter22", "hunhunter"]))
+def test_the_beginning_of_a_secret_is_left_out(size: int, secret: str) -> None:
+    """An open line may end within a secret; a whole one is redacted, and other text stays."""
+    redactor = Redactor({"a": "hunter22", "b": "hunhunter"})
+    assert redactor.redact_open(f"login {secret[:size]}") == "login "
+    assert redactor.redact_open(f"login {secret}, ok") == f"login {REDACTED}, ok"
+    assert redactor.redact_open("Continue? ") == "Continue? "
+
+
+def test_a_pattern_needs_the_whole_line() -> None:
+    """What it may match is not known before: nothing of an open line is left."""
+    redactor = Redactor({}, [("user", re.compile(r"user=\S+"))])
+    assert redactor.redact_open("Continue? ") == ""
