@@ -6,7 +6,6 @@ submitted, never changed), ``state.json`` (what became of it, replaced as a whol
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import os
@@ -229,12 +228,13 @@ class JobStore:
         return self.place.create(job_id, spec)
 
     def mark_canceled(self, job_id: str) -> None:
-        """Leave a mark for a supervisor that cannot be signalled yet; without room for it, do without."""
+        """Leave a mark for a supervisor that cannot be signalled yet; on a disk that is full or fails, do without."""
         try:
             os.close(os.open(self.directory(job_id) / "cancel", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
+        except (PermissionError, FileNotFoundError):
+            raise
+        except OSError:
+            pass
 
     def prune(self, older_than_s: float, now_s: float) -> Iterator[str]:
         """Delete the jobs that ended longer ago, and yield their ids, oldest first.

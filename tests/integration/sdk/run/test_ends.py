@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.fakes.local_jobs import LocalJobs, until
 from tests.fakes.variants import Variants
+from tests.integration.sdk.run.test_always_runs import ROOT_ONLY, tmpfs
 
 PYTHON = sys.executable
 ESCAPES = {
@@ -23,6 +26,10 @@ ESCAPES = {
     "start_new_session": f"'{PYTHON}' -c 'import subprocess as s; s.run([\"sleep\", \"987\"], start_new_session=True)'",
     "ignores SIGTERM": "trap '' TERM; setsid sleep 987 & sleep 987",
     "orphan": "(sleep 987 &); exec sleep 987",
+    "only a descendant ignores SIGTERM": "setsid sh -c \"trap '' TERM; sleep 987\" & wait",
+    "a daemon with its own output": "(setsid sleep 987 <&- >/dev/null 2>&1 &); sleep 987",
+    "stopped": "sleep 987 & kill -STOP $!; wait",
+    "a job within the job": f"'{PYTHON}' -c 'from tailspan.cli.start import main; main()' run -- setsid sleep 987",
 }
 
 
@@ -46,12 +53,26 @@ def test_cancel_ends_every_descendant(tmp_path: Path, kind: str) -> None:
     mark = f"MARK_{os.getpid()}={time.time_ns()}"
     name, _, value = mark.partition("=")
     with LocalJobs(tmp_path / "state", cancel_grace_s=0.5) as local:
-        job_id = local.start("bash", "-c", ESCAPES[kind], env={name: value})
+        env = {name: value, "TAILSPAN_STATE_DIR": str(tmp_path / "inner")}
+        job_id = local.start("bash", "-c", ESCAPES[kind], env=env)
         until(lambda: len(alive(mark)) >= 2)
         time.sleep(0.2)
         local.cancel(job_id)
         until(lambda: alive(mark) == [])
         assert local.complete(job_id).state == "CANCELED"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a subreaper is Linux's")
+@pytest.mark.parametrize("kind", ESCAPES)
+def test_timeout_ends_what_cancel_ends(tmp_path: Path, kind: str) -> None:
+    """Each way to escape is closed to it, too."""
+    mark = f"MARK_{os.getpid()}={time.time_ns()}"
+    name, _, value = mark.partition("=")
+    with LocalJobs(tmp_path / "state", cancel_grace_s=0.2) as local:
+        env = {name: value, "TAILSPAN_STATE_DIR": str(tmp_path / "inner")}
+        job_id = local.start("bash", "-c", ESCAPES[kind], env=env, timeout_s=0.5)
+        assert local.complete(job_id).state == "TIMED_OUT"
+        until(lambda: alive(mark) == [])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a subreaper is Linux's")
@@ -86,17 +107,25 @@ def test_a_background_process_does_not_hold_up_the_runner(variants: Variants) ->
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a process id namespace")
 def test_as_the_first_process_of_a_container(variants: Variants) -> None:
-    """Zombies are collected, and the last lines are in the log."""
-    script = "for i in 1 2 3; do (sh -c 'sleep 0.1' &) ; done; sleep 0.5; echo last"
+    """Zombies are collected, and what a background process printed before the end is in the log."""
+    zombies = "cat /proc/[0-9]*/stat 2>/dev/null | grep -q ') Z '"
+    script = f"""
+        for i in 1 2 3; do (sh -c 'sleep 0.1' &); done
+        sleep 0.5
+        while {zombies}; do sleep 0.05; done
+        (setsid sh -c 'echo background; touch printed; exec sleep 987' &)
+        until [ -e printed ]; do sleep 0.05; done
+        echo last
+    """
     command = ["unshare", "--pid", "--fork", "--mount-proc", *variants.command("tailspan", ["sh", "-c", script])]
     done = subprocess.run(
         command, env=variants.env, cwd=variants.directory, capture_output=True, timeout=60, check=False
     )
     if b"unshare:" in done.stderr:
         pytest.skip("no namespaces here")
-    assert (done.returncode, done.stdout) == (0, b"last\n")
+    assert (done.returncode, done.stdout) == (0, b"background\nlast\n")
     (job,) = variants.jobs()
-    assert (job / "log").read_bytes() == b"last\n"
+    assert (job / "log").read_bytes() == b"background\nlast\n"
     assert '"end": "' in (job / "state.json").read_text()
 
 
@@ -115,3 +144,37 @@ def test_a_second_signal_is_passed_on_too(variants: Variants) -> None:
     os.kill(int((job / "state.json").read_text().partition('"pid": ')[2].partition(",")[0]), signal.SIGKILL)
     assert process.wait(30) == 137
     process.stdout.close()
+
+
+@ROOT_ONLY
+@pytest.mark.parametrize("full_of", ["text", "files"])
+def test_cancel_and_timeout_end_a_job_while_the_disk_is_full(tmp_path: Path, full_of: str) -> None:
+    """The processes are gone at once; the end is recorded when there is room again."""
+    disk = tmp_path / "disk"
+    if not tmpfs(disk, "400k,nr_inodes=60"):
+        pytest.skip("cannot mount")
+    mark = f"MARK_{os.getpid()}={time.time_ns()}"
+    name, _, value = mark.partition("=")
+    try:
+        with LocalJobs(disk / "state", cancel_grace_s=0.2) as local:
+            script = "setsid sleep 987 & while :; do echo line; sleep 0.05; done"
+            common = {"env": {name: value}, "cwd": str(tmp_path)}
+            canceled = local.start("sh", "-c", script, **common)
+            timed_out = local.start("sh", "-c", script, timeout_s=2, **common)
+            until(lambda: len(alive(mark)) >= 4)
+            fill(disk, full_of)
+            local.cancel(canceled)
+            until(lambda: alive(mark) == [])
+            for path in disk.glob("fill*"):
+                path.unlink()
+            assert local.complete(canceled).state == "CANCELED"
+            assert local.complete(timed_out).state == "TIMED_OUT"
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=False)
+
+
+def fill(disk: Path, full_of: str) -> None:
+    """Leave room neither for text nor, of `full_of`, for another file."""
+    with suppress(OSError):
+        for number in itertools.count():
+            (disk / f"fill{number}").write_bytes(b"x" * 4096 if full_of == "text" else b"")
