@@ -59,7 +59,7 @@ def tasks(job: str, service: str | None, config_path: Path | None, as_json: bool
     """  # noqa: D301 - click wants the backspace character itself
     from tailspan.cli.show import json_line, json_of, tasks_table
 
-    rows = with_client(config_path, service, lambda client: client.job_get_tasks(job))
+    rows = with_client(config_path, service, lambda client: client.job_get_tasks(job), only_reads=True)
     if as_json:
         json_line([json_of(row) for row in rows])
         return

@@ -23,8 +23,22 @@ from tailspan.errors import (
     WaitTimeoutError,
 )
 
-CONTRACT = ["run", "jobs", "logs", "tail", "status", "cancel", "wait", "exec-time", "serve", "agent", "doctor", "demo"]
-OURS = ["run", "jobs", "logs", "tail", "status", "cancel", "wait", "exec-time", "serve", "completion"]
+CONTRACT = [
+    "run",
+    "jobs",
+    "logs",
+    "tail",
+    "tasks",
+    "status",
+    "cancel",
+    "wait",
+    "exec-time",
+    "serve",
+    "agent",
+    "doctor",
+    "demo",
+]
+OURS = ["run", "jobs", "logs", "tail", "tasks", "status", "cancel", "wait", "exec-time", "serve", "completion"]
 
 
 def tailspan(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
