@@ -39,6 +39,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,11 @@ class Request:
     wire_bytes: int
     count: int
     taken: bool
+
+    @cached_property
+    def log_rows(self) -> list[LogRow]:
+        """Its log records; a test's condition reads those of all requests whenever one arrives."""
+        return list(log_rows(self.message))
 
 
 Answer = Reply | Callable[[Request], Reply]
@@ -248,7 +254,7 @@ class Collector:
         """The decoded messages of that signal whose records arrived, in order."""
         return [request.message for request in self.requests if request.signal == signal and request.taken]
 
-    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 90.0) -> None:
         """Wait until the condition holds; it is evaluated after each request.
 
         Raises:
@@ -285,7 +291,9 @@ class Collector:
 
     def log_records(self) -> list[LogRow]:
         """Every log record taken so far, in order of arrival."""
-        return [row for message in self.taken("logs") for row in log_rows(message)]
+        return [
+            row for request in self.requests if request.signal == "logs" and request.taken for row in request.log_rows
+        ]
 
     def spans(self) -> list[SpanRow]:
         """Every span taken so far, in order of arrival."""

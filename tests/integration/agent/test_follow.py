@@ -200,11 +200,11 @@ async def test_a_status_that_is_ahead_of_the_lines(bench: Bench) -> None:
     """The end is seen before the last lines: they are relayed, and lie within the run span."""
     bench.fake.add_job("j1")
     bench.fake.add_lines("j1", "a")
-    async with bench.running({"discover": True, "settle": 0.3}):
+    async with bench.running({"discover": True, "settle": 1.5}):
         await bench.received(lambda: len(bench.bodies()) == 1)
         bench.fake.set_state("j1", "SUCCEEDED", logs_complete=None)
         reads = bench.fake.calls.count(("read_logs", "j1"))
-        await until(lambda: bench.fake.calls.count(("read_logs", "j1")) > reads + 2)
+        await until(lambda: bench.fake.calls.count(("read_logs", "j1")) > reads + 1)
         bench.fake.add_lines("j1", "last")
         await bench.received(lambda: "run" in bench.spans())
     assert bench.bodies() == ["a", "last"]
@@ -245,8 +245,8 @@ async def test_an_open_log_is_followed_by_the_next_agent(bench: Bench) -> None:
         # This one comes too soon after the receipt.
         bench.fake.add_lines("j1", "c")
         await bench.received(lambda: bench.bodies() == ["a", "b", "c"])
+    bench.fake.set_state("j1", "SUCCEEDED", logs_complete=True)
     async with bench.running() as agent:
-        bench.fake.set_state("j1", "SUCCEEDED", logs_complete=True)
         await until(lambda: _receipt_lines(bench)[-1] == 3 and not agent.tailers)
     assert bench.bodies() == ["a", "b", "c"]
     assert _receipt_lines(bench) == [1, 2, 3]
