@@ -21,7 +21,7 @@ def test_beside_a_running_agent(machine: Machine, collector: Collector) -> None:
     assert "follows local" in next(line for line in agent.stderr if "follows" in line)
     report = json.loads(machine.tailspan("doctor", "--json").stdout)
     assert report["problems"] == []
-    assert report["versions"]["tailspan"] == machine.tailspan("--version").stdout.split()[-1]
+    assert report["versions"]["tailspan"] == machine.invoke("--version").stdout.split()[-1]
     assert report["store"]["agent"] == f"runs as pid {agent.pid}"
     assert report["store"]["integrity"] == "ok"
     assert report["reach"]["otlp logs"] == f"{collector.http_url}/v1/logs accepts them"
@@ -44,7 +44,7 @@ def test_where_much_is_wrong(machine: Machine, collector: Collector) -> None:
     machine.tailspan("agent", "run", "--once", "--timeout", "1", exit_code=3)
     (machine.home / "agent" / "checkpoints.corrupt-1.db").write_text("")
     (machine.home / "report.txt").write_text("was here before")
-    said = machine.tailspan("doctor", "--output", "report.txt", exit_code=3)
+    said = machine.invoke("doctor", "--output", "report.txt", exit_code=3)
     assert said.stdout == ""
     report = (machine.home / "report.txt").read_text()
     assert "problems:\n  - otlp logs: " in report
@@ -59,7 +59,7 @@ def test_a_configuration_that_does_not_load(machine: Machine) -> None:
     """The error without the value; the rest of the report all the same."""
     secret = "http://me:hush-very-secret-and-also-much-longer-than-an-error-shows@host"
     machine.config.write_text(f'[agent]\nlisten = 7\n[otlp]\nendpoint = "{secret}"\ntimeout = "{secret}"\n')
-    said = machine.tailspan("doctor", exit_code=2).stdout
+    said = machine.invoke("doctor", exit_code=2).stdout
     assert f"{machine.config}:2: agent.listen: expected text in quotes" in said
     assert "tailspan: " in said
     assert "hush" not in said
@@ -72,7 +72,7 @@ def test_state_of_another_kind(machine: Machine) -> None:
     damaged.write_bytes(b"SQLite format 3\0" + b"x" * 2000)
     os.mkfifo(machine.home / "pipe")
     machine.env["TAILSPAN_AGENT__TOKEN_FILE"] = str(machine.home / "pipe")
-    report = json.loads(machine.tailspan("doctor", "--json", exit_code=1).stdout)
+    report = json.loads(machine.invoke("doctor", "--json", exit_code=1).stdout)
     assert any("store: " in problem and "not a database" in problem for problem in report["problems"])
     assert report["store"]["agent"] == "does not run on this state_dir"
     assert damaged.stat().st_size == 2016

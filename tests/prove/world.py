@@ -248,7 +248,7 @@ protocol = "{settings.protocol}"
                 raise AssertionError(f"the agent ended with {self.agent.returncode}: {self.log[-1500:]}")
             if patience.is_over():
                 raise TimeoutError(f"{what}: not within {timeout_s:g} s; the agent says: {self.log[-1500:]}")
-            time.sleep(0.02)
+            time.sleep(0.05)  # `holds` often reads the whole store, beside the agent
         return value
 
     def checkpoint(self, job: Job, state_dir: Path | None = None) -> Checkpoint | None:

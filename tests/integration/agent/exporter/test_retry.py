@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tailspan.config.signals import SIGNALS
@@ -425,7 +425,6 @@ def test_aclose_closes_the_exporter() -> None:
 
 @pytest.mark.parametrize("signal", SIGNALS)
 @given(sizes=st.lists(st.integers(0, 5), max_size=5))
-@settings(max_examples=30)
 def test_split_keeps_records_order_and_context(signal: str, sizes: list[int]) -> None:
     """Both halves together are the request, for any number of groups, also empty ones."""
     request_type = type(parse_request(signal, b""))

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tailspan_agent.otlp.json_lines import UnreadableLineError, decode_line, encode_line
 from tailspan_agent.otlp.messages import MESSAGES, DecodeError
 from tests.fakes.otlp_rows import log_rows, parse_json
 from tests.fakes.otlp_samples import logs_payload, payload_of
+from tests.property.effort import fuzz
 
 _INT_RANGES = {
     FieldDescriptor.TYPE_INT64: (-(2**63), 2**63 - 1),
@@ -71,7 +72,7 @@ def messages(draw: st.DrawFn, descriptor: Descriptor, depth: int = 0) -> dict[st
 
 
 @pytest.mark.parametrize("signal", MESSAGES)
-@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], deadline=None)
+@fuzz(40)
 @given(data=st.data())
 def test_round_trip_of_any_request(signal: str, data: st.DataObject) -> None:
     """Any valid request comes back byte for byte, and google's parser reads the same from the line."""

@@ -41,8 +41,8 @@ from tailspan_agent.receiver.lifecycle import (
     advance,
 )
 
-# An example takes microseconds.
-THOROUGH = settings(max_examples=4 * settings().max_examples)
+# An example takes less than a millisecond.
+THOROUGH = settings(max_examples=2 * settings().max_examples)
 OVER = (TailState.DONE, TailState.STOPPED)
 END_MARKS = st.sampled_from([None, False, True])
 AGES_S = st.sampled_from([0.0, LATE_LINES_S - 1, LATE_LINES_S, 1e6])

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies
+from hypothesis import given, strategies
 
 from tailspan.config import (
     Options,
@@ -24,6 +24,7 @@ from tailspan.config import (
     validate_options,
 )
 from tailspan.errors import ConfigError
+from tests.property.effort import fuzz
 
 Write = Callable[[str], Path]
 
@@ -518,7 +519,7 @@ lines = (
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@fuzz(150)
 @given(text=strategies.text() | strategies.lists(lines).map("\n".join))
 def test_any_text_loads_or_is_a_config_error(text: str, write: Write) -> None:
     """No text makes the loader raise anything but ConfigError."""

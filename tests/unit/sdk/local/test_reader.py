@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tailspan._identity import job_hash
@@ -19,6 +19,7 @@ from tailspan.local.index import ENTRY_BYTES, HEADER, HEADER_BYTES
 from tailspan.local.index_file import IndexFile
 from tailspan.local.reader import LogReader, Totals
 from tailspan.logs.page import CLEAN, MAX_PAGE_LINES, LogPage
+from tests.property.effort import fuzz
 
 JOB = "20260101-000000000-aaaaaa"
 MS = 10**6
@@ -297,7 +298,7 @@ def test_since_ms_finds_the_lines_from_that_time_on(reads, since):
             assert lines(path, since_ms=since_ms) == expected
 
 
-@settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
+@fuzz(60)
 @given(st.lists(st.integers(1, 4000), min_size=1, max_size=8))
 def test_pages_are_bounded(counts):
     """A page has at most 5,000 lines and 1 MiB."""
