@@ -182,6 +182,21 @@ def test_the_command_runs_whatever_the_limit_of_open_files(variants, files):
     assert len(variants.jobs()) == (0 if ended.stderr else 1)  # what ran must not be recorded as not started
 
 
+def test_no_secret_of_a_command_is_recorded(variants):
+    """Neither in the job's files nor in what telemetry gets; the command itself is unchanged."""
+    script = "echo $1 $DB_PASS; env | grep ^OTEL_"
+    options = ("--name", "load --token hunter2", "--attr", "password=hunter2", "--attr", "team=geo")
+    command = ["env", "DB_PASS=hunter2", "sh", "-c", script, "mysql", "-phunter2"]
+    ended = variants.run("tailspan", command, *options)
+    shown, _, telemetry = ended.stdout.partition(b"\n")
+    assert shown == b"-phunter2 hunter2"
+    assert b"team=geo" in telemetry
+    (job,) = variants.jobs()
+    recorded = b"".join((job / name).read_bytes() for name in ("job.json", "state.json"))
+    assert b"hunter2" not in recorded + telemetry
+    assert b"load --token ***" in recorded
+
+
 def test_a_codec_of_bytes_is_not_an_encoding(variants):
     """`hex` is a codec of Python, but not one of text."""
     ended = variants.run("tailspan", ["true"], "--encoding", "hex")
