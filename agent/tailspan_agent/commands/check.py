@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
+from tailspan._net import host_port
 from tailspan.config import Settings, Watch
 from tailspan.config.signals import SIGNALS, Signal
 from tailspan.errors import AuthError, ConfigError, JobNotFoundError, ServiceError, TailspanError
+from tailspan.http.client import BROKEN, HttpClient
 from tailspan.services import JobService
 from tailspan.services.registry import open_service
+from tailspan_agent.checkpoint.database import lock_holder
 from tailspan_agent.exporter.endpoints import signals_advice
 from tailspan_agent.exporter.factory import make_exporter
 from tailspan_agent.exporter.outcome import Delivered, EndpointFault, Outcome, Rejected
@@ -20,6 +24,9 @@ from tailspan_agent.records.redact import Redactor
 __all__ = ["Finding", "check"]
 
 _TIMEOUT_S = 15.0
+_AGENT_TIMEOUT_S = 5.0
+_AGENT_ANSWER_BYTES = 64 << 10
+_NOT_READY = 503
 _CONFIG, _UNREACHABLE, _NO_JOB = 2, 3, 4
 
 
@@ -71,6 +78,36 @@ async def check(
                 yield finding
     async for finding in _check_signals(settings):
         yield finding
+    async for finding in _check_running_agent(settings):
+        yield finding
+
+
+async def _check_running_agent(settings: Settings) -> AsyncIterator[Finding]:
+    """Yield what keeps the running agent from relaying, from its ``/readyz``; nothing if no agent answers."""
+    address = settings.agent.listen_address
+    if address is None or lock_holder(settings.agent.state_dir) is None:
+        return
+    url = f"http://{host_port(*address)}/readyz"
+    client = HttpClient(
+        url, key="agent.listen", headers={}, timeout_s=_AGENT_TIMEOUT_S, keep_alive_s=0.0, max_idle=1, uses_proxy=False
+    )
+    try:
+        reply, body = await client.fetch("GET", max_bytes=_AGENT_ANSWER_BYTES)
+    except (*BROKEN, zlib.error) as error:
+        reason = str(error) or type(error).__name__
+        yield Finding("running agent", f"{url} does not answer: {reason}", warning=True)
+        return
+    finally:
+        await client.aclose()
+    problems = body.decode("utf-8", "replace").splitlines()
+    if reply.status == _NOT_READY:
+        for problem in problems:
+            code, _, rest = problem.partition(" ")
+            yield Finding("running agent", f"{code.replace('_', ' ')} {rest}".rstrip(), warning=True)
+    elif problems == ["ready"]:
+        yield Finding("running agent", "ready")
+    else:
+        yield Finding("running agent", f"{url} answers HTTP {reply.status}: correct agent.listen", warning=True)
 
 
 def _check_settings(settings: Settings) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import time
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import Protocol
@@ -19,7 +20,10 @@ from tailspan_agent.exporter.factory import make_exporter
 from tailspan_agent.exporter.protocol import Exporter
 from tailspan_agent.exporter.retry import DeliveryResult, Outage, RetryingExporter
 
-__all__ = ["Endpoint", "Endpoints", "ExportHealth", "signals_advice"]
+__all__ = ["SHORT_OUTAGE_S", "Endpoint", "Endpoints", "ExportHealth", "signals_advice"]
+
+SHORT_OUTAGE_S = 30.0
+"""An endpoint that restarts does not make the agent unready."""
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +32,7 @@ class ExportHealth(Protocol):
     """Receives the health of exports; `tailspan_agent.metrics.agent.AgentMetrics` implements it."""
 
     metrics_fault: bool
+    metrics_outage: Outage | None
 
     def endpoint(self, signal: str, up: bool) -> None:
         """Report whether the endpoint of a signal accepts requests."""
@@ -161,7 +166,17 @@ class Endpoints:
     def outages(self) -> dict[Signal, Outage]:
         """The signals whose endpoint does not accept or answer, with the failed attempts since it last did."""
         found = {signal: endpoint.exporter.outage for signal, endpoint in self._endpoints.items()}
+        if self.metrics_exporter is not None:
+            found["metrics"] = self._health.metrics_outage
         return {signal: outage for signal, outage in found.items() if outage is not None}
+
+    @property
+    def logs_wait(self) -> bool:
+        """Whether spans are accepted and logs are not: at once if the endpoint does not have logs, else after 30 s."""
+        logs, traces = self._endpoints.get("logs"), self._endpoints.get("traces")
+        if logs is None or traces is None or logs.exporter.outage is None or traces.exporter.outage is not None:
+            return False
+        return "logs" in self._unsupported or logs.exporter.outage.since_s <= time.time() - SHORT_OUTAGE_S
 
     @property
     def rejected(self) -> int:
@@ -217,6 +232,7 @@ class Endpoints:
         if old_dead_letter is not self.dead_letter:
             old_dead_letter.close()
         if metrics_exporter is not self.metrics_exporter:
+            self._health.metrics_outage = None
             old_metrics_exporter, self.metrics_exporter = self.metrics_exporter, metrics_exporter
             if old_metrics_exporter is not None:
                 await old_metrics_exporter.aclose()

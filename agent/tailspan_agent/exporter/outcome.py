@@ -33,6 +33,7 @@ __all__ = [
     "Rejected",
     "Retry",
     "TooLarge",
+    "age_advice",
     "classify_grpc",
     "classify_http",
     "classify_success",
@@ -137,7 +138,8 @@ _TOO_LARGE_TEXTS_IN_400: Final = ("too large", "too long", "max entry size", "ma
 _RATE_AND_BYTES: Final = re.compile(r"limit: ?(\d+) ?bytes.{0,80}?totaling '?(\d+)'? bytes", re.DOTALL)
 # Loki: "total ignored: 3 out of 100 for stream: {...}", once for each stream.
 _IGNORED: Final = re.compile(r"total ignored: (\d+) out of (\d+)")
-_TOO_OLD_TEXTS: Final = ("too far behind", "timestamp too old", "too old", "out of order")
+_BEHIND_TEXTS: Final = ("too far behind", "out of order")
+_TOO_OLD_TEXTS: Final = (*_BEHIND_TEXTS, "too old")
 _TLS_TEXTS: Final = ("ssl handshake", "tls handshake", "ssl_error", "certificate_verify_failed")
 
 _REJECTED_FIELDS: Final = ("rejected_log_records", "rejected_spans", "rejected_data_points")
@@ -230,6 +232,17 @@ def classify_success(signal: Signal, body: bytes, count: int, content_type: str 
     if rejected > 0:
         return Rejected(min(rejected, count), message or "partial success without a message", kind="partial")
     return Delivered(message or None)
+
+
+def age_advice(reason: str) -> str:
+    """Return which setting of a store lets it accept lines that it rejected for their age.
+
+    Args:
+        reason: The reason of a `Rejected` whose kind is ``too_old``.
+    """
+    if any(known in reason.lower() for known in _BEHIND_TEXTS):
+        return "set limits_config.shard_streams.time_sharding_enabled or raise ingester.max_chunk_age (Loki)"
+    return "raise limits_config.reject_old_samples_max_age (Loki)"
 
 
 def _retry_after_s(headers: Mapping[str, str], now: datetime) -> float | None:

@@ -4,7 +4,8 @@
     Retry           retry with jittered exponential backoff, never before Retry-After, without limit
       server_error  the same, but after `retry_server_errors` in a row: dead letter
       refused       the same, but after `_SAME_ANSWERS` equal answers in a row: halve as for TooLarge
-    TooLarge        halve and send the parts in order; a single record: send it shortened, keep it in the dead letter
+    TooLarge        halve and send the parts in order; a single record: send it shortened, keep the whole one in the
+                    dead letter
     Rejected        several resources: send them apart, so that only the rejected job's records count as rejected;
                     one resource: halve until the rejected records stand alone, unless the endpoint says how many
                     they are; then dead letter
@@ -35,7 +36,7 @@ from tailspan_agent.errors import AgentError, ExportRejectedError
 from tailspan_agent.exporter.outcome import Delivered, EndpointFault, Rejected, Retry, TooLarge
 from tailspan_agent.exporter.protocol import Exporter
 
-__all__ = ["FAULT_PAUSE_S", "DeliveryResult", "Outage", "RejectSink", "Rejection", "RetryingExporter"]
+__all__ = ["FAULT_PAUSE_S", "SHORTENED", "DeliveryResult", "Outage", "RejectSink", "Rejection", "RetryingExporter"]
 
 FAULT_PAUSE_S = (30.0, 60.0)
 """Shortest and longest pause after an endpoint fault, or while the dead letter is full."""
@@ -46,7 +47,10 @@ _ISOLATING_REQUESTS = 40
 """Most requests that isolate the rejected records of one batch; twelve find one record among 4,000."""
 _SHORTENED_BYTES = (65_536, 8_192)
 """Lengths to which the texts of a record that is too large are shortened, one after the other."""
+SHORTENED = "shortened"
+"""The kind of a record that was delivered shortened; the whole one is in the dead letter."""
 _NUMBER = re.compile(r"\d+")
+_ANSWER = re.compile(r"HTTP \d+|gRPC [A-Z_]+|no answer within [\d.]+ s")
 
 _log = logging.getLogger(__name__)
 
@@ -65,22 +69,34 @@ class Outage:
     tries: int
     reason: str
 
+    @classmethod
+    def extend(cls, known: Outage | None, reason: str, now_s: float) -> Outage:
+        """Return an outage with one more failed attempt.
+
+        Args:
+            known: The outage so far; None if this attempt is the first.
+            reason: Why the attempt failed.
+            now_s: The present time, in seconds since the epoch.
+        """
+        return cls(known.since_s, known.tries + 1, reason) if known is not None else cls(now_s, 1, reason)
+
     def __str__(self) -> str:
-        """Return it for a probe, without the endpoint's own text, which may be private."""
+        """Return it for a probe, without addresses and the endpoint's own text, which may be private."""
         since = datetime.fromtimestamp(self.since_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         tries = plural(self.tries, "try", "tries")
-        return f"since {since}, {self.tries} {tries}: {self.reason.partition(': ')[0]}"
+        answer = _ANSWER.search(self.reason)
+        return f"since {since}, {self.tries} {tries}: {answer[0] if answer else 'no connection'}"
 
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """Records of a request that the endpoint rejected.
+    """Records of a request that the endpoint did not accept as they were.
 
     Attributes:
         start: Position in the request of the first record of the part that was answered.
         count: Number of records of that part.
         rejected: Number of rejected records in it.
-        kind: See `tailspan_agent.exporter.outcome.Rejected`.
+        kind: See `tailspan_agent.exporter.outcome.Rejected`; or `SHORTENED`, and then none is rejected.
         reason: The endpoint's reason.
     """
 
@@ -101,7 +117,7 @@ class DeliveryResult:
         reason: The endpoint's first reason; None if it rejected nothing.
         kind: The reason for metrics; see `tailspan_agent.exporter.outcome.Rejected`.
         retries: How often the whole request was sent again.
-        rejections: What was rejected, by position in the request.
+        rejections: What was rejected or shortened, by position in the request.
     """
 
     delivered: int
@@ -340,30 +356,16 @@ class RetryingExporter:
             outcome = await self.exporter.export(shortened, count)
             if isinstance(outcome, Delivered):
                 reason = f"{rejected.reason}; sent shortened to {max_bytes} bytes"
-                rejected = dataclasses.replace(rejected, reason=reason)
-                break
+                await self._keep(payload, count, dataclasses.replace(rejected, rejected=count, reason=reason))
+                self._count_delivered(count)
+                _log.warning("%s: a record is too large, the whole one is in the dead letter: %s", self.signal, reason)
+                return DeliveryResult(count, rejections=(Rejection(start, count, 0, SHORTENED, reason),))
         return await self._reject(payload, count, rejected, start)
 
     async def _reject(self, payload: bytes, count: int, outcome: Rejected, start: int) -> DeliveryResult:
         kind, reason = outcome.kind, outcome.reason
         rejected = count if outcome.rejected is None else outcome.rejected
-        self._on_failure(kind)
-        # No retry: after a partial success, a retry would send the accepted records again.
-        while True:
-            try:
-                await self._dead_letter.add(
-                    self.signal, payload, kind=kind, reason=reason, rejected=rejected, count=count
-                )
-                break
-            except AgentError as error:
-                if not self._dead_letter_full:
-                    self._set_state(dead_letter_full=True)
-                _log.error("export of %s paused: %s", self.signal, error)
-                self.last_error = str(error)
-                await self._pause()
-        if self._dead_letter_full:
-            self._set_state(dead_letter_full=False)
-            self.last_error = None
+        await self._keep(payload, count, dataclasses.replace(outcome, rejected=rejected))
         self.rejected[kind] += rejected
         self._count_delivered(count - rejected)
         _log.warning(
@@ -376,6 +378,31 @@ class RetryingExporter:
         )
         rejections = (Rejection(start, count, rejected, kind, reason),)
         return DeliveryResult(count - rejected, rejected, reason, kind, rejections=rejections)
+
+    async def _keep(self, payload: bytes, count: int, outcome: Rejected) -> None:
+        """Store a batch in the dead letter; wait while that is full."""
+        self._on_failure(outcome.kind)
+        # No retry: after a partial success, a retry would send the accepted records again.
+        while True:
+            try:
+                await self._dead_letter.add(
+                    self.signal,
+                    payload,
+                    kind=outcome.kind,
+                    reason=outcome.reason,
+                    rejected=outcome.rejected or 0,
+                    count=count,
+                )
+                break
+            except AgentError as error:
+                if not self._dead_letter_full:
+                    self._set_state(dead_letter_full=True)
+                _log.error("export of %s paused: %s", self.signal, error)
+                self.last_error = str(error)
+                await self._pause()
+        if self._dead_letter_full:
+            self._set_state(dead_letter_full=False)
+            self.last_error = None
 
     def _record_response(self, warning: str | None) -> None:
         self.outage = None
@@ -421,8 +448,7 @@ class RetryingExporter:
             _log.warning("%s: retrying after %d failed %s: %s", self.signal, failures + 1, attempts, reason)
 
     def _extend_outage(self, reason: str) -> None:
-        known = self.outage or Outage(self._clock.wall_s(), 0, reason)
-        self.outage = Outage(known.since_s, known.tries + 1, reason)
+        self.outage = Outage.extend(self.outage, reason, self._clock.wall_s())
 
     def _set_state(self, *, endpoint_faults: bool | None = None, dead_letter_full: bool | None = None) -> None:
         before = self.state

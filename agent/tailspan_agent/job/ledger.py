@@ -35,12 +35,16 @@ class ChunkResult:
         identified: Whether the rejected records are known to be this job's: for a batch of several jobs, an endpoint
             reports only a number.
         resent: Number of records that were sent again because an earlier attempt failed.
+        shortened: Number of records that were delivered shortened, because they were too large.
+        reason: The endpoint's reason for the rejection; empty without one.
     """
 
     rejected: int = 0
     kind: str = ""
     identified: bool = True
     resent: int = 0
+    shortened: int = 0
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,12 +56,14 @@ class Delivery:
         rejected: Number of records that it rejected, by kind.
         identified: False after a rejection in a batch of several jobs: the counts may be those of another job.
         resent: How many times records were sent again.
+        shortened: Number of accepted records that were sent shortened, because they were too large.
     """
 
     acked: int = 0
     rejected: Mapping[str, int] = field(default_factory=dict)
     identified: bool = True
     resent: int = 0
+    shortened: int = 0
 
     def after(self, records: int, result: ChunkResult) -> Delivery:
         """Return the delivery with one more chunk.
@@ -74,6 +80,7 @@ class Delivery:
             rejected=rejected,
             identified=self.identified and result.identified,
             resent=self.resent + result.resent,
+            shortened=self.shortened + result.shortened,
         )
 
 

@@ -18,6 +18,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader, ScopeMetrics
 from opentelemetry.sdk.resources import Resource
 
 from tailspan import __version__
+from tailspan_agent.exporter.retry import Outage
 
 __all__ = ["AgentMetrics", "agent_resource"]
 
@@ -73,12 +74,14 @@ class AgentMetrics:
 
     Attributes:
         metrics_fault: Whether the last export of metrics ended with an endpoint fault.
+        metrics_outage: The failed exports of metrics since the endpoint last answered; None if it answered.
         run_changes: Set when a run begins, changes its state or is counted; an export of metrics clears it.
     """
 
     def __init__(self, resource: Resource, *, clock_s: Callable[[], float] = time.time) -> None:
         self.resource = resource
         self.metrics_fault = False
+        self.metrics_outage: Outage | None = None
         self.run_changes = asyncio.Event()
         self._clock_s = clock_s
         self._followed: dict[str, int] = {}

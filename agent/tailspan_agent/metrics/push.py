@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping
 
 from tailspan.errors import ConfigError
 from tailspan_agent.exporter.outcome import Delivered, EndpointFault, Outcome, Rejected, Retry
 from tailspan_agent.exporter.protocol import Exporter
+from tailspan_agent.exporter.retry import Outage
 from tailspan_agent.metrics.agent import AgentMetrics
 from tailspan_agent.metrics.snapshot import MetricsReader
 
@@ -70,7 +72,11 @@ class MetricsPush:
         else:
             outcome = await self._exporter.export(payload, count)
         kind, reason = _kind(outcome), outcome.warning if isinstance(outcome, Delivered) else outcome.reason
-        self._agent.endpoint("metrics", not isinstance(outcome, Retry | EndpointFault))
+        down = isinstance(outcome, Retry | EndpointFault)
+        self._agent.endpoint("metrics", not down)
+        self._agent.metrics_outage = (
+            Outage.extend(self._agent.metrics_outage, reason or "", time.time()) if down else None
+        )
         fault = self._agent.metrics_fault = isinstance(outcome, EndpointFault)
         if isinstance(outcome, Delivered):
             self._reader.accepted()

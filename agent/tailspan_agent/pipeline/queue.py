@@ -21,7 +21,7 @@ from typing import TypeVar
 from tailspan_agent.checkpoint.store import Ack, OutboxSpan, Store
 from tailspan_agent.errors import CheckpointError
 from tailspan_agent.exporter.endpoints import Endpoint
-from tailspan_agent.exporter.retry import DeliveryResult, Rejection
+from tailspan_agent.exporter.retry import SHORTENED, DeliveryResult, Rejection
 from tailspan_agent.job.ledger import ChunkResult
 from tailspan_agent.otlp.requests import logs_request, traces_request
 
@@ -203,20 +203,26 @@ def _chunk_results(batch: Sequence[Chunk], result: DeliveryResult) -> Iterator[C
             starts[id(chunk)] = position
             position += chunk.count
     for chunk in batch:
-        rejected, kind, identified = 0, "", True
+        rejected, shortened, kind, reason, identified = 0, 0, "", "", True
         for part in result.rejections:
             first, last = starts[id(chunk)], starts[id(chunk)] + chunk.count
             shared = min(last, part.start + part.count) - max(first, part.start)
             if shared <= 0:
                 continue
-            kind = part.kind
+            if part.kind == SHORTENED:
+                shortened += shared
+                continue
+            kind, reason = part.kind, part.reason
             if part.rejected == part.count:
                 rejected += shared
                 continue
             # The endpoint has reported only a number of records: the first ones of the part stand for them.
             rejected += max(0, min(last, part.start + part.rejected) - max(first, part.start))
             identified = identified and _is_of_one_job(batch, starts, part)
-        yield ChunkResult(rejected, kind if rejected else "", identified, chunk.count * result.retries)
+        resent = chunk.count * result.retries
+        if not rejected:
+            kind = reason = ""
+        yield ChunkResult(rejected, kind, identified, resent, shortened=shortened, reason=reason)
 
 
 def _is_of_one_job(batch: Sequence[Chunk], starts: Mapping[int, int], part: Rejection) -> bool:

@@ -15,7 +15,7 @@ from tailspan.config.signals import SIGNALS
 from tailspan.testing import FakeClock
 from tailspan_agent.errors import AgentError, ExportRejectedError
 from tailspan_agent.exporter.outcome import Delivered, EndpointFault, Outcome, Rejected, Retry, TooLarge
-from tailspan_agent.exporter.retry import DeliveryResult, Outage, RetryingExporter
+from tailspan_agent.exporter.retry import SHORTENED, DeliveryResult, Outage, RetryingExporter
 from tailspan_agent.otlp.log_record import LogRecordData, encode_log_record
 from tailspan_agent.otlp.messages import count_records, parse_request, split_request
 from tailspan_agent.otlp.requests import encode_resource, logs_request
@@ -224,6 +224,9 @@ def test_an_outage_is_known_until_the_endpoint_answers() -> None:
     bench.exporter.answer = answer
     bench.send()
     assert seen == [None, *(Outage(1000.0, tries, "HTTP 503: private words") for tries in (1, 2, 3))]
+    for reason in ("http://store:4318/v1/logs: All connection attempts failed", "http://store/: HTTP private words"):
+        assert str(Outage(1000.0, 2, reason)) == "since 1970-01-01T00:16:40Z, 2 tries: no connection"
+    assert str(Outage(1000.0, 2, "gRPC UNAVAILABLE: x")).endswith(", 2 tries: gRPC UNAVAILABLE")
     assert str(seen[1]) == "since 1970-01-01T00:16:40Z, 1 try: HTTP 503"
     assert str(seen[3]) == "since 1970-01-01T00:16:40Z, 3 tries: HTTP 503"
     assert bench.retrying.outage is None
@@ -294,7 +297,9 @@ def test_a_record_that_is_too_large_is_sent_shortened_and_kept_whole() -> None:
     payload = logs_request([(encode_resource({"service.name": "etl"}), [encode_log_record(record(text))])])
     bench.exporter.answer = lambda payload, count: Delivered() if len(payload) < 70_000 else TooLarge("HTTP 413")
     result = bench.send(payload, 1)
-    assert (result.delivered, result.rejected, result.kind) == (0, 1, "too_large")
+    assert (result.delivered, result.rejected, result.kind) == (1, 0, None)
+    assert [(part.start, part.count, part.rejected, part.kind) for part in result.rejections] == [(0, 1, 0, SHORTENED)]
+    assert (bench.retrying.delivered, bench.retrying.rejected) == (1, Counter())
     (row,) = log_rows(REQUESTS["logs"].FromString(bench.exporter.payloads[-1]))
     assert row.body.startswith("a" * 30_000)
     assert row.body.endswith("b" * 30_000)

@@ -71,7 +71,7 @@ def test_everything_survives_as_json() -> None:
 
 
 def test_stored_names_stay() -> None:
-    """An older agent's store is read, and what is written back is the same: an older agent can read it."""
+    """An older agent's store is read, and what is written back has the same names: an older agent can read it."""
     stored = (
         '{"first_seen_ns":1,"first_line_ns":2,"last_line_ns":3,"lines":4,"states":[[5,"RUNNING"],[6,"FAILED"]],'
         '"stream_hash":7,"digest":{"exception_type":null,"message":"no such file","stacktrace":null,'
@@ -82,7 +82,8 @@ def test_stored_names_stay() -> None:
     ledger = JobLedger.from_json(stored)
     assert ledger.failure_reported
     assert ledger.failure == failure_of(["no such file"])
-    assert ledger.to_json() == stored
+    # An older agent ignores what was added since.
+    assert ledger.to_json() == stored.replace('"resent":0', '"resent":0,"shortened":0')
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"first_seen_ns": "x"}', '{"first_seen_ns": 1, "states": [[1, "NO"]]}'])
