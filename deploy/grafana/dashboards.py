@@ -50,10 +50,12 @@ AGENT = "instance=~`${agent:regex}`"
 SHOWN = "resource.service.name, resource.cicd.pipeline.run.id, span.cicd.pipeline.result, status, statusMessage"
 RUN = "resource.cicd.pipeline.run.id = `${run_id:raw}`"
 # The last two conditions: without a name Loki would refuse the query, and without an id every other line has none.
-RUN_LINES = (
-    "{service_name=`${pipeline:raw}`, service_name=~`.+`}"
-    " | cicd_pipeline_run_id = `${run_id:raw}` | cicd_pipeline_run_id != ``"
-)
+_ITS_RUN = "cicd_pipeline_run_id = `${run_id:raw}` | cicd_pipeline_run_id != ``"
+_ITS_STREAMS = "service_name=`${pipeline:raw}`, service_name=~`.+`"
+RUN_LINES = f"{{{_ITS_STREAMS}}} | {_ITS_RUN}"
+# Failures and anomalies are in streams of their own: Loki finds them by its index, without reading the lines.
+EVENTS = "service_instance_id=~`events.*`"
+RUN_EVENTS = f"{{{_ITS_STREAMS}, {EVENTS}}} | {_ITS_RUN}"
 OUTCOME = "span.cicd.pipeline.result, span.process.exit.code, span.tailspan.exit.reason"
 RESULT_COLOURS = {
     "success": "green",
@@ -365,7 +367,7 @@ def jobs() -> dashboard.Dashboard:
         .with_panel(firing)
         .with_panel(spans("Ended runs", runs, what="The newest 50 of the time range."))
         .with_panel(spans("Jobs", seen, what="Running jobs included: each appears once, at its start."))
-        .with_panel(records("Failures", f'{{service_name=~{CHOSEN}}} | exception_type != ""'))
+        .with_panel(records("Failures", f"{{service_name=~{CHOSEN}, {EVENTS}}} | exception_type != ``"))
     )
 
 
@@ -418,8 +420,8 @@ def job() -> dashboard.Dashboard:
         .with_panel(per_level)
         .with_panel(spans("Its spans", found, height=7, what="Click the run id to fill in the trace id.", limit=20))
         .with_panel(trace)
-        .with_panel(records("Why it failed", f'{RUN_LINES} | exception_type != ""', height=8))
-        .with_panel(records("Anomalies", f'{RUN_LINES} | tailspan_alert != ""', height=5, width=12))
+        .with_panel(records("Why it failed", f"{RUN_EVENTS} | exception_type != ``", height=8))
+        .with_panel(records("Anomalies", f"{RUN_EVENTS} | tailspan_alert != ``", height=5, width=12))
         .with_panel(records("Delivery receipt", f'{RUN_LINES} | tailspan_lines_read != ""', height=5, width=12))
         .with_panel(records("Lines", RUN_LINES, height=20))
     )
