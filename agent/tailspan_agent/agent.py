@@ -25,7 +25,7 @@ from tailspan_agent.analysis.baseline import Histories
 from tailspan_agent.analysis.pipeline_names import PipelineNames
 from tailspan_agent.checkpoint.store import Store
 from tailspan_agent.errors import CheckpointError
-from tailspan_agent.exporter.endpoints import Endpoints
+from tailspan_agent.exporter.endpoints import SHORT_OUTAGE_S, Endpoints
 from tailspan_agent.job.ledger import JobLedger
 from tailspan_agent.metrics.agent import AgentMetrics, agent_resource
 from tailspan_agent.metrics.push import MetricsPush, export_interval_s
@@ -51,8 +51,6 @@ _LOG_QUEUES = 2
 _FORGET_S = 30 * 86400.0
 _HOUSEKEEPING_S = 3600.0
 _LAST_PUSH_S = 5.0
-_SHORT_OUTAGE_S = 30.0
-"""An endpoint that restarts does not make the agent unready."""
 
 _RESTART_KEYS = (
     "state_dir",
@@ -177,7 +175,7 @@ class Agent:
 
     def problems(self) -> list[str]:
         """Return codes of what keeps the agent from relaying; empty when it is ready."""
-        paused, long_ago_s = self.endpoints.paused(), time.time() - _SHORT_OUTAGE_S
+        paused, long_ago_s = self.endpoints.paused(), time.time() - SHORT_OUTAGE_S
         codes = [f"endpoint_{signal}_paused" for signal in paused]
         codes += [
             f"endpoint_{signal}_retrying {outage}"
@@ -385,6 +383,9 @@ class Agent:
         self._background += [asyncio.create_task(queue.run()) for queue in self._context.queues]
         if self._context.spans is not None:
             self._background.append(asyncio.create_task(self._context.spans.run()))
+        if self._context.spans is not None and self._context.queues:
+            reporting = self._receiver.report_ends_ahead(lambda: self.endpoints.logs_wait)
+            self._background.append(asyncio.create_task(reporting))
 
     def _make_push(self) -> MetricsPush | None:
         exporter = self.endpoints.metrics_exporter

@@ -195,10 +195,10 @@ class Loki:
         """Store what is not too old; yield one text for the rest."""
         limits, now_ns = self.limits, int(self._clock_s() * SECOND_NS)
         stored, refused = self.streams.setdefault(labels, []), []
+        of_age = now_ns - int(limits.age_s * SECOND_NS)
         for entry in entries:
-            oldest = now_ns - int(limits.age_s * SECOND_NS)
-            if not limits.time_sharding:
-                oldest = max(oldest, self._newest.get(labels, 0) - int(limits.behind_s * SECOND_NS))
+            behind = self._newest.get(labels, 0) - int(limits.behind_s * SECOND_NS)
+            oldest = of_age if limits.time_sharding else max(of_age, behind)
             if entry.time_unix_nano < oldest:
                 refused.append((entry, oldest))
                 continue
@@ -209,11 +209,17 @@ class Loki:
         if refused:
             entry, oldest = refused[-1]
             stream = ", ".join(f'{key}="{value}"' for key, value in labels)
-            yield (
-                f"entry too far behind, entry timestamp is: {_rfc3339(entry.time_unix_nano)}, oldest acceptable "
-                f"timestamp is: {_rfc3339(oldest)}, user 'fake', total ignored: {len(refused)} out of {len(entries)} "
-                f"for stream: {{{stream}}}"
-            )
+            at, since = _rfc3339(entry.time_unix_nano), _rfc3339(oldest)
+            if oldest == of_age:
+                yield (
+                    f"entry for stream '{{{stream}}}' has timestamp too old: {at}, oldest acceptable timestamp is: "
+                    f"{since}"
+                )
+            else:
+                yield (
+                    f"entry too far behind, entry timestamp is: {at}, oldest acceptable timestamp is: {since}, user"
+                    f" 'fake', total ignored: {len(refused)} out of {len(entries)} for stream: {{{stream}}}"
+                )
 
     def _error(self, status: int, reason: str, message: str) -> Reply:
         self.rejected[reason] += 1

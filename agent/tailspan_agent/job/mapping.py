@@ -34,6 +34,7 @@ from tailspan_agent.records.encode import span_id_of, task_span_id
 from tailspan_agent.records.span_lines import SpanLines
 
 __all__ = [
+    "RECEIPT",
     "JobLedger",
     "failure_record",
     "failure_text",
@@ -42,7 +43,12 @@ __all__ = [
     "spans_of",
 ]
 
+RECEIPT = "tailspan.receipt"
+"""The event name of a receipt. Each job has one, so receipts stay in the stream of the lines."""
+
 _BACKFILL = "backfill"
+_EVENTS = "events"
+_AGENT_CHARS = 8
 _SUBMITTED_NS = NANOS_PER_MS
 _SHORTEST_NS = 1  # Jaeger adds a warning to a span without a duration
 _MAX_STATUS_CHARS = 1000
@@ -57,6 +63,8 @@ def resource_attributes(
     watch_attributes: Mapping[str, str],
     otlp_resource: Mapping[str, str],
     stream: int = 0,
+    agent_id: str = "",
+    of_events: bool = False,
 ) -> dict[str, AttributeValue]:
     """Return the resource of a job's records and spans.
 
@@ -66,6 +74,9 @@ def resource_attributes(
         watch_attributes: The attributes of its watch.
         otlp_resource: The attributes of all telemetry.
         stream: The log stream of the pipeline that its lines go to: 0 for the main one; see `StoreStreams`.
+        agent_id: The UUID of the agent: two agents do not share a stream of lines that are far behind.
+        of_events: Whether the records are events, such as the failure of a job. They have streams of their own, so that
+            a query finds them without reading the lines.
 
     Returns:
         Attributes by name. The keys set here take precedence over the job's attributes, those over the watch's, those
@@ -76,7 +87,7 @@ def resource_attributes(
     own = {
         "service.name": name,
         "service.namespace": service_name,
-        "service.instance.id": _stream_name(stream),
+        "service.instance.id": _stream_name(stream, agent_id, of_events=of_events),
         "cicd.pipeline.name": name,
         "cicd.pipeline.run.id": job.job_id,
         "cicd.pipeline.run.url.full": job.url,
@@ -92,10 +103,13 @@ def resource_attributes(
     }
 
 
-def _stream_name(stream: int) -> str | None:
-    if not stream:
-        return None
-    return _BACKFILL if stream == 1 else f"{_BACKFILL}-{stream - 1}"
+def _stream_name(stream: int, agent_id: str, *, of_events: bool) -> str | None:
+    parts = [_EVENTS] if of_events else []
+    if stream:
+        parts += [_BACKFILL, agent_id[:_AGENT_CHARS]]
+    if stream > 1:
+        parts.append(str(stream - 1))
+    return "-".join(filter(None, parts)) or None
 
 
 def spans_of(
@@ -176,13 +190,14 @@ def receipt_record(job: JobStatus, ledger: JobLedger, *, still_open: bool = Fals
         ledger: Its ledger as of the last acknowledgement.
         still_open: Whether its service marks the log as open: then ``logs_complete`` is False, but no line is lost.
     """
-    rejected = sum(ledger.delivery.rejected.values())
-    is_lacking = rejected or not (ledger.logs_complete or still_open)
+    rejected, shortened = sum(ledger.delivery.rejected.values()), ledger.delivery.shortened
+    is_lacking = rejected or shortened or not (ledger.logs_complete or still_open)
     return LogRecordData(
         time_unix_nano=JobTimes.of(job, ledger).finished_ns,
         severity=Severity(13, "WARN") if is_lacking else Severity(9, "INFO"),
         body=f"{job.job_name}: {ledger.lines} {plural(ledger.lines, 'line')} read,"
-        f" {ledger.delivery.acked} {plural(ledger.delivery.acked, 'record')} acked, {rejected} rejected",
+        f" {ledger.delivery.acked} {plural(ledger.delivery.acked, 'record')} acked, {rejected} rejected"
+        + (f", {shortened} shortened" if shortened else ""),
         attributes={
             "log.record.uid": f"{job_hash(job.identity, job.job_id)}.receipt.{job.attempt}"
             + (f".{ledger.receipts}" if ledger.receipts > 1 else ""),
@@ -191,7 +206,7 @@ def receipt_record(job: JobStatus, ledger: JobLedger, *, still_open: bool = Fals
         },
         trace_id=bytes.fromhex(job.trace_id),
         span_id=bytes.fromhex(span_id_of(job, "run")),
-        event_name="tailspan.receipt",
+        event_name=RECEIPT,
     )
 
 
@@ -212,6 +227,7 @@ def _delivery(ledger: JobLedger) -> dict[str, AttributeValue | None]:
         "tailspan.records.rejected": sum(delivery.rejected.values()),
         **{f"tailspan.records.rejected.{kind}": count for kind, count in sorted(delivery.rejected.items())},
         "tailspan.records.rejected.unidentified": None if delivery.identified else True,
+        "tailspan.records.shortened": delivery.shortened or None,
         "tailspan.records.resent": delivery.resent,
     }
 

@@ -7,8 +7,9 @@ a restart continues exactly there. The job's spans and alerts are objects of the
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
 
 import msgspec
@@ -23,9 +24,10 @@ from tailspan_agent.analysis.assessment import JobSnapshot
 from tailspan_agent.analysis.failure import Failure
 from tailspan_agent.analysis.progress import ProgressMeter
 from tailspan_agent.checkpoint.store import Ack
+from tailspan_agent.exporter.outcome import age_advice
 from tailspan_agent.job.ledger import ChunkResult, JobLedger
 from tailspan_agent.job.line_sums import Seconds, add_seconds, page_seconds
-from tailspan_agent.job.mapping import receipt_record
+from tailspan_agent.job.mapping import RECEIPT, receipt_record
 from tailspan_agent.job.open_lines import OpenLineLimit, open_line_record
 from tailspan_agent.job.times import past_run
 from tailspan_agent.otlp.log_record import LogRecordData, encode_log_record
@@ -39,6 +41,8 @@ from tailspan_agent.records.span_lines import SpanLines
 from tailspan_agent.tasks import Flag
 
 __all__ = ["JobPipeline"]
+
+_log = logging.getLogger(__name__)
 
 
 class JobPipeline:
@@ -70,6 +74,9 @@ class JobPipeline:
         self._log_context = LogContext.for_job(status, min_severity=watch.min_severity, redactor=context.redactor)
         self._progress = ProgressMeter(self.job.redact)
         self._open_lines = OpenLineLimit()
+        self._too_old_lines = self._too_old_reported = 0
+        self._too_old_reason = ""
+        self._run_reported = self.job.checkpoint.ended
         self._unacked = 0
         self._unacked_seconds: Seconds = {}
         self._all_acked = Flag(is_set=True)
@@ -274,7 +281,16 @@ class JobPipeline:
         await self._send_record(open_line_record(line, text, job.status))
         return None
 
-    async def _put(self, records: bytes, count: int, cursor: bytes | None, seconds: Seconds, newest_ns: int) -> None:
+    async def _put(
+        self,
+        records: bytes,
+        count: int,
+        cursor: bytes | None,
+        seconds: Seconds,
+        newest_ns: int,
+        *,
+        resource: bytes | None = None,
+    ) -> None:
         assert self._queue is not None
         job, ledger, health = self.job, self.job.ledger, self._context.health
         name = job.service.name
@@ -286,6 +302,8 @@ class JobPipeline:
             health.records_acked(name, count - result.rejected, newest_ns)
             if result.rejected:
                 health.records_rejected(name, result.rejected, result.kind)
+                if result.kind == "too_old" and seconds:
+                    self._on_too_old(result)
             return Ack(job.checkpoint.key, cursor, job.acked_ledger.to_json(), seconds)
 
         def on_stored() -> None:
@@ -296,12 +314,33 @@ class JobPipeline:
         add_seconds(self._unacked_seconds, seconds)
         self._all_acked.clear()
         try:
-            await self._queue.put(Chunk(job.log_resource, records, count, on_result, on_stored))
+            await self._queue.put(Chunk(resource or job.log_resource, records, count, on_result, on_stored))
         except BaseException:
             # Cancelled while the queue was full: the next tailer of this job reads these lines again.
             self._leave_flight(seconds)
             health.records_abandoned(name, count)
             raise
+
+    def _on_too_old(self, result: ChunkResult) -> None:
+        """Report lines that the endpoint rejected for their age: the first ones, then each tenfold number."""
+        self._too_old_lines += result.rejected
+        self._too_old_reason = result.reason
+        if self._too_old_lines >= 10 * self._too_old_reported:
+            self._report_too_old()
+
+    def _report_too_old(self) -> None:
+        status = self.job.redacted_status
+        self._too_old_reported = self._too_old_lines
+        _log.warning(
+            "job %s (%s) of service %s: %d lines rejected for their age, they are in the dead letter: %s,"
+            " then run `tailspan agent replay`: %s",
+            status.job_id,
+            status.job_name,
+            self.job.service.name,
+            self._too_old_lines,
+            age_advice(self._too_old_reason),
+            self._too_old_reason,
+        )
 
     def _leave_flight(self, seconds: Seconds) -> None:
         self._unacked -= 1
@@ -358,7 +397,8 @@ class JobPipeline:
         if self._queue is not None:
             await self._choose_stream(record.time_unix_nano, record.time_unix_nano)
             self._context.health.records_read(self.job.service.name, 1)
-            await self._put(encode_log_record(record), 1, None, {}, record.time_unix_nano)
+            resource = self.job.event_resource if record.event_name != RECEIPT else None
+            await self._put(encode_log_record(record), 1, None, {}, record.time_unix_nano, resource=resource)
 
     def end_run(self, *, log_complete: bool) -> None:
         """Write the last spans and count the run: once, whether or not the endpoint is available.
@@ -366,15 +406,57 @@ class JobPipeline:
         Args:
             log_complete: Whether the log was read to its end.
         """
+        delivery_known = self.nothing_in_flight
+        self.job.update_ledger(delivery=self.job.acked_ledger.delivery)
+        self._end_run(log_complete=log_complete and delivery_known, delivery_known=delivery_known)
+
+    async def end_run_ahead(
+        self, read: Callable[[], AsyncGenerator[LogPage, None]], find_failure: Callable[[], Awaitable[Failure | None]]
+    ) -> None:
+        """Write the last spans and count the run before its lines, which the logs endpoint does not accept now.
+
+        Args:
+            read: Reads the log from its start.
+            find_failure: Returns why the job failed.
+        """
         job = self.job
-        all_acked = self.nothing_in_flight
-        job.update_ledger(logs_complete=log_complete and all_acked, delivery=job.acked_ledger.delivery)
+        ledger = JobLedger(first_seen_ns=job.ledger.first_seen_ns)
+        lines = SpanLines() if job.span_lines is not None else None
+        failure = job.ledger.failure
+        if job.status.state is not JobState.SUCCEEDED and failure is None:
+            failure = await find_failure()
+        with suppress(CursorExpiredError):
+            async with aclosing(read()) as pages:
+                async for page in pages:
+                    ledger = ledger.with_page(page)
+                    if lines is not None:
+                        lines.add(page, self._log_context)
+        if self._run_reported:
+            return
+        relayed, relayed_lines = job.ledger, job.span_lines
+        job.ledger = msgspec.structs.replace(ledger.with_seen(relayed), failure=failure)
+        job.span_lines = lines
+        try:
+            self._end_run(log_complete=False, delivery_known=False)
+        finally:
+            job.ledger = msgspec.structs.replace(relayed.with_seen(job.ledger), failure=failure)
+            job.span_lines = relayed_lines
+
+    @property
+    def run_reported(self) -> bool:
+        """Whether the last spans are written and the run is counted."""
+        return self._run_reported
+
+    def _end_run(self, *, log_complete: bool, delivery_known: bool) -> None:
+        job = self.job
+        self._run_reported = True
+        job.update_ledger(logs_complete=log_complete)
         name = self._context.names.label(job.status.job_name)
         history = self._context.pipeline_stats.histories.of(name)
         run = past_run(job.status, job.ledger, name, history)
         if run.too_fast:
             job.ledger = job.ledger.with_alert(run.ended_unix_nano, "too_fast")
-        if self.spans.end_run(run, delivery_known=all_acked) and run.too_fast:
+        if self.spans.end_run(run, delivery_known=delivery_known) and run.too_fast:
             self.alerts.on_too_fast(run, history)
 
     async def complete_log(self, *, read_to_end: bool, late_lines: bool = False, still_open: bool = False) -> None:
@@ -386,6 +468,8 @@ class JobPipeline:
             still_open: Whether the service marks the log as open.
         """
         await self.all_acked()
+        if self._too_old_lines > self._too_old_reported:
+            self._report_too_old()
         if self.relays_logs:
             acked = self.job.acked_ledger
             self.job.ledger = msgspec.structs.replace(

@@ -29,6 +29,10 @@ BACKFILL_S = 1800.0
 """A job whose newest line is older than this when it is first seen is backfill: in Loki a stream of its own."""
 
 
+_EVENTS_OF = "events of"
+"""Before a job's name: the stream of its events, which counts as a name of its own."""
+
+
 class TrackedJob:
     """What the agent knows of one job.
 
@@ -102,13 +106,15 @@ class TrackedJob:
             ledger=JobLedger(first_seen_ns=first_seen_ns).to_json(),
         )
 
-    def _encode_resource(self, name: str = "") -> bytes:
+    def _encode_resource(self, name: str = "", *, of_events: bool = False) -> bytes:
         attributes = resource_attributes(
             self.redacted_status,
             service_name=self.service.name,
             watch_attributes=self.watch.attributes,
             otlp_resource=self.context.otlp_resource,
             stream=self.checkpoint.stream,
+            agent_id=self.context.store.instance_id,
+            of_events=of_events,
         )
         return encode_resource(attributes | {"service.name": name} if name else attributes)
 
@@ -127,6 +133,14 @@ class TrackedJob:
         if not self._log_resource:
             self._log_resource = self._encode_resource(self.log_name)
         return self._log_resource
+
+    @property
+    def event_resource(self) -> bytes:
+        """The encoded resource of the job's events: as of its lines, in a stream of their own."""
+        job_name = self.status.job_name
+        name = self.context.log_names.choose(f"{_EVENTS_OF} {job_name}", OTHER_PIPELINES)
+        is_shared = OTHER_PIPELINES in (name, self.log_name)
+        return self._encode_resource(OTHER_PIPELINES if is_shared else "", of_events=True)
 
     def apply_settings(self, watch: Watch) -> None:
         """Apply the settings of a watch, and the present status, to what is encoded from now on."""

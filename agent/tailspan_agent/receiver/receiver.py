@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 
@@ -22,6 +23,9 @@ from tailspan_agent.tasks import cancelled
 __all__ = ["Receiver"]
 
 _CRASH_PAUSE_S = 30.0
+_ENDS_EVERY_S = 1.0
+_ENDS_SHARE = 4.0
+"""The pause after a pass over jobs whose lines wait, in times of its duration: relaying goes first."""
 
 _log = logging.getLogger(__name__)
 
@@ -144,6 +148,29 @@ class Receiver:
         for name, discovery in self.discoveries.items():
             await self._rematch(discovery, watches[name])
         self.watch(sources, settings)
+
+    async def report_ends_ahead(self, logs_wait: Callable[[], bool]) -> None:
+        """Report the ends of jobs before their lines while those cannot be sent. Runs until it is cancelled.
+
+        A queue that is full stops the reading of its jobs, and so hides their ends.
+
+        Args:
+            logs_wait: Returns whether the logs endpoint accepts nothing now.
+        """
+        while True:
+            begun_s = time.monotonic()
+            if logs_wait():
+                for tailer in list(self.tailers):
+                    await self._report_end_ahead(tailer)
+            await asyncio.sleep(max(_ENDS_EVERY_S, _ENDS_SHARE * (time.monotonic() - begun_s)))
+
+    async def _report_end_ahead(self, tailer: Tailer) -> None:
+        try:
+            await tailer.report_end_ahead()
+        except TailspanError as error:
+            _log.debug("job %s: its end is not known yet: %s", tailer.job_id, error)
+        except Exception:
+            _log.exception("job %s: unexpected error (a bug in the agent); the job will be retried", tailer.job_id)
 
     async def stop_reading(self) -> None:
         """Stop all discoveries and tailers; queued lines are still sent."""

@@ -27,7 +27,7 @@ from tailspan.logs.follow import Follower
 from tailspan.models import JobState, ListedJob
 from tailspan.services import TaskService
 from tailspan_agent.analysis.assessment import JobSnapshot, assess
-from tailspan_agent.analysis.failure import failure_of
+from tailspan_agent.analysis.failure import Failure, failure_of
 from tailspan_agent.job.alerts import new_alerts
 from tailspan_agent.job.ledger import JobLedger
 from tailspan_agent.pipeline.context import PipelineContext
@@ -162,6 +162,21 @@ class Tailer:
         self._follower.settle_s = watch.settle
         if self._pipeline is not None:
             self._pipeline.apply_settings(watch)
+
+    async def report_end_ahead(self) -> None:
+        """Report the end of a job whose lines wait, because the logs endpoint accepts none of them now."""
+        pipeline = self._pipeline
+        if pipeline is None or pipeline.run_reported or not pipeline.relays_logs:
+            return
+        if not self._follower.ended and (pipeline.status.state.is_terminal or self.schedule.status_is_due()):
+            await self._poll_status()
+        if self._follower.ended and pipeline.job.ended_ago_s >= self.watch.settle:
+            read = partial(self._source.pages, self.job_id)
+
+            async def find_failure() -> Failure | None:
+                return failure_of(await last_lines(read, pipeline))
+
+            await pipeline.end_run_ahead(read, find_failure)
 
     def leave_stream(self) -> None:
         """Let the other jobs of the stream continue."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncGenerator, Iterator
 from datetime import UTC, datetime, timedelta
@@ -16,10 +17,12 @@ from tailspan._identity import span_id, trace_id
 from tailspan.errors import CursorExpiredError, JobNotFoundError, ServiceUnavailableError
 from tailspan.models import ListedJob
 from tailspan_agent import agent as agent_module
+from tailspan_agent.commands.check import check
 from tailspan_agent.exporter.outcome import Delivered
 from tests.fakes.agents import Bench, OddService, looped, until
 from tests.fakes.collector import Collector, Reply, Request
 from tests.fakes.otlp_rows import log_rows
+from tests.ports import free_port
 
 
 @looped
@@ -602,7 +605,7 @@ async def test_an_endpoint_that_keeps_failing_makes_the_agent_unready(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not at the first failure, but for as long as it lasts; /readyz and the page say since when and why."""
-    monkeypatch.setattr(agent_module, "_SHORT_OUTAGE_S", 0.0)
+    monkeypatch.setattr(agent_module, "SHORT_OUTAGE_S", 0.0)
     bench.collector.always("logs", Reply(503, message="busy"))
     bench.fake.add_job("j1")
     bench.fake.add_lines("j1", "a")
@@ -614,3 +617,32 @@ async def test_an_endpoint_that_keeps_failing_makes_the_agent_unready(
         bench.collector.always("logs", Reply())
         await bench.received(lambda: bench.bodies() == ["a"])
         await until(lambda: not agent.problems())
+
+
+@looped
+async def test_readyz_page_and_check_report_an_outage_alike(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each signal, metrics included: since when, how many tries, and why; until the endpoint answers."""
+    monkeypatch.setattr(agent_module, "SHORT_OUTAGE_S", 0.0)
+    monkeypatch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "50")
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    for signal in ("logs", "traces", "metrics"):
+        bench.collector.always(signal, Reply(503, message="private words"))
+    codes = {f"endpoint_{signal}_retrying" for signal in ("logs", "traces", "metrics")}
+    async with bench.running(listen=f"127.0.0.1:{free_port()}") as agent:
+        await until(lambda: {problem.partition(" ")[0] for problem in agent.problems()} == codes)
+        assert agent.server is not None
+        async with httpx.AsyncClient(base_url=agent.server.url, trust_env=False) as client:
+            ready, page = await client.get("/readyz"), await client.get("/agent")
+        found = [one.text async for one in check(agent.settings, bench.open) if one.subject == "running agent"]
+        for signal in ("logs", "traces", "metrics"):
+            assert re.search(rf"endpoint_{signal}_retrying since 20\S+Z, \d+ (try|tries): HTTP 503\n", ready.text)
+            assert re.search(rf"<td>{signal}</td><td>.*retrying since 20[^<]*, \d+ (try|tries): HTTP 503", page.text)
+            assert any(re.match(rf"endpoint {signal} retrying since 20\S+Z, \d+ .*: HTTP 503$", text) for text in found)
+        assert "private" not in ready.text
+        for signal in ("logs", "traces", "metrics"):
+            bench.collector.always(signal, Reply())
+        await until(lambda: not agent.problems())
+        found = [one.text async for one in check(agent.settings, bench.open) if one.subject == "running agent"]
+        assert found == ["ready"]
+    assert not [one async for one in check(agent.settings, bench.open) if one.subject == "running agent"]

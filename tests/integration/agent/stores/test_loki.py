@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
+from tailspan_agent.exporter.dead_letter import summarize
 from tests.fakes.agents import Bench
 from tests.fakes.collector import Collector
 from tests.fakes.loki import MIB, Limits, Loki
@@ -90,6 +92,81 @@ def test_one_refused_line_costs_no_other_job_its_receipt(bench: Bench, loki: Lok
         if ".receipt." in dict(entry.metadata)["log_record_uid"]
     ]
     assert sorted(receipts) == [f"new{number}: 1 line read, 1 record acked, 0 rejected" for number in range(3)]
+
+
+@pytest.mark.parametrize("ago", [timedelta(seconds=5), timedelta(hours=5)], ids=["now", "long ago"])
+def test_a_failure_is_in_a_stream_of_events(bench: Bench, loki: Loki, ago: timedelta) -> None:
+    """Apart from the lines, so that a query for failures reads none of them; the receipt stays with the lines."""
+    for number in range(2):
+        add_job(bench, f"job{number}", [f"line {number}"] * 50, start=datetime.now(UTC) - ago, name="etl")
+    bench.fake.set_state("job1", "FAILED")
+    assert bench.once({"discover": True}, timeout_s=60).rejected == 0
+    streams = {dict(labels).get("service_instance_id", ""): entries for labels, entries in loki.streams.items()}
+    events = [entry.line for name, entries in streams.items() if name.startswith("events") for entry in entries]
+    assert [line.partition("\n")[0] for line in events] == ["etl: line 1"]
+    assert len(own_lines(loki, "etl")) == 100
+    assert len(streams) == 2
+
+
+def test_two_agents_do_not_share_a_stream_of_old_lines(bench: Bench, loki: Loki, tmp_path: Path) -> None:
+    """Two hosts that backfill jobs of one name: no line of one is too far behind the newest of the other."""
+    for number, hours in enumerate((30, 60)):
+        host = Bench(tmp_path / f"host{number}", bench.collector)
+        host.directory.mkdir()
+        start = datetime.now(UTC) - timedelta(hours=hours)
+        add_job(host, f"job{number}", [f"line {step} of host {number}" for step in range(50)], start=start, name="etl")
+        assert host.once({"discover": True, "lookback": "30d"}, timeout_s=60).rejected == 0
+    assert len(own_lines(loki, "etl")) == 100
+    assert len(loki.streams) == 2
+
+
+@pytest.mark.parametrize(
+    ("days", "behind_h", "setting"),
+    [(8, 0, "raise limits_config.reject_old_samples_max_age"), (1, 5, "time_sharding_enabled")],
+    ids=["too old", "behind the first line"],
+)
+def test_lines_of_a_rejected_age_are_reported(
+    bench: Bench, loki: Loki, caplog: pytest.LogCaptureFixture, days: int, behind_h: int, setting: str
+) -> None:
+    """The agent's log names the job, how many of its lines, and the setting of Loki that accepts them."""
+    start = datetime.now(UTC) - timedelta(days=days)
+    add_job(bench, "old", ["line 0"] if behind_h else [], start=start)
+    old_ms = int((start - timedelta(hours=behind_h)).timestamp() * 1000)
+    bench.fake.add_lines("old", *(f"line {number}" for number in range(40)), timestamp_ms=old_ms, step_ms=1)
+    add_job(bench, "new", ["line 0"], start=an_hour_ago())
+    with caplog.at_level("WARNING"):
+        bench.once({"discover": True, "lookback": "30d"}, timeout_s=60)
+    (message,) = (text for text in caplog.messages if text.startswith("job old "))
+    assert message.startswith("job old (old) of service fake: 40 lines rejected for their age")
+    assert setting in message
+    assert not any(text.startswith("job new ") for text in caplog.messages)
+
+
+@pytest.mark.parametrize("size", [255 * 1024, 256 * 1024, 256 * 1024 + 1, 257 * 1024])
+def test_a_line_around_the_largest_size(bench: Bench, loki: Loki, size: int) -> None:
+    """No record is above the limit of a default Loki: a longer line is two records."""
+    add_job(bench, "long", ["line 0", "line 1 ".ljust(size, "x"), "line 2"], start=an_hour_ago())
+    assert bench.once(timeout_s=60).rejected == 0
+    stored = [line for line in loki.lines("long") if "lines read" not in line]
+    assert [line[:6] for line in stored] == [
+        "line 0",
+        "line 1",
+        *["xxxxxx"[: size - 256 * 1024]][: size > 256 * 1024],
+        "line 2",
+    ]
+    assert sum(map(len, stored)) == size + len("line 0line 2")
+
+
+def test_a_line_above_the_stores_limit_arrives_shortened(bench: Bench, loki: Loki) -> None:
+    """Its receipt says so: the line is not lost, and nothing of the job is rejected."""
+    loki.limits = Limits(rate_bytes_s=1000 * MIB, line_bytes=100_000)
+    add_job(bench, "long", ["line 0", "line 1 ".ljust(200_000, "x"), "line 2"], start=an_hour_ago())
+    assert bench.once(timeout_s=60).rejected == 0
+    assert [len(line) > 60_000 for line in own_lines(loki, "long")] == [False, True, False]
+    (receipt,) = (entry.line for stream in loki.streams.values() for entry in stream if "lines read" in entry.line)
+    assert receipt == "long: 3 lines read, 3 records acked, 0 rejected, 1 shortened"
+    (kept,) = summarize(bench.state_dir / "dead-letter")
+    assert (kept.kind, kept.rejected) == ("too_large", 1)
 
 
 def test_more_names_than_the_store_has_streams_for(bench: Bench, loki: Loki) -> None:

@@ -7,7 +7,10 @@ import logging
 
 import pytest
 
+from tailspan.testing import FakeService
 from tailspan_agent.commands.check import check
+from tailspan_agent.exporter import retry
+from tailspan_agent.pipeline import queue
 from tests.fakes.agents import Bench, looped
 from tests.fakes.collector import Collector, Reply
 from tests.fakes.otlp_rows import SpanRow
@@ -110,6 +113,38 @@ async def test_the_agent_says_it_once(bench: Bench, collector: Collector, caplog
             await bench.received(lambda: ADVICE in caplog.text)
             assert agent.endpoints.paused()
     assert caplog.text.count("otlp.signals") == 1
+
+
+@looped
+async def test_spans_go_out_while_lines_wait(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More lines than fit into the queue delay no run span; once logs are accepted, each line arrives, in order."""
+    monkeypatch.setattr(retry, "FAULT_PAUSE_S", (0.05, 0.1))
+    monkeypatch.setattr(queue, "_QUEUE_BYTES", 20_000)
+    bench.services["fake"] = FakeService("fake", page_lines=100)
+    bench.collector.always("logs", lambda request: Reply(404))
+    lines = [*(f"line {number}" for number in range(600)), "ERROR: last"]
+    jobs = {"j0": "SUCCEEDED", "j1": "FAILED", "j2": "SUCCEEDED", "j3": "CANCELED"}
+    for job_id in jobs:
+        bench.fake.add_job(job_id, job_name="etl")
+        bench.fake.add_lines(job_id, *lines)
+    async with bench.running(otlp={"lines_on_spans": True}) as agent:
+        for ended in (["j0", "j1"], ["j2", "j3"]):
+            for job_id in ended:
+                bench.fake.set_state(job_id, jobs[job_id])
+            await bench.received(lambda ended=ended: all("run" in bench.spans(job_id) for job_id in ended))
+        assert not all(one.idle for one in agent._context.queues)
+        for job_id, state in jobs.items():
+            found = bench.spans(job_id)
+            assert found["run"].attributes["tailspan.lines.read"] == len(lines)
+            assert "tailspan.logs.complete" not in found["run"].attributes
+            assert ("exception.message" in str(found["run"].events)) == (state == "FAILED")
+            assert messages(found["executing"])[-1] == "ERROR: last"
+        bench.collector.always("logs", Reply())
+        await bench.received(lambda: len(bench.receipts()) == len(jobs))
+    for job_id in jobs:
+        assert bench.bodies(job_id) == lines
+        assert bench.receipts()[job_id].attributes["tailspan.logs.complete"] is True
+    assert sum(span.name == "RUN etl" for span in bench.collector.spans()) == len(jobs)
 
 
 def test_a_running_job_is_found_by_its_id(bench: Bench) -> None:

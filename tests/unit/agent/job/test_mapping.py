@@ -93,10 +93,14 @@ def test_precedence_of_attributes() -> None:
 
 
 def test_backfill_has_a_separate_stream() -> None:
-    """Only old lines get a service.instance.id."""
-    assert resource(job(), stream=1)["service.instance.id"] == "backfill"
-    assert resource(job(), stream=3)["service.instance.id"] == "backfill-2"
-    assert "service.instance.id" not in resource(job())
+    """Old lines and events get a service.instance.id, which two agents do not share for old lines."""
+    agent_id = "0f1e2d3c-aaaa-4bbb-8ccc-ddddeeeeffff"
+    assert resource(job(), stream=1, agent_id=agent_id)["service.instance.id"] == "backfill-0f1e2d3c"
+    assert resource(job(), stream=3, agent_id=agent_id)["service.instance.id"] == "backfill-0f1e2d3c-2"
+    assert resource(job(), of_events=True, agent_id=agent_id)["service.instance.id"] == "events"
+    events = resource(job(), stream=2, of_events=True, agent_id=agent_id)
+    assert events["service.instance.id"] == "events-backfill-0f1e2d3c-1"
+    assert "service.instance.id" not in resource(job(), agent_id=agent_id)
 
 
 def test_what_is_not_known_of_the_delivery_is_absent() -> None:
