@@ -23,6 +23,7 @@ from typing import Any, Self
 import pytest
 import yaml
 
+from tests.fakes.collector import Reply, Request
 from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -200,6 +201,106 @@ class VictoriaLogs(Program):
         """Return the rows of a LogsQL query."""
         answer = fetch(f"http://{self._address}/select/logsql/query", {"query": text})
         return [json.loads(line) for line in answer.splitlines()]
+
+
+class Loki(Program):
+    """Loki in one process, with its default limits for what it takes.
+
+    Called with a request of a test's collector, it stores the request and returns its own answer, so that the cases of
+    the double `tests.fakes.loki.Loki` run with it, too.
+    """
+
+    def prepare(self) -> Sequence[str]:
+        """See `Program`."""
+        self._address = f"127.0.0.1:{free_port()}"
+        config = yaml.safe_load((ROOT / "deploy" / "stores" / "loki.yaml").read_text())
+        config["server"] = {
+            "http_listen_address": "127.0.0.1",
+            "http_listen_port": int(self._address.rpartition(":")[2]),
+            "grpc_listen_address": "127.0.0.1",
+            "grpc_listen_port": free_port(),
+        }
+        config["common"] |= {"path_prefix": str(self.home), "instance_addr": "127.0.0.1"}
+        config["common"]["storage"]["filesystem"] = {
+            "chunks_directory": str(self.home / "chunks"),
+            "rules_directory": str(self.home / "rules"),
+        }
+        config["compactor"]["working_directory"] = str(self.home / "compactor")
+        config["limits_config"] = {"allow_structured_metadata": True, "max_entries_limit_per_query": 500_000}
+        config["query_range"] = {"parallelise_shardable_queries": False}
+        config["compactor"].pop("retention_enabled")
+        path = self.home / "loki.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return [program("loki"), f"-config.file={path}"]
+
+    def ready(self) -> bool:
+        """See `Program`."""
+        return fetch(f"http://{self._address}/ready").strip() == "ready"
+
+    def __call__(self, request: Request) -> Reply:
+        """Send a request on to Loki, and return Loki's answer."""
+        headers = {"content-type": "application/x-protobuf"}
+        own = urllib.request.Request(f"http://{self._address}/otlp/v1/logs", request.payload, headers)
+        try:
+            with urllib.request.urlopen(own, timeout=30) as answer:
+                return Reply(answer.status, body=answer.read())
+        except urllib.error.HTTPError as error:
+            return Reply(error.code, body=error.read())
+
+    def lines(self, service_name: str = "", **labels: str) -> list[str]:
+        """Return the stored lines in order of time; see `tests.fakes.loki.Loki.lines`."""
+        text = f'{{service_name="{service_name}"}}' if service_name else '{service_name=~".+"}'
+        text += "".join(f' | {key}="{value}"' for key, value in labels.items())
+        span = {"start": str(int(time.time()) - 20 * 86400), "end": str(int(time.time()) + 60)}
+        query = {"query": text, "limit": "500000", "direction": "forward", **span}
+        answer = fetch(f"http://{self._address}/loki/api/v1/query_range?{urllib.parse.urlencode(query)}")
+        streams = json.loads(answer)["data"]["result"]
+        entries = [entry for stream in streams for entry in stream["values"]]
+        return [entry[1] for entry in sorted(entries, key=lambda entry: int(entry[0]))]
+
+
+class Tempo(Program):
+    """Tempo in one process.
+
+    Attributes:
+        otlp_url: OTLP over HTTP.
+    """
+
+    def prepare(self) -> Sequence[str]:
+        """See `Program`."""
+        self._address, otlp, grpc, own = (f"127.0.0.1:{free_port()}" for _ in range(4))
+        self.otlp_url = f"http://{otlp}"
+        text = (ROOT / "deploy" / "stores" / os.environ.get("TEMPO_CONFIG", "tempo-3.yaml")).read_text()
+        text = text.replace("0.0.0.0:4318", otlp).replace("0.0.0.0:4317", grpc)
+        config = yaml.safe_load(text.replace("/var/tempo", str(self.home)))
+        config["server"] = {
+            "http_listen_address": "127.0.0.1",
+            "http_listen_port": int(self._address.rpartition(":")[2]),
+            "grpc_listen_address": "127.0.0.1",
+            "grpc_listen_port": int(own.rpartition(":")[2]),
+        }
+        config["distributor"].pop("max_attribute_bytes", None)  # the default cuts at 2,048 bytes
+        path = self.home / "tempo.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return [program("tempo"), f"-config.file={path}"]
+
+    def ready(self) -> bool:
+        """See `Program`."""
+        return fetch(f"http://{self._address}/ready").strip() == "ready"
+
+    def get(self, path: str, **parameters: str) -> dict[str, Any]:
+        """Return an answer of the query API; empty for an error."""
+        answer = fetch(f"http://{self._address}/api/{path}?{urllib.parse.urlencode(parameters)}")
+        try:
+            return dict(json.loads(answer))
+        except ValueError:
+            return {}
+
+    def spans(self, trace_id: str) -> dict[str, dict[str, Any]]:
+        """Return the spans of a trace by name."""
+        trace = self.get(f"v2/traces/{trace_id}").get("trace", {})
+        groups = [scope for resource in trace.get("resourceSpans", ()) for scope in resource["scopeSpans"]]
+        return {span["name"]: span for scope in groups for span in scope["spans"]}
 
 
 class Collector(Program):

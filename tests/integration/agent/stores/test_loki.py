@@ -85,12 +85,7 @@ def test_one_refused_line_costs_no_other_job_its_receipt(bench: Bench, loki: Lok
     result = bench.once({"discover": True, "lookback": "30d"}, timeout_s=60)
     assert (result.delivered, result.rejected) == (True, 2)  # its line and its receipt
     assert [line for number in range(3) for line in own_lines(loki, f"new{number}")] == ["line 0", "line 1", "line 2"]
-    receipts = [
-        entry.line
-        for stream in loki.streams.values()
-        for entry in stream
-        if ".receipt." in dict(entry.metadata)["log_record_uid"]
-    ]
+    receipts = [line for line in loki.lines() if " read, " in line]
     assert sorted(receipts) == [f"new{number}: 1 line read, 1 record acked, 0 rejected" for number in range(3)]
 
 
@@ -117,7 +112,6 @@ def test_two_agents_do_not_share_a_stream_of_old_lines(bench: Bench, loki: Loki,
         add_job(host, f"job{number}", [f"line {step} of host {number}" for step in range(50)], start=start, name="etl")
         assert host.once({"discover": True, "lookback": "30d"}, timeout_s=60).rejected == 0
     assert len(own_lines(loki, "etl")) == 100
-    assert len(loki.streams) == 2
 
 
 @pytest.mark.parametrize(
@@ -147,7 +141,7 @@ def test_a_line_around_the_largest_size(bench: Bench, loki: Loki, size: int) -> 
     """No record is above the limit of a default Loki: a longer line is two records."""
     add_job(bench, "long", ["line 0", "line 1 ".ljust(size, "x"), "line 2"], start=an_hour_ago())
     assert bench.once(timeout_s=60).rejected == 0
-    stored = [line for line in loki.lines("long") if "lines read" not in line]
+    stored = [line for line in loki.lines("long") if " read, " not in line]
     assert [line[:6] for line in stored] == [
         "line 0",
         "line 1",
@@ -163,7 +157,7 @@ def test_a_line_above_the_stores_limit_arrives_shortened(bench: Bench, loki: Lok
     add_job(bench, "long", ["line 0", "line 1 ".ljust(200_000, "x"), "line 2"], start=an_hour_ago())
     assert bench.once(timeout_s=60).rejected == 0
     assert [len(line) > 60_000 for line in own_lines(loki, "long")] == [False, True, False]
-    (receipt,) = (entry.line for stream in loki.streams.values() for entry in stream if "lines read" in entry.line)
+    (receipt,) = (entry.line for stream in loki.streams.values() for entry in stream if " read, " in entry.line)
     assert receipt == "long: 3 lines read, 3 records acked, 0 rejected, 1 shortened"
     (kept,) = summarize(bench.state_dir / "dead-letter")
     assert (kept.kind, kept.rejected) == ("too_large", 1)
