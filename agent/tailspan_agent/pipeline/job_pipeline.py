@@ -448,13 +448,13 @@ class JobPipeline:
         return self._run_reported
 
     def _end_run(self, *, log_complete: bool, delivery_known: bool) -> None:
-        job = self.job
+        job, reported_before = self.job, self._run_reported
         self._run_reported = True
         job.update_ledger(logs_complete=log_complete)
         name = self._context.names.label(job.status.job_name)
         history = self._context.pipeline_stats.histories.of(name)
         run = past_run(job.status, job.ledger, name, history)
-        if run.too_fast:
+        if run.too_fast and not reported_before:
             job.ledger = job.ledger.with_alert(run.ended_unix_nano, "too_fast")
         if self.spans.end_run(run, delivery_known=delivery_known) and run.too_fast:
             self.alerts.on_too_fast(run, history)
