@@ -14,6 +14,7 @@ from contextlib import aclosing, suppress
 
 import msgspec
 
+from tailspan._plural import plural
 from tailspan.config import Watch
 from tailspan.errors import CursorExpiredError
 from tailspan.logs.clean import clean
@@ -332,12 +333,13 @@ class JobPipeline:
         status = self.job.redacted_status
         self._too_old_reported = self._too_old_lines
         _log.warning(
-            "job %s (%s) of service %s: %d lines rejected for their age, they are in the dead letter: %s,"
+            "job %s (%s) of service %s: %d %s rejected because of age, now in the dead letter: %s,"
             " then run `tailspan agent replay`: %s",
             status.job_id,
             status.job_name,
             self.job.service.name,
             self._too_old_lines,
+            plural(self._too_old_lines, "line"),
             age_advice(self._too_old_reason),
             self._too_old_reason,
         )

@@ -131,7 +131,7 @@ def test_lines_of_a_rejected_age_are_reported(
     with caplog.at_level("WARNING"):
         bench.once({"discover": True, "lookback": "30d"}, timeout_s=60)
     (message,) = (text for text in caplog.messages if text.startswith("job old "))
-    assert message.startswith("job old (old) of service fake: 40 lines rejected for their age")
+    assert message.startswith("job old (old) of service fake: 40 lines rejected because of age")
     assert setting in message
     assert not any(text.startswith("job new ") for text in caplog.messages)
 
