@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -10,16 +11,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
+
 from tests.fakes.agents import Bench
 from tests.fakes.collector import Collector, Reply, Request
 from tests.fakes.loki import MIB, Limits, Loki
 from tests.fakes.tempo import ATTRIBUTE_BYTES, Tempo
 from tests.prove.scenarios import Scenario
 from tests.prove.table import Row
-from tests.prove.world import World
+from tests.prove.world import PATIENCE_S, Settings, World
 
 _HOUR_MS = 3_600_000
 _LOST_ANSWERS = 4
+_NOT_READY = 503
 _RUN_S = 600.0
 
 
@@ -35,6 +39,7 @@ class LokiFault:
         act: Done after the start.
         rejected: Number of lines that it must reject, each with a receipt of its time; all others must be stored.
         one_name: Whether the jobs have one name, so that the runs cannot be counted by job.
+        change: Changes the text of the configuration.
     """
 
     name: str
@@ -44,6 +49,7 @@ class LokiFault:
     act: Callable[[World], object] = lambda world: None
     rejected: int = 0
     one_name: bool = False
+    change: Callable[[str], str] = str
 
     def scenario(self) -> Scenario:
         """Return the row."""
@@ -61,7 +67,7 @@ class LokiFault:
         with World(seed) as world:
             self.jobs(world)
             world.collector.always("logs", answer)
-            world.configure()
+            world.configure(self.change)
             world.start()
             self.act(world)
             found = world.finish()
@@ -120,6 +126,12 @@ LOKI_FAULTS = (
         lost_answers=_LOST_ANSWERS,
         act=_killed,
     ),
+    LokiFault(
+        "Loki: more job names than it has streams for",
+        lambda world: _bursts(world, jobs=40, lines=5),
+        Limits(streams=12),
+        change=lambda text: text.replace("max_pipeline_names", "max_log_names = 10\nmax_pipeline_names"),
+    ),
 )
 
 
@@ -171,10 +183,66 @@ def _end_in_an_outage(seed: str) -> Row:
     return Row("", [], problems)
 
 
+def _traces_only(seed: str) -> Row:
+    """Return whether spans go out at once while an endpoint does not have logs, and the lines once it has them."""
+    name = "endpoint without logs and metrics"
+    with World(seed) as world:
+        for signal in ("logs", "metrics"):
+            world.collector.always(signal, Reply(404))
+        for number in range(3):
+            job = world.fused_job(f"long-{number}")
+            job.write(20_000, world.random)
+            job.end()
+        world.configure()
+        world.start()
+        problems = []
+        try:
+            world.until(lambda: _run_spans(world) == len(world.jobs), "the run span of each job")
+        except TimeoutError as error:
+            problems.append(str(error))
+        for signal in ("logs", "metrics"):
+            world.collector.always(signal, Reply())
+        found = world.finish(2 * PATIENCE_S)
+    return Row(name, [found], problems)
+
+
+def _run_spans(world: World) -> int:
+    return sum(span.name.startswith("RUN ") for span in world.collector.spans())
+
+
+def _known_outage(seed: str) -> Row:
+    """Return whether /readyz reports an outage, with its beginning and its reason, and the end of it."""
+    name = "logs endpoint down, as /readyz reports it"
+
+    def ready() -> tuple[int, str]:
+        with httpx.Client(trust_env=False) as client:
+            answer = client.get(f"{world.page_url}/readyz")
+            return answer.status_code, answer.text
+
+    with World(seed, Settings(page=True)) as world:
+        world.collector.always("logs", Reply(503))
+        world.fused_job("waiting").write(100, world.random)
+        world.configure()
+        world.start()
+        world.until(lambda: bool(world.collector.requests), "a request")
+        problems = []
+        try:
+            world.until(lambda: ready()[0] == _NOT_READY, "503 of /readyz")
+            if not re.search(r"endpoint_logs_retrying since \S+Z, \d+ tries: HTTP 503", ready()[1]):
+                problems.append(f"/readyz returns {ready()[1]!r}")
+        except TimeoutError as error:
+            problems.append(str(error))
+        world.collector.always("logs", Reply())
+        found = world.finish(2 * PATIENCE_S)
+    return Row(name, [found], problems)
+
+
 def scenarios() -> list[Scenario]:
     """Return the rows."""
     return [
         *(fault.scenario() for fault in LOKI_FAULTS),
         Scenario("Tempo: a stack trace above the size of its attributes", _long_stack_trace),
         Scenario("logs endpoint down over the end of a job", _end_in_an_outage),
+        Scenario("logs endpoint down, as /readyz reports it", _known_outage),
+        Scenario("endpoint without logs and metrics", _traces_only),
     ]

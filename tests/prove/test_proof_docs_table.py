@@ -10,6 +10,7 @@ from tests.docs_tables import PROOF, README
 from tests.prove.docs_table import BEGIN, COLUMNS, END, rows_of, with_rows, with_sum
 from tests.prove.rows import groups, scenarios
 
+ROOT = README.parent
 TEXT = PROOF.read_text(encoding="utf-8")
 ROW = {**dict.fromkeys(COLUMNS, "0"), "verdict": "ok", "date": "2026-01-02 03:04 UTC", "seed": "7", "commit": "0123abc"}
 
@@ -32,6 +33,20 @@ def test_readme_has_the_sum_of_all_rows() -> None:
     """The one row of figures in README agrees with docs/proof.md."""
     readme = README.read_text(encoding="utf-8")
     assert with_sum(readme, [*rows_of(TEXT).values()]) == readme
+
+
+def test_each_fault_of_a_store_has_a_row_or_a_test() -> None:
+    """What the table of faults names is there."""
+    faults = [line for line in TEXT.partition("## Faults of real stores")[2].splitlines() if line.startswith("| ")][1:]
+    assert len(faults) >= 17
+    names = [scenario.name for scenario in scenarios(200)]
+    for line in faults:
+        tests = re.findall(r"`([\w/]+\.py)::(\w+)`", line)
+        rows = re.findall(r'"([^"]+)"', line)
+        assert tests or rows, line
+        assert set(rows) <= set(names)
+        for file, test in tests:
+            assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8")
 
 
 def test_rows_that_ran_replace_the_old_ones() -> None:
