@@ -30,6 +30,7 @@ from tailspan_agent.job.ledger import ChunkResult, JobLedger
 from tailspan_agent.job.line_sums import Seconds, add_seconds, page_seconds
 from tailspan_agent.job.mapping import RECEIPT, receipt_record
 from tailspan_agent.job.open_lines import OpenLineLimit, open_line_record
+from tailspan_agent.job.task_spans import LineTimes
 from tailspan_agent.job.times import past_run
 from tailspan_agent.otlp.log_record import LogRecordData, encode_log_record
 from tailspan_agent.pipeline.context import PipelineContext
@@ -423,7 +424,7 @@ class JobPipeline:
         """
         job = self.job
         ledger = JobLedger(first_seen_ns=job.ledger.first_seen_ns)
-        lines = SpanLines() if job.span_lines is not None else None
+        lines, task_lines = SpanLines() if job.span_lines is not None else None, LineTimes()
         failure = job.ledger.failure
         if job.status.state is not JobState.SUCCEEDED and failure is None:
             failure = await find_failure()
@@ -431,18 +432,19 @@ class JobPipeline:
             async with aclosing(read()) as pages:
                 async for page in pages:
                     ledger = ledger.with_page(page)
+                    task_lines.add(page)
                     if lines is not None:
                         lines.add(page, self._log_context)
         if self._run_reported:
             return
-        relayed, relayed_lines = job.ledger, job.span_lines
+        relayed, relayed_lines, relayed_task_lines = job.ledger, job.span_lines, job.task_lines
         job.ledger = msgspec.structs.replace(ledger.with_seen(relayed), failure=failure)
-        job.span_lines = lines
+        job.span_lines, job.task_lines = lines, task_lines
         try:
             self._end_run(log_complete=False, delivery_known=False)
         finally:
             job.ledger = msgspec.structs.replace(relayed.with_seen(job.ledger), failure=failure)
-            job.span_lines = relayed_lines
+            job.span_lines, job.task_lines = relayed_lines, relayed_task_lines
 
     @property
     def run_reported(self) -> bool:

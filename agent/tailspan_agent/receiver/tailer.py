@@ -176,6 +176,7 @@ class Tailer:
             async def find_failure() -> Failure | None:
                 return failure_of(await last_lines(read, pipeline))
 
+            await self._poll_tasks(pipeline)
             await pipeline.end_run_ahead(read, find_failure)
 
     def leave_stream(self) -> None:
