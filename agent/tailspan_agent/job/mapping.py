@@ -34,7 +34,6 @@ from tailspan_agent.records.encode import span_id_of, task_span_id
 from tailspan_agent.records.span_lines import SpanLines
 
 __all__ = [
-    "RECEIPT",
     "JobLedger",
     "failure_record",
     "failure_text",
@@ -42,9 +41,6 @@ __all__ = [
     "resource_attributes",
     "spans_of",
 ]
-
-RECEIPT = "tailspan.receipt"
-"""The event name of a receipt. Each job has one, so receipts stay in the stream of the lines."""
 
 _BACKFILL = "backfill"
 _EVENTS = "events"
@@ -206,7 +202,7 @@ def receipt_record(job: JobStatus, ledger: JobLedger, *, still_open: bool = Fals
         },
         trace_id=bytes.fromhex(job.trace_id),
         span_id=bytes.fromhex(span_id_of(job, "run")),
-        event_name=RECEIPT,
+        event_name="tailspan.receipt",
     )
 
 

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
+from functools import partial
 
 import msgspec
 
@@ -28,7 +29,7 @@ from tailspan_agent.checkpoint.store import Ack
 from tailspan_agent.exporter.outcome import age_advice
 from tailspan_agent.job.ledger import ChunkResult, JobLedger
 from tailspan_agent.job.line_sums import Seconds, add_seconds, page_seconds
-from tailspan_agent.job.mapping import RECEIPT, receipt_record
+from tailspan_agent.job.mapping import receipt_record
 from tailspan_agent.job.open_lines import OpenLineLimit, open_line_record
 from tailspan_agent.job.task_spans import LineTimes
 from tailspan_agent.job.times import past_run
@@ -69,7 +70,7 @@ class JobPipeline:
     ) -> None:
         self.job = TrackedJob(context, service, watch, status, first_seen_ns)
         self.spans = JobSpans(self.job)
-        self.alerts = JobAlerts(self.job, self._send_record)
+        self.alerts = JobAlerts(self.job, partial(self._send_record, of_events=True))
         self.cursor = self.job.checkpoint.cursor
         self._context = context
         self._queue = context.queue(service.identity, status.job_id)
@@ -396,11 +397,11 @@ class JobPipeline:
             await self.all_acked()
             job.change_stream(stream)
 
-    async def _send_record(self, record: LogRecordData) -> None:
+    async def _send_record(self, record: LogRecordData, *, of_events: bool = False) -> None:
         if self._queue is not None:
             await self._choose_stream(record.time_unix_nano, record.time_unix_nano)
             self._context.health.records_read(self.job.service.name, 1)
-            resource = self.job.event_resource if record.event_name != RECEIPT else None
+            resource = self.job.event_resource if of_events else None
             await self._put(encode_log_record(record), 1, None, {}, record.time_unix_nano, resource=resource)
 
     def end_run(self, *, log_complete: bool) -> None:
