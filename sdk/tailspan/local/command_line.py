@@ -37,6 +37,7 @@ _PROGRAMS = {
     **dict.fromkeys(("docker", "podman", "helm", "oc", "buildah", "skopeo", "nerdctl", "crane", "cf", "az"), "-p"),
     **dict.fromkeys(("7z", "7za", "7zr", "7zz", "rar", "unrar"), "-p"),
     "sshpass": "-p",
+    "twine": "-p",
     "curl": "-u -U -b --user --proxy-user",
     "wget": "--user",
     "http": "-a",
@@ -102,7 +103,7 @@ class _Patterns:
         import re
 
         strong = (
-            r"passw(?:or)?d|pass-?phrase|passcode|secret|(?<!max[_-])(?<!num[_-])token(?!i[sz]|s?[_-](?:count|limit|size))"
+            r"passw(?:or)?d|pass-?phrase|passcode|secret|(?<!max[_-])(?<!num[_-])(?<!new[_-])token(?!i[sz]|s?[_-](?:count|limit|size))"
             r"|(?:api|access|private|account|master|encryption|signing|storage|license|subscription|functions)[_-]?key"
             r"|credential|authorization|cookie|sess(?:ion)?[_-]?id"
         )
