@@ -26,6 +26,7 @@ _INOTIFY_ADD_WATCH = {"x86_64": 254, "aarch64": 27, "riscv64": 27}
 _IN_MODIFY = 2
 _EVENT = struct.Struct("iIII")
 _READ_BYTES = 1 << 16
+_ALL = 1 << 62
 
 
 class WriteOrder:
@@ -93,31 +94,71 @@ def in_order(pieces: dict[int, list[Piece]], writes: list[int], known: int) -> I
         writes: The streams of the writes, in order. Left in it are those from the first that has not been read yet.
         known: How many of the writes have been read for certain: one of these without a line was a part of one.
     """
+    streams = {number: _HeldLines(held) for number, held in pieces.items()}
     left = {number: writes.count(number) for number in pieces}
-    for position, number in enumerate(writes):
-        if number not in left:
-            continue  # of a stream that has ended
-        left[number] -= 1
-        if not pieces[number]:
-            if position < known:
-                continue
-            writes[:] = writes[position:]
-            return
-        if left[number]:
-            yield number, _first_line(pieces[number])
-        else:
-            yield from ((number, piece) for piece in pieces[number])
-            pieces[number].clear()
-    writes.clear()
-    for number, rest in pieces.items():
-        yield from ((number, piece) for piece in rest)
-        rest.clear()
+    position = 0
+    while position < len(writes):
+        number, end = writes[position], _end_of_run(writes, position)
+        if number in left:  # else it is of a stream that has ended
+            left[number] -= end - position
+            taken = 0
+            for piece in streams[number].take(end - position if left[number] else _ALL):
+                taken += piece.lines
+                yield number, piece
+            unread = max(position + taken, known)
+            if unread < end:
+                writes[:] = writes[unread:]
+                break
+        position = end
+    else:
+        writes.clear()
+        for number, rest in streams.items():
+            yield from ((number, piece) for piece in rest.take(_ALL))
+    for rest in streams.values():
+        rest.release()
 
 
-def _first_line(pieces: list[Piece]) -> Piece:
-    piece = pieces[0]
-    if piece.lines == 1:
-        return pieces.pop(0)
-    cut = piece.text.index(b"\n") + 1
-    pieces[0] = Piece(piece.text[cut:], piece.lines - 1, piece.flags)
-    return Piece(piece.text[:cut], 1)
+def _end_of_run(writes: list[int], position: int) -> int:
+    """Return the end of the writes of one stream that follow each other from a position on."""
+    end = position + 1
+    while end < len(writes) and writes[end] == writes[position]:
+        end += 1
+    return end
+
+
+class _HeldLines:
+    """The lines of one stream that are held. Taking some does not copy the others, which may be thousands."""
+
+    def __init__(self, pieces: list[Piece]) -> None:
+        self._pieces = pieces
+        self._index = 0
+        self._offset = 0
+        self._taken = 0
+
+    def take(self, lines: int) -> Iterator[Piece]:
+        """Yield the first lines, by the pieces that have them."""
+        while lines and self._index < len(self._pieces):
+            piece = self._pieces[self._index]
+            left = piece.lines - self._taken
+            if left <= lines:
+                yield self._rest(piece)
+                self._index += 1
+                self._offset = self._taken = 0
+                lines -= left
+            else:
+                end = self._offset
+                for _ in range(lines):
+                    end = piece.text.index(b"\n", end) + 1
+                yield Piece(piece.text[self._offset : end], lines)
+                self._offset = end
+                self._taken += lines
+                lines = 0
+
+    def release(self) -> None:
+        """Leave in the list of pieces what was not taken."""
+        if self._taken:
+            self._pieces[self._index] = self._rest(self._pieces[self._index])
+        del self._pieces[: self._index]
+
+    def _rest(self, piece: Piece) -> Piece:
+        return Piece(piece.text[self._offset :], piece.lines - self._taken, piece.flags) if self._taken else piece

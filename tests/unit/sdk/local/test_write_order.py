@@ -38,6 +38,22 @@ def test_lines_after_an_unread_write_wait() -> None:
     assert merged(b"a\n", b"c\nd\n", [1, 2, 1, 2], known=2) == (b"a\nc\n", b"d\n", [1, 2])
 
 
+def test_lines_of_one_stream_are_not_copied() -> None:
+    """A job that prints fast into one of its pipes: what was read of it becomes an entry as it is."""
+    piece = Piece(b"a\nb\nc\n", 3)
+    pieces, writes = {1: [piece], 2: []}, [1, 1]
+    ((number, found),) = in_order(pieces, writes, 1)
+    assert (number, pieces, writes) == (1, {1: [], 2: []}, [])
+    assert found is piece
+
+
+def test_writes_of_one_stream_that_follow_each_other_make_one_piece() -> None:
+    """Each piece costs two writes to the disk."""
+    pieces = {1: [Piece(b"a\nb\nc\n", 3)], 2: [Piece(b"d\n", 1)]}
+    found = [(number, piece.text) for number, piece in in_order(pieces, [1, 1, 2, 1], 4)]
+    assert found == [(1, b"a\nb\n"), (2, b"d\n"), (1, b"c\n")]
+
+
 @given(st.lists(st.sampled_from([1, 2]), max_size=40), st.integers(0, 40), st.integers(0, 9), st.integers(0, 9))
 def test_no_line_is_lost_and_none_changes_places_within_its_stream(
     writes: list[int], known: int, first: int, second: int
