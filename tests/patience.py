@@ -1,4 +1,4 @@
-"""How long the proof waits, so that a machine that is busy with other work fails no row."""
+"""How long a wait may last, so that it does not fail because the machine is busy with other work."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""`Patience`: a wait of the proof, counted in seconds in which a processor was free."""
+"""`Patience`: a time limit, counted in seconds in which a processor was free."""
 
 from __future__ import annotations
 
 import os
 
-from tests.prove.patience import Patience
+from tests.patience import Patience
 
 
 class _Machine:

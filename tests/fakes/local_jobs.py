@@ -18,6 +18,7 @@ from tailspan.local.launch import Launched, Request
 from tailspan.logs.page import LogPage
 from tailspan.models import JobState, JobStatus
 from tailspan.services.local import LocalService
+from tests.patience import Patience
 
 __all__ = ["LocalJobs", "until"]
 
@@ -26,9 +27,9 @@ PATIENCE_S = 60.0
 
 def until(holds: Callable[[], Any]) -> Any:
     """Return the first true value; other processes give no event to wait for."""
-    deadline = time.monotonic() + PATIENCE_S
+    patience = Patience(PATIENCE_S, lambda: [os.getpid()])
     while not (value := holds()):
-        assert time.monotonic() < deadline, "what was waited for did not come"
+        assert not patience.is_over(), "what was waited for did not come"
         time.sleep(0.005)
     return value
 

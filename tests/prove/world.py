@@ -27,10 +27,10 @@ from tests.fakes.job_api import FakeJobApi
 from tests.fakes.local_jobs import LocalJobs
 from tests.fakes.otlp_rows import metric_rows, parse_json, plain_attributes
 from tests.fakes.scripted_service import serving
+from tests.patience import Patience
 from tests.ports import free_port
 from tests.prove.found import Found
 from tests.prove.jobs import LocalNumberedJob, NumberedJob
-from tests.prove.patience import Patience
 from tests.prove.tally import Span, count_spans
 
 TAILSPAN = str(Path(sys.executable).with_name("tailspan"))
