@@ -49,7 +49,8 @@ class Settings:
 
     Attributes:
         protocol: Of the endpoint: ``http/protobuf`` or ``grpc``.
-        otlp: More lines of the section ``[otlp]``.
+        otlp: More lines of the section ``[otlp]``. The default is a timeout that no answer exceeds on a busy machine: a
+            request that times out may have arrived, and its lines come again.
         fused: More lines of the section ``[services.fused]``.
         watch: More lines of each ``[[agent.watch]]``.
         path: A directory with another ``tailspan_agent``; None: the project's own.
@@ -59,7 +60,7 @@ class Settings:
     """
 
     protocol: str = "http/protobuf"
-    otlp: str = ""
+    otlp: str = 'timeout = "120s"'
     fused: str = ""
     watch: str = ""
     path: Path | None = None
