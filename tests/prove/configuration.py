@@ -15,6 +15,7 @@ from tests.prove.world import World
 
 _LINES = 300
 _FOLLOWS = "the agent follows"
+_REFUSED = "logs: retrying after"
 _WATCH_FUSED = re.compile(r'\[\[agent\.watch\]\]\nservice = "fused"\n(?:.+\n)*')
 
 
@@ -120,12 +121,21 @@ def outage(world: World) -> None:
         world.collector.always(signal, Reply())
 
 
-def other_endpoint(world: World) -> None:
-    """The endpoint refuses everything; a reload switches to another one, which also receives what was in flight."""
+def refuse(world: World) -> None:
+    """Refuse everything from now on, and wait until the agent notices.
+
+    Lines under way to an endpoint that the agent leaves may arrive, and the next endpoint receives them again, rightly.
+    """
+    refused = world.log.count(_REFUSED)
     for signal in ("logs", "traces"):
         world.collector.always(signal, Reply(503))
     speak(world)
-    time.sleep(1.0)
+    world.until(lambda: world.log.count(_REFUSED) > refused, "word of the refused lines")
+
+
+def other_endpoint(world: World) -> None:
+    """The endpoint refuses everything; a reload switches to another one, which also receives what was in flight."""
+    refuse(world)
     old = world.collector
     world.fold()
     world.use(Collector())
@@ -135,11 +145,14 @@ def other_endpoint(world: World) -> None:
 
 def unknown_host(world: World) -> None:
     """The endpoint's name cannot be resolved for a while; a reload gives the right one."""
+    refuse(world)
     world.settings.endpoint = "http://nowhere.invalid:4318"
     world.reload()
     speak(world)
     world.until(lambda: "nowhere.invalid" in world.log, "word of the unknown host")
     world.settings.endpoint = None
+    for signal in ("logs", "traces"):
+        world.collector.always(signal, Reply())
     world.reload()
 
 
