@@ -20,7 +20,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 import httpcore
 
-from tailspan._net import host_port
+from tailspan._net import host_port, is_loopback
 from tailspan._version import __version__
 from tailspan.errors import ConfigError
 from tailspan.http.asyncio_backend import AsyncioBackend
@@ -308,7 +308,12 @@ def _basic(user: str, password: str) -> str:
 
 
 def _proxy_of(scheme: str, named: str, host: str) -> httpcore.Proxy | None:
-    """Return the proxy that the environment (or macOS, or Windows) names for a host, if any."""
+    """Return the proxy that the environment (or macOS, or Windows) names for a host, if any; never for this machine.
+
+    A proxy elsewhere could not reach a service of this machine, but would read its token.
+    """
+    if is_loopback(host):
+        return None
     if sys.platform not in ("darwin", "win32") and not any(name.lower().endswith("_proxy") for name in os.environ):
         return None  # importing urllib.request takes longer than a request
     from urllib.request import getproxies, proxy_bypass

@@ -1,7 +1,8 @@
 """The ``Authorization`` header of the Fused API: its sources and its renewal. No message contains a token.
 
 Sources, in this order: the service's own options, the environment, and the login of the official client in
-``~/.fused/credentials``, the only one that expires by itself.
+``~/.fused/credentials``, the only one that expires by itself. The options belong to their service. The other two belong
+to the public Fused server (the login: to the server that it names), and no other server gets them.
 
 Source: ``fused`` 2.9.5, ``_auth.py`` and ``_options.py``.
 """
@@ -16,6 +17,7 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import anyio
 import msgspec
@@ -23,7 +25,7 @@ import msgspec
 from tailspan._net import default_tls, read_secret_file
 from tailspan.errors import AuthError, ConfigError, ServiceUnavailableError
 from tailspan.http.client import BROKEN, HttpClient
-from tailspan.services.fused.wire import error_text, is_local
+from tailspan.services.fused.wire import DEFAULT_BASE_URL, error_text, is_local
 
 __all__ = ["DEFAULT_SCHEME", "Authorization", "Credentials"]
 
@@ -73,11 +75,12 @@ class Credentials:
 
         Args:
             service: Name of the configured service, for messages.
-            base_url: Where the header is sent. A login is sent over https only; on loopback none is needed.
+            base_url: Where the header is sent; on loopback none is needed. The environment's token and the login are
+                sent to `DEFAULT_BASE_URL`'s server only, or to the server that the login names as ``base_url``.
             token: A fixed token.
             token_file: A file with a token, which may change at any time.
             scheme: The word before ``token`` or the content of ``token_file``.
-            login_file: The official client's login; None: its usual place, if ``base_url`` is https.
+            login_file: The official client's login; None: its usual place.
             oauth_url: Where a login is renewed.
             environ: The environment variables.
         """
@@ -86,7 +89,7 @@ class Credentials:
         self._token = token
         self._token_file = token_file
         self._scheme = scheme
-        self._login_file = login_file or (Path(_LOGIN_FILE) if base_url.startswith("https:") else None)
+        self._login_file = login_file or Path(_LOGIN_FILE)
         self._oauth_url = oauth_url
         self._environ = environ
         # A renewed login whose file could not be written, and the content of the file that it should replace.
@@ -106,7 +109,7 @@ class Credentials:
             return self._from_file(self._token_file)
         scheme = self._environ.get("FUSED_AUTH_TOKEN_TYPE", "")
         token = self._environ.get("FUSED_AUTH_TOKEN", "")
-        if token and scheme in _ENV_SCHEMES:
+        if token and scheme in _ENV_SCHEMES and _same_server(self._base_url, DEFAULT_BASE_URL):
             return self._with_scheme(scheme, token, "the environment variable FUSED_AUTH_TOKEN")
         login = self._read_login()
         if login is not None:
@@ -153,18 +156,19 @@ class Credentials:
     def _nothing_found(self, env_token: str, env_scheme: str) -> str:
         text = (
             f"there are no credentials for service {self._service} ({self._base_url}): set "
-            f"services.{self._service}.token_file (or token), or FUSED_AUTH_TOKEN with FUSED_AUTH_TOKEN_TYPE"
+            f"services.{self._service}.token_file (or token)"
         )
-        if self._login_file is not None:
-            text += f", or log in with the fused client ({self._login_file})"
+        if not _same_server(self._base_url, DEFAULT_BASE_URL):
+            return f"{text}; FUSED_AUTH_TOKEN and the login in {self._login_file} are for another server"
+        text += (
+            f", or FUSED_AUTH_TOKEN with FUSED_AUTH_TOKEN_TYPE, or log in with the fused client ({self._login_file})"
+        )
         if env_token:
             known = ", ".join(_ENV_SCHEMES)
             text += f"; FUSED_AUTH_TOKEN is set, but FUSED_AUTH_TOKEN_TYPE is {env_scheme!r}: expected one of {known}"
         return text
 
     def _login_bytes(self) -> bytes | None:
-        if self._login_file is None:
-            return None
         try:
             return self._login_file.expanduser().read_bytes()
         except (OSError, RuntimeError):
@@ -181,7 +185,9 @@ class Credentials:
             login = msgspec.json.decode(content)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
-        return login if isinstance(login, dict) and isinstance(login.get("access_token"), str) else None
+        if not isinstance(login, dict) or not isinstance(login.get("access_token"), str):
+            return None
+        return login if _same_server(self._base_url, login.get("base_url", DEFAULT_BASE_URL)) else None
 
     async def _renew_login(self, *, refused: Authorization | None) -> dict[str, Any]:
         # One at a time: with rotating refresh tokens the second would invalidate the first.
@@ -244,7 +250,6 @@ class Credentials:
 
     def _save_login(self, replaced: bytes, login: dict[str, Any]) -> None:
         """Replace the file in one step: another reader sees the old login or the new one."""
-        assert self._login_file is not None
         path = self._login_file.expanduser()
         try:
             descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # made with mode 0600
@@ -258,6 +263,22 @@ class Credentials:
                 raise
         except OSError:
             self._unsaved = (replaced, login)
+
+
+def _same_server(base_url: str, named: object) -> bool:
+    """Return whether two URLs name one server, over TLS or on this machine: a token is not for any other."""
+    if not isinstance(named, str):
+        return False
+    try:
+        ours, theirs = (_server(url) for url in (base_url, named))
+    except ValueError:
+        return False
+    return ours == theirs and (ours[0] == "https" or is_local(base_url))
+
+
+def _server(url: str) -> tuple[str, str, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, (parts.hostname or "").rstrip("."), parts.port or (443 if parts.scheme == "https" else 80)
 
 
 def _expired(login: Mapping[str, Any]) -> bool:

@@ -208,15 +208,24 @@ def test_a_proxy_is_used_where_the_environment_names_one(monkeypatch: pytest.Mon
     assert base64.b64encode(b"me:secret") in head
 
 
-@pytest.mark.parametrize("exception", ["127.0.0.1", "*", "127.0.0.1:{}"])
-def test_hosts_that_need_no_proxy(monkeypatch: pytest.MonkeyPatch, exception: str) -> None:
-    """By address, by port, or all."""
+@pytest.mark.parametrize(
+    ("host", "exception"),
+    [
+        ("127.0.0.1", ""),
+        ("localhost", ""),
+        ("0.0.0.0", "0.0.0.0"),
+        ("0.0.0.0", "*"),
+        ("0.0.0.0", "0.0.0.0:{}"),
+    ],
+)
+def test_hosts_that_need_no_proxy(monkeypatch: pytest.MonkeyPatch, host: str, exception: str) -> None:
+    """This machine, whose tokens a proxy must not see; and exceptions by name, by port, or for all."""
 
     async def main() -> None:
         async with server(lambda head: ok(b"itself")) as address:
             monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
             monkeypatch.setenv("no_proxy", exception.format(address.partition(":")[2]))
-            client = client_of(f"http://{address}")
+            client = client_of(f"http://{host}:{address.partition(':')[2]}")
             assert await body_of(await client.send("GET")) == b"itself"
             await client.aclose()
 

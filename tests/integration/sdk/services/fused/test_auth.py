@@ -103,11 +103,43 @@ def test_a_token_of_unknown_type_is_explained(tmp_path):
 
 
 def test_loopback_needs_none(api):
-    """A server on this machine is asked without any header, and an https login never goes there."""
+    """A server on this machine is asked without any header."""
     get_job(api, Credentials("f", api.base_url, environ={}))
     assert sent(api) == [None]
-    assert Credentials("f", "http://job-api.test/server/v1", environ={})._login_file is None
-    assert Credentials("f", HOSTED, environ={})._login_file is not None
+
+
+@pytest.mark.parametrize(
+    "base_url",
+    [
+        "https://jobs.example.com/server/v1",
+        "https://www.fused.io.example.com/server/v1",
+        "https://www.fused.io:8443/server/v1",
+        "https://fused.io/server/v1",
+        "http://www.fused.io/server/v1",
+        "http://jobs.example.com/server/v1",
+    ],
+)
+def test_environment_and_login_are_for_the_public_server_only(login, base_url):
+    """Another host, another port, or plain HTTP gets neither; the error names the key to set."""
+    with pytest.raises(AuthError, match=r"services\.f\.token_file .*are for another server") as caught:
+        value(Credentials("f", base_url, environ=ENV, login_file=login()))
+    assert SECRET not in str(caught.value)
+    assert value(Credentials("f", base_url, token="own", environ=ENV)) == "Fused-Env-Bearer own"
+
+
+def test_environment_and_login_are_not_sent_to_loopback(api, login):
+    """Another user of the machine may listen there; a request without a header is enough for our own server."""
+    get_job(api, Credentials("f", api.base_url, environ=ENV, login_file=login()))
+    assert sent(api) == [None]
+
+
+def test_a_login_may_name_its_server(login):
+    """A login with a ``base_url`` is for that server and no other; plain HTTP gets none except on this machine."""
+    private = "https://fused.example.com/server/v1"
+    assert value(Credentials("f", private, environ={}, login_file=login(base_url=private))) == f"Bearer {SECRET}"
+    for base_url, named in ((HOSTED, private), (HOSTED, 7), ("http://a.test", "http://a.test"), (private, "https://[")):
+        with pytest.raises(AuthError):
+            value(Credentials("f", base_url, environ={}, login_file=login(base_url=named)))
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"a\nb", b"\xff\xfe", "tökn".encode(), b"a\x00b"])
@@ -127,7 +159,7 @@ def test_a_missing_token_file_is_named(tmp_path):
 
 def test_an_expired_login_is_renewed_before_the_request(api, login):
     """The request already has the new token, and so has the file, which only its owner can read."""
-    path = login("old", expires_in_s=-1)
+    path = login("old", expires_in_s=-1, base_url=api.base_url)
     api.oauth_reply = {"access_token": "new", "expires_in": 3600, "refresh_token": "r-2"}
     api.authorizations = {"Bearer new"}
     get_job(api, Credentials("f", api.base_url, environ={}, login_file=path, oauth_url=api.oauth_url))
@@ -144,7 +176,7 @@ def test_an_expired_login_is_renewed_before_the_request(api, login):
 
 def test_a_refused_login_is_renewed_once(api, login):
     """On 401 the login is renewed, the refresh token kept if none came, and the request repeated."""
-    path = login("revoked")
+    path = login("revoked", base_url=api.base_url)
     api.authorizations = {"Bearer new-token"}
     get_job(api, Credentials("f", api.base_url, environ={}, login_file=path, oauth_url=api.oauth_url))
     assert sent(api) == ["Bearer revoked", "Bearer new-token"]
@@ -153,11 +185,11 @@ def test_a_refused_login_is_renewed_once(api, login):
 
 def test_a_login_renewed_by_another_process_is_taken(api, login):
     """If the file changed meanwhile, its token is tried instead of renewing again."""
-    path = login("old")
+    path = login("old", base_url=api.base_url)
     credentials = Credentials("f", api.base_url, environ={}, login_file=path, oauth_url=api.oauth_url)
     api.authorizations = {"Bearer theirs"}
     refused = asyncio.run(credentials.authorization())
-    login("theirs")
+    login("theirs", base_url=api.base_url)
     assert asyncio.run(credentials.renew(refused)).value == "Bearer theirs"
     assert api.asked("oauth") == []
 
@@ -174,7 +206,7 @@ def test_a_refused_token_file_is_read_again(api, tmp_path):
 
 def test_after_one_refresh_it_gives_up(api, login):
     """A server that refuses the renewed token too gets no third request."""
-    path = login("old")
+    path = login("old", base_url=api.base_url)
     api.authorizations = set()
     with pytest.raises(AuthError, match="credentials"):
         get_job(api, Credentials("f", api.base_url, environ={}, login_file=path, oauth_url=api.oauth_url))
