@@ -8,7 +8,6 @@ import time
 from collections.abc import Awaitable, Callable
 
 import pytest
-import uvicorn
 
 from tailspan.http import server_limits as http_limits
 from tailspan.job_api.server import create_app, listen, make_server
@@ -26,7 +25,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def with_job_api(use: Callable[[int], Awaitable[None]]) -> None:
-    service = ScriptedService({"j": ScriptedJob(lines=["a"])})
+    service = ScriptedService({"j": ScriptedJob(lines=["x" * 10_000] * 2_000, page_lines=100)})
     with listen("127.0.0.1", 0, None) as listener:
         server = make_server(create_app(service))
         running = asyncio.create_task(server.serve(sockets=[listener]))
@@ -38,7 +37,7 @@ async def with_job_api(use: Callable[[int], Awaitable[None]]) -> None:
 async def with_status_page(use: Callable[[int], Awaitable[None]]) -> None:
     async with StatusServer(
         ("127.0.0.1", 0),
-        metrics=lambda _: (b"", "text/plain"),
+        metrics=lambda _: (b"x" * 20_000_000, "text/plain"),
         readiness=lambda: ["endpoint_logs_paused"],
         delivery=lambda identity, job_id: {},
     ) as server:
@@ -136,9 +135,21 @@ def test_a_header_has_a_limit(server: Callable[..., Awaitable[None]]) -> None:
     asyncio.run(server(use))
 
 
-def test_both_servers_limit_connections() -> None:
-    """Requests beyond the limit of a process get 503 instead of being queued."""
-    app = create_app(ScriptedService({}))
-    assert isinstance(make_server(app), uvicorn.Server)
-    assert 0 < (make_server(app).config.limit_concurrency or 0) < 1024
-    assert make_server(app).config.http is http_limits.LimitedHttp
+@SERVERS
+def test_a_client_that_never_reads_is_dropped(
+    monkeypatch: pytest.MonkeyPatch, server: Callable[..., Awaitable[None]]
+) -> None:
+    """It asks for more than the buffers on the way hold, and reads nothing: its connection ends."""
+    monkeypatch.setattr(http_limits, "UNREAD_S", 0.2)
+    path = b"/server/v1/logs/j" if server is with_job_api else b"/metrics"
+
+    async def use(port: int) -> None:
+        # With a limit of one byte asyncio reads no more than the first part.
+        _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1)
+        writer.write(b"GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n" % path)
+        async with asyncio.timeout(PATIENCE_S):
+            while not writer.transport.is_closing():
+                await asyncio.sleep(0.05)
+                writer.write(b"x")  # fails once the connection has ended
+
+    asyncio.run(server(use))

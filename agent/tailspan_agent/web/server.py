@@ -12,7 +12,6 @@ import socket
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Self
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -20,7 +19,7 @@ from starlette.routing import Route
 
 from tailspan._net import host_port
 from tailspan.errors import ConfigError
-from tailspan.http.server_limits import LimitedHttp
+from tailspan.http.server_limits import BACKLOG, LimitedServer, limited_config
 from tailspan_agent.web.access import AccessControl
 from tailspan_agent.web.agent_view import AgentView
 from tailspan_agent.web.session import Session
@@ -30,7 +29,6 @@ __all__ = ["StatusServer"]
 
 _STOP_GRACE_S = 1
 _MAX_CONNECTIONS = 100
-_READ_TIMEOUT_S = 30.0
 
 
 class StatusServer:
@@ -77,17 +75,11 @@ class StatusServer:
         )
         self._socket = _listen(*address)
         self._server = _Server(
-            uvicorn.Config(
+            limited_config(
                 app,
-                log_config=None,
-                log_level="warning",
-                access_log=False,
-                lifespan="off",
-                server_header=False,
+                max_connections=_MAX_CONNECTIONS,
+                open_paths=("/healthz", "/readyz"),
                 timeout_graceful_shutdown=_STOP_GRACE_S,
-                http=_ReadTimeoutHttp,
-                ws="none",
-                limit_concurrency=_MAX_CONNECTIONS,
             )
         )
         self._serving: asyncio.Task[None] | None = None
@@ -133,41 +125,7 @@ class StatusServer:
         return JSONResponse(self._delivery(query.get("identity", ""), query.get("job_id", "")))
 
 
-class _ReadTimeoutHttp(LimitedHttp):
-    """HTTP that closes the connection of a client that stops reading: it would hold its response for ever."""
-
-    _timeout: asyncio.TimerHandle | None = None
-
-    def pause_writing(self) -> None:
-        """Start the client's read timeout."""
-        super().pause_writing()
-        if self._timeout is None:
-            self._timeout = self.loop.call_later(_READ_TIMEOUT_S, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        """Cancel the read timeout: the client reads again."""
-        self._cancel_timeout()
-        super().resume_writing()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Cancel the read timeout."""
-        self._cancel_timeout()
-        super().connection_lost(exc)
-
-    def shutdown(self) -> None:
-        """Close the connection; abort it if the client does not read, because it cannot end properly."""
-        if self._timeout is not None:
-            self.transport.abort()
-        else:
-            super().shutdown()
-
-    def _cancel_timeout(self) -> None:
-        if self._timeout is not None:
-            self._timeout.cancel()
-            self._timeout = None
-
-
-class _Server(uvicorn.Server):
+class _Server(LimitedServer):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Leave SIGINT and SIGTERM to the agent, which drains first."""
@@ -177,7 +135,7 @@ class _Server(uvicorn.Server):
 def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=128
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=BACKLOG
         )
     except OSError as error:
         # resolver errors have their own negative numbers

@@ -38,6 +38,8 @@ _LISTING_S = 0.8
 _SERVICE_TIMEOUT_S = 10.0
 _WRONG_TOKEN_S = 0.5
 _MAX_FORM_BYTES = 4096
+_MAX_FORM_FIELDS = 20
+_MAX_WRONG_TOKENS = 10
 _HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -65,6 +67,7 @@ class PageRoutes:
         self._entries: list[JobEntry] = []
         self._entries_at_s = float("-inf")
         self._refreshing = asyncio.Lock()
+        self._wrong_tokens = 0
         self._templates = _templates()
 
     def routes(self, access: AccessControl) -> list[BaseRoute]:
@@ -299,7 +302,13 @@ class PageRoutes:
         form = await _form(request)
         target = local_path(form.get("next", "/"))
         if not self._session.knows_token(form.get("token", "")):
-            await asyncio.sleep(_WRONG_TOKEN_S)
+            if self._wrong_tokens >= _MAX_WRONG_TOKENS:
+                return PlainTextResponse("too many wrong tokens: try again later\n", 429)
+            self._wrong_tokens += 1
+            try:
+                await asyncio.sleep(_WRONG_TOKEN_S)
+            finally:
+                self._wrong_tokens -= 1
             return self._html("login.html", 401, tab="", target=target, wrong=True)
         response = RedirectResponse(target, 303)
         response.set_cookie(self._session.cookie_name, self._session.cookie, httponly=True, samesite="strict", path="/")
@@ -368,10 +377,13 @@ def _number(text: str) -> int | None:
 
 
 async def _form(request: Request) -> dict[str, str]:
-    """Return the fields of a form; empty if the form is too large."""
+    """Return the fields of a form; empty if the form is too large or has too many fields."""
     body = bytearray()
     async for part in request.stream():
         body += part
         if len(body) > _MAX_FORM_BYTES:
             return {}
-    return dict(parse_qsl(body.decode("utf-8", "replace"), max_num_fields=20))
+    try:
+        return dict(parse_qsl(body.decode("utf-8", "replace"), max_num_fields=_MAX_FORM_FIELDS))
+    except ValueError:
+        return {}

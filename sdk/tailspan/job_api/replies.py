@@ -225,7 +225,6 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     return error_reply(error.status_code, message, error.headers)
 
 
-async def on_bug(request: Request, error: Exception) -> Response:
-    """Answer an unexpected error; only the log has the traceback."""
-    _logger.error("%s %s failed", request.method, request.scope["path"], exc_info=error)
+async def on_bug(_: Request, error: Exception) -> Response:
+    """Answer an unexpected error; `tailspan.http.server_limits` logs it."""
     return error_reply(500, "the server failed; see its log")

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import logging
 import re
 import signal
 import socket
@@ -38,7 +37,7 @@ try:
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
 
-    from tailspan.http.server_limits import LimitedHttp
+    from tailspan.http.server_limits import BACKLOG, LimitedServer, limited_config
     from tailspan.job_api.endpoints import BASE_PATH, JobApi
     from tailspan.job_api.replies import error_reply, on_bug, on_http_exception, on_tailspan_error
 except ModuleNotFoundError as missing:
@@ -57,7 +56,7 @@ __all__ = ["BASE_PATH", "create_app", "listen", "make_server", "serve"]
 
 _MAX_REQUEST_BYTES = 64 << 10
 # Below the usual 1,024 open files of a process.
-_MAX_CONNECTIONS = 500
+_MAX_CONNECTIONS = 400
 # Clients poll at most every 30 s: keeping the connection saves the next handshake.
 _KEEP_ALIVE_S = 75
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^][:@/]+)(?::[0-9]*)?")
@@ -147,7 +146,7 @@ def listen(host: str, port: int, token: str | None) -> socket.socket:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             listener.bind(address)
-            listener.listen(128)
+            listener.listen(BACKLOG)
         except BaseException:
             listener.close()
             raise
@@ -159,23 +158,15 @@ def listen(host: str, port: int, token: str | None) -> socket.socket:
 
 def make_server(app: ASGIApp) -> uvicorn.Server:
     """Return the HTTP server for an application of `create_app`; set its ``should_exit`` to stop it."""
-    config = uvicorn.Config(
-        app,
-        loop="asyncio",
-        http=LimitedHttp,
-        ws="none",
-        lifespan="off",
-        # The application logs each error in one line; uvicorn would add a traceback to each reply that is cut off.
-        log_config=None,
-        log_level=logging.CRITICAL,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=0,
-        limit_concurrency=_MAX_CONNECTIONS,
+    return LimitedServer(
+        limited_config(
+            app,
+            max_connections=_MAX_CONNECTIONS,
+            loop="asyncio",
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=0,
+        )
     )
-    return uvicorn.Server(config)
 
 
 class _AccessMiddleware:

@@ -8,8 +8,9 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
+from tailspan.http import server_limits
 from tailspan_agent.agent import Agent
-from tailspan_agent.web import event_stream, server
+from tailspan_agent.web import event_stream
 from tailspan_agent.web.event_stream import EventStreams
 from tests.fakes.agents import looped, until
 from tests.integration.agent.web.test_page import browsing
@@ -51,7 +52,7 @@ class SilentClient:
 @looped
 async def test_a_client_that_never_reads_is_dropped(bench, monkeypatch, caplog):
     """Its place and its buffers are released after the read timeout, without a line in the log."""
-    monkeypatch.setattr(server, "_READ_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(server_limits, "UNREAD_S", 0.2)
     async with browsing(bench) as (agent, _):
         client = SilentClient(agent, monkeypatch)
         with client.socket:
