@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from tailspan._own_token import own_token
 from tailspan._plural import plural
 from tailspan.config import Settings
 from tailspan.config.signals import SIGNALS
@@ -43,7 +44,7 @@ from tailspan_agent.tasks import cancelled
 from tailspan_agent.web.agent_view import AgentView
 
 if TYPE_CHECKING:
-    from tailspan_agent.web.server import StatusServer
+    from tailspan_agent.web.server import ServerAccess, StatusServer
 
 __all__ = ["Agent", "OnceResult"]
 
@@ -55,8 +56,6 @@ _LAST_PUSH_S = 5.0
 _RESTART_KEYS = (
     "state_dir",
     "listen",
-    "token",
-    "token_file",
     "max_log_names",
     "max_pipeline_names",
     "run_id_on_metrics",
@@ -91,6 +90,7 @@ class Agent:
     Args:
         settings: The loaded configuration.
         opener: Opens the configured service of a name.
+        needs_page_token: Whether the page requires a token even if none is configured.
 
     Attributes:
         pipeline_stats: Past runs of pipelines: ``histories.of(label)`` is a `PipelineHistory` with the last runs, the
@@ -101,8 +101,15 @@ class Agent:
         CheckpointError: The state directory cannot be used, or another agent has locked it.
     """
 
-    def __init__(self, settings: Settings, opener: Callable[[str, Settings], JobService] = open_service) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        opener: Callable[[str, Settings], JobService] = open_service,
+        *,
+        needs_page_token: bool = True,
+    ) -> None:
         _check_enabled(settings)
+        self._needs_page_token = needs_page_token
         self.settings = settings
         with contextlib.ExitStack() as undo:
             self.store = Store(settings.agent.state_dir)
@@ -223,6 +230,8 @@ class Agent:
             self._start_queues()
             self.server = self._make_server()
             async with self.server or contextlib.nullcontext():
+                if self.server is not None:
+                    _log.info("the page is at %s", self.server.link)
                 self._start_pushing()
                 await self._follow()
                 on_ready()
@@ -275,11 +284,14 @@ class Agent:
         """
         _check_enabled(settings)
         redactor = Redactor.from_settings(settings.redact)
+        access = self._access(settings) if self.server is not None else None
         # Not during the start, which would follow jobs twice, nor during the stop, which would not drain new ones.
         await self._follows.wait()
         async with self._changing:
             if not self._stopping.is_set():
                 await self._apply(settings, redactor)
+                if access is not None and self.server is not None:
+                    self.server.change_access(access)
 
     async def _apply(self, settings: Settings, redactor: Redactor | None) -> None:
         kept = self._receiver.kept(self.settings, settings)
@@ -305,7 +317,7 @@ class Agent:
         return self._receiver.followed
 
     def _make_server(self) -> StatusServer | None:
-        address = self.settings.agent.listen_address
+        address = self.settings.agent.listen_address or self.settings.agent.listen_socket
         if address is None:
             return None
         # Importing Uvicorn and Starlette takes 90 ms, which a single pass does not need.
@@ -324,8 +336,25 @@ class Agent:
             readiness=self.problems,
             delivery=self.delivery,
             view=view,
-            token=self.settings.agent.read_token(),
-            allowed_hosts=self.settings.agent.allowed_hosts,
+            access=self._access(self.settings),
+        )
+
+    def _access(self, settings: Settings) -> ServerAccess:
+        """Return who may use the server.
+
+        Raises:
+            ConfigError: A token cannot be read or made.
+        """
+        from tailspan_agent.web.server import ServerAccess
+
+        agent = settings.agent
+        token = agent.read_token()
+        own = token is None and self._needs_page_token and agent.listen_socket is None
+        return ServerAccess(
+            token=token,
+            page_token=own_token(agent.page_token_file, instead="agent.token_file") if own else None,
+            allowed_hosts=agent.allowed_hosts,
+            public_url=agent.public_url,
         )
 
     async def _follow(self) -> None:

@@ -63,7 +63,13 @@ def agent() -> None:
     show_default=True,
     help="Lowest level of the agent's own log, on stderr.",
 )
-def run(config_path: Path | None, once: bool, timeout_s: float, log_level: str) -> None:
+@click.option(
+    "--no-token",
+    is_flag=True,
+    help="Serve the page without a token: every user of this machine can then read all logs (and cancel jobs, with "
+    "agent.allow_cancel).",
+)
+def run(config_path: Path | None, once: bool, timeout_s: float, log_level: str, no_token: bool) -> None:
     """Run the agent until SIGTERM or Ctrl-C. It drains first; a second signal skips the drain. SIGHUP reloads the file.
 
     Without an endpoint the telemetry goes to files of OTLP JSON lines under agent.state_dir, for a later replay.
@@ -82,8 +88,10 @@ def run(config_path: Path | None, once: bool, timeout_s: float, log_level: str) 
         _pause_garbage_collection()
         set_up_logging(log_level)
         settings = settings_for(config_path, telemetry=True)
+        if no_token and settings.agent.read_token() is not None:
+            raise ConfigError("--no-token contradicts agent.token: remove one of them", key="agent.token")
     with hold_signals() as release:
-        work = _run_once(settings, timeout_s, release) if once else _run(settings, config_path, release)
+        work = _run_once(settings, timeout_s, release) if once else _run(settings, config_path, release, no_token)
         code = asyncio.run(work)
     sys.exit(code)
 
@@ -100,14 +108,14 @@ def _resume_garbage_collection() -> None:
     gc.enable()
 
 
-async def _run(settings: Settings, config_path: Path | None, release: Callable[[], None]) -> int:
+async def _run(settings: Settings, config_path: Path | None, release: Callable[[], None], no_token: bool) -> int:
     from tailspan_agent.agent import Agent
     from tailspan_agent.process.logging_setup import keep_last_errors
     from tailspan_agent.process.reload import reload_on_hangup
     from tailspan_agent.process.systemd import keep_watchdog, notify
 
     loop = asyncio.get_running_loop()
-    agent = Agent(settings)
+    agent = Agent(settings, needs_page_token=not no_token)
     _resume_garbage_collection()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, agent.stop)

@@ -43,10 +43,10 @@ async def wait_until_delivered(
         ProtocolError: The server there is not a Tailspan agent.
         WaitTimeoutError: The agent had not delivered all lines in time.
     """
-    address = settings.agent.listen_address
-    if address is None:
+    address, socket = settings.agent.listen_address, settings.agent.listen_socket
+    if address is None and socket is None:
         raise ConfigError("agent.listen is empty: set it to where the agent reports its deliveries", key="agent.listen")
-    url = f"http://{host_port(*address)}/delivery"
+    url = f"http://{host_port(*address) if address else 'localhost'}/delivery"
     token = settings.agent.read_token()
     client = HttpClient(
         url,
@@ -56,6 +56,7 @@ async def wait_until_delivered(
         keep_alive_s=_TIMEOUT_S,
         max_idle=1,
         uses_proxy=False,
+        socket=socket,
     )
     query = urlencode({"identity": service.identity, "job_id": status.job_id})
     try:

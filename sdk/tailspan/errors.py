@@ -20,6 +20,8 @@ this tree at one boundary, so callers never see them.
 
 from __future__ import annotations
 
+from tailspan._secrets import mask
+
 # Not from `typing`, whose import costs `tailspan run` a fifth of its start.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ __all__ = [
 
 
 class TailspanError(Exception):
-    """Base of all errors that Tailspan raises.
+    """Base of all errors that Tailspan raises. Their messages have none of the tokens of this process.
 
     Attributes:
         service: Name of the configured service, if the error is about one.
@@ -52,7 +54,7 @@ class TailspanError(Exception):
     retryable = False
 
     def __init__(self, message: str, *, service: str | None = None, job_id: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(mask(message))
         self.service = service
         self.job_id = job_id
 

@@ -116,7 +116,8 @@ class Bench:
 
     def agent(self, *watches: dict[str, Any], **keys: Any) -> Agent:
         """Make an agent; see `config`."""
-        return Agent(self.settings(*watches, **keys), self.open)
+        needs_page_token = keys.pop("needs_page_token", False)
+        return Agent(self.settings(*watches, **keys), self.open, needs_page_token=needs_page_token)
 
     def once(self, *watches: dict[str, Any], timeout_s: float = PATIENCE_S, **keys: Any) -> OnceResult:
         """Relay once what is readable now."""

@@ -43,7 +43,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.server.seen.append(str(self.headers))
         quoted = " ".join(f"{name}={value}" for name, value in self.headers.items())
         body = json.dumps({"message": f"what is this: {quoted}"}).encode()
-        self.send_response(next(self.server.statuses))
+        sent = self.headers.get("Authorization", "").split() or [""]
+        self.send_response(next(self.server.statuses), f"Nothing for {sent[-1]}")
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

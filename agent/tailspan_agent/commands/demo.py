@@ -162,7 +162,7 @@ async def _demo(settings: Settings, home: Path, timeout_s: float, stay_s: float)
         submitted: list[asyncio.Task[JobStatus]] = []
         try:
             if agent.server is not None:
-                console.print(f"Watch them while they run: {agent.server.url}\n")
+                console.print(f"Watch them while they run: {agent.server.link}\n", soft_wrap=True)
             for name, module in _PIPELINES.items():
                 submitted.append(asyncio.create_task(_submit(service, name, module)))
                 samples[name] = _Sample(await asyncio.shield(submitted[-1]))
@@ -174,7 +174,9 @@ async def _demo(settings: Settings, home: Path, timeout_s: float, stay_s: float)
         console.print(_table(samples))
         console.print(_summary(settings, home, agent, samples), soft_wrap=True, markup=False)
         if stay_s and agent.server is not None and not running.done():
-            console.print(f"\nThe page stays available for {stay_s:g} s at {agent.server.url}; Ctrl-C ends it.")
+            console.print(
+                f"\nThe page stays available for {stay_s:g} s at {agent.server.link} ; Ctrl-C ends it.", soft_wrap=True
+            )
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait([running], timeout=stay_s)
         agent.stop()

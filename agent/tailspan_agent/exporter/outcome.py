@@ -23,6 +23,7 @@ from datetime import datetime
 from typing import Final, TypeAlias
 
 from tailspan._backoff import parse_retry_after_s
+from tailspan._secrets import mask_and_cut
 from tailspan.config.signals import Signal
 
 __all__ = [
@@ -301,6 +302,6 @@ def _error_text(body: bytes, content_type: str) -> str:
 
 
 def _shorten(text: str) -> str:
-    text = "".join(char if char.isprintable() else " " for char in text[: 4 * _REASON_CHARS])
-    text = " ".join(text.split())
+    text = mask_and_cut(text, 4 * _REASON_CHARS)
+    text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
     return text if len(text) <= _REASON_CHARS else text[: _REASON_CHARS - 1] + "…"

@@ -11,16 +11,21 @@ An exporter makes one attempt and returns its outcome; it raises nothing for a f
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import Protocol
 from urllib.parse import urlsplit
 
+from tailspan._secrets import MASK, add_secret, mask
 from tailspan.config import SignalSettings
-from tailspan_agent.exporter.outcome import Delivered, EndpointFault, Outcome, Rejected, Retry, TooLarge
+from tailspan_agent.exporter.outcome import Delivered, Outcome
 
 __all__ = ["Exporter", "header_values", "public_url", "scrub"]
 
 # Shorter header values (`1`, `true`) occur in any message.
 _MIN_SECRET_CHARS = 6
+# The values of these headers are masked in all messages, and those of others (a tenant's name) only where quoted as is.
+_CREDENTIAL = re.compile(r"auth|key|token|secret|passw|credential|cookie|session|sign", re.IGNORECASE)
 
 
 class Exporter(Protocol):
@@ -48,7 +53,11 @@ class Exporter(Protocol):
 
 def header_values(settings: SignalSettings) -> dict[str, str]:
     """Return the configured headers without the spaces around a value (RFC 9110, 5.5)."""
-    return {name: value.get_secret_value().strip() for name, value in settings.headers.items()}
+    values = {name: value.get_secret_value().strip() for name, value in settings.headers.items()}
+    for name, value in values.items():
+        if _CREDENTIAL.search(name):
+            add_secret(value)
+    return values
 
 
 def public_url(url: str) -> str:
@@ -58,26 +67,19 @@ def public_url(url: str) -> str:
 
 
 def scrub(outcome: Outcome, secrets: list[str]) -> Outcome:
-    """Return the outcome without the header values that an endpoint quoted in its message.
+    """Return the outcome without the header values that an endpoint quoted in its message, in whatever form.
 
     Args:
         outcome: The outcome of an export.
         secrets: The header values; those shorter than 6 characters are left.
     """
-    text = (outcome.warning if isinstance(outcome, Delivered) else outcome.reason) or ""
-    found = [secret for secret in secrets if len(secret) >= _MIN_SECRET_CHARS and secret in text]
-    if not found:
+    before = (outcome.warning if isinstance(outcome, Delivered) else outcome.reason) or ""
+    text = mask(before)
+    for secret in secrets:
+        if len(secret) >= _MIN_SECRET_CHARS:
+            text = text.replace(secret, MASK)
+    if text == before:
         return outcome
-    for secret in found:
-        text = text.replace(secret, "***")
-    match outcome:
-        case Delivered():
-            return Delivered(text)
-        case Retry():
-            return Retry(text, outcome.after_s, outcome.server_error)
-        case Rejected():
-            return Rejected(outcome.rejected, text, outcome.kind)
-        case EndpointFault():
-            return EndpointFault(text, outcome.unsupported)
-        case TooLarge():
-            return TooLarge(text)
+    if isinstance(outcome, Delivered):
+        return replace(outcome, warning=text)
+    return replace(outcome, reason=text)

@@ -22,6 +22,7 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, TextIO
 
+from tailspan._secrets import mask
 from tailspan.errors import TailspanError
 
 __all__ = ["LineFormatter", "RepeatLimit", "keep_last_errors", "read_last_errors", "set_up_logging"]
@@ -65,7 +66,7 @@ class LineFormatter(logging.Formatter):
             context["traceback"] = self.formatException(record.exc_info)
         words = [when, record.levelname, record.name.removeprefix("tailspan_agent."), record.getMessage()]
         words += [f"{key}={_quoted(str(value))}" for key, value in context.items()]
-        return _escaped(" ".join(words))
+        return _escaped(mask(" ".join(words)))
 
 
 class RepeatLimit(logging.Filter):

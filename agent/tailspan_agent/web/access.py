@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Awaitable, Callable, Collection
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
-from tailspan_agent.web.session import Session
+from tailspan_agent.web.session import Session, local_path
 
 __all__ = ["AccessControl", "Endpoint"]
 
@@ -34,8 +34,12 @@ class AccessControl:
         self, session: Session, hosts: Collection[str], login: Callable[[Request], Response | None] = lambda _: None
     ) -> None:
         self._session = session
-        self._hosts = {"localhost", *(host.lower() for host in hosts)}
+        self.change_hosts(hosts)
         self._login = login
+
+    def change_hosts(self, hosts: Collection[str]) -> None:
+        """Accept these names of this server, besides ``localhost`` and any IP address, and no others."""
+        self._hosts = {"localhost", *(host.lower() for host in hosts)}
 
     def reject_unknown_host(self, host: str) -> Response | None:
         """Return a 421 response if the Host header does not name this server; otherwise None."""
@@ -62,6 +66,12 @@ class AccessControl:
         async def protected(request: Request) -> Response:
             headers, cookie = request.headers, request.cookies.get(self._session.cookie_name, "")
             rejection = self.reject(headers.get("host", ""), headers.get("authorization", ""), cookie)
+            if rejection is None and "token" not in request.query_params:
+                return await endpoint(request)
+            if rejection is None or rejection.status_code == 401:
+                entered = self._enter(request)
+                if entered is not None:
+                    return entered
             if rejection is None:
                 return await endpoint(request)
             return (self._login(request) if rejection.status_code == 401 else None) or rejection
@@ -75,6 +85,16 @@ class AccessControl:
             return self.reject_unknown_host(request.headers.get("host", "")) or await endpoint(request)
 
         return protected
+
+    def _enter(self, request: Request) -> Response | None:
+        """Return the answer to a link that has the token: a session, and the same address without the token."""
+        query = request.query_params
+        if request.method != "GET" or not self._session.knows_token(query.get("token", "")):
+            return None
+        rest = urlencode([(name, value) for name, value in query.multi_items() if name != "token"])
+        response = RedirectResponse(local_path(request.url.path + (f"?{rest}" if rest else "")), 303)
+        self._session.open(response)
+        return response
 
     def _is_known(self, host: str) -> bool:
         try:

@@ -35,6 +35,7 @@ class EventStreams:
         self._open = 0
         self._timeouts: set[asyncio.Timeout] = set()
         self._is_stopped = False
+        self._ended = 0
 
     def respond(self, events: Callable[[], AsyncGenerator[str, None]], headers: Mapping[str, str]) -> Response:
         """Return a response that streams events, or a 503 response if there are too many streams.
@@ -48,9 +49,14 @@ class EventStreams:
         self._open += 1
         return _CountedStream(self._bounded(events), self._release, headers=headers, media_type="text/event-stream")
 
-    def end(self) -> None:
-        """End all streams now, as if their time were up, so that a stopping server need not abort them."""
-        self._is_stopped = True
+    def end(self, *, for_good: bool = True) -> None:
+        """End all streams now, as if their time were up, so that a stopping server need not abort them.
+
+        Args:
+            for_good: Whether no further ones may start.
+        """
+        self._is_stopped = for_good
+        self._ended += 1
         for timeout in self._timeouts:
             timeout.reschedule(asyncio.get_running_loop().time())
 
@@ -60,8 +66,9 @@ class EventStreams:
     async def _bounded(self, events: Callable[[], AsyncGenerator[str, None]]) -> AsyncIterator[str]:
         # A client that vanished without closing its connection must not hold its place for ever.
         end_s = asyncio.get_running_loop().time() + _STREAM_S
+        ended = self._ended
         async with aclosing(events()) as formatted:
-            while not self._is_stopped:
+            while not self._is_stopped and ended == self._ended:
                 # The timeout covers only the making: while an event is sent, it would abort the sending.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout_at(end_s) as timeout:

@@ -1,6 +1,8 @@
 """The agent's own HTTP server on ``agent.listen``: the page, ``/healthz``, ``/readyz`` and ``/metrics``.
 
 Health and readiness are open to probes and contain nothing private. Everything else is behind `access.AccessControl`.
+The page, which shows logs, always requires a token, except on a Unix socket. Metrics and deliveries are numbers: they
+require one only if it is configured, so that scrapers on this machine need none.
 """
 
 from __future__ import annotations
@@ -9,8 +11,12 @@ import asyncio
 import contextlib
 import os
 import socket
+import stat
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
+from urllib.parse import urlencode, urlsplit
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -25,23 +31,40 @@ from tailspan_agent.web.agent_view import AgentView
 from tailspan_agent.web.session import Session
 from tailspan_agent.web.views import PageRoutes
 
-__all__ = ["StatusServer"]
+__all__ = ["ServerAccess", "StatusServer"]
 
 _STOP_GRACE_S = 1
+_OWN_MODE = 0o177
 _MAX_CONNECTIONS = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerAccess:
+    """Who may use what.
+
+    Attributes:
+        token: The configured token: everything but health requires it. None: see `page_token`.
+        page_token: Required by the page if there is no `token`; None requires none.
+        allowed_hosts: Further accepted names in the Host header.
+        public_url: The URL of a proxy in front of the server.
+    """
+
+    token: str | None = None
+    page_token: str | None = None
+    allowed_hosts: Collection[str] = ()
+    public_url: str | None = None
 
 
 class StatusServer:
     """Serves in the event loop that starts it, until it is stopped; handles no signals.
 
     Args:
-        address: Host and port to listen on; port 0 means any free port.
+        address: Host and port to listen on; port 0 means any free port. Or the path of a Unix socket.
         metrics: Returns the Prometheus text and its content type for an Accept header.
         readiness: Returns codes of what keeps the agent from relaying, without anything private; empty if ready.
         delivery: Returns the delivery state of a job's lines as plain values, for a service's identity and a job's id.
         view: The data for the page; None serves no page.
-        token: Required by protected endpoints; None requires none.
-        allowed_hosts: Further accepted names in the Host header.
+        access: Who may use what.
 
     Raises:
         ConfigError: The server cannot listen on the address.
@@ -49,31 +72,37 @@ class StatusServer:
 
     def __init__(
         self,
-        address: tuple[str, int],
+        address: tuple[str, int] | Path,
         *,
         metrics: Callable[[str], tuple[bytes, str]],
         readiness: Callable[[], Sequence[str]],
         delivery: Callable[[str, str], Mapping[str, object]],
         view: AgentView | None = None,
-        token: str | None = None,
-        allowed_hosts: Collection[str] = (),
+        access: ServerAccess = ServerAccess(),
     ) -> None:
         self._metrics = metrics
         self._readiness = readiness
         self._delivery = delivery
-        session = Session(token, view.store.instance_id[:8] if view is not None else "")
-        page = self._page = PageRoutes(view, session) if view is not None else None
-        access = AccessControl(session, [address[0], *allowed_hosts], page.login_redirect if page else lambda _: None)
+        owner = view.store.instance_id[:8] if view is not None else ""
+        self._session = Session(access.token or access.page_token, owner, access.public_url)
+        self._numbers_session = Session(access.token)
+        page = self._page = PageRoutes(view, self._session) if view is not None else None
+        self._path = address if isinstance(address, Path) else None
+        self._own_names = [] if isinstance(address, Path) else [address[0]]
+        self._page_access = AccessControl(self._session, (), page.login_redirect if page else lambda _: None)
+        self._numbers_access = AccessControl(self._numbers_session, ())
+        self._access = access
+        self.change_access(access)
         app = Starlette(
             routes=[
-                *(page.routes(access) if page else ()),
-                Route("/metrics", access.require_token(self._get_metrics)),
-                Route("/delivery", access.require_token(self._get_delivery)),
+                *(page.routes(self._page_access) if page else ()),
+                Route("/metrics", self._numbers_access.require_token(self._get_metrics)),
+                Route("/delivery", self._numbers_access.require_token(self._get_delivery)),
                 Route("/healthz", self._healthz),
                 Route("/readyz", self._readyz),
             ]
         )
-        self._socket = _listen(*address)
+        self._socket = _listen_on_path(address) if isinstance(address, Path) else _listen(*address)
         self._server = _Server(
             limited_config(
                 app,
@@ -86,14 +115,39 @@ class StatusServer:
 
     @property
     def address(self) -> tuple[str, int]:
-        """The host and port that the server listens on."""
+        """The host and port that the server listens on; no valid ones on a Unix socket."""
+        if self._path is not None:
+            return "localhost", 0
         host, port = self._socket.getsockname()[:2]
         return host, port
 
     @property
     def url(self) -> str:
         """The server's URL, without a slash at the end."""
-        return f"http://{host_port(*self.address)}"
+        return f"unix:{self._path}" if self._path is not None else f"http://{host_port(*self.address)}"
+
+    @property
+    def link(self) -> str:
+        """The page's URL; with the token if the agent has made it, because no other file of the user has it."""
+        url = (self._access.public_url or self.url).rstrip("/")
+        own = self._access.page_token if self._access.token is None else None
+        return f"{url}/?{urlencode({'token': own})}" if own else url
+
+    def change_access(self, access: ServerAccess) -> None:
+        """Apply changed access; if the token has changed, all sessions and live updates end.
+
+        Args:
+            access: The access from now on.
+        """
+        self._access = access
+        self._session.public_url = access.public_url
+        self._numbers_session.change_token(access.token)
+        public = urlsplit(access.public_url or "").hostname
+        hosts = [*self._own_names, *access.allowed_hosts, *([public] if public else [])]
+        self._page_access.change_hosts(hosts)
+        self._numbers_access.change_hosts(hosts)
+        if self._session.change_token(access.token or access.page_token) and self._page:
+            self._page.end_streams()
 
     async def __aenter__(self) -> Self:
         """Start to answer. Connections wait in the socket's queue since the constructor."""
@@ -104,10 +158,12 @@ class StatusServer:
         """Stop: close idle connections at once, and give running responses one second."""
         self._server.should_exit = True
         if self._page:
-            self._page.end_streams()
+            self._page.end_streams(for_good=True)
         if self._serving:
             await self._serving
         self._socket.close()
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
 
     async def _healthz(self, _: Request) -> Response:
         return PlainTextResponse("ok\n")
@@ -144,3 +200,34 @@ def _listen(host: str, port: int) -> socket.socket:
         raise ConfigError(
             f"agent.listen: cannot listen on {host}:{port}: {reason}{hint}", key="agent.listen"
         ) from error
+
+
+def _listen_on_path(path: Path) -> socket.socket:
+    """Return a Unix socket that only this user can connect to; it replaces one that no process listens on."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISSOCK(path.lstat().st_mode) and not _is_used(path):
+                path.unlink()
+        # The mode of the socket decides who may connect, and it must never be another one.
+        before = os.umask(_OWN_MODE)
+        try:
+            listener.bind(os.fspath(path))
+        finally:
+            os.umask(before)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        reason = error.strerror or str(error)
+        hint = "; is another agent running?" if "in use" in reason else ""
+        raise ConfigError(f"agent.listen: cannot listen on {path}: {reason}{hint}", key="agent.listen") from error
+    return listener
+
+
+def _is_used(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(os.fspath(path))
+        except OSError:
+            return False
+    return True

@@ -8,23 +8,40 @@ import secrets
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
+from starlette.responses import Response
+
 __all__ = ["COOKIE", "Session", "local_path"]
 
 COOKIE = "tailspan_session"
 
 
 class Session:
-    """One session key per process: its cookies and forms end with it. The token is never stored in a browser.
+    """The sessions of one token: its cookies and forms end with it and with the process. No browser stores the token.
 
     Args:
         token: The required token; None requires none.
         owner: Identifies this agent on its machine, because browsers share cookies between the ports of a host.
+        public_url: The URL of a proxy in front of the server.
     """
 
-    def __init__(self, token: str | None, owner: str = "") -> None:
+    def __init__(self, token: str | None, owner: str = "", public_url: str | None = None) -> None:
         self._token = token.encode() if token else None
         self._owner = owner
         self._key = secrets.token_bytes(32)
+        self.public_url = public_url
+
+    def change_token(self, token: str | None) -> bool:
+        """Take the token's current value; if it has changed, all sessions end and the result is True."""
+        new = token.encode() if token else None
+        if new == self._token:
+            return False
+        self._token, self._key = new, secrets.token_bytes(32)
+        return True
+
+    @property
+    def needs_tls(self) -> bool:
+        """Whether browsers may send the cookie over TLS only: a proxy in front of the server speaks it."""
+        return self.public_url is not None and self.public_url.startswith("https:")
 
     @property
     def needs_token(self) -> bool:
@@ -46,6 +63,12 @@ class Session:
         """The secret field of our forms, which no other site knows."""
         return self._sign("form")
 
+    def open(self, response: Response) -> None:
+        """Add the session cookie to a response."""
+        response.set_cookie(
+            self.cookie_name, self.cookie, httponly=True, samesite="strict", secure=self.needs_tls, path="/"
+        )
+
     def knows_token(self, given: str) -> bool:
         """Return whether this is the token, in constant time."""
         return self._token is not None and hmac.compare_digest(given.strip().encode("utf-8", "replace"), self._token)
@@ -64,8 +87,10 @@ class Session:
         if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
             return False
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
-            return False
+        if origin is not None:
+            ours = {headers.get("host", "").lower(), urlsplit(self.public_url or "").netloc.lower()}
+            if urlsplit(origin).netloc.lower() not in ours - {""}:
+                return False
         return _same(form_token, self.form_token)
 
     def _sign(self, purpose: str) -> str:

@@ -311,12 +311,16 @@ class PageRoutes:
                 self._wrong_tokens -= 1
             return self._html("login.html", 401, tab="", target=target, wrong=True)
         response = RedirectResponse(target, 303)
-        response.set_cookie(self._session.cookie_name, self._session.cookie, httponly=True, samesite="strict", path="/")
+        self._session.open(response)
         return response
 
-    def end_streams(self) -> None:
-        """End all live updates now."""
-        self._streams.end()
+    def end_streams(self, *, for_good: bool = False) -> None:
+        """End all live updates now.
+
+        Args:
+            for_good: Whether no further ones may start.
+        """
+        self._streams.end(for_good=for_good)
 
     def login_redirect(self, request: Request) -> Response | None:
         """Return a redirect to the login for a browser that requests a page; None for any other client."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
 
 from tailspan._net import is_loopback, read_secret_file
+from tailspan._secrets import add_secret
 from tailspan.config.fields import Duration, JsonList, PositiveDuration, StrList, StrTable, UserPath
 from tailspan.config.options import Options
 from tailspan.config.units import platform_state_dir
@@ -17,6 +19,7 @@ __all__ = ["AgentSettings", "Expect", "Watch"]
 
 Severity = Literal["TRACE", "DEBUG", "INFO", "WARN", "ERROR", "FATAL"]
 
+_UNIX = "unix:"
 _SEVERITY_WORDS = {"WARNING": "WARN", "CRITICAL": "FATAL"}
 
 
@@ -79,10 +82,12 @@ class AgentSettings(Options):
 
     Attributes:
         state_dir: Checkpoints, dead letters and files.
-        listen: ``HOST:PORT`` of status page and metrics; empty, or ``off`` in a file or variable: no server.
-        token: Required by the status page.
-        token_file: A file with that token, read when needed.
-        allowed_hosts: More names that the status page accepts in the Host header.
+        listen: ``HOST:PORT`` of page and metrics, or ``unix:/PATH`` of a socket for this user only. Empty, or ``off`` in
+            a file or variable: no server.
+        token: Required by the page, metrics and deliveries.
+        token_file: A file with that token, read when needed. Without both, the agent makes a token for its page.
+        allowed_hosts: More names that the page accepts in the Host header.
+        public_url: The URL of a proxy in front of the page; with https, session cookies are ``Secure``.
         allow_cancel: Whether the status page may cancel jobs.
         drain_timeout: How long to wait for exports at shutdown, in seconds.
         max_log_names: Number of names that logs may have at a time; the logs of further jobs share ``#other#``.
@@ -98,6 +103,7 @@ class AgentSettings(Options):
     token: SecretStr | None = None
     token_file: UserPath | None = None
     allowed_hosts: StrList = []
+    public_url: str | None = None
     allow_cancel: bool = False
     drain_timeout: Duration = 30.0
     max_log_names: int = Field(default=4000, ge=1)
@@ -109,31 +115,49 @@ class AgentSettings(Options):
 
     @property
     def listen_address(self) -> tuple[str, int] | None:
-        """Host and port to listen on, port 0 for any free one; None if `listen` is empty."""
-        if not self.listen:
+        """Host and port to listen on, port 0 for any free one; None if `listen` is empty or names a socket."""
+        if not self.listen or self.listen_socket is not None:
             return None
         parts = urlsplit(f"//{self.listen}")
         return parts.hostname or "0.0.0.0", parts.port or 0  # noqa: S104 - an empty host means all interfaces
 
+    @property
+    def listen_socket(self) -> Path | None:
+        """The Unix domain socket to listen on, if `listen` names one."""
+        path = self.listen.removeprefix(_UNIX)
+        return Path(path).expanduser() if path != self.listen else None
+
+    @property
+    def page_token_file(self) -> Path:
+        """The file with the token that the agent makes for its page."""
+        return self.state_dir / "page-token"
+
     def read_token(self) -> str | None:
-        """Return the token of the status page, from `token_file` if set; None without a token.
+        """Return the configured token, from `token_file` if set; None without a token.
 
         Raises:
             ConfigError: The file cannot be read.
         """
+        token = self.token.get_secret_value() if self.token else None
         if self.token_file is not None:
-            return read_secret_file(self.token_file, key="agent.token_file")
-        return self.token.get_secret_value() if self.token else None
+            token = read_secret_file(self.token_file, key="agent.token_file")
+        add_secret(token or "")
+        return token
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.listen_socket is not None:
+            if not self.listen_socket.is_absolute():
+                raise ConfigError('expected "unix:/PATH"', key="agent.listen")
+            self._check_public_url()
+            return self._check_watches()
         try:
             valid = not self.listen or urlsplit(f"//{self.listen}").port is not None
             address = self.listen_address
         except ValueError:
             valid, address = False, None
         if not valid or "/" in self.listen or "@" in self.listen:
-            raise ConfigError('expected "HOST:PORT", or "off" for no status page', key="agent.listen")
+            raise ConfigError('expected "HOST:PORT", "unix:/PATH", or "off" for no page', key="agent.listen")
         if self.token is not None and self.token_file is not None:
             raise ConfigError("token and token_file are both set: keep one of them", key="agent.token")
         if address and not is_loopback(address[0]) and self.token is None and self.token_file is None:
@@ -141,6 +165,21 @@ class AgentSettings(Options):
                 f"{self.listen} can be reached from other machines: set agent.token_file, or listen on 127.0.0.1",
                 key="agent.listen",
             )
+        self._check_public_url()
+        return self._check_watches()
+
+    def _check_public_url(self) -> None:
+        if self.public_url is None:
+            return
+        try:
+            parts = urlsplit(self.public_url)
+            valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            valid = False
+        if not valid or parts.path.strip("/") or parts.query or "@" in parts.netloc:
+            raise ConfigError('expected "https://HOST", without a path', key="agent.public_url")
+
+    def _check_watches(self) -> Self:
         for number, watch in enumerate(self.watch):
             if not watch.jobs and not watch.discover:
                 raise ConfigError("name jobs = [...], or set discover = true", key=f"agent.watch[{number}]")

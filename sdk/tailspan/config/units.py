@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tailspan.errors import ConfigError
 
-__all__ = ["parse_duration_s", "parse_size_bytes", "platform_state_dir"]
+__all__ = ["parse_duration_s", "parse_size_bytes", "platform_state_dir", "serve_token_file"]
 
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 _PART = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)(ms|[smhdw])")
@@ -78,3 +78,12 @@ def platform_state_dir() -> Path:
         return (Path(xdg) if xdg.startswith("/") else Path.home() / ".local" / "state") / "tailspan"
     except RuntimeError:
         raise ConfigError("the home directory is not known: set HOME, or a state_dir in the configuration") from None
+
+
+def serve_token_file() -> Path:
+    """Return the file with the token that `tailspan serve` makes for this user.
+
+    Raises:
+        ConfigError: The home directory is not known.
+    """
+    return platform_state_dir() / "serve-token"

@@ -30,7 +30,7 @@ _LONGER_S = 1.0
 
 
 class AsyncioBackend(httpcore.AsyncNetworkBackend):
-    """Opens TCP connections on the running event loop."""
+    """Opens connections on the running event loop."""
 
     async def connect_tcp(
         self,
@@ -50,6 +50,19 @@ class AsyncioBackend(httpcore.AsyncNetworkBackend):
             raise httpcore.ConnectError(str(error)) from error
         for option in socket_options or ():
             stream.get_extra_info("socket").setsockopt(*option)
+        return stream
+
+    async def connect_unix_socket(
+        self, path: str, timeout: float | None = None, socket_options: Iterable[Any] | None = None
+    ) -> httpcore.AsyncNetworkStream:
+        """Connect to a Unix socket; see httpcore."""
+        try:
+            async with asyncio.timeout(timeout):
+                _, stream = await asyncio.get_running_loop().create_unix_connection(_Stream, path)
+        except TimeoutError as error:
+            raise httpcore.ConnectTimeout(str(error)) from error
+        except OSError as error:
+            raise httpcore.ConnectError(str(error)) from error
         return stream
 
     async def sleep(self, seconds: float) -> None:

@@ -15,12 +15,14 @@ import sys
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote, unquote, urlsplit
 
 import httpcore
 
 from tailspan._net import host_port, is_loopback
+from tailspan._secrets import add_secret
 from tailspan._version import __version__
 from tailspan.errors import ConfigError
 from tailspan.http.asyncio_backend import AsyncioBackend
@@ -119,6 +121,7 @@ class HttpClient:
         keep_alive_s: float,
         max_idle: int,
         uses_proxy: bool = True,
+        socket: Path | None = None,
     ) -> None:
         """Configure the client.
 
@@ -132,6 +135,7 @@ class HttpClient:
             max_idle: Number of idle connections to keep. Busy connections have no limit: a reply that is read slowly
                 holds its connection, and other requests must not wait for it.
             uses_proxy: Whether to read the environment for a proxy; False for requests to this host.
+            socket: The Unix socket to connect to instead of the URL's host.
 
         Raises:
             ConfigError: The URL, or the proxy that the environment names, is not usable.
@@ -152,6 +156,7 @@ class HttpClient:
         own = {"Host": named, "User-Agent": user_agent(), "Accept": "*/*", "Accept-Encoding": "gzip"}
         if parts.username is not None:
             own["Authorization"] = _basic(unquote(parts.username), unquote(parts.password or ""))
+            add_secret(own["Authorization"])
         self._headers = _replaced(_encoded(own), headers)
         self._pool = httpcore.AsyncConnectionPool(
             tls,
@@ -159,6 +164,7 @@ class HttpClient:
             max_connections=None,
             max_keepalive_connections=max_idle,
             keepalive_expiry=keep_alive_s,
+            uds=None if socket is None else os.fspath(socket),
             network_backend=AsyncioBackend(),
         )
 
@@ -335,4 +341,5 @@ def _proxy_of(scheme: str, named: str, host: str) -> httpcore.Proxy | None:
         raise ConfigError("the environment names a SOCKS proxy, which needs: pip install 'httpcore[socks]'")
     if parts.username is None:
         return httpcore.Proxy(url)
+    add_secret(_basic(unquote(parts.username), unquote(parts.password or "")))
     return httpcore.Proxy(url, (unquote(parts.username).encode(), unquote(parts.password or "").encode()))

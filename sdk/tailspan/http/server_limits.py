@@ -278,8 +278,8 @@ _logged_s: dict[str, float] = {}
 
 
 def _log_seldom(text: str, *values: object) -> None:
-    """Log one line a minute for each kind of event: a client must not fill the log."""
-    now_s = time.monotonic()
-    if now_s - _logged_s.get(text, float("-inf")) >= _LOG_EVERY_S:
-        _logged_s[text] = now_s
-        _logger.warning(text, *values)
+    """Log each line at most once a minute: a client must not fill the log."""
+    now_s, line = time.monotonic(), text % values
+    if now_s - _logged_s.get(line, float("-inf")) >= _LOG_EVERY_S:
+        _logged_s[line] = now_s
+        _logger.warning("%s", line)

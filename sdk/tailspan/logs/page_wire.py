@@ -22,6 +22,7 @@ from typing import Annotated, NamedTuple
 
 import msgspec
 
+from tailspan._secrets import mask_and_cut
 from tailspan.errors import ConfigError
 from tailspan.logs.page import DIGEST_BYTES, MAX_PAGE_LINES, LineRun, LogPage, Stream, TaskRef
 from tailspan.logs.text import count_lines
@@ -129,7 +130,7 @@ def read_cursor(text: str) -> bytes:
     try:
         return base64.b64decode(text.encode(), altchars=b"-_", validate=True)
     except (binascii.Error, ValueError):
-        raise ConfigError(f"{text[:40]!r} is not a cursor") from None
+        raise ConfigError(f"{mask_and_cut(text, 40, '')!r} is not a cursor") from None
 
 
 class FrameSplitter:

@@ -23,6 +23,7 @@ import click
 
 from tailspan._net import host_port
 from tailspan._plural import plural
+from tailspan._secrets import mask, mask_and_cut
 from tailspan.cli.options import config_option, json_option
 from tailspan.config import Settings, load_settings, platform_state_dir
 from tailspan.errors import ConfigError, TailspanError
@@ -95,7 +96,7 @@ class DiagnosticsReport:
         if isinstance(value, list):
             return [self._safe(inner) for inner in value]
         lines = (self._redactor.redact(line)[0] for line in str(value).splitlines())
-        return printable(" ".join(lines), colours=False)
+        return printable(mask(" ".join(lines)), colours=False)
 
 
 def _lines(value: Any, indent: str) -> Iterator[str]:
@@ -194,7 +195,7 @@ async def _health(settings: Settings) -> dict[str, str]:
             except (*BROKEN, zlib.error) as error:
                 found[path] = f"{url}: {str(error) or type(error).__name__}"
             else:
-                found[path] = f"{reply.status} {' '.join(body.decode('utf-8', 'replace').split())[:500]}"
+                found[path] = f"{reply.status} {mask_and_cut(' '.join(body.decode('utf-8', 'replace').split()), 500)}"
     finally:
         await client.aclose()
     return found

@@ -23,6 +23,9 @@ import anyio
 import msgspec
 
 from tailspan._net import default_tls, read_secret_file
+from tailspan._own_token import read_own_token
+from tailspan._secrets import MASK, add_secret
+from tailspan.config.units import serve_token_file
 from tailspan.errors import AuthError, ConfigError, ServiceUnavailableError
 from tailspan.http.client import BROKEN, HttpClient
 from tailspan.services.fused.wire import DEFAULT_BASE_URL, error_text, is_local
@@ -75,7 +78,8 @@ class Credentials:
 
         Args:
             service: Name of the configured service, for messages.
-            base_url: Where the header is sent; on loopback none is needed. The environment's token and the login are
+            base_url: Where the header is sent; on loopback none is needed, and a `tailspan serve` of the same user gets
+                the token that it has made. The environment's token and the login are
                 sent to `DEFAULT_BASE_URL`'s server only, or to the server that the login names as ``base_url``.
             token: A fixed token.
             token_file: A file with a token, which may change at any time.
@@ -117,7 +121,8 @@ class Credentials:
                 login = await self._renew_login(refused=None)
             return self._from_login(login)
         if is_local(self._base_url):
-            return Authorization("", "nowhere")
+            own = read_own_token(serve_token_file(), _server(self._base_url)[2])
+            return self._with_scheme("Bearer", own, "tailspan serve") if own else Authorization("", "nowhere")
         raise AuthError(self._nothing_found(token, scheme), service=self._service)
 
     async def renew(self, refused: Authorization) -> Authorization | None:
@@ -147,6 +152,7 @@ class Credentials:
         if not token or not header.isascii() or not header.isprintable():
             wrong = "has characters that a token cannot have" if token else "is empty"
             raise AuthError(f"the token of service {self._service} from {source} {wrong}", service=self._service)
+        add_secret(header)
         return Authorization(header, source)
 
     def _from_login(self, login: Mapping[str, Any]) -> Authorization:
@@ -203,6 +209,7 @@ class Credentials:
             return renewed
 
     async def _ask_for_token(self, refresh_token: str) -> dict[str, Any]:
+        add_secret(refresh_token)
         asked = {"client_id": _OAUTH_CLIENT_ID, "grant_type": "refresh_token", "refresh_token": refresh_token}
         # Not the job API's client, which may trust a private authority only.
         client = HttpClient(
@@ -235,7 +242,7 @@ class Credentials:
             token, lifetime_s = granted["access_token"], float(granted["expires_in"])
         except (ValueError, KeyError, TypeError, RecursionError):
             text = error_text(body) or f"status {reply.status}"
-            raise self._login_is_over(text.replace(refresh_token, "***")) from None
+            raise self._login_is_over(text.replace(refresh_token, MASK)) from None
         if not isinstance(token, str):
             raise self._login_is_over("the reply has no token")
         expires_at = datetime.now(UTC) + timedelta(seconds=lifetime_s - 1)
@@ -276,7 +283,7 @@ def _same_server(base_url: str, named: object) -> bool:
     return ours == theirs and (ours[0] == "https" or is_local(base_url))
 
 
-def _server(url: str) -> tuple[str, str, int | None]:
+def _server(url: str) -> tuple[str, str, int]:
     parts = urlsplit(url)
     return parts.scheme, (parts.hostname or "").rstrip("."), parts.port or (443 if parts.scheme == "https" else 80)
 

@@ -18,6 +18,7 @@ import anyio.lowlevel
 
 from tailspan._backoff import backoff_s, parse_retry_after_s
 from tailspan._net import tls_context
+from tailspan._secrets import MASK
 from tailspan.errors import (
     AuthError,
     ConfigError,
@@ -340,7 +341,7 @@ class FusedHttp:
             return ""
         detail = error_text(bytes(body))
         token = authorization.value.partition(" ")[2]
-        return detail.replace(token, "***") if token else detail
+        return detail.replace(token, MASK) if token else detail
 
     def _unavailable(
         self, text: str, job_id: str | None, retry_after_s: float | None = None

@@ -16,6 +16,7 @@ import msgspec
 
 from tailspan._identity import is_trace_id, trace_id
 from tailspan._net import host_port, is_loopback
+from tailspan._secrets import mask_and_cut
 from tailspan.errors import ConfigError
 from tailspan.logs.clean import printable
 from tailspan.models import JobState, JobStatus, ListedJob, fused_state
@@ -184,8 +185,8 @@ def error_text(body: bytes) -> str:
     if isinstance(found, list):
         found = "; ".join(_finding(item) for item in found)
     # An exception's text reaches terminals unchanged, for example in a traceback.
-    text = printable(" ".join(str(found).split()), colours=False) if isinstance(found, str | dict) else ""
-    return text if len(text) <= _MAX_ERROR_CHARS else text[:_MAX_ERROR_CHARS] + "..."
+    text = mask_and_cut(str(found), _MAX_ERROR_CHARS, "...") if isinstance(found, str | dict) else ""
+    return printable(" ".join(text.split()), colours=False)
 
 
 def _finding(item: Any) -> str:

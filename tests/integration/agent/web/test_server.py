@@ -13,7 +13,7 @@ import pytest
 
 from tailspan.errors import ConfigError
 from tailspan_agent.web.access import AccessControl
-from tailspan_agent.web.server import StatusServer
+from tailspan_agent.web.server import ServerAccess, StatusServer
 from tailspan_agent.web.session import Session
 
 T = TypeVar("T")
@@ -24,7 +24,7 @@ def served(
     visit: Callable[[httpx.AsyncClient, StatusServer], Awaitable[T]],
     *,
     problems: list[str] | None = None,
-    **options,
+    **access,
 ) -> T:
     """Start a server on a free port, run the visit, and stop the server."""
 
@@ -34,7 +34,7 @@ def served(
             metrics=lambda accept: (f"accept {accept}\n".encode(), "text/plain; version=0.0.4; charset=utf-8"),
             delivery=lambda identity, job_id: {"identity": identity, "job_id": job_id},
             readiness=lambda: problems or [],
-            **options,
+            access=ServerAccess(**access),
         )
         async with server, httpx.AsyncClient(base_url=server.url, trust_env=False) as client:
             return await visit(client, server)

@@ -1,0 +1,116 @@
+"""`tailspan._secrets`: every form in which a server may quote a token is masked, and nothing else."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import logging
+from datetime import UTC, datetime
+from urllib.parse import quote, quote_plus
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tailspan import _secrets
+from tailspan._secrets import MASK, add_secret, mask, mask_and_cut
+from tailspan.errors import ServiceUnavailableError
+from tailspan.services.fused.wire import error_text
+from tailspan_agent.exporter.outcome import classify_grpc, classify_http
+from tailspan_agent.process.logging_setup import LineFormatter
+
+TOKEN = 'Tok/en+s=cr"e&t-9fQ7x'
+FORMS = {
+    "as it is": TOKEN,
+    "with its scheme": f"Bearer {TOKEN}",
+    "for a URL": quote(TOKEN, safe=""),
+    "for a form": quote_plus(TOKEN),
+    "for a URL, twice": quote(quote(TOKEN, safe=""), safe=""),
+    "every character for a URL": "".join(f"%{ord(char):02x}" for char in TOKEN),
+    "as JSON": json.dumps(TOKEN)[1:-1],
+    "as JSON in JSON": json.dumps(json.dumps(TOKEN))[3:-3],
+    "as JSON with escaped slashes": json.dumps(TOKEN)[1:-1].replace("/", "\\/"),
+    "every character as JSON": "".join(f"\\u{ord(char):04X}" for char in TOKEN),
+    "as HTML": html.escape(TOKEN),
+    "every character as HTML": "".join(f"&#{ord(char)};" for char in TOKEN),
+    "as a Python literal": repr(TOKEN.encode())[2:-1],
+    "in hexadecimal": TOKEN.encode().hex(),
+    "in upper case": TOKEN.upper(),
+    "in lines": "\r\n".join(TOKEN),
+    "with control characters": "\x1b".join(TOKEN),
+    **{
+        f"in base64 after {before} bytes": base64.b64encode(b"x" * before + TOKEN.encode()).decode().rstrip("=")
+        for before in range(3)
+    },
+    "in base64 for URLs": base64.urlsafe_b64encode(TOKEN.encode()).decode().rstrip("="),
+}
+
+
+@pytest.fixture(autouse=True)
+def secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that uses one token."""
+    monkeypatch.setattr(_secrets, "_secrets", {})
+    add_secret(f"Bearer {TOKEN}")
+
+
+def leaks(text: str) -> bool:
+    """Return whether eight characters of a form are left anywhere; in base64 some at its edges are not known."""
+    return any(form[at : at + 8] in text for form in FORMS.values() for at in range(4, len(form) - 12))
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_each_form_is_masked(form: str) -> None:
+    """In the middle of a text, and cut off at its end."""
+    text = mask(f"no access with {form} at all")
+    assert MASK in text
+    assert not leaks(text)
+    assert mask(f"invalid: {TOKEN[:11]}...") == f"invalid: {MASK}..."
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_messages_are_masked_before_they_are_cut(form: str) -> None:
+    """Whatever the place of the cut: errors of services, outcomes of HTTP and gRPC, and the log."""
+    for before in (270, 280, 290, 298, 480, 490, 498):
+        echo = "x" * before + form + "y" * 900
+        assert not leaks(error_text(json.dumps({"message": echo}).encode()))
+        assert not leaks(str(classify_http("logs", 503, {}, echo.encode(), 1, datetime.now(UTC))))
+        assert not leaks(str(classify_grpc("UNAVAILABLE", echo, None)))
+
+
+def test_errors_and_log_lines_are_masked() -> None:
+    """Each message passes one place, also with a traceback."""
+    assert str(ServiceUnavailableError(f"503 {TOKEN}")) == f"503 {MASK}"
+    try:
+        raise RuntimeError(f"no {TOKEN}")
+    except RuntimeError as error:
+        record = logging.makeLogRecord(
+            {"name": "x", "msg": "failed %s", "args": (TOKEN,), "exc_info": (RuntimeError, error, error.__traceback__)}
+        )
+    line = LineFormatter().format(record)
+    assert line.count(MASK) == 2
+    assert not leaks(line)
+
+
+def test_user_and_password_are_masked_apart_and_together() -> None:
+    """A Basic header is quoted as it is, or decoded."""
+    add_secret("Basic " + base64.b64encode(b"someone:pa55word-long").decode())
+    for quoted in ("someone:pa55word-long", "pa55word-long", base64.b64encode(b"someone:pa55word-long").decode()):
+        assert mask(f"<{quoted}>") == f"<{MASK}>"
+
+
+def test_short_values_and_old_tokens() -> None:
+    """A short value occurs in any message; of many rotated tokens the newest are known."""
+    add_secret("short")
+    assert mask("a short text") == "a short text"
+    for number in range(150):
+        add_secret(f"rotated-{number:04d}-x")
+    assert mask("rotated-0149-x rotated-0000-x") == f"{MASK} rotated-0000-x"
+
+
+@given(st.text(max_size=300), st.integers(min_value=1, max_value=100))
+def test_other_text_stays_as_it_is(text: str, most: int) -> None:
+    """Without a secret in it nothing changes; with it, nothing but the secret."""
+    assert mask(text) == text
+    assert mask_and_cut(text, most, "...") == (text if len(text) <= most else text[:most] + "...")
+    assert mask(f"{text} {TOKEN} {text}") == f"{text} {MASK} {text}"
