@@ -11,18 +11,46 @@ from pathlib import Path
 from tailspan.errors import ProtocolError
 from tailspan.local.index import ENTRY_BYTES, HEADER, HEADER_BYTES, NOTHING, Entry, unpack_entry
 
-__all__ = ["IndexFile", "open_file", "read_at"]
+__all__ = ["NO_DIRECTORY", "IndexFile", "open_directory", "open_file", "read_at"]
+
+NO_DIRECTORY = -1
+"""Instead of the descriptor of a directory that is gone, or that is a link."""
 
 _ENTRIES_PER_READ = 256
+# O_PATH: searching a directory needs no permission to list it.
+_DIRECTORY = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY)
 
 
-def open_file(path: Path | str) -> int | None:
+def open_directory(path: Path | str) -> int:
+    """Return a descriptor of a job's directory, for `open_file`; neither it nor its parent may be a link.
+
+    A store may belong to another user than its reader. As long as a reader holds the descriptor, no change of names
+    leads it elsewhere.
+
+    Raises:
+        OSError: There is no such directory; ``ENOTDIR`` or ``ELOOP`` for a link.
+    """
+    parent, _, name = os.fspath(path).rpartition("/")
+    parent_fd = os.open(parent or ".", _DIRECTORY)
+    try:
+        return os.open(name, _DIRECTORY, dir_fd=parent_fd)
+    finally:
+        os.close(parent_fd)
+
+
+def open_file(path: Path | str, dir_fd: int | None = None) -> int | None:
     """Return a file descriptor for reading, or None when there is no such file.
 
     A link or a FIFO under its name does not count: a reader with more rights than the job must not be led elsewhere.
+
+    Args:
+        path: The file; with ``dir_fd`` its name.
+        dir_fd: From `open_directory`; `NO_DIRECTORY` has no files.
     """
+    if dir_fd == NO_DIRECTORY:
+        return None
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=dir_fd)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
             return None
@@ -52,13 +80,17 @@ class IndexFile:
         count: How many entries there are up to the last that is whole. Some before it may be damaged.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, dir_fd: int | None = None) -> None:
         """Open an index; one that is missing has no entries.
+
+        Args:
+            path: Where it is.
+            dir_fd: Its directory, if that is open.
 
         Raises:
             ProtocolError: It was written by a newer version.
         """
-        self._fd = open_file(path)
+        self._fd = open_file(path if dir_fd is None else path.name, dir_fd)
         self.count = 0
         try:
             header = read_at(self._fd, 0, HEADER_BYTES)

@@ -25,7 +25,7 @@ from tailspan.local.index import (
     entry_time,
     text_flags,
 )
-from tailspan.local.index_file import IndexFile, open_file, read_at
+from tailspan.local.index_file import NO_DIRECTORY, IndexFile, open_directory, open_file, read_at
 from tailspan.logs.page import CLEAN, MAX_PAGE_BYTES, MAX_PAGE_LINES, NANOS_PER_MS, LineRun, LogPage, OpenLine, Stream
 from tailspan.logs.text import count_lines
 
@@ -78,12 +78,20 @@ class LogReader:
         """
         self._job_id = job_id
         self._ended = ended
-        self._index = IndexFile(directory / "log.idx")
         try:
-            self._log_fd = open_file(directory / "log")
-        except BaseException:
-            self._index.close()
-            raise
+            dir_fd = open_directory(directory)
+        except (FileNotFoundError, NotADirectoryError):
+            dir_fd = NO_DIRECTORY
+        try:
+            self._index = IndexFile(directory / "log.idx", dir_fd)
+            try:
+                self._log_fd = open_file("log", dir_fd)
+            except BaseException:
+                self._index.close()
+                raise
+        finally:
+            if dir_fd != NO_DIRECTORY:
+                os.close(dir_fd)
 
     def __enter__(self) -> Self:
         return self

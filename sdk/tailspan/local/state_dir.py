@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-__all__ = ["StateDir", "new_job_id"]
+__all__ = ["WRITE_LOCKED", "StateDir", "is_write_locked", "new_job_id"]
+
+WRITE_LOCKED = b"write-locked\n"
+"""What a job's lock file contains if its supervisor holds a lock that only writers of the file can have."""
 
 # Files take the directory's group; its members add jobs, and the sticky bit protects those of others.
 _SHARED = 0o3770
@@ -95,6 +99,8 @@ class StateDir:
         """
         import fcntl
 
+        if os.path.islink(self.jobs):
+            raise OSError(errno.ELOOP, "a link instead of a directory", self.jobs)
         if self.gid is not None:
             self.make_directories()
         new = f"{self.jobs}/.new-{job_id}"
@@ -107,6 +113,8 @@ class StateDir:
         try:
             lock_fd = self._write_new(f"{new}/lock", b"", close=False)
             fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _write_lock(lock_fd):
+                os.write(lock_fd, WRITE_LOCKED)
             self._write_new(f"{new}/job.json", json_text(dict(spec)).encode() + b"\n")
             self._write_new(f"{new}/log", b"")
             self._write_new(f"{new}/log.idx", HEADER)
@@ -182,9 +190,45 @@ class StateDir:
         return fd
 
 
+def _write_lock(fd: int) -> bool:
+    """Take a lock that only a file open for writing can have; return False where the system has none."""
+    import fcntl
+
+    command = getattr(fcntl, "F_OFD_SETLK", None)
+    if command is None:
+        return False
+    try:
+        fcntl.fcntl(fd, command, _flock(fcntl.F_WRLCK))
+    except OSError:
+        # Network file systems map it and flock() to one lock.
+        return False
+    return True
+
+
+def is_write_locked(fd: int) -> bool:
+    """Return whether a process holds the lock of `WRITE_LOCKED` on a file.
+
+    Raises:
+        OSError: The system has no such locks: the file is from another one.
+    """
+    import fcntl
+    import struct
+
+    # "Would a lock for reading be possible?": only a lock for writing prevents it.
+    found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_RDLCK))
+    return bool(struct.unpack_from("h", found)[0] != fcntl.F_UNLCK)
+
+
+def _flock(kind: int) -> bytes:
+    """Return C's ``struct flock`` for a whole file."""
+    import struct
+
+    return struct.pack("hhqqi4x", kind, os.SEEK_SET, 0, 0, 0)
+
+
 def _read_text(path: str) -> str | None:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         return None
     try:

@@ -11,13 +11,14 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tailspan.errors import ConfigError, JobNotFoundError, ProtocolError, ServiceUnavailableError
-from tailspan.local.index_file import open_file, read_at
-from tailspan.local.state_dir import StateDir, new_job_id
+from tailspan.local.index_file import open_directory, open_file, read_at
+from tailspan.local.state_dir import WRITE_LOCKED, StateDir, is_write_locked, new_job_id
 from tailspan.models import JobState
 
 __all__ = ["JobStore", "StoredJob", "new_job_id", "submitted_at_of", "time_of"]
@@ -153,10 +154,52 @@ class JobStore:
         # Text rather than a Path: an agent polls thousands of jobs.
         if not _JOB_ID.fullmatch(job_id):
             raise JobNotFoundError(f"there is no local job {job_id[:80]!r}", job_id=job_id)
-        place = f"{self.jobs}/{job_id}"
-        if os.path.islink(place):
-            raise JobNotFoundError(f"{place} is a link, not a job of this store", job_id=job_id)
-        return place
+        return f"{self.jobs}/{job_id}"
+
+    @contextmanager
+    def _opened(self, job_id: str) -> Iterator[int]:
+        """Open a job's directory.
+
+        Raises:
+            JobNotFoundError: There is no such job; or it is a link, or the directory of all jobs is one: another user
+                may have made it, to lead a reader elsewhere.
+        """
+        place = self._place(job_id)
+        try:
+            fd = open_directory(place)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise
+            self._check_there()
+            if os.path.islink(self.jobs) or os.path.islink(place):
+                link = self.jobs if os.path.islink(self.jobs) else place
+                raise JobNotFoundError(f"{link} is a link, not a job of this store", job_id=job_id) from None
+            raise JobNotFoundError(f"there is no local job {job_id} in {self.state_dir}", job_id=job_id) from None
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    @contextmanager
+    def _opened_jobs(self) -> Iterator[int]:
+        """Open the directory of all jobs, for listing and for changes of its names.
+
+        Raises:
+            ServiceUnavailableError: It is a link.
+            FileNotFoundError: It does not exist.
+        """
+        try:
+            fd = os.open(self.jobs, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            if os.path.islink(self.jobs):
+                raise ServiceUnavailableError(
+                    f"{self.jobs} is a link, which may lead out of the store: name its target's directory as state_dir"
+                ) from error
+            raise
+        try:
+            yield fd
+        finally:
+            os.close(fd)
 
     def job_ids(self) -> list[str]:
         """Return the ids of all jobs, newest first.
@@ -165,7 +208,8 @@ class JobStore:
             ServiceUnavailableError: The store was moved away or unmounted.
         """
         try:
-            names = os.listdir(self.jobs)
+            with self._opened_jobs() as jobs_fd:
+                names = os.listdir(jobs_fd)
         except FileNotFoundError:
             self._check_there()
             return []
@@ -179,14 +223,11 @@ class JobStore:
             JobNotFoundError: There is no such job.
             ServiceUnavailableError: The store was moved away or unmounted.
         """
-        place = self._place(job_id)
-        spec = _read_json(f"{place}/job.json")
-        if spec is None and not os.path.isdir(place):
-            self._check_there()
-            raise JobNotFoundError(f"there is no local job {job_id} in {self.state_dir}", job_id=job_id)
-        self._used = True
-        recorded, supervised = _read_state(place)
-        return StoredJob(job_id, Path(place), spec or {}, recorded, supervised)
+        with self._opened(job_id) as fd:
+            self._used = True
+            spec = _read_json("job.json", fd) or {}
+            recorded, supervised = _read_state(fd)
+        return StoredJob(job_id, self.directory(job_id), spec, recorded, supervised)
 
     def glance(self, job_id: str) -> StoredJob:
         """Return what the files say about a job, without its ``job.json`` where ``state.json`` will do.
@@ -194,26 +235,31 @@ class JobStore:
         Raises:
             JobNotFoundError: There is no such job.
         """
-        place = self._place(job_id)
-        recorded, supervised = _read_state(place)
-        if "name" not in recorded:
-            return self.load(job_id)
-        return StoredJob(job_id, Path(place), {}, recorded, supervised)
+        with self._opened(job_id) as fd:
+            recorded, supervised = _read_state(fd)
+            spec = {} if "name" in recorded else _read_json("job.json", fd) or {}
+        self._used = True
+        return StoredJob(job_id, self.directory(job_id), spec, recorded, supervised)
 
     def state(self, job_id: str) -> tuple[Mapping[str, Any], bool]:
         """Return a job's ``state.json``, and whether its supervisor lives."""
-        return _read_state(self._place(job_id))
+        with self._opened(job_id) as fd:
+            return _read_state(fd)
 
     def running_mark(self, job_id: str) -> tuple[int, ...] | None:
         """Return what changes with each line and each state of a running job; None when it does not run.
 
         Costs a tenth of `glance`, for callers that poll thousands of silent jobs.
         """
-        directory = f"{self.jobs}/{job_id}"
         try:
-            state, index = os.lstat(f"{directory}/state.json"), os.lstat(f"{directory}/log.idx")
-            if not _is_locked(f"{directory}/lock"):
-                return None
+            fd = open_directory(f"{self.jobs}/{job_id}")
+            try:
+                state = os.stat("state.json", dir_fd=fd, follow_symlinks=False)
+                index = os.stat("log.idx", dir_fd=fd, follow_symlinks=False)
+                if not _is_supervised(fd):
+                    return None
+            finally:
+                os.close(fd)
         except OSError:
             return None  # the caller's next read raises the detailed error
         return state.st_ino, state.st_mtime_ns, state.st_size, index.st_ino, index.st_mtime_ns, index.st_size
@@ -230,7 +276,9 @@ class JobStore:
     def mark_canceled(self, job_id: str) -> None:
         """Leave a mark for a supervisor that cannot be signalled yet; on a disk that is full or fails, do without."""
         try:
-            os.close(os.open(self.directory(job_id) / "cancel", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            with self._opened(job_id) as fd:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+                os.close(os.open("cancel", flags, 0o600, dir_fd=fd))
         except (PermissionError, FileNotFoundError):
             raise
         except OSError:
@@ -254,9 +302,10 @@ class JobStore:
                 job = self.load(job_id)
                 ended = time_of(job.recorded.get("finished_at")) or job.last_sign_of_life or submitted
                 if job.logs_complete and ended and ended.timestamp() <= limit:
-                    gone = self.jobs / f".gone-{job_id}"
-                    job.directory.rename(gone)
-                    shutil.rmtree(gone)
+                    gone = f".gone-{job_id}"
+                    with self._opened_jobs() as jobs_fd:
+                        os.rename(job_id, gone, src_dir_fd=jobs_fd, dst_dir_fd=jobs_fd)
+                        shutil.rmtree(gone, dir_fd=jobs_fd)
                     yield job_id
             except (FileNotFoundError, JobNotFoundError, PermissionError):
                 # Another process prunes too, or the job is another user's.
@@ -267,9 +316,16 @@ class JobStore:
         """Delete what a process left that was killed while it made or deleted a job."""
         import shutil
 
-        for entry in os.scandir(self.jobs) if self.jobs.is_dir() else ():
-            if entry.name.startswith((".new-", ".gone-")) and now_s - entry.stat().st_mtime > _ABANDONED_S:
-                shutil.rmtree(entry.path, ignore_errors=True)
+        try:
+            with self._opened_jobs() as jobs_fd:
+                for name in os.listdir(jobs_fd):
+                    if not name.startswith((".new-", ".gone-")):
+                        continue
+                    made = os.stat(name, dir_fd=jobs_fd, follow_symlinks=False)
+                    if now_s - made.st_mtime > _ABANDONED_S:
+                        shutil.rmtree(name, ignore_errors=True, dir_fd=jobs_fd)
+        except FileNotFoundError:
+            return
 
 
 def _gid(group: str) -> int:
@@ -281,19 +337,19 @@ def _gid(group: str) -> int:
         raise ConfigError(f"there is no group {group!r} on this machine", key="services.local.group") from None
 
 
-def _read_state(place: str) -> tuple[Mapping[str, Any], bool]:
-    recorded = _read_json(f"{place}/state.json") or {}
+def _read_state(dir_fd: int) -> tuple[Mapping[str, Any], bool]:
+    recorded = _read_json("state.json", dir_fd) or {}
     if recorded.get("end"):
         return recorded, False
-    if _is_locked(f"{place}/lock"):
+    if _is_supervised(dir_fd):
         return recorded, True
     # Its last words may have been written between our two looks.
-    return _read_json(f"{place}/state.json") or {}, False
+    return _read_json("state.json", dir_fd) or {}, False
 
 
-def _read_json(path: str) -> dict[str, Any] | None:
+def _read_json(name: str, dir_fd: int) -> dict[str, Any] | None:
     """Return what is usable of a file's object; None when it is missing or was damaged by a power failure."""
-    fd = open_file(path)
+    fd = open_file(name, dir_fd)
     if fd is None:
         return None
     try:
@@ -307,13 +363,20 @@ def _read_json(path: str) -> dict[str, Any] | None:
     return {key: item for key, item in value.items() if isinstance(item, _TYPES.get(key, object))}
 
 
-def _is_locked(path: str) -> bool:
+def _is_supervised(dir_fd: int) -> bool:
+    """Return whether a supervisor holds a job's lock.
+
+    Who may only read the lock file can take a lock of ``flock`` as well. Newer supervisors therefore hold a lock that
+    needs the right to write, and say so in the file.
+    """
     import fcntl
 
-    fd = open_file(path)
+    fd = open_file("lock", dir_fd)
     if fd is None:
         return False
     try:
+        if read_at(fd, 0, len(WRITE_LOCKED)) == WRITE_LOCKED:
+            return is_write_locked(fd)
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
