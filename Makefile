@@ -107,7 +107,8 @@ prove: $(VENV)/.installed-dev
 	@$(BIN)/python -m tests.prove --seed $(PROVE_SEED) --kills $(PROVE_KILLS) --only '$(PROVE_ONLY)' \
 	  $(if $(PROVE_JSON),--json '$(PROVE_JSON)') $(if $(PROVE_DOCS),--docs)
 
-# What is known against the pinned dependencies; ends with 3, and says so, where no source of that can be reached.
+# What is known against the pinned dependencies and against their lower bounds; ends with 3, and says so, where no source
+# of that can be reached.
 audit: $(VENV)/.installed-dev
 	@test -x $(VENV)-audit/bin/pip-audit || { $(BIN)/python -m venv $(VENV)-audit && \
 	  $(VENV)-audit/bin/python -m pip install -qq --disable-pip-version-check pip-audit; }
@@ -148,13 +149,19 @@ $(VENV)/.installed-dev: $(INSTALLED) | $(BIN)/python
 	@$(COMPILE)
 	@touch $@
 
-# Newest versions that go together; run it on the oldest supported Python.
+# Newest versions that go together; run it on the oldest supported Python. For the container image also the hashes of
+# their files, for all platforms.
 lock: | $(BIN)/python
 	rm -rf $(VENV)-lock
 	$(BIN)/python -m venv $(VENV)-lock
 	$(VENV)-lock/bin/python -m pip install -qq --disable-pip-version-check '.[dev]'
 	{ sed -n '/^#/p' requirements.lock; $(VENV)-lock/bin/python -m pip freeze --exclude tailspan; } > $(VENV)-lock/requirements.lock
 	mv $(VENV)-lock/requirements.lock requirements.lock
+	$(VENV)-lock/bin/python -m pip install -qq --disable-pip-version-check uv
+	{ sed -n '/^#/p' deploy/requirements.lock; $(VENV)-lock/bin/uv pip compile --quiet --universal --python-version 3.11 \
+	  --extra agent --extra zstd --constraint requirements.lock --generate-hashes --no-header --no-annotate --no-emit-index-url \
+	  --no-emit-find-links pyproject.toml; } > $(VENV)-lock/requirements.lock
+	mv $(VENV)-lock/requirements.lock deploy/requirements.lock
 	rm -rf $(VENV)-lock
 
 clean:

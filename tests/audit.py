@@ -1,4 +1,6 @@
-"""``python -m tests.audit PIP_AUDIT`` asks what is known against the pinned dependencies: ``make audit``.
+"""``python -m tests.audit PIP_AUDIT`` asks what is known against the dependencies: ``make audit``.
+
+It checks the pinned versions, and the lower bounds of what users install: a bound with a known weakness is a fault.
 
 The exit code is 0 if no vulnerability is known, 1 if one is, and 3 if no source could be reached.
 """
@@ -6,11 +8,17 @@ The exit code is 0 if no vulnerability is known, 1 if one is, and 3 if no source
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import tempfile
+import tomllib
 from pathlib import Path
 
 LOCK = Path(__file__).parent.parent / "requirements.lock"
+PROJECT = LOCK.with_name("pyproject.toml")
+USED = ("serve", "agent", "zstd")
+BOUND = re.compile(r"([a-z0-9-]+)>=([0-9.]+)")
 SOURCES = ("pypi", "osv")
 NOT_AUDITED = 3
 
@@ -35,6 +43,22 @@ def audit(program: str, lock: Path = LOCK) -> int:
     return NOT_AUDITED
 
 
+def lower_bounds(project: Path = PROJECT) -> list[str]:
+    """Return the oldest versions that users may install, as ``NAME==VERSION``."""
+    table = tomllib.loads(project.read_text())["project"]
+    needed = [*table["dependencies"], *(each for extra in USED for each in table["optional-dependencies"][extra])]
+    found = (BOUND.match(each) for each in needed)
+    return [f"{match[1]}=={match[2]}" for match in found if match]
+
+
+def audit_all(program: str) -> int:
+    """Audit the pinned versions and the lower bounds; return the worse exit code."""
+    with tempfile.TemporaryDirectory() as directory:
+        bounds = Path(directory) / "lower-bounds.txt"
+        bounds.write_text("\n".join(lower_bounds()))
+        return max(audit(program), audit(program, bounds))
+
+
 def _report(packages: list[dict[str, object]], source: str) -> int:
     known, skipped = 0, 0
     for package in packages:
@@ -50,4 +74,4 @@ def _report(packages: list[dict[str, object]], source: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(audit(sys.argv[1]))
+    sys.exit(audit_all(sys.argv[1]))

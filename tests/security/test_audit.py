@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from tests.audit import LOCK, NOT_AUDITED, audit
+from tests.audit import LOCK, NOT_AUDITED, PROJECT, USED, audit, lower_bounds
 
 BAD = {"name": "left", "version": "1", "vulns": [{"id": "CVE-1", "fix_versions": ["2"]}]}
 GOOD = {"name": "right", "version": "1", "vulns": []}
@@ -58,3 +60,47 @@ def test_all_that_is_installed_is_pinned_exactly() -> None:
     lines = [line for line in LOCK.read_text().splitlines() if line and not line.startswith("#")]
     assert lines
     assert all(line.count("==") == 1 for line in lines)
+
+
+# The oldest versions without a known weakness that matters here, each with the last weakness below it.
+WITHOUT_WEAKNESS = {
+    "certifi": (2024, 7, 4),  # CVE-2024-39689
+    "grpcio": (1, 66, 2),  # CVE-2024-11407
+    "h11": (0, 16),  # CVE-2025-43859
+    "idna": (3, 7),  # CVE-2024-3651
+    "jinja2": (3, 1, 6),  # CVE-2025-27516
+    "protobuf": (6, 33, 5),  # CVE-2026-0994
+    "starlette": (0, 49, 1),  # CVE-2025-62727
+}
+
+
+def test_every_dependency_has_a_lower_bound_and_none_has_a_known_weakness() -> None:
+    """What users install is at least this new, whatever their resolver chooses."""
+    table = tomllib.loads(PROJECT.read_text())["project"]
+    needed = [*table["dependencies"], *(each for extra in USED for each in table["optional-dependencies"][extra])]
+    bounds = dict(bound.split("==") for bound in lower_bounds())
+    assert len(bounds) == len([each for each in needed if not each.startswith("tailspan[")])
+    for name, least in WITHOUT_WEAKNESS.items():
+        assert tuple(map(int, bounds[name].split("."))) >= least, name
+
+
+def test_the_build_needs_exact_versions() -> None:
+    """A build of the same commit uses the same tools."""
+    requires = tomllib.loads(PROJECT.read_text())["build-system"]["requires"]
+    assert [each for each in requires if not re.fullmatch(r"[a-z]+==[0-9.]+", each)] == []
+
+
+def test_the_image_installs_locked_files_only() -> None:
+    """Each package has the version of the lock and hashes, and no file names a place to download from."""
+    text = LOCK.with_name("deploy").joinpath("requirements.lock").read_text()
+    packages = re.findall(
+        r"^([a-z0-9-]+)==([0-9.a-z]+)[^\n]*((?:\n    --hash=sha256:[0-9a-f]{64}[^\n]*)+)", text, re.MULTILINE
+    )
+    assert len(packages) == len(re.findall(r"^[a-z]", text, re.MULTILINE))
+    locked = {
+        name.lower().replace("_", "-"): version
+        for name, version in (line.split("==") for line in LOCK.read_text().splitlines() if "==" in line)
+    }
+    assert {name: version for name, version, _ in packages if locked[name] != version} == {}
+    assert not re.search(r"://|--(extra-)?index-url|--find-links", text + LOCK.read_text())
+    assert "--require-hashes" in LOCK.with_name("deploy").joinpath("Dockerfile").read_text()
