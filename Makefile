@@ -159,8 +159,7 @@ lock: | $(BIN)/python
 	mv $(VENV)-lock/requirements.lock requirements.lock
 	$(VENV)-lock/bin/python -m pip install -qq --disable-pip-version-check uv
 	{ sed -n '/^#/p' deploy/requirements.lock; $(VENV)-lock/bin/uv pip compile --quiet --universal --python-version 3.11 \
-	  --extra agent --extra zstd --constraint requirements.lock --generate-hashes --no-header --no-annotate --no-emit-index-url \
-	  --no-emit-find-links pyproject.toml; } > $(VENV)-lock/requirements.lock
+	  --extra agent --extra zstd --constraint requirements.lock --generate-hashes --no-header --no-annotate pyproject.toml; } > $(VENV)-lock/requirements.lock
 	mv $(VENV)-lock/requirements.lock deploy/requirements.lock
 	rm -rf $(VENV)-lock
 

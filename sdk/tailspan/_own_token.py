@@ -51,7 +51,7 @@ def own_token(path: Path, *, instead: str) -> str:
 
 
 def read_own_token(path: Path, port: int) -> str | None:
-    """Return the token of this user's server on a port of this machine; None if there is none.
+    """Return the token of this user's server on a port of this machine, if it has one.
 
     None also if the port belongs to another user, who would receive the token, and where this is not known.
 
