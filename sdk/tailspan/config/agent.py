@@ -82,8 +82,8 @@ class AgentSettings(Options):
 
     Attributes:
         state_dir: Checkpoints, dead letters and files.
-        listen: ``HOST:PORT`` of page and metrics, or ``unix:/PATH`` of a socket for this user only. Empty, or ``off`` in
-            a file or variable: no server.
+        listen: ``HOST:PORT`` of page and metrics, or ``unix:/PATH`` of a socket for this user only; empty, or ``off``
+            in a file or variable: no server.
         token: Required by the page, metrics and deliveries.
         token_file: A file with that token, read when needed. Without both, the agent makes a token for its page.
         allowed_hosts: More names that the page accepts in the Host header.
