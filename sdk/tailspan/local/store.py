@@ -6,6 +6,7 @@ submitted, never changed), ``state.json`` (what became of it, replaced as a whol
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
