@@ -7,7 +7,6 @@ from functools import partial
 from tests.prove import (
     configuration,
     endpoint,
-    faults_clients,
     faults_disk,
     faults_local,
     faults_stores,
@@ -43,7 +42,6 @@ def grouped(kills: int) -> dict[str, list[Scenario]]:
         "disk": faults_disk.scenarios(),
         "local jobs": faults_local.scenarios(),
         "agent process": [change.scenario() for change in process.FAULTS],
-        "clients": [flood.scenario() for flood in faults_clients.FAULTS],
         "configuration": [change.scenario() for change in configuration.FAULTS],
         "load": [row.scenario() for row in load.FAULTS],
         "wrong builds": [build.scenario() for build in wrong_builds.BUILDS],
