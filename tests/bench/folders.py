@@ -16,6 +16,7 @@ from tailspan._identity import trace_id
 from tailspan.local.store import JobStore, new_job_id
 from tests.bench import printer
 from tests.bench.measure import run, tailspan
+from tests.fakes.local_jobs import until
 
 __all__ = ["PRINTER", "add_copies", "add_real", "make_store", "text_bytes"]
 
@@ -45,6 +46,8 @@ def add_real(directory: Path, lines: int, *options: str) -> str:
     command = [sys.executable, "-S", "-E", PRINTER, str(lines), *options]
     run(tailspan("run", "--name", "bench-0", "--", *command), env={"TAILSPAN_STATE_DIR": str(directory)})
     (job_id,) = set(store.job_ids()) - before
+    # `tailspan run` exits a moment before the supervisor has written the end.
+    until(lambda: json.loads((store.directory(job_id) / "state.json").read_text())["end"])
     return job_id
 
 
