@@ -443,8 +443,10 @@ class Agent:
             lookback = max((watch.lookback for watch in watches), default=0.0)
             keep = {tailer.job_id for tailer in self.tailers} | {job for watch in watches for job in watch.jobs}
             sends_spans = self._context.spans is not None
+            older_than_s, forgotten = max(_FORGET_S, 2 * lookback), 0
             try:
-                forgotten = self.store.forget(max(_FORGET_S, 2 * lookback), keep=keep, keep_unsent=sends_spans)
+                if self.store.may_forget(time.time(), older_than_s):
+                    forgotten = self.store.forget(older_than_s, keep=keep, keep_unsent=sends_spans)
             except CheckpointError as error:
                 _log.warning("old jobs were not removed from the checkpoint store: %s", error)
             else:

@@ -3,6 +3,7 @@
 TailspanError
   AgentError                the agent or a command cannot continue
     CheckpointError         the checkpoint store cannot be opened, read or written
+    ValueRefusedError       the checkpoint store cannot hold a value of one job; the store itself works
     ExportRejectedError     the endpoint rejects a request, or is unavailable for too long
 
 A batch that the endpoint rejects while the agent runs is an outcome (`exporter.outcome`), not an exception; these
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from tailspan.errors import TailspanError
 
-__all__ = ["AgentError", "CheckpointError", "ExportRejectedError"]
+__all__ = ["AgentError", "CheckpointError", "ExportRejectedError", "ValueRefusedError"]
 
 
 class AgentError(TailspanError):
@@ -28,6 +29,10 @@ class AgentError(TailspanError):
 
 class CheckpointError(AgentError):
     """The checkpoint store cannot be opened, read or written."""
+
+
+class ValueRefusedError(AgentError):
+    """The checkpoint store cannot hold a value of one job. The store works: only this job cannot be stored."""
 
 
 class ExportRejectedError(AgentError):

@@ -43,9 +43,12 @@ class Flag:
             self._waiters = tuple(other for other in self._waiters if other is not waiter)
 
 
-async def cancelled(task: asyncio.Task[Any]) -> None:
-    """Cancel a task and wait for its end. Log its error, if any: the caller has more to close."""
-    task.cancel()
-    await asyncio.wait([task])
-    if not task.cancelled() and (error := task.exception()) is not None:
-        _log.error("a cancelled task had failed before", exc_info=error)
+async def cancelled(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks and wait for their end. Log their errors, if any: the caller has more to close."""
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks)
+    for task in tasks:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("a cancelled task had failed before", exc_info=error)

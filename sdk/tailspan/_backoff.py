@@ -6,7 +6,10 @@ import math
 import re
 from datetime import UTC, datetime
 
-__all__ = ["backoff_s", "parse_retry_after_s"]
+__all__ = ["MAX_RETRY_AFTER_S", "backoff_s", "parse_retry_after_s"]
+
+MAX_RETRY_AFTER_S = 3600.0
+"""The longest delay that a server can demand, in seconds: a wrong header must not stop a caller for years."""
 
 _DELTA_SECONDS = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9})?")
 
@@ -26,8 +29,9 @@ def backoff_s(
         jitter: A random number in [0, 1): spreads callers that failed at one moment.
         first_s: Longest delay after the first attempt, in seconds; it doubles with each further one.
         max_s: Where doubling stops, in seconds.
-        retry_after_s: Delay that the server demands, in seconds, if it does: the result is never less, and up to a
-            tenth more, so that callers with the same demand do not all retry at the same moment.
+        retry_after_s: Delay that the server demands, in seconds, if it does: the result is never less, up to
+            `MAX_RETRY_AFTER_S`, and up to a tenth more, so that callers with the same demand do not all retry at the
+            same moment.
 
     Returns:
         Seconds: between half of the delay and the whole of it.
@@ -35,7 +39,9 @@ def backoff_s(
     # 2.0**1024 overflows, and a caller may try for ever.
     longest_s = min(max_s, first_s * 2.0 ** min(attempt, 64))
     delay_s = longest_s * (0.5 + 0.5 * jitter)
-    return delay_s if retry_after_s is None else max(delay_s, retry_after_s * (1.0 + 0.1 * jitter))
+    if retry_after_s is None:
+        return delay_s
+    return max(delay_s, min(retry_after_s, MAX_RETRY_AFTER_S) * (1.0 + 0.1 * jitter))
 
 
 def parse_retry_after_s(value: str | None, now: datetime) -> float | None:
@@ -46,13 +52,13 @@ def parse_retry_after_s(value: str | None, now: datetime) -> float | None:
         now: The present moment (aware), which a date is compared with.
 
     Returns:
-        Seconds, 0 or more; None without a valid header.
+        Seconds, from 0 to `MAX_RETRY_AFTER_S`; None without a valid header.
 
     Source: RFC 9110, section 10.2.3; fractions are not in it, but gateways send them.
     """
     text = (value or "").strip()
     if _DELTA_SECONDS.fullmatch(text):
-        return float(text)
+        return min(float(text), MAX_RETRY_AFTER_S)
     from email.utils import parsedate_to_datetime  # slow to import, and rarely needed
 
     try:
@@ -62,4 +68,4 @@ def parse_retry_after_s(value: str | None, now: datetime) -> float | None:
         seconds = (moment - now).total_seconds()
     except (ValueError, OverflowError, IndexError, TypeError):
         return None
-    return max(0.0, seconds) if math.isfinite(seconds) else None
+    return min(max(0.0, seconds), MAX_RETRY_AFTER_S) if math.isfinite(seconds) else None

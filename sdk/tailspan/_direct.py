@@ -5,13 +5,17 @@ Loading asyncio and anyio, and starting a thread with a loop, costs several time
 
 from __future__ import annotations
 
+import threading
 import types
-from collections.abc import AsyncGenerator, Awaitable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from typing import TypeVar, cast
 
-__all__ = ["checkpoint", "iterate_directly", "run_directly"]
+__all__ = ["beside_loop", "checkpoint", "iterate_directly", "run_directly"]
 
 T = TypeVar("T")
+
+_running = threading.local()
+"""``directly``: whether this thread runs a coroutine by `run_directly`, perhaps inside of an event loop."""
 
 
 @types.coroutine
@@ -23,6 +27,20 @@ def checkpoint() -> Generator[None, None, None]:
     yield
 
 
+async def beside_loop(function: Callable[..., T], *args: object) -> T:
+    """Call a function that may take long: in another thread if an event loop runs, so that it is free.
+
+    Args:
+        function: What to call.
+        *args: Its arguments.
+    """
+    if getattr(_running, "directly", False):
+        return function(*args)
+    import anyio.to_thread
+
+    return await anyio.to_thread.run_sync(function, *args)
+
+
 def run_directly(awaitable: Awaitable[T]) -> T:
     """Run a coroutine to its end in this thread, and return its result.
 
@@ -30,11 +48,16 @@ def run_directly(awaitable: Awaitable[T]) -> T:
         awaitable: Suspends at `checkpoint` only.
     """
     steps = cast("Generator[None, None, T]", awaitable.__await__())
-    while True:
-        try:
-            steps.send(None)
-        except StopIteration as end:
-            return cast("T", end.value)
+    outer = getattr(_running, "directly", False)
+    _running.directly = True
+    try:
+        while True:
+            try:
+                steps.send(None)
+            except StopIteration as end:
+                return cast("T", end.value)
+    finally:
+        _running.directly = outer
 
 
 def iterate_directly(items: AsyncGenerator[T, None]) -> Generator[T, None, None]:

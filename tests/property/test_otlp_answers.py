@@ -17,11 +17,10 @@ from google.rpc.status_pb2 import Status
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tailspan._backoff import parse_retry_after_s
+from tailspan._backoff import MAX_RETRY_AFTER_S, parse_retry_after_s
 from tailspan_agent.commands.replay import replay
 from tailspan_agent.exporter.dead_letter import summarize
 from tailspan_agent.exporter.outcome import (
-    MAX_RETRY_AFTER_S,
     Delivered,
     EndpointFault,
     Rejected,

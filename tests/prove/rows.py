@@ -11,6 +11,7 @@ from tests.prove import (
     faults_local,
     faults_stores,
     fuzz,
+    hostile_jobs,
     jobservice,
     load,
     process,
@@ -44,6 +45,7 @@ def grouped(kills: int) -> dict[str, list[Scenario]]:
         "agent process": [change.scenario() for change in process.FAULTS],
         "configuration": [change.scenario() for change in configuration.FAULTS],
         "load": [row.scenario() for row in load.FAULTS],
+        "hostile jobs": [row.scenario() for row in hostile_jobs.FAULTS],
         "wrong builds": [build.scenario() for build in wrong_builds.BUILDS],
         "input (fuzzed)": fuzz.scenarios(),
     }

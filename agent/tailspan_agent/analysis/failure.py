@@ -12,11 +12,20 @@ from tailspan.models import JobState, JobStatus
 from tailspan_agent.analysis.stack_traces import last_stack
 from tailspan_agent.otlp.text import shorten_stack
 
-__all__ = ["Failure", "error_type", "exit_reason", "failure_of", "fingerprint_of", "out_of_memory_line"]
+__all__ = [
+    "MAX_LINE_CHARS",
+    "Failure",
+    "error_type",
+    "exit_reason",
+    "failure_of",
+    "fingerprint_of",
+    "out_of_memory_line",
+]
 
 _MAX_TYPE_CHARS = 200
 _MAX_MESSAGE_CHARS = 2000
-_MAX_LINE_CHARS = 4000
+MAX_LINE_CHARS = 4000
+"""How much of a line is searched."""
 _MAX_LINES = 2000
 _LAST_LINES = 20
 _LAST_LINE_CHARS = 1000
@@ -64,7 +73,7 @@ def failure_of(lines: Sequence[str]) -> Failure | None:
     Returns:
         The failure; None if all lines are empty.
     """
-    lines = [line[:_MAX_LINE_CHARS] for line in lines[-_MAX_LINES:]]
+    lines = [line[:MAX_LINE_CHARS] for line in lines[-_MAX_LINES:]]
     last_lines = tuple(line[:_LAST_LINE_CHARS] for line in lines if line.strip())[-_LAST_LINES:]
     if not last_lines:
         return None
@@ -146,7 +155,7 @@ def out_of_memory_line(job: JobStatus, failure: Failure | None) -> str | None:
 
 
 def _stable(text: str) -> str:
-    return _NUMBER.sub("0", _ID.sub("0", _FOLDERS.sub("", text[:_MAX_LINE_CHARS])))
+    return _NUMBER.sub("0", _ID.sub("0", _FOLDERS.sub("", text[:MAX_LINE_CHARS])))
 
 
 def _signal_name(exit_code: int) -> str | None:

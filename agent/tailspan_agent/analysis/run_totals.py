@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from math import frexp
+from math import frexp, isfinite
 from typing import Any
 
 __all__ = [
@@ -33,6 +34,7 @@ BOUNDS_S: tuple[float, ...] = tuple(2.0**power for power in range(-4, 20))
 SCALE = 3
 """Scale of the exponential buckets: bucket `i` has the durations in (2**(i / 2**SCALE), 2**((i + 1) / 2**SCALE)]."""
 
+_HEX_32, _HEX_16 = re.compile("[0-9a-f]{32}"), re.compile("[0-9a-f]{16}")
 _PER_OCTAVE = 1 << SCALE
 _FRACTIONS = tuple(2.0 ** (step / _PER_OCTAVE - 1) for step in range(1, _PER_OCTAVE + 1))
 LOWEST_INDEX = -10 * _PER_OCTAVE - 1
@@ -134,6 +136,13 @@ class RunTotals:
         counts = {**self.counts, index: self.counts.get(index, 0) + 1}
         return dataclasses.replace(self, sum_s=self.sum_s + duration_s, counts=counts, exemplars=exemplars)
 
+    def without_exemplars_after(self, latest_unix_nano: int) -> RunTotals:
+        """Return the totals without exemplars of a later time, in ns since the epoch: no newer run replaces them."""
+        kept = tuple(
+            run if run is not None and run.time_unix_nano <= latest_unix_nano else None for run in self.exemplars
+        )
+        return self if kept == self.exemplars else dataclasses.replace(self, exemplars=kept)
+
     def merge(self, other: RunTotals) -> RunTotals:
         """Return the sum of both totals, with the key of this one."""
         counts = dict(self.counts)
@@ -159,11 +168,24 @@ class RunTotals:
             pipeline, result, error_type, sum_s, buckets, exemplars = row
             found = [values and RunExemplar(*values) for values in json.loads(exemplars)]
             counts = _counts(json.loads(buckets), found)
-            newest = _newest(found)
+            newest = _newest(run for run in found if run is not None and _is_possible(run))
             seconds = float(sum_s)
+            if not isfinite(seconds):
+                raise ValueError(f"the sum of durations is {seconds}")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a row of run totals: {error}") from error
         return cls(pipeline, result, error_type or None, seconds, counts, newest)
+
+
+def _is_possible(run: RunExemplar) -> bool:
+    """Return whether OTLP can encode an exemplar: one that it cannot must not stop the metrics of all pipelines."""
+    return (
+        _HEX_32.fullmatch(run.trace_id) is not None
+        and _HEX_16.fullmatch(run.span_id) is not None
+        and isfinite(run.duration_s)
+        and isinstance(run.time_unix_nano, int)
+        and 0 <= run.time_unix_nano < 1 << 63
+    )
 
 
 def _counts(stored: Any, exemplars: Sequence[RunExemplar | None]) -> dict[int, int]:
@@ -179,7 +201,7 @@ def _counts(stored: Any, exemplars: Sequence[RunExemplar | None]) -> dict[int, i
     if stored["scale"] != SCALE:
         raise ValueError(f"scale {stored['scale']} instead of {SCALE}")
     counts = {int(index): int(count) for index, count in stored["counts"].items()}
-    if any(count < 0 or not LOWEST_INDEX <= index <= _HIGHEST_INDEX for index, count in counts.items()):
+    if any(not 0 <= count < 1 << 53 or not LOWEST_INDEX <= index <= _HIGHEST_INDEX for index, count in counts.items()):
         raise ValueError("a bucket or a count is out of range")
     return counts
 

@@ -29,6 +29,8 @@ _GROUP_INDENT = "  + "
 _MAX_MESSAGE_LINES = 50
 _MAX_MORE_LINES = 20
 _MAX_GAP = 50
+# Headers within headers without any exception would take the square of the lines.
+_STEPS_A_LINE, _MORE_STEPS = 10, 2000
 
 _AT = re.compile(r"\s++at \S")
 _THROWN = re.compile(
@@ -67,8 +69,11 @@ def last_stack(lines: Sequence[str]) -> Stack | None:
     """
     last = None
     position = 0
+    left = _STEPS_A_LINE * len(lines) + _MORE_STEPS
     while position < len(lines):
-        found = _python_at(lines, position) or _foreign_at(lines, position)
+        found, steps = _python_at(lines, position) if left > 0 else (None, 0)
+        left -= steps
+        found = found or _foreign_at(lines, position)
         if found is None:
             position += 1
             continue
@@ -83,26 +88,28 @@ def last_stack(lines: Sequence[str]) -> Stack | None:
     return last
 
 
-def _python_at(lines: Sequence[str], position: int) -> Stack | None:
-    """Return the Python traceback that starts at a position, or None."""
+def _python_at(lines: Sequence[str], position: int) -> tuple[Stack | None, int]:
+    """Return the Python traceback that starts at a position, or None; and the number of lines that were searched."""
     header = lines[position].rstrip()
     if header.endswith(_GROUP_INDENT + _GROUP_HEADER):
         start, margin = header.rindex(_GROUP_INDENT), "  | "
     elif header.endswith(_HEADER):
         start, margin = header.rindex(_HEADER), ""
     else:
-        return _syntax_error_at(lines, position) if header.startswith('  File "') else None
+        return _syntax_error_at(lines, position) if header.startswith('  File "') else None, 1
+    steps = 1
     for way, numbered in enumerate(_ways(lines, position, start)):
         first = next(numbered, (0, ""))
         if not first[1].startswith(margin) or not _FRAME.match(first[1], len(margin)):
             continue
         # With a varying prefix, the message and the lines of other workers look alike.
         body, error, end = _group(first, numbered) if margin else _plain(first, numbered, is_separable=way < 2)
+        steps += end - position
         if error:
             lines_of_message = [] if margin else body[body.index(error.string) + 1 :]
             message = "\n".join((error[2] or "", *lines_of_message))
-            return Stack(error[1], message, [header[start:], *body], end)
-    return None
+            return Stack(error[1], message, [header[start:], *body], end), steps
+    return None, steps
 
 
 def _ways(lines: Sequence[str], position: int, start: int) -> Iterator[_Numbered]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
 __all__ = ["KEPT_FAILURES", "StoredHistory"]
 
 KEPT_FAILURES = 100
+_FUTURE_NS = 86400 * 10**9
 
 _log = logging.getLogger(__name__)
 
@@ -68,13 +70,19 @@ class StoredHistory:
         )
 
     def past_runs(self) -> list[PastRun]:
-        """Return the last ended runs of all pipelines; log a warning for a damaged run and skip it."""
+        """Return the last ended runs of all pipelines; log a warning for a damaged or impossible run and skip it."""
         runs = []
+        latest_ns = time.time_ns() + _FUTURE_NS
         for (text,) in self._select("SELECT facts FROM history ORDER BY run"):
             try:
-                runs.append(PastRun.from_json(text))
+                run = PastRun.from_json(text)
             except ValueError as error:
                 _log.warning("checkpoint store: skipping a damaged run in the history: %s", error)
+                continue
+            if 0 <= run.ended_unix_nano <= latest_ns and 0 <= (run.started_unix_nano or 0) <= latest_ns:
+                runs.append(run)
+            else:
+                _log.warning("checkpoint store: skipping a run of job %s with an impossible time", run.job_id)
         return runs
 
     def too_fast(self) -> dict[str, int]:

@@ -27,6 +27,7 @@ from contextlib import AbstractContextManager, ExitStack, closing, contextmanage
 from pathlib import Path
 from typing import Any
 
+from tailspan._clock import settled_clock
 from tailspan._plural import plural
 from tailspan._private_dirs import make_private
 from tailspan_agent.analysis.baseline import PastRun
@@ -35,12 +36,16 @@ from tailspan_agent.analysis.run_totals import RunTotals
 from tailspan_agent.checkpoint.database import connect, file_at, is_damage, lock, salvage
 from tailspan_agent.checkpoint.history import StoredHistory
 from tailspan_agent.checkpoint.rows import Ack, Checkpoint, LedgerReader, OutboxSpan
-from tailspan_agent.errors import CheckpointError
+from tailspan_agent.errors import CheckpointError, ValueRefusedError
 from tailspan_agent.otlp.wire import UINT64_MAX
 
 __all__ = ["Ack", "Checkpoint", "OutboxSpan", "Store", "read_checkpoint"]
 
 _SMALLEST_BYTES = 512
+_FUTURE_S = 86400.0
+
+# What is raised for a value that SQLite cannot hold, or a check of the schema refuses: the file itself is fine.
+_REFUSED = (OverflowError, sqlite3.DataError, sqlite3.IntegrityError, sqlite3.InterfaceError)
 
 _log = logging.getLogger(__name__)
 
@@ -170,13 +175,27 @@ class Store:
                 raise
             self._db.execute("COMMIT")
             self.write_failed = False
-        except (sqlite3.Error, UnicodeDecodeError) as error:
+        except UnicodeEncodeError as error:
+            raise ValueRefusedError(f"the checkpoint store cannot hold a value: {error}") from error
+        except UnicodeDecodeError as error:
+            self.write_failed = True
+            raise CheckpointError(f"cannot write the checkpoint store {self.path}: {error}") from error
+        except _REFUSED as error:
+            raise ValueRefusedError(f"the checkpoint store cannot hold a value: {error}") from error
+        except sqlite3.Error as error:
             self.write_failed = True
             raise CheckpointError(f"cannot write the checkpoint store {self.path}: {error}") from error
 
     def _select(self, query: str, *values: object) -> list[Any]:
-        try:
+        with self._reading():
             return self._db.execute(query, values).fetchall()
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (UnicodeEncodeError, OverflowError) as error:
+            raise ValueRefusedError(f"the checkpoint store cannot hold a value: {error}") from error
         except (sqlite3.Error, UnicodeDecodeError) as error:
             raise CheckpointError(f"cannot read the checkpoint store {self.path}: {error}") from error
 
@@ -210,17 +229,26 @@ class Store:
         )
 
     def ack(self, acks: Iterable[Ack]) -> None:
-        """Store acknowledgements, in one transaction."""
+        """Store acknowledgements, in one transaction; one that cannot be stored does not affect those of other jobs."""
         now_s = time.time()
         with self._transaction() as db:
             for ack in acks:
-                db.execute(
-                    "UPDATE jobs SET cursor = coalesce(?, cursor), facts = ?, updated_s = ? WHERE key = ?",
-                    (ack.cursor, ack.ledger, now_s, ack.key),
-                )
-                for second, (lines, uid_sum) in ack.seconds.items():
-                    self._add_second(db, ack.key, second, lines, uid_sum)
+                db.execute("SAVEPOINT one")
+                try:
+                    self._ack(db, ack, now_s)
+                except _REFUSED as error:
+                    db.execute("ROLLBACK TO one")
+                    _log.error("checkpoint store %s: an ack of job number %d is lost: %s", self.path, ack.key, error)
+                db.execute("RELEASE one")
         self.acked_at_s = now_s
+
+    def _ack(self, db: sqlite3.Connection, ack: Ack, now_s: float) -> None:
+        db.execute(
+            "UPDATE jobs SET cursor = coalesce(?, cursor), facts = ?, updated_s = ? WHERE key = ?",
+            (ack.cursor, ack.ledger, now_s, ack.key),
+        )
+        for second, (lines, uid_sum) in ack.seconds.items():
+            self._add_second(db, ack.key, second, lines, uid_sum)
 
     @staticmethod
     def _add_second(db: sqlite3.Connection, key: int, second: int, lines: int, uid_sum: int) -> None:
@@ -326,22 +354,35 @@ class Store:
         return True
 
     def runs(self) -> list[RunTotals]:
-        """Return the totals of all ended runs."""
+        """Return the totals of all ended runs; exemplars of an impossible time, from an earlier agent, are left out."""
         rows = self._select("SELECT pipeline, result, error_type, sum_s, buckets, exemplars FROM runs")
         totals = []
         for row in rows:
             try:
-                totals.append(RunTotals.from_row(row))
+                totals.append(RunTotals.from_row(row).without_exemplars_after(time.time_ns() + int(_FUTURE_S * 1e9)))
             except ValueError as error:
                 _log.warning("checkpoint store %s: skipping damaged run totals: %s", self.path, error)
         return totals
 
-    def unsent_spans(self, limit: int) -> list[OutboxSpan]:
-        """Return at most `limit` spans that are not acknowledged, oldest jobs first."""
-        rows = self._select(
-            "SELECT job, span_id, resource, span FROM spans WHERE acked = 0 ORDER BY job LIMIT ?", limit
-        )
-        return [OutboxSpan(*row) for row in rows]
+    def unsent_spans(self, limit: int, max_bytes: int = 3 << 20) -> list[OutboxSpan]:
+        """Return spans that are not acknowledged, oldest jobs first.
+
+        Args:
+            limit: Maximum number of spans.
+            max_bytes: Maximum number of bytes of all spans with their resources; one larger span is returned alone.
+        """
+        query = "SELECT job, span_id, resource, span FROM spans WHERE acked = 0 ORDER BY job LIMIT ?"
+        found: list[OutboxSpan] = []
+        size = 0
+        # Row by row: hundreds of failed jobs have megabytes of stack traces.
+        with self._reading(), closing(self._db.execute(query, (limit,))) as rows:
+            for row in rows:
+                span = OutboxSpan(*row)
+                size += len(span.span) + len(span.resource)
+                if found and size > max_bytes:
+                    break
+                found.append(span)
+        return found
 
     def ack_spans(self, spans: Iterable[OutboxSpan]) -> None:
         """Store that spans are acknowledged."""
@@ -359,6 +400,22 @@ class Store:
         with self._transaction() as db:
             db.execute("REPLACE INTO names VALUES (?, ?, ?, ?)", (identity, job_id, utf8_name(name), time.time()))
 
+    def may_forget(self, now_s: float, usual_s: float) -> bool:
+        """Return whether the clock has gone right for long enough to forget what is old by it.
+
+        Args:
+            now_s: The present, in seconds since the epoch.
+            usual_s: A longer time since the last call may be a step of the clock; see `settled_clock`.
+        """
+        rows = self._select("SELECT value FROM meta WHERE key = 'clock'")
+        last_s, _, since_s = rows[0][0].partition(" ") if rows else ("", "", "")
+        settled, since = settled_clock(_number(last_s), _number(since_s), now_s, usual_s=usual_s)
+        with self._transaction() as db:
+            db.execute(
+                "REPLACE INTO meta VALUES ('clock', ?)", (f"{now_s:.0f} {'' if since is None else f'{since:.0f}'}",)
+            )
+        return settled
+
     def forget(self, older_than_s: float, *, keep: Collection[str] = (), keep_unsent: bool = True) -> int:
         """Delete jobs without a change for a long time, and names that were cached as long ago.
 
@@ -371,7 +428,11 @@ class Store:
         Returns:
             Number of deleted jobs.
         """
+        latest_s = time.time() + _FUTURE_S
         with self._transaction() as db:
+            # Written while the clock was wrong: they age from now on.
+            db.execute("UPDATE jobs SET updated_s = ? WHERE updated_s > ?", (time.time(), latest_s))
+            db.execute("UPDATE names SET asked_s = ? WHERE asked_s > ?", (time.time(), latest_s))
             db.execute("CREATE TEMP TABLE IF NOT EXISTS forgotten (job INTEGER PRIMARY KEY)")
             db.execute("DELETE FROM forgotten")
             db.execute("INSERT INTO forgotten SELECT key FROM jobs WHERE updated_s < ?", (time.time() - older_than_s,))
@@ -386,3 +447,10 @@ class Store:
             for table in ("spans", "seconds"):
                 db.execute(f"DELETE FROM {table} WHERE job IN (SELECT job FROM forgotten)")  # noqa: S608 - constants
             return db.execute("DELETE FROM jobs WHERE key IN (SELECT job FROM forgotten)").rowcount
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -22,12 +22,11 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Final, TypeAlias
 
-from tailspan._backoff import parse_retry_after_s
+from tailspan._backoff import MAX_RETRY_AFTER_S, parse_retry_after_s
 from tailspan._secrets import mask_and_cut
 from tailspan.config.signals import Signal
 
 __all__ = [
-    "MAX_RETRY_AFTER_S",
     "Delivered",
     "EndpointFault",
     "Outcome",
@@ -39,9 +38,6 @@ __all__ = [
     "classify_http",
     "classify_success",
 ]
-
-MAX_RETRY_AFTER_S = 3600.0
-"""Longest Retry-After that the agent respects: a wrong value must not stop exports for days."""
 
 _REASON_CHARS = 300
 
@@ -247,8 +243,7 @@ def age_advice(reason: str) -> str:
 
 
 def _retry_after_s(headers: Mapping[str, str], now: datetime) -> float | None:
-    seconds = parse_retry_after_s(headers.get("retry-after"), now)
-    return None if seconds is None else min(seconds, MAX_RETRY_AFTER_S)
+    return parse_retry_after_s(headers.get("retry-after"), now)
 
 
 def _retry_info_s(status_details: bytes) -> float | None:

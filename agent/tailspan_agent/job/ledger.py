@@ -20,6 +20,7 @@ from tailspan_agent.records.redact import CUT_WINDOW_CHARS
 __all__ = ["ChunkResult", "Delivery", "JobLedger"]
 
 _SHORT_NS = 1_000_000_000
+_MAX_STATES = 100
 _SHOWN_BYTES, _SHOWN_CHARS = 8192, 200
 
 _log = logging.getLogger(__name__)
@@ -144,10 +145,20 @@ class JobLedger(msgspec.Struct, frozen=True, kw_only=True):
     def restored(cls, text: str, job_id: str, first_seen_ns: int) -> JobLedger:
         """Return a stored ledger; if it is damaged, log a warning and return an empty one."""
         try:
-            return cls.from_json(text)
+            ledger = cls.from_json(text)
+            if not ledger.is_possible:
+                raise ValueError("it has a time that cannot be")
+            return ledger
         except ValueError as error:
             _log.warning("job %s: its stored ledger is damaged and starts empty; its cursor is kept: %s", job_id, error)
             return cls(first_seen_ns=first_seen_ns)
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether all times fit 64 bits; an agent before `tailspan_agent.job.bounds` could store others."""
+        times = [self.first_seen_ns, self.first_line_ns, self.last_line_ns, self.first_failed_ns, self.quiet_ns]
+        times += [seen_ns for seen_ns, _ in (*self.states, *self.alerts)]
+        return all(time_ns is None or 0 <= time_ns < 1 << 63 for time_ns in times)
 
     def to_json(self) -> str:
         """Return the ledger as JSON, to be stored."""
@@ -213,4 +224,5 @@ class JobLedger(msgspec.Struct, frozen=True, kw_only=True):
         """Return the ledger with a state, if the job was not in it before."""
         if self.states and self.states[-1][1] is state:
             return self
-        return msgspec.structs.replace(self, states=(*self.states, (seen_ns, state)))
+        # A service may report another state at each poll; the last one says whether the job has ended.
+        return msgspec.structs.replace(self, states=(*self.states[: _MAX_STATES - 1], (seen_ns, state)))

@@ -70,14 +70,19 @@ def run_duration_s(job: JobStatus, ledger: JobLedger) -> float:
     return 0.0 if times.started_ns is None else (times.finished_ns - times.started_ns) / 1e9
 
 
-def past_run(job: JobStatus, ledger: JobLedger, pipeline: str, history: PipelineHistory) -> PastRun:
+def past_run(
+    job: JobStatus, ledger: JobLedger, pipeline: str, history: PipelineHistory, *, now_unix_nano: int
+) -> PastRun:
     """Return the run of an ended job for the history of its pipeline.
+
+    A line may have any time; a run of the year 2200 would be the newest of its pipeline until then.
 
     Args:
         job: The last status of the job.
         ledger: Its ledger.
         pipeline: The label of its pipeline.
         history: The history before this run; it decides whether the run was too fast.
+        now_unix_nano: The present, in ns since the epoch: no start or end is later.
     """
     times = JobTimes.of(job, ledger)
     duration_s = run_duration_s(job, ledger)
@@ -92,8 +97,8 @@ def past_run(job: JobStatus, ledger: JobLedger, pipeline: str, history: Pipeline
         identity=job.identity,
         trace_id=job.trace_id,
         result=result,
-        started_unix_nano=times.started_ns,
-        ended_unix_nano=times.finished_ns,
+        started_unix_nano=None if times.started_ns is None else min(times.started_ns, now_unix_nano),
+        ended_unix_nano=min(times.finished_ns, now_unix_nano),
         duration_s=duration_s,
         lines=ledger.lines,
         quiet_s=quiet_ns / 1e9,

@@ -119,6 +119,11 @@ class AgentMetrics:
         self._shared_names = counter(
             "tailspan.agent.log_names.shared", "{job}", "Jobs whose logs share a name, above agent.max_log_names."
         )
+        self._dropped_attributes = counter(
+            "tailspan.agent.attributes.dropped",
+            "{attribute}",
+            "Attributes of jobs that were dropped or cut: reserved, empty, too many or too large.",
+        )
         self._export_errors = counter("tailspan.agent.export.errors", "{error}", "Exports that failed.")
         gauge = meter.create_observable_gauge
         gauge("tailspan.agent.uptime", [self._observe_uptime], "s", "Time since the agent started.")
@@ -136,6 +141,10 @@ class AgentMetrics:
         for counter in (self._polls, self._read, self._acked, self._redactions, self._late, self._gaps):
             counter.add(0, {"service": service})
         self._in_flight.add(0, {"service": service})
+
+    def attributes_dropped(self, service: str, n: int) -> None:
+        """Count attributes of a job that were dropped or cut."""
+        self._dropped_attributes.add(n, {"service": service})
 
     def log_name_shared(self) -> None:
         """Count a job whose logs share a name with those of other jobs."""

@@ -10,13 +10,16 @@ An ended series is state as well: its last point is exported until the endpoint 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
-from opentelemetry.sdk.metrics.export import MetricsData, ResourceMetrics, ScopeMetrics
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+from opentelemetry.sdk.metrics.export import Metric, MetricsData, ResourceMetrics, ScopeMetrics
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from tailspan_agent.analysis.assessment import JobSnapshot, PipelineStats
@@ -30,6 +33,7 @@ from tailspan_agent.metrics.prometheus import prometheus_text
 
 __all__ = ["MetricsReader", "exports_exponential_histograms"]
 
+_MOST_LOGGED = 100
 _AGGREGATION = "OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION"
 
 _log = logging.getLogger(__name__)
@@ -73,6 +77,7 @@ class MetricsReader:
         self._exponential = exponential
         self._clock_ns = clock_ns
         self._live = LiveSeries()
+        self._unencodable: set[str] = set()
 
     def snapshot(self, *, exponential: bool = False) -> list[ScopeMetrics]:
         """Return all metrics with their current values: the agent's own, then those of jobs and pipelines.
@@ -109,11 +114,39 @@ class MetricsReader:
         scopes = self._live.with_ends(self.snapshot(exponential=self._exponential), self._clock_ns())
         scopes = [scope for scope in scopes if scope.metrics]
         count = sum(len(metric.data.data_points) for scope in scopes for metric in scope.metrics)
-        data = MetricsData([ResourceMetrics(self._agent.resource, scopes, schema_url="")])
-        encoded = encode_metrics(data)
+        try:
+            encoded = self._encode(scopes)
+        except Exception:
+            # One value that cannot be encoded must not stop the others.
+            scopes = [self._encodable(scope) for scope in scopes]
+            count = sum(len(metric.data.data_points) for scope in scopes for metric in scope.metrics)
+            encoded = self._encode(scopes)
         flag_ends(encoded)
         request: bytes = encoded.SerializeToString()
         return request, count
+
+    def _encode(self, scopes: Sequence[ScopeMetrics]) -> ExportMetricsServiceRequest:
+        return encode_metrics(MetricsData([ResourceMetrics(self._agent.resource, scopes, schema_url="")]))
+
+    def _encodable(self, scope: ScopeMetrics) -> ScopeMetrics:
+        """Return a scope without the data points that cannot be encoded; log each series once."""
+        metrics = []
+        for metric in scope.metrics:
+            kept = [point for point in metric.data.data_points if self._can_encode(scope, metric, point)]
+            if kept:
+                metrics.append(_with_points(metric, kept))
+        return dataclasses.replace(scope, metrics=metrics)
+
+    def _can_encode(self, scope: ScopeMetrics, metric: Metric, point: Any) -> bool:
+        try:
+            self._encode([dataclasses.replace(scope, metrics=[_with_points(metric, [point])])])
+        except Exception as error:
+            series = f"{metric.name}{dict(point.attributes or {})}"
+            if series not in self._unencodable and len(self._unencodable) < _MOST_LOGGED:
+                self._unencodable.add(series)
+                _log.warning("metrics: left out %s, which cannot be encoded: %r", series, error)
+            return False
+        return True
 
     def accepted(self) -> None:
         """Note that the endpoint accepted the last request."""
@@ -129,6 +162,11 @@ class MetricsReader:
         """
         metrics = [metric for scope in self.snapshot() for metric in scope.metrics]
         return prometheus_text(metrics, self._agent.resource.attributes, accept)
+
+
+def _with_points(metric: Metric, points: Sequence[Any]) -> Metric:
+    data: Any = metric.data  # each kind has points of its own type
+    return dataclasses.replace(metric, data=dataclasses.replace(data, data_points=list(points)))
 
 
 def exports_exponential_histograms(environ: Mapping[str, str] = os.environ) -> bool:

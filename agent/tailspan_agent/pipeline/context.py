@@ -14,7 +14,7 @@ from tailspan_agent.analysis.run_totals import RunTotals
 from tailspan_agent.checkpoint.store import Store
 from tailspan_agent.metrics.agent import AgentMetrics
 from tailspan_agent.pipeline.queue import LogQueue, SpanQueue
-from tailspan_agent.pipeline.store_streams import LogNames, StoreStreams
+from tailspan_agent.pipeline.store_streams import LabelValues, LogNames, StoreStreams
 from tailspan_agent.pipeline.stream_order import StreamOrder
 from tailspan_agent.records.redact import Redactor
 
@@ -46,6 +46,7 @@ class PipelineContext:
         names: The pipelines that have metrics of their own.
         totals: Run totals by their key, as in the store.
         pipeline_stats: The past runs of pipelines, as in the store.
+        label_values: Warns of attributes that make a stream for each run.
         in_flight: Pipelines with unacknowledged lines, by (service identity, job id); also without their tailer.
     """
 
@@ -62,6 +63,7 @@ class PipelineContext:
     lines_on_spans: bool = False
     totals: dict[tuple[str, str, str], RunTotals] = field(default_factory=dict)
     pipeline_stats: PipelineStats = field(default_factory=PipelineStats)
+    label_values: LabelValues = field(default_factory=LabelValues)
     in_flight: WeakValueDictionary[tuple[str, str], InFlight] = field(default_factory=WeakValueDictionary)
 
     def queue(self, identity: str, job_id: str) -> LogQueue | None:

@@ -458,7 +458,7 @@ class JobPipeline:
         job.update_ledger(logs_complete=log_complete)
         name = self._context.names.label(job.status.job_name)
         history = self._context.pipeline_stats.histories.of(name)
-        run = past_run(job.status, job.ledger, name, history)
+        run = past_run(job.status, job.ledger, name, history, now_unix_nano=time.time_ns())
         if run.too_fast and not reported_before:
             job.ledger = job.ledger.with_alert(run.ended_unix_nano, "too_fast")
         if self.spans.end_run(run, delivery_known=delivery_known) and run.too_fast:

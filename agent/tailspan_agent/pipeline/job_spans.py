@@ -53,7 +53,7 @@ class JobSpans:
             run.duration_s,
             trace_id=spans[-1].trace_id,
             span_id=spans[-1].span_id,
-            time_unix_nano=spans[-1].end_unix_nano,
+            time_unix_nano=run.ended_unix_nano,
         )
         fingerprint = job.ledger.fingerprint or None
         counted = self._context.store.end_job(

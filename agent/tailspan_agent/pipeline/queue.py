@@ -188,8 +188,16 @@ class LogQueue:
             for chunk in batch:
                 chunk.records = b""  # megabytes that the payload has now
             result = await self._endpoint.deliver(payload, count)
-        results = zip(batch, _chunk_results(batch, result), strict=True)
-        acks = [ack for chunk, outcome in results if (ack := chunk.on_result(outcome)) is not None]
+        acks = []
+        for chunk, outcome in zip(batch, _chunk_results(batch, result), strict=True):
+            try:
+                ack = chunk.on_result(outcome)
+            except Exception:
+                # The lines are delivered. Without this ack they are sent again after a restart: only this job's.
+                _log.exception("an ack of one job cannot be stored (please report); those of other jobs are")
+                continue
+            if ack is not None:
+                acks.append(ack)
         await _until_stored(lambda: self._store.ack(acks), "the checkpoint of sent lines")
         for chunk in batch:
             chunk.on_stored()
@@ -269,7 +277,7 @@ class SpanQueue:
                 async with asyncio.timeout(_LINGER_S):
                     await self._hurry.wait()
             self._has_spans.clear()
-            while spans := _first_bytes(await _until_stored(self._unsent, "reading the spans to send")):
+            while spans := await _until_stored(self._unsent, "reading the spans to send"):
                 payload = traces_request(_by_resource((span.resource, span.span) for span in spans))
                 await self._endpoint.deliver(payload, len(spans))
                 await _until_stored(partial(self._store.ack_spans, spans), "the checkpoint of sent spans")
@@ -277,7 +285,7 @@ class SpanQueue:
                 self._idle.set()
 
     def _unsent(self) -> list[OutboxSpan]:
-        return self._store.unsent_spans(_SPANS_A_REQUEST)
+        return self._store.unsent_spans(_SPANS_A_REQUEST, BATCH_BYTES)
 
 
 def _by_resource(items: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, list[bytes]]]:
@@ -290,13 +298,3 @@ def _grouped(items: Iterable[tuple[bytes, T]]) -> dict[bytes, list[T]]:
     for resource, item in items:
         groups.setdefault(resource, []).append(item)
     return groups
-
-
-def _first_bytes(spans: list[OutboxSpan]) -> list[OutboxSpan]:
-    """Return the first spans that fit into one request; at least one of a list that is not empty."""
-    size = 0
-    for index, span in enumerate(spans):
-        size += len(span.span) + len(span.resource)
-        if size > BATCH_BYTES and index:
-            return spans[:index]
-    return spans

@@ -15,7 +15,7 @@ from time import monotonic
 
 from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
 
-__all__ = ["MAIN_STREAM", "LogNames", "StoreStreams"]
+__all__ = ["MAIN_STREAM", "LabelValues", "LogNames", "StoreStreams"]
 
 MAIN_STREAM = 0
 _WINDOW_NS = 30 * 60 * 1_000_000_000
@@ -24,6 +24,19 @@ _WINDOW_NS = 30 * 60 * 1_000_000_000
 
 _IDLE_S = 3600.0
 """After this time without a line, a store has closed a stream (Loki: ``ingester.chunk_idle_period``, 30 minutes)."""
+
+# Source: Loki 3, `distributor.otlp_config.default_resource_attributes_as_index_labels`, without those that jobs cannot
+# set.
+_LABELS = frozenset(
+    {
+        *("cloud.availability_zone", "cloud.region", "container.name"),
+        *("deployment.environment", "deployment.environment.name"),
+        *("k8s.cluster.name", "k8s.container.name", "k8s.cronjob.name", "k8s.daemonset.name", "k8s.deployment.name"),
+        *("k8s.job.name", "k8s.namespace.name", "k8s.pod.name", "k8s.replicaset.name", "k8s.statefulset.name"),
+    }
+)
+_MANY_VALUES = 20
+_MOST_LABELS = 1000
 
 _log = logging.getLogger(__name__)
 
@@ -78,6 +91,35 @@ class LogNames:
                 self._limit,
                 OTHER_PIPELINES,
             )
+
+
+class LabelValues:
+    """Warns of attributes of jobs that make a stream for each run.
+
+    Loki makes labels of some resource attributes: with the name of a pod, each run of a pipeline is a stream. Values
+    are counted, because the same key may have a few values only.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[tuple[str, str], set[int]] = {}
+
+    def note(self, job_name: str, attributes: Mapping[str, str]) -> None:
+        """Note the attributes of a job; log a warning once a label of its pipeline has many values."""
+        for key in _LABELS & attributes.keys():
+            if len(self._values) < _MOST_LABELS:
+                self._values.setdefault((job_name, key), set())
+            values = self._values.get((job_name, key))
+            if values is None or len(values) > _MANY_VALUES:
+                continue
+            values.add(hash(attributes[key]))
+            if len(values) > _MANY_VALUES:
+                _log.warning(
+                    "attribute %s of jobs named %s has more than %d values: Loki makes a label of it, so a stream for"
+                    " each value; use another key (`tailspan run --attr`, agent.watch.attributes)",
+                    key,
+                    job_name,
+                    _MANY_VALUES,
+                )
 
 
 class StoreStreams:

@@ -69,6 +69,7 @@ class TrackedJob:
         self.checkpoint = known or self._first_checkpoint(first_seen_ns)
         self.ledger = self.acked_ledger = JobLedger.restored(self.checkpoint.ledger, status.job_id, first_seen_ns)
         self.resource = self._encode_resource()
+        context.label_values.note(status.job_name, status.attributes)
         self.log_name = ""
         self._log_resource = b""
         self.span_lines: SpanLines | None = None

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import aclosing
 from fnmatch import fnmatchcase
+from functools import partial
 
 from tailspan._backoff import backoff_s
 from tailspan.config import Watch
@@ -17,6 +18,7 @@ from tailspan.models import ListedJob
 from tailspan.services import ChangeFeed, ChangeFeedService
 from tailspan_agent.errors import AgentError
 from tailspan_agent.pipeline.context import PipelineContext
+from tailspan_agent.receiver.backlog import Backlog, WaitingJob
 from tailspan_agent.receiver.source import Source
 from tailspan_agent.receiver.tailer import Tailer
 
@@ -30,6 +32,12 @@ _SHARE_OF_REQUESTS = 0.25
 _LONGEST_PAUSE_S = 10.0
 _LONGEST_LIST_PAUSE_S = 25.0
 _CHANGES_EVERY_S = 0.05
+# Ended jobs in their first turn at a time. Each takes some ten KiB until it is relayed, and up to a second: what its
+# endpoint needs to acknowledge its lines and its receipt.
+_FIRST_TURNS = 128
+_ROWS_A_STEP = 200
+_MAX_ID_BYTES = 1024
+_CLOCK_STEP_S = 3600.0
 
 _log = logging.getLogger(__name__)
 
@@ -67,6 +75,7 @@ class JobDiscovery:
 
     Attributes:
         tailers: The running tailers of this service, by job id.
+        backlog: Found jobs that have no tailer yet.
         failure: Why the last list failed; None after one that succeeded.
         skipped: Listed jobs whose name could not be read, with the reason.
     """
@@ -81,6 +90,7 @@ class JobDiscovery:
         start: Callable[[Tailer], None],
     ) -> None:
         self.tailers: dict[str, Tailer] = {}
+        self.backlog = Backlog()
         self.watches = watches
         self.failure: TailspanError | None = None
         self.skipped: dict[str, ServiceError] = {}
@@ -94,6 +104,9 @@ class JobDiscovery:
         self._deleted: set[str] = set()
         self._unlisted: set[str] = set()
         self._found: list[Tailer] = []
+        self._in_first_turn: set[str] = set()
+        self._stopped = False
+        self._clock_ahead_s = time.time() - time.monotonic()
         self._full_scan_at_s = float("-inf")
         self._changes: ChangeFeed | None = None
 
@@ -110,6 +123,7 @@ class JobDiscovery:
     async def run(self) -> None:
         """List and start tailers until cancelled."""
         errors = 0
+        self._stopped = False
         try:
             while True:
                 begun_s, cpu_s = time.monotonic(), time.thread_time()
@@ -131,6 +145,12 @@ class JobDiscovery:
                     await self._wait(pause_s * random.uniform(0.9, 1.1))
         finally:
             self._close_changes()
+            self.stop()
+
+    def stop(self) -> None:
+        """Start no further tailers; the next list finds the jobs again that wait now."""
+        self._stopped = True
+        self.backlog.clear()
 
     def _pause_s(self, scan_s: float, scan_cpu_s: float) -> float:
         """Return the pause before the next list, in seconds, so that thousands of running jobs cost little."""
@@ -197,7 +217,7 @@ class JobDiscovery:
             if job_id in self.tailers:
                 self.tailers[job_id].schedule.wake()
             else:
-                unknown = unknown or job_id not in self._ignored
+                unknown = unknown or (job_id not in self._ignored and job_id not in self.backlog)
         return unknown
 
     def _drop_old_rows(self) -> None:
@@ -235,11 +255,17 @@ class JobDiscovery:
     async def _scan(self, full: bool) -> None:
         discover = any(watch.discover for watch in self.watches)
         if full:
+            ahead_s = time.time() - time.monotonic()
+            if abs(ahead_s - self._clock_ahead_s) > _CLOCK_STEP_S:
+                # What was too old by the clock before may not be by this one.
+                self._ignored = self._context.store.finished_jobs(self._service.identity)
+            self._clock_ahead_s = ahead_s
             self._ignored -= self._deleted
             self._deleted.clear()
             # However old it is: a job that the store has as unfinished gets its end.
             for job_id, name in self._context.store.unfinished_jobs(self._service.identity):
-                self._follow(job_id, name)
+                if job_id not in self.tailers and job_id not in self._ignored and job_id not in self.backlog:
+                    self.backlog.put(WaitingJob(job_id, name, None))
         for job_id in dict.fromkeys(job_id for watch in self.watches for job_id in watch.jobs):
             if job_id not in self.tailers and job_id not in self._ignored:
                 # An earlier watch may match the job by its name.
@@ -252,13 +278,15 @@ class JobDiscovery:
         running = {job_id for job_id, tailer in self.tailers.items() if not tailer.expects_late_lines}
         unseen = running - self._unlisted if full or not self._source.polls_are_free else set()
         self._context.health.polled(self.name)
-        listing = self._service.list_jobs()
+        listing = self._source.list_jobs()
         async with aclosing(listing):
             async for rows in listing:
                 changed = False
-                for row in rows:
+                for number, row in enumerate(rows, 1):
                     unseen.discard(row.job_id)
                     changed = await self._apply_row(row) or changed
+                    if not number % _ROWS_A_STEP:
+                        await asyncio.sleep(0)
                 if not all(row.job_name for row in rows):
                     # Each name cost a request: the rest of the list may take minutes.
                     self._start_found()
@@ -277,17 +305,17 @@ class JobDiscovery:
         if tailer is not None:
             tailer.on_row(row)
             return False
-        if row.job_id in self._ignored:
+        if row.job_id in self._ignored or self._still_waits(row):
             return False
         try:
-            _check_text(row.job_id)
+            _check_id(row.job_id)
             if self._ended_before(row, self._lookback_s):
                 self._ignored.add(row.job_id)
                 return True
             name = row.job_name or await self._name_of(row.job_id)
         except (ProtocolError, RequestRejectedError) as error:
             # One job that cannot be read must not hide the others.
-            shown = row.job_id.encode(errors="backslashreplace").decode()
+            shown = row.job_id[:_MAX_ID_BYTES].encode(errors="backslashreplace").decode()
             _log.warning("job %s of service %s: %s", shown, self.name, error)
             self.skipped[row.job_id] = error
             return False
@@ -295,9 +323,19 @@ class JobDiscovery:
         watch = match(self.watches, row.job_id, name)
         if watch is None or self._ended_before(row, watch.lookback):
             self._ignored.add(row.job_id)
+        elif row.state.is_terminal:
+            self.backlog.put(WaitingJob(row.job_id, name, row))
         else:
             self._follow(row.job_id, name)
             self.tailers[row.job_id].on_row(row)
+        return True
+
+    def _still_waits(self, row: ListedJob) -> bool:
+        """Note the row of a job that waits; return False if it does not, or runs and need not wait any more."""
+        waiting = self.backlog.remove(row.job_id)
+        if waiting is None or not row.state.is_terminal:
+            return False
+        self.backlog.put(WaitingJob(row.job_id, row.job_name or waiting.name, row))
         return True
 
     async def _name_of(self, job_id: str) -> str:
@@ -305,7 +343,7 @@ class JobDiscovery:
         name = self._names.get(job_id)
         if name is None:
             try:
-                name = (await self._service.get_job(job_id)).job_name
+                name = (await self._source.get_job(job_id)).job_name
             except JobNotFoundError:
                 return ""
             self._names[job_id] = name
@@ -326,21 +364,53 @@ class JobDiscovery:
         return not self._source.polls_are_free and row.created_at is not None and _age_s(row) > self._lookback_s
 
     def _follow(self, job_id: str, name: str) -> None:
-        if job_id in self.tailers or job_id in self._ignored:
-            return
+        if job_id not in self.tailers and job_id not in self._ignored:
+            self.backlog.remove(job_id)
+            tailer = self._make_tailer(job_id, name)
+            if tailer is not None:
+                self._found.append(tailer)
+
+    def _make_tailer(self, job_id: str, name: str) -> Tailer | None:
+        """Return a new tailer of a job; None if no watch matches it."""
         watch = match(self.watches, job_id, name)
-        if watch is not None:
-            tailer = Tailer(self._context, self._source, watch, job_id, name, once=self._once)
-            self.tailers[job_id] = tailer
-            if self._changes is not None:
-                self._subscribe(tailer)
-            self._found.append(tailer)
+        if watch is None:
+            return None
+        tailer = Tailer(
+            self._context,
+            self._source,
+            watch,
+            job_id,
+            name,
+            once=self._once,
+            on_first_turn=partial(self._leave_first_turn, job_id),
+        )
+        self.tailers[job_id] = tailer
+        if self._changes is not None:
+            self._subscribe(tailer)
+        return tailer
 
     def _start_found(self) -> None:
         # After the list, which is newest first: the oldest job of a pipeline must be known before any is read.
         for tailer in reversed(self._found):
             self._start(tailer)
         self._found.clear()
+        self._start_waiting()
+
+    def _start_waiting(self) -> None:
+        """Start tailers of jobs that wait, as far as there is room."""
+        while not self._stopped and len(self._in_first_turn) < _FIRST_TURNS and (job := self.backlog.take()):
+            tailer = self._make_tailer(job.job_id, job.name)
+            if tailer is not None:
+                if job.row is not None:
+                    tailer.on_row(job.row)
+                self._in_first_turn.add(job.job_id)
+                self._start(tailer)
+
+    def _leave_first_turn(self, job_id: str) -> None:
+        if job_id in self._in_first_turn:
+            self._in_first_turn.remove(job_id)
+            if self.has_scanned or self._once:
+                self._start_waiting()
 
     def apply_watches(self, watches: Sequence[Watch]) -> None:
         """Apply changed watches: every job is matched again."""
@@ -353,6 +423,7 @@ class JobDiscovery:
     def forget(self, tailer: Tailer) -> None:
         """Remove a tailer that has stopped; a finished job is not followed again, a deleted one after a full scan."""
         self.tailers.pop(tailer.job_id, None)
+        self._leave_first_turn(tailer.job_id)
         if self._changes is not None:
             self._changes.leave(tailer.job_id)
         deleted = isinstance(tailer.failure, JobNotFoundError)
@@ -362,12 +433,14 @@ class JobDiscovery:
             self._deleted.add(tailer.job_id)
 
 
-def _check_text(job_id: str) -> None:
-    """Raise ProtocolError for an id with a lone surrogate: it has no UTF-8, in which ids are stored and sent."""
+def _check_id(job_id: str) -> None:
+    """Raise ProtocolError for an id that cannot be stored and sent: it has no UTF-8, or is too long."""
     try:
-        job_id.encode()
+        size = len(job_id.encode())
     except UnicodeEncodeError:
         raise ProtocolError("job id is not valid Unicode (lone surrogate)", job_id=job_id) from None
+    if not 0 < size <= _MAX_ID_BYTES:
+        raise ProtocolError(f"job id has {size} bytes; from 1 to {_MAX_ID_BYTES} are possible", job_id=job_id[:80])
 
 
 def _age_s(row: ListedJob) -> float:

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 
 from tailspan.config import Settings, Watch
 from tailspan.errors import AuthError, ConfigError, ServiceUnavailableError, TailspanError
@@ -83,8 +84,11 @@ class Receiver:
 
     @property
     def has_seen_all(self) -> bool:
-        """Whether every watched service was listed completely once, and answered the last time."""
-        return all(discovery.has_scanned and discovery.failure is None for discovery in self.discoveries.values())
+        """Whether every watched service was listed completely once and answered the last time, and no job waits."""
+        return all(
+            discovery.has_scanned and discovery.failure is None and not discovery.backlog
+            for discovery in self.discoveries.values()
+        )
 
     def kept(self, old: Settings, new: Settings) -> dict[str, Source]:
         """Return the services that a changed configuration leaves as they are."""
@@ -113,7 +117,7 @@ class Receiver:
                 if name not in kept:
                     service = self._opener(name, settings)
                     service.tries = 1  # a tailer has a retry schedule of its own
-                    source = Source(service)
+                    source = Source(service, partial(self._context.health.attributes_dropped, name))
                     undo.push_async_callback(source.service.aclose)
                     _check_identity(source, [*kept.values(), *opened.values()])
                     opened[name] = source
@@ -174,11 +178,11 @@ class Receiver:
 
     async def stop_reading(self) -> None:
         """Stop all discoveries and tailers; queued lines are still sent."""
-        for task in list(self._tasks.values()):
-            await cancelled(task)
+        await cancelled(*self._tasks.values())
+        for discovery in self.discoveries.values():
+            discovery.stop()
         # Discoveries first: one that is stopped in the middle of a list still starts the tailers of the jobs it found.
-        for task in list(self.tailers.values()):
-            await cancelled(task)
+        await cancelled(*self.tailers.values())
 
     async def aclose(self) -> None:
         """Stop all tasks and close the services."""
@@ -189,8 +193,7 @@ class Receiver:
 
     async def _unwatch(self, name: str) -> None:
         await cancelled(self._tasks.pop(name))
-        for tailer in list(self.discoveries.pop(name).tailers.values()):
-            await self._end(tailer)
+        await cancelled(*self._tasks_of(self.discoveries.pop(name).tailers.values()))
         await self._sources.pop(name).service.aclose()
 
     async def _rematch(self, discovery: JobDiscovery, watches: Sequence[Watch]) -> None:
@@ -198,12 +201,14 @@ class Receiver:
         if changed:
             # Stopped, it starts the tailers of the jobs it found, so that they match too; restarted, it lists at once.
             await cancelled(self._tasks[discovery.name])
+        unwatched = []
         for tailer in list(discovery.tailers.values()):
             watch = match(watches, tailer.job_id, tailer.job_name)
             if watch is None:
-                await self._end(tailer)
+                unwatched.append(tailer)
             else:
                 tailer.apply_settings(watch)
+        await cancelled(*self._tasks_of(unwatched))
         if changed:
             discovery.apply_watches(watches)
             self._tasks[discovery.name] = asyncio.create_task(discovery.run())
@@ -240,10 +245,8 @@ class Receiver:
         else:
             await asyncio.sleep(_CRASH_PAUSE_S)
 
-    async def _end(self, tailer: Tailer) -> None:
-        task = self.tailers.get(tailer)
-        if task is not None:
-            await cancelled(task)
+    def _tasks_of(self, tailers: Iterable[Tailer]) -> list[asyncio.Task[None]]:
+        return [self.tailers[tailer] for tailer in tailers if tailer in self.tailers]
 
 
 def _check_identity(source: Source, others: Iterable[Source]) -> None:

@@ -13,6 +13,7 @@ from tailspan.errors import CursorExpiredError
 from tailspan.logs.clean import clean
 from tailspan.logs.page import NANOS_PER_MS, LogPage
 from tailspan.models import TaskRun
+from tailspan_agent.analysis.failure import MAX_LINE_CHARS
 from tailspan_agent.job.line_sums import (
     Seconds,
     add_seconds,
@@ -28,6 +29,7 @@ __all__ = ["last_lines", "relay_missing"]
 
 _DIGEST_LINES = 400
 _DIGEST_MS = 5000
+_LINE_BYTES = 1 << 20
 
 
 async def relay_missing(read: Callable[[], AsyncGenerator[LogPage, None]], pipeline: JobPipeline) -> int:
@@ -96,7 +98,8 @@ async def last_lines(read: Callable[..., AsyncGenerator[LogPage, None]], pipelin
         with suppress(CursorExpiredError):
             async with aclosing(read(since_ms=since_ms)) as pages:
                 async for page in pages:
-                    lines.extend(pipeline.redact(clean(line)) for line in _lines_of(page, task)[-_DIGEST_LINES:])
+                    kept = _lines_of(page, task)[-_DIGEST_LINES:]
+                    lines.extend(_shown(line, pipeline.redact) for line in kept)
     return list(lines)
 
 
@@ -111,3 +114,13 @@ def _lines_of(page: LogPage, task: TaskRun | None) -> list[bytes]:
             kept += page.lines[start : start + run.lines]
         start += run.lines
     return kept
+
+
+def _shown(line: bytes, redact: Callable[[str], str]) -> str:
+    """Return a line cleaned, redacted and cut: hundreds of lines may have a megabyte each, and a character four bytes.
+
+    It is cut after its redaction, so that no part of a secret is left. Of a line that is cut before, too, only what the
+    first cut cannot have touched is kept.
+    """
+    text = redact(clean(line[:_LINE_BYTES]))
+    return text[:MAX_LINE_CHARS] if len(line) <= _LINE_BYTES or len(text) > 2 * MAX_LINE_CHARS else ""

@@ -1,16 +1,21 @@
-"""`Source`: a job service as the agent reads it, with limits on concurrent reads."""
+"""`Source`: a job service as the agent reads it: limits on concurrent reads, and every value in range."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 from tailspan.errors import JobNotFoundError
 from tailspan.logs.page import LogPage
-from tailspan.services import JobService, MergingService
+from tailspan.models import JobStatus, ListedJob, TaskRun
+from tailspan.services import JobService, MergingService, TaskService
+from tailspan_agent.job.bounds import bounded_page, bounded_row, bounded_status, bounded_tasks
 from tailspan_agent.pipeline.queue import LogQueue
 from tailspan_agent.receiver.read_limits import ReadLimit
 
@@ -25,23 +30,73 @@ _MERGED_READS_PER_QUEUE = 64
 _PAGES_PER_TURN = 8
 _FIRST_POLLS = 100
 _FIRST_POLLS_PER_S = 2.0
+# A turn of a local job takes a millisecond or two: health requests are answered between these.
+_TURNS_PER_PASS = 16
+_MOST_NOTED = 10_000
+
+_log = logging.getLogger(__name__)
 
 
 class Source:
     """A job service with a bounded number of reads at a time, however many jobs it has.
 
+    Nothing that the service returns reaches other code as it is: see `tailspan_agent.job.bounds`.
+
     Args:
         service: The service.
+        on_dropped: Called with the number of attributes of a job that were dropped or cut, once for each job.
     """
 
-    def __init__(self, service: JobService) -> None:
+    def __init__(self, service: JobService, on_dropped: Callable[[int], object] = lambda _: None) -> None:
         self.service = service
+        self._on_dropped = on_dropped
+        self._noted: set[str] = set()
+        self._turns = asyncio.Semaphore(_TURNS_PER_PASS)
         self._merging = service if isinstance(service, MergingService) else None
         self._reads = (
             ReadLimit(math.inf, _FREE_READS_PER_QUEUE) if self.polls_are_free else ReadLimit(_READS, _READS_PER_QUEUE)
         )
         self._merged_reads = ReadLimit(math.inf, _MERGED_READS_PER_QUEUE)
         self._first_poll_at_s = float("-inf")
+
+    async def turn(self) -> None:
+        """Wait for a turn: however many jobs wake up at one moment, the event loop is free every few milliseconds."""
+        async with self._turns:
+            await asyncio.sleep(0)
+
+    async def get_job(self, job_id: str) -> JobStatus:
+        """Return a job's status, with all values in range; see `tailspan.services.JobService`.
+
+        Raises:
+            JobNotFoundError: The service has no such job.
+        """
+        status = await self.service.get_job(job_id)
+        bounded, notes, dropped = bounded_status(status, job_id, identity=self.service.identity, now=datetime.now(UTC))
+        if notes and job_id not in self._noted:
+            if len(self._noted) >= _MOST_NOTED:
+                self._noted.clear()
+            self._noted.add(job_id)
+            _log.warning("job %s of service %s: changed or dropped: %s", job_id, self.service.name, "; ".join(notes))
+            if dropped:
+                self._on_dropped(dropped)
+        return bounded
+
+    async def list_jobs(self) -> AsyncGenerator[Sequence[ListedJob], None]:
+        """Yield the service's jobs, with all values in range; see `tailspan.services.JobService`."""
+        async with aclosing(self.service.list_jobs()) as listing:
+            async for rows in listing:
+                now = datetime.now(UTC)
+                yield [bounded_row(row, now=now) for row in rows]
+
+    async def list_tasks(self, job_id: str) -> list[TaskRun] | None:
+        """Return the attempts of a job's tasks, with all values in range; None if the service has no tasks.
+
+        Raises:
+            JobNotFoundError: The service has no such job.
+        """
+        if not isinstance(self.service, TaskService):
+            return None
+        return bounded_tasks(await self.service.list_tasks(job_id), now=datetime.now(UTC))
 
     @property
     def polls_are_free(self) -> bool:
@@ -99,10 +154,10 @@ class Source:
         async with aclosing(pages):
             try:
                 async for page in pages:
-                    yield page
+                    yield bounded_page(page)
             except JobNotFoundError:
                 # A job that wrote nothing may have no log; only its status says whether the job is gone.
-                await self.service.get_job(job_id)
+                await self.get_job(job_id)
 
     def first_poll_delay_s(self) -> float:
         """Return the delay before the first poll of one more job that has nothing new, in seconds.

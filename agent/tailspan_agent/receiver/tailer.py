@@ -11,6 +11,7 @@ import contextlib
 import logging
 import random
 import time
+from collections.abc import Callable
 from functools import partial
 
 from tailspan._backoff import backoff_s
@@ -79,6 +80,7 @@ class Tailer:
         job_id: The job.
         name: The job's name; empty if it is not known before the first status.
         once: Relay what is readable now, then stop; an ended job completely.
+        on_first_turn: Called when the first turn is over, however it ended; may be called again.
 
     Attributes:
         schedule: When the job is polled.
@@ -87,7 +89,15 @@ class Tailer:
     """
 
     def __init__(
-        self, context: PipelineContext, source: Source, watch: Watch, job_id: str, name: str = "", *, once: bool = False
+        self,
+        context: PipelineContext,
+        source: Source,
+        watch: Watch,
+        job_id: str,
+        name: str = "",
+        *,
+        once: bool = False,
+        on_first_turn: Callable[[], object] = lambda: None,
     ) -> None:
         self.failure: TailspanError | None = None
         self.watch = watch
@@ -106,6 +116,7 @@ class Tailer:
         self.schedule = PollSchedule(self._follower, has_tasks=isinstance(self._service, TaskService))
         self._name = name
         self._errors = 0
+        self._on_first_turn = on_first_turn
         self._catch_up = CatchUp(context.stream_order, self._service.name, name)
 
     @property
@@ -206,10 +217,12 @@ class Tailer:
                         return
                     # A job that cannot be read must not hold up the others of its stream.
                     self.leave_stream()
+                self._on_first_turn()
                 if not self.lifecycle.is_over:
                     await self.schedule.wait(delay_s)
         finally:
             self.leave_stream()
+            self._on_first_turn()
 
     def _has_nothing_new(self) -> bool:
         """Return whether the list shows no line but those that were relayed."""
@@ -228,6 +241,7 @@ class Tailer:
 
     async def _turn(self) -> float | None:
         """Poll the job once; return the delay until the next poll, see `PollSchedule.delay_s`."""
+        await self._source.turn()
         pipeline, action = self._pipeline, self.lifecycle.next_read
         opened = pipeline is None
         status_polled = opened or self.schedule.status_is_due(late=self.expects_late_lines)
@@ -246,7 +260,7 @@ class Tailer:
         """Request the status; return the pipeline, which the first status opens, and the action that follows."""
         pipeline = self._pipeline
         self._context.health.polled(self._service.name)
-        status = await self._service.get_job(self.job_id)
+        status = await self._source.get_job(self.job_id)
         now_s = self.schedule.on_status(status)
         terminal, end_mark = status.state.is_terminal, status.logs_complete
         if pipeline is not None:
@@ -276,9 +290,10 @@ class Tailer:
 
     async def _poll_tasks(self, pipeline: JobPipeline) -> None:
         """Request the job's tasks, if its service has tasks."""
-        if isinstance(self._service, TaskService):
+        tasks = await self._source.list_tasks(self.job_id)
+        if tasks is not None:
             self._context.health.polled(self._service.name)
-            pipeline.on_tasks(await self._service.list_tasks(self.job_id))
+            pipeline.on_tasks(tasks)
 
     async def _read_turn(self, pipeline: JobPipeline, *, opened: bool, status_polled: bool) -> float | None:
         """Relay the lines that are readable now, and the end of the job once it is certain."""
@@ -407,7 +422,7 @@ class Tailer:
     async def _is_deleted(self) -> bool:
         """Return whether the service has deleted the job: only a 404 of the status says so, not one of the log."""
         try:
-            await self._service.get_job(self.job_id)
+            await self._source.get_job(self.job_id)
         except JobNotFoundError:
             return True
         except ServiceError:

@@ -202,7 +202,8 @@ def _prune_sometimes(options: RunOptions, settings: RunSettings, place: StateDir
 
     mark = place.prune_mark
     try:
-        if time.time() - os.stat(mark).st_mtime < _PRUNE_EVERY_S:
+        # A mark of the future is one of a wrong clock.
+        if 0 <= time.time() - os.stat(mark).st_mtime < _PRUNE_EVERY_S:
             return
     except FileNotFoundError:
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -11,12 +12,15 @@ from pathlib import Path
 from tailspan.errors import ProtocolError
 from tailspan.local.index import ENTRY_BYTES, HEADER, HEADER_BYTES, NOTHING, Entry, unpack_entry
 
-__all__ = ["NO_DIRECTORY", "IndexFile", "open_directory", "open_file", "read_at"]
+__all__ = ["NO_DIRECTORY", "IndexFile", "data_end", "data_start", "open_directory", "open_file", "read_at"]
 
 NO_DIRECTORY = -1
 """Instead of the descriptor of a directory that is gone, or that is a link."""
 
 _ENTRIES_PER_READ = 256
+# A power failure damages what was written within seconds. More than this was never an index: 8 MiB, a quarter of a
+# second. A hole in the file (`truncate -s 1T`) is skipped and does not count.
+_MOST_DAMAGED = 1 << 18
 # O_PATH: searching a directory needs no permission to list it.
 _DIRECTORY = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY)
 
@@ -71,13 +75,40 @@ def read_at(fd: int | None, offset: int, size: int) -> bytes:
     return b"".join(parts)
 
 
+def data_end(fd: int | None, offset: int) -> int:
+    """Return where the data that has an offset ends: the next hole of a sparse file, or the end of the file.
+
+    A file system without holes, or without an answer, has data everywhere.
+    """
+    return _seek(fd, offset, "SEEK_HOLE")
+
+
+def data_start(fd: int | None, offset: int) -> int:
+    """Return the first offset from one on that has data; the end of the file if the rest is a hole."""
+    return _seek(fd, offset, "SEEK_DATA")
+
+
+def _seek(fd: int | None, offset: int, whence: str) -> int:
+    if fd is None:
+        return offset
+    size = os.fstat(fd).st_size
+    if offset >= size:
+        return size
+    fallback = offset if whence == "SEEK_DATA" else size
+    try:
+        return os.lseek(fd, offset, getattr(os, whence))
+    except AttributeError:
+        return fallback
+    except OSError as error:
+        return size if error.errno == errno.ENXIO else fallback
+
+
 class IndexFile:
     """The entries that the index has now.
 
-    The checksum of each entry says whether it is one; a header that was lost is not missed.
-
-    Attributes:
-        count: How many entries there are up to the last that is whole. Some before it may be damaged.
+    The checksum of each entry says whether it is one; a header that was lost is not missed. Any program can write this
+    file, and can make it as large as it likes: no loop here is longer than what the file really holds, or than
+    `_MOST_DAMAGED` entries.
     """
 
     def __init__(self, path: Path, dir_fd: int | None = None) -> None:
@@ -90,16 +121,14 @@ class IndexFile:
         Raises:
             ProtocolError: It was written by a newer version.
         """
+        self._path = path
         self._fd = open_file(path if dir_fd is None else path.name, dir_fd)
-        self.count = 0
         try:
             header = read_at(self._fd, 0, HEADER_BYTES)
             if len(header) == HEADER_BYTES and header[:8] == HEADER[:8] and header != HEADER:
                 raise ProtocolError(f"{path} was written by a newer version of Tailspan; upgrade this one")
-            if self._fd is not None:
-                self.count = max(0, os.fstat(self._fd).st_size - HEADER_BYTES) // ENTRY_BYTES
-                while self.count and self.entry(self.count - 1) is None:
-                    self.count -= 1
+            size = os.fstat(self._fd).st_size if self._fd is not None else 0
+            self._places = max(0, size - HEADER_BYTES) // ENTRY_BYTES
         except BaseException:
             self.close()
             raise
@@ -110,23 +139,39 @@ class IndexFile:
             os.close(self._fd)
             self._fd = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether no search for whole entries is needed: there is no hole, and one of the last entries is whole."""
+        if not self._places:
+            return True
+        block = self._block(max(0, self._places - _ENTRIES_PER_READ), self._places)
+        return data_end(self._fd, 0) >= HEADER_BYTES + self._places * ENTRY_BYTES and any(block)
+
+    @functools.cached_property
+    def count(self) -> int:
+        """How many entries there are up to the last that is whole. Some before it may be damaged.
+
+        Raises:
+            ProtocolError: More entries are damaged than a power failure can damage.
+        """
+        found = self._last_whole(self._places)
+        return 0 if found is None else found[0] + 1
+
     def entry(self, number: int) -> Entry | None:
         """Return an entry by its number, from 0; None when it is damaged."""
         return unpack_entry(read_at(self._fd, HEADER_BYTES + number * ENTRY_BYTES, ENTRY_BYTES))
 
     def whole_at(self, number: int) -> tuple[int, Entry]:
         """Return the first entry from a number on that is not damaged, and its number."""
-        for candidate, entry in enumerate(self.entries(number), number):
+        for candidate, entry in self._numbered(number):
             if entry is not None:
                 return candidate, entry
         raise ProtocolError("the index of the log has been changed while it was read")
 
     def whole_before(self, number: int) -> Entry:
         """Return the last entry before a number that is not damaged; `NOTHING` without one."""
-        for candidate in range(number - 1, -1, -1):
-            if entry := self.entry(candidate):
-                return entry
-        return NOTHING
+        found = self._last_whole(number)
+        return NOTHING if found is None else found[1]
 
     def last(self) -> Entry | None:
         """Return the last entry; None for an empty index."""
@@ -149,10 +194,68 @@ class IndexFile:
         return low
 
     def entries(self, number: int) -> Iterator[Entry | None]:
-        """Yield the entries from a number on; None for a damaged one."""
+        """Yield the entries from a number on; None for a damaged one, and one None for a hole of the file."""
+        return (entry for _, entry in self._numbered(number))
+
+    def _numbered(self, number: int) -> Iterator[tuple[int, Entry | None]]:
+        """Yield the entries from a number on with their numbers; see `entries`."""
+        damaged = 0
         while number < self.count:
-            wanted = min(self.count - number, _ENTRIES_PER_READ)
-            raw = read_at(self._fd, HEADER_BYTES + number * ENTRY_BYTES, wanted * ENTRY_BYTES)
-            for position in range(0, wanted * ENTRY_BYTES, ENTRY_BYTES):
-                yield unpack_entry(raw[position : position + ENTRY_BYTES])
-            number += wanted
+            after = self._after_hole(number)
+            if after > number:
+                yield number, None
+                number = after
+                continue
+            block = self._block(number, min(number + _ENTRIES_PER_READ, self.count))
+            for candidate, entry in enumerate(block, number):
+                damaged = 0 if entry is not None else self._check(damaged + 1)
+                yield candidate, entry
+            number += len(block)
+
+    def _after_hole(self, number: int) -> int:
+        """Return the number of the first entry from one on that has data in the file."""
+        start = HEADER_BYTES + number * ENTRY_BYTES
+        # Rounded down, so that no entry is skipped whose end has data.
+        return max(number, (data_start(self._fd, start) - HEADER_BYTES) // ENTRY_BYTES)
+
+    def _last_whole(self, number: int) -> tuple[int, Entry] | None:
+        """Return the last entry before a number that is not damaged, and its number; None without one."""
+        damaged = 0
+        for start, end in reversed(self._data_before(number)):
+            while end > start:
+                first = max(start, end - _ENTRIES_PER_READ)
+                for candidate, entry in reversed(list(enumerate(self._block(first, end), first))):
+                    if entry is not None:
+                        return candidate, entry
+                damaged = self._check(damaged + end - first)
+                end = first
+        return None
+
+    def _data_before(self, number: int) -> list[tuple[int, int]]:
+        """Return the ranges of entries before a number that have data in the file."""
+        ranges: list[tuple[int, int]] = []
+        position = 0
+        while position < number:
+            start = self._after_hole(position)
+            offset = HEADER_BYTES + start * ENTRY_BYTES
+            end = min(
+                number,
+                -(-(data_end(self._fd, max(offset, data_start(self._fd, offset))) - HEADER_BYTES) // ENTRY_BYTES),
+            )
+            if start < number:
+                ranges.append((start, max(end, start + 1)))
+                self._check(len(ranges))
+            position = max(end, start + 1)
+        return ranges
+
+    def _block(self, number: int, end: int) -> list[Entry | None]:
+        wanted = (end - number) * ENTRY_BYTES
+        raw = read_at(self._fd, HEADER_BYTES + number * ENTRY_BYTES, wanted)
+        if not raw.strip(b"\0"):
+            return [None] * (end - number)
+        return [unpack_entry(raw[position : position + ENTRY_BYTES]) for position in range(0, wanted, ENTRY_BYTES)]
+
+    def _check(self, damaged: int) -> int:
+        if damaged > _MOST_DAMAGED:
+            raise ProtocolError(f"{self._path} has more than {_MOST_DAMAGED} damaged entries in a row")
+        return damaged

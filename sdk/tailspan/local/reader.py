@@ -25,7 +25,15 @@ from tailspan.local.index import (
     entry_time,
     text_flags,
 )
-from tailspan.local.index_file import NO_DIRECTORY, IndexFile, open_directory, open_file, read_at
+from tailspan.local.index_file import (
+    NO_DIRECTORY,
+    IndexFile,
+    data_end,
+    data_start,
+    open_directory,
+    open_file,
+    read_at,
+)
 from tailspan.logs.page import CLEAN, MAX_PAGE_BYTES, MAX_PAGE_LINES, NANOS_PER_MS, LineRun, LogPage, OpenLine, Stream
 from tailspan.logs.text import count_lines
 
@@ -34,6 +42,9 @@ __all__ = ["LogReader", "Totals"]
 _READ_BYTES = 1 << 20
 _MAX_OPEN_BYTES = 64 << 10
 _MOST_DIGITS = 20
+_FEW_BYTES = 1 << 20
+_MOST_RECOVERED_BYTES = 64 << 20
+_SPANS_A_GAP = 1 << 16
 _STREAMS = range(len(Stream.NAMES))
 
 
@@ -108,8 +119,25 @@ class LogReader:
             os.close(self._log_fd)
             self._log_fd = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether reading takes a millisecond a page. If not, call `totals` and `pages` off the event loop."""
+        if not self._index.is_plain:
+            return False
+        last = self._index.last()
+        return not self._ended or self._log_size() - (last.end if last else 0) <= _FEW_BYTES
+
     def totals(self) -> Totals:
-        """Return how many lines the log has and when its first and last were written."""
+        """Return how many lines the log has and when its first and last were written.
+
+        Raises:
+            ProtocolError: More of its text has no entry than a killed supervisor can leave.
+            CursorExpiredError: Text without an entry is gone.
+        """
+        if self._ended and self._log_size() - (last.end if (last := self._index.last()) else 0) > _MOST_RECOVERED_BYTES:
+            raise ProtocolError(
+                f"job {self._job_id}: its log is {_MOST_RECOVERED_BYTES >> 20} MiB longer than its index"
+            )
         first = self._index.whole_at(0)[1] if self._index.count else None
         last, lines = self._index.last(), 0
         if last:
@@ -203,8 +231,13 @@ class LogReader:
 
     def _gap(self, start: int) -> CursorExpiredError:
         """Return the error for lines that are gone, with the first place after them that can be read."""
-        resume = start
-        for span in self._after(str(start).encode()):
+        resume, size = start, self._log_size()
+        # A longer gap is reported in parts: the next read goes on from here.
+        for span in itertools.islice(self._after(str(start).encode()), _SPANS_A_GAP):
+            if span.start >= size:
+                last = self._index.last()
+                resume = max(span.entry.end, last.end if last else 0)
+                break
             if self._page([span], "") is not None:
                 break
             resume = span.entry.end
@@ -273,7 +306,7 @@ class LogReader:
             return
         last = self._index.last() or NOTHING
         log = os.fstat(self._log_fd)
-        if last.end < log.st_size:
+        if max(last.end, offset) < log.st_size:
             yield from self._rebuilt(last, log.st_size, log.st_mtime_ns, offset)
 
     def _rebuilt(self, before: Entry, end: int, written_unix_nano: int, offset: int) -> Iterator[_Span]:
@@ -294,10 +327,8 @@ class LogReader:
         if end <= before.end or (last is not None and end > max(last.end, self._log_size())):
             raise self._forged()
         start = before.end
-        if start < offset < end and self._begins_line(offset):
-            ends = (position for position, _ in self._pieces(start, end))
-            if next(itertools.dropwhile(lambda position: position < offset, ends), None) != offset:
-                start = offset
+        if start < offset < end and self._restarts_at(start, offset, end):
+            start = offset
         lines = before.lines_end
         sticky = before.flags & STEPPED_BACK | RECOVERED
         # How many lines the entry before has does not matter: none has as many as this.
@@ -310,11 +341,32 @@ class LogReader:
             yield _Span(done, piece.lines, Entry(position, time, lines + piece.lines, 0, flags))
             done, lines, floor = position, lines + piece.lines, time + piece.lines
         if done != end:
-            raise self._expired(f"the bytes {done} to {end} of its log are gone", end)
+            hole = data_end(self._log_fd, done)
+            resume = min(data_start(self._log_fd, hole), end) if hole < self._log_size() else end
+            raise self._expired(f"the bytes {done} to {resume} of its log are gone", resume)
+
+    def _restarts_at(self, start: int, offset: int, end: int) -> bool:
+        """Return whether text without entries is read from a cursor on, rather than from its start.
+
+        Args:
+            start: Where the text begins.
+            offset: The cursor.
+            end: Where the text ends.
+        """
+        if data_end(self._log_fd, start) < offset:
+            return True  # behind a hole
+        if not self._begins_line(offset):
+            return False
+        if offset - start > _MOST_RECOVERED_BYTES:
+            return True  # or each page would cost a read of all text before it
+        ends = (position for position, _ in self._pieces(start, end))
+        return next(itertools.dropwhile(lambda position: position < offset, ends), None) != offset
 
     def _pieces(self, start: int, end: int) -> Iterator[tuple[int, Piece]]:
-        """Yield the text between two offsets in pieces, each with where it ends; no more than there is of it."""
+        """Yield the text between two offsets in pieces, each with where it ends; up to the first hole of the file."""
         buffer = LineBuffer()
+        hole = data_end(self._log_fd, start)
+        end = min(end, hole) if hole < self._log_size() else end
         position = read = start
         while text := read_at(self._log_fd, read, min(_READ_BYTES, end - read)):
             read += len(text)

@@ -8,12 +8,12 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from tailspan._identity import is_trace_id, trace_id
-from tailspan.errors import ProtocolError
+from tailspan.errors import CursorExpiredError, ProtocolError
 from tailspan.local.reader import LogReader, Totals
 from tailspan.local.store import StoredJob, submitted_at_of, time_of
 from tailspan.models import JobState, JobStatus, ListedJob
 
-__all__ = ["row_of", "status_of", "totals_of"]
+__all__ = ["quick_totals", "row_of", "status_of", "totals_of"]
 
 
 class Owner(Protocol):
@@ -86,15 +86,23 @@ def _lines(job: StoredJob) -> int | None:
     # What a supervisor wrote down at the end of the log is cheaper than the index.
     if {"end", "lines"} <= job.recorded.keys():
         return int(job.recorded["lines"])
+    totals = quick_totals(job)
+    return totals and totals.lines
+
+
+def quick_totals(job: StoredJob) -> Totals | None:
+    """Return count and times of a job's lines; None if they cannot be read, or not within a millisecond."""
     try:
-        return totals_of(job).lines
-    except (ProtocolError, PermissionError):
+        with LogReader(job.directory, job.job_id, ended=job.logs_complete) as reader:
+            return reader.totals() if reader.is_plain else None
+    except (CursorExpiredError, ProtocolError, PermissionError):
         return None
 
 
 def _lost(job: StoredJob, alive: datetime | None) -> tuple[datetime | None, str]:
     """Return when a lost job was last seen alive, and what is known of its end."""
-    last_ns = totals_of(job).last_unix_nano
+    totals = quick_totals(job)
+    last_ns = totals.last_unix_nano if totals else 0
     last_line = datetime.fromtimestamp(last_ns / 1e9, UTC) if last_ns else None
     seen = max((moment for moment in (alive, last_line) if moment), default=None)
     if (job.directory / "supervisor.err").exists():

@@ -26,7 +26,11 @@ __all__ = ["JobStore", "StoredJob", "new_job_id", "submitted_at_of", "time_of"]
 
 _JOB_ID = re.compile(r"[0-9]{8}-[0-9]{9}-[a-z0-9]{6}", re.ASCII)
 _ABANDONED_S = 3600.0
+_FUTURE_S = 86400.0
+# A command has at most 2 MiB with 10 bytes for each argument (Linux), and JSON escapes take six bytes.
 _MAX_JSON_BYTES = 16 << 20
+_MAX_STATE_BYTES = 1 << 20
+_MAX_JSON_ITEMS = 250_000
 # What has another type than it was written with is as good as missing.
 _TYPES = {
     **dict.fromkeys(("state", "name", "started_at", "finished_at", "error", "end"), str),
@@ -209,13 +213,13 @@ class JobStore:
             ServiceUnavailableError: The store was moved away or unmounted.
         """
         try:
-            with self._opened_jobs() as jobs_fd:
-                names = os.listdir(jobs_fd)
+            with self._opened_jobs() as jobs_fd, os.scandir(jobs_fd) as entries:
+                names = [entry.name for entry in entries if _JOB_ID.fullmatch(entry.name)]
         except FileNotFoundError:
             self._check_there()
             return []
         self._used = True
-        return sorted(filter(_JOB_ID.fullmatch, names), reverse=True)
+        return sorted(names, reverse=True)
 
     def load(self, job_id: str) -> StoredJob:
         """Return what the files say about a job.
@@ -301,7 +305,9 @@ class JobStore:
                 break
             try:
                 job = self.load(job_id)
-                ended = time_of(job.recorded.get("finished_at")) or job.last_sign_of_life or submitted
+                ends = time_of(job.recorded.get("finished_at")), job.last_sign_of_life, submitted
+                # An end in the future (the year 9999) cannot be the end.
+                ended = next((end for end in ends if end and end.timestamp() <= now_s + _FUTURE_S), None)
                 if job.logs_complete and ended and ended.timestamp() <= limit:
                     gone = f".gone-{job_id}"
                     with self._opened_jobs() as jobs_fd:
@@ -339,22 +345,28 @@ def _gid(group: str) -> int:
 
 
 def _read_state(dir_fd: int) -> tuple[Mapping[str, Any], bool]:
-    recorded = _read_json("state.json", dir_fd) or {}
+    recorded = _read_json("state.json", dir_fd, _MAX_STATE_BYTES) or {}
     if recorded.get("end"):
         return recorded, False
     if _is_supervised(dir_fd):
         return recorded, True
     # Its last words may have been written between our two looks.
-    return _read_json("state.json", dir_fd) or {}, False
+    return _read_json("state.json", dir_fd, _MAX_STATE_BYTES) or {}, False
 
 
-def _read_json(name: str, dir_fd: int) -> dict[str, Any] | None:
-    """Return what is usable of a file's object; None when it is missing or was damaged by a power failure."""
+def _read_json(name: str, dir_fd: int, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any] | None:
+    """Return what is usable of a file's object; None when it is missing, damaged by a power failure, or too large."""
     fd = open_file(name, dir_fd)
     if fd is None:
         return None
     try:
-        value = json.loads(read_at(fd, 0, _MAX_JSON_BYTES))
+        if os.fstat(fd).st_size > max_bytes:
+            return None
+        text = read_at(fd, 0, max_bytes)
+        # An item may need a hundred bytes of memory.
+        if len(text) > _MAX_JSON_ITEMS and sum(map(text.count, (b",", b"[", b"{"))) > _MAX_JSON_ITEMS:
+            return None
+        value = json.loads(text)
     except (ValueError, RecursionError):
         return None
     finally:

@@ -13,7 +13,8 @@ from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from tailspan._direct import checkpoint
+from tailspan._clock import settled_clock
+from tailspan._direct import beside_loop, checkpoint
 from tailspan.errors import (
     AuthError,
     ConfigError,
@@ -24,7 +25,7 @@ from tailspan.errors import (
 )
 from tailspan.local.reader import LogReader
 from tailspan.local.run_settings import CANCEL_GRACE_S, otlp_variables
-from tailspan.local.status import row_of, status_of, totals_of
+from tailspan.local.status import quick_totals, row_of, status_of, totals_of
 from tailspan.local.store import JobStore, StoredJob, submitted_at_of
 from tailspan.logs.page import NANOS_PER_MS, LogPage, OpenLine
 from tailspan.models import JobStatus, ListedJob
@@ -42,6 +43,8 @@ KEEP_FINISHED_S = 30 * 86400.0
 _LIST_PAGE = 200
 _MOST_IDENTITIES = 4096
 _PRUNE_EVERY_S = 3600.0
+_LEAST_KEPT_S = 3600.0
+_MARK_BYTES = 64
 _CANCEL_WAIT_S = 1.0
 
 
@@ -114,6 +117,12 @@ class LocalService(SubmitService, ChangeFeedService):
             encoding: str | None = None
 
         given = validate_options(LocalOptions, f"services.{name}", options)
+        if not given.keep_finished >= _LEAST_KEPT_S:
+            # A job that is deleted at its end has not been relayed.
+            raise ConfigError(
+                f"services.{name}.keep_finished: {given.keep_finished:g} s is too short: use at least 1h",
+                key=f"services.{name}.keep_finished",
+            )
         if given.encoding is not None:
             check_encoding(given.encoding)
         return cls(
@@ -136,7 +145,7 @@ class LocalService(SubmitService, ChangeFeedService):
         if found.keep_finished is not None:
             from tailspan.config import parse_duration_s
 
-            keep_finished_s = parse_duration_s(found.keep_finished)
+            keep_finished_s = max(parse_duration_s(found.keep_finished), _LEAST_KEPT_S)
         return cls(
             name,
             state_dir=Path(found.state_dir),
@@ -188,7 +197,10 @@ class LocalService(SubmitService, ChangeFeedService):
             job = self._store.glance(job_id)
             identity = self._identities.get(job_id) or self._identity_in(self._store.load(job_id))
             with LogReader(job.directory, job_id, ended=job.logs_complete) as reader:
-                for page in reader.pages(identity, cursor, since_ms):
+                pages = reader.pages(identity, cursor, since_ms)
+                # Any program can write these files, and the search for the next page may be long.
+                off_loop = not reader.is_plain
+                while page := await beside_loop(next, pages, None) if off_loop else next(pages, None):
                     yield page
                     await checkpoint()
 
@@ -205,13 +217,17 @@ class LocalService(SubmitService, ChangeFeedService):
     async def log_times_ms(self, job_id: str) -> tuple[int, int] | None:
         """Return the times of the first and the last line; see `tailspan.services.JobService`."""
         with self._translated(job_id):
-            totals = totals_of(self._store.glance(job_id))
+            job = self._store.glance(job_id)
+            totals = quick_totals(job)
+            if totals is None:
+                totals = await beside_loop(totals_of, job)
         return (totals.first_unix_nano // NANOS_PER_MS, totals.last_unix_nano // NANOS_PER_MS) if totals.lines else None
 
     async def list_jobs(self) -> AsyncGenerator[Sequence[ListedJob], None]:
         """Yield the jobs, newest first; see `tailspan.services.JobService`."""
         with self._translated():
-            ids = self._store.job_ids()
+            # A directory may have a million entries.
+            ids = await beside_loop(self._store.job_ids)
         # An agent lists every few seconds: what has ended for good is not read again.
         final, running = self._final_rows, self._running_rows
         self._final_rows = {job_id: row for job_id in ids if (row := final.get(job_id)) is not None}
@@ -341,14 +357,25 @@ class LocalService(SubmitService, ChangeFeedService):
         return not self._store.load(job_id).state.is_terminal
 
     def prune_sometimes(self) -> None:
-        """Delete what need not be kept, at most once an hour; a job does not fail because that fails."""
+        """Delete what need not be kept, at most once an hour; a job does not fail because that fails.
+
+        The mark has the time of the last call, and since when the clock has gone right; see `settled_clock`.
+        """
         with contextlib.suppress(OSError, TailspanError):
-            mark = Path(self._store.place.prune_mark)
+            mark, now_s = Path(self._store.place.prune_mark), time.time()
+            last_s = since_s = None
             with contextlib.suppress(FileNotFoundError):
-                if time.time() - mark.stat().st_mtime < _PRUNE_EVERY_S:
+                last_s = mark.stat().st_mtime
+                if 0 <= now_s - last_s < _PRUNE_EVERY_S:
                     return
+                with contextlib.suppress(ValueError):
+                    since_s = float(mark.read_bytes()[:_MARK_BYTES])
+            may_prune, since_s = settled_clock(last_s, since_s, now_s, usual_s=self._keep_finished_s)
             mark.touch(mode=0o600)
-            self.prune(self._keep_finished_s)
+            # Written even if nothing changes: its time is the time of this call.
+            mark.write_text("\n" if since_s is None else f"{since_s:.0f}\n")
+            if may_prune:
+                self.prune(self._keep_finished_s)
 
     def _row(self, job_id: str) -> ListedJob | None:
         """Return a job's row; None when it was pruned meanwhile."""

@@ -38,7 +38,8 @@ from tailspan.services.fused.wire import error_text
 __all__ = ["FusedHttp", "Pace", "Retries", "Tls"]
 
 _RETRY_FOR_S = 5.0
-_MAX_REPLY_BYTES = 64 << 20
+# Decoded, a reply of empty lists takes twenty times its size.
+_MAX_REPLY_BYTES = 8 << 20
 _MAX_ERROR_BYTES = 64 << 10
 _KEEP_ALIVE_S = 90.0
 _MAX_IDLE = 20
@@ -228,7 +229,7 @@ class FusedHttp:
                         body += piece
                         if len(body) > _MAX_REPLY_BYTES:
                             raise ProtocolError(
-                                f"{method} {path}: the reply is larger than 64 MiB",
+                                f"{method} {path}: the reply is larger than {_MAX_REPLY_BYTES >> 20} MiB",
                                 service=self._service,
                                 job_id=job_id,
                             )

@@ -35,7 +35,9 @@ __all__ = [
 
 T = TypeVar("T")
 
-MAX_ELEMENT_BYTES = 64 << 20
+# As text with one wide character, an element takes four times this, and its cleaning as much again: with 8 MiB an agent
+# stays below 256 MiB (docs/agent.md).
+MAX_ELEMENT_BYTES = 8 << 20
 STEP_BYTES = 512 << 10
 _SEARCH_BYTES = 8 << 10
 _MAX_CANDIDATES = 16
@@ -132,7 +134,7 @@ class ArraySplitter(Generic[T]):
         """Add the next piece and return the complete elements; often none.
 
         Raises:
-            ReplyError: The reply is not an array of such elements, or an element is larger than 64 MiB.
+            ReplyError: The reply is not an array of such elements, or an element is larger than 8 MiB.
         """
         self._came.append(piece)
         self._came_bytes += len(piece)

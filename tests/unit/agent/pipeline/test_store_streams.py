@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
-from tailspan_agent.pipeline.store_streams import MAIN_STREAM, LogNames, StoreStreams
+from tailspan_agent.pipeline.store_streams import MAIN_STREAM, LabelValues, LogNames, StoreStreams
 
 MINUTE_NS = 60 * 1_000_000_000
 HOUR_NS = 60 * MINUTE_NS
@@ -90,3 +91,13 @@ def test_names_beyond_the_limit_share_one() -> None:
     assert names.choose("c", OTHER_PIPELINES) == "c"
     assert names.choose("d") == "d"
     assert names.choose("e") == OTHER_PIPELINES
+
+
+def test_a_label_with_a_value_for_each_run_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """Once for each pipeline and key; keys that are no labels, and labels with a few values, may have any value."""
+    labels = LabelValues()
+    for number in range(100):
+        labels.note("etl", {"k8s.pod.name": f"pod-{number}", "git.sha": str(number), "cloud.region": "eu"})
+        labels.note("web", {"k8s.pod.name": f"pod-{number % 20}"})
+    (record,) = caplog.records
+    assert record.message.startswith("attribute k8s.pod.name of jobs named etl has more than 20 values")

@@ -168,17 +168,54 @@ def test_prune_deletes_what_ended_before(local):
     assert local.service.status(running).state is JobState.RUNNING
 
 
+def pruned_at(local: LocalJobs, when_s: float, since: str = "") -> None:
+    """Leave the mark of an earlier call; see `LocalService.prune_sometimes`."""
+    mark = local.state_dir / "pruned"
+    mark.write_text(since)
+    os.utime(mark, (when_s, when_s))
+
+
 def test_old_jobs_go_by_themselves(tmp_path):
     """A submit prunes what is older than `keep_finished`, at most once an hour."""
     with LocalJobs(tmp_path / "state", keep_finished_s=10 * DAY_S) as local:
         old, young = put(local, 11), put(local, 9)
+        pruned_at(local, time.time() - 2 * 3600)
         job_id = local.start("true")
         assert listed(local) == [[job_id, young]]
         old = put(local, 11)
         later = local.start("true")
         assert listed(local) == [[later, job_id, young, old]]
-        os.utime(tmp_path / "state" / "pruned", (0, 0))
+        pruned_at(local, time.time() - 5 * DAY_S)
         assert old not in (local.start("true"), *listed(local)[0])
+
+
+def test_a_clock_that_is_wrong_once_deletes_no_job(tmp_path, monkeypatch):
+    """In 2099 every job is old. Nothing goes then, nor in the first day of the right time; a mark of 2099 is no bar."""
+    now_s = time.time()
+    with LocalJobs(tmp_path / "state", keep_finished_s=10 * DAY_S) as local:
+        old, young = put(local, 11), put(local, 5)
+
+        def prune_at(when_s: float) -> list[list[str]]:
+            monkeypatch.setattr("tailspan.services.local.time.time", lambda: when_s)
+            local.service.prune_sometimes()
+            os.utime(local.state_dir / "pruned", (when_s, when_s))
+            return listed(local)
+
+        pruned_at(local, now_s - 2 * 3600)
+        in_2099 = now_s + 73 * 365 * DAY_S
+        for when_s in (in_2099, in_2099 + 2 * 3600, now_s, now_s + 23 * 3600):
+            assert prune_at(when_s) == [[young, old]]
+        assert prune_at(now_s + 25 * 3600) == [[young]]
+
+
+def test_an_end_in_the_future_is_none(tmp_path):
+    """A job that says it ended in 9999 goes when its other times are old."""
+    with LocalJobs(tmp_path / "state") as local:
+        job_id = put(local, 40)
+        path = local.directory(job_id) / "state.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "finished_at": "9999-12-31T23:59:59Z"}))
+        os.utime(local.directory(job_id) / "lock", (0, 0))
+        assert local.service.prune(30 * DAY_S) == [job_id]
 
 
 def test_a_job_can_be_read_while_it_is_pruned(local):
@@ -355,6 +392,8 @@ def test_options_come_from_the_configuration(tmp_path):
     assert caught.value.key == "services.local.kept"
     with pytest.raises(ConfigError):
         LocalService.from_options("local", {"keep_finished": "soon"}, settings)
+    with pytest.raises(ConfigError, match="use at least 1h"):
+        LocalService.from_options("local", {"keep_finished": "59m"}, settings)
 
 
 def test_the_default_directory_is_the_platforms(monkeypatch, tmp_path):

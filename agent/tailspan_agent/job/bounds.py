@@ -1,0 +1,314 @@
+"""Bring what a job service returns into range before it enters the agent. Pure.
+
+A service, or a file that any program can write, may report anything: an end in the year 9999, an exit code of 300
+digits, half of a surrogate pair, a megabyte of attributes. SQLite and OTLP have 64 bits and UTF-8. So `Source` passes
+each status, row and page through these functions, and all other code may rely on the ranges.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from tailspan._identity import is_trace_id, trace_id
+from tailspan.logs.page import MAX_PAGE_LINES, LogPage
+from tailspan.models import JobState, JobStatus, ListedJob, TaskRun
+from tailspan_agent.otlp.text import shorten_middle
+
+__all__ = [
+    "DROPPED_ATTRIBUTES",
+    "LATEST_NS",
+    "MAX_AHEAD",
+    "MAX_ATTRIBUTES",
+    "MAX_ATTRIBUTE_BYTES",
+    "MAX_KEY_BYTES",
+    "MAX_TASK_RUNS",
+    "MAX_VALUE_BYTES",
+    "bounded_page",
+    "bounded_row",
+    "bounded_status",
+    "bounded_tasks",
+    "is_reserved",
+]
+
+DROPPED_ATTRIBUTES = "tailspan.attributes.dropped"
+"""The attribute that counts the attributes of a job that were dropped or cut."""
+
+MAX_ATTRIBUTES = 64
+MAX_KEY_BYTES = 128
+"""VictoriaLogs takes no longer name of a field."""
+MAX_VALUE_BYTES = 2048
+MAX_ATTRIBUTE_BYTES = 16 * 1024
+"""Limit of a job's attributes together: stores copy them to each line, and Loki takes 64 KB with it."""
+
+MAX_TASK_RUNS = 10_000
+"""Each attempt that has ended is a span, and all are requested with each status."""
+
+MAX_AHEAD = timedelta(days=1)
+"""How far a time may be in the future: clocks and time zones differ. Later times mean "not known" (the year 9999)."""
+
+LATEST_NS = (1 << 63) - 1 - MAX_PAGE_LINES
+"""The latest time of a line, in ns since the epoch (the year 2262); the lines after it in a run still fit 64 bits."""
+
+_EARLIEST = datetime(1970, 1, 2, tzinfo=UTC)
+# A machine without a battery starts in 1970 and gets the time later: until then, no time is too late.
+_EARLIEST_NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+_MAX_COUNT = 1 << 53
+_MAX_ATTEMPT = 1 << 31
+_EXIT_CODES = range(-(1 << 31), 1 << 32)
+_MAX_NAME_BYTES = 1024
+_MAX_TEXT_BYTES = 8192
+_DETAILS_SCALE = 4
+"""Details are on one span only, and a command line may be long."""
+
+_RESERVED = re.compile(
+    r"(?:cicd|tailspan|host|telemetry|exception)(?:_.*)?|service_(?:name|namespace|instance_id)|log_record_uid|log_iostream"
+    r"|error_type",
+    re.DOTALL,
+)
+_RESERVED_DETAILS = re.compile(
+    r"(?:cicd|tailspan|telemetry|exception|service|log)(?:_.*)?|error_type|process_exit_code", re.DOTALL
+)
+_NO_WORD = re.compile(r"[^a-z0-9]+")
+
+
+def is_reserved(key: str) -> bool:
+    """Return whether a job may not set an attribute, in any spelling that a store makes equal to it.
+
+    Args:
+        key: The key. Loki and Prometheus write ``service.instance.id`` as ``service_instance_id``.
+    """
+    return _RESERVED.fullmatch(_spelling(key)) is not None
+
+
+def bounded_status(status: JobStatus, job_id: str, *, identity: str, now: datetime) -> tuple[JobStatus, list[str], int]:
+    """Return a status whose values are in range.
+
+    Args:
+        status: The status as the service returned it.
+        job_id: The job that was requested.
+        identity: The identity of the service.
+        now: The present (aware), for times in the future.
+
+    Returns:
+        The status itself if all of it is in range, else a changed one; what was changed, for the log; and the number of
+        attributes that were dropped or cut.
+    """
+    bounds = _Bounds(now)
+    fields: dict[str, Any] = {
+        "job_id": job_id,
+        "job_name": bounds.text("job_name", status.job_name, _MAX_NAME_BYTES) or "",
+        "state": _state(status.state),
+        "identity": bounds.text("identity", status.identity, _MAX_NAME_BYTES) or identity,
+        "attempt": bounds.count("attempt", status.attempt, _MAX_ATTEMPT) or 1,
+        "exit_code": bounds.exit_code(status.exit_code),
+    }
+    for name in _TIMES:
+        fields[name] = bounds.time(name, getattr(status, name))
+    for name in ("total_tasks", "finished_tasks"):
+        fields[name] = bounds.count(name, getattr(status, name), _MAX_COUNT)
+    for name in ("status", "job_status", "error"):
+        fields[name] = bounds.text(name, getattr(status, name), _MAX_TEXT_BYTES)
+    for name in ("instance_id", "instance_type", "url", "parent", "service"):
+        fields[name] = bounds.text(name, getattr(status, name), MAX_VALUE_BYTES)
+    fields["status"] = fields["status"] or ""
+    fields["attributes"], dropped = bounds.attributes("attributes", status.attributes, _RESERVED)
+    fields["details"], _ = bounds.attributes("details", status.details, _RESERVED_DETAILS, scale=_DETAILS_SCALE)
+    if dropped:
+        fields["attributes"] = {**fields["attributes"], DROPPED_ATTRIBUTES: str(dropped)}
+    if not (isinstance(status.trace_id, str) and is_trace_id(status.trace_id)):
+        fields["trace_id"] = trace_id(fields["identity"], job_id, fields["attempt"])
+    changed = {name: value for name, value in fields.items() if value is not getattr(status, name)}
+    if not changed:
+        return status, [], 0
+    return dataclasses.replace(status, **changed), bounds.notes, dropped
+
+
+def bounded_row(row: ListedJob, *, now: datetime) -> ListedJob:
+    """Return a row of a list whose values are in range; its id stays as it is.
+
+    Args:
+        row: The row as the service returned it.
+        now: The present (aware), for times in the future.
+    """
+    bounds = _Bounds(now)
+    fields: dict[str, Any] = {
+        "job_name": bounds.text("job_name", row.job_name, _MAX_NAME_BYTES),
+        "state": _state(row.state),
+        "created_at": bounds.time("created_at", row.created_at),
+        "state_since": bounds.time("state_since", row.state_since),
+        "instance_id": bounds.text("instance_id", row.instance_id, MAX_VALUE_BYTES),
+        "instance_type": bounds.text("instance_type", row.instance_type, MAX_VALUE_BYTES),
+        "lines": None if row.lines is None else bounds.count("lines", row.lines, _MAX_COUNT),
+    }
+    changed = {name: value for name, value in fields.items() if value is not getattr(row, name)}
+    return dataclasses.replace(row, **changed) if changed else row
+
+
+def bounded_tasks(tasks: Sequence[TaskRun], *, now: datetime) -> list[TaskRun]:
+    """Return at most `MAX_TASK_RUNS` task runs of a job, with values in range; those without an id are dropped.
+
+    Args:
+        tasks: The runs as the service returned them.
+        now: The present (aware), for times in the future.
+    """
+    found = (_bounded_task(task, now) for task in tasks[:MAX_TASK_RUNS])
+    return [task for task in found if task is not None]
+
+
+def _bounded_task(task: TaskRun, now: datetime) -> TaskRun | None:
+    bounds = _Bounds(now)
+    # A cut id could be that of another task.
+    if not isinstance(task.task_id, str) or not 0 < len(_utf8(task.task_id).encode()) <= _MAX_NAME_BYTES:
+        return None
+    fields: dict[str, Any] = {
+        "task_id": _utf8(task.task_id),
+        "name": bounds.text("name", task.name, _MAX_NAME_BYTES) or "",
+        "attempt": bounds.count("attempt", task.attempt, _MAX_ATTEMPT) or 1,
+        "result": bounds.text("result", task.result, _MAX_NAME_BYTES),
+        "exit_code": bounds.exit_code(task.exit_code),
+        "error": bounds.text("error", task.error, _MAX_TEXT_BYTES),
+        "url": bounds.text("url", task.url, MAX_VALUE_BYTES),
+        "instance_id": bounds.text("instance_id", task.instance_id, MAX_VALUE_BYTES),
+        "parent": bounds.text("parent", task.parent, _MAX_NAME_BYTES),
+    }
+    for name in ("submitted_at", "started_at", "finished_at"):
+        fields[name] = bounds.time(name, getattr(task, name))
+    if not isinstance(task.after, tuple) or not all(isinstance(one, str) for one in task.after):
+        fields["after"] = ()
+    changed = {name: value for name, value in fields.items() if value is not getattr(task, name)}
+    return dataclasses.replace(task, **changed) if changed else task
+
+
+def bounded_page(page: LogPage) -> LogPage:
+    """Return a page whose lines have times in range; texts and uids stay as they are."""
+    if all(0 <= run.time_unix_nano <= LATEST_NS for run in page.runs):
+        return page
+    runs = [run._replace(time_unix_nano=min(max(run.time_unix_nano, 0), LATEST_NS)) for run in page.runs]
+    if page.text:
+        return LogPage(None, runs, page.cursor, page.digests, page.text, tasks=page.tasks)
+    return LogPage(page.lines, runs, page.cursor, page.digests, tasks=page.tasks)
+
+
+_TIMES = ("last_heartbeat", "job_status_date", "submitted_at", "started_at", "finished_at")
+
+
+class _Bounds:
+    """Brings values into range, and notes what it changed."""
+
+    def __init__(self, now: datetime) -> None:
+        self.notes: list[str] = []
+        self._latest = now + MAX_AHEAD if now >= _EARLIEST_NOW else None
+
+    def time(self, name: str, value: Any) -> datetime | None:
+        if value is None:
+            return None
+        if not isinstance(value, datetime):
+            self._note(name, "is not a time")
+            return None
+        try:
+            moment = value if value.tzinfo is not None else value.replace(tzinfo=UTC)
+            is_known = moment > _EARLIEST and (self._latest is None or moment <= self._latest)
+        except OverflowError:  # near the ends of the calendar, some offsets have no time in UTC
+            is_known = False
+        if not is_known:
+            self._note(name, f"is {value.isoformat()}, which cannot be its time")
+            return None
+        return moment
+
+    def count(self, name: str, value: Any, highest: int) -> int:
+        if not isinstance(value, int) or isinstance(value, bool):
+            self._note(name, "is not a number")
+            return 0
+        if 0 <= value <= highest:
+            return value
+        self._note(name, "is out of range")
+        return min(max(value, 0), highest)
+
+    def exit_code(self, value: Any) -> int | None:
+        if value is None:
+            return None
+        if isinstance(value, int) and not isinstance(value, bool) and value in _EXIT_CODES:
+            return value
+        self._note("exit_code", "is out of range")
+        return None
+
+    def text(self, name: str, value: Any, max_bytes: int) -> str | None:
+        if value is None:
+            return None
+        if not isinstance(value, str):
+            self._note(name, "is not text")
+            return None
+        kept = _utf8(value)
+        if kept is not value:
+            self._note(name, "is not valid Unicode")
+        if len(kept) > max_bytes // 4 and len(kept.encode()) > max_bytes:
+            self._note(name, f"is longer than {max_bytes} bytes")
+            return shorten_middle(kept, max_bytes)
+        return kept
+
+    def attributes(
+        self, name: str, value: Any, reserved: re.Pattern[str], scale: int = 1
+    ) -> tuple[Mapping[str, str], int]:
+        """Return the attributes in range, and the number of those that were dropped or cut."""
+        if not isinstance(value, Mapping):
+            self._note(name, "are not attributes")
+            return {}, 1
+        kept: dict[str, str] = {}
+        cut = size = 0
+        for key, text in value.items():
+            bounded = _attribute(key, text, reserved, scale * MAX_VALUE_BYTES) if len(kept) < MAX_ATTRIBUTES else None
+            added = len(bounded[0].encode()) + len(bounded[1].encode()) if bounded is not None else 0
+            if bounded is None or size + added > scale * MAX_ATTRIBUTE_BYTES:
+                cut += 1
+                continue
+            cut += bounded[1] != text
+            kept[bounded[0]] = bounded[1]
+            size += added
+        if not cut and len(kept) == len(value):
+            return value, 0
+        # Two keys may become one.
+        cut = max(cut, len(value) - len(kept))
+        self._note(name, f"are reserved, empty or too large in {cut} cases")
+        return kept, cut
+
+    def _note(self, name: str, text: str) -> None:
+        self.notes.append(f"{name} {text}")
+
+
+def _attribute(key: Any, value: Any, reserved: re.Pattern[str], max_bytes: int) -> tuple[str, str] | None:
+    """Return a key and a value in range; None if the attribute cannot be kept."""
+    if not isinstance(key, str) or not isinstance(value, str):
+        return None
+    kept = _utf8(key)
+    if not kept.strip() or len(kept.encode()) > MAX_KEY_BYTES or reserved.fullmatch(_spelling(kept)):
+        return None
+    return kept, shorten_middle(_utf8(value), max_bytes)
+
+
+def _spelling(key: str) -> str:
+    """Return a key as stores spell names: in lower case, with an underscore for all but letters and digits."""
+    return _NO_WORD.sub("_", key.lower()).strip("_")
+
+
+def _utf8(text: str) -> str:
+    """Return a text with a question mark for each lone surrogate, which UTF-8 cannot encode."""
+    return text if text.isascii() else _replaced(text)
+
+
+def _replaced(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode(errors="replace").decode()
+    return text
+
+
+def _state(state: Any) -> JobState:
+    if isinstance(state, JobState):
+        return state
+    return JobState(state) if isinstance(state, str) and state in JobState.__members__ else JobState.UNKNOWN

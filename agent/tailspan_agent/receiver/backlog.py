@@ -1,0 +1,88 @@
+"""`Backlog`: found jobs that wait for their first turn.
+
+A job that has ended can wait, and a hundred thousand of them must not be opened at one moment. So only a few are opened
+at a time: the oldest of a pipeline first (stores reject old lines after newer ones), and the pipelines in turn.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from typing import NamedTuple
+
+from tailspan.models import ListedJob
+
+__all__ = ["Backlog", "WaitingJob"]
+
+
+class WaitingJob(NamedTuple):
+    """A job that waits.
+
+    Attributes:
+        job_id: The job.
+        name: Its name; empty if it is not known.
+        row: Its row of the list; None without one.
+    """
+
+    job_id: str
+    name: str
+    row: ListedJob | None
+
+
+class Backlog:
+    """Waiting jobs by pipeline."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[str, WaitingJob] = {}
+        self._pipelines: dict[str, list[tuple[float, str]]] = {}
+        self._order: deque[str] = deque()
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def __contains__(self, job_id: str) -> bool:
+        return job_id in self._jobs
+
+    def put(self, job: WaitingJob) -> None:
+        """Add a job, or replace what is known of it."""
+        known = self._jobs.get(job.job_id)
+        self._jobs[job.job_id] = job
+        if known is not None and known.name == job.name and (known.row is not None or job.row is None):
+            return
+        if job.name not in self._pipelines:
+            self._pipelines[job.name] = []
+            self._order.append(job.name)
+        heapq.heappush(self._pipelines[job.name], (_time_s(job.row), job.job_id))
+
+    def take(self) -> WaitingJob | None:
+        """Remove and return the oldest job of the next pipeline; None without jobs."""
+        while self._order:
+            name = self._order[0]
+            waiting = self._pipelines[name]
+            while waiting:
+                _, job_id = heapq.heappop(waiting)
+                job = self._jobs.get(job_id)
+                if job is not None and job.name == name:
+                    del self._jobs[job_id]
+                    self._order.rotate(-1)
+                    return job
+            del self._pipelines[name]
+            self._order.popleft()
+        return None
+
+    def remove(self, job_id: str) -> WaitingJob | None:
+        """Remove and return a job; None if it does not wait."""
+        # Its place in the order is dropped when its turn comes.
+        return self._jobs.pop(job_id, None)
+
+    def clear(self) -> None:
+        """Remove all jobs."""
+        self._jobs.clear()
+        self._pipelines.clear()
+        self._order.clear()
+
+
+def _time_s(row: ListedJob | None) -> float:
+    """Return about when a job ended, in seconds since the epoch; 0 if it is unknown."""
+    when = row and (row.state_since or row.created_at)
+    return when.timestamp() if when else 0.0

@@ -1,0 +1,311 @@
+"""One job may spoil only itself: what it claims does not stop the logs, spans and metrics of others."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tailspan.models import JobState, JobStatus
+from tailspan_agent.analysis.run_totals import COLUMNS, RunTotals
+from tailspan_agent.analysis.stack_traces import last_stack
+from tailspan_agent.checkpoint.store import Ack, OutboxSpan, Store
+from tailspan_agent.errors import ValueRefusedError
+from tailspan_agent.job.bounds import DROPPED_ATTRIBUTES
+from tailspan_agent.pipeline.stream_order import StreamOrder
+from tailspan_agent.receiver import discovery, tailer
+from tests.fakes.agents import Bench, looped, until
+from tests.fakes.collector import Reply
+
+RUNS = "cicd.pipeline.run.duration"
+NEVER = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
+SURROGATE = "\udcff"
+
+POISON: dict[str, dict[str, Any]] = {
+    "ended in 9999": {"finished_at": NEVER, "job_status_date": NEVER},
+    "failed in 2263": {"state": "FAILED", "finished_at": datetime(2263, 1, 1, tzinfo=UTC)},
+    "started in 9999": {"started_at": NEVER, "finished_at": NEVER},
+    "began in year 1": {"submitted_at": datetime(1, 1, 1, tzinfo=UTC), "started_at": datetime(1, 1, 1, tzinfo=UTC)},
+    "exit code of 80 bits": {"state": "FAILED", "exit_code": 1 << 80},
+    "many tasks": {"total_tasks": 1 << 90, "finished_tasks": -(1 << 90)},
+    "half a character": {"state": "FAILED", "error": SURROGATE, "url": SURROGATE, "attributes": {SURROGATE: SURROGATE}},
+    "no trace": {"trace_id": ""},
+    "types": {"exit_code": "1", "attributes": None, "details": 5, "started_at": "now", "error": b"x"},
+    "large": {"attributes": {f"k{n}": "v" * 100_000 for n in range(200)}, "error": "\U0001f600" * 100_000},
+}
+
+
+def add(bench: Bench, job_id: str, poison: dict[str, Any]) -> None:
+    """Add an ended job with a line, whose status has some other values."""
+    fields = {"state": "SUCCEEDED", **poison}
+    bench.fake.add_job(job_id, state=fields.pop("state"))
+    bench.fake._jobs[job_id].fields.update(fields)
+    bench.fake.add_lines(job_id, f"of {job_id}")
+
+
+@pytest.fixture
+def poisoned(bench: Bench) -> Bench:
+    """A job of each kind of poison, and between them good ones."""
+    for number, (name, poison) in enumerate(POISON.items()):
+        add(bench, f"bad {name}", poison)
+        add(bench, f"good {number}", {})
+    return bench
+
+
+def test_poison_is_relayed_and_stops_nothing(poisoned: Bench) -> None:
+    """All lines, all runs in the metrics, also after a restart; a trace for each job."""
+    ids = {*(f"bad {name}" for name in POISON), *(f"good {number}" for number in range(len(POISON)))}
+    for _ in range(2):
+        result = poisoned.once()
+        assert (result.delivered, result.rejected, result.failures) == (True, 0, ())
+        assert sorted(poisoned.bodies()) == sorted(f"of {job_id}" for job_id in ids)
+        counted = {
+            row.attributes["cicd.pipeline.name"]: row.value.count
+            for row in poisoned.collector.metrics()
+            if row.name == RUNS
+        }
+        assert counted == dict.fromkeys(ids, 1)
+    roots = [span for span in poisoned.collector.spans() if span.name.startswith("RUN ")]
+    assert sorted(span.resource["cicd.pipeline.run.id"] for span in roots) == sorted(ids)
+    assert len({span.trace_id for span in roots}) == len(ids)
+
+
+def test_a_job_cannot_claim_to_be_another(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """Reserved attributes stay the agent's; the number of those that were dropped is on the telemetry and counted."""
+    claims = {"service.instance.id": "x", "cicd.pipeline.run.id": "y", "host_name": "z", "": "empty", "team": "geo"}
+    add(bench, "j", {"attributes": claims, "details": {"tailspan.records.rejected": "9"}})
+    assert bench.once().delivered
+    (row,) = bench.lines()
+    assert row.resource["cicd.pipeline.run.id"] == "j"
+    assert (row.resource["team"], row.resource[DROPPED_ATTRIBUTES]) == ("geo", "4")
+    assert not {"service.instance.id", "host_name", ""} & row.resource.keys()
+    assert bench.spans()["run"].attributes["tailspan.records.rejected"] == 0
+    assert bench.metric("tailspan.agent.attributes.dropped", service="fake") == 4
+    assert [record.message for record in caplog.records if "changed or dropped" in record.message]
+
+
+@pytest.mark.parametrize(
+    "exemplar",
+    [
+        ["ab" * 16, "cd" * 8, 1.0, 253_402_300_799_000_000_000],  # the year 9999
+        ["ab" * 16, "cd" * 8, 1.0, 4_102_444_800_000_000_000],  # 2100
+        ["ab" * 16, "cd" * 8, 1.0, -1],
+        ["ab" * 16, "cd" * 8, 1.0, "today"],
+        ["no trace", "cd" * 8, 1.0, 1],
+        ["ab" * 16, "cd" * 8, float("nan"), 1],
+        ["ab" * 16],
+    ],
+)
+def test_stored_poison_is_healed(bench: Bench, exemplar: list[Any]) -> None:
+    """An exemplar that an earlier agent stored does not stop the metrics any more, and its runs still count."""
+    add(bench, "good", {})
+    assert bench.once().delivered
+    with closing(sqlite3.connect(bench.state_dir / "checkpoints.db")) as db, db:
+        (row,) = db.execute(f"SELECT {', '.join(COLUMNS)} FROM runs").fetchall()
+        db.execute("INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?)", ("old", *row[1:5], json.dumps([exemplar])))
+        facts = db.execute("SELECT facts FROM history").fetchone()[0]
+        changed = {**json.loads(facts), "pipeline": "old", "ended_unix_nano": 253_402_300_799_000_000_000}
+        db.execute("INSERT INTO history (pipeline, facts) VALUES ('old', ?)", (json.dumps(changed),))
+    bench.collector.drain()
+    assert bench.once().delivered
+    counts = {row.attributes["cicd.pipeline.name"] for row in bench.collector.metrics() if row.name == RUNS}
+    assert counts >= {"good"}
+    assert ("old" in counts) == (len(exemplar) == 4)
+
+
+def test_a_ledger_of_impossible_times_starts_empty(bench: Bench) -> None:
+    """Its cursor is kept, so that no line comes again."""
+    bench.fake.add_job("j")
+    bench.fake.add_lines("j", "one")
+    assert bench.once().delivered
+    with closing(sqlite3.connect(bench.state_dir / "checkpoints.db")) as db, db:
+        db.execute("UPDATE jobs SET facts = ?", (json.dumps({"first_seen_ns": 1, "last_line_ns": 10**25}),))
+    bench.fake.add_lines("j", "two")
+    bench.fake.set_state("j", JobState.FAILED)
+    assert bench.once().delivered
+    assert bench.bodies() == ["one", "two"]
+
+
+def test_an_ack_that_cannot_be_stored_spoils_no_other(tmp_path: Path) -> None:
+    """One transaction has the acks of many jobs; the store stays usable."""
+    with closing(Store(tmp_path)) as store:
+        keys = [store.add_job("id", name, name, stream=0, ledger="{}").key for name in "abc"]
+        acks = [Ack(key, b"cursor", "{}") for key in keys]
+        acks[1] = Ack(keys[1], b"cursor", "{}", {1 << 70: (1, 1)})
+        store.ack(acks)
+        found = [store.job("id", name) for name in "abc"]
+        assert [job and job.cursor for job in found] == [b"cursor", None, b"cursor"]
+        with pytest.raises(ValueRefusedError):
+            store.add_spans(keys[0], [OutboxSpan(keys[0], SURROGATE, b"", b"")])
+        with pytest.raises(ValueRefusedError):
+            store.add_job("id", "d", "d", stream=1 << 64, ledger="{}")
+        with pytest.raises(ValueRefusedError):
+            store.add_job("id", SURROGATE, "d", stream=0, ledger="{}")
+        assert not store.write_failed
+
+
+def test_spans_are_read_up_to_a_size(tmp_path: Path) -> None:
+    """Hundreds of failed jobs have megabytes of stack traces: they are not all in memory for one request."""
+    with closing(Store(tmp_path)) as store:
+        key = store.add_job("id", "a", "a", stream=0, ledger="{}").key
+        store.add_spans(key, [OutboxSpan(key, f"s{number}", b"r", bytes(1000)) for number in range(10)])
+        assert [len(store.unsent_spans(9, max_bytes)) for max_bytes in (1, 2500, 1 << 30)] == [1, 2, 9]
+
+
+def test_a_point_that_cannot_be_encoded_spoils_no_other(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever its reason: the other points of its metric, and all other metrics, are exported."""
+    add(bench, "good", {})
+    agent = bench.agent()
+    bad = RunTotals("bad", "success").add(1.0, trace_id="ab" * 16, span_id="cd" * 8, time_unix_nano=1 << 80)
+    agent._context.totals[bad.key] = bad
+    assert asyncio.run(agent.run_once(60)).delivered
+    assert {row.attributes["cicd.pipeline.name"] for row in bench.collector.metrics() if row.name == RUNS} == {"good"}
+    assert any("left out cicd.pipeline.run.duration" in record.message for record in caplog.records)
+
+
+class Lines(list[str]):
+    """Lines that count how often one of them is read."""
+
+    reads = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        self.reads += 1
+        return super().__getitem__(index)
+
+
+HEADER = "Traceback (most recent call last):"
+GROUP = "  + Exception Group Traceback (most recent call last):"
+FRAME = '  File "a.py", line 1, in f'
+HOSTILE = {
+    "groups without an exception": [GROUP, "  | " + FRAME],
+    "groups behind a prefix": ["w1 " + GROUP, "w1   | " + FRAME],
+    "headers": [HEADER],
+    "headers behind a prefix": ["w1 " + HEADER],
+    "frames without an exception": ["w1 " + HEADER, "w1 " + FRAME],
+    "Java": ["java.lang.Error: x", "\tat a", "Caused by: x"],
+    "panics": ["thread 'a' panicked at x:", "x"],
+}
+
+
+@pytest.mark.parametrize("block", HOSTILE.values(), ids=HOSTILE)
+def test_a_search_for_stack_traces_is_linear(block: Sequence[str]) -> None:
+    """Nested and broken traces: twice the lines cost at most about twice the reads."""
+    short, long = (Lines(block * (size // len(block))) for size in (2000, 8000))
+    for lines in (short, long):
+        last_stack(lines)
+    assert long.reads < 6 * short.reads + 10_000
+
+
+def test_the_last_lines_of_a_failed_job_are_cut_while_they_are_read(bench: Bench) -> None:
+    """A character may take four bytes in memory: three hundred lines of a MiB each would take a GiB."""
+    bench.fake.add_job("j", state="FAILED")
+    bench.fake._page_lines = 1
+    bench.fake.add_lines(
+        "j", "x" * ((1 << 20) - 4) + "\U0001f600", "\U0001f600" * (1 << 17), "\x1b[1m" * 10_000 + "y" * 9999
+    )
+    assert most_held(bench) < 3 * 20_000
+
+
+def most_held(bench: Bench) -> int:
+    """Relay all, and return how much memory the last lines took."""
+    sizes: list[int] = []
+    real = tailer.last_lines
+
+    async def measured(*args: Any) -> list[str]:
+        lines = await real(*args)
+        sizes.append(sum(map(sys.getsizeof, lines)))
+        return lines
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tailer, "last_lines", measured)
+        assert bench.once().delivered
+    (size,) = sizes
+    return size
+
+
+def test_a_crowd_of_ended_jobs_is_opened_a_few_at_a_time(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them are relayed, whatever their number; the agent never holds more than a few tailers."""
+    monkeypatch.setattr(discovery, "_FIRST_TURNS", 5)
+    for number in range(60):
+        add(bench, f"j{number:02d}", {})
+    agent, most = bench.agent(), 0
+
+    async def run() -> None:
+        nonlocal most
+        once = asyncio.create_task(agent.run_once(60))
+        while not once.done():
+            most = max(most, len(agent.tailers))
+            await asyncio.sleep(0)
+        assert (await once).delivered
+
+    asyncio.run(run())
+    assert 0 < most <= 10  # a tailer whose first turn is over may not have ended yet
+    assert len(bench.bodies()) == 60
+
+
+@looped
+async def test_a_crowd_of_running_jobs_leaves_the_loop_free(bench: Bench) -> None:
+    """However many jobs wake at one moment: between two passes of the loop, only a few take their turn."""
+    polled = 0
+    real = bench.fake.get_job
+
+    async def counted(job_id: str) -> JobStatus:
+        nonlocal polled
+        polled += 1
+        return await real(job_id)
+
+    bench.fake.get_job = counted  # type: ignore[method-assign]
+    for number in range(200):
+        bench.fake.add_job(f"j{number}")
+    most = before = 0
+    async with bench.running() as agent:
+        while len([one for one in agent.tailers if one.followed]) < 200 or polled < 200:
+            await asyncio.sleep(0)
+            most, before = max(most, polled - before), polled
+    assert most <= 40
+
+
+@looped
+async def test_a_stop_does_not_wait_for_the_crowd(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs that wait for their turn are left to the next start, which relays them."""
+    monkeypatch.setattr(discovery, "_FIRST_TURNS", 2)
+    for number in range(30):
+        add(bench, f"j{number:02d}", {})
+    bench.collector.always("logs", Reply(503))
+    async with bench.running() as agent:
+        await until(lambda: agent.discoveries and len(agent.discoveries[0].backlog) >= 20)
+    assert len(agent.discoveries[0].backlog) == 0
+    assert agent.tailers == []
+
+
+@looped
+async def test_the_order_of_a_large_stream_costs_little() -> None:
+    """Ten thousand jobs of one pipeline leave one by one: each step wakes those that may go on, and no other."""
+    order, woken = StreamOrder(), 0
+    hour_ns = 3600 * 10**9
+
+    async def member(number: int) -> None:
+        nonlocal woken
+        order.join("etl", number, number * hour_ns)
+        await order.turn("etl", number)
+        woken += 1
+        order.leave("etl", number)
+
+    count = 2000
+    for number in range(count):
+        order.join("etl", number, number * hour_ns)
+    tasks = [asyncio.create_task(member(number)) for number in range(count)]
+    passes = 0
+    while woken < count:
+        await asyncio.sleep(0)
+        passes += 1
+    await asyncio.gather(*tasks)
+    assert passes < 4 * count
