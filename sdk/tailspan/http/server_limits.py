@@ -28,9 +28,11 @@ REQUEST_S = 10.0
 UNREAD_S = 30.0
 """How long a client may read nothing of its answer, in seconds; it is checked this often."""
 
-BACKLOG = 64
-"""How many connections asyncio accepts at once: before its limits apply, each takes an open file."""
+BACKLOG = 16
+"""How many connections asyncio accepts at once. Before limits apply, each takes an open file; and of a few at a time,
+the first one's request is read before so many newer ones come that it is the longest idle."""
 
+_QUEUE = 1024
 _RESERVE = 32
 """Connections beyond the limit: they get an answer of health, or 503."""
 
@@ -87,6 +89,9 @@ class LimitedServer(uvicorn.Server):
         self._before = loop.get_exception_handler()
         loop.set_exception_handler(self._on_error)
         await super().startup(sockets)
+        # Connections that wait here need no open file; without room for them, clients try again only after a second.
+        for listener in sockets or ():
+            listener.listen(_QUEUE)
 
     async def shutdown(self, sockets: Any = None) -> None:
         """Stop, and leave errors to their former handler."""
@@ -139,7 +144,7 @@ class LimitedHttp(H11Protocol):
         self.idle_since_s = time.monotonic()
         super().connection_made(transport)
         self.address = _network(self.client[0] if self.client else "")
-        connections = cast("set[LimitedHttp]", self.connections)
+        connections = _living(self.connections)
         if len(connections) > self._most:
             made_room = _make_room(connections - {self})
             _log_seldom("more than %d connections are open: the longest idle ones are closed", self._most)
@@ -200,7 +205,7 @@ class LimitedHttp(H11Protocol):
 
         path = str(cast("dict[str, Any]", scope)["path"])
         try:
-            if len(self.connections) > self._most and path not in self._open_paths:
+            if len(_living(self.connections)) > self._most and path not in self._open_paths:
                 await _refuse(send_or_close)
             else:
                 await self._inner(scope, receive, send_or_close)
@@ -235,6 +240,11 @@ class LimitedHttp(H11Protocol):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+
+def _living(connections: Collection[Any]) -> set[LimitedHttp]:
+    """Return the connections that are not ending: those need nothing but the rest of their answer to be sent."""
+    return {each for each in connections if not each.transport.is_closing()}
 
 
 def _make_room(connections: set[LimitedHttp]) -> bool:
