@@ -27,6 +27,7 @@ def test_the_page_claims_what_its_rows_show() -> None:
         assert {row[name] for name in ("missing", "needless", "order", "time", "uid", "foreign", "spans")} == {"0"}
         assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", row["date"])
         assert row["seed"].isdigit()
+        assert re.fullmatch(r"[0-9a-f]{7}\+?", row["commit"])
 
 
 def test_readme_has_the_sum_of_all_rows() -> None:
