@@ -22,10 +22,11 @@ from tailspan.errors import AuthError, ConfigError, ServiceUnavailableError
 from tailspan.logs.page import LineRun, LogPage
 from tailspan.logs.page_wire import FrameError, FrameSplitter, encode_frame
 from tailspan.logs.printing import end_text
+from tailspan.services._requests import error_text
 from tailspan.services.fused.auth import Credentials
 from tailspan.services.fused.stream import ArraySplitter, ReplyError, lines, messages, pages
 from tailspan.services.fused.window import LateWindow
-from tailspan.services.fused.wire import decode_row, decode_status, error_text, line_times
+from tailspan.services.fused.wire import decode_row, decode_status, line_times
 from tailspan_agent.job.ledger import JobLedger
 from tailspan_agent.job.mapping import failure_record, resource_attributes, spans_of
 from tailspan_agent.otlp.messages import parse_request

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tailspan.services.fused.wire import error_text
+from tailspan.services._requests import error_text
 from tests.e2e.conftest import TAILSPAN, Machine
 from tests.fakes.collector import Collector, Reply
 from tests.fakes.job_api import FakeJobApi, status_fault

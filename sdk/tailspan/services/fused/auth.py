@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 import anyio
@@ -28,7 +28,8 @@ from tailspan._secrets import MASK, add_secret
 from tailspan.config.units import serve_token_file
 from tailspan.errors import AuthError, ConfigError, ServiceUnavailableError
 from tailspan.http.client import BROKEN, HttpClient
-from tailspan.services.fused.wire import DEFAULT_BASE_URL, error_text, is_local
+from tailspan.services._requests import Authorization, error_text
+from tailspan.services.fused.wire import DEFAULT_BASE_URL, is_local
 
 __all__ = ["DEFAULT_SCHEME", "Authorization", "Credentials"]
 
@@ -42,21 +43,6 @@ _OAUTH_TIMEOUT_S = 5.0
 _MAX_OAUTH_BYTES = 1 << 20
 # A token that expires while the request is on its way is refused.
 _LEEWAY = timedelta(seconds=30)
-
-
-class Authorization(NamedTuple):
-    """A header to send, and its source.
-
-    Attributes:
-        value: The header; empty: send none.
-        source: Where the token is stored, for messages.
-    """
-
-    value: str
-    source: str
-
-    def __repr__(self) -> str:
-        return f"<authorization from {self.source}>"
 
 
 class Credentials:

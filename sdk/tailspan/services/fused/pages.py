@@ -25,8 +25,8 @@ from tailspan._identity import check_job_id
 from tailspan.errors import CursorExpiredError, ProtocolError, RequestRejectedError, ServiceError
 from tailspan.logs.page import LogPage, Message
 from tailspan.logs.page_wire import CURSOR_MARK, MAX_JOBS, Frame, FrameError, FrameSplitter, cursor_text
-from tailspan.services.fused.http import FusedHttp, Params
-from tailspan.services.fused.wire import path_segment
+from tailspan.services._requests import Params, path_segment
+from tailspan.services.fused.http import FusedHttp
 
 __all__ = ["MessageSplitter", "ServedPages"]
 

@@ -23,8 +23,9 @@ from tailspan.logs.page import LogPage, Message
 from tailspan.logs.page_wire import MEDIA_TYPE
 from tailspan.models import JobStatus, ListedJob
 from tailspan.services import LATE_WINDOW_S, MergingService
+from tailspan.services._requests import Tls, normalise_base_url, path_segment
 from tailspan.services.fused.auth import DEFAULT_SCHEME, Credentials
-from tailspan.services.fused.http import FusedHttp, Tls
+from tailspan.services.fused.http import FusedHttp
 from tailspan.services.fused.log_times import Probe, find_times
 from tailspan.services.fused.pages import MessageSplitter, ServedPages
 from tailspan.services.fused.stream import STEP_BYTES, ArraySplitter, Splitter, decode_json, lines, messages, pages
@@ -34,8 +35,6 @@ from tailspan.services.fused.wire import (
     decode_row,
     decode_status,
     line_times,
-    normalise_base_url,
-    path_segment,
 )
 
 if TYPE_CHECKING:
@@ -121,6 +120,7 @@ class FusedService(MergingService):
             tls=Tls(ca_file, client_cert, client_key),
             requests_per_second=requests_per_second,
             tries=tries,
+            headers={"X-Fused-Cache-Disable": "true"},
         )
         self._pages = ServedPages(self._http)
 

@@ -10,32 +10,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 import msgspec
 
 from tailspan._identity import is_trace_id, trace_id
-from tailspan._net import host_port, is_loopback
-from tailspan._secrets import mask_and_cut
-from tailspan.errors import ConfigError
-from tailspan.logs.clean import printable
+from tailspan._net import is_loopback
 from tailspan.models import JobState, JobStatus, ListedJob, fused_state
 
 __all__ = [
     "DEFAULT_BASE_URL",
     "decode_row",
     "decode_status",
-    "error_text",
     "is_local",
     "line_times",
-    "normalise_base_url",
-    "path_segment",
 ]
 
 DEFAULT_BASE_URL = "https://www.fused.io/server/v1"
-
-_DEFAULT_PORTS = {"http": 80, "https": 443}
-_MAX_ERROR_CHARS = 500
 
 
 class _Status(msgspec.Struct, kw_only=True):
@@ -55,39 +46,10 @@ class _Status(msgspec.Struct, kw_only=True):
     finished_tasks: int
 
 
-def normalise_base_url(base_url: str) -> str:
-    """Return the normal form of a base URL, which is the service's identity.
-
-    Scheme and host become lower case; credentials, default port and trailing slashes are removed.
-
-    Raises:
-        ConfigError: `base_url` is not an http or https URL, or has a query or a fragment.
-    """
-    try:
-        parts = urlsplit(base_url.strip())
-        host, port = parts.hostname, parts.port
-    except ValueError as error:
-        raise ConfigError(f"base_url is not a valid URL: {error}", key="base_url") from None
-    if parts.scheme not in _DEFAULT_PORTS or not host:
-        raise ConfigError("base_url is not a URL such as https://www.fused.io/server/v1", key="base_url")
-    if parts.query or parts.fragment:
-        raise ConfigError("base_url has a query or a fragment; use only scheme, host and path", key="base_url")
-    named = host_port(host, None if port == _DEFAULT_PORTS[parts.scheme] else port)
-    return f"{parts.scheme}://{named}{parts.path.rstrip('/')}"
-
-
 def is_local(base_url: str) -> bool:
     """Return whether the URL's host is this machine by its text alone (RFC 6761 reserves ``.localhost``)."""
     host = urlsplit(base_url).hostname or ""
     return is_loopback(host) or host.endswith(".localhost")
-
-
-def path_segment(job_id: str) -> str:
-    """Return a job id as one segment of a URL path, escaped."""
-    if job_id in (".", ".."):
-        # Unescaped, clients and proxies resolve them as steps in the path.
-        return job_id.replace(".", "%2E")
-    return quote(job_id, safe="")
 
 
 def decode_status(reply: Mapping[str, Any], *, service: str, identity: str) -> JobStatus:
@@ -168,34 +130,6 @@ def decode_row(row: Any, *, service: str) -> ListedJob | None:
         service=service,
         lines=_number(row, "lines"),
     )
-
-
-def error_text(body: bytes) -> str:
-    """Return the text of an error reply, in one line; empty if it has none for people.
-
-    Source: ``{"message": str}`` or ``{"detail": str}``; with status 422 ``detail`` is a list of findings.
-    """
-    try:
-        reply = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return ""
-    found = reply
-    if isinstance(reply, dict):
-        found = next((reply[key] for key in ("message", "detail", "error") if reply.get(key)), "")
-    if isinstance(found, list):
-        found = "; ".join(_finding(item) for item in found)
-    # An exception's text reaches terminals unchanged, for example in a traceback.
-    text = mask_and_cut(str(found), _MAX_ERROR_CHARS, "...") if isinstance(found, str | dict) else ""
-    return printable(" ".join(text.split()), colours=False)
-
-
-def _finding(item: Any) -> str:
-    if not isinstance(item, dict):
-        return str(item)
-    place = item.get("loc")
-    where = ".".join(str(part) for part in place) if isinstance(place, list) else ""
-    text = str(item.get("msg") or item)
-    return f"{where}: {text}" if where else text
 
 
 def _own_state(reply: Mapping[str, Any]) -> JobState | None:

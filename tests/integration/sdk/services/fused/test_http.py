@@ -19,8 +19,8 @@ from tailspan.errors import (
 )
 from tailspan.models import JobState
 from tailspan.services import JobService
+from tailspan.services._requests import Pace
 from tailspan.services.fused import FusedService
-from tailspan.services.fused.http import Pace
 from tailspan.services.registry import open_service
 from tests.fakes.job_api import HANG, HTML, RESET, TRUNCATED, FakeJobApi, Fault, status_fault
 
