@@ -135,6 +135,8 @@ class Line(NamedTuple):
         stream: ``stdout``, ``stderr`` or empty.
         task: The task that wrote the line; None in a job without tasks, and for lines of the job itself.
         severity: Its OTLP severity number, 1 to 24, where the source has one; 0: found in the text.
+        uid: The source's own id of the line, unique within the job; empty: task, time, text and number of repeats
+            identify it.
     """
 
     time_unix_nano: int
@@ -142,6 +144,7 @@ class Line(NamedTuple):
     stream: str = ""
     task: TaskRef | None = None
     severity: int = 0
+    uid: str = ""
 
 
 class OpenLine(NamedTuple):
@@ -306,9 +309,13 @@ class LogPage:
             instant = line.task, line.time_unix_nano
             ordinal = instants.get(instant, 0)
             instants[instant] = ordinal + 1
-            occurrence = repeats.get((*instant, body), 0)
-            repeats[*instant, body] = occurrence + 1
-            digests.append(line_digest(identity, job_id, line.time_unix_nano, body, occurrence, line.task))
+            if line.uid:
+                key = f"{identity}\0{job_id}\0uid\0{line.uid}".encode()
+                digests.append(blake2b(key, digest_size=DIGEST_BYTES).digest())
+            else:
+                occurrence = repeats.get((*instant, body), 0)
+                repeats[*instant, body] = occurrence + 1
+                digests.append(line_digest(identity, job_id, line.time_unix_nano, body, occurrence, line.task))
             bodies.append(body)
             _extend(runs, line, ordinal, tasks)
         return cls(bodies, runs, cursor, b"".join(digests), tasks=tuple(tasks))

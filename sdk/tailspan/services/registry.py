@@ -73,6 +73,10 @@ def _class_of(name: str, kind: str) -> type[JobService]:
             from tailspan.services.local import LocalService
 
             return LocalService
+        case "prefect":
+            from tailspan.services.prefect import PrefectService
+
+            return PrefectService
     from importlib.metadata import entry_points
 
     key = f"services.{name}.type"
