@@ -120,11 +120,13 @@ class PrefectService(HttpService, TaskService, SubmitService):
         after = _EPOCH if since_ms is None else _EPOCH + timedelta(milliseconds=since_ms)
         if cursor is not None:
             after = position.newest - timedelta(seconds=late_window_s)
+        if job_id not in self._tasks:
+            await self._flow_run(job_id)
         tasks = await self._list(job_id, None)
         offset = 0
         while True:
             entries = await self._entries(job_id, list(tasks.flow_runs), after, offset)
-            new = [entry for entry in entries if not position.has(entry)]
+            new = sorted((one for one in _whole_times(entries) if not position.has(one)), key=_order)
             if new:
                 tasks = await self._tasks_of(job_id, new, tasks)
                 for entry in new:
@@ -279,6 +281,7 @@ class PrefectService(HttpService, TaskService, SubmitService):
                 if child and len(flow_runs) < _MAX_FLOW_RUNS:
                     flow_runs.setdefault(child, row["id"])
         runs = [run for row in rows for run in await self._attempts_of(row, flow_runs)]
+        runs.sort(key=lambda run: (run.submitted_at or _EPOCH, run.attempt))
         self._tasks[job_id] = listed = _Tasks(time.monotonic(), tuple(runs), flow_runs)
         if len(self._tasks) > _MAX_FLOW_RUNS:
             del self._tasks[next(iter(self._tasks))]
@@ -482,8 +485,25 @@ def _lines(entry: Mapping[str, Any], tasks: _Tasks) -> list[Line]:
     task = _task_at(entry.get("task_run_id") or tasks.flow_runs.get(entry["flow_run_id"]), moment, tasks)
     severity = _severity(entry.get("level") or 0)
     texts = str(entry.get("message") or "").split("\n")
-    nano = _micros(moment) * 1000
+    nano = _nano(entry)
     return [Line(nano, text, "", task, severity, f"{entry['id']}.{place}") for place, text in enumerate(texts)]
+
+
+def _order(entry: Mapping[str, Any]) -> tuple[int, str]:
+    return _nano(entry), entry["id"]
+
+
+def _whole_times(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the entries of a page without those of its last time, of which the next page may have more."""
+    if len(entries) < _PAGE or entries[0]["timestamp"] == entries[-1]["timestamp"]:
+        return entries
+    last = entries[-1]["timestamp"]
+    return [entry for entry in entries if entry["timestamp"] != last]
+
+
+def _nano(entry: Mapping[str, Any]) -> int:
+    """Return the time of an entry, in ns since the epoch; of those of one microsecond each has its own, from its id."""
+    return _micros(_moment(entry)) * 1000 + int.from_bytes(_short(entry["id"])) % 900
 
 
 def _task_at(task_id: str | None, moment: datetime, tasks: _Tasks) -> TaskRef | None:

@@ -1,0 +1,193 @@
+"""A Prefect API as far as `PrefectService` uses it, with what was measured of the real one (3.9.1).
+
+Logs are sorted by time only: lines of one time come in another order at each request. ``after_`` is inclusive, a limit
+above 200 is status 422, and an unknown id is 404.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import uuid
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import parse_qs, urlsplit
+
+__all__ = ["FakePrefect"]
+
+START = datetime(2026, 11, 29, 10, tzinfo=UTC)
+_MOST = 200
+
+
+class FakePrefect:
+    """The server. A context manager.
+
+    Attributes:
+        url: The base URL of the API.
+        token: What ``Authorization: Bearer`` must have; empty: nothing is needed.
+        refusals: Statuses of the next replies, with their headers, before the right ones come.
+        requests: ``METHOD /path`` of each request so far.
+    """
+
+    def __init__(self) -> None:
+        self.token = ""
+        self.refusals: list[tuple[int, dict[str, str]]] = []
+        self.requests: list[str] = []
+        self.flow_runs: dict[str, dict[str, Any]] = {}
+        self.task_runs: dict[str, dict[str, Any]] = {}
+        self.task_states: dict[str, list[dict[str, Any]]] = {}
+        self.logs: list[dict[str, Any]] = []
+        self._random = random.Random(1)
+        self._lock = threading.Lock()
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                self._answer("GET")
+
+            def do_POST(self) -> None:
+                self._answer("POST")
+
+            def _answer(self, method: str) -> None:
+                body = self.rfile.read(int(self.headers.get("content-length", 0)))
+                headers: dict[str, str] = {}
+                with fake._lock:
+                    parts = urlsplit(self.path)
+                    path = parts.path.removeprefix("/api")
+                    fake.requests.append(f"{method} {path}")
+                    if fake.refusals:
+                        status, headers = fake.refusals.pop(0)
+                        reply: object = {"detail": "refused"}
+                    elif fake.token and self.headers.get("authorization") != f"Bearer {fake.token}":
+                        status, reply = 401, {"detail": "Unauthorized"}
+                    else:
+                        asked = json.loads(body) if body else {}
+                        status, reply = fake._reply(method, path, asked, parse_qs(parts.query))
+                data = json.dumps(reply).encode()
+                self.send_response(status)
+                for name, value in {**headers, "content-type": "application/json"}.items():
+                    self.send_header(name, value)
+                self.send_header("content-length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/api"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def add_flow_run(self, state: str = "RUNNING", *, parent: str | None = None, start_s: float = 0) -> str:
+        """Add a run of the flow ``nightly`` and return its id; with a parent, a sub flow of that task run."""
+        run_id = str(uuid.UUID(int=self._random.getrandbits(128)))
+        self.flow_runs[run_id] = {
+            "id": run_id,
+            "flow_id": "flow-1",
+            "name": "nebulous-adder",
+            "parent_task_run_id": parent,
+            "expected_start_time": _iso(start_s),
+            "created": _iso(start_s),
+            "start_time": _iso(start_s + 0.1),
+            "labels": {},
+            "tags": ["a", "b"],
+            "deployment_id": None,
+        }
+        self.set_state(run_id, state, start_s + 0.1)
+        return run_id
+
+    def set_state(self, run_id: str, state: str, at_s: float, name: str = "", message: str | None = None) -> None:
+        """Change the state of a flow run."""
+        run = self.flow_runs[run_id]
+        ended = state in ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
+        run |= {"state_type": state, "state_name": name or state.title(), "state_id": f"{run_id}-{state}"}
+        run |= {"state": {"type": state, "name": run["state_name"], "timestamp": _iso(at_s), "message": message}}
+        run |= {"end_time": _iso(at_s) if ended else None}
+
+    def add_task_run(self, run_id: str, name: str, *states: tuple[str, str, float], child: str | None = None) -> str:
+        """Add a task run with its history of states: type, message and seconds since the start."""
+        task_id = str(uuid.UUID(int=self._random.getrandbits(128)))
+        kind, message, at_s = states[-1]
+        ended = kind in ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
+        details = {"child_flow_run_id": child}
+        self.task_runs[task_id] = {
+            "id": task_id,
+            "name": f"{name}-{task_id[:3]}",
+            "flow_run_id": run_id,
+            "task_key": f"{name}-adadc7dd",
+            "dynamic_key": task_id,
+            "state_id": f"{task_id}-{len(states)}",
+            "task_inputs": {},
+            "state_type": kind,
+            "state_name": kind.title(),
+            "run_count": sum(state[0] == "RUNNING" for state in states),
+            "expected_start_time": _iso(states[0][2] - 0.1),
+            "start_time": _iso(states[0][2]),
+            "end_time": _iso(at_s) if ended else None,
+            "state": {"type": kind, "timestamp": _iso(at_s), "message": message, "state_details": details},
+        }
+        self.task_states[task_id] = [
+            {"type": kind, "name": kind.title(), "timestamp": _iso(at_s), "message": message or None}
+            for kind, message, at_s in states
+        ]
+        return task_id
+
+    def log(self, run_id: str, text: str, at_s: float, *, level: int = 20, task: str | None = None) -> None:
+        """Add a line, which is visible at once."""
+        entry = {"id": str(uuid.UUID(int=self._random.getrandbits(128))), "level": level, "message": text}
+        self.logs.append(entry | {"timestamp": _iso(at_s), "flow_run_id": run_id, "task_run_id": task})
+
+    def _reply(self, method: str, path: str, body: dict[str, Any], query: dict[str, list[str]]) -> tuple[int, object]:
+        if body.get("limit", 0) > _MOST:
+            return 422, {"detail": "Invalid limit: must be less than or equal to 200."}
+        first = body.get("offset", 0)
+        page = slice(first, first + body.get("limit", _MOST))
+        match path.strip("/").split("/"):
+            case ["flow_runs", "filter"]:
+                runs = [run for run in self.flow_runs.values() if run["parent_task_run_id"] is None]
+                return 200, sorted(runs, key=lambda run: run["expected_start_time"], reverse=True)[page]
+            case ["flow_runs", run_id] if method == "GET":
+                found = self.flow_runs.get(run_id)
+                return (200, found) if found else (404, {"detail": "Flow run not found"})
+            case ["flows", "filter"]:
+                return 200, [{"id": "flow-1", "name": "nightly"}]
+            case ["task_runs", "filter"]:
+                wanted = body["flow_runs"]["id"]["any_"]
+                return 200, [row for row in self.task_runs.values() if row["flow_run_id"] in wanted][page]
+            case ["task_run_states"]:
+                return 200, self.task_states[query["task_run_id"][0]]
+            case ["logs", "filter"]:
+                logs = body["logs"]
+                after = datetime.fromisoformat(logs["timestamp"]["after_"])
+                found_logs = [
+                    entry
+                    for entry in self.logs
+                    if entry["flow_run_id"] in logs["flow_run_id"]["any_"]
+                    and datetime.fromisoformat(entry["timestamp"]) >= after
+                ]
+                self._random.shuffle(found_logs)
+                return 200, sorted(found_logs, key=lambda entry: entry["timestamp"])[page]
+            case ["flow_runs", run_id, "set_state"]:
+                self.set_state(run_id, "CANCELLED", 99)
+                return 201, {"status": "ACCEPT", "details": {}}
+        return 404, {"detail": "Not Found"}
+
+
+def _iso(seconds: float) -> str:
+    return (START + timedelta(seconds=seconds)).isoformat(timespec="microseconds").replace("+00:00", "Z")
