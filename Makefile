@@ -37,17 +37,27 @@ test-pythons: $(VENV)/.installed-dev
 	@$(BIN)/python -m tests.pythons $(VENV)/pythons $(PYTHON_VERSIONS) -- -q -n $(WORKERS) --dist worksteal
 
 # What is in deploy/ and the page against the real things: Debian's prometheus (with promtool), docker-compose and chromium, and npm for Grafana's grammars.
-# SERVICES=stores takes only real stores, which are built from Go modules: 15 minutes once. SERVICES=deploy takes only the rest.
+# SERVICES=stores takes only real stores, which are built from Go modules: 15 minutes once. SERVICES=prefect takes only a real
+# Prefect server, which is installed into an environment of its own. SERVICES=deploy takes only the rest.
 SERVICES := all
 STORES := tests/stores
+ORCHESTRATORS := tests/orchestrators
 GRAMMARS := @grafana/lezer-logql@0.4.2 @grafana/lezer-traceql@1.0.0
 ifeq ($(SERVICES),stores)
 test-services: $(VENV)/.installed-dev stores
 	$(BIN)/pytest -m services $(STORES)
+else ifeq ($(SERVICES),prefect)
+test-services: $(VENV)/.installed-dev $(VENV)/prefect/.installed
+	$(BIN)/pytest -m services $(ORCHESTRATORS)/test_prefect.py
 else
-test-services: $(VENV)/.installed-dev $(VENV)/node/node_modules $(VENV)/tools/.installed $(VENV)/.installed-browser $(if $(filter all,$(SERVICES)),stores)
-	$(BIN)/pytest -m services $(if $(filter deploy,$(SERVICES)),--ignore=$(STORES))
+test-services: $(VENV)/.installed-dev $(VENV)/node/node_modules $(VENV)/tools/.installed $(VENV)/.installed-browser $(if $(filter all,$(SERVICES)),stores $(VENV)/prefect/.installed)
+	$(BIN)/pytest -m services $(if $(filter deploy,$(SERVICES)),--ignore=$(STORES) --ignore=$(ORCHESTRATORS))
 endif
+
+$(VENV)/prefect/.installed: Makefile | $(BIN)/python
+	@$(BIN)/python -m venv $(VENV)/prefect
+	@$(VENV)/prefect/bin/python -m pip install -qq --disable-pip-version-check prefect==3.9.1
+	@touch $@
 
 stores:
 	tests/stores/build.sh $(VENV)/stores/bin

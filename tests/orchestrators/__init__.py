@@ -1,1 +1,1 @@
-"""Job services of orchestrators against the real servers; run with `make test-services SERVICES=orchestrators`."""
+"""Job services of orchestrators against the real servers; see `make test-services`."""

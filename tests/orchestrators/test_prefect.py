@@ -109,7 +109,7 @@ class Prefect:
 def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
     """A server for all tests of this module."""
     if not (PROGRAMS / "prefect").exists():
-        pytest.skip(f"Prefect is not installed in {PROGRAMS}: make test-services SERVICES=orchestrators")
+        pytest.skip(f"Prefect is not installed in {PROGRAMS}: make test-services SERVICES=prefect")
     server = Prefect(tmp_path_factory.mktemp("prefect"))
     yield server
     server.close()

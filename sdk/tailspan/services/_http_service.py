@@ -14,6 +14,7 @@ import msgspec
 from pydantic import Field, SecretStr, model_validator
 
 from tailspan._net import is_loopback, read_secret_file
+from tailspan._secrets import add_secret
 from tailspan.config import Options, PositiveDuration, Settings, UserPath, validate_options
 from tailspan.errors import AuthError, ConfigError
 from tailspan.services import JobService
@@ -147,10 +148,13 @@ class Login(Credentials):
     def _password(self) -> str:
         key = f"services.{self._name}"
         if self._options.password is not None:
-            return self._options.password.get_secret_value()
-        if self._options.password_file is not None:
-            return _secret(self._options.password_file, f"{key}.password_file")
-        raise AuthError(f"{key}: user is set, and neither password nor password_file", service=self._name)
+            password = self._options.password.get_secret_value()
+        elif self._options.password_file is not None:
+            password = _secret(self._options.password_file, f"{key}.password_file")
+        else:
+            raise AuthError(f"{key}: user is set, and neither password nor password_file", service=self._name)
+        add_secret(password)
+        return password
 
 
 class HttpService(JobService):

@@ -23,7 +23,7 @@ import msgspec
 
 from tailspan._backoff import backoff_s, parse_retry_after_s
 from tailspan._net import host_port, tls_context
-from tailspan._secrets import MASK, mask_and_cut
+from tailspan._secrets import MASK, add_secret, mask_and_cut
 from tailspan.errors import (
     AuthError,
     ConfigError,
@@ -327,6 +327,7 @@ class ServiceRequests:
             await self._pace.wait()
         client = self._open_client()
         authorization = await self._credentials.authorization()
+        add_secret(authorization.value)
         response = await self._send(client, method, path, params, job_id, authorization, also, content)
         try:
             if response.status in self._renew_on:
@@ -334,6 +335,7 @@ class ServiceRequests:
                 if renewed is not None:
                     await response.aclose()
                     authorization = renewed
+                    add_secret(authorization.value)
                     response = await self._send(client, method, path, params, job_id, authorization, also, content)
             if not response.is_success:
                 raise await self._error(response, method, path, job_id, authorization)
