@@ -18,7 +18,7 @@ from tailspan._secrets import add_secret
 from tailspan.config import Options, PositiveDuration, Settings, UserPath, validate_options
 from tailspan.errors import AuthError, ConfigError
 from tailspan.services import JobService
-from tailspan.services._requests import Authorization, Credentials, ServiceRequests, Tls, normalise_base_url
+from tailspan.services._requests import Authorization, Authorizer, ServiceRequests, Tls, normalise_base_url
 
 __all__ = ["HttpOptions", "HttpService", "Login", "Token", "pack_cursor", "unpack_cursor"]
 
@@ -50,11 +50,10 @@ class HttpOptions(Options):
         return self
 
 
-class Token(Credentials):
+class Token(Authorizer):
     """A fixed token: from the options, a file that may change at any time, or the environment.
 
-    The environment's token belongs to whoever set it for this API's own tools; it is not sent in clear text, except on
-    this machine.
+    The environment's token was set for this API's own tools: it is not sent in clear text, except on this machine.
     """
 
     def __init__(
@@ -100,7 +99,7 @@ class Token(Credentials):
         return Authorization(f"{self._scheme} {token}", source)
 
 
-class Login(Credentials):
+class Login(Authorizer):
     """User and password, sent as they are (``Basic``), or changed for a token that expires."""
 
     def __init__(
@@ -212,7 +211,7 @@ class HttpService(JobService):
             key = f"services.{name}.{error.key}"
             raise ConfigError(f"{key}: {error}", key=key, service=name) from None
 
-    def make_credentials(self, environ: Mapping[str, str]) -> Credentials:
+    def make_credentials(self, environ: Mapping[str, str]) -> Authorizer:
         """Return the credentials: user and password as they are, else a bearer token."""
         if self.options.user is not None:
             return Login(self.name, self.options)

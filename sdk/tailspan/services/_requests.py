@@ -1,6 +1,6 @@
 """`ServiceRequests`: requests to the HTTP API of a job service, for all services that have one.
 
-Credentials and their renewal, requests per second, retries, time limits, and the one place that turns HTTP into our
+Authorizer and their renewal, requests per second, retries, time limits, and the one place that turns HTTP into our
 errors.
 """
 
@@ -38,7 +38,7 @@ from tailspan.logs.clean import printable
 
 __all__ = [
     "Authorization",
-    "Credentials",
+    "Authorizer",
     "Pace",
     "Params",
     "Retries",
@@ -76,7 +76,7 @@ class Authorization(NamedTuple):
         return f"<authorization from {self.source}>"
 
 
-class Credentials(Protocol):
+class Authorizer(Protocol):
     """Where the ``Authorization`` header comes from."""
 
     async def authorization(self) -> Authorization:
@@ -163,7 +163,7 @@ class ServiceRequests:
         self,
         service: str,
         base_url: str,
-        credentials: Credentials,
+        credentials: Authorizer,
         *,
         timeout_s: float = 10.0,
         tls: Tls | None = None,

@@ -22,7 +22,7 @@ from tailspan.logs.page import Line, LogPage, TaskRef
 from tailspan.models import JobState, JobStatus, ListedJob, TaskRun
 from tailspan.services import LATE_WINDOW_S, SubmitService, TaskService
 from tailspan.services._http_service import HttpOptions, HttpService, Login, Token, pack_cursor, unpack_cursor
-from tailspan.services._requests import Credentials, path_segment
+from tailspan.services._requests import Authorizer, path_segment
 
 __all__ = ["PrefectOptions", "PrefectService"]
 
@@ -90,7 +90,7 @@ class PrefectService(HttpService, TaskService, SubmitService):
         # By task run: the state that it was requested for, and its attempts.
         self._attempts: dict[str, tuple[str, tuple[TaskRun, ...]]] = {}
 
-    def make_credentials(self, environ: Mapping[str, str]) -> Credentials:
+    def make_credentials(self, environ: Mapping[str, str]) -> Authorizer:
         """Return the credentials: user and password (``PREFECT_API_AUTH_STRING`` of the server), or an API key."""
         if self.options.user is not None:
             return Login(self.name, self.options)
@@ -136,7 +136,7 @@ class PrefectService(HttpService, TaskService, SubmitService):
                 yield LogPage.from_lines(lines, cursor=position.pack(), identity=self.identity, job_id=job_id)
             if len(entries) < _PAGE:
                 return
-            # By time; the offset only passes entries of one time, of which there are more than a page.
+            # By time; the offset is only for more entries of one time than a page has.
             last = _moment(entries[-1])
             offset = offset + _PAGE if last == after else 0
             after = last
@@ -494,7 +494,7 @@ def _order(entry: Mapping[str, Any]) -> tuple[int, str]:
 
 
 def _whole_times(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the entries of a page without those of its last time, of which the next page may have more."""
+    """Return the entries of a page without those of its last time: the next page may have more."""
     if len(entries) < _PAGE or entries[0]["timestamp"] == entries[-1]["timestamp"]:
         return entries
     last = entries[-1]["timestamp"]
