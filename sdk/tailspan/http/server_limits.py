@@ -29,8 +29,8 @@ UNREAD_S = 30.0
 """How long a client may read nothing of its answer, in seconds; it is checked this often."""
 
 BACKLOG = 16
-"""How many connections asyncio accepts at once. Before limits apply, each takes an open file; and of a few at a time,
-the first one's request is read before so many newer ones come that it is the longest idle."""
+"""How many connections asyncio accepts at once. Before limits apply, each takes an open file. And a request is read
+before newer connections make its own the longest idle."""
 
 _QUEUE = 1024
 _RESERVE = 32
