@@ -132,17 +132,27 @@ def test_a_stop_by_another_process_stops_the_job(variants, options, broken):
     variant, *given = options
     command = variants.command(variant, ["sh", "-c", "echo $$; while ! [ -e go ]; do sleep 0.05; done; exit 7"], *given)
     env = {**variants.env, "TAILSPAN_CONFIG": "/nope"} if broken else variants.env
+    # In a group of its own: in one whose parents are of other sessions, as in a container, the kernel discards SIGTSTP.
     with subprocess.Popen(
-        command, env=env, cwd=variants.directory, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        command,
+        env=env,
+        cwd=variants.directory,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        process_group=0,
     ) as running:
-        assert running.stdout is not None
-        pids = {int(running.stdout.readline()), running.pid}
-        os.kill(running.pid, signal.SIGTSTP)
-        until(lambda: all(process_state(pid) == "T" for pid in pids))
-        os.kill(running.pid, signal.SIGCONT)
-        until(lambda: all(process_state(pid) != "T" for pid in pids))
-        (variants.directory / "go").touch()
-        assert running.wait(60) == 7
+        try:
+            assert running.stdout is not None
+            pids = {int(running.stdout.readline()), running.pid}
+            os.kill(running.pid, signal.SIGTSTP)
+            until(lambda: all(process_state(pid) == "T" for pid in pids))
+            os.kill(running.pid, signal.SIGCONT)
+            until(lambda: all(process_state(pid) != "T" for pid in pids))
+            (variants.directory / "go").touch()
+            assert running.wait(60) == 7
+        finally:
+            (variants.directory / "go").touch()
+            running.send_signal(signal.SIGCONT)
 
 
 def process_state(pid):
