@@ -114,11 +114,11 @@ class LabelValues:
             values.add(hash(attributes[key]))
             if len(values) > _MANY_VALUES:
                 _log.warning(
-                    "attribute %s of jobs named %s has more than %d values: Loki makes a label of it, so a stream for"
+                    "attribute %s has more than %d values in pipeline %s: Loki makes a label of it, so a stream for"
                     " each value; use another key (`tailspan run --attr`, agent.watch.attributes)",
                     key,
-                    job_name,
                     _MANY_VALUES,
+                    job_name,
                 )
 
 

@@ -440,7 +440,7 @@ def _check_id(job_id: str) -> None:
     except UnicodeEncodeError:
         raise ProtocolError("job id is not valid Unicode (lone surrogate)", job_id=job_id) from None
     if not 0 < size <= _MAX_ID_BYTES:
-        raise ProtocolError(f"job id has {size} bytes; from 1 to {_MAX_ID_BYTES} are possible", job_id=job_id[:80])
+        raise ProtocolError(f"a job id of {size} B; from 1 to {_MAX_ID_BYTES} are possible", job_id=job_id[:80])
 
 
 def _age_s(row: ListedJob) -> float:

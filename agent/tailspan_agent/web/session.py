@@ -33,7 +33,7 @@ class Session:
     def change_token(self, token: str | None) -> bool:
         """Take the token's current value; if it has changed, all sessions end and the result is True."""
         new = token.encode() if token else None
-        if new == self._token:
+        if hmac.compare_digest(new or b"", self._token or b""):
             return False
         self._token, self._key = new, secrets.token_bytes(32)
         return True

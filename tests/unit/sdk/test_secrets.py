@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tailspan import _secrets
 from tailspan._secrets import MASK, add_secret, mask, mask_and_cut
 from tailspan.errors import ServiceUnavailableError
-from tailspan.services.fused.wire import error_text
+from tailspan.services._requests import error_text
 from tailspan_agent.exporter.outcome import classify_grpc, classify_http
 from tailspan_agent.process.logging_setup import LineFormatter
 

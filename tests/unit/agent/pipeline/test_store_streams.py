@@ -100,4 +100,4 @@ def test_a_label_with_a_value_for_each_run_is_warned_of(caplog: pytest.LogCaptur
         labels.note("etl", {"k8s.pod.name": f"pod-{number}", "git.sha": str(number), "cloud.region": "eu"})
         labels.note("web", {"k8s.pod.name": f"pod-{number % 20}"})
     (record,) = caplog.records
-    assert record.message.startswith("attribute k8s.pod.name of jobs named etl has more than 20 values")
+    assert record.message.startswith("attribute k8s.pod.name has more than 20 values in pipeline etl")
