@@ -12,8 +12,8 @@ COMPILE := $(BIN)/python -m compileall -q sdk agent
 # Installs again after a change of these: the C file is compiled where there is a C compiler.
 INSTALLED := pyproject.toml requirements.lock agent/hatch_build.py sdk/tailspan/_native.c
 
-# One more than there are cores, since tests wait for each other's processes and for timers, but at most four.
-WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN || echo 3); echo $$((n < 3 ? n + 1 : 4)))
+# Tests wait for processes, timers and each other most of the time: two cores are busy with five workers.
+WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN || echo 2); n=$$((2 * n + 1)); echo $$((n < 9 ? n : 9)))
 
 .PHONY: demo test test-pythons test-systemd test-services stores dist sbom test-fused-client prove audit bench format lock clean
 .NOTPARALLEL: # two installs into one environment would fight

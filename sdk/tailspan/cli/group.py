@@ -151,7 +151,7 @@ def report(error: TailspanError) -> None:
     epilog="Exit codes: 2 usage or configuration, 3 service unreachable, 4 no such job; others at each command.",
 )
 @click.option("--config", "config_path", metavar="FILE", type=click.Path(path_type=Path), help="Configuration file.")
-@click.version_option(__version__, message="%(prog)s %(version)s")
+@click.version_option(__version__, prog_name="tailspan", message="%(prog)s %(version)s")
 @click.pass_context
 def main(ctx: click.Context, config_path: Path | None) -> None:
     """See every batch job: run, read, follow, wait for and cancel jobs of any job service.
