@@ -26,9 +26,8 @@ from tests.fakes.job_api import HANG, HTML, RESET, TRUNCATED, FakeJobApi, Fault,
 
 
 @pytest.fixture
-def api(monkeypatch, tmp_path):
-    """A server with one running job of two lines, for a user without a `tailspan serve`."""
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+def api():
+    """A server with one running job of two lines."""
     with FakeJobApi() as fake:
         job = fake.add_job("j")
         job.line("one", 1_000)
