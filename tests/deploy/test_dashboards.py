@@ -149,7 +149,8 @@ def test_dashboards_and_rules_query_only_what_is_sent(tmp_path: Path) -> None:
     with Fleet(tmp_path) as fleet:
         fleet.start_agent()
         fleet.trouble()
-        fleet.wait_for(lambda: "tailspan_agent_export_errors_total" in fleet.metrics())
+        for name in ("tailspan_agent_export_errors_total", "tailspan_agent_records_rejected_total{"):
+            fleet.wait_for(lambda name=name: name in fleet.metrics())  # type: ignore[misc]
         fleet.wait_for(lambda: sum(span.name == "RUN broken" for span in fleet.collector.spans()) == 2)
         fleet.wait_for(lambda: any("tailspan.alert" in record.attributes for record in fleet.collector.log_records()))
         text = fleet.metrics()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import _thread
 import errno
 import fcntl
 import os
@@ -43,6 +44,7 @@ _PASSED_ON = (
 _NOT_SENT = ("SIGIO", "SIGCHLD")
 _CHECK_S = 1.0
 _LAST_LINES_S = 10.0
+_F_SETOWN_EX, _F_OWNER_TID = 15, 0  # fcntl(2) of Linux; not in the module fcntl
 
 
 def passed_on(ignored: list[int]) -> set[int]:
@@ -159,7 +161,12 @@ def _wait(launched: Launched, signals: set[int]) -> Ended | None:
     """Return how the job ended, or None when its supervisor is gone; pass signals on meanwhile."""
     if not hasattr(signal, "sigtimedwait"):
         return _wait_by_polling(launched, signals)
-    fcntl.fcntl(launched.status_fd, fcntl.F_SETOWN, os.getpid())
+    if sys.platform == "linux":
+        # To this thread: in another one, which does not block it, the signal would end the process.
+        owner = (_F_OWNER_TID, _thread.get_native_id())
+        fcntl.fcntl(launched.status_fd, _F_SETOWN_EX, b"".join(one.to_bytes(4, sys.byteorder) for one in owner))
+    else:
+        fcntl.fcntl(launched.status_fd, fcntl.F_SETOWN, os.getpid())
     flags = fcntl.fcntl(launched.status_fd, fcntl.F_GETFL)
     # Each report of the supervisor sends SIGIO, so that one call waits for reports and signals.
     fcntl.fcntl(launched.status_fd, fcntl.F_SETFL, flags | os.O_ASYNC | os.O_NONBLOCK)

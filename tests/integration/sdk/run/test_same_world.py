@@ -198,3 +198,21 @@ def test_a_question_is_in_the_log_within_two_seconds(variants: Variants) -> None
     log = variants.jobs()[0]
     assert (log / "log").read_bytes() == b"name? hello you\n"
     assert (log / "log.idx").stat().st_size == 64
+
+
+def test_a_report_reaches_the_thread_that_waits(variants):
+    """A program with other threads runs jobs, too: the signal of a report must not end it."""
+    program = (
+        "import sys, threading, time\n"
+        "threading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
+        "from click.testing import CliRunner\n"
+        "from tailspan.cli.group import main\n"
+        "for number in range(20):\n"
+        "    result = CliRunner().invoke(main, ['run', '--', 'sh', '-c', f'exit {number}'])\n"
+        "    assert result.exit_code == number, result.output\n"
+        "print('all ran')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=variants.env, cwd=variants.directory, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, b"all ran\n"), done.stderr
