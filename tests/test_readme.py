@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +54,12 @@ def test_the_example_of_the_test_kit_works(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(("page", "number"), [("README.md", 0), ("docs/python.md", 0), ("docs/python.md", 1)])
-def test_the_example_programs_work(page: str, number: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_programs_work(
+    page: str, number: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each program submits a job, waits for it and prints its line and its state, as shown."""
+    # Some systems call it python3 only; in an environment that is active it is there by this name, too.
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     exec(compile(python_blocks(ROOT / page)[number], page, "exec"), {})
     printed = capsys.readouterr().out
     assert "hello" in printed

@@ -112,7 +112,10 @@ def test_a_runner_that_was_stopped_goes_on(variants, number):
         "sys.exit(7)"
     )
     command = variants.command("tailspan", [sys.executable, "-u", "-c", program])
-    with subprocess.Popen(command, env=variants.env, cwd=variants.directory, stdout=subprocess.PIPE) as running:
+    # In a group of its own, see `test_a_stop_by_another_process_stops_the_job`.
+    with subprocess.Popen(
+        command, env=variants.env, cwd=variants.directory, stdout=subprocess.PIPE, process_group=0
+    ) as running:
         assert running.stdout is not None
         assert running.stdout.readline() == b"ready\n"
         os.kill(running.pid, number)
