@@ -22,7 +22,7 @@ from tests import leftovers
 from tests.fakes.agents import Bench
 from tests.fakes.collector import Collector
 
-# Workers and processes that tests start use compiled sources: to compile them each time is a fifth of the suite's cost.
+# Workers and processes that tests start use compiled sources: to compile them each time is slow.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
