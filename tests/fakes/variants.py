@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["TAILSPAN", "VARIANTS", "Terminal", "Variants"]
+__all__ = ["TAILSPAN", "VARIANTS", "Terminal", "Variants", "process_state"]
 
 TAILSPAN = [sys.executable, "-c", "from tailspan.cli.start import main; main()"]
 VARIANTS = ("plain", "timeout", "tailspan")
@@ -57,6 +57,11 @@ class Variants:
     def jobs(self) -> list[Path]:
         """Return the directories of all jobs, oldest first."""
         return sorted(self.state_dir.glob("jobs/2*"))
+
+
+def process_state(pid: int) -> str:
+    """Return the letter with which the kernel shows a process's state."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 class Terminal:

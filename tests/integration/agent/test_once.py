@@ -307,7 +307,8 @@ def test_spans_do_not_wait_for_the_logs_endpoint(bench: Bench) -> None:
     bench.collector.always("logs", Reply())
     assert bench.once().delivered
     assert bench.bodies() == ["a"]
-    assert len(bench.collector.spans()) == 4
+    # The first pass may end before the last acknowledgement is stored.
+    assert len({span.span_id for span in bench.collector.spans()}) == 4
 
 
 def test_logs_do_not_wait_for_the_traces_endpoint(bench: Bench) -> None:

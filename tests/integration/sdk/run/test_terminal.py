@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import sys
 import time
 
 import pytest
 
-from tests.fakes.variants import VARIANTS, Terminal, Variants
+from tests.fakes.local_jobs import until
+from tests.fakes.variants import VARIANTS, Terminal, Variants, process_state
 
 PYTHON = sys.executable
 
@@ -57,19 +60,24 @@ def test_ctrl_c_arrives_once(variants):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_ctrl_z_stops_the_job_and_fg_goes_on(variants, variant):
     """An interactive shell sees a stopped job, and brings it back."""
-    command = variants.command(variant, ["sh", "-c", "echo ready; read x; echo got $x"])
-    line = " ".join(f"'{word}'" for word in command)
+    command = variants.command(variant, ["sh", "-c", "echo re''ady $$; read x; echo got $x"])
+    line = shlex.join(command)
     with Terminal(["bash", "--norc", "-i"], env={**variants.env, "PS1": "$ "}, cwd=variants.directory) as at:
         at.until(b"$ ")
         at.type(line.encode() + b"\n")
-        at.until(b"ready\r\n")
+        at.until(b"ready ")
+        shown = at.until(b"\r\n")
+        (pid,) = re.findall(rb"ready (\d+)\r\n", shown)
         at.type(b"\x1a")
         at.until(b"Stopped")
+        # The shell waits for its own child only; the job under it may still take a key.
+        until(lambda: process_state(int(pid)) == "T")
         at.until(b"\n")  # the shell repeats the command, here and after fg; keys before its prompt are lost
         at.until(b"$ ")
         at.type(b"fg\n")
         at.until(b"fg\r\n")
-        at.until(b"echo got $x'\r\n")
+        at.until(b"got $x")
+        at.until(b"\r\n")
         at.type(b"word\n")
         at.until(b"got word")
         at.type(b"exit\n")

@@ -7,12 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from tests.fakes.local_jobs import until
-from tests.fakes.variants import TAILSPAN, VARIANTS
+from tests.fakes.variants import TAILSPAN, VARIANTS, process_state
 
 
 def quoted(words: list[str]) -> str:
@@ -156,11 +155,6 @@ def test_a_stop_by_another_process_stops_the_job(variants, options, broken):
         finally:
             (variants.directory / "go").touch()
             running.send_signal(signal.SIGCONT)
-
-
-def process_state(pid):
-    """Return the letter with which the kernel shows a process's state."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def test_a_job_that_ends_while_its_runner_is_stopped(variants):
