@@ -299,6 +299,11 @@ class TaskRun:
     after: tuple[str, ...] = ()
 
     @property
+    def key(self) -> tuple[str, int]:
+        """What identifies the attempt within its job: the task's id, and the attempt."""
+        return self.task_id, self.attempt
+
+    @property
     def ended(self) -> bool:
         """Whether this attempt has ended."""
         return self.result is not None

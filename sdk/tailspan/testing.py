@@ -286,7 +286,7 @@ class FakeTaskService(FakeService, TaskService):
             task: The attempt as it is now.
         """
         job = self._jobs[job_id]
-        job.tasks[task.task_id, task.attempt] = task
+        job.tasks[task.key] = task
         newest = {one.task_id: one for one in job.tasks.values()}
         finished = sum(one.ended for one in newest.values())
         job.fields = {**job.fields, "total_tasks": len(newest), "finished_tasks": finished}

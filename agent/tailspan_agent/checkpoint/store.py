@@ -45,7 +45,13 @@ _SMALLEST_BYTES = 512
 _FUTURE_S = 86400.0
 
 # What is raised for a value that SQLite cannot hold, or a check of the schema refuses: the file itself is fine.
-_REFUSED = (OverflowError, sqlite3.DataError, sqlite3.IntegrityError, sqlite3.InterfaceError)
+_REFUSED = (
+    UnicodeEncodeError,
+    OverflowError,
+    sqlite3.DataError,
+    sqlite3.IntegrityError,
+    sqlite3.InterfaceError,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -175,14 +181,9 @@ class Store:
                 raise
             self._db.execute("COMMIT")
             self.write_failed = False
-        except UnicodeEncodeError as error:
-            raise ValueRefusedError(f"the checkpoint store cannot hold a value: {error}") from error
-        except UnicodeDecodeError as error:
-            self.write_failed = True
-            raise CheckpointError(f"cannot write the checkpoint store {self.path}: {error}") from error
         except _REFUSED as error:
             raise ValueRefusedError(f"the checkpoint store cannot hold a value: {error}") from error
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             self.write_failed = True
             raise CheckpointError(f"cannot write the checkpoint store {self.path}: {error}") from error
 

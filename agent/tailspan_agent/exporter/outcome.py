@@ -165,9 +165,11 @@ def classify_http(
     if status == 413 or ((is_final or status == 429 or status >= 500) and _is_too_large(text, is_final=is_final)):
         return TooLarge(reason)
     if status in _RETRYABLE_HTTP:
-        return Retry(reason, after_s=_retry_after_s(headers, now), refused=True)
+        return Retry(reason, after_s=parse_retry_after_s(headers.get("retry-after"), now), refused=True)
     if status >= 500 or status in _TRANSIENT_CLIENT_HTTP:
-        return Retry(reason, after_s=_retry_after_s(headers, now), server_error=True, refused=True)
+        return Retry(
+            reason, after_s=parse_retry_after_s(headers.get("retry-after"), now), server_error=True, refused=True
+        )
     if status in _BATCH_HTTP:
         return _rejected(reason, text)
     if 300 <= status < 400 and "location" in headers:
@@ -240,10 +242,6 @@ def age_advice(reason: str) -> str:
     if any(known in reason.lower() for known in _BEHIND_TEXTS):
         return "set limits_config.shard_streams.time_sharding_enabled or raise ingester.max_chunk_age (Loki)"
     return "raise limits_config.reject_old_samples_max_age (Loki)"
-
-
-def _retry_after_s(headers: Mapping[str, str], now: datetime) -> float | None:
-    return parse_retry_after_s(headers.get("retry-after"), now)
 
 
 def _retry_info_s(status_details: bytes) -> float | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tailspan._identity import job_hash, span_id
+from tailspan._identity import job_hash
 from tailspan._plural import plural
 from tailspan.config import Expect
 from tailspan.models import JobStatus
@@ -18,6 +18,7 @@ from tailspan_agent.analysis.assessment import Assessment
 from tailspan_agent.analysis.baseline import PipelineHistory
 from tailspan_agent.job.ledger import JobLedger
 from tailspan_agent.otlp.log_record import LogRecordData, Severity
+from tailspan_agent.records.encode import span_id_of
 
 __all__ = ["alert_record", "alert_text", "missing_record", "new_alerts"]
 
@@ -82,7 +83,7 @@ def alert_record(alert: str, text: str, job: JobStatus, ledger: JobLedger, *, ti
             "tailspan.alert": alert,
         },
         trace_id=bytes.fromhex(job.trace_id),
-        span_id=bytes.fromhex(span_id(job.identity, job.job_id, "run", job.attempt)),
+        span_id=bytes.fromhex(span_id_of(job, "run")),
         event_name=f"tailspan.job.{alert}",
     )
 

@@ -25,7 +25,7 @@ from tailspan.models import JobState, JobStatus, TaskRun
 from tailspan_agent.analysis.failure import Failure, error_type, exit_reason, out_of_memory_line
 from tailspan_agent.job.ledger import JobLedger
 from tailspan_agent.job.task_spans import LineTimes, failed_task, task_spans, with_tasks
-from tailspan_agent.job.times import JobTimes
+from tailspan_agent.job.times import SHORTEST_NS, JobTimes
 from tailspan_agent.otlp.log_record import LogRecordData, Severity
 from tailspan_agent.otlp.span import SpanData, SpanEvent, SpanKind, SpanLink, StatusCode
 from tailspan_agent.otlp.text import STORED_BYTES, shorten_middle, shorten_stack
@@ -46,7 +46,6 @@ _BACKFILL = "backfill"
 _EVENTS = "events"
 _AGENT_CHARS = 8
 _SUBMITTED_NS = NANOS_PER_MS
-_SHORTEST_NS = 1  # Jaeger adds a warning to a span without a duration
 _MAX_STATUS_CHARS = 1000
 _MAX_MESSAGE_CHARS = 2000
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?")
@@ -235,7 +234,7 @@ def _child(job: JobStatus, name: str, start_ns: int, end_ns: int) -> SpanData:
         parent_span_id=span_id_of(job, "run"),
         name=name,
         start_unix_nano=start_ns,
-        end_unix_nano=max(end_ns, start_ns + _SHORTEST_NS),
+        end_unix_nano=max(end_ns, start_ns + SHORTEST_NS),
         # While the job runs, its run span is missing: a search by run id must find one of these.
         attributes={"cicd.pipeline.name": job.job_name or "unnamed", "cicd.pipeline.run.id": job.job_id},
     )
@@ -285,7 +284,7 @@ def _run_span(job: JobStatus, ledger: JobLedger, times: JobTimes, *, delivery_kn
         name=f"RUN {job.job_name}",
         kind=SpanKind.SERVER,
         start_unix_nano=times.submitted_ns,
-        end_unix_nano=max(times.finished_ns, (times.started_ns or times.submitted_ns) + _SHORTEST_NS),
+        end_unix_nano=max(times.finished_ns, (times.started_ns or times.submitted_ns) + SHORTEST_NS),
         attributes={key: value for key, value in attributes.items() if value is not None},
         events=tuple(_events(job, ledger, times)),
         links=(*_links(job.parent), *_earlier_attempt(job)),

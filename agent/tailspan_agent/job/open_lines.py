@@ -6,10 +6,10 @@ neither a restart nor a crash can lose, repeat or split a line.
 
 from __future__ import annotations
 
-from tailspan._identity import span_id
 from tailspan.logs.page import LogPage, OpenLine
 from tailspan.models import JobStatus
 from tailspan_agent.otlp.log_record import LogRecordData
+from tailspan_agent.records.encode import span_id_of
 
 __all__ = ["OPEN_LINE", "OpenLineLimit", "open_line_record"]
 
@@ -67,6 +67,6 @@ def open_line_record(line: OpenLine, text: str, job: JobStatus) -> LogRecordData
         body=text,
         attributes={"log.record.uid": line.uid, OPEN_LINE: True},
         trace_id=bytes.fromhex(job.trace_id),
-        span_id=bytes.fromhex(span_id(job.identity, job.job_id, "run", job.attempt)),
+        span_id=bytes.fromhex(span_id_of(job, "run")),
         event_name=OPEN_LINE,
     )

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from tailspan.logs.page import LogPage, TaskRef
+from tailspan.logs.page import LogPage
 from tailspan.models import TASK_RESULTS, JobStatus, TaskRun
-from tailspan_agent.job.times import JobTimes, unix_nano
+from tailspan_agent.job.times import SHORTEST_NS, JobTimes, unix_nano
 from tailspan_agent.otlp.span import SpanData, SpanEvent, SpanKind, SpanLink, StatusCode
 from tailspan_agent.otlp.text import STORED_BYTES, shorten_middle
 from tailspan_agent.otlp.wire import AttributeValue
@@ -20,7 +20,6 @@ from tailspan_agent.records.encode import span_id_of, task_run_id, task_span_id
 
 __all__ = ["LineTimes", "failed_task", "task_spans", "with_tasks"]
 
-_SHORTEST_NS = 1  # Jaeger adds a warning to a span without a duration
 _MAX_LINKS = 64
 _MAX_TASKS = 4096
 
@@ -43,8 +42,7 @@ class LineTimes:
             if not run.task:
                 continue
             first_ns, last_ns = run.time_unix_nano, run.time_unix_nano + run.lines - 1
-            task_id, _, attempt = page.tasks[run.task - 1]
-            task = task_id, attempt
+            task = page.tasks[run.task - 1].key
             known = self._times.get(task)
             if known is not None:
                 self._times[task] = min(known[0], first_ns), max(known[1], last_ns)
@@ -53,7 +51,7 @@ class LineTimes:
 
     def of(self, task: TaskRun) -> tuple[int, int] | None:
         """Return the times of an attempt's first and last line, in ns since the epoch; None without lines."""
-        return self._times.get((task.task_id, task.attempt))
+        return self._times.get(task.key)
 
 
 def with_tasks(times: JobTimes, tasks: Iterable[TaskRun]) -> JobTimes:
@@ -105,7 +103,7 @@ def _span(job: JobStatus, task: TaskRun, attempts: _Attempts, times: JobTimes, l
         "cicd.pipeline.name": job.job_name or "unnamed",
         "cicd.pipeline.run.id": job.job_id,
         "cicd.pipeline.task.name": task.name,
-        "cicd.pipeline.task.run.id": task_run_id(TaskRef(task.task_id, task.name, task.attempt)),
+        "cicd.pipeline.task.run.id": task_run_id(task.task_id, task.attempt),
         "cicd.pipeline.task.run.result": result,
         "cicd.pipeline.task.run.url.full": task.url,
         "error.type": result if task.failed else None,
@@ -122,7 +120,7 @@ def _span(job: JobStatus, task: TaskRun, attempts: _Attempts, times: JobTimes, l
         name=task.name,
         kind=SpanKind.INTERNAL,
         start_unix_nano=start_ns,
-        end_unix_nano=max(end_ns, start_ns + _SHORTEST_NS),
+        end_unix_nano=max(end_ns, start_ns + SHORTEST_NS),
         attributes={key: value for key, value in attributes.items() if value is not None},
         events=_events(task, end_ns),
         links=_links(job, task, attempts),

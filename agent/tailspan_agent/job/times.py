@@ -9,8 +9,10 @@ from tailspan.models import JobStatus
 from tailspan_agent.analysis.baseline import PastRun, PipelineHistory
 from tailspan_agent.job.ledger import JobLedger
 
-__all__ = ["JobTimes", "past_run", "run_duration_s", "unix_nano"]
+__all__ = ["SHORTEST_NS", "JobTimes", "past_run", "run_duration_s", "unix_nano"]
 
+SHORTEST_NS = 1
+"""The duration of the shortest span: Jaeger adds a warning to one without a duration."""
 _EPOCH = datetime.fromisoformat("1970-01-01T00:00:00+00:00")
 
 

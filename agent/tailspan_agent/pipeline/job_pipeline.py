@@ -158,9 +158,9 @@ class JobPipeline:
 
     def on_tasks(self, tasks: Sequence[TaskRun]) -> None:
         """Apply the job's tasks as they are now; write the spans of attempts that have ended."""
-        ended = {(task.task_id, task.attempt) for task in self.job.tasks if task.ended}
+        ended = {task.key for task in self.job.tasks if task.ended}
         self.job.update_tasks(tasks)
-        if any(task.ended and (task.task_id, task.attempt) not in ended for task in tasks):
+        if any(task.ended and task.key not in ended for task in tasks):
             self.spans.write()
 
     def _end_attempt(self) -> None:

@@ -110,7 +110,7 @@ def _lines_of(page: LogPage, task: TaskRun | None) -> list[bytes]:
     kept: list[bytes] = []
     start = 0
     for run in page.runs:
-        if run.task and page.tasks[run.task - 1][::2] == (task.task_id, task.attempt):
+        if run.task and page.tasks[run.task - 1].key == task.key:
             kept += page.lines[start : start + run.lines]
         start += run.lines
     return kept

@@ -52,6 +52,7 @@ class Source:
         self._on_dropped = on_dropped
         self._noted: set[str] = set()
         self._turns = asyncio.Semaphore(_TURNS_PER_PASS)
+        self._task_service = service if isinstance(service, TaskService) else None
         self._merging = service if isinstance(service, MergingService) else None
         self._reads = (
             ReadLimit(math.inf, _FREE_READS_PER_QUEUE) if self.polls_are_free else ReadLimit(_READS, _READS_PER_QUEUE)
@@ -94,9 +95,14 @@ class Source:
         Raises:
             JobNotFoundError: The service has no such job.
         """
-        if not isinstance(self.service, TaskService):
+        if self._task_service is None:
             return None
-        return bounded_tasks(await self.service.list_tasks(job_id), now=datetime.now(UTC))
+        return bounded_tasks(await self._task_service.list_tasks(job_id), now=datetime.now(UTC))
+
+    @property
+    def has_tasks(self) -> bool:
+        """Whether the service reports tasks."""
+        return self._task_service is not None
 
     @property
     def polls_are_free(self) -> bool:

@@ -26,7 +26,6 @@ from tailspan.errors import (
 )
 from tailspan.logs.follow import Follower
 from tailspan.models import JobState, ListedJob
-from tailspan.services import TaskService
 from tailspan_agent.analysis.assessment import JobSnapshot, assess
 from tailspan_agent.analysis.failure import Failure, failure_of
 from tailspan_agent.job.alerts import new_alerts
@@ -113,7 +112,7 @@ class Tailer:
             poll_max_s=self._service.poll_max_s,
             settle_s=watch.settle,
         )
-        self.schedule = PollSchedule(self._follower, has_tasks=isinstance(self._service, TaskService))
+        self.schedule = PollSchedule(self._follower, has_tasks=source.has_tasks)
         self._name = name
         self._errors = 0
         self._on_first_turn = on_first_turn

@@ -92,7 +92,10 @@ class LogContext:
         else:
             origin = origin_fields(self.trace_id, bytes.fromhex(task_span_id(self.job, task.task_id, task.attempt)))
             name = self.redactor.redact(task.name)[0] if self.redactor is not None else task.name
-            names = {"cicd.pipeline.task.name": name, "cicd.pipeline.task.run.id": task_run_id(task)}
+            names = {
+                "cicd.pipeline.task.name": name,
+                "cicd.pipeline.task.run.id": task_run_id(task.task_id, task.attempt),
+            }
             origin += attributes_fields(6, names)
         if len(self._origins) >= _MAX_ORIGINS:
             self._origins.clear()
@@ -110,9 +113,9 @@ def task_span_id(job: JobStatus, task_id: str, attempt: int) -> str:
     return span_id_of(job, f"task\0{task_id}\0{attempt}")
 
 
-def task_run_id(task: TaskRef) -> str:
+def task_run_id(task_id: str, attempt: int) -> str:
     """Return the id of an attempt of a task, unique within the job."""
-    return task.task_id if task.attempt == 1 else f"{task.task_id}.{task.attempt}"
+    return task_id if attempt == 1 else f"{task_id}.{attempt}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ def tasks(job: str, service: str | None, config_path: Path | None, as_json: bool
 
     \b
     Example:
-      tailspan tasks etl/manual__2026-11-29 --service airflow
+      tailspan tasks 0197f2a4-6c1e-7d0b-9a53-2f1f6f8f0c11 --service prefect
     """  # noqa: D301 - click wants the backspace character itself
     from tailspan.cli.show import json_line, json_of, tasks_table
 

@@ -67,6 +67,11 @@ class TaskRef(NamedTuple):
     name: str
     attempt: int = 1
 
+    @property
+    def key(self) -> tuple[str, int]:
+        """What identifies the attempt within its job: the task's id, and the attempt."""
+        return self.task_id, self.attempt
+
 
 _LEVELS = ("TRACE", "DEBUG", "INFO", "WARN", "ERROR", "FATAL")
 

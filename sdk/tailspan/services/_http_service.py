@@ -7,47 +7,27 @@ import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
-from urllib.parse import urlsplit
 
 import anyio
 import msgspec
-from pydantic import Field, SecretStr, model_validator
 
-from tailspan._net import is_loopback, read_secret_file
+from tailspan._net import read_secret_file
 from tailspan._secrets import add_secret
-from tailspan.config import Options, PositiveDuration, Settings, UserPath, validate_options
+from tailspan.config import Settings, validate_options
 from tailspan.errors import AuthError, ConfigError
 from tailspan.services import JobService
-from tailspan.services._requests import Authorization, Authorizer, ServiceRequests, Tls, normalise_base_url
+from tailspan.services._http_options import LoginOptions
+from tailspan.services._requests import (
+    Authorization,
+    Authorizer,
+    ServiceRequests,
+    Tls,
+    is_confidential,
+    make_authorization,
+    normalise_base_url,
+)
 
-__all__ = ["HttpOptions", "HttpService", "Login", "Token", "pack_cursor", "unpack_cursor"]
-
-
-class HttpOptions(Options):
-    """The keys that all services over HTTP have, in the table ``services.NAME``."""
-
-    base_url: str
-    token: SecretStr | None = None
-    token_file: UserPath | None = None
-    user: str | None = None
-    password: SecretStr | None = None
-    password_file: UserPath | None = None
-    requests_per_second: float = Field(default=10.0, gt=0)
-    timeout: PositiveDuration = 10.0
-    ca_file: UserPath | None = None
-    client_cert: UserPath | None = None
-    client_key: UserPath | None = None
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        for one, other in (("token", "token_file"), ("password", "password_file"), ("token", "user")):
-            if getattr(self, one) is not None and getattr(self, other) is not None:
-                raise ConfigError(f"{one} and {other} are both set: keep one of them")
-        if (self.password is not None or self.password_file is not None) and self.user is None:
-            raise ConfigError("password needs user")
-        if self.client_key is not None and self.client_cert is None:
-            raise ConfigError("client_key needs client_cert")
-        return self
+__all__ = ["HttpService", "Login", "Token", "pack_cursor", "unpack_cursor"]
 
 
 class Token(Authorizer):
@@ -57,7 +37,13 @@ class Token(Authorizer):
     """
 
     def __init__(
-        self, name: str, options: HttpOptions, *, variable: str = "", scheme: str = "Bearer", environ: Mapping[str, str]
+        self,
+        name: str,
+        options: LoginOptions,
+        *,
+        variable: str = "",
+        scheme: str = "Bearer",
+        environ: Mapping[str, str],
     ) -> None:
         """Read nothing yet.
 
@@ -78,7 +64,7 @@ class Token(Authorizer):
         """Return the header of the next request; an empty one where no token is configured.
 
         Raises:
-            AuthError: The file with the token cannot be read.
+            AuthError: The token cannot be read, or is no token.
         """
         options, key = self._options, f"services.{self._name}"
         if options.token is not None:
@@ -86,7 +72,7 @@ class Token(Authorizer):
         if options.token_file is not None:
             return self._header(_secret(options.token_file, f"{key}.token_file"), str(options.token_file))
         token = self._environ.get(self._variable, "") if self._variable else ""
-        if token and not _in_clear(options.base_url):
+        if token and is_confidential(options.base_url):
             return self._header(token, f"the environment variable {self._variable}")
         return Authorization("", "nowhere")
 
@@ -96,14 +82,14 @@ class Token(Authorizer):
         return current if current.value and current.value != refused.value else None
 
     def _header(self, token: str, source: str) -> Authorization:
-        return Authorization(f"{self._scheme} {token}", source)
+        return make_authorization(self._scheme, token, source, service=self._name)
 
 
 class Login(Authorizer):
     """User and password, sent as they are (``Basic``), or changed for a token that expires."""
 
     def __init__(
-        self, name: str, options: HttpOptions, log_in: Callable[[str, str], Awaitable[str]] | None = None
+        self, name: str, options: LoginOptions, log_in: Callable[[str, str], Awaitable[str]] | None = None
     ) -> None:
         """Log in at the first request.
 
@@ -127,11 +113,11 @@ class Login(Authorizer):
         source = f"services.{self._name}.user"
         if self._log_in is None:
             pair = f"{self._options.user}:{self._password()}".encode()
-            return Authorization(f"Basic {base64.b64encode(pair).decode()}", source)
+            return make_authorization("Basic", base64.b64encode(pair).decode(), source, service=self._name)
         async with self._lock:
             if not self._token:
                 self._token = await self._log_in(self._options.user or "", self._password())
-            return Authorization(f"Bearer {self._token}", source)
+            return make_authorization("Bearer", self._token, source, service=self._name)
 
     async def renew(self, refused: Authorization) -> Authorization | None:
         """Log in again; None if that cannot help."""
@@ -169,10 +155,10 @@ class HttpService(JobService):
         options: The section's keys.
     """
 
-    Options: type[HttpOptions] = HttpOptions
+    Options: type[LoginOptions] = LoginOptions
     renew_on: Sequence[int] = (401,)
 
-    def __init__(self, name: str, options: HttpOptions, *, environ: Mapping[str, str] = os.environ) -> None:
+    def __init__(self, name: str, options: LoginOptions, *, environ: Mapping[str, str] = os.environ) -> None:
         """Open nothing yet.
 
         Args:
@@ -262,8 +248,3 @@ def _secret(path: Path, key: str) -> str:
         return read_secret_file(path, key=key)
     except ConfigError as error:
         raise AuthError(str(error)) from None
-
-
-def _in_clear(base_url: str) -> bool:
-    parts = urlsplit(base_url)
-    return parts.scheme == "http" and not is_loopback(parts.hostname or "")

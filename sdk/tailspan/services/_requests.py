@@ -22,7 +22,7 @@ import anyio.lowlevel
 import msgspec
 
 from tailspan._backoff import backoff_s, parse_retry_after_s
-from tailspan._net import host_port, tls_context
+from tailspan._net import host_port, is_loopback, tls_context
 from tailspan._secrets import MASK, add_secret, mask_and_cut
 from tailspan.errors import (
     AuthError,
@@ -45,6 +45,9 @@ __all__ = [
     "ServiceRequests",
     "Tls",
     "error_text",
+    "is_confidential",
+    "is_local",
+    "make_authorization",
     "normalise_base_url",
     "path_segment",
 ]
@@ -74,6 +77,26 @@ class Authorization(NamedTuple):
 
     def __repr__(self) -> str:
         return f"<authorization from {self.source}>"
+
+
+def make_authorization(scheme: str, token: str, source: str, *, service: str) -> Authorization:
+    """Return the header with a token, which is masked in all messages from now on.
+
+    Args:
+        scheme: The word before the token.
+        token: The token.
+        source: Where it is stored, for messages.
+        service: Name of the configured service, for messages.
+
+    Raises:
+        AuthError: The token is empty, or has characters that a header cannot have.
+    """
+    header = f"{scheme} {token}"
+    if not token or not header.isascii() or not header.isprintable():
+        wrong = "has characters that a token cannot have" if token else "is empty"
+        raise AuthError(f"the token of service {service} from {source} {wrong}", service=service)
+    add_secret(header)
+    return Authorization(header, source)
 
 
 class Authorizer(Protocol):
@@ -327,7 +350,6 @@ class ServiceRequests:
             await self._pace.wait()
         client = self._open_client()
         authorization = await self._credentials.authorization()
-        add_secret(authorization.value)
         response = await self._send(client, method, path, params, job_id, authorization, also, content)
         try:
             if response.status in self._renew_on:
@@ -335,7 +357,6 @@ class ServiceRequests:
                 if renewed is not None:
                     await response.aclose()
                     authorization = renewed
-                    add_secret(authorization.value)
                     response = await self._send(client, method, path, params, job_id, authorization, also, content)
             if not response.is_success:
                 raise await self._error(response, method, path, job_id, authorization)
@@ -503,6 +524,17 @@ def normalise_base_url(base_url: str) -> str:
         raise ConfigError("base_url has a query or a fragment; use only scheme, host and path", key="base_url")
     named = host_port(host, None if port == _DEFAULT_PORTS[parts.scheme] else port)
     return f"{parts.scheme}://{named}{parts.path.rstrip('/')}"
+
+
+def is_local(base_url: str) -> bool:
+    """Return whether the URL's host is this machine by its text alone (RFC 6761 reserves ``.localhost``)."""
+    host = urlsplit(base_url).hostname or ""
+    return is_loopback(host) or host.endswith(".localhost")
+
+
+def is_confidential(base_url: str) -> bool:
+    """Return whether nobody else can read what is sent there: over TLS, or on this machine."""
+    return urlsplit(base_url).scheme == "https" or is_local(base_url)
 
 
 def path_segment(job_id: str) -> str:

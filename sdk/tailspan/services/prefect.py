@@ -17,11 +17,14 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+import msgspec
+
 from tailspan.errors import ConfigError, RequestRejectedError
 from tailspan.logs.page import Line, LogPage, TaskRef
 from tailspan.models import JobState, JobStatus, ListedJob, TaskRun
 from tailspan.services import LATE_WINDOW_S, SubmitService, TaskService
-from tailspan.services._http_service import HttpOptions, HttpService, Login, Token, pack_cursor, unpack_cursor
+from tailspan.services._http_options import LoginOptions
+from tailspan.services._http_service import HttpService, Login, Token, pack_cursor, unpack_cursor
 from tailspan.services._requests import Authorizer, path_segment
 
 __all__ = ["PrefectOptions", "PrefectService"]
@@ -52,7 +55,7 @@ _RESULTS: Mapping[str, str] = {
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-class PrefectOptions(HttpOptions):
+class PrefectOptions(LoginOptions):
     """The table ``services.NAME`` of type ``prefect``.
 
     Attributes:
@@ -83,7 +86,7 @@ class PrefectService(HttpService, TaskService, SubmitService):
     final_read = True  # lines become visible up to 2 s late, in the order of their arrival
     poll_min_s = 2.0
 
-    def __init__(self, name: str, options: HttpOptions, *, environ: Mapping[str, str] = os.environ) -> None:
+    def __init__(self, name: str, options: LoginOptions, *, environ: Mapping[str, str] = os.environ) -> None:
         super().__init__(name, options, environ=environ)
         self._names: dict[str, str] = {}
         self._tasks: dict[str, _Tasks] = {}
@@ -99,13 +102,13 @@ class PrefectService(HttpService, TaskService, SubmitService):
     async def get_job(self, job_id: str) -> JobStatus:
         """Return the status of a flow run."""
         run = await self._flow_run(job_id)
-        tasks = await self._list(job_id, run.get("state_id"), fresh=True)
+        tasks = await self._list(job_id, fresh=True)
         newest = {task.task_id: task for task in tasks.runs}
         return self._status(run, await self._flow_names([run["flow_id"]]), list(newest.values()))
 
     async def list_tasks(self, job_id: str) -> Sequence[TaskRun]:
         """Return the task runs of a flow run and of its sub flows, each attempt."""
-        return (await self._list(job_id, None)).runs
+        return (await self._list(job_id)).runs
 
     async def read_logs(
         self,
@@ -122,7 +125,7 @@ class PrefectService(HttpService, TaskService, SubmitService):
             after = position.newest - timedelta(seconds=late_window_s)
         if job_id not in self._tasks:
             await self._flow_run(job_id)
-        tasks = await self._list(job_id, None)
+        tasks = await self._list(job_id)
         offset = 0
         while True:
             entries = await self._entries(job_id, list(tasks.flow_runs), after, offset)
@@ -165,8 +168,7 @@ class PrefectService(HttpService, TaskService, SubmitService):
         status = await self.get_job(job_id)
         if status.state.is_terminal:
             return status
-        run = await self._flow_run(job_id)
-        if run.get("deployment_id") is None:
+        if "prefect.deployment.id" not in status.details:
             raise RequestRejectedError(
                 f"flow run {job_id} was started without a deployment, so no worker can cancel it: end its process",
                 service=self.name,
@@ -264,7 +266,7 @@ class PrefectService(HttpService, TaskService, SubmitService):
             service=self.name,
         )
 
-    async def _list(self, job_id: str, state_id: str | None, *, fresh: bool = False) -> _Tasks:
+    async def _list(self, job_id: str, *, fresh: bool = False) -> _Tasks:
         """Return the job's tasks; not older than a second, or requested now."""
         known = self._tasks.get(job_id)
         if known is not None and not fresh and time.monotonic() - known.at_s < _FRESH_S:
@@ -330,7 +332,7 @@ class PrefectService(HttpService, TaskService, SubmitService):
         ids = {task.task_id for task in known.runs}
         if all(entry.get("task_run_id") in (None, *ids) for entry in entries):
             return known
-        return await self._list(job_id, None, fresh=True)
+        return await self._list(job_id, fresh=True)
 
     def _url(self, kind: str, run_id: str) -> str:
         assert isinstance(self.options, PrefectOptions)
@@ -527,8 +529,6 @@ def _command(command: Sequence[str]) -> tuple[str, dict[str, Any]]:
     Raises:
         ConfigError: It does not have the form of `PrefectService.submit`.
     """
-    import msgspec
-
     deployment, *pairs = command
     if deployment.count("/") != 1 or not all("=" in pair for pair in pairs):
         raise ConfigError("the command of a Prefect job is FLOW/DEPLOYMENT, then KEY=VALUE for each parameter")

@@ -28,8 +28,8 @@ from tailspan._secrets import MASK, add_secret
 from tailspan.config.units import serve_token_file
 from tailspan.errors import AuthError, ConfigError, ServiceUnavailableError
 from tailspan.http.client import BROKEN, HttpClient
-from tailspan.services._requests import Authorization, error_text
-from tailspan.services.fused.wire import DEFAULT_BASE_URL, is_local
+from tailspan.services._requests import Authorization, error_text, is_confidential, is_local, make_authorization
+from tailspan.services.fused.wire import DEFAULT_BASE_URL
 
 __all__ = ["DEFAULT_SCHEME", "Authorization", "Credentials"]
 
@@ -134,12 +134,7 @@ class Credentials:
         return self._with_scheme(self._scheme, token, f"the file {path}")
 
     def _with_scheme(self, scheme: str, token: str, source: str) -> Authorization:
-        header = f"{scheme} {token}"
-        if not token or not header.isascii() or not header.isprintable():
-            wrong = "has characters that a token cannot have" if token else "is empty"
-            raise AuthError(f"the token of service {self._service} from {source} {wrong}", service=self._service)
-        add_secret(header)
-        return Authorization(header, source)
+        return make_authorization(scheme, token, source, service=self._service)
 
     def _from_login(self, login: Mapping[str, Any]) -> Authorization:
         scheme = login.get("auth_scheme") or "Bearer"
@@ -266,7 +261,7 @@ def _same_server(base_url: str, named: object) -> bool:
         ours, theirs = (_server(url) for url in (base_url, named))
     except ValueError:
         return False
-    return ours == theirs and (ours[0] == "https" or is_local(base_url))
+    return ours == theirs and is_confidential(base_url)
 
 
 def _server(url: str) -> tuple[str, str, int]:

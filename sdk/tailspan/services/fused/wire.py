@@ -10,19 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import urlsplit
 
 import msgspec
 
 from tailspan._identity import is_trace_id, trace_id
-from tailspan._net import is_loopback
 from tailspan.models import JobState, JobStatus, ListedJob, fused_state
 
 __all__ = [
     "DEFAULT_BASE_URL",
     "decode_row",
     "decode_status",
-    "is_local",
     "line_times",
 ]
 
@@ -44,12 +41,6 @@ class _Status(msgspec.Struct, kw_only=True):
     finished_job_status: bool | None = None
     total_tasks: int
     finished_tasks: int
-
-
-def is_local(base_url: str) -> bool:
-    """Return whether the URL's host is this machine by its text alone (RFC 6761 reserves ``.localhost``)."""
-    host = urlsplit(base_url).hostname or ""
-    return is_loopback(host) or host.endswith(".localhost")
 
 
 def decode_status(reply: Mapping[str, Any], *, service: str, identity: str) -> JobStatus:

@@ -217,6 +217,21 @@ def test_credentials(prefect, tmp_path: Path):
     anyio.run(renewed)
 
 
+@pytest.mark.parametrize("token", ["", "two\r\nX-Other: lines", "price-in-\u20ac"])
+def test_a_token_that_no_header_can_have(prefect, token: str):
+    """The error names its place, not the token; nothing is sent."""
+    service = service_of(prefect, token=token)
+
+    async def read() -> None:
+        with pytest.raises(AuthError, match=r"services\.prefect\.token (is empty|has characters)") as caught:
+            await service.get_job("any")
+        assert not token or token not in str(caught.value)
+        await service.aclose()
+
+    anyio.run(read)
+    assert not prefect.requests
+
+
 def test_a_busy_server_is_asked_again(prefect, client):
     """429 with Retry-After and 503: the same request again, also a filter, which is a POST that only reads."""
     job_id = prefect.add_flow_run()

@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from tailspan._identity import trace_id
 from tailspan.errors import ConfigError
 from tailspan.models import JobState
-from tailspan.services._requests import error_text, normalise_base_url, path_segment
+from tailspan.services._requests import error_text, is_local, normalise_base_url, path_segment
 from tailspan.services.fused.wire import (
     decode_row,
     decode_status,
-    is_local,
     line_times,
 )
 
