@@ -146,7 +146,8 @@ class Fleet:
         self.wait_for(lambda: 'tailspan_pipeline_missing{cicd_pipeline_name="nightly"} 1' in self.metrics())
         # the scripted replies must not meet these two records
         self.wait_for(lambda: {"a line of long ago", "nightly"} <= self._texts())
-        self.collector.script("logs", Reply(503, retry_after_s=0.1), Reply(400, message="no"))
+        # a rejection of part of a batch, which is never sent again: after a 400, its halves would be accepted
+        self.collector.script("logs", Reply(503, retry_after_s=0.1), Reply(rejected=1, message="no"))
         self.collector.script("metrics", Reply(503))
         self.api.fault(status_fault(401), times=None)  # not retried, so it is counted at once
         self.run("noisy", sys.executable, "-c", "print('INFO nothing'); print('WARNING something')")
