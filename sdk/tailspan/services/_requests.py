@@ -533,7 +533,7 @@ def is_local(base_url: str) -> bool:
 
 
 def is_confidential(base_url: str) -> bool:
-    """Return whether nobody else can read what is sent there: over TLS, or on this machine."""
+    """Return whether only the receiver can read what is sent there: over TLS, or on this machine."""
     return urlsplit(base_url).scheme == "https" or is_local(base_url)
 
 
