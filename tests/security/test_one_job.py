@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tailspan.models import JobState, JobStatus
-from tailspan_agent.analysis.run_totals import COLUMNS, RunTotals
+from tailspan_agent.analysis.run_totals import COLUMNS, MAX_ERROR_TYPES, RunTotals
 from tailspan_agent.analysis.stack_traces import last_stack
 from tailspan_agent.checkpoint.store import Ack, OutboxSpan, Store
 from tailspan_agent.errors import ValueRefusedError
@@ -152,6 +152,24 @@ def test_an_ack_that_cannot_be_stored_spoils_no_other(tmp_path: Path) -> None:
         assert not store.write_failed
 
 
+def test_error_types_of_logs_make_a_limited_number_of_series(bench: Bench) -> None:
+    """Each run of a pipeline may print an exception of its own; spans have them all."""
+    for number in range(MAX_ERROR_TYPES + 5):
+        bench.fake.add_job(f"j{number:02d}", job_name="etl", state="FAILED")
+        bench.fake.add_lines(f"j{number:02d}", HEADER, FRAME, f"Error{number:02d}: x")
+    for _ in range(2):
+        assert bench.once().delivered
+    counts = {
+        row.attributes["error.type"]: row.value
+        for row in bench.collector.metrics()
+        if row.name == "cicd.pipeline.run.errors"
+    }
+    assert len(counts) == MAX_ERROR_TYPES + 1
+    assert counts["_OTHER"] == 5
+    roots = [span for span in bench.collector.spans() if span.name.startswith("RUN ")]
+    assert len({span.attributes["error.type"] for span in roots}) == MAX_ERROR_TYPES + 5
+
+
 def test_spans_are_read_up_to_a_size(tmp_path: Path) -> None:
     """Hundreds of failed jobs have megabytes of stack traces: they are not all in memory for one request."""
     with closing(Store(tmp_path)) as store:
@@ -284,6 +302,24 @@ async def test_a_stop_does_not_wait_for_the_crowd(bench: Bench, monkeypatch: pyt
         await until(lambda: agent.discoveries and len(agent.discoveries[0].backlog) >= 20)
     assert len(agent.discoveries[0].backlog) == 0
     assert agent.tailers == []
+
+
+@looped
+async def test_a_crowd_that_waits_takes_no_more_memory_with_each_list(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The jobs that wait are listed again every minute, for as long as their endpoint needs for those before them."""
+    monkeypatch.setattr(discovery, "_FIRST_TURNS", 2)
+    for number in range(30):
+        add(bench, f"j{number:02d}", {})
+    bench.collector.always("logs", Reply(503))
+    async with bench.running() as agent:
+        await until(lambda: agent.discoveries and len(agent.discoveries[0].backlog) == 28)
+        (found,) = agent.discoveries
+        for _ in range(3):
+            found._full_scan_at_s = float("-inf")
+            await found.scan()
+        assert sum(map(len, found.backlog._pipelines.values())) == 28
 
 
 @looped

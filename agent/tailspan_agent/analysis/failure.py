@@ -113,7 +113,7 @@ def fingerprint_of(error_type: str, message: str, failure: Failure | None) -> st
 
 
 def error_type(job: JobStatus, failure: Failure | None) -> str | None:
-    """Return the ``error.type`` of a failed job, of low cardinality; None for other jobs.
+    """Return the ``error.type`` of a failed job, None for other jobs.
 
     It is ``lost``, the exception's type, the signal (``SIGKILL``), the exit code (``exit 3``) or ``_OTHER``: the first
     that is known.

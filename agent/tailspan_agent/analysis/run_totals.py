@@ -21,11 +21,15 @@ __all__ = [
     "BOUNDS_S",
     "COLUMNS",
     "LOWEST_INDEX",
+    "MAX_ERROR_TYPES",
+    "OTHER_ERRORS",
     "SCALE",
     "RunExemplar",
     "RunTotals",
+    "bounded_error_type",
     "bucket_index",
     "explicit_bucket",
+    "with_bounded_error_types",
 ]
 
 BOUNDS_S: tuple[float, ...] = tuple(2.0**power for power in range(-4, 20))
@@ -40,6 +44,12 @@ _FRACTIONS = tuple(2.0 ** (step / _PER_OCTAVE - 1) for step in range(1, _PER_OCT
 LOWEST_INDEX = -10 * _PER_OCTAVE - 1
 """The bucket that ends at 1/1024 s; it also has all shorter durations."""
 _HIGHEST_INDEX = 25 * _PER_OCTAVE - 1  # ends after 388 days; has all longer durations
+
+MAX_ERROR_TYPES = 20
+"""How many error types of a pipeline are counted apart: they come from logs, and each is a series of its own."""
+
+OTHER_ERRORS = "_OTHER"
+"""The ``error.type`` of all further ones. Source: OpenTelemetry semantic conventions, error attributes."""
 
 COLUMNS = ("pipeline", "result", "error_type", "sum_s", "buckets", "exemplars")
 """The columns of `RunTotals.to_row`; the first three are the key."""
@@ -175,6 +185,42 @@ class RunTotals:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a row of run totals: {error}") from error
         return cls(pipeline, result, error_type or None, seconds, counts, newest)
+
+
+def bounded_error_type(kind: str, pipeline: str, totals: Iterable[RunTotals]) -> str:
+    """Return the error type under which a run is counted: its own, or `OTHER_ERRORS` once the pipeline has enough.
+
+    Args:
+        kind: The ``error.type`` of the run.
+        pipeline: The label of its pipeline.
+        totals: What was counted so far.
+    """
+    known = {total.error_type for total in totals if total.pipeline == pipeline} - {None, OTHER_ERRORS}
+    return kind if kind in known or len(known) < MAX_ERROR_TYPES else OTHER_ERRORS
+
+
+def with_bounded_error_types(totals: Iterable[RunTotals]) -> list[RunTotals]:
+    """Return totals with at most `MAX_ERROR_TYPES` error types for each pipeline, and `OTHER_ERRORS`.
+
+    An earlier agent may have stored more, and several pipelines may share a label. The first by name stay, so that a
+    restart keeps the same ones.
+
+    Args:
+        totals: All totals; those with equal keys are added up.
+    """
+    totals = list(totals)
+    known: dict[str, set[str]] = {}
+    for total in totals:
+        if total.error_type is not None and total.error_type != OTHER_ERRORS:
+            known.setdefault(total.pipeline, set()).add(total.error_type)
+    kept = {pipeline: set(sorted(kinds)[:MAX_ERROR_TYPES]) for pipeline, kinds in known.items()}
+    merged: dict[tuple[str, str, str], RunTotals] = {}
+    for total in totals:
+        if total.error_type is not None and total.error_type not in kept.get(total.pipeline, ()):
+            total = dataclasses.replace(total, error_type=OTHER_ERRORS)
+        found = merged.get(total.key)
+        merged[total.key] = found.merge(total) if found else total
+    return list(merged.values())
 
 
 def _is_possible(run: RunExemplar) -> bool:

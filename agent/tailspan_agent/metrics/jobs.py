@@ -27,7 +27,7 @@ from opentelemetry.sdk.metrics.export import (
 
 from tailspan_agent.analysis.assessment import MAX_TASKS, JobSnapshot
 from tailspan_agent.analysis.pipeline_names import PipelineNames
-from tailspan_agent.analysis.run_totals import BOUNDS_S, LOWEST_INDEX, SCALE, RunTotals
+from tailspan_agent.analysis.run_totals import BOUNDS_S, LOWEST_INDEX, SCALE, RunTotals, with_bounded_error_types
 from tailspan_agent.metrics.gauges import Attributes, GaugeDefinition, GaugeValues, age_s
 
 __all__ = ["job_metrics"]
@@ -63,11 +63,9 @@ def job_metrics(
         Metrics that have at least one value.
     """
     labels = [names.label(job.status.job_name) for job in jobs]
-    totals: dict[tuple[str, str, str], RunTotals] = {}
-    for total in runs:
-        renamed = dataclasses.replace(total, pipeline=names.label(total.pipeline))
-        found = totals.get(renamed.key)
-        totals[renamed.key] = found.merge(renamed) if found else renamed
+    totals = with_bounded_error_types(
+        dataclasses.replace(total, pipeline=names.label(total.pipeline)) for total in runs
+    )
     active = dict.fromkeys(((name, phase) for name in names.used for phase in _PHASES), 0)
     for label, job in zip(labels, jobs, strict=True):
         active[label, job.phase] += 1
@@ -81,7 +79,7 @@ def job_metrics(
         return NumberDataPoint(attributes, start_unix_nano, now_unix_nano, value)
 
     errors: dict[Attributes, int] = defaultdict(int)
-    for total in totals.values():
+    for total in totals:
         if total.error_type:
             errors[("cicd.pipeline.name", total.pipeline), ("error.type", total.error_type)] += total.count
     cumulative = AggregationTemporality.CUMULATIVE
@@ -90,7 +88,7 @@ def job_metrics(
             "cicd.pipeline.run.duration",
             "Duration of a pipeline run grouped by pipeline, state and result.",
             "s",
-            _durations(list(totals.values()), start_unix_nano, now_unix_nano, exponential=exponential),
+            _durations(totals, start_unix_nano, now_unix_nano, exponential=exponential),
         ),
         Metric(
             "cicd.pipeline.run.errors",
@@ -115,7 +113,7 @@ def job_metrics(
             "tailspan.pipeline.last_end.age",
             "Time since a run of the pipeline last ended with this result.",
             "s",
-            Gauge(_last_ends(totals.values(), now_unix_nano)),
+            Gauge(_last_ends(totals, now_unix_nano)),
         ),
         *gauges.metrics(),
     ]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from tailspan_agent.analysis.baseline import PastRun
 from tailspan_agent.analysis.failure import error_type, fingerprint_of
-from tailspan_agent.analysis.run_totals import RunTotals
+from tailspan_agent.analysis.run_totals import RunTotals, bounded_error_type
 from tailspan_agent.checkpoint.store import OutboxSpan
 from tailspan_agent.job.mapping import failure_text, spans_of
 from tailspan_agent.otlp.span import SpanData, encode_span
@@ -48,7 +48,8 @@ class JobSpans:
         if kind is not None and not job.ledger.fingerprint:
             self._recognise_failure(name, kind)
         spans = self._ended(delivery_known=delivery_known)
-        empty = RunTotals(name, run.result, kind)
+        counted_kind = kind and bounded_error_type(kind, name, self._context.totals.values())
+        empty = RunTotals(name, run.result, counted_kind)
         totals = self._context.totals.get(empty.key, empty).add(
             run.duration_s,
             trace_id=spans[-1].trace_id,

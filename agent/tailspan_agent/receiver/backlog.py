@@ -43,8 +43,12 @@ class Backlog:
     def __contains__(self, job_id: str) -> bool:
         return job_id in self._jobs
 
+    def get(self, job_id: str) -> WaitingJob | None:
+        """Return a job; None if it does not wait."""
+        return self._jobs.get(job_id)
+
     def put(self, job: WaitingJob) -> None:
-        """Add a job, or replace what is known of it."""
+        """Add a job, or replace what is known of it: each full list does so with all that wait."""
         known = self._jobs.get(job.job_id)
         self._jobs[job.job_id] = job
         if known is not None and known.name == job.name and (known.row is not None or job.row is None):

@@ -332,8 +332,11 @@ class JobDiscovery:
 
     def _still_waits(self, row: ListedJob) -> bool:
         """Note the row of a job that waits; return False if it does not, or runs and need not wait any more."""
-        waiting = self.backlog.remove(row.job_id)
-        if waiting is None or not row.state.is_terminal:
+        waiting = self.backlog.get(row.job_id)
+        if waiting is None:
+            return False
+        if not row.state.is_terminal:
+            self.backlog.remove(row.job_id)
             return False
         self.backlog.put(WaitingJob(row.job_id, row.job_name or waiting.name, row))
         return True

@@ -230,7 +230,8 @@ class LocalService(SubmitService, ChangeFeedService):
             ids = await beside_loop(self._store.job_ids)
         # An agent lists every few seconds: what has ended for good is not read again.
         final, running = self._final_rows, self._running_rows
-        self._final_rows = {job_id: row for job_id in ids if (row := final.get(job_id)) is not None}
+        # The keys are the strings that the rows have: a list makes others.
+        self._final_rows = {row.job_id: row for job_id in ids if (row := final.get(job_id)) is not None}
         self._running_rows = {job_id: known for job_id in ids if (known := running.get(job_id)) is not None}
         for start in range(0, len(ids), _LIST_PAGE):
             with self._translated():

@@ -9,7 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES, PipelineNames
-from tailspan_agent.analysis.run_totals import BOUNDS_S, COLUMNS, LOWEST_INDEX, SCALE, RunTotals, bucket_index
+from tailspan_agent.analysis.run_totals import (
+    BOUNDS_S,
+    COLUMNS,
+    LOWEST_INDEX,
+    MAX_ERROR_TYPES,
+    OTHER_ERRORS,
+    SCALE,
+    RunTotals,
+    bounded_error_type,
+    bucket_index,
+    with_bounded_error_types,
+)
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 SPAN = "b7ad6b7169203331"
@@ -180,3 +191,28 @@ def test_a_label_never_changes(seen, limit):
 def test_a_name_without_utf8_gets_a_label_that_has_it():
     """A lone surrogate, which JSON can carry, does not reach the encoders."""
     assert PipelineNames(5).label("a\ud800") == "a?"
+
+
+def test_a_pipeline_has_a_limited_number_of_error_types():
+    """The types come from logs; the first ones stay apart, also after the limit, and other pipelines have their own."""
+    totals = [RunTotals("etl", "failure", f"E{number}").add(1) for number in range(MAX_ERROR_TYPES)]
+    assert bounded_error_type("E3", "etl", totals) == "E3"
+    assert bounded_error_type("New", "etl", totals) == OTHER_ERRORS
+    assert bounded_error_type("New", "etl", totals[1:]) == "New"
+    assert bounded_error_type("New", "other", totals) == "New"
+    assert bounded_error_type(OTHER_ERRORS, "etl", totals) == OTHER_ERRORS
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.none() | st.integers(0, 60)), max_size=80), st.randoms())
+def test_stored_error_types_are_limited_when_they_are_exported(found, random):
+    """No run is lost, keys are unique, and the order of the rows does not matter."""
+    totals = [RunTotals(name, "failure", None if kind is None else f"E{kind}").add(1) for name, kind in found]
+    bounded = with_bounded_error_types(totals)
+    kinds = [(total.pipeline, total.error_type) for total in bounded if total.error_type is not None]
+    assert len({total.key for total in bounded}) == len(bounded)
+    assert all(sum(name == pipeline for name, _ in kinds) <= MAX_ERROR_TYPES + 1 for pipeline in "ab")
+    assert sum(total.count for total in bounded) == len(found)
+    random.shuffle(totals)
+    assert {total.key: total.count for total in with_bounded_error_types(totals)} == {
+        total.key: total.count for total in bounded
+    }
