@@ -6,7 +6,7 @@ import asyncio
 import json
 import sqlite3
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from tailspan.models import JobState, JobStatus
+from tailspan.logs.page import LogPage, TaskRef
+from tailspan.models import JobState, JobStatus, ListedJob
 from tailspan_agent.analysis.run_totals import COLUMNS, MAX_ERROR_TYPES, RunTotals
 from tailspan_agent.analysis.stack_traces import last_stack
 from tailspan_agent.checkpoint.store import Ack, OutboxSpan, Store
@@ -90,6 +91,36 @@ def test_a_job_cannot_claim_to_be_another(bench: Bench, caplog: pytest.LogCaptur
     assert bench.spans()["run"].attributes["tailspan.records.rejected"] == 0
     assert bench.metric("tailspan.agent.attributes.dropped", service="fake") == 4
     assert [record.message for record in caplog.records if "changed or dropped" in record.message]
+
+
+def test_rows_and_pages_of_any_kind_stop_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service may list ids that are not text, and give lines tasks, streams and times that cannot be."""
+    add(bench, "good", {})
+    listed, read = bench.fake.list_jobs, bench.fake.read_logs
+
+    async def list_jobs() -> AsyncGenerator[Any, None]:
+        yield [ListedJob(job_id=job_id) for job_id in (5, None, [], b"x", SURROGATE, "", "x" * 2000)]  # type: ignore[arg-type]
+        yield [ListedJob(job_id="bad", job_name=5, state="?", lines=SURROGATE)]  # type: ignore[arg-type]
+        async for rows in listed():
+            yield rows
+
+    async def read_logs(job_id: str, *args: Any, **options: Any) -> AsyncGenerator[LogPage, None]:
+        async for page in read(job_id, *args, **options):
+            if job_id == "bad":
+                page.tasks = (TaskRef(SURROGATE, "\U0001f600" * 9999, 1 << 80),)
+                page.runs = [
+                    run._replace(time_unix_nano=float("nan"), stream=9, task=number, severity=-1)
+                    for number, run in enumerate(page.runs)
+                ]
+            yield page
+
+    monkeypatch.setattr(bench.fake, "list_jobs", list_jobs)
+    monkeypatch.setattr(bench.fake, "read_logs", read_logs)
+    add(bench, "bad", {})
+    bench.fake.add_lines("bad", "another")
+    result = bench.once()
+    assert (result.delivered, result.rejected) == (True, 0)
+    assert sorted(bench.bodies()) == ["another", "of bad", "of good"]
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from tailspan._identity import is_trace_id, trace_id
-from tailspan.logs.page import MAX_PAGE_LINES, LogPage
+from tailspan.logs.page import MAX_PAGE_LINES, LineRun, LogPage, Stream, TaskRef
 from tailspan.models import JobState, JobStatus, ListedJob, TaskRun
 from tailspan_agent.otlp.text import shorten_middle
 
@@ -62,6 +62,9 @@ _MAX_ATTEMPT = 1 << 31
 _EXIT_CODES = range(-(1 << 31), 1 << 32)
 _MAX_NAME_BYTES = 1024
 _MAX_TEXT_BYTES = 8192
+_MAX_AFTER = 128
+_STREAMS = frozenset(range(len(Stream.NAMES)))
+_SEVERITIES = frozenset(range(25))
 _DETAILS_SCALE = 4
 """Details are on one span only, and a command line may be long."""
 
@@ -178,20 +181,75 @@ def _bounded_task(task: TaskRun, now: datetime) -> TaskRun | None:
     }
     for name in ("submitted_at", "started_at", "finished_at"):
         fields[name] = bounds.time(name, getattr(task, name))
-    if not isinstance(task.after, tuple) or not all(isinstance(one, str) for one in task.after):
-        fields["after"] = ()
+    after = task.after if isinstance(task.after, tuple) else ()
+    if after is not task.after or len(after) > _MAX_AFTER or not all(_short(one) == one for one in after):
+        fields["after"] = tuple(one for one in after[:_MAX_AFTER] if one and _short(one) == one)
     changed = {name: value for name, value in fields.items() if value is not getattr(task, name)}
     return dataclasses.replace(task, **changed) if changed else task
 
 
 def bounded_page(page: LogPage) -> LogPage:
-    """Return a page whose lines have times in range; texts and uids stay as they are."""
-    if all(0 <= run.time_unix_nano <= LATEST_NS for run in page.runs):
+    """Return a page whose lines have times, streams, severities and tasks in range; texts and uids stay as they are."""
+    if _is_bounded(page):
         return page
-    runs = [run._replace(time_unix_nano=min(max(run.time_unix_nano, 0), LATEST_NS)) for run in page.runs]
+    runs = [_bounded_run(run, len(page.tasks)) for run in page.runs]
+    tasks = tuple(map(_bounded_ref, page.tasks))
     if page.text:
-        return LogPage(None, runs, page.cursor, page.digests, page.text, tasks=page.tasks)
-    return LogPage(page.lines, runs, page.cursor, page.digests, tasks=page.tasks)
+        return LogPage(None, runs, page.cursor, page.digests, page.text, tasks=tasks)
+    return LogPage(page.lines, runs, page.cursor, page.digests, tasks=tasks)
+
+
+def _is_bounded(page: LogPage) -> bool:
+    if not page.runs:
+        return not page.tasks
+    # By column, and by different values: a page may have five thousand runs.
+    _, times, streams, _, prefixes, tasks, severities = zip(*page.runs, strict=True)
+    try:
+        numbers = {*streams}, {*tasks}, {*severities}
+        return (
+            {*map(type, times)} == {int}
+            and min(times) >= 0
+            and max(times) <= LATEST_NS
+            and all(type(number) is int for one in numbers for number in one)
+            and numbers[0] <= _STREAMS
+            and min(numbers[1]) >= 0
+            and max(numbers[1]) <= len(page.tasks)
+            and numbers[2] <= _SEVERITIES
+            and all(isinstance(prefix, str) and prefix.isascii() for prefix in {*prefixes})
+            and all(_bounded_ref(task) == task for task in page.tasks)
+        )
+    except TypeError:  # not hashable
+        return False
+
+
+def _bounded_run(run: LineRun, tasks: int) -> LineRun:
+    return run._replace(
+        time_unix_nano=_nanos(run.time_unix_nano),
+        stream=run.stream if _is_number(run.stream, _STREAMS) else Stream.NONE,
+        uid_prefix=_utf8(run.uid_prefix) if isinstance(run.uid_prefix, str) else "",
+        task=run.task if _is_number(run.task, range(tasks + 1)) else 0,
+        severity=run.severity if _is_number(run.severity, _SEVERITIES) else 0,
+    )
+
+
+def _bounded_ref(task: TaskRef) -> TaskRef:
+    attempt = task.attempt if _is_number(task.attempt, range(1, _MAX_ATTEMPT + 1)) else 1
+    return TaskRef(_short(task.task_id), _short(task.name), attempt)
+
+
+def _short(text: Any) -> str:
+    return shorten_middle(_utf8(text), _MAX_NAME_BYTES) if isinstance(text, str) else ""
+
+
+def _is_number(value: Any, possible: Container[int]) -> bool:
+    return type(value) is int and value in possible
+
+
+def _nanos(value: Any) -> int:
+    """Return the nearest time of a line in ns since the epoch; 0 for what is not a number."""
+    if not isinstance(value, int | float) or value != value:  # NaN
+        return 0
+    return int(min(max(value, 0), LATEST_NS))
 
 
 _TIMES = ("last_heartbeat", "job_status_date", "submitted_at", "started_at", "finished_at")

@@ -315,8 +315,9 @@ class JobDiscovery:
             name = row.job_name or await self._name_of(row.job_id)
         except (ProtocolError, RequestRejectedError) as error:
             # One job that cannot be read must not hide the others.
-            shown = row.job_id[:_MAX_ID_BYTES].encode(errors="backslashreplace").decode()
-            _log.warning("job %s of service %s: %s", shown, self.name, error)
+            if row.job_id not in self.skipped:
+                shown = row.job_id[:_MAX_ID_BYTES].encode(errors="backslashreplace").decode()
+                _log.warning("job %s of service %s: %s", shown, self.name, error)
             self.skipped[row.job_id] = error
             return False
         self.skipped.pop(row.job_id, None)

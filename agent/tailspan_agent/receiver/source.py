@@ -73,21 +73,28 @@ class Source:
         """
         status = await self.service.get_job(job_id)
         bounded, notes, dropped = bounded_status(status, job_id, identity=self.service.identity, now=datetime.now(UTC))
-        if notes and job_id not in self._noted:
-            if len(self._noted) >= _MOST_NOTED:
-                self._noted.clear()
-            self._noted.add(job_id)
-            _log.warning("job %s of service %s: changed or dropped: %s", job_id, self.service.name, "; ".join(notes))
-            if dropped:
-                self._on_dropped(dropped)
+        if notes and self._note(job_id, "; ".join(notes)) and dropped:
+            self._on_dropped(dropped)
         return bounded
+
+    def _note(self, job_id: str, what: str, part: str = "") -> bool:
+        """Log what was brought into range, once for each job and part of it; return whether this was the first time."""
+        key = f"{job_id}\0{part}"
+        if key in self._noted:
+            return False
+        if len(self._noted) >= _MOST_NOTED:
+            self._noted.clear()
+        self._noted.add(key)
+        _log.warning("job %s of service %s: changed or dropped: %s", job_id, self.service.name, what)
+        return True
 
     async def list_jobs(self) -> AsyncGenerator[Sequence[ListedJob], None]:
         """Yield the service's jobs, with all values in range; see `tailspan.services.JobService`."""
         async with aclosing(self.service.list_jobs()) as listing:
             async for rows in listing:
                 now = datetime.now(UTC)
-                yield [bounded_row(row, now=now) for row in rows]
+                # Without an id that is text, a row is of no job; it must not hide the other rows.
+                yield [bounded_row(row, now=now) for row in rows if isinstance(row.job_id, str)]
 
     async def list_tasks(self, job_id: str) -> list[TaskRun] | None:
         """Return the attempts of a job's tasks, with all values in range; None if the service has no tasks.
@@ -160,7 +167,10 @@ class Source:
         async with aclosing(pages):
             try:
                 async for page in pages:
-                    yield bounded_page(page)
+                    bounded = bounded_page(page)
+                    if bounded is not page:
+                        self._note(job_id, "lines with an impossible time, stream, severity or task", "lines")
+                    yield bounded
             except JobNotFoundError:
                 # A job that wrote nothing may have no log; only its status says whether the job is gone.
                 await self.get_job(job_id)

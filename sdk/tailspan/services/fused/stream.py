@@ -8,6 +8,7 @@ lines are decoded by then.
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from bisect import bisect_right
@@ -50,6 +51,9 @@ _SPACE = b" \t\r\n"
 _CLOSING = ord("]")
 _BOM = b"\xef\xbb\xbf"
 _ESCAPE = re.compile(rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u[dD][89a-fA-F][0-9a-fA-F]{2}|.)")
+_STRING_OR_NUMBER = re.compile(rb'"(?:[^"\\]++|\\.)*+"|-?(?:NaN|Infinity)|-?[0-9][0-9.eE+-]*+')
+_IMPOSSIBLE = re.compile(rb"NaN|Infinity|[eE]\+?[0-9]{3}|[0-9]{300}")
+_MOST_DIGITS = 300
 _LONE_SURROGATE_BYTES = len(b"\\ud800")
 _STREAMS = {name: Stream.NAMES.index(name) for name in Stream.NAMES}
 
@@ -66,23 +70,25 @@ class LogEntry(msgspec.Struct, gc=False):
     stream: Any = None
 
 
-lines = msgspec.json.Decoder(list[LogEntry])
+_entries = msgspec.json.Decoder(list[LogEntry])
 _objects = msgspec.json.Decoder(list[dict[str, Any]])
 
 
 def decode_json(decoder: msgspec.json.Decoder[T], text: bytes | memoryview) -> T:
     """Decode JSON. Invalid UTF-8 and halves of surrogate pairs become U+FFFD; a BOM is removed.
 
+    Numbers that no number type can hold (``NaN``, ``1e400``) become null: one of them must not hide the other elements.
+
     Raises:
         msgspec.DecodeError: The text is not JSON, or (`msgspec.ValidationError`) not of the decoder's type.
     """
     try:
         return decoder.decode(text)
-    except msgspec.ValidationError:
-        raise
     except RecursionError:
         raise msgspec.DecodeError("it is nested too deeply") from None
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        if isinstance(error, msgspec.ValidationError) and "out of range" not in str(error):
+            raise
         repaired = _repair(bytes(text))
         if repaired == text:
             raise
@@ -91,7 +97,16 @@ def decode_json(decoder: msgspec.json.Decoder[T], text: bytes | memoryview) -> T
 
 def _repair(text: bytes) -> bytes:
     text = text.removeprefix(_BOM).decode("utf-8", "replace").encode()
-    return _ESCAPE.sub(_whole_pair, text) if b"\\ud" in text.lower() else text
+    if b"\\ud" in text.lower():
+        text = _ESCAPE.sub(_whole_pair, text)
+    return _STRING_OR_NUMBER.sub(_possible, text) if _IMPOSSIBLE.search(text) else text
+
+
+def _possible(token: re.Match[bytes]) -> bytes:
+    found = token[0]
+    if found.startswith(b'"'):
+        return found
+    return found if len(found) <= _MOST_DIGITS and math.isfinite(float(found)) else b"null"
 
 
 def _whole_pair(escape: re.Match[bytes]) -> bytes:
@@ -217,6 +232,18 @@ class _NotJsonError(ReplyError):
     """Invalid JSON. For a prefix, this only means that the cut was not at an element boundary."""
 
 
+class _Lines:
+    """Decodes lines."""
+
+    def decode(self, text: bytes | memoryview) -> list[LogEntry]:
+        """Return the elements of an array."""
+        try:
+            return _entries.decode(text)
+        except msgspec.ValidationError:
+            found = _with_possible_values(_objects.decode(text))
+            return [LogEntry(one["message"], one["timestamp"], one.get("stream")) for one in found]
+
+
 class _Messages:
     """Decodes lines with all their keys."""
 
@@ -230,13 +257,43 @@ class _Messages:
             raise msgspec.ValidationError(f"Object missing required field {missing}") from None
         in_order = sorted(times) if {*map(type, times)} <= {int} else [-1]
         if kinds - {str} or (in_order and not 0 <= in_order[0] <= in_order[-1] <= _MAX_MS):
-            raise msgspec.ValidationError("Expected `message` as `str` and `timestamp` as `int` ms >= 0")
+            found = _with_possible_values(found)
+            times, in_order = [-1], []
         if times != in_order:
             found.sort(key=_TIMESTAMP)
         return found
 
 
+def _with_possible_values(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return lines whose values have the types of `LogEntry`: one impossible line must not hide the others.
+
+    An impossible time becomes 0: the year 1970, so that the reads that follow still find the lines after it.
+
+    Raises:
+        msgspec.ValidationError: No line has a possible time and a text, so these are not lines.
+    """
+    if found and not any(_is_time(one.get("timestamp")) and isinstance(one.get("message"), str) for one in found):
+        raise msgspec.ValidationError("Expected `message` as `str` and `timestamp` as `int` ms >= 0")
+    return [
+        {
+            **one,
+            "message": _text(one.get("message")),
+            "timestamp": one["timestamp"] if _is_time(one.get("timestamp")) else 0,
+        }
+        for one in found
+    ]
+
+
+def _is_time(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _MAX_MS
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else "" if value is None else msgspec.json.encode(value).decode()
+
+
 _MESSAGE, _TIMESTAMP = operator.itemgetter("message"), operator.itemgetter("timestamp")
+lines: Any = _Lines()
 messages: Any = _Messages()
 
 

@@ -27,7 +27,10 @@ DEFAULT_BASE_URL = "https://www.fused.io/server/v1"
 
 
 class _Status(msgspec.Struct, kw_only=True):
-    """The twelve fields, with the types that the published clients require."""
+    """The twelve fields, with the types that the published clients require, except for times and counts.
+
+    A time or a count that is not one counts as not known: the job's log and end can be relayed all the same.
+    """
 
     job_id: str
     job_name: str
@@ -35,12 +38,10 @@ class _Status(msgspec.Struct, kw_only=True):
     instance_type: str | None = None
     status: str
     terminal_status: bool
-    last_heartbeat: datetime | None = None
     job_status: str | None = None
-    job_status_date: datetime | None = None
     finished_job_status: bool | None = None
-    total_tasks: int
-    finished_tasks: int
+    total_tasks: Any
+    finished_tasks: Any
 
 
 def decode_status(reply: Mapping[str, Any], *, service: str, identity: str) -> JobStatus:
@@ -60,7 +61,7 @@ def decode_status(reply: Mapping[str, Any], *, service: str, identity: str) -> J
     identity = _text(reply, "identity") or identity
     attempt = _number(reply, "attempt") or 1
     own_trace_id = _text(reply, "trace_id") or ""
-    status_date = _aware(wire.job_status_date)
+    status_date = _moment(reply, "job_status_date")
     finished_at = _moment(reply, "finished_at")
     if finished_at is None and state.is_terminal and own_state is None:
         finished_at = status_date
@@ -71,12 +72,12 @@ def decode_status(reply: Mapping[str, Any], *, service: str, identity: str) -> J
         instance_type=wire.instance_type,
         status=wire.status,
         terminal_status=wire.terminal_status,
-        last_heartbeat=_aware(wire.last_heartbeat),
+        last_heartbeat=_moment(reply, "last_heartbeat"),
         job_status=wire.job_status,
         job_status_date=status_date,
         finished_job_status=wire.finished_job_status,
-        total_tasks=wire.total_tasks,
-        finished_tasks=wire.finished_tasks,
+        total_tasks=_number(reply, "total_tasks") or 0,
+        finished_tasks=_number(reply, "finished_tasks") or 0,
         state=state,
         submitted_at=_moment(reply, "submitted_at"),
         started_at=_moment(reply, "started_at"),

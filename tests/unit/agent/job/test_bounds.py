@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailspan._identity import trace_id
-from tailspan.logs.page import Line, LineRun, LogPage
-from tailspan.models import JobState, JobStatus, ListedJob
+from tailspan.logs.page import Line, LineRun, LogPage, TaskRef
+from tailspan.models import JobState, JobStatus, ListedJob, TaskRun
 from tailspan_agent.job.bounds import (
     DROPPED_ATTRIBUTES,
     LATEST_NS,
@@ -24,11 +24,14 @@ from tailspan_agent.job.bounds import (
     bounded_page,
     bounded_row,
     bounded_status,
+    bounded_tasks,
     is_reserved,
 )
 from tailspan_agent.job.ledger import JobLedger
 from tailspan_agent.job.mapping import spans_of
+from tailspan_agent.job.task_spans import LineTimes
 from tailspan_agent.otlp.span import encode_span
+from tailspan_agent.records.encode import LogContext, encode_lines
 
 NOW = datetime(2026, 11, 29, 12, 0, tzinfo=UTC)
 SURROGATE = "\ud83d"
@@ -225,3 +228,50 @@ def test_any_status_can_be_stored_and_sent(fields: dict[str, Any]) -> None:
     own = {key: value for key, value in changed.attributes.items() if key != DROPPED_ATTRIBUTES}
     again = bounded_status(dataclasses.replace(changed, attributes=own), "j", identity="id", now=NOW)
     assert again[1:] == ([], 0)
+
+
+TASK_FIELDS = ("name", "attempt", "result", "exit_code", "error", "url", "parent", "after", "started_at", "finished_at")
+
+
+@given(fields=st.dictionaries(st.sampled_from(TASK_FIELDS), ANYTHING), task_id=ANYTHING)
+def test_any_task_can_be_sent(fields: dict[str, Any], task_id: Any) -> None:
+    """Whatever a service returns: a task without a usable id is dropped, the spans of the others are encoded."""
+    task = TaskRun(task_id=task_id, **{"name": "t", **fields})  # type: ignore[arg-type]
+    tasks = bounded_tasks([task, TaskRun(task_id="good", name="good", result="success")], now=NOW)
+    assert tasks[-1].task_id == "good"
+    spans = spans_of(bounded(), JobLedger(first_seen_ns=1, logs_complete=True), tasks=tasks, task_lines=LineTimes())
+    for span in spans:
+        assert encode_span(span)
+    assert bounded_tasks(tasks, now=NOW) == tasks
+
+
+ROW_FIELDS = ("job_name", "state", "created_at", "state_since", "instance_id", "instance_type", "lines")
+
+
+@given(fields=st.dictionaries(st.sampled_from(ROW_FIELDS), ANYTHING))
+def test_any_row_is_brought_into_range(fields: dict[str, Any]) -> None:
+    """What is in range stays; times are aware, names can be encoded, and counts fit 64 bits."""
+    row = bounded_row(ListedJob(job_id="j", **fields), now=NOW)
+    assert bounded_row(row, now=NOW) is row
+    assert (row.job_name or "").encode() is not None
+    assert all(time is None or time.timestamp() > 0 for time in (row.created_at, row.state_since))
+    assert row.lines is None or 0 <= row.lines < 1 << 63
+
+
+@given(
+    runs=st.lists(st.tuples(ANYTHING, ANYTHING, ANYTHING, ANYTHING), min_size=1, max_size=4),
+    tasks=st.lists(st.tuples(ANYTHING, ANYTHING, ANYTHING), max_size=2),
+)
+def test_any_page_can_be_sent(runs: list[tuple[Any, ...]], tasks: list[tuple[Any, ...]]) -> None:
+    """Whatever time, stream, severity and task a service gives a line: its text becomes a record."""
+    page = LogPage(
+        [b"a"] * len(runs),
+        [LineRun(1, time, stream, 0, "", task, severity) for time, stream, task, severity in runs],
+        b"c",
+        bytes(8 * len(runs)),
+        tasks=tuple(TaskRef(*task) for task in tasks),
+    )
+    changed = bounded_page(page)
+    assert (changed.lines, changed.uids(), changed.cursor) == (page.lines, page.uids(), b"c")
+    assert encode_lines(changed, context=LogContext.for_job(bounded())).count == len(runs)
+    assert bounded_page(changed) is changed

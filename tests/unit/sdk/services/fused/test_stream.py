@@ -279,3 +279,38 @@ def test_lists_of_objects_within_an_element_cost_no_buffer():
     tags = b",".join([b'{"k":"v"}'] * 100)
     element = b'{"message":"x","timestamp":1,"tags":[%s]},' % tags
     assert given_of(element, 200, step_bytes=10_000, buffer_below=15_000) > 180
+
+
+IMPOSSIBLE_TIMES = [
+    "-1", str(1 << 63), str(-(1 << 63)), '"5"', '"\\ud800"', "1.5", "null", "true", "[]", "1e3", "1e400", "-1E+999",
+    "NaN", "-Infinity", "9" * 5000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("decoder", [lines, messages])
+@pytest.mark.parametrize("time", IMPOSSIBLE_TIMES)
+def test_a_line_with_an_impossible_time_hides_no_other(time, decoder):
+    """It has the time 0, so that the next read still asks for the lines after the others."""
+    first = f'{{"message":"NaN \\"1e999","timestamp":{time}}}'
+    reply = f'[{first},{{"message":"good","timestamp":5}},{{"message":7,"timestamp":6}}]'
+    found = decode_json(decoder, reply.encode())
+    rows = [
+        (one["message"], one["timestamp"]) if decoder is messages else (one.message, one.timestamp) for one in found
+    ]
+    assert rows == [('NaN "1e999', 0), ("good", 5), ("7", 6)]
+
+
+@pytest.mark.parametrize("decoder", [lines, messages])
+@pytest.mark.parametrize("reply", ['[{"message":"a","timestamp":-1}]', '[{"id":"a"}]', '[{"timestamp":1}]'])
+def test_a_reply_without_any_line_is_refused(reply, decoder):
+    """An address that is not a job API must not look like a log."""
+    with pytest.raises(msgspec.ValidationError):
+        decode_json(decoder, reply.encode())
+
+
+def test_a_number_that_cannot_be_hides_no_other_job():
+    """Python servers write NaN, which is not JSON; the rows around it are read."""
+    rows = b'[{"id":"a","cost":NaN},{"id":"b","n":1e999,"text":"Infinity"},{"id":"c"}]'
+    decoder = msgspec.json.Decoder(list[dict])
+    assert [row["id"] for row in decode_json(decoder, rows)] == ["a", "b", "c"]
+    assert decode_json(decoder, rows)[1] == {"id": "b", "n": None, "text": "Infinity"}

@@ -199,14 +199,28 @@ def test_the_end_is_the_date_of_the_last_status():
         {"job_id": None},
         {"job_name": 1},
         {"terminal_status": "false"},
-        {"total_tasks": "3"},
-        {"job_status_date": "soon"},
     ],
 )
 def test_wrong_types_are_refused(fields):
-    """The twelve fields are held to their types."""
+    """The fields that say what the job is and whether it has ended are held to their types."""
     with pytest.raises(msgspec.ValidationError):
         status(**fields)
+
+
+@pytest.mark.parametrize(
+    "value", ["soon", "9999-99-99T00:00:00Z", "0001-01-01T00:00:00+23:00", -1, 1 << 63, 1e300, True, [], {}, ""]
+)
+@pytest.mark.parametrize("key", ["job_status_date", "last_heartbeat", "submitted_at", "started_at", "finished_at"])
+def test_an_impossible_time_is_not_known(key, value):
+    """A job with an impossible time is relayed all the same."""
+    assert getattr(status(**{key: value}), key) is None
+
+
+@pytest.mark.parametrize("value", ["3", -1, 1.5, None, True, [], -(1 << 63)])
+@pytest.mark.parametrize("key", ["total_tasks", "finished_tasks"])
+def test_an_impossible_count_is_not_known(key, value):
+    """So is a job with an impossible count."""
+    assert getattr(status(**{key: value}), key) == 0
 
 
 @pytest.mark.parametrize("missing", list(MINIMAL))
