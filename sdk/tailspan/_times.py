@@ -1,13 +1,13 @@
-"""Times and durations as callers may give them, in the units that services take. Pure."""
+"""Times and durations as callers and services may give them, in the units that others take. Pure."""
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TypeAlias, overload
 
 from tailspan.errors import ConfigError
 
-__all__ = ["Seconds", "Since", "seconds_of", "since_ms_of"]
+__all__ = ["Seconds", "Since", "seconds_of", "since_ms_of", "time_of"]
 
 Since: TypeAlias = int | datetime | timedelta
 """A moment: ms since the epoch, an aware datetime, or how long ago."""
@@ -44,3 +44,12 @@ def seconds_of(duration: Seconds | None) -> float | None: ...
 def seconds_of(duration: Seconds | None) -> float | None:
     """Return a duration in seconds; None stays None."""
     return duration.total_seconds() if isinstance(duration, timedelta) else duration
+
+
+def time_of(text: object) -> datetime | None:
+    """Return the time (aware UTC) of an ISO 8601 text, without a zone in UTC; None for what is not a time."""
+    try:
+        time = datetime.fromisoformat(text) if isinstance(text, str) else None
+        return time and (time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC))
+    except (ValueError, OverflowError):
+        return None

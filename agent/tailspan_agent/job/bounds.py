@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from tailspan._identity import is_trace_id, trace_id
-from tailspan.logs.page import MAX_PAGE_LINES, LineRun, LogPage, Stream, TaskRef
+from tailspan.logs.page import MAX_PAGE_LINES, LineRun, LogPage, OpenLine, Stream, TaskRef
 from tailspan.models import JobState, JobStatus, ListedJob, TaskRun
 from tailspan_agent.otlp.text import shorten_middle
 
@@ -27,6 +27,7 @@ __all__ = [
     "MAX_KEY_BYTES",
     "MAX_TASK_RUNS",
     "MAX_VALUE_BYTES",
+    "bounded_open_line",
     "bounded_page",
     "bounded_row",
     "bounded_status",
@@ -197,6 +198,11 @@ def bounded_page(page: LogPage) -> LogPage:
     if page.text:
         return LogPage(None, runs, page.cursor, page.digests, page.text, tasks=tasks)
     return LogPage(page.lines, runs, page.cursor, page.digests, tasks=tasks)
+
+
+def bounded_open_line(line: OpenLine) -> OpenLine:
+    """Return an open line with a time in range: it may be that of a file, which any program can set."""
+    return line._replace(time_unix_nano=_nanos(line.time_unix_nano))
 
 
 def _is_bounded(page: LogPage) -> bool:

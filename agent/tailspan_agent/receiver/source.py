@@ -12,10 +12,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from tailspan.errors import JobNotFoundError
-from tailspan.logs.page import LogPage
+from tailspan.logs.page import LogPage, OpenLine
 from tailspan.models import JobStatus, ListedJob, TaskRun
 from tailspan.services import JobService, MergingService, TaskService
-from tailspan_agent.job.bounds import bounded_page, bounded_row, bounded_status, bounded_tasks
+from tailspan_agent.job.bounds import bounded_open_line, bounded_page, bounded_row, bounded_status, bounded_tasks
 from tailspan_agent.pipeline.queue import LogQueue
 from tailspan_agent.receiver.read_limits import ReadLimit
 
@@ -174,6 +174,11 @@ class Source:
             except JobNotFoundError:
                 # A job that wrote nothing may have no log; only its status says whether the job is gone.
                 await self.get_job(job_id)
+
+    async def open_line(self, job_id: str) -> OpenLine | None:
+        """Return the line whose newline has not come, with its time in range; see `JobService.open_line`."""
+        line = await self.service.open_line(job_id)
+        return None if line is None else bounded_open_line(line)
 
     def first_poll_delay_s(self) -> float:
         """Return the delay before the first poll of one more job that has nothing new, in seconds.

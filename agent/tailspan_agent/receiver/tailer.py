@@ -319,7 +319,7 @@ class Tailer:
         """Relay what a running job has written of its next line; return when more of it may be sent, in seconds."""
         if self.once or not pipeline.relays_logs or self.lifecycle.state is not TailState.FOLLOWING:
             return None
-        line = await self._service.open_line(self.job_id)
+        line = await self._source.open_line(self.job_id)
         return None if line is None else await pipeline.send_open_line(line)
 
     async def _late_turn(self, pipeline: JobPipeline) -> float | None:

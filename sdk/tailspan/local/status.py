@@ -8,9 +8,10 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from tailspan._identity import is_trace_id, trace_id
+from tailspan._times import time_of
 from tailspan.errors import CursorExpiredError, ProtocolError
 from tailspan.local.reader import LogReader, Totals
-from tailspan.local.store import StoredJob, submitted_at_of, time_of
+from tailspan.local.store import StoredJob, submitted_at_of
 from tailspan.models import JobState, JobStatus, ListedJob
 
 __all__ = ["quick_totals", "row_of", "status_of", "totals_of"]

@@ -17,12 +17,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tailspan._times import time_of
 from tailspan.errors import ConfigError, JobNotFoundError, ProtocolError, ServiceUnavailableError
 from tailspan.local.index_file import open_directory, open_file, read_at
 from tailspan.local.state_dir import WRITE_LOCKED, StateDir, is_write_locked, new_job_id
 from tailspan.models import JobState
 
-__all__ = ["JobStore", "StoredJob", "new_job_id", "submitted_at_of", "time_of"]
+__all__ = ["JobStore", "StoredJob", "new_job_id", "submitted_at_of"]
 
 _JOB_ID = re.compile(r"[0-9]{8}-[0-9]{9}-[a-z0-9]{6}", re.ASCII)
 _ABANDONED_S = 3600.0
@@ -93,15 +94,6 @@ def submitted_at_of(job_id: str) -> datetime | None:
             int(moment[:2]), int(moment[2:4]), int(moment[4:6]), int(moment[6:]) * 1000, UTC,
         )  # fmt: skip
     except ValueError:
-        return None
-
-
-def time_of(text: object) -> datetime | None:
-    """Return the time that a job's file has; None for what is not a time."""
-    try:
-        time = datetime.fromisoformat(text) if isinstance(text, str) else None
-        return time and (time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC))
-    except (ValueError, OverflowError):
         return None
 
 

@@ -19,6 +19,7 @@ from urllib.parse import quote
 
 import msgspec
 
+from tailspan._times import time_of
 from tailspan.errors import ConfigError, RequestRejectedError
 from tailspan.logs.page import Line, LogPage, TaskRef
 from tailspan.models import JobState, JobStatus, ListedJob, TaskRun
@@ -53,6 +54,7 @@ _RESULTS: Mapping[str, str] = {
     "CRASHED": "error",
 }
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MAX_AHEAD = timedelta(days=1)
 
 
 class PrefectOptions(LoginOptions):
@@ -140,7 +142,7 @@ class PrefectService(HttpService, TaskService, SubmitService):
             if len(entries) < _PAGE:
                 return
             # By time; the offset is only for more entries of one time than a page has.
-            last = _moment(entries[-1])
+            last = max(after, _moment(entries[-1]))
             offset = offset + _PAGE if last == after else 0
             after = last
 
@@ -154,7 +156,7 @@ class PrefectService(HttpService, TaskService, SubmitService):
             runs = await self.http.send_json("POST", "/flow_runs/filter", body, reads=True)
             names = await self._flow_names([run["flow_id"] for run in runs])
             if runs:
-                yield [self._row(run, names) for run in runs]
+                yield [self._row(run, names) for run in runs if isinstance(run.get("id"), str)]
             if len(runs) < _PAGE:
                 return
             offset += _PAGE
@@ -244,9 +246,9 @@ class PrefectService(HttpService, TaskService, SubmitService):
             run["id"],
             ours,
             job_name=names.get(run["flow_id"]) or run["name"],
-            submitted_at=_time(run.get("expected_start_time") or run.get("created")),
-            started_at=_time(run.get("start_time")),
-            finished_at=_time(run.get("end_time") or state.get("timestamp")) if ours.is_terminal else None,
+            submitted_at=time_of(run.get("expected_start_time") or run.get("created")),
+            started_at=time_of(run.get("start_time")),
+            finished_at=time_of(run.get("end_time") or state.get("timestamp")) if ours.is_terminal else None,
             job_status=state.get("name"),
             error=message if ours.is_terminal and ours is not JobState.SUCCEEDED else None,
             details={key: value for key, value in details.items() if value},
@@ -259,10 +261,10 @@ class PrefectService(HttpService, TaskService, SubmitService):
     def _row(self, run: Mapping[str, Any], names: Mapping[str, str]) -> ListedJob:
         return ListedJob(
             job_id=run["id"],
-            job_name=names.get(run["flow_id"]) or run["name"],
+            job_name=names.get(run["flow_id"]) or run.get("name"),
             state=_state(run),
-            created_at=_time(run.get("expected_start_time") or run.get("created")),
-            state_since=_time((run.get("state") or {}).get("timestamp")),
+            created_at=time_of(run.get("expected_start_time") or run.get("created")),
+            state_since=time_of((run.get("state") or {}).get("timestamp")),
             service=self.name,
         )
 
@@ -376,7 +378,9 @@ class _Position:
     def add(self, entry: Mapping[str, Any]) -> None:
         """Note a line as read."""
         moment = _moment(entry)
-        self.newest = max(self.newest, moment)
+        # After a time that cannot be (the year 9999), later reads would ask for no line that comes.
+        if moment <= datetime.now(UTC) + _MAX_AHEAD:
+            self.newest = max(self.newest, moment)
         self._ids[_short(entry["id"])] = _micros(moment)
 
     def forget(self, window_s: float) -> None:
@@ -398,11 +402,8 @@ def _micros(moment: datetime) -> int:
 
 
 def _moment(entry: Mapping[str, Any]) -> datetime:
-    return datetime.fromisoformat(entry["timestamp"])
-
-
-def _time(text: str | None) -> datetime | None:
-    return datetime.fromisoformat(text) if text else None
+    """Return the time of a log entry; 1970 for what is not a time: one such entry must not hide the others."""
+    return time_of(entry["timestamp"]) or _EPOCH
 
 
 def _state(run: Mapping[str, Any]) -> JobState:
@@ -437,9 +438,9 @@ def _only_attempt(row: Mapping[str, Any], parent: str | None, url: str) -> TaskR
         task_id=row["id"],
         name=_task_name(row),
         result=result,
-        submitted_at=_time(row.get("expected_start_time")),
-        started_at=_time(row.get("start_time")),
-        finished_at=_time(row.get("end_time") or (row.get("state") or {}).get("timestamp")) if result else None,
+        submitted_at=time_of(row.get("expected_start_time")),
+        started_at=time_of(row.get("start_time")),
+        finished_at=time_of(row.get("end_time") or (row.get("state") or {}).get("timestamp")) if result else None,
         error=(message or None) if result not in (None, "success", "skip") else None,
         url=url,
         parent=parent,
@@ -457,7 +458,7 @@ def _attempts(
     submitted = last.submitted_at
     for state, following in zip(ordered, [*ordered[1:], None], strict=True):
         if state["type"] != "RUNNING":
-            submitted = _time(state["timestamp"]) if found else submitted
+            submitted = time_of(state["timestamp"]) if found else submitted
             continue
         result = None if following is None else _result(following["type"], following["name"]) or "failure"
         if following is not None and following["type"] in ("RUNNING", "PAUSED", "CANCELLING"):
@@ -470,8 +471,8 @@ def _attempts(
                 attempt=len(found) + 1,
                 result=result,
                 submitted_at=submitted,
-                started_at=_time(state["timestamp"]),
-                finished_at=_time(following["timestamp"]) if result and following else None,
+                started_at=time_of(state["timestamp"]),
+                finished_at=time_of(following["timestamp"]) if result and following else None,
                 error=(following or {}).get("message") or None if failed else None,
                 url=url,
                 parent=parent,

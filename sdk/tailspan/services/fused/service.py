@@ -8,6 +8,7 @@ times and uids that the lines have there, and one request reads many jobs: see `
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from datetime import UTC, datetime
@@ -48,6 +49,8 @@ _TRIES = 4
 _ROWS = 100
 _MOST_ROWS = 1600
 _OVERLAP_ROWS = 10
+# Clocks differ. A later time of a line (the year 2200) is not believed.
+_MAX_AHEAD_S = 86400.0
 _PROBE_LINES = 5_000
 _PROBE_BYTES = 64 << 10
 # How much of a list's text is cached until the next list; rows beyond that are decoded each time.
@@ -197,7 +200,7 @@ class FusedService(MergingService):
                 continue
             rows = self._rows(body, before)
             limit = min(4 * limit, self._most_rows) if len(rows) >= limit else limit
-            new = list({row.job_id: row for row in rows if row.job_id not in known}.values())
+            new = list({row.job_id: row for row in rows if row is not None and row.job_id not in known}.values())
             known.update(row.job_id for row in new)
             longest = max(longest, len(rows))
             # A full page without new jobs can also mean that a page of jobs began meanwhile.
@@ -208,19 +211,25 @@ class FusedService(MergingService):
                 yield new
             skip += len(rows) if len(rows) <= _OVERLAP_ROWS or not new else len(rows) - _OVERLAP_ROWS
 
-    def _rows(self, body: bytes, before: Mapping[bytes, ListedJob]) -> list[ListedJob]:
-        """Return the rows of a reply; a row whose text has not changed is not decoded again."""
+    def _rows(self, body: bytes, before: Mapping[bytes, ListedJob]) -> list[ListedJob | None]:
+        """Return the rows of a reply, None for one without an id; a row that has not changed is not decoded again.
+
+        Raises:
+            ProtocolError: No row has an id: the reply is not a list of jobs.
+        """
         request, expected = "GET /job/self", "an array of jobs"
-        rows = []
+        rows: list[ListedJob | None] = []
         for text in map(bytes, self._json(request, expected, body, None, _array_json)):
             row = before.get(text) or self._listed.get(text)
             row = row or decode_row(self._json(request, expected, text, None), service=self.name)
-            if row is None:
-                raise self._protocol_error(request, expected, "a row has no id", None)
             rows.append(row)
+            if row is None:
+                continue
             self._listed_bytes += len(text)
             if self._listed_bytes <= _REMEMBERED_BYTES:
                 self._listed[text] = row
+        if rows and not any(rows):
+            raise self._protocol_error(request, expected, "no row has an id", None)
         return rows
 
     async def read_logs(
@@ -238,7 +247,14 @@ class FusedService(MergingService):
                 async for page in served:
                     yield page
             return
-        window = LateWindow(self.identity, job_id, cursor, since_ms=since_ms, late_window_s=late_window_s)
+        window = LateWindow(
+            self.identity,
+            job_id,
+            cursor,
+            since_ms=since_ms,
+            late_window_s=late_window_s,
+            latest_ms=int((time.time() + _MAX_AHEAD_S) * 1000),
+        )
         async with aclosing(self._elements(job_id, window.since_ms, lines)) as parts:
             async for entries in parts:
                 for page in pages(window, entries):

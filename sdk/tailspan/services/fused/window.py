@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate, chain, compress, pairwise, repeat
@@ -128,14 +128,18 @@ class _Kept:
             digests = [digest for ms, digest in zip(self.times_ms, digests, strict=True) if ms not in self.overfull]
         return _encode(_Cursor(self.from_ms, steps, counts, b"".join(digests)))
 
-    def prune(self, late_window_ms: int, max_lines: int) -> list[bytes]:
+    def prune(self, late_window_ms: int, max_lines: int, latest_ms: int | None) -> list[bytes]:
         """Drop lines that are too old, and the oldest milliseconds above the limit; return the dropped digests."""
         if not self.is_sorted:
             order = sorted(range(len(self.times_ms)), key=self.times_ms.__getitem__)
             self.times_ms = [self.times_ms[at] for at in order]
             self.digests = [self.digests[at] for at in order]
             self.is_sorted = True
-        keep_ms = max(self.from_ms, self.newest_ms - late_window_ms)
+        newest_ms = self.newest_ms
+        if latest_ms is not None and newest_ms > latest_ms:
+            believed = bisect_right(self.times_ms, latest_ms)
+            newest_ms = self.times_ms[believed - 1] if believed else self.from_ms
+        keep_ms = max(self.from_ms, newest_ms - late_window_ms)
         if len(self.times_ms) > max_lines:
             keep_ms = max(keep_ms, self.times_ms[-max_lines - 1] + 1)
         keep_ms = max(keep_ms, *(ms + 1 for ms in self.overfull), 0)
@@ -190,6 +194,7 @@ class LateWindow:
         since_ms: int | None = None,
         late_window_s: float,
         max_lines: int = MAX_WINDOW_LINES,
+        latest_ms: int | None = None,
     ) -> None:
         """Begin a read.
 
@@ -200,6 +205,8 @@ class LateWindow:
             since_ms: Only without a cursor: drop lines before this time.
             late_window_s: How late a line may become visible, in seconds.
             max_lines: Number of lines that the window may hold; the same for all reads of a job.
+            latest_ms: A line after this time, in ms since the epoch, does not move the window: the lines that follow
+                one of the year 2200 are found all the same. None: any time is possible.
 
         Raises:
             ConfigError: The cursor is of another kind.
@@ -208,6 +215,7 @@ class LateWindow:
         self._head = f"{identity}\0{job_id}\0".encode()
         self._late_window_ms = max(0, int(late_window_s * 1000))
         self._max_lines = max_lines
+        self._latest_ms = latest_ms
         self._kept = _Kept(since_ms or 0)
         if cursor is not None:
             try:
@@ -240,7 +248,7 @@ class LateWindow:
         new = self._take_in_order(times_ms, messages)
         if new is None:
             new = self._take_line_by_line(times_ms, messages)
-        for digest in self._kept.prune(self._late_window_ms, self._max_lines):
+        for digest in self._kept.prune(self._late_window_ms, self._max_lines, self._latest_ms):
             self._repeats.pop(digest, None)
         return new
 

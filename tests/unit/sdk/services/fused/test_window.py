@@ -237,3 +237,26 @@ def test_a_window_can_always_read_its_own_cursor(reads, max_lines, late_window_s
             window.take([ms for ms, _ in lines], [text for _, text in lines])
             cursor = window.cursor()
             LateWindow(IDENTITY, JOB, cursor, late_window_s=late_window_s, max_lines=max_lines)
+
+
+def test_a_line_of_the_far_future_hides_none_that_follows():
+    """The next read still asks for the lines of today, and returns the one of 2200 only once."""
+    today_ms, later_ms = 1_800_000_000_000, 7_258_118_400_000
+    limits = {"late_window_s": 10, "latest_ms": today_ms + 86_400_000}
+    first = LateWindow(IDENTITY, JOB, **limits)
+    assert len(first.take([today_ms, later_ms], [b"a", b"b"]).places) == 2
+    second = LateWindow(IDENTITY, JOB, first.cursor(), **limits)
+    assert second.since_ms == today_ms - 10_001
+    assert second.take([today_ms, today_ms + 5, later_ms], [b"a", b"c", b"b"]).places == [1]
+    third = LateWindow(IDENTITY, JOB, second.cursor(), **limits)
+    assert third.take([today_ms + 5, today_ms + 9, later_ms], [b"c", b"d", b"b"]).places == [1]
+
+
+def test_a_log_of_the_far_future_only_is_read():
+    """Its lines come once, although none of their times is believed."""
+    limits = {"late_window_s": 10, "latest_ms": 1000, "max_lines": 10}
+    times = list(range(5000, 5030))
+    first = LateWindow(IDENTITY, JOB, **limits)
+    assert len(first.take(times, [b"x"] * 30).places) == 30
+    second = LateWindow(IDENTITY, JOB, first.cursor(), **limits)
+    assert second.take([*times, 5030], [b"x"] * 31).places == [30]
