@@ -22,9 +22,10 @@ from tailspan.errors import AuthError, ConfigError, ServiceUnavailableError
 from tailspan.logs.page import LineRun, LogPage
 from tailspan.logs.page_wire import FrameError, FrameSplitter, encode_frame
 from tailspan.logs.printing import end_text
+from tailspan.services._json_stream import ArraySplitter, ReplyError
 from tailspan.services._requests import error_text
 from tailspan.services.fused.auth import Credentials
-from tailspan.services.fused.stream import ArraySplitter, ReplyError, lines, messages, pages
+from tailspan.services.fused.stream import lines, messages, pages
 from tailspan.services.fused.window import LateWindow
 from tailspan.services.fused.wire import decode_row, decode_status, line_times
 from tailspan_agent.job.ledger import JobLedger

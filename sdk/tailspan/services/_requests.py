@@ -10,11 +10,11 @@ import random
 import ssl
 import time
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
 import anyio
@@ -35,6 +35,7 @@ from tailspan.errors import (
 )
 from tailspan.http.client import BROKEN, NEVER_SENT, TOO_SLOW, HttpClient, Reply
 from tailspan.logs.clean import printable
+from tailspan.services._json_stream import ReplyError, Splitter
 
 __all__ = [
     "Authorization",
@@ -51,6 +52,8 @@ __all__ = [
     "normalise_base_url",
     "path_segment",
 ]
+
+T = TypeVar("T")
 
 _RETRY_FOR_S = 5.0
 # Decoded, a reply of empty lists takes twenty times its size.
@@ -180,7 +183,10 @@ class ServiceRequests:
 
     Attributes:
         tries: Number of attempts of a request that only reads; 1 for callers with a schedule of their own.
+        reply_errors: What splitters raise for a reply that is not the expected one.
     """
+
+    reply_errors: tuple[type[Exception], ...] = (ReplyError,)
 
     def __init__(
         self,
@@ -262,6 +268,55 @@ class ServiceRequests:
         content = msgspec.json.encode(body)
         reply = await self._retried(method, path, None, job_id, reads=reads, content=content)
         return self._json(method, path, reply, job_id) if reply else None
+
+    async def parts(
+        self,
+        path: str,
+        params: Params | None,
+        make_splitter: Callable[[], Splitter[T]],
+        expected: str,
+        *,
+        job_id: str | None,
+        others: Mapping[str, Callable[[], Splitter[T]]] | None = None,
+    ) -> AsyncGenerator[list[T], None]:
+        """Yield the parts of a reply of any size as they arrive. Retries until the first part.
+
+        Args:
+            path: Below the base URL, escaped.
+            params: The query.
+            make_splitter: Makes the splitter of a JSON reply.
+            expected: The expected reply, for errors.
+            job_id: The job that the request is about; None for several.
+            others: Makers of splitters for other accepted replies, by media type.
+        """
+        retries = Retries(self.tries)
+        begun = False
+        while True:
+            try:
+                async with (
+                    self._reply("GET", path, params, job_id, also=tuple(others or ())) as response,
+                    aclosing(self._pieces(response, "GET", path, job_id)) as pieces,
+                ):
+                    media_type = response.headers.get("content-type", "").partition(";")[0].strip()
+                    splitter = (others or {}).get(media_type, make_splitter)()
+                    async for piece in pieces:
+                        if parts := splitter.feed(piece):
+                            begun = True
+                            yield parts
+                    if parts := splitter.close():
+                        yield parts
+                return
+            except self.reply_errors as error:
+                raise ProtocolError(
+                    f"GET {path}: the reply should be {expected}, but {error}; check services.{self._service}.base_url "
+                    f"({self._base_url})",
+                    service=self._service,
+                    job_id=job_id,
+                ) from None
+            except ServiceUnavailableError as error:
+                if begun:
+                    raise
+                await retries.wait(error)
 
     async def aclose(self) -> None:
         """Close the connections; a later request opens new ones."""

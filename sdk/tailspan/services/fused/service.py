@@ -24,12 +24,13 @@ from tailspan.logs.page import LogPage, Message
 from tailspan.logs.page_wire import MEDIA_TYPE
 from tailspan.models import JobStatus, ListedJob
 from tailspan.services import LATE_WINDOW_S, MergingService
+from tailspan.services._json_stream import STEP_BYTES, ArraySplitter, Splitter, decode_json
 from tailspan.services._requests import Tls, normalise_base_url, path_segment
 from tailspan.services.fused.auth import DEFAULT_SCHEME, Credentials
 from tailspan.services.fused.http import FusedHttp
 from tailspan.services.fused.log_times import Probe, find_times
 from tailspan.services.fused.pages import MessageSplitter, ServedPages
-from tailspan.services.fused.stream import STEP_BYTES, ArraySplitter, Splitter, decode_json, lines, messages, pages
+from tailspan.services.fused.stream import lines, messages, pages
 from tailspan.services.fused.window import LateWindow
 from tailspan.services.fused.wire import (
     DEFAULT_BASE_URL,

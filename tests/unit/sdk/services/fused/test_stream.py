@@ -11,16 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailspan.logs.page import CLEAN, LineRun, Stream
-from tailspan.services.fused import stream as _fused_stream
-from tailspan.services.fused.stream import (
-    MAX_ELEMENT_BYTES,
-    ArraySplitter,
-    ReplyError,
-    decode_json,
-    lines,
-    messages,
-    pages,
-)
+from tailspan.services import _json_stream
+from tailspan.services._json_stream import MAX_ELEMENT_BYTES, ArraySplitter, ReplyError, decode_json
+from tailspan.services.fused.stream import lines, messages, pages
 from tailspan.services.fused.window import LateWindow
 
 # Text that looks like the boundaries that are searched for, and escapes of all kinds.
@@ -70,7 +63,7 @@ def test_the_same_elements_however_the_reply_is_cut(elements, sizes, step_bytes,
     body = json.dumps(elements, ensure_ascii=ascii_only, separators=separators).encode()
     when = itemgetter("timestamp")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_fused_stream, "_MOST_PIECES", most_pieces)
+        patch.setattr(_json_stream, "_MOST_PIECES", most_pieces)
         found = split(body, sizes, step_bytes=step_bytes)
         parts = split_parts(body, sizes, decoder=messages, step_bytes=step_bytes)
     assert [(e.message, e.timestamp) for e in found] == [(e["message"], e["timestamp"]) for e in elements]
