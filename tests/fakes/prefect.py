@@ -6,15 +6,12 @@ above 200 is status 422, and an unknown id is 404.
 
 from __future__ import annotations
 
-import json
 import random
-import threading
 import uuid
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
-from typing import Any, Self
-from urllib.parse import parse_qs, urlsplit
+from typing import Any
+
+from tests.fakes.json_api import FakeJsonApi
 
 __all__ = ["FakePrefect"]
 
@@ -22,77 +19,21 @@ START = datetime(2026, 11, 29, 10, tzinfo=UTC)
 _MOST = 200
 
 
-class FakePrefect:
+class FakePrefect(FakeJsonApi):
     """The server. A context manager.
 
     Attributes:
         url: The base URL of the API.
-        token: What ``Authorization: Bearer`` must have; empty: nothing is needed.
-        refusals: Statuses of the next replies, with their headers, before the right ones come.
-        requests: ``METHOD /path`` of each request so far.
     """
 
     def __init__(self) -> None:
-        self.token = ""
-        self.refusals: list[tuple[int, dict[str, str]]] = []
-        self.requests: list[str] = []
+        super().__init__()
+        self.url = f"{self.address}/api"
         self.flow_runs: dict[str, dict[str, Any]] = {}
         self.task_runs: dict[str, dict[str, Any]] = {}
         self.task_states: dict[str, list[dict[str, Any]]] = {}
         self.logs: list[dict[str, Any]] = []
         self._random = random.Random(1)
-        self._lock = threading.Lock()
-        fake = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-            def do_GET(self) -> None:
-                self._answer("GET")
-
-            def do_POST(self) -> None:
-                self._answer("POST")
-
-            def _answer(self, method: str) -> None:
-                body = self.rfile.read(int(self.headers.get("content-length", 0)))
-                headers: dict[str, str] = {}
-                with fake._lock:
-                    parts = urlsplit(self.path)
-                    path = parts.path.removeprefix("/api")
-                    fake.requests.append(f"{method} {path}")
-                    if fake.refusals:
-                        status, headers = fake.refusals.pop(0)
-                        reply: object = {"detail": "refused"}
-                    elif fake.token and self.headers.get("authorization") != f"Bearer {fake.token}":
-                        status, reply = 401, {"detail": "Unauthorized"}
-                    else:
-                        asked = json.loads(body) if body else {}
-                        status, reply = fake._reply(method, path, asked, parse_qs(parts.query))
-                data = json.dumps(reply).encode()
-                self.send_response(status)
-                for name, value in {**headers, "content-type": "application/json"}.items():
-                    self.send_header(name, value)
-                self.send_header("content-length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/api"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
     def add_flow_run(self, state: str = "RUNNING", *, parent: str | None = None, start_s: float = 0) -> str:
         """Add a run of the flow ``nightly`` and return its id; with a parent, a sub flow of that task run."""
@@ -153,7 +94,9 @@ class FakePrefect:
         entry = {"id": str(uuid.UUID(int=self._random.getrandbits(128))), "level": level, "message": text}
         self.logs.append(entry | {"timestamp": _iso(at_s), "flow_run_id": run_id, "task_run_id": task})
 
-    def _reply(self, method: str, path: str, body: dict[str, Any], query: dict[str, list[str]]) -> tuple[int, object]:
+    def reply(self, method: str, path: str, body: dict[str, Any], query: dict[str, str]) -> tuple[int, object]:
+        """Return the reply to a request; see the module."""
+        path = path.removeprefix("/api")
         if body.get("limit", 0) > _MOST:
             return 422, {"detail": "Invalid limit: must be less than or equal to 200."}
         first = body.get("offset", 0)
@@ -171,7 +114,7 @@ class FakePrefect:
                 wanted = body["flow_runs"]["id"]["any_"]
                 return 200, [row for row in self.task_runs.values() if row["flow_run_id"] in wanted][page]
             case ["task_run_states"]:
-                return 200, self.task_states[query["task_run_id"][0]]
+                return 200, self.task_states[query["task_run_id"]]
             case ["logs", "filter"]:
                 logs = body["logs"]
                 after = datetime.fromisoformat(logs["timestamp"]["after_"])

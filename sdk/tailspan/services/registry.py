@@ -65,6 +65,10 @@ def check_service_type(found: object, where: str) -> type[JobService]:
 def _class_of(name: str, kind: str) -> type[JobService]:
     # Built-in services come first: searching all installed packages takes longer than a request.
     match kind:
+        case "airflow":
+            from tailspan.services.airflow import AirflowService
+
+            return AirflowService
         case "fused":
             from tailspan.services.fused import FusedService
 
