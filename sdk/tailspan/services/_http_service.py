@@ -43,6 +43,7 @@ class Token(Authorizer):
         *,
         variable: str = "",
         scheme: str = "Bearer",
+        header: str = "Authorization",
         environ: Mapping[str, str],
     ) -> None:
         """Read nothing yet.
@@ -51,11 +52,13 @@ class Token(Authorizer):
             name: The name of the service, for messages.
             options: Its options.
             variable: The environment variable that holds a token; empty: none.
-            scheme: The word before the token.
+            scheme: The word before the token; empty: none.
+            header: The header that has it.
             environ: The environment.
         """
         self._name = name
         self._options = options
+        self._header_name = header
         self._variable = variable
         self._scheme = scheme
         self._environ = environ
@@ -82,7 +85,7 @@ class Token(Authorizer):
         return current if current.value and current.value != refused.value else None
 
     def _header(self, token: str, source: str) -> Authorization:
-        return make_authorization(self._scheme, token, source, service=self._name)
+        return make_authorization(self._scheme, token, source, service=self._name, header=self._header_name)
 
 
 class Login(Authorizer):

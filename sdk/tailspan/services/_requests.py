@@ -71,35 +71,40 @@ class Authorization(NamedTuple):
     """A header to send, and its source.
 
     Attributes:
-        value: The header; empty: send none.
+        value: What the header has; empty: send none.
         source: Where the token is stored, for messages.
+        header: The name of the header.
     """
 
     value: str
     source: str
+    header: str = "Authorization"
 
     def __repr__(self) -> str:
         return f"<authorization from {self.source}>"
 
 
-def make_authorization(scheme: str, token: str, source: str, *, service: str) -> Authorization:
+def make_authorization(
+    scheme: str, token: str, source: str, *, service: str, header: str = "Authorization"
+) -> Authorization:
     """Return the header with a token, which is masked in all messages from now on.
 
     Args:
-        scheme: The word before the token.
+        scheme: The word before the token; empty: none.
         token: The token.
         source: Where it is stored, for messages.
         service: Name of the configured service, for messages.
+        header: The name of the header.
 
     Raises:
         AuthError: The token is empty, or has characters that a header cannot have.
     """
-    header = f"{scheme} {token}"
-    if not token or not header.isascii() or not header.isprintable():
+    value = f"{scheme} {token}" if scheme else token
+    if not token or not value.isascii() or not value.isprintable():
         wrong = "has characters that a token cannot have" if token else "is empty"
         raise AuthError(f"the token of service {service} from {source} {wrong}", service=service)
-    add_secret(header)
-    return Authorization(header, source)
+    add_secret(value)
+    return Authorization(value, source, header)
 
 
 class Authorizer(Protocol):
@@ -430,7 +435,7 @@ class ServiceRequests:
         also: Sequence[str],
         content: bytes | None,
     ) -> Reply:
-        headers = {"Authorization": authorization.value} if authorization.value else {}
+        headers = {authorization.header: authorization.value} if authorization.value else {}
         if also:
             headers["Accept"] = ", ".join(("application/json", *also))
         if content is not None:
@@ -487,7 +492,7 @@ class ServiceRequests:
             # The status alone must do.
             return ""
         detail = error_text(bytes(body))
-        token = authorization.value.partition(" ")[2]
+        token = authorization.value.rpartition(" ")[2]
         return detail.replace(token, MASK) if token else detail
 
     def _unavailable(
@@ -535,7 +540,8 @@ class ServiceRequests:
 def error_text(body: bytes) -> str:
     """Return the text of an error reply, in one line; empty if it has none for people.
 
-    Source: ``{"message": str}`` or ``{"detail": str}``; with status 422 ``detail`` is a list of findings.
+    Source: ``{"message": str}`` or ``{"detail": str}``; with status 422 ``detail`` is a list of findings. GraphQL has
+    ``{"errors": [{"message": str}]}``.
     """
     try:
         reply = msgspec.json.decode(body)
@@ -543,7 +549,7 @@ def error_text(body: bytes) -> str:
         return ""
     found = reply
     if isinstance(reply, dict):
-        found = next((reply[key] for key in ("message", "detail", "error") if reply.get(key)), "")
+        found = next((reply[key] for key in ("message", "detail", "error", "errors") if reply.get(key)), "")
     if isinstance(found, list):
         found = "; ".join(_finding(item) for item in found)
     # An exception's text reaches terminals unchanged, for example in a traceback.
@@ -556,7 +562,7 @@ def _finding(item: Any) -> str:
         return str(item)
     place = item.get("loc")
     where = ".".join(str(part) for part in place) if isinstance(place, list) else ""
-    text = str(item.get("msg") or item)
+    text = str(item.get("msg") or item.get("message") or item)
     return f"{where}: {text}" if where else text
 
 

@@ -69,6 +69,10 @@ def _class_of(name: str, kind: str) -> type[JobService]:
             from tailspan.services.airflow import AirflowService
 
             return AirflowService
+        case "dagster":
+            from tailspan.services.dagster import DagsterService
+
+            return DagsterService
         case "fused":
             from tailspan.services.fused import FusedService
 
