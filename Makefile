@@ -49,14 +49,22 @@ test-services: $(VENV)/.installed-dev stores
 else ifeq ($(SERVICES),prefect)
 test-services: $(VENV)/.installed-dev $(VENV)/prefect/.installed
 	$(BIN)/pytest -m services $(ORCHESTRATORS)/test_prefect.py
+else ifeq ($(SERVICES),dagster)
+test-services: $(VENV)/.installed-dev $(VENV)/dagster/.installed
+	$(BIN)/pytest -m services $(ORCHESTRATORS)/test_dagster.py
 else
-test-services: $(VENV)/.installed-dev $(VENV)/node/node_modules $(VENV)/tools/.installed $(VENV)/.installed-browser $(if $(filter all,$(SERVICES)),stores $(VENV)/prefect/.installed)
+test-services: $(VENV)/.installed-dev $(VENV)/node/node_modules $(VENV)/tools/.installed $(VENV)/.installed-browser $(if $(filter all,$(SERVICES)),stores $(VENV)/prefect/.installed $(VENV)/dagster/.installed)
 	$(BIN)/pytest -m services $(if $(filter deploy,$(SERVICES)),--ignore=$(STORES) --ignore=$(ORCHESTRATORS))
 endif
 
 $(VENV)/prefect/.installed: Makefile | $(BIN)/python
 	@$(BIN)/python -m venv $(VENV)/prefect
 	@$(VENV)/prefect/bin/python -m pip install -qq --disable-pip-version-check prefect==3.9.1
+	@touch $@
+
+$(VENV)/dagster/.installed: Makefile | $(BIN)/python
+	@$(BIN)/python -m venv $(VENV)/dagster
+	@$(VENV)/dagster/bin/python -m pip install -qq --disable-pip-version-check dagster==1.13.28 dagster-webserver==1.13.28
 	@touch $@
 
 stores:

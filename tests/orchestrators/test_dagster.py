@@ -1,0 +1,333 @@
+"""Runs of a real Dagster, relayed by a real agent through a strict proxy: equal to what the server itself says."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tailspan import Client, load_settings
+from tests.fakes.collector import Collector
+from tests.fakes.json_api import FakeJsonApi
+from tests.fakes.otlp_rows import LogRow
+from tests.ports import free_port
+
+pytestmark = pytest.mark.services
+
+PROGRAMS = Path(sys.prefix) / "dagster" / "bin"
+# What a step prints to stderr begins with "err", to tell it from Dagster's own records.
+JOBS = r"""
+import logging, os, sys, time
+from dagster import DynamicOut, DynamicOutput, In, Nothing, RetryPolicy, Definitions, in_process_executor, job, op
+
+@op(retry_policy=RetryPolicy(max_retries=2, delay=1))
+def flaky(context):
+    print("plain print", context.retry_number); context.log.warning("attempt %d" % context.retry_number)
+    print("err before", file=sys.stderr)
+    if context.retry_number < 1: raise ValueError("first attempt fails\nsecond line of the error")
+    print("err after", file=sys.stderr)
+
+@op(ins={"start": In(Nothing)}, config_schema={"rows": int})
+def extract(context) -> int:
+    for i in range(context.op_config["rows"]): context.log.info(f"extract line {i}")
+    context.log.error("two\nlines"); context.log.critical("the same"); context.log.critical("the same")
+    logging.getLogger("lib").warning("err of a library")
+    return 1
+
+@op(ins={"start": In(Nothing)})
+def slow(context) -> int:
+    for i in range(60): print("tick", i, "\u00e4\U0001f600" * (i % 9), flush=True); time.sleep(0.2)
+    os.write(1, b"not \xff\xfe UTF-8\n\n"); os.write(2, b"err raw \xff\n"); print("x" * 40_000)
+    sys.stdout.write("no newline at the end")
+    return 1
+
+@op
+def load(context, one: int, other: int): context.log.info("loaded")
+
+@job(tags={"team": "geo"})
+def nightly():
+    start = flaky(); load(extract(start), slow(start))
+
+@op
+def boom(): print("about to fail"); raise RuntimeError("boom")
+
+@op(ins={"start": In(Nothing)})
+def never(): pass
+
+@job
+def broken(): never(boom())
+
+@op
+def hang(context): print("hanging", flush=True); context.log.info("hangs"); time.sleep(600)
+
+@job
+def hanging(): never(hang())
+
+@op(out=DynamicOut())
+def fan():
+    for key in "abc": yield DynamicOutput(key, mapping_key=key)
+
+@op
+def work(context, one): print("work", one); context.log.info(f"working on {one}"); return one
+
+@op
+def gather(context, found): context.log.info("gathered"); print("err gathered", file=sys.stderr)
+
+@job(executor_def=in_process_executor)
+def mapped(): gather(fan().map(work).collect())
+
+defs = Definitions(jobs=[nightly, broken, hanging, mapped])
+"""
+EVENTS = """query($id: ID!, $after: String){logsForRun(runId: $id, afterCursor: $after){... on EventConnection{
+  cursor hasMore events{... on MessageEvent{message timestamp level stepKey eventType}
+  ... on LogsCapturedEvent{fileKey stepKeys}
+  ... on ErrorEvent{error{message stack errorChain{error{message stack}}}}}}}}"""
+STEPS = "query($id: ID!){runOrError(runId: $id){... on Run{stepStats{stepKey status attempts{startTime endTime}}}}}"
+RUNS = "{runsOrError{... on Runs{results{runId jobName status}}}}"
+SEVERITIES = {"DEBUG": 5, "INFO": 9, "WARNING": 13, "ERROR": 17, "CRITICAL": 21}
+RESULTS = {"SUCCESS": "success", "FAILURE": "failure", "CANCELED": "cancellation"}
+AFTER = {"extract": ["flaky"], "slow": ["flaky"], "load": ["extract", "slow"], "never": ["boom"]}
+
+Line = tuple[int, str, int, str, str, str]
+
+
+class Dagster:
+    """A real Dagster with a directory of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.url = f"http://127.0.0.1:{free_port()}"
+        self.home = directory / "home"
+        self.home.mkdir()
+        (self.home / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+        (directory / "jobs.py").write_text(JOBS)
+        path = f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}"
+        env = {**os.environ, "HOME": str(directory), "DAGSTER_HOME": str(self.home), "PATH": path}
+        address = ["-h", "127.0.0.1", "-p", self.url.rpartition(":")[2]]
+        with (directory / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [PROGRAMS / "dagster", "dev", "-f", directory / "jobs.py", *address],
+                cwd=directory,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + 240
+        while True:
+            try:
+                if self.query("{version}"):
+                    return
+            except httpx.HTTPError:
+                pass
+            assert time.monotonic() < deadline, (directory / "server.log").read_text()[-2000:]
+            time.sleep(0.5)
+
+    def close(self) -> None:
+        """End the server and the runs."""
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def query(self, document: str, **variables: object) -> Any:
+        """Return the only field of a reply."""
+        body = {"query": document, "variables": variables}
+        reply = httpx.post(f"{self.url}/graphql", json=body, timeout=60).raise_for_status().json()
+        return next(iter(reply["data"].values()))
+
+    def runs(self) -> dict[str, dict[str, Any]]:
+        """Return the runs by id."""
+        return {run["runId"]: run for run in self.query(RUNS)["results"]}
+
+    def wait_for(self, run_id: str, *states: str) -> None:
+        """Wait until a run has one of these states."""
+        deadline = time.monotonic() + 300
+        while self.runs()[run_id]["status"] not in states:
+            assert time.monotonic() < deadline, self.runs()[run_id]
+            time.sleep(0.5)
+
+
+class Proxy(FakeJsonApi):
+    """Stands before Dagster: needs a token, and is too busy for every ninth request.
+
+    Attributes:
+        busy: Whether it is too busy at times.
+    """
+
+    def __init__(self, url: str, token: str) -> None:
+        super().__init__()
+        self.upstream, self.token, self.busy = url, token, True
+
+    def reply(self, method: str, path: str, body: dict[str, Any], query: dict[str, str]) -> tuple[int, object]:
+        """Return Dagster's reply."""
+        if self.busy and len(self.requests) % 9 == 0:
+            self.refusals.append((429, {"retry-after": "1"}))
+        found = httpx.request(method, self.upstream + path, json=body, params=query, timeout=60)
+        return found.status_code, found.json()
+
+
+@pytest.fixture(scope="module")
+def dagster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dagster]:
+    """A server for all tests of this module."""
+    if not (PROGRAMS / "dagster").exists():
+        pytest.skip(f"Dagster is not installed in {PROGRAMS}: make test-services SERVICES=dagster")
+    server = Dagster(tmp_path_factory.mktemp("dagster"))
+    yield server
+    server.close()
+
+
+def agent(config: Path, *options: str) -> subprocess.Popen[bytes]:
+    """Start an agent."""
+    program = "from tailspan.cli import main; main()"
+    return subprocess.Popen([sys.executable, "-c", program, "agent", "run", *options, "--config", str(config)])
+
+
+def expected_lines(dagster: Dagster) -> Counter[Line]:
+    """Time in ms, text, severity, stream, task and its attempt's id of each line; output has no time."""
+    return sum((run_lines(dagster, run_id) for run_id in dagster.runs()), Counter[Line]())
+
+
+def run_lines(dagster: Dagster, run_id: str) -> Counter[Line]:
+    """The lines of one run: events from the API, output from the files on disk."""
+    lines: Counter[Line] = Counter()
+    retries: Counter[str] = Counter()
+    for event in dagster.query(EVENTS, id=run_id)["events"]:
+        steps = event.get("stepKeys") or []
+        step = event["stepKey"] or (steps[0] if len(steps) == 1 else "")
+        attempt = f"{step}.{retries[step] + 1}" if retries[step] else step
+        name = step.partition("[")[0]
+        for text in [*(event["message"] or event["eventType"]).split("\n"), *traceback_of(event.get("error"))]:
+            lines[int(event["timestamp"]), text, SEVERITIES[event["level"]], "", name, attempt] += 1
+        retries[step] += event["eventType"] == "STEP_UP_FOR_RETRY"
+        for stream, end in (("stdout", "out"), ("stderr", "err")):
+            for text in printed(dagster, run_id, event.get("fileKey"), end):
+                if stream == "stdout" or text.startswith("err"):
+                    lines[0, text, 0, stream, name, attempt] += 1
+    return lines
+
+
+def printed(dagster: Dagster, run_id: str, key: str | None, end: str) -> list[str]:
+    """Return the lines in the file of a stream."""
+    if key is None:
+        return []
+    text = (dagster.home / "storage" / run_id / "compute_logs" / f"{key}.{end}").read_bytes().decode("utf-8", "replace")
+    return text.removesuffix("\n").split("\n") if text else []
+
+
+def traceback_of(error: Mapping[str, Any] | None) -> list[str]:
+    """Return the lines of an error, as Python prints them."""
+    lines: list[str] = []
+    for one in [error, *(link["error"] for link in error["errorChain"])] if error else []:
+        if lines:
+            lines.append("The above exception was caused by the following exception:")
+        if one["stack"]:
+            lines += ["Traceback (most recent call last):", *"".join(one["stack"]).removesuffix("\n").split("\n")]
+        lines += one["message"].removesuffix("\n").split("\n")
+    return lines
+
+
+def relayed_lines(rows: Sequence[LogRow]) -> Counter[Line]:
+    """The same of the lines that arrived."""
+    return Counter(
+        (
+            0 if row.attributes.get("log.iostream") else row.time_unix_nano // 1_000_000,
+            row.body,
+            0 if row.attributes.get("log.iostream") else row.severity_number,
+            row.attributes.get("log.iostream", ""),
+            row.attributes.get("cicd.pipeline.task.name", ""),
+            row.attributes.get("cicd.pipeline.task.run.id", ""),
+        )
+        for row in rows
+    )
+
+
+@pytest.mark.timeout(1200)
+def test_runs_arrive_whole_through_stops_of_the_agent(dagster: Dagster, collector: Collector, tmp_path: Path) -> None:
+    """The agent is killed and stopped, a token expires, a run is canceled: no line is missing or extra."""
+    token, config = tmp_path / "token", tmp_path / "config.toml"
+    with Proxy(dagster.url, "token-one") as proxy:
+        token.write_text("token-one")
+        config.write_text(
+            f'default_service = "dagster"\n[services.dagster]\nbase_url = "{proxy.address}"\ntoken_file = "{token}"\n'
+            f'ui_url = "{dagster.url}"\nrequests_per_second = 50\n'
+            f'[agent]\nstate_dir = "{tmp_path}/agent"\nlisten = ""\n'
+            f'[[agent.watch]]\nservice = "dagster"\ndiscover = true\nlookback = "1d"\n'
+            f'[otlp]\nendpoint = "{collector.http_url}"\n'
+        )
+        with Client(load_settings(config)) as client:
+            commands = [["hanging"], ["broken"], ["nightly", "ops.extract.config.rows=80"], ["mapped"]]
+            hanging, *others = [client.submit(command, attributes={"by": "test"}).job_id for command in commands]
+            for number in (signal.SIGKILL, signal.SIGTERM):
+                process, seen = agent(config), len(collector.log_records())
+                deadline = time.monotonic() + 240
+                while len(collector.log_records()) < seen + 30 and time.monotonic() < deadline:
+                    time.sleep(0.1)
+                process.send_signal(number)
+                process.wait()
+            process = agent(config)
+            dagster.wait_for(hanging, "STARTED")
+            collector.wait_until(lambda: any(row.body == "hanging" for row in collector.log_records()), timeout_s=240)
+            proxy.token = "token-two"
+            token.write_text("token-two")
+            client.cancel(hanging)
+            for run_id in (hanging, *others):
+                dagster.wait_for(run_id, "SUCCESS", "FAILURE", "CANCELED")
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        proxy.busy = False
+        proxy.refusals.clear()
+        time.sleep(6)  # the last output of a run is read up to 5 s late
+        assert agent(config, "--once", "--timeout", "240").wait() == 0
+
+    rows = {row.attributes["log.record.uid"]: row for row in collector.log_records() if not row.event_name}
+    assert relayed_lines(list(rows.values())) == expected_lines(dagster)
+    check_spans(dagster, collector, list(rows.values()))
+
+
+def check_spans(dagster: Dagster, collector: Collector, rows: Sequence[LogRow]) -> None:
+    """Compare the spans with what the API says of runs and steps."""
+    runs = dagster.runs()
+    spans = {span.span_id: span for span in collector.spans()}
+    roots = {span.attributes["cicd.pipeline.run.id"]: span for span in spans.values() if not span.parent_span_id}
+    results = {run_id: span.attributes["cicd.pipeline.result"] for run_id, span in roots.items()}
+    assert results == {run_id: RESULTS[run["status"]] for run_id, run in runs.items()}
+    by_span: dict[str, list[LogRow]] = {}
+    for row in rows:
+        by_span.setdefault(row.span_id, []).append(row)
+    found = {}
+    for span in spans.values():
+        if "tailspan.task.id" in span.attributes:
+            key = span.attributes["tailspan.task.id"], span.attributes["tailspan.task.attempt"]
+            found[span.attributes["cicd.pipeline.run.id"], *key] = span
+    for run_id in runs:
+        for step in dagster.query(STEPS, id=run_id)["stepStats"]:
+            for number, attempt in enumerate(step["attempts"], 1):
+                span = found.pop((run_id, step["stepKey"], number))
+                last = number == len(step["attempts"])
+                result = RESULTS[step["status"]] if last else "failure"
+                if runs[run_id]["jobName"] == "hanging":
+                    result = "cancellation"
+                assert span.attributes["cicd.pipeline.task.run.result"] == result
+                assert span.status == ("ERROR" if result == "failure" else "UNSET")
+                times = [row.time_unix_nano for row in by_span.get(span.span_id, [])]
+                start, end = (round(attempt[one] * 1e9) for one in ("startTime", "endTime"))
+                # A step's process is launched before the step starts, and its span has the lines of one agent.
+                assert min([start, *times]) - 2000 <= span.start_unix_nano <= start + 2000
+                assert end - 2000 <= span.end_unix_nano <= max([end, *times]) + 2000
+                assert spans[span.parent_span_id].name == "executing"
+                assert f"/runs/{run_id}?selection=" in span.attributes["cicd.pipeline.task.run.url.full"]
+                linked = {spans[link].name for _, link in span.links}
+                assert linked.issuperset({span.name} if number > 1 else set(AFTER.get(span.name, ())))
+    # What did not start has a span, too.
+    assert {(runs[run_id]["jobName"], step) for run_id, step, _ in found} == {("broken", "never"), ("hanging", "never")}
+    assert all(span.attributes["cicd.pipeline.task.run.result"] == "skip" for span in found.values())
+    failed = next(span for span in roots.values() if span.attributes["cicd.pipeline.name"] == "broken")
+    assert "RuntimeError: boom" in str(failed.events) + str(failed.status_message)
