@@ -24,6 +24,7 @@ def value(file: str, path: str) -> Any:
     [
         ("loki.yaml", "limits_config.shard_streams.time_sharding_enabled", True),
         ("loki.yaml", "querier.query_ingesters_within", "168h"),
+        ("loki.yaml", "ingester.query_store_max_look_back_period", "168h"),
         ("loki.yaml", "pattern_ingester.enabled", True),
         ("loki.yaml", "compactor.retention_enabled", True),
         ("loki.yaml", "server.grpc_server_max_recv_msg_size", 32 << 20),

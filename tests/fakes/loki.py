@@ -6,10 +6,12 @@
         ...                                   # point the agent at f"{collector.http_url}/otlp"
     assert loki.lines(service_name="etl") == [...]
 
-Measured on Loki 3.7.6: each line carries a copy of its resource, its scope and its ids as structured metadata; the
-distributor sends all of it to the ingester in one gRPC message of at most 4 MiB; the ingestion rate counts lines with
-their copies; a stream accepts lines up to an hour behind its newest one; of a request with such lines the others are
-stored, and the answer is 400; error bodies are google.rpc.Status without a Content-Type.
+Measured on Loki 3.7.6 and 3.7.8: each line carries a copy of its resource, its scope and its ids as structured
+metadata. The distributor drops invalid lines (too old, too new, too long, too much metadata), and sends the others to
+the ingester in one gRPC message of at most 4 MiB. The ingestion rate counts lines with their copies. A stream accepts
+lines up to an hour behind its newest one. Whatever was dropped, the other lines are stored, and the answer is 400. But
+the ingester reports an error only for the last stream of a request: what it drops of the others, it drops in silence.
+Error bodies are google.rpc.Status without a code, of the type ``application/octet-stream``.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from tests.fakes.collector import Reply, Request
 from tests.fakes.otlp_rows import plain_attributes, plain_value
 
 MIB = 1 << 20
+_LONG = 127
+_MAX_REASONS = 10
 SECOND_NS = 1_000_000_000
 # Resource attributes that become index labels by default; all others are copied to every line.
 INDEX_LABELS = (
@@ -62,8 +66,11 @@ class Limits:
         behind_s: Half of ``ingester.max_chunk_age``: how far a line may lie behind its stream's newest.
         age_s: ``reject_old_samples_max_age``.
         streams: ``max_global_streams_per_user``.
+        ahead_s: ``creation_grace_period``: how far a line may lie in the future.
         line_bytes: ``max_line_size``.
+        label_bytes: ``max_label_value_length``.
         metadata_bytes: ``max_structured_metadata_size``.
+        metadata_entries: ``max_structured_metadata_entries_count``.
         time_sharding: ``shard_streams.time_sharding_enabled``: each stream is cut by time, none is too far behind.
     """
 
@@ -73,8 +80,11 @@ class Limits:
     behind_s: float = 3600.0
     age_s: float = 168 * 3600.0
     streams: int = 5000
+    ahead_s: float = 600.0
     line_bytes: int = 256 * 1024
+    label_bytes: int = 2048
     metadata_bytes: int = 64 * 1024
+    metadata_entries: int = 128
     time_sharding: bool = False
 
 
@@ -87,14 +97,20 @@ class Entry:
     metadata: tuple[tuple[str, str], ...] = field(repr=False)
 
     @property
+    def metadata_size(self) -> int:
+        """Bytes of the structured metadata."""
+        return sum(len(key) + len(value.encode()) for key, value in self.metadata)
+
+    @property
     def size(self) -> int:
         """Bytes that count against the ingestion rate."""
-        return len(self.line.encode()) + sum(len(key) + len(value.encode()) for key, value in self.metadata)
+        return len(self.line.encode()) + self.metadata_size
 
     @property
     def message_size(self) -> int:
-        """Bytes in the distributor's message to the ingester."""
-        return self.size + 16 + 6 * len(self.metadata)
+        """Bytes in the distributor's message to the ingester, with the tags and lengths of its fields."""
+        texts = (self.line, *(value for _, value in self.metadata))
+        return self.size + 18 + 6 * len(self.metadata) + sum(len(text) > _LONG for text in texts)
 
 
 Labels = tuple[tuple[str, str], ...]
@@ -127,17 +143,16 @@ class Loki:
     def __call__(self, request: Request) -> Reply:
         """Store what the limits allow, and answer as Loki does."""
         self.requests += 1
+        limits, invalid = self.limits, Counter[str]()
         pushed: dict[Labels, list[Entry]] = {}
         for labels, entry in _entries(request.message):
-            pushed.setdefault(labels, []).append(entry)
-        limits, entries = self.limits, [entry for stream in pushed.values() for entry in stream]
+            if error := self._invalid(labels, entry):
+                invalid[error] += 1
+            else:
+                pushed.setdefault(labels, []).append(entry)
+        entries = [entry for stream in pushed.values() for entry in stream]
         total = sum(entry.size for entry in entries)
-        for entry in entries:
-            if len(entry.line.encode()) > limits.line_bytes:
-                return self._error(400, "line_too_long", f"max entry size '{limits.line_bytes}' bytes exceeded")
-            if entry.size - len(entry.line.encode()) > limits.metadata_bytes:
-                return self._error(400, "metadata_too_large", "stream has structured metadata too large")
-        if not self._take_tokens(total):
+        if entries and not self._take_tokens(total):
             return self._error(
                 429,
                 "rate_limited",
@@ -153,18 +168,45 @@ class Loki:
                 "rpc error: code = ResourceExhausted desc = grpc: received message larger than max "
                 f"({size} vs. {limits.message_bytes})",
             )
-        if len(self.streams.keys() | pushed.keys()) > limits.streams:
-            return self._error(
-                429,
-                "streams",
-                "maximum active stream limit exceeded when trying to create stream, reduce the number of active "
-                "streams (reduce labels or reduce label values), or contact your Loki administrator to see if the "
-                "limit can be increased, user: 'fake'",
+        reply = Reply(204)
+        for labels, stream in pushed.items():
+            reply = self._ingest(labels, stream)
+        if reply.status != 204 or not invalid:
+            return reply
+        texts = [f"{number} errors like: {text}" if number > 1 else text for text, number in invalid.items()]
+        return self._error(400, "invalid", "; ".join(texts))
+
+    def _invalid(self, labels: Labels, entry: Entry) -> str:
+        """Return why the distributor drops an entry; empty if it does not."""
+        limits, now_s = self.limits, self._clock_s()
+        stream, size = _stream_text(labels), len(entry.line.encode())
+        at_s, at = entry.time_unix_nano / SECOND_NS, _rfc3339(entry.time_unix_nano)
+        long = next((value for _, value in labels if len(value.encode()) > limits.label_bytes), None)
+        if long is not None:
+            return f"stream '{stream}' has label value too long: '{long}'"
+        if at_s < now_s - limits.age_s:
+            oldest = _rfc3339(int((now_s - limits.age_s) * SECOND_NS))
+            return f"entry for stream '{stream}' has timestamp too old: {at}, oldest acceptable timestamp is: {oldest}"
+        if at_s > now_s + limits.ahead_s:
+            return f"entry for stream '{stream}' has timestamp too new: {at}"
+        if size > limits.line_bytes:
+            return (
+                f"max entry size '{limits.line_bytes}' bytes exceeded for stream '{stream}' while adding an entry with "
+                f"length '{size}' bytes"
             )
-        too_old = [text for labels, stream in pushed.items() for text in self._store(labels, stream)]
-        if too_old:
-            return self._error(400, "too_far_behind", "\n".join(too_old))
-        return Reply(204)
+        if entry.metadata_size > limits.metadata_bytes:
+            return (
+                f"stream '{stream}' has structured metadata too large: '{entry.metadata_size}' bytes, limit: "
+                f"'{limits.metadata_bytes}' bytes. Please see `limits_config.max_structured_metadata_size` or contact "
+                "your Loki administrator to increase it"
+            )
+        if len(entry.metadata) > limits.metadata_entries:
+            return (
+                f"stream '{stream}' has too many structured metadata labels: '{len(entry.metadata)}', limit: "
+                f"'{limits.metadata_entries}'. Please see `limits_config.max_structured_metadata_entries_count` or "
+                "contact your Loki administrator to increase it"
+            )
+        return ""
 
     def lines(self, service_name: str = "", **labels: str) -> list[str]:
         """Return the stored lines in order of time, as a query of the streams with these labels shows them.
@@ -191,46 +233,55 @@ class Loki:
         self._tokens -= count
         return True
 
-    def _store(self, labels: Labels, entries: list[Entry]) -> Iterator[str]:
-        """Store what is not too old; yield one text for the rest."""
-        limits, now_ns = self.limits, int(self._clock_s() * SECOND_NS)
-        stored, refused = self.streams.setdefault(labels, []), []
-        of_age = now_ns - int(limits.age_s * SECOND_NS)
+    def _ingest(self, labels: Labels, entries: list[Entry]) -> Reply:
+        """Store what is not too far behind the newest entry of its stream; return what the ingester says of it."""
+        limits = self.limits
+        if labels not in self.streams and len(self.streams) >= limits.streams:
+            return self._error(
+                429,
+                "streams",
+                "maximum active stream limit exceeded when trying to create stream, reduce the number of active "
+                "streams (reduce labels or reduce label values), or contact your Loki administrator to see if the "
+                "limit can be increased, user: 'fake'",
+            )
+        stored, reasons = self.streams.setdefault(labels, []), []
         for entry in entries:
-            behind = self._newest.get(labels, 0) - int(limits.behind_s * SECOND_NS)
-            oldest = of_age if limits.time_sharding else max(of_age, behind)
-            if entry.time_unix_nano < oldest:
-                refused.append((entry, oldest))
+            oldest = self._newest.get(labels, 0) - int(limits.behind_s * SECOND_NS)
+            if entry.time_unix_nano < oldest and not limits.time_sharding:
+                at, limit = _rfc3339(entry.time_unix_nano), _rfc3339(oldest)
+                reasons.append(
+                    f"entry with timestamp {at} ignored, reason: 'entry too far behind, entry timestamp is: {at}, "
+                    f"oldest acceptable timestamp is: {limit}',\n"
+                )
                 continue
             self._newest[labels] = max(self._newest.get(labels, 0), entry.time_unix_nano)
             if (labels, entry) not in self._known:  # equal time, text and metadata: dropped
                 self._known.add((labels, entry))
                 stored.append(entry)
-        if refused:
-            entry, oldest = refused[-1]
-            stream = ", ".join(f'{key}="{value}"' for key, value in labels)
-            at, since = _rfc3339(entry.time_unix_nano), _rfc3339(oldest)
-            if oldest == of_age:
-                yield (
-                    f"entry for stream '{{{stream}}}' has timestamp too old: {at}, oldest acceptable timestamp is: "
-                    f"{since}"
-                )
-            else:
-                yield (
-                    f"entry too far behind, entry timestamp is: {at}, oldest acceptable timestamp is: {since}, user"
-                    f" 'fake', total ignored: {len(refused)} out of {len(entries)} for stream: {{{stream}}}"
-                )
+        if not reasons:
+            return Reply(204)
+        return self._error(
+            400,
+            "too_far_behind",
+            f"{''.join(reasons[:_MAX_REASONS])}user 'fake', total ignored: {len(reasons)} out of {len(entries)} for "
+            f"stream: {_stream_text(labels)}",
+        )
 
     def _error(self, status: int, reason: str, message: str) -> Reply:
         self.rejected[reason] += 1
-        code = {400: 3, 429: 8, 503: 14}[status]
-        return Reply(status, body=Status(code=code, message=message).SerializeToString())
+        body = Status(message=message).SerializeToString()
+        return Reply(status, body=body, headers={"Content-Type": "application/octet-stream"})
+
+
+def _stream_text(labels: Labels) -> str:
+    return "{" + ", ".join(f'{key}="{value}"' for key, value in labels) + "}"
 
 
 def _entries(message: Any) -> Iterator[tuple[Labels, Entry]]:
     """Yield each record as Loki's OTLP endpoint converts it."""
     for group in message.resource_logs:
         resource = {key: _text(value) for key, value in plain_attributes(group.resource.attributes).items()}
+        resource["service.name"] = resource.get("service.name") or "unknown_service"
         labels = tuple((_label(key), resource.pop(key)) for key in INDEX_LABELS if key in resource)
         for scope in group.scope_logs:
             shared = {_label(key): value for key, value in resource.items()}
@@ -258,4 +309,4 @@ def _text(value: Any) -> str:
 
 
 def _rfc3339(time_unix_nano: int) -> str:
-    return datetime.fromtimestamp(time_unix_nano / SECOND_NS, UTC).isoformat().replace("+00:00", "Z")
+    return datetime.fromtimestamp(time_unix_nano // SECOND_NS, UTC).isoformat().replace("+00:00", "Z")

@@ -29,6 +29,7 @@ from tests.ports import free_port
 ROOT = Path(__file__).parents[2]
 _BUILT = ROOT / ".venv" / "stores" / "bin"
 _READY_S = 60.0
+_FIRST_PAGE, _MAX_PAGE, _PAGE_BYTES = 10, 4_000, 2 << 20
 
 
 def program(name: str) -> str:
@@ -226,7 +227,7 @@ class Loki(Program):
             "rules_directory": str(self.home / "rules"),
         }
         config["compactor"]["working_directory"] = str(self.home / "compactor")
-        config["limits_config"] = {"allow_structured_metadata": True, "max_entries_limit_per_query": 500_000}
+        config["limits_config"] = {"allow_structured_metadata": True, "split_queries_by_interval": "0s"}
         config["query_range"] = {"parallelise_shardable_queries": False}
         config["compactor"].pop("retention_enabled")
         path = self.home / "loki.yaml"
@@ -251,12 +252,28 @@ class Loki(Program):
         """Return the stored lines in order of time; see `tests.fakes.loki.Loki.lines`."""
         text = f'{{service_name="{service_name}"}}' if service_name else '{service_name=~".+"}'
         text += "".join(f' | {key}="{value}"' for key, value in labels.items())
-        span = {"start": str(int(time.time()) - 20 * 86400), "end": str(int(time.time()) + 60)}
-        query = {"query": text, "limit": "500000", "direction": "forward", **span}
+        found: list[tuple[int, str]] = []
+        start_ns, limit = int((time.time() - 20 * 86400) * 1e9), _FIRST_PAGE
+        while page := self._page(text, start_ns, limit):
+            if len(page) < limit:
+                return [line for _, line in found + page]
+            # Of the last moment, the page may lack lines: the next page begins with it.
+            start_ns = page[-1][0]
+            found += [entry for entry in page if entry[0] < start_ns]
+            limit = max(_FIRST_PAGE, min(_MAX_PAGE, _PAGE_BYTES // max(len(line) for _, line in page)))
+        return [line for _, line in found]
+
+    def _page(self, text: str, start_ns: int, limit: int) -> list[tuple[int, str]]:
+        """Return lines with their times: an answer has to fit into 4 MiB between Loki's parts, too."""
+        span = {"start": str(start_ns), "end": str(int(time.time()) + 60)}
+        query = {"query": text, "limit": str(limit), "direction": "forward", **span}
         answer = fetch(f"http://{self._address}/loki/api/v1/query_range?{urllib.parse.urlencode(query)}")
         streams = json.loads(answer)["data"]["result"]
-        entries = [entry for stream in streams for entry in stream["values"]]
-        return [entry[1] for entry in sorted(entries, key=lambda entry: int(entry[0]))]
+        return sorted(((int(entry[0]), entry[1]) for stream in streams for entry in stream["values"]), key=_moment)
+
+
+def _moment(entry: tuple[int, str]) -> int:
+    return entry[0]
 
 
 class Tempo(Program):

@@ -77,8 +77,8 @@ class Rejected:
     Attributes:
         rejected: Number of rejected records; None: the whole batch.
         reason: Why, to be shown.
-        kind: The reason for metrics, of low cardinality: ``invalid``, ``too_old``, ``partial``, ``too_large``,
-            ``server_error``.
+        kind: The reason for metrics, of low cardinality: ``invalid``, ``too_old``, ``too_new``, ``partial``,
+            ``too_large``, ``server_error``.
         ignored: Number of records that the endpoint says it ignored while it stored the others; None: unknown.
     """
 
@@ -131,12 +131,19 @@ _TOO_LARGE_TEXTS: Final = (
 # Only together with a status that is final: a busy server may talk about limits of its own.
 _TOO_LARGE_TEXTS_IN_400: Final = ("too large", "too long", "max entry size", "maximum size", "size limit")
 # Loki: "ingestion rate limit exceeded for user fake (limit: 4194304 bytes/sec) while attempting to ingest '17555' lines
-# totaling '6864005' bytes". Above its burst no waiting helps, and the text does not say the burst.
-_RATE_AND_BYTES: Final = re.compile(r"limit: ?(\d+) ?bytes.{0,80}?totaling '?(\d+)'? bytes", re.DOTALL)
+# totaling '6864005' bytes", "Per stream rate limit exceeded (limit: 3MB/sec) while attempting to ingest for stream
+# '{...}' totaling 16MB". Tempo: "ingestion rate limit (local: 15000000 bytes, ...) exceeded while adding 20000000
+# bytes". Above the burst no waiting helps, and the text does not say the burst.
+_SIZE: Final = r"'?(\d+(?:\.\d+)?)'? ?([kMG]?)i?(?:B|bytes)"
+_RATE_AND_BYTES: Final = re.compile(rf"(?:limit|local): ?{_SIZE}.{{0,1000}}?(?:totaling|adding) {_SIZE}", re.DOTALL)
+_UNITS: Final = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
 # Loki: "total ignored: 3 out of 100 for stream: {...}", once for each stream.
 _IGNORED: Final = re.compile(r"total ignored: (\d+) out of (\d+)")
 _BEHIND_TEXTS: Final = ("too far behind", "out of order")
 _TOO_OLD_TEXTS: Final = (*_BEHIND_TEXTS, "too old")
+_TOO_NEW_TEXT: Final = "too new"
+# The first byte of a google.rpc.Status: the tag of its code, or of its message. No text begins so.
+_STATUS_TAGS: Final = b"\x08\x12"
 _TLS_TEXTS: Final = ("ssl handshake", "tls handshake", "ssl_error", "certificate_verify_failed")
 
 _REJECTED_FIELDS: Final = ("rejected_log_records", "rejected_spans", "rejected_data_points")
@@ -171,7 +178,7 @@ def classify_http(
             reason, after_s=parse_retry_after_s(headers.get("retry-after"), now), server_error=True, refused=True
         )
     if status in _BATCH_HTTP:
-        return _rejected(reason, text)
+        return _rejected(reason, text, count)
     if 300 <= status < 400 and "location" in headers:
         reason = f"HTTP {status} redirects, and exports do not follow redirects: configure the final address"
     return EndpointFault(reason, unsupported=status == _NOT_FOUND_HTTP)
@@ -237,8 +244,10 @@ def age_advice(reason: str) -> str:
     """Return which setting of a store lets it accept lines that it rejected for their age.
 
     Args:
-        reason: The reason of a `Rejected` whose kind is ``too_old``.
+        reason: The reason of a `Rejected` whose kind is ``too_old`` or ``too_new``.
     """
+    if _TOO_NEW_TEXT in reason.lower():
+        return "correct the clock that the lines' times come from or raise limits_config.creation_grace_period (Loki)"
     if any(known in reason.lower() for known in _BEHIND_TEXTS):
         return "set limits_config.shard_streams.time_sharding_enabled or raise ingester.max_chunk_age (Loki)"
     return "raise limits_config.reject_old_samples_max_age (Loki)"
@@ -264,26 +273,30 @@ def _retry_info_s(status_details: bytes) -> float | None:
 def _is_too_large(text: str, *, is_final: bool) -> bool:
     """Return whether an error says that the request is above a limit, so that it never passes as a whole."""
     named = _RATE_AND_BYTES.search(text)
-    if named and int(named[2]) > int(named[1]):
+    if named and float(named[3]) * _UNITS[named[4]] > float(named[1]) * _UNITS[named[2]]:
         return True
     known = (*_TOO_LARGE_TEXTS, *(_TOO_LARGE_TEXTS_IN_400 if is_final else ()))
     return any(part in text.lower() for part in known)
 
 
-def _rejected(reason: str, text: str) -> Rejected:
-    ignored = [int(match[1]) for match in _IGNORED.finditer(text)]
-    kind = "too_old" if any(known in text.lower() for known in _TOO_OLD_TEXTS) else "invalid"
-    return Rejected(None, reason, kind, ignored=sum(ignored) if ignored else None)
+def _rejected(reason: str, text: str, count: int | None = None) -> Rejected:
+    pairs = [(int(match[1]), int(match[2])) for match in _IGNORED.finditer(text)]
+    # Loki reports the streams, or parts of one stream, that it rejected last, so the number may be too small.
+    is_all = sum(total for _, total in pairs) == count
+    lower = text.lower()
+    kind = "too_old" if any(known in lower for known in _TOO_OLD_TEXTS) else "invalid"
+    kind = "too_new" if _TOO_NEW_TEXT in lower else kind
+    return Rejected(None, reason, kind, ignored=sum(ignored for ignored, _ in pairs) if is_all else None)
 
 
 def _error_text(body: bytes, content_type: str) -> str:
     """Return the text of an error body: the message of a google.rpc.Status (required by OTLP), or the body itself.
 
-    Loki sends a Status without a Content-Type, so its first field, the code, distinguishes it from text.
+    Loki sends a Status as ``application/octet-stream``, so its first byte distinguishes it from text.
     """
     if not body:
         return ""
-    if "protobuf" in content_type or (body[0] == 0x08 and "json" not in content_type):
+    if "protobuf" in content_type or (body[0] in _STATUS_TAGS and "json" not in content_type):
         from google.protobuf.message import DecodeError
         from google.rpc.status_pb2 import Status
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -166,7 +166,8 @@ class JobLedger(msgspec.Struct, frozen=True, kw_only=True):
 
     def with_page(self, page: LogPage) -> JobLedger:
         """Return the ledger with the lines of one more page."""
-        first_ns = min(run.time_unix_nano for run in page.runs)
+        times_ns = [run.time_unix_nano for run in page.runs]
+        first_ns = min(times_ns)
         last_ns = max(run.time_unix_nano + run.lines - 1 for run in page.runs)
         if page.digests:
             stream_hash = add_uids(self.stream_hash, page_uids(page))
@@ -178,7 +179,7 @@ class JobLedger(msgspec.Struct, frozen=True, kw_only=True):
             last_line_ns=last_ns if self.last_line_ns is None else max(self.last_line_ns, last_ns),
             lines=self.lines + page.line_count,
             stream_hash=stream_hash,
-            quiet_ns=self._quiet_ns(page),
+            quiet_ns=self._quiet_ns(times_ns),
         )
 
     def with_last_line(self, line: bytes, redact: Callable[[str], str]) -> JobLedger:
@@ -189,8 +190,7 @@ class JobLedger(msgspec.Struct, frozen=True, kw_only=True):
         part = line[-size:] if b"\r" in line else line[:size]
         return msgspec.structs.replace(self, last_line=redact(clean(part))[:_SHOWN_CHARS])
 
-    def _quiet_ns(self, page: LogPage) -> int:
-        times = [run.time_unix_nano for run in page.runs]
+    def _quiet_ns(self, times: Sequence[int]) -> int:
         last_ns = times[0] if self.last_line_ns is None else self.last_line_ns
         # Late lines lie between other lines: the time between them is not a pause.
         if times[0] < last_ns:

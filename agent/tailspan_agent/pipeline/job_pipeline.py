@@ -38,6 +38,7 @@ from tailspan_agent.pipeline.context import PipelineContext
 from tailspan_agent.pipeline.job_alerts import JobAlerts
 from tailspan_agent.pipeline.job_spans import JobSpans
 from tailspan_agent.pipeline.queue import Chunk
+from tailspan_agent.pipeline.store_streams import may_be_too_old
 from tailspan_agent.pipeline.tracked_job import TrackedJob
 from tailspan_agent.records.encode import LogContext, encode_lines
 from tailspan_agent.records.span_lines import SpanLines
@@ -77,8 +78,8 @@ class JobPipeline:
         self._log_context = LogContext.for_job(status, min_severity=watch.min_severity, redactor=context.redactor)
         self._progress = ProgressMeter(self.job.redact)
         self._open_lines = OpenLineLimit()
-        self._too_old_lines = self._too_old_reported = 0
-        self._too_old_reason = ""
+        self._age_lines = self._age_reported = 0
+        self._age_reason = ""
         self._run_reported = self.job.checkpoint.ended
         self._unacked = 0
         self._unacked_seconds: Seconds = {}
@@ -252,7 +253,7 @@ class JobPipeline:
             self._progress.add_page(page, time.monotonic())
         cursor = None if late else page.cursor
         if self._queue is not None:
-            times_ns = page.runs[0].time_unix_nano, page.runs[-1].time_unix_nano
+            times_ns = [run.time_unix_nano for run in page.runs]
             await self._choose_stream(min(times_ns), max(times_ns))
             encoded = encode_lines(page, context=self._log_context)
             self._context.health.records_read(
@@ -262,8 +263,8 @@ class JobPipeline:
                 redactions=encoded.redactions,
                 late=encoded.count if late else 0,
             )
-            newest_ns = page.runs[-1].time_unix_nano
-            await self._put(encoded.records, encoded.count, cursor, page_seconds(page), newest_ns)
+            alone = may_be_too_old(times_ns)
+            await self._put(encoded.records, encoded.count, cursor, page_seconds(page), times_ns[-1], alone=alone)
         self.cursor = cursor or self.cursor
 
     async def send_open_line(self, line: OpenLine) -> float | None:
@@ -293,6 +294,7 @@ class JobPipeline:
         newest_ns: int,
         *,
         resource: bytes | None = None,
+        alone: bool = False,
     ) -> None:
         assert self._queue is not None
         job, ledger, health = self.job, self.job.ledger, self._context.health
@@ -305,8 +307,8 @@ class JobPipeline:
             health.records_acked(name, count - result.rejected, newest_ns)
             if result.rejected:
                 health.records_rejected(name, result.rejected, result.kind)
-                if result.kind == "too_old" and seconds:
-                    self._on_too_old(result)
+                if result.kind in ("too_old", "too_new") and seconds:
+                    self._on_rejected_age(result)
             return Ack(job.checkpoint.key, cursor, job.acked_ledger.to_json(), seconds)
 
         def on_stored() -> None:
@@ -317,33 +319,33 @@ class JobPipeline:
         add_seconds(self._unacked_seconds, seconds)
         self._all_acked.clear()
         try:
-            await self._queue.put(Chunk(resource or job.log_resource, records, count, on_result, on_stored))
+            await self._queue.put(Chunk(resource or job.log_resource, records, count, on_result, on_stored, alone))
         except BaseException:
             # Cancelled while the queue was full: the next tailer of this job reads these lines again.
             self._leave_flight(seconds)
             health.records_abandoned(name, count)
             raise
 
-    def _on_too_old(self, result: ChunkResult) -> None:
+    def _on_rejected_age(self, result: ChunkResult) -> None:
         """Report lines that the endpoint rejected for their age: the first ones, then each tenfold number."""
-        self._too_old_lines += result.rejected
-        self._too_old_reason = result.reason
-        if self._too_old_lines >= 10 * self._too_old_reported:
-            self._report_too_old()
+        self._age_lines += result.rejected
+        self._age_reason = result.reason
+        if self._age_lines >= 10 * self._age_reported:
+            self._report_rejected_age()
 
-    def _report_too_old(self) -> None:
+    def _report_rejected_age(self) -> None:
         status = self.job.redacted_status
-        self._too_old_reported = self._too_old_lines
+        self._age_reported = self._age_lines
         _log.warning(
             "job %s (%s) of service %s: %d %s rejected because of age, now in the dead letter: %s,"
             " then run `tailspan agent replay`: %s",
             status.job_id,
             status.job_name,
             self.job.service.name,
-            self._too_old_lines,
-            plural(self._too_old_lines, "line"),
-            age_advice(self._too_old_reason),
-            self._too_old_reason,
+            self._age_lines,
+            plural(self._age_lines, "line"),
+            age_advice(self._age_reason),
+            self._age_reason,
         )
 
     def _leave_flight(self, seconds: Seconds) -> None:
@@ -473,8 +475,8 @@ class JobPipeline:
             still_open: Whether the service marks the log as open.
         """
         await self.all_acked()
-        if self._too_old_lines > self._too_old_reported:
-            self._report_too_old()
+        if self._age_lines > self._age_reported:
+            self._report_rejected_age()
         if self.relays_logs:
             acked = self.job.acked_ledger
             self.job.ledger = msgspec.structs.replace(

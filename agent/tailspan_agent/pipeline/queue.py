@@ -56,6 +56,8 @@ class Chunk:
         count: The number of records.
         on_result: Called once with the outcome of the records; returns what to store, if anything.
         on_stored: Called once after that was stored.
+        alone: Whether no request may mix it with other resources: a store may reject some of its lines, and Loki
+            reports only what it rejects of the last stream of a request.
     """
 
     resource: bytes
@@ -63,6 +65,7 @@ class Chunk:
     count: int
     on_result: Callable[[ChunkResult], Ack | None]
     on_stored: Callable[[], None]
+    alone: bool = False
 
     @property
     def stored_size(self) -> int:
@@ -165,11 +168,14 @@ class LogQueue:
                         await self._changed.wait_for(self._worth_sending)
             batch = [self._queue.popleft()]
             size, stored, lines = len(batch[0].records), batch[0].stored_size, batch[0].count
+            alone, mixed = batch[0].alone, False
             while self._queue and lines < _BATCH_LINES:
-                size += len(self._queue[0].records)
-                stored += self._queue[0].stored_size
-                lines += self._queue[0].count
-                if size > BATCH_BYTES or stored > _STORED_BYTES:
+                following = self._queue[0]
+                size += len(following.records)
+                stored += following.stored_size
+                lines += following.count
+                alone, mixed = alone or following.alone, mixed or following.resource != batch[0].resource
+                if size > BATCH_BYTES or stored > _STORED_BYTES or (alone and mixed):
                     break
                 batch.append(self._queue.popleft())
             self._queued_bytes -= sum(chunk.size for chunk in batch)

@@ -9,13 +9,13 @@ it in time has that one. Jobs that follow each other share a stream: `StreamOrde
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from itertools import chain, count
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, chain, count
 from time import monotonic
 
 from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
 
-__all__ = ["MAIN_STREAM", "LabelValues", "LogNames", "StoreStreams"]
+__all__ = ["MAIN_STREAM", "LabelValues", "LogNames", "StoreStreams", "may_be_too_old"]
 
 MAIN_STREAM = 0
 _WINDOW_NS = 30 * 60 * 1_000_000_000
@@ -39,6 +39,18 @@ _MANY_VALUES = 20
 _MOST_LABELS = 1000
 
 _log = logging.getLogger(__name__)
+
+
+def may_be_too_old(times_ns: Sequence[int]) -> bool:
+    """Return whether a store may reject some lines of a page, whatever their stream, and accept the others.
+
+    Args:
+        times_ns: The times of the lines in their order, in ns since the epoch.
+    """
+    if max(times_ns) - min(times_ns) <= _WINDOW_NS:
+        return False
+    newest_ns = accumulate(times_ns, max)
+    return any(time_ns < newest - _WINDOW_NS for time_ns, newest in zip(times_ns, newest_ns, strict=True))
 
 
 class LogNames:

@@ -15,10 +15,6 @@ _STOP = (signal.SIGTERM, signal.SIGINT)
 _ALL = (*_STOP, signal.SIGHUP)
 
 
-def _exit(number: int, frame: FrameType | None) -> None:
-    sys.exit(0)
-
-
 @contextmanager
 def exit_on_stop_signals() -> Iterator[None]:
     """Exit with 0 on SIGTERM and Ctrl-C, and ignore SIGHUP, before anything was read.
@@ -28,13 +24,23 @@ def exit_on_stop_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
         return
-    before = {number: signal.signal(number, _exit) for number in _STOP}
+    stopped = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        stopped = True
+        sys.exit(0)
+
+    before = {number: signal.signal(number, stop) for number in _STOP}
     before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if stopped:
+            # Python drops an exception that is raised in a destructor or in some callbacks of C code.
+            sys.exit(0)
 
 
 @contextmanager

@@ -28,10 +28,30 @@ os.kill(os.getpid(), signal.SIGHUP)
 assert len(got) == 4
 """
 
+DROPPED = """
+import os, signal
+from tailspan_agent.process.signals import exit_on_stop_signals
+class Closing:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        while True:
+            pass
+with exit_on_stop_signals():
+    Closing()
+    print("the exception of the handler was dropped", flush=True)
+print("the start went on", flush=True)
+"""
+
 
 def test_signals_wait_for_their_handlers() -> None:
     """Signals that arrive before the handlers reach them later; afterwards the mask is as before."""
     subprocess.run([sys.executable, "-c", HOLDING], check=True)
+
+
+def test_a_stop_during_a_destructor_is_not_lost() -> None:
+    """Python ignores an exception there, so the one that the handler raises does not end the start."""
+    done = subprocess.run([sys.executable, "-c", DROPPED], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout) == (0, "the exception of the handler was dropped\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -253,6 +253,20 @@ async def test_few_lines_linger_for_more(store: Store) -> None:
 
 
 @looped
+async def test_lines_that_a_store_may_reject_travel_apart_from_other_jobs(store: Store) -> None:
+    """Loki reports only what it rejects of the last stream of a request; chunks of one job still go together."""
+    fake = FakeEndpoint()
+    queue, jobs = LogQueue(store, Endpoint(sender(fake))), [Job(store, "a"), Job(store, "b")]
+    for name, alone in ("aa", False), ("ba", False), ("ab", False), ("ac", True), ("bb", False), ("bc", True):
+        chunk = jobs["ab".index(name[0])].chunk("abc".index(name[1]))
+        chunk.alone = alone
+        await queue.put(chunk)
+    async with running(queue):
+        await queue.flush()
+    assert fake.bodies() == [["a 0", "a 1", "b 0"], ["a 2"], ["b 1", "b 2"]]
+
+
+@looped
 async def test_rejected_records_are_done(store: Store) -> None:
     """They are acknowledged, and counted with a short reason."""
     fake = FakeEndpoint()

@@ -116,11 +116,15 @@ def test_two_agents_do_not_share_a_stream_of_old_lines(bench: Bench, loki: Loki,
 
 @pytest.mark.parametrize(
     ("days", "behind_h", "setting"),
-    [(8, 0, "raise limits_config.reject_old_samples_max_age"), (1, 5, "time_sharding_enabled")],
-    ids=["too old", "behind the first line"],
+    [
+        (8, 0, "raise limits_config.reject_old_samples_max_age"),
+        (1, 5, "time_sharding_enabled"),
+        (-0.04, 0, "correct the clock that the lines' times come from"),
+    ],
+    ids=["too old", "behind the first line", "an hour in the future"],
 )
 def test_lines_of_a_rejected_age_are_reported(
-    bench: Bench, loki: Loki, caplog: pytest.LogCaptureFixture, days: int, behind_h: int, setting: str
+    bench: Bench, loki: Loki, caplog: pytest.LogCaptureFixture, days: float, behind_h: int, setting: str
 ) -> None:
     """The agent's log names the job, how many of its lines, and the setting of Loki that accepts them."""
     start = datetime.now(UTC) - timedelta(days=days)
@@ -134,6 +138,7 @@ def test_lines_of_a_rejected_age_are_reported(
     assert message.startswith("job old (old) of service fake: 40 lines rejected because of age")
     assert setting in message
     assert not any(text.startswith("job new ") for text in caplog.messages)
+    assert own_lines(loki, "new") == ["line 0"]
 
 
 @pytest.mark.parametrize("size", [255 * 1024, 256 * 1024, 256 * 1024 + 1, 257 * 1024])

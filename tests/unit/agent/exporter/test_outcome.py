@@ -146,10 +146,48 @@ def test_success_with_garbage_is_delivered_with_a_warning(content_type: str, bod
 
 
 def test_error_message_of_a_status_body() -> None:
-    """OTLP errors have a google.rpc.Status; the log shows its message, not its bytes."""
-    body = Status(code=3, message="bad span id").SerializeToString()
-    for headers in ({"content-type": "application/x-protobuf"}, {}):  # Loki sends no Content-Type
-        assert http(400, headers, body) == Rejected(None, "HTTP 400: bad span id")
+    """OTLP errors have a google.rpc.Status; the log shows its message, not its bytes. Loki's has no code."""
+    for code in (3, 0):
+        body = Status(code=code, message="bad span id").SerializeToString()
+        for content_type in ("application/x-protobuf", "application/octet-stream", ""):
+            assert http(400, {"content-type": content_type}, body) == Rejected(None, "HTTP 400: bad span id")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ingestion rate limit exceeded for user fake (limit: 4194304 bytes/sec) while attempting to ingest "
+        "'17555' lines totaling '6864005' bytes, reduce log volume",
+        "Per stream rate limit exceeded (limit: 3MB/sec) while attempting to ingest for stream "
+        "'{service_name=\"etl\"}' totaling 16MB, consider splitting a stream",
+        "ingestion rate limit (local: 15000000 bytes, global: 0 bytes) exceeded while adding 20000000 bytes",
+        '{"code":8,"message":"rate limit (limit: 1.5MB/sec), lines totaling 1600kB"}',
+    ],
+)
+@pytest.mark.parametrize("status", [429, 503, 500])
+def test_a_limit_below_the_bytes_of_the_request_is_too_large(text: str, status: int) -> None:
+    """Waiting does not help. A request below the limit only has to wait."""
+    assert isinstance(http(status, body=text.encode()), TooLarge)
+    below = (
+        text.replace("6864005", "4194304").replace("16MB", "900kB").replace("20000000", "10").replace("1600k", "16k")
+    )
+    assert isinstance(http(status, body=below.encode()), Retry)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "ignored"),
+    [
+        ("entry too far behind', user 'fake', total ignored: 3 out of 10 for stream: {}", "too_old", 3),
+        ("entry too far behind', user 'fake', total ignored: 3 out of 7 for stream: {}", "too_old", None),
+        ("2 errors like: entry for stream '{}' has timestamp too old: T", "too_old", None),
+        ("entry for stream '{}' has timestamp too new: T", "too_new", None),
+        ("entry out of order", "too_old", None),
+        ("bad id", "invalid", None),
+    ],
+)
+def test_reasons_of_rejected_lines(text: str, kind: str, ignored: int | None) -> None:
+    """The number of ignored lines counts only if the store means the whole request: it may report one of its parts."""
+    assert http(400, body=text.encode()) == Rejected(None, f"HTTP 400: {text}", kind, ignored=ignored)
 
 
 def test_error_message_is_short_and_printable() -> None:
