@@ -46,7 +46,8 @@ def add_secret(value: str) -> None:
 
         _escapes.append(
             re.compile(
-                r"%(?P<percent>[0-9a-f]{2})|\\+u00(?P<json>[0-9a-f]{2})|\\+x(?P<hex>[0-9a-f]{2})|&#0*(?P<decimal>[0-9]{1,4});"
+                r"%(?P<percent>[0-9a-f]{2})|\\+u00(?P<json>[0-9a-f]{2})|\\+u\{0*(?P<brace>[0-9a-f]{1,4})\}"
+                r"|\\+x(?P<hex>[0-9a-f]{2})|\\+(?P<octal>[0-3][0-7]{2})|&#0*(?P<decimal>[0-9]{1,4});"
                 r"|&#x0*(?P<html>[0-9a-f]{1,4});|&(?P<name>amp|lt|gt|quot|apos);|\\+(?P<plain>[^\w\s\\])|(?P<space>\+)",
                 re.IGNORECASE,
             )
@@ -110,7 +111,7 @@ def _forms(secret: str) -> list[str]:
     import base64
 
     raw = secret.encode("utf-8", "replace")
-    forms = [secret, raw.decode("latin-1"), raw.hex()]
+    forms = [secret, raw.decode("latin-1"), raw.hex(), raw.hex(":"), raw.hex("-")]
     for before in range(3):
         # A secret within a longer text has one of three forms in base64; its first and last characters may differ.
         encoded = base64.b64encode(b"\0" * before + raw).decode()
@@ -131,8 +132,8 @@ def _user_and_password(token: str) -> list[str]:
 
 
 def _squeezed(text: str) -> str:
-    """Return text as it is compared: in lower case, without spaces, plus signs and control characters."""
-    return "".join(char for char in text.lower() if char != "+" and char.isprintable() and not char.isspace())
+    """Return text as it is compared: in lower case, without spaces, plus signs, backslashes and control characters."""
+    return "".join(char for char in text.lower() if char not in "+\\" and char.isprintable() and not char.isspace())
 
 
 def _unescaped(text: str) -> tuple[str, list[int], list[int]]:
@@ -165,7 +166,7 @@ def _meaning(match: re.Match[str]) -> str:
         return _NAMES[text.lower()]
     if kind in ("plain", "space"):
         return text
-    char = chr(int(text, 10 if kind == "decimal" else 16)).lower()
+    char = chr(int(text, {"decimal": 10, "octal": 8}.get(kind or "", 16))).lower()
     return char if len(char) == 1 else "?"
 
 

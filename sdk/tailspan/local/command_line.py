@@ -47,7 +47,9 @@ _PROGRAMS = {
     "redis-benchmark": "-a",
     "valkey-cli": "-a",
     "openssl": "-k -K",
+    "kubectl": "--from-literal",
     "smbclient": "-U",
+    "winexe": "-U",
     "rpcclient": "-U",
     "lftp": "-u",
     "ncftp": "-p",
@@ -62,10 +64,11 @@ _PROGRAMS = {
     "snmpget": "-A -X",
     "snmpwalk": "-A -X",
     "ipmitool": "-P",
-    "pdftk": "user_pw owner_pw",
     "swaks": "-ap",
     "vncviewer": "-P",
 }
+# Words, not options, that precede a secret.
+_WORDS = {"pdftk": ("user_pw", "owner_pw"), "mysqladmin": ("password",), "mariadb-admin": ("password",)}
 # Here `-p x` has another meaning than `-px`: a port, or a file.
 _JOINED_ONLY = ("mysql", "mariadb", "7z", "rar", "unrar")
 # Of these only `docker login -p x` and the like.
@@ -180,7 +183,7 @@ def _may_have_secret(text: str) -> bool:
     if any(hint in lower for hint in _HINTS) or ("://" in text and "@" in text):
         return True
     words = text.translate(_AS_SPACES).split()
-    return any(word in _PROGRAMS or word in _SLASH_LOGINS for word in words)
+    return any(word in _PROGRAMS or word in _SLASH_LOGINS or word in _WORDS for word in words)
 
 
 def _redact_words(found: _Patterns, words: Sequence[str], depth: int) -> list[str]:
@@ -203,7 +206,7 @@ def _redact_words(found: _Patterns, words: Sequence[str], depth: int) -> list[st
             continue
         shown.append(_redact_word(found, word, program, depth, is_script=_precedes_script(before)))
         base = bare.rpartition("/")[2]
-        if base in _PROGRAMS or base in _SLASH_LOGINS:
+        if base in _PROGRAMS or base in _SLASH_LOGINS or base in _WORDS:
             program = base
         elif base == "login" and program in _LOGIN_ONLY:
             program = f"{program} login"
@@ -216,7 +219,7 @@ def _hides_next(found: _Patterns, word: str, program: str, *, sets: bool) -> boo
     """Return whether the word after this one is a secret."""
     if word.startswith("-"):
         return bool(found.option.fullmatch(word)) or _is_secret_option(word, program)
-    if word.lower() == "convertto-securestring" or (program == "pdftk" and word in _PROGRAMS[program].split()):
+    if word.lower() == "convertto-securestring" or word in _WORDS.get(program, ()):
         return True
     return sets and bool(found.option.fullmatch(f"-{word}"))
 

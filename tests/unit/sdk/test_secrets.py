@@ -36,6 +36,7 @@ FORMS = {
     "every character as HTML": "".join(f"&#{ord(char)};" for char in TOKEN),
     "as a Python literal": repr(TOKEN.encode())[2:-1],
     "in hexadecimal": TOKEN.encode().hex(),
+    "in upper hexadecimal": TOKEN.encode().hex().upper(),
     "in upper case": TOKEN.upper(),
     "in lines": "\r\n".join(TOKEN),
     "with control characters": "\x1b".join(TOKEN),
@@ -66,6 +67,32 @@ def test_each_form_is_masked(form: str) -> None:
     assert MASK in text
     assert not leaks(text)
     assert mask(f"invalid: {TOKEN[:11]}...") == f"invalid: {MASK}..."
+
+
+PASSWORD = 'Pa\\ss"wo\\\\rd\\t9'
+
+
+ESCAPED = [
+    PASSWORD,
+    json.dumps(PASSWORD),
+    json.dumps(json.dumps(PASSWORD)),
+    repr(PASSWORD),
+    repr(PASSWORD.encode()),
+    quote(PASSWORD),
+    PASSWORD.encode().hex(":"),
+    PASSWORD.encode().hex("-").upper(),
+    "".join(f"\\{ord(char):03o}" for char in PASSWORD),
+    "".join(f"\\u{{{ord(char):x}}}" for char in PASSWORD),
+]
+
+
+@pytest.mark.parametrize("form", ESCAPED)
+def test_a_password_with_backslashes_is_masked(form: str) -> None:
+    """A password may have any characters, and each language escapes them in its own way."""
+    add_secret("Basic " + base64.b64encode(f"me:{PASSWORD}".encode()).decode())
+    text = mask(f"no access with {form} at all")
+    assert MASK in text
+    assert len(text) < 45
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)

@@ -72,6 +72,10 @@ docker exec db mysqldump -phunter2                            | docker exec db m
 docker run -p 80:80 -ePASS=hunter2 x                          | docker run -p 80:80 -ePASS=*** x
 docker login -u me -p hunter2 reg                             | docker login -u me -p *** reg
 sshpass -p hunter2 ssh -p 22 host                             | sshpass -p *** ssh -p 22 host
+mysqladmin -u root password hunter2                           | mysqladmin -u root password ***
+pdftk in.pdf output out.pdf user_pw hunter2                   | pdftk in.pdf output out.pdf user_pw ***
+kubectl create secret generic x --from-literal=foo=hunter2    | kubectl create secret generic x --from-literal=***
+winexe -U me%hunter2 //host dir                               | winexe -U *** //host dir
 sshpass -phunter2 ssh host mysql -phunter2                    | sshpass -p*** ssh host mysql -p***
 curl -u me:hunter2 -o x https://h                             | curl -u *** -o x https://h
 curl -fsSLume:hunter2 https://h                               | curl -fsSLu*** https://h
