@@ -37,7 +37,7 @@ test-pythons: $(VENV)/.installed-dev
 	@$(BIN)/python -m tests.pythons $(VENV)/pythons $(PYTHON_VERSIONS) -- -q -n $(WORKERS) --dist worksteal
 
 # What is in deploy/ and the page against the real things: Debian's prometheus (with promtool), docker-compose and chromium, and npm for Grafana's grammars.
-# SERVICES=stores takes only real stores, which are built from Go modules: 15 minutes once. SERVICES=prefect takes only a real
+# SERVICES=stores takes only real stores, which are built from Go modules: 25 minutes once. SERVICES=prefect takes only a real
 # Prefect server, which is installed into an environment of its own. SERVICES=deploy takes only the rest.
 SERVICES := all
 STORES := tests/stores
@@ -115,7 +115,7 @@ test-fused-client: $(VENV)/.installed-dev
 
 # The delivery guarantee under faults, about a quarter of an hour: PROVE_SEED=N repeats a run's choices, PROVE_KILLS=N is the number
 # of SIGKILLs, PROVE_ONLY='GLOB|...' takes some rows, PROVE_JSON=FILE keeps the table for machines,
-# PROVE_DOCS=1 writes the rows that ran into docs/proof.md.
+# PROVE_DOCS=1 writes the rows that ran into docs/proof.md. PROVE_TAILSPAN=PATH runs the agent of another build.
 PROVE_SEED := 0
 PROVE_KILLS := 200
 PROVE_ONLY :=

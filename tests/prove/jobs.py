@@ -38,8 +38,9 @@ class NumberedJob:
 
     spans = SPANS
 
-    def __init__(self, api: FakeJobApi, name: str, *, start_ms: int | None = None) -> None:
+    def __init__(self, api: FakeJobApi, name: str, *, start_ms: int | None = None, fill: str = "x") -> None:
         self.name = name
+        self._fill = fill
         self.handed = 0
         self.ended = False
         self.after_reply: Callable[[], object] = lambda: None
@@ -133,7 +134,7 @@ class NumberedJob:
         return earliest, earliest + NANOS_PER_MS - 1
 
     def _text(self, number: int) -> str:
-        return line_text(self.name, number, "x" * self._pads[number])
+        return line_text(self.name, number, self._fill * self._pads[number])
 
     def _on_read(self, number: int) -> None:
         self._asked = self.written

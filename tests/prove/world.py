@@ -33,7 +33,7 @@ from tests.prove.found import Found
 from tests.prove.jobs import LocalNumberedJob, NumberedJob
 from tests.prove.tally import Span, count_spans
 
-TAILSPAN = str(Path(sys.executable).with_name("tailspan"))
+TAILSPAN = os.environ.get("PROVE_TAILSPAN") or str(Path(sys.executable).with_name("tailspan"))
 PATIENCE_S = 60.0
 _SETTLE_S = 600.0
 _RELOADED = "the configuration was"
