@@ -48,6 +48,7 @@ class FakeDagster(FakeJsonApi):
         launched: The parameters of each launch so far.
         documents: The name of each document so far.
         page: Events in a reply, at most.
+        keeps_output: Whether output can be read: not with `NoOpComputeLogManager`.
         busy: Names of documents that get status 503, once each.
     """
 
@@ -58,6 +59,7 @@ class FakeDagster(FakeJsonApi):
         self.launched: list[dict[str, Any]] = []
         self.documents: list[str] = []
         self.page = 1000
+        self.keeps_output = True
         self.busy: list[str] = []
         self._runs: dict[str, _Run] = {}
         self._random = random.Random(1)
@@ -201,6 +203,8 @@ class FakeDagster(FakeJsonApi):
         return {"__typename": "EventConnection", "cursor": cursor, "hasMore": len(seen) > len(page), "events": events}
 
     def _printed(self, key: list[str], start: str, limit: int) -> dict[str, Any]:
+        if not self.keeps_output:
+            return {"stdout": None, "stderr": None, "cursor": "0:0"}
         files = self._runs[key[0]].printed.get(key[2], [b"", b""])
         offsets = [int(one) for one in start.split(":")]
         pieces = [one[offset : offset + limit] for one, offset in zip(files, offsets, strict=True)]

@@ -199,9 +199,12 @@ def run_lines(dagster: Dagster, run_id: str) -> Counter[Line]:
     """The lines of one run: events from the API, output from the files on disk."""
     lines: Counter[Line] = Counter()
     retries: Counter[str] = Counter()
-    for event in dagster.query(EVENTS, id=run_id)["events"]:
+    events = dagster.query(EVENTS, id=run_id)["events"]
+    # One process executes all steps of that job, and names the first one: it says nothing of what it prints.
+    in_process = any(event["message"].startswith("Executing steps in process") for event in events)
+    for event in events:
         steps = event.get("stepKeys") or []
-        step = event["stepKey"] or (steps[0] if len(steps) == 1 else "")
+        step = event["stepKey"] or (steps[0] if len(steps) == 1 and not in_process else "")
         attempt = f"{step}.{retries[step] + 1}" if retries[step] else step
         name = step.partition("[")[0]
         for text in [*(event["message"] or event["eventType"]).split("\n"), *traceback_of(event.get("error"))]:

@@ -35,7 +35,7 @@ from tailspan.errors import (
 )
 from tailspan.http.client import BROKEN, NEVER_SENT, TOO_SLOW, HttpClient, Reply
 from tailspan.logs.clean import printable
-from tailspan.services._json_stream import ReplyError, Splitter
+from tailspan.services._json_stream import ReplyError, Splitter, decode_json
 
 __all__ = [
     "Authorization",
@@ -63,6 +63,7 @@ _KEEP_ALIVE_S = 90.0
 _MAX_IDLE = 20
 _MAX_ERROR_CHARS = 500
 _DEFAULT_PORTS = {"http": 80, "https": 443}
+_ANY_JSON = msgspec.json.Decoder()
 
 Params = Mapping[str, int | str] | Sequence[tuple[str, str]]
 
@@ -347,8 +348,8 @@ class ServiceRequests:
 
     def _json(self, method: str, path: str, body: bytes, job_id: str | None) -> Any:
         try:
-            return msgspec.json.decode(body)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return decode_json(_ANY_JSON, body)
+        except msgspec.DecodeError:
             raise self.protocol_error(f"{method} {path}: the reply is not JSON", job_id) from None
 
     async def _retried(

@@ -10,15 +10,16 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
 from tailspan.errors import ConfigError
 from tailspan.logs.page import NANOS_PER_MS, Line, TaskRef
 from tailspan.services._http_service import pack_cursor, unpack_cursor
+from tailspan.services.dagster.wire import ErrorInfo, Event
 
 __all__ = [
     "Capture",
@@ -38,7 +39,7 @@ _OVERLAP_S = 4.0
 _OLDER_EVENTS = 32
 _DIGEST_BYTES = 8
 _REPLACEMENT = "\ufffd"
-# Output that was printed before the end of a step reaches its file a moment later.
+# CapturedLogs that was printed before the end of a step reaches its file a moment later.
 _LATE_OUTPUT_S = 5.0
 # An object store has it once it is uploaded.
 _LATE_FILE_S = 60.0
@@ -54,6 +55,7 @@ _COLOUR = r"(?:\x1b\[[\d;]*m)?"
 _RECORD = re.compile(
     rf"{_COLOUR}(\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{{4}}){_COLOUR} - dagster - {_COLOUR}[A-Z]+{_COLOUR} - (.*)"
 )
+_IN_PROCESS = "Executing steps in process"
 _LINKS = (
     "",
     "Stack Trace:",
@@ -109,7 +111,7 @@ class Item(NamedTuple):
     """
 
     line: Line
-    event: Mapping[str, Any] | None = None
+    event: Event | None = None
     capture: str = ""
     stream: int = 0
     offset: int | None = None
@@ -135,6 +137,8 @@ class Position:
         self._before: list[bytes] = []
         self._since: list[bytes] = []
         self._retries: dict[str, int] = {}
+        # Whether one process executes all steps: its capture names those that are known then, without dynamic ones.
+        self._in_process = False
 
     @classmethod
     def read(cls, cursor: bytes | None, *, service: str, job_id: str) -> Position:
@@ -154,7 +158,7 @@ class Position:
         position = cls()
         position.after, position._next, position._next_s = found.after, found.next, found.next_s
         position._older, position._before, position._since = map(_split, (found.older, found.before, found.since))
-        position._retries = found.retries
+        position._retries, position._in_process = found.retries, found.in_process
         position.captures = {capture.key: capture for capture in found.captures}
         return position
 
@@ -168,6 +172,7 @@ class Position:
             before=b"".join(self._before),
             since=b"".join(self._since),
             retries=self._retries,
+            in_process=self._in_process,
             captures=list(self.captures.values()),
         )
         return pack_cursor({"d": msgspec.to_builtins(packed, builtin_types=(bytes,))})
@@ -176,7 +181,7 @@ class Position:
         """Return a position that is changed apart from this one."""
         return Position.read(self.pack(), service="", job_id="")
 
-    def new_events(self, events: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], str, int]]:
+    def new_events(self, events: Sequence[Event]) -> list[tuple[Event, str, int]]:
         """Return the events that were not read.
 
         Args:
@@ -188,35 +193,33 @@ class Position:
         """
         known, older = Counter([*self._before, *self._since]), Counter(self._older)
         seen: Counter[bytes] = Counter()
-        instants: Counter[tuple[str, str | None]] = Counter()
+        instants: Counter[tuple[int, str | None]] = Counter()
         found = []
         for event in events:
-            digest, instant = _digest(event), (event["timestamp"], event.get("stepKey"))
+            digest, instant = _digest(event), (event.timestamp, event.step_key)
             seen[digest] += 1
             if seen[digest] > known[digest]:
                 found.append((event, f"{digest.hex()}.{older[digest] + seen[digest]}", instants[instant]))
             instants[instant] += 1
         return found
 
-    def add(self, event: Mapping[str, Any]) -> None:
+    def add(self, event: Event) -> None:
         """Note an event as read, and what it says of steps and processes."""
         self._since.append(_digest(event))
-        kind, step, ms = event.get("eventType"), event.get("stepKey") or "", int(event["timestamp"])
-        if kind == "LOGS_CAPTURED" and event.get("fileKey"):
-            steps: Sequence[str] = event.get("stepKeys") or ()
-            step = steps[0] if len(steps) == 1 else ""
-            self.captures[event["fileKey"]] = Capture(event["fileKey"], step, self._attempt(step), ms, 0)
-        if kind in _STEP_ENDS or kind in _RUN_ENDS:
+        kind, step, ms = event.event_type, self._step_of(event), event.timestamp
+        self._in_process |= kind == "ENGINE_EVENT" and (event.message or "").startswith(_IN_PROCESS)
+        if kind == "LOGS_CAPTURED" and event.file_key:
+            self.captures[event.file_key] = Capture(event.file_key, step, self._attempt(step), ms, 0)
+        elif kind in _STEP_ENDS or kind in _RUN_ENDS:
             for capture in self.captures.values():
                 if not capture.ended_ms and (kind in _RUN_ENDS or (step and capture.step == step)):
                     capture.ended_ms = max(ms, capture.started_ms)
         if kind == "STEP_UP_FOR_RETRY":
             self._retries[step] = self._retries.get(step, 0) + 1
 
-    def task_of(self, event: Mapping[str, Any]) -> TaskRef | None:
+    def task_of(self, event: Event) -> TaskRef | None:
         """Return the attempt that an event belongs to, before it is added; None for one of the run."""
-        steps: Sequence[str] = event.get("stepKeys") or ()
-        step = event.get("stepKey") or (steps[0] if len(steps) == 1 else "")
+        step = self._step_of(event)
         return TaskRef(step, step_name(step), self._attempt(step)) if step else None
 
     def advance(self, item: Item) -> None:
@@ -257,6 +260,12 @@ class Position:
         """Forget the processes that print nothing more."""
         self.captures = {key: one for key, one in self.captures.items() if not one.is_over(now_s)}
 
+    def _step_of(self, event: Event) -> str:
+        """Return the step of an event; empty for one of the run, or of several steps."""
+        if event.step_key or len(event.step_keys) != 1 or self._in_process:
+            return event.step_key or ""
+        return event.step_keys[0]
+
     def _attempt(self, step: str) -> int:
         return self._retries.get(step, 0) + 1
 
@@ -269,6 +278,7 @@ class _Packed(msgspec.Struct, array_like=True):
     before: bytes
     since: bytes
     retries: dict[str, int]
+    in_process: bool
     captures: list[Capture]
 
 
@@ -296,15 +306,14 @@ class Records:
         self._run = f" - {run_id} - "
         self._more: dict[str, frozenset[str]] = {}
 
-    def add(self, event: Mapping[str, Any]) -> None:
+    def add(self, event: Event) -> None:
         """Note the lines of an event's record that follow the first one."""
-        first, *more = str(event.get("message") or "").split("\n")
-        error = event.get("error")
-        if error:
+        first, *more = (event.message or "").split("\n")
+        if event.error is not None:
             more += _LINKS
-            for one in _chain(error):
-                lines = "".join((one.get("message") or "", *(one.get("stack") or ()))).split("\n")
-                more += [*lines, (one.get("message") or "").strip() + ":"]
+            for one in event.error.chain():
+                more += "".join((one.message or "", *one.stack)).split("\n")
+                more.append((one.message or "").strip() + ":")
         if more:
             self._more[first] = self._more.get(first, frozenset()) | frozenset(line.rstrip() for line in more)
             if len(self._more) > _MAX_RECORDS:
@@ -414,7 +423,7 @@ def _reaches_end(lines: Sequence[str], place: int, more: frozenset[str]) -> bool
     return all(line.rstrip() in more for line in lines[place + 1 :])
 
 
-def event_items(event: Mapping[str, Any], uid: str, place: int, task: TaskRef | None) -> list[Item]:
+def event_items(event: Event, uid: str, place: int, task: TaskRef | None) -> list[Item]:
     """Return the lines of an event: its message, and its error as Python prints it.
 
     Args:
@@ -423,10 +432,9 @@ def event_items(event: Mapping[str, Any], uid: str, place: int, task: TaskRef | 
         place: Its place among the events of its step in the same millisecond, from 0.
         task: The attempt that it belongs to.
     """
-    texts = str(event.get("message") or event.get("eventType") or "").split("\n")
-    texts += error_lines(event.get("error"))
-    nano = int(event["timestamp"]) * NANOS_PER_MS + min(place, _MAX_PLACE) * _NANOS_A_PLACE
-    severity = _SEVERITIES.get(event.get("level") or "", 0)
+    texts = (event.message or event.event_type or "").split("\n") + error_lines(event.error)
+    nano = event.timestamp * NANOS_PER_MS + min(place, _MAX_PLACE) * _NANOS_A_PLACE
+    severity = _SEVERITIES.get(event.level or "", 0)
     items = [
         Item(Line(nano + min(number, _NANOS_A_PLACE - 1), text, "", task, severity, f"{uid}.{number}"))
         for number, text in enumerate(texts)
@@ -435,14 +443,14 @@ def event_items(event: Mapping[str, Any], uid: str, place: int, task: TaskRef | 
     return items
 
 
-def error_lines(error: Mapping[str, Any] | None) -> list[str]:
+def error_lines(error: ErrorInfo | None) -> list[str]:
     """Return the traceback of an error and of its causes, the program's own error last."""
     lines: list[str] = []
-    for one in _chain(error) if error else ():
+    for one in error.chain() if error is not None else ():
         lines += ["The above exception was caused by the following exception:"] if lines else []
-        stack = "".join(one.get("stack") or ()).rstrip("\n")
+        stack = "".join(one.stack).rstrip("\n")
         lines += ["Traceback (most recent call last):", *stack.split("\n")] if stack else []
-        lines += (one.get("message") or one.get("className") or "").rstrip("\n").split("\n")
+        lines += one.text.split("\n")
     return lines
 
 
@@ -462,14 +470,8 @@ def step_name(step: str) -> str:
     return step.partition("[")[0]
 
 
-def _chain(error: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    yield error
-    for link in error.get("errorChain") or ():
-        yield link["error"]
-
-
-def _digest(event: Mapping[str, Any]) -> bytes:
-    parts = (event["timestamp"], event.get("eventType") or "", event.get("stepKey") or "", event.get("message") or "")
+def _digest(event: Event) -> bytes:
+    parts = (str(event.timestamp), event.event_type or "", event.step_key or "", event.message or "")
     return hashlib.blake2b("\0".join(parts).encode("utf-8", "replace"), digest_size=_DIGEST_BYTES).digest()
 
 

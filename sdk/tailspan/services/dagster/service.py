@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
@@ -36,7 +36,8 @@ from tailspan.services.dagster.log import (
     head_bytes,
     output_items,
 )
-from tailspan.services.dagster.queries import (
+from tailspan.services.dagster.tasks import STATES, Notes, Plan, read_plan, state_of, task_runs, utc
+from tailspan.services.dagster.wire import (
     EVENTS_A_PAGE,
     JOBS,
     LAUNCH,
@@ -44,12 +45,21 @@ from tailspan.services.dagster.queries import (
     RUN,
     RUNS,
     TERMINATE,
+    Answer,
+    CapturedLogs,
+    Event,
+    Events,
     PieceRequest,
+    Repositories,
+    Run,
+    Runs,
     log_query,
 )
-from tailspan.services.dagster.tasks import STATES, Notes, Plan, read_plan, state_of, task_runs, utc
 
 __all__ = ["DagsterOptions", "DagsterService"]
+
+A = TypeVar("A", bound=Answer)
+T = TypeVar("T")
 
 _RUNS_A_PAGE = 100
 _MAX_RUNS = 1_000
@@ -91,7 +101,7 @@ class _KnownRun:
     """
 
     at_s: float
-    reply: Mapping[str, Any]
+    reply: Run
     plan: Plan = field(default_factory=dict)
     notes: Notes = field(default_factory=Notes)
 
@@ -125,16 +135,16 @@ class DagsterService(HttpService, TaskService, SubmitService):
         reply, notes = run.reply, run.notes
         state = state_of(reply, notes)
         newest = {task.task_id: task for task in self._tasks(job_id, run)}
-        tags = {one["key"]: one["value"] for one in reply.get("tags") or () if not one["key"].startswith(".")}
-        before = reply.get("parentRunId")
+        tags = {tag.key: tag.value for tag in reply.tags if not tag.key.startswith(".")}
+        before = reply.parent_run_id
         return self.make_status(
             job_id,
             state,
-            job_name=reply["jobName"],
-            submitted_at=utc(reply.get("creationTime")),
-            started_at=utc(reply.get("startTime")),
-            finished_at=utc(reply.get("endTime") or reply.get("updateTime")) if state.is_terminal else None,
-            job_status=reply["status"],
+            job_name=reply.job_name,
+            submitted_at=utc(reply.creation_time),
+            started_at=utc(reply.start_time),
+            finished_at=utc(reply.end_time or reply.update_time) if state.is_terminal else None,
+            job_status=reply.status,
             error=notes.error,
             attributes={key: value for key, value in tags.items() if not key.startswith("dagster/")},
             details={key.replace("/", "."): value for key, value in tags.items() if key.startswith("dagster/")},
@@ -152,17 +162,17 @@ class DagsterService(HttpService, TaskService, SubmitService):
         """Yield the runs, newest first."""
         cursor: str | None = None
         while True:
-            found = await self._query(RUNS, {"cursor": cursor, "limit": _RUNS_A_PAGE}, "runsOrError")
+            found = await self._query(RUNS, {"cursor": cursor, "limit": _RUNS_A_PAGE}, "runsOrError", Runs)
             rows = [
                 ListedJob(
-                    job_id=run["runId"],
-                    job_name=run["jobName"],
-                    state=STATES.get(run["status"], JobState.UNKNOWN),
-                    created_at=utc(run.get("creationTime")),
-                    state_since=utc(run.get("updateTime")),
+                    job_id=run.run_id,
+                    job_name=run.job_name,
+                    state=STATES.get(run.status, JobState.UNKNOWN),
+                    created_at=utc(run.creation_time),
+                    state_since=utc(run.update_time),
                     service=self.name,
                 )
-                for run in found["results"]
+                for run in found.results
             ]
             if rows:
                 yield rows
@@ -189,10 +199,10 @@ class DagsterService(HttpService, TaskService, SubmitService):
         while more:
             read_s = time.time()
             reply, pieces = await self._read(job_id, position, position.captures.keys() - read, events=True)
-            more = bool(reply["hasMore"])
+            more = reply.has_more
             working = position.copy()
-            items = _take_events(working, reply["events"], records)
-            working.move(reply["cursor"], read_s, has_more=more)
+            items = _take_events(working, reply.events, records)
+            working.move(reply.cursor, read_s, has_more=more)
             # The end of a process is the latest time of its output, so that is read once the end is known.
             due = {key for key, one in working.captures.items() if key not in read and (one.ended_ms or not more)}
             read |= due
@@ -225,10 +235,10 @@ class DagsterService(HttpService, TaskService, SubmitService):
         status = await self.get_job(job_id)
         if status.state.is_terminal:
             return status
-        reply = await self._query(TERMINATE, {"id": job_id}, "terminateRun", job_id=job_id, reads=False)
+        reply = await self._query(TERMINATE, {"id": job_id}, "terminateRun", Answer, job_id=job_id, reads=False)
         status = await self.get_job(job_id)
-        if reply["__typename"] != "TerminateRunSuccess" and not status.state.is_terminal:
-            text = f"Dagster did not terminate the run: {reply.get('message') or reply['__typename']}"
+        if reply.typename != "TerminateRunSuccess" and not status.state.is_terminal:
+            text = f"Dagster did not terminate the run: {reply.message or reply.typename}"
             raise RequestRejectedError(text, service=self.name, job_id=job_id)
         return status
 
@@ -268,13 +278,11 @@ class DagsterService(HttpService, TaskService, SubmitService):
             "runConfigData": config,
             "executionMetadata": {"tags": [{"key": key, "value": value} for key, value in tags.items()]},
         }
-        reply = await self._query(LAUNCH, {"params": params}, "launchRun", job_id=target, reads=False)
-        if reply["__typename"] != "LaunchRunSuccess":
-            why = "; ".join(one["message"] for one in reply.get("errors") or ()) or reply.get("message")
-            raise RequestRejectedError(
-                f"Dagster did not launch {target}: {why or reply['__typename']}", service=self.name
-            )
-        return await self.get_job(reply["run"]["runId"])
+        reply = await self._query(LAUNCH, {"params": params}, "launchRun", Answer, job_id=target, reads=False)
+        if reply.run is None:
+            why = "; ".join(one.message or "" for one in reply.errors) or reply.message or reply.typename
+            raise RequestRejectedError(f"Dagster did not launch {target}: {why}", service=self.name)
+        return await self.get_job(reply.run.run_id)
 
     async def _selector(self, target: str) -> Mapping[str, str]:
         """Return where a job is defined.
@@ -285,13 +293,13 @@ class DagsterService(HttpService, TaskService, SubmitService):
         """
         place, _, name = target.rpartition("/")
         repository, _, location = place.rpartition("@")
-        reply = await self._query(JOBS, {}, "repositoriesOrError")
+        reply = await self._query(JOBS, {}, "repositoriesOrError", Repositories)
         found = [
-            (node["location"]["name"], node["name"])
-            for node in reply["nodes"]
-            if any(job["name"] == name for job in node["jobs"])
-            and location in ("", node["location"]["name"])
-            and repository in ("", node["name"])
+            (node.location.name, node.name)
+            for node in reply.nodes
+            if any(job.name == name for job in node.jobs)
+            and location in ("", node.location.name)
+            and repository in ("", node.name)
         ]
         if not found:
             raise JobNotFoundError(f"service {self.name} has no job {target}", service=self.name, job_id=target)
@@ -309,18 +317,18 @@ class DagsterService(HttpService, TaskService, SubmitService):
             if not fresh and time.monotonic() - known.at_s < _FRESH_S:
                 return known
         variables = {"id": job_id, "plan": known is None or not known.plan}
-        reply = await self._query(RUN, variables, "runOrError", job_id=job_id)
+        reply = await self._query(RUN, variables, "runOrError", Run, job_id=job_id)
         if known is None:
             known = _KnownRun(0.0, reply)
         known.at_s, known.reply = time.monotonic(), reply
         known.plan = known.plan or read_plan(reply)
         while known.notes.lacks(reply):
             variables = {"id": job_id, "after": known.notes.cursor, "limit": EVENTS_A_PAGE}
-            found = await self._query(NOTES, variables, "logsForRun", job_id=job_id)
-            for event in found["events"]:
+            found = await self._query(NOTES, variables, "logsForRun", Events, job_id=job_id)
+            for event in found.events:
                 known.notes.add(event)
-            known.notes.cursor = found["cursor"]
-            if not found["hasMore"]:
+            known.notes.cursor = found.cursor
+            if not found.has_more:
                 break
         self._runs[job_id] = known
         _forget(self._runs)
@@ -412,11 +420,11 @@ class DagsterService(HttpService, TaskService, SubmitService):
         request = PieceRequest(capture.key, *first)
         document, variables = log_query(job_id, None, [request], size, events=False)
         data = await self._send(document, variables, job_id=job_id)
-        return _pieces(data["piece0"], request, size)[stream]
+        return self._pieces(data, "piece0", request, size)[stream]
 
     async def _read(
         self, job_id: str, position: Position, keys: Collection[str], *, events: bool = False
-    ) -> tuple[dict[str, Any], dict[str, tuple[Printed, Printed]]]:
+    ) -> tuple[Events, dict[str, tuple[Printed, Printed]]]:
         """Request events after a position, and what processes have printed after it.
 
         Args:
@@ -428,7 +436,7 @@ class DagsterService(HttpService, TaskService, SubmitService):
         wanted = [one for key, one in position.captures.items() if key in keys] if self.options.compute_logs else []
         groups = [wanted[start : start + _MAX_PIECES] for start in range(0, len(wanted), _MAX_PIECES)]
         limit = _PIECE_BYTES // max(1, min(len(wanted), _MAX_PIECES))
-        reply: dict[str, Any] = {}
+        reply = Events()
         output: dict[str, tuple[Printed, Printed]] = {}
         for place, group in enumerate(groups or [[]] * events):
             requests = [PieceRequest(one.key, *one.offsets) for one in group]
@@ -436,9 +444,9 @@ class DagsterService(HttpService, TaskService, SubmitService):
             document, variables = log_query(job_id, position.after, requests, limit, events=with_events)
             data = await self._send(document, variables, job_id=job_id)
             if with_events:
-                reply = self._checked(data, "logsForRun", job_id)
+                reply = self._checked(data, "logsForRun", Events, job_id)
             for number, request in enumerate(requests):
-                output[request.key] = _pieces(data[f"piece{number}"], request, limit)
+                output[request.key] = self._pieces(data, f"piece{number}", request, limit)
         return reply, output
 
     async def _query(
@@ -446,12 +454,13 @@ class DagsterService(HttpService, TaskService, SubmitService):
         document: str,
         variables: Mapping[str, Any],
         name: str,
+        kind: type[A],
         *,
         job_id: str | None = None,
         reads: bool = True,
-    ) -> dict[str, Any]:
+    ) -> A:
         """Return one field of a reply; see `_checked`."""
-        return self._checked(await self._send(document, variables, job_id=job_id, reads=reads), name, job_id)
+        return self._checked(await self._send(document, variables, job_id=job_id, reads=reads), name, kind, job_id)
 
     async def _send(
         self, document: str, variables: Mapping[str, Any], *, job_id: str | None = None, reads: bool = True
@@ -459,10 +468,17 @@ class DagsterService(HttpService, TaskService, SubmitService):
         """Return the data of a reply.
 
         Raises:
+            ProtocolError: There is no GraphQL API at this address.
             ServiceUnavailableError: The server could not resolve all of it.
         """
         body = {"query": document, "variables": variables}
-        reply = await self.http.send_json("POST", "/graphql", body, job_id=job_id, reads=reads)
+        try:
+            # Without a job: a status 404 is about the address, since an unknown run has a reply.
+            reply = await self.http.send_json("POST", "/graphql", body, reads=reads)
+        except RequestRejectedError as error:
+            if error.status_code in (404, 405):
+                raise self.http.protocol_error(f"{error}: this is not Dagster's API", job_id) from None
+            raise
         if not isinstance(reply, dict) or not isinstance(reply.get("data"), dict):
             raise self.http.protocol_error("POST /graphql: the reply is not one of GraphQL", job_id)
         if reply.get("errors"):
@@ -471,31 +487,48 @@ class DagsterService(HttpService, TaskService, SubmitService):
         data: dict[str, Any] = reply["data"]
         return data
 
-    def _checked(self, data: Mapping[str, Any], name: str, job_id: str | None) -> dict[str, Any]:
+    def _checked(self, data: Mapping[str, Any], name: str, kind: type[A], job_id: str | None) -> A:
         """Return one field of a reply's data; errors have HTTP status 200 and a type of their own.
 
         Raises:
             JobNotFoundError: There is no such run.
             ServiceError: Another error; see the tree in `tailspan.errors`.
         """
-        found = data.get(name)
-        if not isinstance(found, dict):
-            raise self.http.protocol_error(f"POST /graphql: the reply has no {name}", job_id)
-        kind = found.get("__typename")
-        text = f"{name}: {kind}: {found.get('message')}"
-        if kind == "RunNotFoundError":
+        answer = self._read_as(data, name, Answer, job_id)
+        text = f"{name}: {answer.typename}: {answer.message}"
+        if answer.typename == "RunNotFoundError":
             raise JobNotFoundError(f"service {self.name} knows no job {job_id}", service=self.name, job_id=job_id)
-        if kind == "UnauthorizedError":
+        if answer.typename == "UnauthorizedError":
             raise AuthError(text, service=self.name, job_id=job_id)
-        if kind == "PythonError":
+        if answer.typename == "PythonError":
             raise ServiceUnavailableError(text, service=self.name, job_id=job_id)
-        return found
+        return self._read_as(data, name, kind, job_id)
+
+    def _read_as(self, data: Mapping[str, Any], name: str, kind: type[T], job_id: str | None) -> T:
+        try:
+            # A timestamp is a number as a text.
+            return msgspec.convert(data.get(name), kind, strict=False)
+        except msgspec.ValidationError as error:
+            raise self.http.protocol_error(f"POST /graphql: {name}: {error}", job_id) from None
+
+    def _pieces(self, data: Mapping[str, Any], name: str, request: PieceRequest, limit: int) -> tuple[Printed, Printed]:
+        """Return the pieces of both streams; a file that is not there, or not yet, has none."""
+        output = self._read_as(data, name, CapturedLogs, None)
+        ends = (output.cursor or "0:0").split(":")
+        if len(ends) != len(request) - 1 or not all(one.isdecimal() for one in ends):
+            raise self.http.protocol_error(f"POST /graphql: {output.cursor!r} is not a cursor of output", None)
+        sizes = [int(end) - start for start, end in zip(request[1:], ends, strict=True)]
+        stdout, stderr = (
+            Printed(text, size, size >= limit) if text and size > 0 else Printed("", 0, False)
+            for text, size in zip((output.stdout, output.stderr), sizes, strict=True)
+        )
+        return stdout, stderr
 
     def _url(self, job_id: str) -> str:
         return f"{(self.options.ui_url or self.identity).rstrip('/')}/runs/{path_segment(job_id)}"
 
 
-def _take_events(position: Position, events: Sequence[Mapping[str, Any]], records: Records) -> list[Item]:
+def _take_events(position: Position, events: Sequence[Event], records: Records) -> list[Item]:
     """Return the lines of the events that were not read; move the position behind them."""
     items: list[Item] = []
     for event, uid, place in position.new_events(events):
@@ -504,17 +537,6 @@ def _take_events(position: Position, events: Sequence[Mapping[str, Any]], record
     for event in events:
         records.add(event)
     return items
-
-
-def _pieces(reply: Mapping[str, Any] | None, request: PieceRequest, limit: int) -> tuple[Printed, Printed]:
-    """Return the pieces of both streams; a file that is not there, or not yet, has none."""
-    reply = reply or {}
-    ends = [int(one) for one in (reply.get("cursor") or "0:0").split(":")]
-    found = []
-    for name, start, end in zip(("stdout", "stderr"), request[1:], ends, strict=True):
-        size = end - start if reply.get(name) else 0
-        found.append(Printed(reply[name], size, size >= limit) if size > 0 else Printed("", 0, False))
-    return found[0], found[1]
 
 
 def _command(command: Sequence[str]) -> tuple[str, dict[str, Any]]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Any
 from urllib.parse import urlencode
 
 import msgspec
 
 from tailspan.models import JobState, TaskRun
 from tailspan.services.dagster.log import step_name
+from tailspan.services.dagster.wire import ErrorInfo, Event, Run, StepStats
 
 __all__ = ["STATES", "Notes", "Plan", "read_plan", "state_of", "task_runs", "utc"]
 
@@ -52,74 +52,71 @@ class Notes(msgspec.Struct):
     starts: dict[tuple[str, int], int] = {}
     errors: dict[tuple[str, int], tuple[str, bool]] = {}
 
-    def add(self, event: Mapping[str, Any]) -> None:
+    def add(self, event: Event) -> None:
         """Take in an event."""
-        kind, step = event.get("eventType"), event.get("stepKey") or ""
+        kind, step = event.event_type, event.step_key or ""
         attempt = self.retries.get(step, 0) + 1
         if kind == "STEP_RESTARTED":
-            self.starts[step, attempt] = int(event["timestamp"])
+            self.starts[step, attempt] = event.timestamp
         elif kind == "RUN_FAILURE":
-            self.error = event.get("message") or None
+            self.error = event.message or None
         elif kind in ("STEP_FAILURE", "STEP_UP_FOR_RETRY"):
-            self.errors[step, attempt] = _error(event.get("error") or {})
+            self.errors[step, attempt] = _error(event.error)
         if kind == "STEP_UP_FOR_RETRY":
             self.retries[step] = attempt
 
-    def lacks(self, run: Mapping[str, Any]) -> bool:
+    def lacks(self, run: Run) -> bool:
         """Return whether events that were not read say more of a run."""
-        if run["status"] == "FAILURE" and self.error is None:
+        if run.status == "FAILURE" and self.error is None:
             return True
-        for stats in run.get("stepStats") or ():
-            step, ended = stats["stepKey"], len(stats.get("attempts") or ())
-            failed = ended if stats.get("status") == "FAILURE" else ended - (stats.get("status") == "SUCCESS")
-            if stats.get("status") != "SKIPPED" and any((step, one) not in self.errors for one in range(1, failed + 1)):
+        for stats in run.step_stats:
+            step, ended, status = stats.step_key, len(stats.attempts), stats.status
+            failed = 0 if status == "SKIPPED" else ended - (status == "SUCCESS")
+            if any((step, attempt) not in self.errors for attempt in range(1, failed + 1)):
                 return True
-            if stats.get("status") == "IN_PROGRESS" and ended and (step, ended + 1) not in self.starts:
+            if status == "IN_PROGRESS" and ended and (step, ended + 1) not in self.starts:
                 return True
         return False
 
 
-def read_plan(run: Mapping[str, Any]) -> Plan:
+def read_plan(run: Run) -> Plan:
     """Return the steps of a run's plan, each with those that it waits for."""
-    steps = (run.get("executionPlan") or {}).get("steps") or ()
+    steps = run.execution_plan.steps if run.execution_plan is not None else []
     return {
-        step["key"]: tuple(
-            dict.fromkeys(one["key"] for source in step.get("inputs") or () for one in source.get("dependsOn") or ())
-        )
-        for step in steps
+        step.key: tuple(dict.fromkeys(one.key for source in step.inputs for one in source.depends_on)) for step in steps
     }
 
 
-def state_of(run: Mapping[str, Any], notes: Notes) -> JobState:
+def state_of(run: Run, notes: Notes) -> JobState:
     """Return the state of a run."""
-    state = STATES.get(run["status"], JobState.UNKNOWN)
+    state = STATES.get(run.status, JobState.UNKNOWN)
     if state is JobState.FAILED and ((notes.error or "").startswith(_TOO_LONG) or _tag(run) == "START_TIMEOUT"):
         return JobState.TIMED_OUT
     return state
 
 
-def task_runs(run: Mapping[str, Any], plan: Plan, notes: Notes, run_url: str) -> list[TaskRun]:
+def task_runs(run: Run, plan: Plan, notes: Notes, run_url: str) -> list[TaskRun]:
     """Return every attempt of every step, oldest first."""
-    stats = {one["stepKey"]: one for one in run.get("stepStats") or ()}
-    state = STATES.get(run["status"], JobState.UNKNOWN)
+    stats = {one.step_key: one for one in run.step_stats}
+    state = STATES.get(run.status, JobState.UNKNOWN)
     steps = dict.fromkeys((*(step for step in plan if not step.endswith(_UNRESOLVED)), *stats))
     found = [
         task
         for step in steps
-        for task in _attempts(step, stats.get(step, {}), _after(step, plan, list(steps)), state, notes, run_url)
+        for task in _attempts(stats.get(step) or StepStats(step), _after(step, plan, steps), state, notes, run_url)
     ]
     return sorted(found, key=lambda task: (_order(task), task.attempt))
 
 
 def _attempts(
-    step: str, stats: Mapping[str, Any], after: tuple[str, ...], state: JobState, notes: Notes, run_url: str
+    stats: StepStats, after: tuple[str, ...], state: JobState, notes: Notes, run_url: str
 ) -> Iterator[TaskRun]:
-    status, ended = stats.get("status"), stats.get("attempts") or ()
-    launches = sorted(one["startTime"] for one in stats.get("markers") or () if one.get("startTime"))
+    step, status, ended = stats.step_key, stats.status, stats.attempts
+    launches = sorted(one.start_time for one in stats.markers if one.start_time is not None)
     page = f"{run_url}?{urlencode({'selection': step, 'logs': f'step:{step}'})}"
 
     def task(attempt: int, started: float | None, finished: float | None, result: str | None) -> TaskRun:
-        before = ended[attempt - 2]["endTime"] if attempt > 1 and len(ended) >= attempt - 1 else 0.0
+        before = (ended[attempt - 2].end_time or 0.0) if attempt > 1 else 0.0
         submitted = next((one for one in launches if before <= one and one <= (started or one)), None)
         error, interrupted = notes.errors.get((step, attempt), ("", False))
         return TaskRun(
@@ -137,11 +134,11 @@ def _attempts(
 
     for place, one in enumerate(ended):
         result = "failure" if place < len(ended) - 1 else _RESULTS.get(status or "", "failure")
-        yield task(place + 1, one.get("startTime"), one.get("endTime"), result)
+        yield task(place + 1, one.start_time, one.end_time, result)
     if status in _RESULTS and ended:
         return
     attempt = len(ended) + 1
-    first = stats.get("startTime") if not ended else None
+    first = stats.start_time if not ended else None
     again = notes.starts.get((step, attempt))
     started = first if first is not None else again and again / 1000
     if not state.is_terminal:
@@ -152,7 +149,7 @@ def _attempts(
         yield task(attempt, None, None, "skip")
 
 
-def _after(step: str, plan: Plan, steps: Sequence[str]) -> tuple[str, ...]:
+def _after(step: str, plan: Plan, steps: Iterable[str]) -> tuple[str, ...]:
     own = plan.get(step) or plan.get(f"{step_name(step)}{_UNRESOLVED}", ())
     found: dict[str, None] = {}
     for one in own:
@@ -166,15 +163,14 @@ def _after(step: str, plan: Plan, steps: Sequence[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _error(error: Mapping[str, Any]) -> tuple[str, bool]:
+def _error(error: ErrorInfo | None) -> tuple[str, bool]:
     """Return the message of an error's deepest cause, and whether it is an interruption."""
-    chain = [error, *(link["error"] for link in error.get("errorChain") or ())]
-    message = (chain[-1].get("message") or chain[-1].get("className") or "").strip()
-    return message, any(one.get("className") == _INTERRUPTED for one in chain)
+    chain = [] if error is None else list(error.chain())
+    return chain[-1].text.strip() if chain else "", any(one.class_name == _INTERRUPTED for one in chain)
 
 
-def _tag(run: Mapping[str, Any]) -> str | None:
-    return next((one["value"] for one in run.get("tags") or () if one["key"] == "dagster/failure_reason"), None)
+def _tag(run: Run) -> str | None:
+    return next((tag.value for tag in run.tags if tag.key == "dagster/failure_reason"), None)
 
 
 def _order(task: TaskRun) -> tuple[bool, datetime]:
@@ -183,5 +179,8 @@ def _order(task: TaskRun) -> tuple[bool, datetime]:
 
 
 def utc(seconds: float | None) -> datetime | None:
-    """Return a time of the API, in seconds since the epoch, as a datetime."""
-    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
+    """Return a time of the API, in seconds since the epoch, as a datetime; None for one that there cannot be."""
+    try:
+        return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
+    except (ValueError, OverflowError, OSError):
+        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections import Counter
@@ -15,12 +16,19 @@ import pytest
 
 from tailspan import Client, load_settings
 from tailspan._identity import trace_id
-from tailspan.errors import AuthError, ConfigError, JobNotFoundError, RequestRejectedError, ServiceUnavailableError
+from tailspan.errors import (
+    AuthError,
+    ConfigError,
+    JobNotFoundError,
+    ProtocolError,
+    RequestRejectedError,
+    ServiceUnavailableError,
+)
 from tailspan.logs.page import LogPage
 from tailspan.models import JobState
 from tailspan.services.dagster import DagsterOptions, DagsterService
 from tailspan.services.registry import open_service
-from tailspan.testing import ServiceConformance
+from tailspan.testing import ServiceConformance, check_service
 from tests.fakes.dagster import START_S, FakeDagster, error
 
 RECORDED = Path(__file__).parents[4] / "data" / "dagster"
@@ -201,6 +209,54 @@ def test_dynamic_steps(dagster, client):
         ("two[b]", "two", ("one[b]",)),
         ("gather", "gather", ("two[a]", "two[b]")),
     ]
+
+
+# Of each run recorded at a real server: its tasks, what they printed, and the error of the run.
+RUNS: dict[str, tuple[list[tuple[str, int, str]], list[tuple[str, str]], str | None]] = {
+    "nightly": (
+        [("flaky", 1, "failure"), ("flaky", 2, "success")]
+        + [(step, 1, "success") for step in ("extract", "slow", "load")],
+        [("flaky", "plain print 0"), ("flaky", "err before"), ("flaky", "plain print 1")]
+        + [("flaky", "err before"), ("flaky", "err after"), ("extract", "err of a library")]
+        + [("slow", f"tick {number} " + "\u00e4\U0001f600" * (number % 9)) for number in range(10)]
+        + [("slow", "not \ufffd\ufffd UTF-8"), ("slow", ""), ("slow", "x" * 400), ("slow", "no newline at the end")]
+        + [("slow", "err raw \ufffd")],
+        None,
+    ),
+    "broken": (
+        [("boom", 1, "failure"), ("never", 1, "skip")],
+        [("boom", "about to fail")],
+        "Execution of run for \"broken\" failed. Steps failed: ['boom'].",
+    ),
+    "hanging": ([("hang", 1, "cancellation"), ("never", 1, "skip")], [("hang", "hanging")], None),
+    "mapped": (
+        [(step, 1, "success") for step in ("fan", "work[a]", "work[b]", "work[c]", "gather")],
+        [("", "work a"), ("", "work b"), ("", "work c"), ("", "err gathered")],
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_runs_recorded_at_a_real_server(dagster, client, name):
+    """Tasks, output and error of runs as the real API returns them: with retry, failure, cancel and dynamic output."""
+    tasks, printed, failure = RUNS[name]
+    job_id = dagster.load(RECORDED / f"{name}.json")
+    status = client.get_status(job_id)
+    assert (status.job_name, status.error) == (name, failure)
+    assert (status.total_tasks, status.finished_tasks) == (len({task[0] for task in tasks}),) * 2
+    assert [(task.task_id, task.attempt, task.result) for task in client.get_tasks(job_id)] == tasks
+    lines = client.get_logs(job_id)
+    output = [one for stream in ("stdout", "stderr") for one in lines if one.get("stream") == stream]
+    assert sorted((one.get("task") or "", one["message"]) for one in output) == sorted(printed)
+    assert [one["timestamp"] for one in lines] == sorted(one["timestamp"] for one in lines)
+    events = json.loads((RECORDED / f"{name}.json").read_text())["events"]
+    assert {(one["timestamp"], one["message"]) for one in lines}.issuperset(
+        (int(event["timestamp"]), text)
+        for event in events
+        for text in (event["message"] or event["eventType"]).split("\n")
+    )
+    check_service(lambda: service_of(dagster), job_id=job_id, promises=["pages", "resume"])
 
 
 @pytest.mark.parametrize(
@@ -406,6 +462,14 @@ def test_output_has_the_time_of_reading_within_its_step(dagster, monkeypatch):
     assert not pages_of(service_of(dagster), job_id, last[-1].cursor)
 
 
+def test_a_server_that_keeps_no_output(dagster):
+    """With `NoOpComputeLogManager`, the Helm chart's default, there are events only."""
+    dagster.keeps_output = False
+    pages = pages_of(service_of(dagster), add_flaky(dagster))
+    assert not [line for page in pages for line in page.messages() if "stream" in line]
+    assert texts_of(pages)[-1] == "second line"
+
+
 def test_polls_are_cheap(dagster):
     """A poll is two requests: status with steps, and events with the output of all processes."""
     job_id, service = dagster.add_run(plan={"one": []}), service_of(dagster)
@@ -496,7 +560,7 @@ def test_errors_name_the_cause(dagster, client):
     wrong = service_of(dagster, base_url=f"{dagster.url}/other")
 
     async def read() -> None:
-        with pytest.raises(JobNotFoundError):
+        with pytest.raises(ProtocolError, match=r"not Dagster's API; check services\.dagster\.base_url"):
             await wrong.get_job(job_id)
         await wrong.aclose()
 

@@ -1,11 +1,32 @@
-"""The GraphQL documents of the Dagster service."""
+"""The GraphQL documents of the Dagster service, and the replies as far as they are used."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["EVENTS_A_PAGE", "JOBS", "LAUNCH", "NOTES", "RUN", "RUNS", "TERMINATE", "PieceRequest", "log_query"]
+import msgspec
+
+__all__ = [
+    "EVENTS_A_PAGE",
+    "JOBS",
+    "LAUNCH",
+    "NOTES",
+    "RUN",
+    "RUNS",
+    "TERMINATE",
+    "Answer",
+    "CapturedLogs",
+    "ErrorInfo",
+    "Event",
+    "Events",
+    "PieceRequest",
+    "Repositories",
+    "Run",
+    "Runs",
+    "StepStats",
+    "log_query",
+]
 
 EVENTS_A_PAGE = 1000
 
@@ -54,6 +75,148 @@ LAUNCH = (
     "mutation Launch($params: ExecutionParams!){launchRun(executionParams: $params){__typename "
     "... on LaunchRunSuccess{run{runId}} ... on RunConfigValidationInvalid{errors{message}} ... on Error{message}}}"
 )
+
+
+class Answer(msgspec.Struct, rename="camel"):
+    """What every reply has; errors are replies, with a type of their own."""
+
+    typename: str | None = msgspec.field(default=None, name="__typename")
+    message: str | None = None
+    errors: list[Answer] = []
+    run: _RunId | None = None
+
+
+class _RunId(msgspec.Struct, rename="camel"):
+    run_id: str
+
+
+class ErrorInfo(msgspec.Struct, rename="camel"):
+    """A Python exception."""
+
+    message: str | None = None
+    class_name: str | None = None
+    stack: list[str] = []
+    error_chain: list[_ErrorLink] = []
+
+    @property
+    def text(self) -> str:
+        """The exception as Python prints it, without its stack."""
+        return (self.message or self.class_name or "").rstrip("\n")
+
+    def chain(self) -> Iterator[ErrorInfo]:
+        """Yield the exception, then its causes."""
+        yield self
+        for link in self.error_chain:
+            yield link.error
+
+
+class _ErrorLink(msgspec.Struct):
+    error: ErrorInfo
+
+
+class Event(msgspec.Struct, rename="camel"):
+    """An event of a run; `timestamp` is in ms since the epoch."""
+
+    timestamp: int
+    level: str | None = None
+    step_key: str | None = None
+    event_type: str | None = None
+    message: str | None = None
+    file_key: str | None = None
+    step_keys: list[str] = []
+    error: ErrorInfo | None = None
+
+
+class Events(Answer, rename="camel"):
+    """A page of events."""
+
+    cursor: str | None = None
+    has_more: bool = False
+    events: list[Event] = []
+
+
+class _Times(msgspec.Struct, rename="camel"):
+    start_time: float | None = None
+    end_time: float | None = None
+
+
+class StepStats(msgspec.Struct, rename="camel"):
+    """What became of a step; `attempts` are those that have ended, `markers` what happened around them."""
+
+    step_key: str
+    status: str | None = None
+    start_time: float | None = None
+    end_time: float | None = None
+    attempts: list[_Times] = []
+    markers: list[_Times] = []
+
+
+class _Key(msgspec.Struct):
+    key: str
+
+
+class _Input(msgspec.Struct, rename="camel"):
+    depends_on: list[_Key] = []
+
+
+class _Step(msgspec.Struct):
+    key: str
+    inputs: list[_Input] = []
+
+
+class _Plan(msgspec.Struct):
+    steps: list[_Step] = []
+
+
+class _Tag(msgspec.Struct):
+    key: str
+    value: str
+
+
+class Run(Answer, rename="camel", kw_only=True):
+    """A run; times are in seconds since the epoch."""
+
+    run_id: str
+    job_name: str
+    status: str
+    creation_time: float | None = None
+    start_time: float | None = None
+    end_time: float | None = None
+    update_time: float | None = None
+    parent_run_id: str | None = None
+    tags: list[_Tag] = []
+    step_stats: list[StepStats] = []
+    execution_plan: _Plan | None = None
+
+
+class Runs(Answer):
+    """A page of runs."""
+
+    results: list[Run] = []
+
+
+class _Named(msgspec.Struct):
+    name: str
+
+
+class _Repository(msgspec.Struct):
+    name: str
+    location: _Named
+    jobs: list[_Named] = []
+
+
+class Repositories(Answer):
+    """The repositories of all code locations."""
+
+    nodes: list[_Repository] = []
+
+
+class CapturedLogs(msgspec.Struct):
+    """What a process has printed; the cursor is the end of both streams in bytes, such as ``14:200``."""
+
+    stdout: str | None = None
+    stderr: str | None = None
+    cursor: str | None = None
 
 
 class PieceRequest(NamedTuple):
