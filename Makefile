@@ -37,34 +37,33 @@ test-pythons: $(VENV)/.installed-dev
 	@$(BIN)/python -m tests.pythons $(VENV)/pythons $(PYTHON_VERSIONS) -- -q -n $(WORKERS) --dist worksteal
 
 # What is in deploy/ and the page against the real things: Debian's prometheus (with promtool), docker-compose and chromium, and npm for Grafana's grammars.
-# SERVICES=stores takes only real stores, which are built from Go modules: 15 minutes once. SERVICES=prefect takes only a real
-# Prefect server, which is installed into an environment of its own. SERVICES=deploy takes only the rest.
+# SERVICES=stores takes only real stores, which are built from Go modules: 25 minutes once. SERVICES=airflow,dagster,prefect takes only
+# real servers of these, each installed into an environment of its own. SERVICES=deploy takes only the rest.
 SERVICES := all
 STORES := tests/stores
 ORCHESTRATORS := tests/orchestrators
+SERVERS := airflow dagster prefect
+airflow_PACKAGES := apache-airflow==3.3.2
+dagster_PACKAGES := dagster==1.13.28 dagster-webserver==1.13.28
+prefect_PACKAGES := prefect==3.9.1
+comma := ,
+CHOSEN := $(filter $(SERVERS),$(subst $(comma), ,$(SERVICES)))
 GRAMMARS := @grafana/lezer-logql@0.4.2 @grafana/lezer-traceql@1.0.0
 ifeq ($(SERVICES),stores)
 test-services: $(VENV)/.installed-dev stores
 	$(BIN)/pytest -m services $(STORES)
-else ifeq ($(SERVICES),prefect)
-test-services: $(VENV)/.installed-dev $(VENV)/prefect/.installed
-	$(BIN)/pytest -m services $(ORCHESTRATORS)/test_prefect.py
-else ifeq ($(SERVICES),dagster)
-test-services: $(VENV)/.installed-dev $(VENV)/dagster/.installed
-	$(BIN)/pytest -m services $(ORCHESTRATORS)/test_dagster.py
+else ifneq ($(CHOSEN),)
+test-services: $(VENV)/.installed-dev $(CHOSEN:%=$(VENV)/%/.installed)
+	$(BIN)/pytest -m services $(CHOSEN:%=$(ORCHESTRATORS)/test_%.py)
 else
-test-services: $(VENV)/.installed-dev $(VENV)/node/node_modules $(VENV)/tools/.installed $(VENV)/.installed-browser $(if $(filter all,$(SERVICES)),stores $(VENV)/prefect/.installed $(VENV)/dagster/.installed)
+test-services: $(VENV)/.installed-dev $(VENV)/node/node_modules $(VENV)/tools/.installed $(VENV)/.installed-browser $(if $(filter all,$(SERVICES)),stores $(SERVERS:%=$(VENV)/%/.installed))
 	$(BIN)/pytest -m services $(if $(filter deploy,$(SERVICES)),--ignore=$(STORES) --ignore=$(ORCHESTRATORS))
 endif
 
-$(VENV)/prefect/.installed: Makefile | $(BIN)/python
-	@$(BIN)/python -m venv $(VENV)/prefect
-	@$(VENV)/prefect/bin/python -m pip install -qq --disable-pip-version-check prefect==3.9.1
-	@touch $@
-
-$(VENV)/dagster/.installed: Makefile | $(BIN)/python
-	@$(BIN)/python -m venv $(VENV)/dagster
-	@$(VENV)/dagster/bin/python -m pip install -qq --disable-pip-version-check dagster==1.13.28 dagster-webserver==1.13.28
+# An environment of its own for each: their requirements do not fit together.
+$(SERVERS:%=$(VENV)/%/.installed): $(VENV)/%/.installed: Makefile | $(BIN)/python
+	@$(BIN)/python -m venv $(VENV)/$*
+	@$(VENV)/$*/bin/python -m pip install -qq --disable-pip-version-check $($*_PACKAGES)
 	@touch $@
 
 stores:
@@ -115,7 +114,7 @@ test-fused-client: $(VENV)/.installed-dev
 
 # The delivery guarantee under faults, about a quarter of an hour: PROVE_SEED=N repeats a run's choices, PROVE_KILLS=N is the number
 # of SIGKILLs, PROVE_ONLY='GLOB|...' takes some rows, PROVE_JSON=FILE keeps the table for machines,
-# PROVE_DOCS=1 writes the rows that ran into docs/proof.md.
+# PROVE_DOCS=1 writes the rows that ran into docs/proof.md. PROVE_TAILSPAN=PATH runs the agent of another build.
 PROVE_SEED := 0
 PROVE_KILLS := 200
 PROVE_ONLY :=

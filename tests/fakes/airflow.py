@@ -94,7 +94,6 @@ class FakeAirflow(FakeJsonApi):
     """The server. A context manager.
 
     Attributes:
-        url: The base URL.
         password: Of the user ``admin``.
         secret: Signs the tokens of logs.
         events: The event log, oldest first.
@@ -105,7 +104,6 @@ class FakeAirflow(FakeJsonApi):
 
     def __init__(self) -> None:
         super().__init__()
-        self.url = self.address
         self.password = ""
         self.secret = b"secret"
         self.events: list[dict[str, Any]] = []

@@ -18,6 +18,7 @@ class FakeJsonApi(ABC):
 
     Attributes:
         address: The URL of the server, without a path.
+        url: The base URL of the API.
         token: What ``Authorization: Bearer`` must have; empty: nothing is needed.
         refusals: Statuses of the next replies, with their headers, before the right ones come.
         requests: ``METHOD /path`` of each request so far.
@@ -70,7 +71,7 @@ class FakeJsonApi(ABC):
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
-        self.address = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self.address = self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
 
     def __enter__(self) -> Self:

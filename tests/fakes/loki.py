@@ -139,6 +139,12 @@ class Loki:
         self._known: set[tuple[Labels, Entry]] = set()
         self._tokens = float(self.limits.burst_bytes)
         self._refilled_s = clock_s()
+        self._taken_bytes = 0
+
+    @property
+    def allowed_s(self) -> float:
+        """The least seconds in which the ingestion rate lets pass what was taken so far."""
+        return max(0.0, (self._taken_bytes - self.limits.burst_bytes) / self.limits.rate_bytes_s)
 
     def __call__(self, request: Request) -> Reply:
         """Store what the limits allow, and answer as Loki does."""
@@ -231,6 +237,7 @@ class Loki:
         if count > self._tokens:
             return False
         self._tokens -= count
+        self._taken_bytes += count
         return True
 
     def _ingest(self, labels: Labels, entries: list[Entry]) -> Reply:

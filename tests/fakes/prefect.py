@@ -7,6 +7,7 @@ above 200 is status 422, and an unknown id is 404.
 from __future__ import annotations
 
 import random
+import time
 import uuid
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -20,11 +21,7 @@ _MOST = 200
 
 
 class FakePrefect(FakeJsonApi):
-    """The server. A context manager.
-
-    Attributes:
-        url: The base URL of the API.
-    """
+    """The server. A context manager."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,14 +30,17 @@ class FakePrefect(FakeJsonApi):
         self.task_runs: dict[str, dict[str, Any]] = {}
         self.task_states: dict[str, list[dict[str, Any]]] = {}
         self.logs: list[dict[str, Any]] = []
+        self._visible_s: dict[str, float] = {}
         self._random = random.Random(1)
 
-    def add_flow_run(self, state: str = "RUNNING", *, parent: str | None = None, start_s: float = 0) -> str:
-        """Add a run of the flow ``nightly`` and return its id; with a parent, a sub flow of that task run."""
+    def add_flow_run(
+        self, state: str = "RUNNING", *, parent: str | None = None, start_s: float = 0, flow: str = "nightly"
+    ) -> str:
+        """Add a run of a flow and return its id; with a parent, a sub flow of that task run."""
         run_id = str(uuid.UUID(int=self._random.getrandbits(128)))
         self.flow_runs[run_id] = {
             "id": run_id,
-            "flow_id": "flow-1",
+            "flow_id": f"id of {flow}",
             "name": "nebulous-adder",
             "parent_task_run_id": parent,
             "expected_start_time": _iso(start_s),
@@ -89,10 +89,20 @@ class FakePrefect(FakeJsonApi):
         ]
         return task_id
 
-    def log(self, run_id: str, text: str, at_s: float, *, level: int = 20, task: str | None = None) -> None:
-        """Add a line, which is visible at once."""
+    def log(
+        self,
+        run_id: str,
+        text: str,
+        at_s: float,
+        *,
+        level: int = 20,
+        task: str | None = None,
+        visible_after_s: float = 0.0,
+    ) -> None:
+        """Add a line, which becomes visible after some seconds."""
         entry = {"id": str(uuid.UUID(int=self._random.getrandbits(128))), "level": level, "message": text}
         self.logs.append(entry | {"timestamp": _iso(at_s), "flow_run_id": run_id, "task_run_id": task})
+        self._visible_s[entry["id"]] = time.monotonic() + visible_after_s
 
     def reply(self, method: str, path: str, body: dict[str, Any], query: dict[str, str]) -> tuple[int, object]:
         """Return the reply to a request; see the module."""
@@ -109,7 +119,7 @@ class FakePrefect(FakeJsonApi):
                 found = self.flow_runs.get(run_id)
                 return (200, found) if found else (404, {"detail": "Flow run not found"})
             case ["flows", "filter"]:
-                return 200, [{"id": "flow-1", "name": "nightly"}]
+                return 200, [{"id": one, "name": one.removeprefix("id of ")} for one in body["flows"]["id"]["any_"]]
             case ["task_runs", "filter"]:
                 wanted = body["flow_runs"]["id"]["any_"]
                 return 200, [row for row in self.task_runs.values() if row["flow_run_id"] in wanted][page]
@@ -117,12 +127,13 @@ class FakePrefect(FakeJsonApi):
                 return 200, self.task_states[query["task_run_id"]]
             case ["logs", "filter"]:
                 logs = body["logs"]
-                after = datetime.fromisoformat(logs["timestamp"]["after_"])
+                after, now_s = datetime.fromisoformat(logs["timestamp"]["after_"]), time.monotonic()
                 found_logs = [
                     entry
                     for entry in self.logs
                     if entry["flow_run_id"] in logs["flow_run_id"]["any_"]
                     and datetime.fromisoformat(entry["timestamp"]) >= after
+                    and self._visible_s[entry["id"]] <= now_s
                 ]
                 self._random.shuffle(found_logs)
                 return 200, sorted(found_logs, key=lambda entry: entry["timestamp"])[page]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -17,12 +14,11 @@ import httpx
 import pytest
 
 from tests.fakes.collector import Collector
-from tests.fakes.otlp_rows import LogRow
+from tests.orchestrators.harness import ListedLine, Orchestrator, Proxy, Relay, by_task, results
 from tests.ports import free_port
 
-pytestmark = pytest.mark.services
+pytestmark = [pytest.mark.services, pytest.mark.timeout(900)]
 
-PROGRAMS = Path(sys.prefix) / "prefect" / "bin"
 FLOWS = """
 import sys, time
 from prefect import flow, get_run_logger, task
@@ -58,41 +54,21 @@ SEVERITIES = {10: 5, 20: 9, 30: 13, 40: 17, 50: 21}
 RESULTS = {"COMPLETED": "success", "FAILED": "failure"}
 
 
-class Prefect:
-    """A real Prefect server with a directory of its own."""
+class Prefect(Orchestrator):
+    """A real Prefect server."""
 
     def __init__(self, directory: Path) -> None:
-        self.url = f"http://127.0.0.1:{free_port()}/api"
-        home = {"HOME": str(directory), "PREFECT_HOME": str(directory / "prefect"), "DO_NOT_TRACK": "1"}
-        self.env = {**os.environ, **home, "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "PREFECT_API_URL": self.url}
-        self.directory = directory
-        self._processes: list[subprocess.Popen[bytes]] = []
-        port = self.url.split(":")[2].removesuffix("/api")
-        self.start("prefect", "server", "start", "--host", "127.0.0.1", "--port", port)
-        deadline = time.monotonic() + 240
-        while True:
-            try:
-                if httpx.get(f"{self.url}/health", timeout=5).is_success:
-                    return
-            except httpx.HTTPError:
-                pass
-            assert time.monotonic() < deadline, (directory / "server.log").read_text()[-2000:]
-            time.sleep(0.5)
+        self.port = str(free_port())
+        self.url = f"http://127.0.0.1:{self.port}/api"
+        env = {"PREFECT_HOME": str(directory / "prefect"), "PREFECT_API_URL": self.url}
+        super().__init__(
+            "prefect", directory, {**env, "DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+        )
 
-    def start(self, program: str, *arguments: str) -> subprocess.Popen[bytes]:
-        """Start a program of Prefect's environment."""
-        with (self.directory / "server.log").open("ab") as log:
-            process = subprocess.Popen(
-                [PROGRAMS / program, *arguments], env=self.env, stdout=log, stderr=log, start_new_session=True
-            )
-        self._processes.append(process)
-        return process
-
-    def close(self) -> None:
-        """End the server and what was started."""
-        for process in reversed(self._processes):
-            os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
-            process.wait()
+    def run(self) -> None:
+        """Start the server, and wait until it answers."""
+        self.start("prefect", "server", "start", "--host", "127.0.0.1", "--port", self.port)
+        self.wait_until(lambda: httpx.get(f"{self.url}/health", timeout=5).is_success, "the server")
 
     def post(self, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
         """Return all pages of a filter."""
@@ -108,30 +84,16 @@ class Prefect:
 @pytest.fixture(scope="module")
 def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
     """A server for all tests of this module."""
-    if not (PROGRAMS / "prefect").exists():
-        pytest.skip(f"Prefect is not installed in {PROGRAMS}: make test-services SERVICES=prefect")
-    server = Prefect(tmp_path_factory.mktemp("prefect"))
-    yield server
-    server.close()
+    with Prefect(tmp_path_factory.mktemp("prefect")) as server:
+        server.run()
+        yield server
 
 
-def agent(prefect: Prefect, collector: Collector, directory: Path, *options: str) -> subprocess.Popen[bytes]:
-    """Start an agent that follows all flow runs."""
-    config = directory / "config.toml"
-    config.write_text(
-        f'[services.prefect]\nbase_url = "{prefect.url}"\n[agent]\nstate_dir = "{directory}/agent"\nlisten = ""\n'
-        f'[[agent.watch]]\nservice = "prefect"\ndiscover = true\nlookback = "1d"\n'
-        f'[otlp]\nendpoint = "{collector.http_url}"\n'
-    )
-    program = "from tailspan.cli import main; main()"
-    return subprocess.Popen([sys.executable, "-c", program, "agent", "run", *options, "--config", str(config)])
-
-
-def expected_lines(prefect: Prefect) -> Counter[tuple[int, str, int, str]]:
+def expected_lines(prefect: Prefect) -> Counter[ListedLine]:
     """Time in us, text, severity and task of each line, as the server's API has them."""
     names = {row["id"]: row["task_key"].rpartition("-")[0] for row in prefect.post("/task_runs/filter", {})}
     calls = {row["id"]: row["parent_task_run_id"] for row in prefect.post("/flow_runs/filter", {})}
-    lines: Counter[tuple[int, str, int, str]] = Counter()
+    lines: Counter[ListedLine] = Counter()
     for entry in prefect.post("/logs/filter", {"sort": "TIMESTAMP_ASC"}):
         task = names.get(entry["task_run_id"] or calls[entry["flow_run_id"]], "")
         time_us = round(datetime.fromisoformat(entry["timestamp"]).timestamp() * 1e6)
@@ -140,50 +102,28 @@ def expected_lines(prefect: Prefect) -> Counter[tuple[int, str, int, str]]:
     return lines
 
 
-def relayed_lines(collector: Collector) -> Counter[tuple[int, str, int, str]]:
-    """The same of the lines that arrived, each uid once."""
-    rows: dict[str, LogRow] = {}
-    for row in collector.log_records():
-        if not row.event_name:
-            rows[row.attributes["log.record.uid"]] = row
-    return Counter(
-        (
-            row.time_unix_nano // 1000,
-            row.body,
-            row.severity_number,
-            row.attributes.get("cicd.pipeline.task.name", ""),
-        )
-        for row in rows.values()
-    )
-
-
-@pytest.mark.timeout(900)
 def test_runs_arrive_whole_through_stops_of_the_agent(prefect: Prefect, collector: Collector, tmp_path: Path) -> None:
-    """Two runs, one fails; the agent is killed and stopped: no line is missing or extra, and an attempt is a span."""
+    """Two runs, one fails: no line is missing or extra, and an attempt is a span.
+
+    Meanwhile the agent is killed and stopped, and the server is busy at times.
+    """
     flows = prefect.directory / "flows.py"
     flows.write_text(FLOWS)
     runs = [prefect.start("python", str(flows), "150", "8"), prefect.start("python", str(flows), "20", "4", "fail")]
-    for number in (signal.SIGKILL, signal.SIGTERM):
-        process = agent(prefect, collector, tmp_path)
-        seen = len(collector.log_records())
-        deadline = time.monotonic() + 120
-        while len(collector.log_records()) < seen + 5 and time.monotonic() < deadline and runs[0].poll() is None:
-            time.sleep(0.1)
-        process.send_signal(number)
-        process.wait()
-    assert [run.wait(300) for run in runs] == [0, 1]
-    time.sleep(3)  # lines become visible up to 2 s late
-    assert agent(prefect, collector, tmp_path, "--once", "--timeout", "120").wait() == 0
-
-    assert relayed_lines(collector) == expected_lines(prefect)
+    with Proxy(prefect.url.removesuffix("/api"), busy_each=40) as proxy:
+        with Relay("prefect", f'base_url = "{proxy.url}/api"', collector, tmp_path) as relay:
+            relay.interrupt(signal.SIGKILL)
+            relay.interrupt(signal.SIGTERM)
+            assert [run.wait(300) for run in runs] == [0, 1]
+            time.sleep(3)  # lines become visible up to 2 s late
+            relay.finish()
+            relay.wait_for(expected_lines(prefect))
+            spans = relay.spans()
+        assert proxy.refused[429]
 
     top = {row["id"]: row for row in prefect.post("/flow_runs/filter", {}) if row["parent_task_run_id"] is None}
-    spans = {span.span_id: span for span in collector.spans()}
-    roots = [span for span in spans.values() if not span.parent_span_id]
-    assert {span.attributes["cicd.pipeline.run.id"]: span.attributes["cicd.pipeline.result"] for span in roots} == {
-        run_id: RESULTS[row["state_type"]] for run_id, row in top.items()
-    }
-    tasks = [span for span in spans.values() if "tailspan.task.id" in span.attributes]
+    assert results(spans) == {run_id: RESULTS[row["state_type"]] for run_id, row in top.items()}
+    tasks = by_task(spans).values()
     shown = Counter((s.name, s.attributes["tailspan.task.attempt"]) for s in tasks)
     assert shown == {("extract", 1): 4, ("flaky", 1): 2, ("flaky", 2): 2, ("child", 1): 2, ("slow", 1): 2}
     rows = {row["id"]: row for row in prefect.post("/task_runs/filter", {})}

@@ -28,11 +28,11 @@ from tailspan_agent.checkpoint.store import Checkpoint
 from tailspan_agent.errors import CheckpointError
 from tests.fakes.collector import Reply
 from tests.fakes.local_jobs import until
-from tests.prove.jobs import NumberedJob
+from tests.prove.jobs import Job, NumberedJob
 from tests.prove.scenarios import Scenario
 from tests.prove.steered_jobs import steered_job
 from tests.prove.table import Row
-from tests.prove.world import TAILSPAN, Job, Settings, World
+from tests.prove.world import TAILSPAN, Settings, World
 
 ROOT = Path(__file__).parents[2]
 LINES, PAD = 200, 200

@@ -8,9 +8,10 @@ import re
 import sys
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol
 
 from tailspan._identity import trace_id
 from tailspan.services.fused import FusedService
@@ -21,6 +22,47 @@ from tests.prove.tally import JobTally, line_text
 NANOS_PER_MS = 1_000_000
 SPANS = ("RUN", "executing")
 _UNTIL_READ_S = 0.015
+
+
+class Job(Protocol):
+    """What a world does with a job of whatever service.
+
+    Attributes:
+        name: Its name, and what its lines begin with.
+        job_id: Its id.
+        tally: What arrived of it.
+        spans: The spans that it must have once it has ended.
+        ended: Whether it has ended.
+    """
+
+    name: str
+    job_id: str
+    tally: JobTally
+    spans: Collection[str]
+    ended: bool
+
+    @property
+    def identity(self) -> str:
+        """The identity of its service."""
+        ...
+
+    @property
+    def trace_id(self) -> str:
+        """The trace that it must have."""
+        ...
+
+    @property
+    def written(self) -> int:
+        """How many lines it wrote."""
+        ...
+
+    def end(self) -> None:
+        """End now."""
+        ...
+
+    def restarted(self, acked: int, *, strict: bool) -> None:
+        """Note that the agent is restarted with a number of lines acknowledged."""
+        ...
 
 
 class NumberedJob:
@@ -38,8 +80,9 @@ class NumberedJob:
 
     spans = SPANS
 
-    def __init__(self, api: FakeJobApi, name: str, *, start_ms: int | None = None) -> None:
-        self.name = name
+    def __init__(self, api: FakeJobApi, name: str, *, start_ms: int | None = None, fill: str = "x") -> None:
+        self.name = self.job_id = name
+        self._fill = fill
         self.handed = 0
         self.ended = False
         self.after_reply: Callable[[], object] = lambda: None
@@ -133,7 +176,7 @@ class NumberedJob:
         return earliest, earliest + NANOS_PER_MS - 1
 
     def _text(self, number: int) -> str:
-        return line_text(self.name, number, "x" * self._pads[number])
+        return line_text(self.name, number, self._fill * self._pads[number])
 
     def _on_read(self, number: int) -> None:
         self._asked = self.written

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.fakes.job_api import HANG, HTML, RESET, TRUNCATED, Fault, status_fault
-from tests.prove.jobs import NumberedJob
+from tests.prove.jobs import Job, NumberedJob
 from tests.prove.scenarios import Scenario
 from tests.prove.table import Row
-from tests.prove.world import Found, Job, Settings, World
+from tests.prove.world import Found, Settings, World
 
 _LINES = 200
 _HOUR_MS = 3_600_000

@@ -14,6 +14,7 @@ from tests.prove import (
     hostile_jobs,
     jobservice,
     load,
+    orchestrators,
     process,
     wrong_builds,
 )
@@ -39,7 +40,7 @@ def grouped(kills: int) -> dict[str, list[Scenario]]:
         ],
         "OTLP endpoint": [fault.scenario() for fault in endpoint.FAULTS],
         "stores": faults_stores.scenarios(),
-        "job service": [fault.scenario() for fault in jobservice.FAULTS],
+        "job service": [fault.scenario() for fault in (*jobservice.FAULTS, *orchestrators.FAULTS)],
         "disk": faults_disk.scenarios(),
         "local jobs": faults_local.scenarios(),
         "agent process": [change.scenario() for change in process.FAULTS],

@@ -19,28 +19,29 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tailspan_agent.checkpoint.store import Checkpoint, read_checkpoint
 from tests.fakes.collector import Collector, Reply, Request
 from tests.fakes.job_api import FakeJobApi
+from tests.fakes.json_api import FakeJsonApi
 from tests.fakes.local_jobs import LocalJobs
 from tests.fakes.otlp_rows import metric_rows, parse_json, plain_attributes
 from tests.fakes.scripted_service import serving
 from tests.patience import Patience
 from tests.ports import free_port
 from tests.prove.found import Found
-from tests.prove.jobs import LocalNumberedJob, NumberedJob
+from tests.prove.jobs import Job, LocalNumberedJob, NumberedJob
 from tests.prove.tally import Span, count_spans
 
-TAILSPAN = str(Path(sys.executable).with_name("tailspan"))
+TAILSPAN = os.environ.get("PROVE_TAILSPAN") or str(Path(sys.executable).with_name("tailspan"))
 PATIENCE_S = 60.0
 _SETTLE_S = 600.0
 _RELOADED = "the configuration was"
 _HIGH_WATER = re.compile(r"^VmHWM:\s*(\d+) kB$", re.MULTILINE)
 _RUN_DURATION = "cicd.pipeline.run.duration"
 
-Job = NumberedJob | LocalNumberedJob
+Service = TypeVar("Service", bound=FakeJsonApi)
 
 
 @dataclass
@@ -86,6 +87,7 @@ class World:
         self.jobs: list[Job] = []
         self.agent: subprocess.Popen[bytes] | None = None
         self.restarts = 0
+        self._services: dict[str, FakeJsonApi] = {}
         self._peak_rss = 0
         self._refused: list[Any] = []
         self._spans: list[Span] = []
@@ -142,6 +144,11 @@ class World:
         self.jobs.append(job)
         return job
 
+    def add_service(self, name: str, api: Service) -> Service:
+        """Start another job service, whose type is its name, and return it; the agent follows all of its jobs."""
+        self._services[name] = self._stack.enter_context(api)
+        return api
+
     def configure(self, change: Callable[[str], str] = str) -> None:
         """Write the configuration as the settings say, with a change to its text."""
         (self.home / "config.toml").write_text(change(self._config()))
@@ -165,6 +172,11 @@ class World:
         if settings.served:
             local = f'type = "fused"\nbase_url = "{self._job_api}"\nrequests_per_second = 1000'
         watch = f'discover = true\nsettle = "0.3s"\n{settings.watch}\n'
+        others = "".join(
+            f'[services.{name}]\nbase_url = "{api.url}"\nrequests_per_second = 1000\n'
+            for name, api in self._services.items()
+        )
+        watches = "".join(f'[[agent.watch]]\nservice = "{name}"\n{watch}' for name in self._services)
         return f"""
 [services.local]
 {local}
@@ -173,6 +185,7 @@ base_url = "{self.api.base_url}"
 requests_per_second = 1000
 token_file = "{self.home}/token"
 {settings.fused}
+{others}
 [agent]
 state_dir = "{self.state_dir}"
 max_pipeline_names = 2000
@@ -183,6 +196,7 @@ service = "local"
 [[agent.watch]]
 service = "fused"
 {watch}
+{watches}
 [otlp]
 endpoint = "{endpoint}"
 protocol = "{settings.protocol}"
@@ -254,10 +268,8 @@ protocol = "{settings.protocol}"
 
     def checkpoint(self, job: Job, state_dir: Path | None = None) -> Checkpoint | None:
         """Return what the store has of a job."""
-        identity, job_id = job.identity, job.name
-        if isinstance(job, LocalNumberedJob):
-            identity, job_id = self._job_api if self.settings.served else identity, job.job_id
-        return read_checkpoint(state_dir or self.state_dir, identity, job_id)
+        served = self.settings.served and isinstance(job, LocalNumberedJob)
+        return read_checkpoint(state_dir or self.state_dir, self._job_api if served else job.identity, job.job_id)
 
     def acked(self, job: Job, state_dir: Path | None = None) -> int:
         """Return how many lines of a job the store has as acked."""

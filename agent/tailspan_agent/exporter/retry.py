@@ -2,8 +2,8 @@
 
     Delivered       done
     Retry           retry with jittered exponential backoff, never before Retry-After, without limit
-      server_error  the same, but after `retry_server_errors` in a row: dead letter
-      refused       the same, but after `_SAME_ANSWERS` equal answers in a row: halve as for TooLarge
+      server_error  the same, but after `retry_server_errors` in a row: as for Rejected
+      refused       the same, but after `_SAME_ANSWERS` equal answers in a row: halve, and each part after one answer
     TooLarge        halve and send the parts in order; a single record: send it shortened, keep the whole one in the
                     dead letter
     Rejected        several resources: send them apart, so that only the rejected job's records count as rejected;
@@ -146,10 +146,37 @@ class _Batch:
     Attributes:
         isolating: How many more requests may isolate rejected records.
         server_errors: Consecutive server errors, counted over the parts.
+        is_halved: Whether the request was halved because it got the same answer again and again.
+        passed: Most records of a part that was delivered.
+        refused: Fewest records of a part that was refused after a smaller one had passed; None: no such part.
     """
 
     isolating: int = _ISOLATING_REQUESTS
     server_errors: int = 0
+    is_halved: bool = False
+    passed: int = 0
+    refused: int | None = None
+
+    def is_known_refused(self, count: int) -> bool:
+        """Return whether a part of this size need not be sent: one was refused."""
+        return self.refused is not None and count >= self.refused
+
+    def is_to_be_halved(self, count: int, same_answers: int) -> bool:
+        """Return whether to halve a part that was refused, and note that.
+
+        Args:
+            count: Number of records of the part.
+            same_answers: How often it got this answer in a row.
+        """
+        if count < 2 or same_answers < (1 if self.is_halved else _SAME_ANSWERS):
+            return False
+        self.is_halved = True
+        return True
+
+    def note_refused(self, count: int) -> None:
+        """Note that a part was refused. Until one has passed, the endpoint may be down for requests of any size."""
+        if 0 < self.passed < count:
+            self.refused = min(count, self.refused or count)
 
 
 class RejectSink(Protocol):
@@ -270,6 +297,10 @@ class RetryingExporter:
             failures: Failed attempts so far, for the backoff.
         """
         result = DeliveryResult(0)
+        if batch.is_known_refused(count):
+            parts = await asyncio.to_thread(_split, self.signal, payload)
+            if len(parts) > 1:
+                return await self._deliver_parts(parts, batch, start)
         answer, same_answers = "", 0
         started_s = self._clock.monotonic_s()
         while True:
@@ -279,6 +310,7 @@ class RetryingExporter:
                 case Delivered(warning):
                     self._record_response(warning)
                     self._count_delivered(count)
+                    batch.passed = max(batch.passed, count)
                     return result + DeliveryResult(count)
                 case Rejected():
                     self._record_response(None)
@@ -294,7 +326,7 @@ class RetryingExporter:
                     if server_error and batch.server_errors >= self._retry_server_errors:
                         times = f"{batch.server_errors} {plural(batch.server_errors, 'time')} in a row"
                         rejected = Rejected(None, f"{reason} ({times})", "server_error")
-                        return result + await self._reject(payload, count, rejected, start)
+                        return result + await self._isolate(payload, count, rejected, batch, start)
                     self._record_failure(reason, failures)
                     delay_s = backoff_s(failures, self._jitter(), retry_after_s=after_s)
                     waited_s = self._clock.monotonic_s() + delay_s - started_s
@@ -304,7 +336,7 @@ class RetryingExporter:
                     failures += 1
                     same_answers = same_answers + 1 if refused and _NUMBER.sub("", reason) == answer else 1
                     answer = _NUMBER.sub("", reason) if refused else ""
-                    if refused and same_answers >= _SAME_ANSWERS and count > 1:
+                    if refused and batch.is_to_be_halved(count, same_answers):
                         return result + await self._halve(payload, count, reason, batch, start, failures=failures)
             self.retries += 1
             result += DeliveryResult(0, retries=1)
@@ -312,6 +344,7 @@ class RetryingExporter:
     async def _halve(
         self, payload: bytes, count: int, reason: str, batch: _Batch, start: int, *, failures: int
     ) -> DeliveryResult:
+        batch.note_refused(count)
         parts = await asyncio.to_thread(_split, self.signal, payload)
         if len(parts) < 2:
             return await self._shorten(payload, count, Rejected(None, reason, "too_large"), start)
@@ -333,6 +366,7 @@ class RetryingExporter:
 
         Sending those again is harmless: they are equal, byte for byte.
         """
+        batch.note_refused(count)
         # After a partial success, nothing is sent again: OTLP forbids it.
         if count > 1 and rejected.rejected is None and batch.isolating > 0:
             parts = await asyncio.to_thread(_split, self.signal, payload, by_resource=True)

@@ -179,8 +179,8 @@ class AirflowService(HttpService, TaskService, SubmitService):
         self._upstream: dict[str, _Upstream] = {}
         self._canceled: dict[tuple[str, datetime | None], bool] = {}
         self._no_event_log_until_s = 0.0
-        # By job and attempt: how many lines a log has that was read to its end.
-        self._whole: dict[str, dict[str, int]] = {}
+        # By job and attempt: the position at the end of a log that was read to its end.
+        self._whole: dict[str, dict[str, object]] = {}
 
     def make_credentials(self, environ: Mapping[str, str]) -> Authorizer:
         """Return the credentials: a login with user and password, else a bearer token."""
@@ -218,7 +218,7 @@ class AirflowService(HttpService, TaskService, SubmitService):
             if attempt.row.has_log and (key not in positions or positions[key] is not None):
                 reader = self._reader(job_id, attempt, positions.get(key), final_before)
                 # A log that was read to its end is not requested at each poll, also if no page has come since.
-                if known.get(key) == reader.log.lines:
+                if known.get(key) == reader.log.pack():
                     positions[key] = None
                 else:
                     readers[key] = reader
@@ -231,7 +231,7 @@ class AirflowService(HttpService, TaskService, SubmitService):
             async for lines in pages:
                 yield LogPage.from_lines(lines, cursor=packed(), identity=self.identity, job_id=job_id)
         _forget_some(self._whole)
-        whole = {key: one.log.lines for key, one in readers.items() if one.is_read}
+        whole = {key: one.log.pack() for key, one in readers.items() if one.is_read}
         self._whole[job_id] = self._whole.pop(job_id, {}) | whole
 
     async def list_jobs(self) -> AsyncGenerator[Sequence[ListedJob], None]:

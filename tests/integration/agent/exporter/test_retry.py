@@ -149,20 +149,50 @@ def test_retry_after_is_obeyed(after_s: float) -> None:
 def test_server_errors_are_tried_ten_times() -> None:
     """Gateways return 500 now and then; a batch that always breaks the server must not block the queue for ever."""
     bench = Bench(*[Retry("HTTP 500: oops", server_error=True)] * 50)
-    result = bench.send()
-    assert (result.delivered, result.rejected) == (0, 3)
+    result = bench.send(count=1)
+    assert (result.delivered, result.rejected) == (0, 1)
     assert len(bench.exporter.payloads) == 10
     (kept,) = bench.dead_letter.kept
-    assert (kept["kind"], kept["rejected"], kept["count"], kept["payload"]) == ("server_error", 3, 3, logs_payload(3))
+    assert (kept["kind"], kept["rejected"], kept["count"], kept["payload"]) == ("server_error", 1, 1, logs_payload(1))
     assert "HTTP 500: oops" in kept["reason"]
-    assert bench.retrying.rejected == Counter(server_error=3)
+    assert bench.retrying.rejected == Counter(server_error=1)
+
+
+def test_server_errors_cost_only_the_record_that_causes_them() -> None:
+    """After ten in a row, the parts of the batch are tried once each."""
+    bench = Bench(*[Retry("HTTP 500: oops", server_error=True)] * 12)
+    result = bench.send(count=4)
+    assert (result.delivered, result.rejected) == (3, 1)
+    assert len(bench.exporter.payloads) == 10 + 2 + 3 - 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Retry("HTTP 500: oops", server_error=True, refused=True),
+        Retry("HTTP 503: busy", refused=True),
+        Retry("HTTP 429", refused=True),
+        Rejected(None, "HTTP 400: no"),
+        TooLarge("HTTP 413"),
+    ],
+    ids=lambda answer: str(answer.reason),
+)
+@pytest.mark.parametrize("most", [1, 7, 100, 900])
+def test_an_endpoint_with_a_limit_that_it_does_not_name(answer: Outcome, most: int) -> None:
+    """Halves reach the limit, and the other parts of the request do not search for it again."""
+    bench = Bench()
+    bench.exporter.answer = lambda payload, count: answer if count > most else Delivered()
+    result = bench.send(count=1000)
+    assert (result.delivered, result.rejected) == (1000, 0)
+    assert len(bench.exporter.payloads) < 40 + 2.2 * 1000 / most
+    assert sum(bench.clock.sleeps) < 300
 
 
 @pytest.mark.parametrize(("tries", "requests"), [(0, 1), (1, 1), (3, 3)])
 def test_server_error_tries_are_a_setting(tries: int, requests: int) -> None:
     """It is ``otlp.retry_server_errors``."""
     bench = Bench(*[Retry("HTTP 500", server_error=True)] * 50, retry_server_errors=tries)
-    assert bench.send().rejected == 3
+    assert bench.send(count=1).rejected == 1
     assert len(bench.exporter.payloads) == requests
 
 

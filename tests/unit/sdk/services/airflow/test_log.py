@@ -73,15 +73,62 @@ def test_every_line_comes_once_from_any_position(entries: list[tuple[int, Entry]
     assert len({line.uid for line in whole}) == len(whole)
 
 
-def test_a_late_line_repeats_none():
-    """Three entries, then a token; a late one sorts before it: the third comes again and is dropped."""
-    log = AttemptLog(REF, 0)
-    read(log, [entry("a", 1), entry("b", 2), entry("d", 4)], "3", 10)
-    again = AttemptLog(REF, 0, log.pack())
-    late = [entry("a", 1), entry("b", 2), entry("c", 3), entry("d", 4), entry("e", 5)]
-    assert [line.message for line in read(again, late, "5", 10)] == ["e"]
-    whole = {line.uid for line in read(AttemptLog(REF, 0), late, None, 10)}
-    assert {line.uid for line in read(AttemptLog(REF, 0), late[:2], None, 10)} < whole
+@given(st.data(), st.integers(1, 200))
+def test_late_lines_repeat_none(data: st.DataObject, count: int):
+    """Many entries are written late and sort before the token: no line comes twice, and none that is not in the log."""
+    order = data.draw(st.permutations(range(count)))
+    whole = read(AttemptLog(REF, 0), [entry(str(ms), ms) for ms in range(count)], None, 10_000)
+    found: list[Line] = []
+    packed: object = None
+    visible: set[int] = set()
+    while order:
+        batch = data.draw(st.integers(1, 100))
+        visible |= set(order[:batch])
+        order = order[batch:]
+        log = AttemptLog(REF, 0, packed)
+        entries = [entry(str(ms), ms) for ms in sorted(visible)]
+        found += read(
+            log, entries, data.draw(st.sampled_from([str(len(entries)), None])), data.draw(st.integers(0, 200))
+        )
+        packed = log.pack()
+    uids = [line.uid for line in found]
+    assert len(set(uids)) == len(uids)
+    assert set(found) <= set(whole)
+
+
+def test_a_line_that_is_a_little_late_comes_with_the_next_read():
+    """It sorts before the token of the last reply, but after that of the reply before."""
+    ms = list(range(0, 3000, 2))
+    packed: object = None
+
+    def texts() -> list[str]:
+        nonlocal packed
+        log = AttemptLog(REF, 0, packed)
+        found = read(log, [entry(str(one), one) for one in sorted(ms)], str(len(ms)), 10_000)
+        packed = log.pack()
+        assert len(ms) - int(log.token or 0) < 200
+        return [line.message for line in found]
+
+    assert len(texts()) == 1500
+    for number in range(5):
+        ms += range(max(ms) + 2, max(ms) + 80, 2)
+        assert len(texts()) == 39
+        late = [3001 + 78 * number, 3051 + 78 * number, 11 + 2 * number]
+        ms += late
+        assert texts() == [str(one) for one in late[:2]]
+
+
+def test_many_lines_without_a_time():
+    """A log of plain text: each poll brings what is new."""
+    entries: list[Entry] = [entry("begin", 1), *(entry("tick", None) for _ in range(2000))]
+    packed: object = None
+    found: list[Line] = []
+    for count in (1, 600, 601, 640, 1900, 2001):
+        log = AttemptLog(REF, 0, packed)
+        found += read(log, entries[:count], str(count), 10_000)
+        packed = log.pack()
+    assert len(found) == len({line.uid for line in found}) == 2001
+    assert [line.time_unix_nano for line in found] == sorted({line.time_unix_nano for line in found})
 
 
 def test_lines_of_an_entry():
@@ -135,11 +182,12 @@ def test_lines_of_an_entry():
     [
         7,
         [],
-        [1, "", 0, 0, 0],
-        [-1, "", 0, 0, 0, b""],
-        [1, "", 2, 0, 0, b""],
-        [1, 2, 0, 0, 0, b""],
-        ["1", "", 0, 0, 0, b""],
+        ["", 0, 0, "", 0, 0, 0, 0, 0, 0],
+        ["", -1, 0, "", 0, 0, 0, 0, 0, 0, b""],
+        [1, 0, 0, "", 0, 0, 0, 0, 0, 0, b""],
+        ["", 0, 0, "", 0, 0, 0, 0, "", 0, b""],
+        ["", 0, 0, "", 0, 0, 0, 0, 0, -2, b""],
+        ["", 0, 0, "", 0, 0, 0, 0, 0, 0, ""],
     ],
 )
 def test_a_position_that_is_none(packed: object):

@@ -1,0 +1,221 @@
+"""Jobs of orchestrators: what the order and the position of their logs do to lines that are written late."""
+
+from __future__ import annotations
+
+import random
+import time
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from tailspan._identity import trace_id
+from tests.fakes.airflow import FakeAirflow
+from tests.fakes.prefect import START, FakePrefect
+from tests.prove.jobs import SPANS
+from tests.prove.scenarios import Scenario
+from tests.prove.table import Row
+from tests.prove.tally import JobTally, line_text
+from tests.prove.world import World
+
+_LINES = 60
+_NANOS_PER_US = 1_000
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class TaskJob(ABC):
+    """A job with one task that writes numbered lines.
+
+    Attributes:
+        name: Its name, and what its lines begin with.
+        job_id: Its id.
+        identity: The identity of its service.
+        tally: What arrived of it.
+        written: How many lines it wrote.
+        spans: The spans that it must have once it has ended, apart from that of its task.
+    """
+
+    spans = SPANS
+    job_id: str
+    identity: str
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.ended = False
+        self._times_us = array("Q")
+        self._late: set[int] = set()
+        self.tally = JobTally(name, self._find, late=self._late)
+
+    @property
+    def written(self) -> int:
+        """How many lines it wrote."""
+        return len(self._times_us)
+
+    @property
+    def trace_id(self) -> str:
+        """The trace that it must have."""
+        return trace_id(self.identity, self.job_id)
+
+    @property
+    @abstractmethod
+    def handed(self) -> bool:
+        """Whether the service has handed out lines of it."""
+
+    @abstractmethod
+    def write_line(self, text: str, at: datetime, after_s: float) -> None:
+        """Write a line, which becomes visible after some seconds."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """End now."""
+
+    def line(self, at: datetime, *, after_s: float = 0.0, in_order: bool = True) -> None:
+        """Write the next line with this time, visible after some seconds."""
+        number = self.written
+        self._times_us.append((at - _EPOCH) // timedelta(microseconds=1))
+        if after_s or not in_order:
+            self._late.add(number)
+        self.write_line(line_text(self.name, number, ""), at, after_s)
+
+    def restarted(self, acked: int, *, strict: bool) -> None:
+        """Note that the agent is restarted; with late lines, the acked ones are not those with the lowest numbers."""
+        self.tally.restarted(0, strict=strict)
+
+    def _find(self, number: int, text: str) -> tuple[int, int] | None:
+        if number >= self.written or text != line_text(self.name, number, ""):
+            return None
+        earliest = self._times_us[number] * _NANOS_PER_US
+        return earliest, earliest + _NANOS_PER_US - 1
+
+
+class AirflowJob(TaskJob):
+    """A DAG run of the fake Airflow."""
+
+    def __init__(self, api: FakeAirflow, name: str) -> None:
+        super().__init__(name)
+        self.identity = api.url
+        self._api = api
+        now = datetime.now(UTC)
+        self.job_id = api.add_run(name, "run", start=now)
+        self._task = api.add_task(self.job_id, "work")
+        self._task.start(now)
+
+    @property
+    def handed(self) -> bool:
+        """See `TaskJob`."""
+        return any(f"/{self.name}/" in one and "/logs/" in one for one in self._api.requests)
+
+    def write_line(self, text: str, at: datetime, after_s: float) -> None:
+        """See `TaskJob`."""
+        with self._api.lock:
+            self._task.log(text, at, visible_after_s=after_s)
+
+    def end(self) -> None:
+        """See `TaskJob`."""
+        with self._api.lock:
+            now = datetime.now(UTC)
+            self._task.end(now)
+            self._api.set_state(self.job_id, "success", now)
+        self.ended = True
+
+
+class PrefectJob(TaskJob):
+    """A flow run of the fake Prefect."""
+
+    def __init__(self, api: FakePrefect, name: str) -> None:
+        super().__init__(name)
+        self.identity = api.url
+        self._api = api
+        self.job_id = api.add_flow_run(start_s=_seconds(datetime.now(UTC)), flow=name)
+
+    @property
+    def handed(self) -> bool:
+        """See `TaskJob`."""
+        return any("/logs/" in one for one in self._api.requests)
+
+    def write_line(self, text: str, at: datetime, after_s: float) -> None:
+        """See `TaskJob`."""
+        with self._api.lock:
+            self._api.log(self.job_id, text, _seconds(at), visible_after_s=after_s)
+
+    def end(self) -> None:
+        """See `TaskJob`."""
+        with self._api.lock:
+            self._api.set_state(self.job_id, "COMPLETED", _seconds(datetime.now(UTC)))
+        self.ended = True
+
+
+def _seconds(at: datetime) -> float:
+    return (at - START).total_seconds()
+
+
+def _late(random_: random.Random, jobs: Sequence[TaskJob]) -> None:
+    """Write lines of which a tenth becomes visible up to 5 s late."""
+    for job in jobs:
+        now = datetime.now(UTC)
+        for number in range(_LINES):
+            after_s = random_.uniform(0.1, 5.0) if random_.random() < 0.1 else 0.0
+            job.line(now + timedelta(milliseconds=number), after_s=after_s)
+
+
+def _late_and_tied(random_: random.Random, jobs: Sequence[TaskJob]) -> None:
+    """Write lines of few times, which have no order among each other, and some of them late."""
+    for job in jobs:
+        now = datetime.now(UTC)
+        for number in range(_LINES):
+            after_s = random_.uniform(0.1, 2.0) if random_.random() < 0.1 else 0.0
+            job.line(now + timedelta(milliseconds=number // 20), after_s=after_s, in_order=False)
+
+
+@dataclass(frozen=True)
+class OrchestratorFault:
+    """A property of an orchestrator's log, while the agent is killed and started again.
+
+    Attributes:
+        name: The row's name.
+        make_jobs: Adds the service and its jobs to the world.
+        write: Lets the jobs write.
+    """
+
+    name: str
+    make_jobs: Callable[[World], Sequence[TaskJob]]
+    write: Callable[[random.Random, Sequence[TaskJob]], None]
+
+    def scenario(self) -> Scenario:
+        """Return the row."""
+        return Scenario(self.name, self._run)
+
+    def _run(self, seed: str) -> Row:
+        with World(seed) as world:
+            jobs = self.make_jobs(world)
+            world.jobs += jobs
+            world.configure()
+            self.write(world.random, jobs)
+            world.start()
+            world.until(lambda: all(job.handed for job in jobs), "the first lines")
+            for turn in range(6):
+                self.write(world.random, jobs)
+                time.sleep(1.0)
+                if turn == 3:
+                    world.kill()
+                    world.ended()
+                    world.start()
+            time.sleep(5.0)
+            return Row(self.name, [world.finish()])
+
+
+def _airflow(world: World) -> list[TaskJob]:
+    api = world.add_service("airflow", FakeAirflow())
+    return [AirflowJob(api, f"dag-{number}") for number in range(3)]
+
+
+def _prefect(world: World) -> list[TaskJob]:
+    api = world.add_service("prefect", FakePrefect())
+    return [PrefectJob(api, f"flow-{number}") for number in range(3)]
+
+
+FAULTS = (
+    OrchestratorFault("Airflow: late lines, a token that counts, SIGKILL", _airflow, _late),
+    OrchestratorFault("Prefect: late lines, ties without order, SIGKILL", _prefect, _late_and_tied),
+)
