@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 
 import httpx
 
-from tests.fakes.agents import Bench
-from tests.fakes.collector import Collector, Reply, Request
+from tests.fakes.collector import Reply, Request
 from tests.fakes.loki import MIB, Limits, Loki
 from tests.fakes.tempo import ATTRIBUTE_BYTES, Tempo
 from tests.prove.scenarios import Scenario
@@ -26,7 +22,6 @@ from tests.prove.world import PATIENCE_S, Settings, World
 _HOUR_MS = 3_600_000
 _LOST_ANSWERS = 4
 _NOT_READY = 503
-_RUN_S = 600.0
 _LINE_BYTES = Limits().line_bytes
 _STORED_BYTES = 700
 """The most that a short line takes in the store, with its attributes."""
@@ -177,10 +172,20 @@ LOKI_FAULTS = (
 )
 
 
-@contextmanager
-def _bench() -> Iterator[Bench]:
-    with tempfile.TemporaryDirectory(prefix="prove-") as home, Collector() as collector:
-        yield Bench(Path(home), collector)
+def _ended_job(world: World, lines: Sequence[str], state: str) -> None:
+    """Add a job with lines of any text, which the oracle does not count."""
+    now_ms = int(time.time() * 1000) - 10_000
+    job = world.api.add_job("j1", name="etl")
+    job.row["creation_date"] = datetime.now(UTC).isoformat()
+    for number, line in enumerate(lines):
+        job.line(line, now_ms + number)
+    job.becomes(state, from_status=0)
+
+
+def _stop(world: World) -> list[str]:
+    world.terminate()
+    code = world.ended()
+    return [f"the agent's exit code is {code}"] if code else []
 
 
 def _long_stack_trace(seed: str) -> Row:
@@ -188,40 +193,41 @@ def _long_stack_trace(seed: str) -> Row:
     frames = [line for number in range(150) for line in (f'  File "/app/m{number}.py", line 1, in f', "    call()")]
     lines = ["Traceback (most recent call last):", *frames, "ValueError: the last line"]
     tempo = Tempo()
-    with _bench() as bench:
-        bench.collector.always("traces", tempo)
-        bench.fake.add_job("j1", job_name="etl")
-        bench.fake.add_lines("j1", *lines)
-        bench.fake.set_state("j1", "FAILED")
-        bench.once(timeout_s=_RUN_S)
+    with World(seed) as world:
+        world.collector.always("traces", tempo)
+        _ended_job(world, lines, "Failed")
+        world.configure()
+        world.start()
+        world.until(lambda: any(span.name == "RUN etl" for span in tempo.spans()), "the run span")
+        problems = _stop(world)
     stacks = [event.attributes.get("exception.stacktrace", "") for span in tempo.spans() for event in span.events]
     stacks = [stack for stack in stacks if stack]
     good = [stack for stack in stacks if stack.endswith("ValueError: the last line") and "m149.py" in stack]
-    fits = all(len(stack.encode()) <= ATTRIBUTE_BYTES for stack in stacks)
-    return Row("", [], [] if len(good) == 1 and fits else [f"the store has {stacks}"])
+    if len(good) != 1 or any(len(stack.encode()) > ATTRIBUTE_BYTES for stack in stacks):
+        problems.append(f"the store has {stacks}")
+    return Row("", [], problems)
 
 
 def _end_in_an_outage(seed: str) -> Row:
     """Return whether the run span is silent on a delivery that is unknown, and the receipt has it later."""
-    problems: list[str] = []
-
-    async def run(bench: Bench) -> None:
-        async with bench.running():
-            await bench.received(lambda: "run" in bench.spans("j1"))
-            attributes = bench.spans("j1")["run"].attributes
-            problems.extend(key for key in ("tailspan.logs.complete", "tailspan.records.acked") if key in attributes)
-            bench.collector.always("logs", Reply())
-            await bench.received(lambda: "j1" in bench.receipts())
-            receipt = bench.receipts()["j1"].attributes
-            if not receipt["tailspan.logs.complete"] or receipt["tailspan.records.acked"] != 2:
-                problems.append(f"the receipt has {receipt}")
-
-    with _bench() as bench:
-        bench.collector.always("logs", Reply(503))
-        bench.fake.add_job("j1", job_name="etl")
-        bench.fake.add_lines("j1", "a", "b")
-        bench.fake.set_state("j1", "SUCCEEDED")
-        asyncio.run(asyncio.wait_for(run(bench), _RUN_S))
+    with World(seed) as world:
+        world.collector.always("logs", Reply(503))
+        _ended_job(world, ["a", "b"], "Done")
+        world.configure()
+        world.start()
+        spans = world.until(
+            lambda: [span for span in world.collector.spans() if span.name == "RUN etl"], "the run span"
+        )
+        unknown = ("tailspan.logs.complete", "tailspan.records.acked")
+        problems = [f"the run span has {key}" for key in unknown if key in spans[0].attributes]
+        world.collector.always("logs", Reply())
+        receipts = world.until(
+            lambda: [row for row in world.collector.log_records() if row.event_name == "tailspan.receipt"], "a receipt"
+        )
+        found = receipts[0].attributes
+        if not found["tailspan.logs.complete"] or found["tailspan.records.acked"] != len("ab"):
+            problems.append(f"the receipt has {found}")
+        problems += _stop(world)
     return Row("", [], problems)
 
 
