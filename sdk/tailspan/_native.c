@@ -373,6 +373,39 @@ static PyObject *system_call(PyObject *Py_UNUSED(module), PyObject *args)
 }
 #endif
 
+PyDoc_STRVAR(whole_records_doc,
+"whole_records(records, most_bytes, most_stored, copied, /)\n--\n\n"
+"See `tailspan_agent.records.framing.whole_records`.");
+
+static PyObject *whole_records(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    PyObject *object;
+    Py_ssize_t most_bytes, most_stored, copied;
+    Piece records;
+    if (!PyArg_ParseTuple(args, "Onnn", &object, &most_bytes, &most_stored, &copied)) return NULL;
+    if (piece_of(object, &records) < 0) return NULL;
+    Py_ssize_t end = 0, count = 0;
+    while (end < records.length) {
+        uint64_t length = 0;
+        Py_ssize_t at = end + 1; /* after the tag */
+        unsigned char byte = 0x80;
+        for (int shift = 0; at < records.length && byte >= 0x80; shift += 7) {
+            byte = (unsigned char)records.bytes[at++];
+            if (shift < 64) length |= (uint64_t)(byte & 0x7f) << shift;
+        }
+        if (byte >= 0x80 || length > (uint64_t)(records.length - at)) {
+            PyErr_SetString(PyExc_ValueError, "the last record is not whole");
+            return NULL;
+        }
+        Py_ssize_t after = at + (Py_ssize_t)length;
+        int fits = after <= most_bytes && after <= most_stored && copied <= (most_stored - after) / (count + 1);
+        if (count > 0 && !fits) break;
+        end = after;
+        count++;
+    }
+    return Py_BuildValue("nn", end, count);
+}
+
 static PyMethodDef methods[] = {
 #ifdef __linux__
     {"system_call", system_call, METH_VARARGS, system_call_doc},
@@ -380,6 +413,7 @@ static PyMethodDef methods[] = {
     {"count_lines", count_lines, METH_O, count_lines_doc},
     {"find_severities", find_severities, METH_VARARGS, find_severities_doc},
     {"frame", frame, METH_VARARGS, frame_doc},
+    {"whole_records", whole_records, METH_VARARGS, whole_records_doc},
     {NULL, NULL, 0, NULL},
 };
 

@@ -47,6 +47,17 @@ class ChunkResult:
     shortened: int = 0
     reason: str = ""
 
+    def __add__(self, other: ChunkResult) -> ChunkResult:
+        """Return the result of both parts of a chunk."""
+        return ChunkResult(
+            self.rejected + other.rejected,
+            self.kind or other.kind,
+            self.identified and other.identified,
+            self.resent + other.resent,
+            self.shortened + other.shortened,
+            self.reason or other.reason,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delivery:

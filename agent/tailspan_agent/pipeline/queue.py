@@ -14,7 +14,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
@@ -24,17 +24,19 @@ from tailspan_agent.exporter.endpoints import Endpoint
 from tailspan_agent.exporter.retry import SHORTENED, DeliveryResult, Rejection
 from tailspan_agent.job.ledger import ChunkResult
 from tailspan_agent.otlp.requests import logs_request, traces_request
+from tailspan_agent.records.framing import whole_records
 
 __all__ = ["BATCH_BYTES", "Chunk", "LogQueue", "SpanQueue", "until_usable"]
 
 BATCH_BYTES = 3 << 20
 """A collector's gRPC server takes 4 MiB by default; the envelope is small."""
-_BATCH_LINES = 15_000
 _STORED_BYTES = 4 << 20
 """The most that a batch may take in a store that copies the resource to each line, as Loki does: its distributor sends
 a batch to an ingester in one gRPC message, of 4 MiB at most by default."""
-_COPIED_BYTES = 150
-"""What Loki adds to each line besides the resource: ids in hexadecimal, observed time, scope and level."""
+_COPIED_BYTES = 100
+"""What Loki adds to each line, less the labels: ids in hexadecimal, observed time, scope, level."""
+_LEAST_ROOM = 16
+"""A batch is full when less than this part of it is empty: a smaller piece of a chunk is not worth a cut."""
 _QUEUE_BYTES = 3 << 20
 _LINGER_S = 0.1
 _LINGER_LINES = 500
@@ -54,10 +56,14 @@ class Chunk:
         resource: The job's encoded resource.
         records: Framed log records; empty if every line of the page was dropped by configuration.
         count: The number of records.
-        on_result: Called once with the outcome of the records; returns what to store, if anything.
+        on_result: Called once with the outcome of all records; returns what to store, if anything.
         on_stored: Called once after that was stored.
+<<<<<<< HEAD
         alone: Whether no request may mix it with other resources: a store may reject some of its lines, and Loki
             reports only what it rejects of the last stream of a request.
+=======
+        result: The outcome of the records that were sent.
+>>>>>>> 0e32ba7 (Fill each batch up to what a store with default limits accepts)
     """
 
     resource: bytes
@@ -65,17 +71,53 @@ class Chunk:
     count: int
     on_result: Callable[[ChunkResult], Ack | None]
     on_stored: Callable[[], None]
+<<<<<<< HEAD
     alone: bool = False
 
     @property
     def stored_size(self) -> int:
         """About the bytes that the records take in a store that copies the resource to each line."""
         return len(self.records) + self.count * (len(self.resource) + _COPIED_BYTES)
+=======
+    result: ChunkResult = field(default_factory=ChunkResult)
+>>>>>>> 0e32ba7 (Fill each batch up to what a store with default limits accepts)
 
     @property
     def size(self) -> int:
         """The room that the chunk takes in the queue, in bytes."""
         return len(self.records) + _CHUNK_BYTES
+
+    def piece(self, most_bytes: int, most_stored: int) -> _Piece:
+        """Return the first records, as many as fit but at least one; those of a small chunk are all.
+
+        Args:
+            most_bytes: The most bytes that they may have.
+            most_stored: The most bytes that they may take in a store that copies the resource to each line.
+        """
+        copied, size = len(self.resource) + _COPIED_BYTES, len(self.records)
+        if size <= most_bytes and size + self.count * copied <= most_stored:
+            return _Piece(self, self.records, self.count, size + self.count * copied, is_last=True)
+        end, count = whole_records(self.records, most_bytes, most_stored, copied)
+        return _Piece(self, self.records[:end], count, end + count * copied, is_last=count == self.count)
+
+
+@dataclass(slots=True)
+class _Piece:
+    """Records of a chunk that are in one batch.
+
+    Attributes:
+        chunk: The chunk.
+        records: Its framed records.
+        count: The number of records.
+        stored: About the bytes that they take in a store that copies the resource to each line.
+        is_last: Whether no records of the chunk are left.
+    """
+
+    chunk: Chunk
+    records: bytes
+    count: int
+    stored: int
+    is_last: bool
 
 
 async def _until_stored(use_store: Callable[[], T], what: str) -> T:
@@ -159,13 +201,14 @@ class LogQueue:
             async with self._changed:
                 self._changed.notify_all()
 
-    async def _next_batch(self) -> list[Chunk]:
+    async def _next_batch(self) -> list[_Piece]:
         async with self._changed:
             await self._changed.wait_for(lambda: bool(self._queue))
             if self.linger and len(self._queue) < 2 and self._queue[0].count < _LINGER_LINES:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_LINGER_S):
                         await self._changed.wait_for(self._worth_sending)
+<<<<<<< HEAD
             batch = [self._queue.popleft()]
             size, stored, lines = len(batch[0].records), batch[0].stored_size, batch[0].count
             alone, mixed = batch[0].alone, False
@@ -179,47 +222,79 @@ class LogQueue:
                     break
                 batch.append(self._queue.popleft())
             self._queued_bytes -= sum(chunk.size for chunk in batch)
+=======
+            batch = self._take_batch()
+>>>>>>> 0e32ba7 (Fill each batch up to what a store with default limits accepts)
             self._busy = True
             self._changed.notify_all()
             return batch
 
+    def _take_batch(self) -> list[_Piece]:
+        batch: list[_Piece] = []
+        size = stored = 0
+        while self._queue:
+            chunk = self._queue[0]
+            piece = chunk.piece(BATCH_BYTES - size, _STORED_BYTES - stored)
+            size += len(piece.records)
+            stored += piece.stored
+            if batch and (size > BATCH_BYTES or stored > _STORED_BYTES):
+                break
+            batch.append(piece)
+            self._queued_bytes -= len(piece.records)
+            if piece.is_last:
+                self._queue.popleft()
+                self._queued_bytes -= _CHUNK_BYTES
+            else:
+                chunk.records, chunk.count = chunk.records[len(piece.records) :], chunk.count - piece.count
+            if size > BATCH_BYTES - BATCH_BYTES // _LEAST_ROOM or stored > _STORED_BYTES - _STORED_BYTES // _LEAST_ROOM:
+                break
+        return batch
+
     def _worth_sending(self) -> bool:
         return not self.linger or sum(chunk.count for chunk in self._queue) >= _LINGER_LINES
 
-    async def _deliver(self, batch: list[Chunk]) -> None:
-        count = sum(chunk.count for chunk in batch)
+    async def _deliver(self, batch: list[_Piece]) -> None:
+        count = sum(piece.count for piece in batch)
         result = DeliveryResult(0)
         if count:
-            payload = logs_request(_by_resource((chunk.resource, chunk.records) for chunk in batch if chunk.count))
-            for chunk in batch:
-                chunk.records = b""  # megabytes that the payload has now
+            payload = logs_request(
+                _by_resource((piece.chunk.resource, piece.records) for piece in batch if piece.count)
+            )
+            for piece in batch:
+                piece.records = b""  # megabytes that the payload has now
+                if piece.is_last:
+                    piece.chunk.records = b""
             result = await self._endpoint.deliver(payload, count)
+        for piece, outcome in zip(batch, _results(batch, result), strict=True):
+            piece.chunk.result += outcome
+        done = [piece.chunk for piece in batch if piece.is_last]
         acks = []
-        for chunk, outcome in zip(batch, _chunk_results(batch, result), strict=True):
+        for chunk in done:
             try:
-                ack = chunk.on_result(outcome)
+                ack = chunk.on_result(chunk.result)
             except Exception:
                 # The lines are delivered. Without this ack they are sent again after a restart: only this job's.
                 _log.exception("an ack of one job cannot be stored (please report); those of other jobs are")
                 continue
             if ack is not None:
                 acks.append(ack)
-        await _until_stored(lambda: self._store.ack(acks), "the checkpoint of sent lines")
-        for chunk in batch:
+        if done:
+            await _until_stored(lambda: self._store.ack(acks), "the checkpoint of sent lines")
+        for chunk in done:
             chunk.on_stored()
 
 
-def _chunk_results(batch: Sequence[Chunk], result: DeliveryResult) -> Iterator[ChunkResult]:
-    """Yield the outcome of each chunk of a batch."""
+def _results(batch: Sequence[_Piece], result: DeliveryResult) -> Iterator[ChunkResult]:
+    """Yield the outcome of each piece of a batch."""
     starts, position = {}, 0
-    for group in _grouped((chunk.resource, chunk) for chunk in batch).values():
-        for chunk in group:
-            starts[id(chunk)] = position
-            position += chunk.count
-    for chunk in batch:
+    for group in _grouped((piece.chunk.resource, piece) for piece in batch).values():
+        for piece in group:
+            starts[id(piece)] = position
+            position += piece.count
+    for piece in batch:
         rejected, shortened, kind, reason, identified = 0, 0, "", "", True
         for part in result.rejections:
-            first, last = starts[id(chunk)], starts[id(chunk)] + chunk.count
+            first, last = starts[id(piece)], starts[id(piece)] + piece.count
             shared = min(last, part.start + part.count) - max(first, part.start)
             if shared <= 0:
                 continue
@@ -233,16 +308,18 @@ def _chunk_results(batch: Sequence[Chunk], result: DeliveryResult) -> Iterator[C
             # The endpoint has reported only a number of records: the first ones of the part stand for them.
             rejected += max(0, min(last, part.start + part.rejected) - max(first, part.start))
             identified = identified and _is_of_one_job(batch, starts, part)
-        resent = chunk.count * result.retries
+        resent = piece.count * result.retries
         if not rejected:
             kind = reason = ""
         yield ChunkResult(rejected, kind, identified, resent, shortened=shortened, reason=reason)
 
 
-def _is_of_one_job(batch: Sequence[Chunk], starts: Mapping[int, int], part: Rejection) -> bool:
+def _is_of_one_job(batch: Sequence[_Piece], starts: Mapping[int, int], part: Rejection) -> bool:
     end = part.start + part.count
     resources = {
-        chunk.resource for chunk in batch if starts[id(chunk)] < end and starts[id(chunk)] + chunk.count > part.start
+        piece.chunk.resource
+        for piece in batch
+        if starts[id(piece)] < end and starts[id(piece)] + piece.count > part.start
     }
     return len(resources) == 1
 

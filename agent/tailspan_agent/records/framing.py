@@ -1,8 +1,8 @@
 """The work per line: find its severity by its start, and frame it as an OTLP log record. Pure.
 
-`find_severities` and `frame` are in C where C was compiled (`tailspan._native`); the forms in Python below are the
-reference, and run everywhere else. They make no Python call per line either. A record is five pieces; each piece is a
-column over all lines, made with slices and tables, and one join makes the bytes:
+The functions here are in C where C was compiled (`tailspan._native`); the forms in Python below are the reference, and
+run everywhere else. `frame` makes no Python call per line either. A record is five pieces; each piece is a column over
+all lines, made with slices and tables, and one join makes the bytes:
 
     head     tag and length of the record, its severity, tags and lengths of the body: a table by severity and length
     body     the line's text
@@ -40,6 +40,8 @@ __all__ = [
     "frame",
     "frame_in_python",
     "split_lines",
+    "whole_records",
+    "whole_records_in_python",
 ]
 
 UNKNOWN = LEFT_OUT = 255
@@ -146,6 +148,36 @@ def frame_in_python(
 
 
 frame = compiled("frame", frame_in_python)
+
+
+def whole_records_in_python(records: bytes, most_bytes: int, most_stored: int, copied: int, /) -> tuple[int, int]:
+    """Return the length in bytes and the number of the first records that fit, at least one.
+
+    Args:
+        records: Records as `frame` returns them.
+        most_bytes: The most bytes that they may have.
+        most_stored: The same, with ``copied`` more for each record.
+        copied: Bytes that a store adds to each record.
+
+    Raises:
+        ValueError: The bytes are not whole records.
+    """
+    end = count = 0
+    while end < len(records):
+        at = end + 1
+        while at < len(records) and records[at] & 0x80:
+            at += 1
+        length = sum((octet & 0x7F) << 7 * place for place, octet in enumerate(records[end + 1 : at + 1]))
+        after = at + 1 + length
+        if after > len(records):
+            raise ValueError("the last record is not whole")
+        if count and (after > most_bytes or after + (count + 1) * copied > most_stored):
+            break
+        end, count = after, count + 1
+    return end, count
+
+
+whole_records = compiled("whole_records", whole_records_in_python)
 
 
 _TIME_TAG = b"\x09"

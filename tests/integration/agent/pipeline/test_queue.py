@@ -240,6 +240,24 @@ async def test_batches_stay_below_what_collectors_take(store: Store) -> None:
 
 
 @looped
+async def test_a_chunk_that_does_not_fit_is_sent_in_pieces(store: Store) -> None:
+    """Each batch is full, lines stay in order, and the chunk is acknowledged once, when all of it is delivered."""
+    fake = FakeEndpoint()
+    fake.outcomes = [Delivered(), Rejected(2, "too old", "too_old")]
+    queue, jobs = LogQueue(store, Endpoint(sender(fake))), [Job(store, "a"), Job(store, "b")]
+    async with running(queue):
+        for number, job in enumerate(jobs):
+            await queue.put(job.chunk(number, count=4000, size=KIB))
+        await queue.flush()
+    sizes = [len(payload) for payload in fake.payloads]
+    assert len(sizes) == 3
+    assert all(BATCH_BYTES * 15 // 16 < size < BATCH_BYTES + 10 * KIB for size in sizes[:-1])
+    assert [body.split("x")[0] for batch in fake.bodies() for body in batch] == ["a 0"] * 4000 + ["b 1"] * 4000
+    assert [[result.rejected for result in job.results] for job in jobs] == [[2], [0]]
+    assert [(job.cursor, job.stored) for job in jobs] == [(b"0", 1), (b"1", 1)]
+
+
+@looped
 async def test_few_lines_linger_for_more(store: Store) -> None:
     """Lines that come one by one are sent together."""
     fake = FakeEndpoint()

@@ -39,14 +39,20 @@ def an_hour_ago() -> datetime:
     return datetime.now(UTC) - timedelta(hours=1)
 
 
-@pytest.mark.parametrize(("jobs", "lines"), [(1, 30_000), (5, 10_000)], ids=["one long job", "several jobs at once"])
-def test_a_burst_passes(bench: Bench, loki: Loki, jobs: int, lines: int) -> None:
-    """More lines than fit into one message of the distributor: batches are halved until they pass."""
+@pytest.mark.parametrize(
+    ("jobs", "lines", "attributes"),
+    [(1, 30_000, 0), (5, 10_000, 0), (1, 5_000, 12)],
+    ids=["one long job", "several jobs at once", "many attributes"],
+)
+def test_a_burst_passes(bench: Bench, loki: Loki, jobs: int, lines: int, attributes: int) -> None:
+    """More lines than fit into one message of the distributor: each batch has as many as it accepts."""
     expected = [f"line {number} of a job that prints quite a lot of text at once" for number in range(lines)]
     for number in range(jobs):
         add_job(bench, f"job{number}", expected, start=an_hour_ago(), step_ms=1, name=f"burst{number}")
-    result = bench.once(timeout_s=60)
+    watch = {"discover": True, "attributes": {f"attribute.{number}": "v" * 150 for number in range(attributes)}}
+    result = bench.once(watch, timeout_s=60)
     assert (result.delivered, result.rejected) == (True, 0)
+    assert loki.rejected == {}
     for number in range(jobs):
         assert own_lines(loki, f"burst{number}") == expected
 

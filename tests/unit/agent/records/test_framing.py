@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tailspan._native import COMPILED
 from tailspan.logs.page import MAX_PAGE_LINES
+from tailspan_agent.otlp.wire import bytes_field
 from tailspan_agent.records import framing
 from tailspan_agent.records.framing import (
     LEFT_OUT,
@@ -21,6 +22,8 @@ from tailspan_agent.records.framing import (
     frame,
     frame_in_python,
     split_lines,
+    whole_records,
+    whole_records_in_python,
 )
 
 compiled = pytest.mark.skipif(not COMPILED, reason="Tailspan was installed without its C part")
@@ -144,3 +147,29 @@ def test_a_numbered_run_of_more_lines_than_a_page_may_have_is_an_error() -> None
         with pytest.raises(ValueError, match="too many lines"):
             one(b"\n" * many, bytes(many), FIELDS, run, b"", 10)
         assert one(b"\n" * many, bytes(many), FIELDS, run, bytes(8 * many), 10)
+
+
+ROOM = st.integers(-5, 5000)
+BOTH = pytest.mark.parametrize("one", sorted({whole_records, whole_records_in_python}, key=repr))
+
+
+@given(st.lists(st.integers(0, 20_000), max_size=30), ROOM, ROOM, st.integers(0, 900))
+def test_as_many_whole_records_as_fit(lengths: list[int], most_bytes: int, most_stored: int, copied: int) -> None:
+    """The longest beginning within both limits, in both forms; the first record always."""
+    records = [bytes_field(2, bytes(length)) for length in lengths]
+    fitting = [
+        count
+        for count in range(len(records) + 1)
+        if len(b"".join(records[:count])) <= min(most_bytes, most_stored - count * copied)
+    ]
+    expected = max([min(1, len(records)), *fitting])
+    for one in {whole_records, whole_records_in_python}:
+        assert one(b"".join(records), most_bytes, most_stored, copied) == (sum(map(len, records[:expected])), expected)
+
+
+@BOTH
+@pytest.mark.parametrize("records", [b"\x12", b"\x12\x05abc", b"\x12\x01a\x12\xff", b"\x12" + b"\xff" * 12 + b"\x01"])
+def test_bytes_that_are_no_records_are_an_error(one: Any, records: bytes) -> None:
+    """Neither form reads behind the end."""
+    with pytest.raises(ValueError, match="not whole"):
+        one(records, 1 << 20, 1 << 20, 0)
