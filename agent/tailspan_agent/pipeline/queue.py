@@ -58,12 +58,9 @@ class Chunk:
         count: The number of records.
         on_result: Called once with the outcome of all records; returns what to store, if anything.
         on_stored: Called once after that was stored.
-<<<<<<< HEAD
         alone: Whether no request may mix it with other resources: a store may reject some of its lines, and Loki
             reports only what it rejects of the last stream of a request.
-=======
         result: The outcome of the records that were sent.
->>>>>>> 0e32ba7 (Fill each batch up to what a store with default limits accepts)
     """
 
     resource: bytes
@@ -71,16 +68,8 @@ class Chunk:
     count: int
     on_result: Callable[[ChunkResult], Ack | None]
     on_stored: Callable[[], None]
-<<<<<<< HEAD
     alone: bool = False
-
-    @property
-    def stored_size(self) -> int:
-        """About the bytes that the records take in a store that copies the resource to each line."""
-        return len(self.records) + self.count * (len(self.resource) + _COPIED_BYTES)
-=======
     result: ChunkResult = field(default_factory=ChunkResult)
->>>>>>> 0e32ba7 (Fill each batch up to what a store with default limits accepts)
 
     @property
     def size(self) -> int:
@@ -208,23 +197,7 @@ class LogQueue:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_LINGER_S):
                         await self._changed.wait_for(self._worth_sending)
-<<<<<<< HEAD
-            batch = [self._queue.popleft()]
-            size, stored, lines = len(batch[0].records), batch[0].stored_size, batch[0].count
-            alone, mixed = batch[0].alone, False
-            while self._queue and lines < _BATCH_LINES:
-                following = self._queue[0]
-                size += len(following.records)
-                stored += following.stored_size
-                lines += following.count
-                alone, mixed = alone or following.alone, mixed or following.resource != batch[0].resource
-                if size > BATCH_BYTES or stored > _STORED_BYTES or (alone and mixed):
-                    break
-                batch.append(self._queue.popleft())
-            self._queued_bytes -= sum(chunk.size for chunk in batch)
-=======
             batch = self._take_batch()
->>>>>>> 0e32ba7 (Fill each batch up to what a store with default limits accepts)
             self._busy = True
             self._changed.notify_all()
             return batch
@@ -232,12 +205,15 @@ class LogQueue:
     def _take_batch(self) -> list[_Piece]:
         batch: list[_Piece] = []
         size = stored = 0
+        alone = mixed = False
         while self._queue:
             chunk = self._queue[0]
             piece = chunk.piece(BATCH_BYTES - size, _STORED_BYTES - stored)
             size += len(piece.records)
             stored += piece.stored
-            if batch and (size > BATCH_BYTES or stored > _STORED_BYTES):
+            alone = alone or chunk.alone
+            mixed = mixed or (bool(batch) and chunk.resource != batch[0].chunk.resource)
+            if batch and (size > BATCH_BYTES or stored > _STORED_BYTES or (alone and mixed)):
                 break
             batch.append(piece)
             self._queued_bytes -= len(piece.records)
