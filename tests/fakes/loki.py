@@ -29,6 +29,7 @@ from tests.fakes.collector import Reply, Request
 from tests.fakes.otlp_rows import plain_attributes, plain_value
 
 MIB = 1 << 20
+_LEVEL = "detected_level"
 _LONG = 127
 _MAX_REASONS = 10
 SECOND_NS = 1_000_000_000
@@ -97,9 +98,14 @@ class Entry:
     metadata: tuple[tuple[str, str], ...] = field(repr=False)
 
     @property
+    def sent(self) -> list[tuple[str, str]]:
+        """The structured metadata without the level, which Loki adds after it has checked its limits."""
+        return [pair for pair in self.metadata if pair[0] != _LEVEL]
+
+    @property
     def metadata_size(self) -> int:
-        """Bytes of the structured metadata."""
-        return sum(len(key) + len(value.encode()) for key, value in self.metadata)
+        """Bytes of the structured metadata that count."""
+        return sum(len(key) + len(value.encode()) for key, value in self.sent)
 
     @property
     def size(self) -> int:
@@ -110,7 +116,8 @@ class Entry:
     def message_size(self) -> int:
         """Bytes in the distributor's message to the ingester, with the tags and lengths of its fields."""
         texts = (self.line, *(value for _, value in self.metadata))
-        return self.size + 18 + 6 * len(self.metadata) + sum(len(text) > _LONG for text in texts)
+        level = sum(len(_LEVEL) + len(value) for key, value in self.metadata if key == _LEVEL)
+        return self.size + level + 18 + 6 * len(self.metadata) + sum(len(text) > _LONG for text in texts)
 
 
 Labels = tuple[tuple[str, str], ...]
@@ -152,7 +159,10 @@ class Loki:
         limits, invalid = self.limits, Counter[str]()
         pushed: dict[Labels, list[Entry]] = {}
         for labels, entry in _entries(request.message):
-            if error := self._invalid(labels, entry):
+            if any(len(value.encode()) > limits.label_bytes for _, value in labels):
+                value = max((value for _, value in labels), key=len)
+                invalid[f"stream '{_stream_text(labels)}' has label value too long: '{value}'"] = 1  # of all its lines
+            elif error := self._invalid(labels, entry):
                 invalid[error] += 1
             else:
                 pushed.setdefault(labels, []).append(entry)
@@ -179,7 +189,7 @@ class Loki:
             reply = self._ingest(labels, stream)
         if reply.status != 204 or not invalid:
             return reply
-        texts = [f"{number} errors like: {text}" if number > 1 else text for text, number in invalid.items()]
+        texts = [f"{number} errors like: {text}" if invalid.total() > 1 else text for text, number in invalid.items()]
         return self._error(400, "invalid", "; ".join(texts))
 
     def _invalid(self, labels: Labels, entry: Entry) -> str:
@@ -187,9 +197,6 @@ class Loki:
         limits, now_s = self.limits, self._clock_s()
         stream, size = _stream_text(labels), len(entry.line.encode())
         at_s, at = entry.time_unix_nano / SECOND_NS, _rfc3339(entry.time_unix_nano)
-        long = next((value for _, value in labels if len(value.encode()) > limits.label_bytes), None)
-        if long is not None:
-            return f"stream '{stream}' has label value too long: '{long}'"
         if at_s < now_s - limits.age_s:
             oldest = _rfc3339(int((now_s - limits.age_s) * SECOND_NS))
             return f"entry for stream '{stream}' has timestamp too old: {at}, oldest acceptable timestamp is: {oldest}"
@@ -206,9 +213,9 @@ class Loki:
                 f"'{limits.metadata_bytes}' bytes. Please see `limits_config.max_structured_metadata_size` or contact "
                 "your Loki administrator to increase it"
             )
-        if len(entry.metadata) > limits.metadata_entries:
+        if len(entry.sent) > limits.metadata_entries:
             return (
-                f"stream '{stream}' has too many structured metadata labels: '{len(entry.metadata)}', limit: "
+                f"stream '{stream}' has too many structured metadata labels: '{len(entry.sent)}', limit: "
                 f"'{limits.metadata_entries}'. Please see `limits_config.max_structured_metadata_entries_count` or "
                 "contact your Loki administrator to increase it"
             )
@@ -302,7 +309,7 @@ def _entries(message: Any) -> Iterator[tuple[Labels, Entry]]:
                 if record.trace_id:
                     own |= {"trace_id": record.trace_id.hex(), "span_id": record.span_id.hex()}
                     own |= {"flags": str(record.flags)}
-                own["detected_level"] = record.severity_text.lower() or "unknown"
+                own[_LEVEL] = record.severity_text.lower() or "unknown"
                 metadata = tuple(sorted((shared | own).items()))
                 yield labels, Entry(record.time_unix_nano, _text(plain_value(record.body)), metadata)
 

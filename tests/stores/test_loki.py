@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from google.rpc.status_pb2 import Status
+from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
 
+from tests.fakes import loki as double
 from tests.fakes.agents import Bench
-from tests.fakes.collector import Collector
+from tests.fakes.collector import Collector, Reply, Request
 from tests.integration.agent.stores.test_loki import (  # noqa: F401 - the cases of the double
     test_a_burst_passes,
     test_a_job_of_long_lines_with_wide_metadata,
@@ -45,3 +51,89 @@ def test_jobs_of_all_kinds(bench: Bench, loki: Loki) -> None:
             assert [line for line in stored if " read, " not in line and line not in events] == lines
             assert len(events) == (name == "failed")
         loki.restart()
+
+
+HOUR_S, KIB = 3600.0, 1024
+LINE_BYTES = 256 * KIB
+
+
+def request(
+    lines: dict[str, list[tuple[float, int]]], *, resource: dict[str, str] | None = None, **attributes: str
+) -> Request:
+    """Return a request of logs.
+
+    Args:
+        lines: By service: the time of each line, in seconds since the epoch, and its size in bytes.
+        resource: Further attributes of each resource.
+        **attributes: Attributes of each line.
+    """
+    message: Any = ExportLogsServiceRequest()
+    for service, own in lines.items():
+        group = message.resource_logs.add()
+        for key, value in {"service.name": service, "service.namespace": "test", **(resource or {})}.items():
+            group.resource.attributes.add(key=key).value.string_value = value
+        scope = group.scope_logs.add()
+        scope.scope.name, scope.scope.version = "tailspan", "0.1.0"
+        for number, (at_s, size) in enumerate(own):
+            record = scope.log_records.add(time_unix_nano=int(at_s * 1e9), observed_time_unix_nano=int(at_s * 1e9))
+            record.severity_number, record.severity_text, record.flags = 9, "INFO", 1
+            record.trace_id, record.span_id = b"t" * 16, b"s" * 8
+            record.body.string_value = f"line {number} ".ljust(size, "x")
+            for key, value in attributes.items():
+                record.attributes.add(key=key).value.string_value = value
+    payload = message.SerializeToString()
+    count = sum(map(len, lines.values()))
+    return Request("logs", "http", "/v1/logs", {}, message, payload, len(payload), count, taken=True)
+
+
+def answer(reply: Reply) -> tuple[int, str]:
+    """Return the status and the text, without its times, and with sizes of messages in units of 100 KB."""
+    text = Status.FromString(reply.body or b"").message
+    text = re.sub(r"\d{4}-\d\d-\d\d[T ][\d:.]+(Z| \+0000 UTC)", "TIME", text)
+    return reply.status, re.sub(r"\((\d+) vs", lambda size: f"({int(size[1]) // 100_000} vs", text)
+
+
+def test_the_double_answers_like_it(loki: Loki) -> None:
+    """Status, text and stored lines of each case are equal: what the tests of the double show holds for a real Loki."""
+    now = time.time()
+    recent, fake = [(now - 60, 60), (now - 59, 60)], double.Loki()
+    behind, old, new = (now - 3 * HOUR_S, 60), (now - 8 * 24 * HOUR_S, 60), (now + 1200, 60)
+    cases = [
+        request({"etl": recent}),
+        request({"etl": recent}),
+        request({"etl": recent}, resource={"team": "a"}),
+        request({"etl": [(now - 50 + number / 1000, 60) for number in range(9_000)]}, resource={"team": "x" * 200}),
+        request({"etl": [old, old, old, (now - 40, 60)]}),
+        request({"etl": [old, (now - 39, 60), new, new]}),
+        request({"etl": [behind, behind, (now - 38, 60)]}),
+        request({"etl": [behind] * 30}),
+        request({"first": [behind, (now - 37, 60)]}),
+        request({"reverse": [(now - 36, 60), behind]}),
+        request({"etl": [behind, old]}),
+        request({"long": [(now - 3, LINE_BYTES), (now - 2, LINE_BYTES + 1), (now - 1, 60)]}),
+        request({"wide": recent}, wide="y" * 65 * KIB),
+        request({"keys": recent}, **{f"key{number}": "v" for number in range(140)}),
+        request({"n" * 2048: recent}),
+        request({"n" * 2049: recent}),
+        request({"": recent}),
+        request({"etl": [(now - 30 + number / 1000, 400) for number in range(12_000)]}),
+        request({"a": recent, "b": [(now - 10, 60)]}),
+        request({"a": [old], "b": recent}),
+    ]
+    for number, case in enumerate(cases):
+        assert (number, answer(loki(case))) == (number, answer(fake(case)))
+    for service in ("etl", "first", "reverse", "long", "wide", "keys", "n" * 2048, "n" * 2049, "unknown_service", "a"):
+        assert loki.lines(service) == fake.lines(service), service
+
+
+def test_it_reports_the_error_of_one_stream_only(loki: Loki) -> None:
+    """Of a request with several streams it drops old lines without an error, so such lines must travel apart."""
+    now = time.time()
+    loki(request({f"stream{number}": [(now, 60)] for number in range(6)}))
+    replies = [
+        loki(request({f"stream{number}": [(now - 3 * HOUR_S + turn, 60)] for number in range(6)})) for turn in range(5)
+    ]
+    assert all(str(answer(reply)).count("total ignored") <= 1 for reply in replies)
+    mixed = {"stream0": [(now - 3 * HOUR_S, 60)], **{f"new{number}": [(now, 60)] for number in range(20)}}
+    assert 204 in {loki(request(mixed)).status for _ in range(20)}
+    assert loki(request({"stream0": [(now - 3 * HOUR_S, 60)]})).status == 400

@@ -18,6 +18,7 @@ import yaml
 
 from tests.deploy.prometheus import Prometheus, eventually
 from tests.deploy.queries import ALL, DASHBOARDS, dashboard_queries
+from tests.patience import Patience
 from tests.ports import free_port
 from tests.stores.programs import program
 
@@ -32,6 +33,7 @@ RULES: dict[str, str] = {
 }
 AGGREGATION = "OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION"
 EXPONENTIAL = "base2_exponential_bucket_histogram"
+UPTIME = "tailspan_agent_uptime_seconds"
 KINDS = pytest.mark.parametrize("aggregation", ["explicit_bucket_histogram", EXPONENTIAL])
 HOSTILE = """a"b'c\\d(e)+f$g[h]{i}|j.k*l?m^n/o&p=q#r%s t~u!v,w"""
 PROGRESS = "import time\nfor n in range(8): print(f'step {n}/8', flush=True); time.sleep(1)"
@@ -55,6 +57,7 @@ class Scene:
 
     def __init__(self, home: Path, server: Prometheus, otlp_url: str) -> None:
         self.server = server
+        self._log = home / "agent.log"
         self._env = os.environ | {
             "TAILSPAN_CONFIG": str(home / "config.toml"),
             # so that only the exports for runs explain what is found
@@ -75,6 +78,7 @@ class Scene:
             signals = ["metrics"]
             [otlp.metrics]
             endpoint = "{otlp_url}"
+            timeout = "120s"
             """
         )
 
@@ -82,13 +86,21 @@ class Scene:
     def agent(self, aggregation: str) -> Iterator[None]:
         """Run an agent; its end is orderly."""
         env = self._env | {AGGREGATION: aggregation}
-        process = subprocess.Popen([TAILSPAN, "agent", "run"], env=env, stderr=subprocess.DEVNULL)
+        began_s = time.monotonic()
+        with self._log.open("a") as log:
+            process = subprocess.Popen([TAILSPAN, "agent", "run"], env=env, stderr=log)
         try:
-            eventually(lambda: len(self.server.query("tailspan_agent_uptime_seconds")), 1)
+            # The series of an agent that has ended lasts for five minutes.
+            eventually(lambda: [up < time.monotonic() - began_s for _, up in self.server.query(UPTIME)], [True])
             yield
         finally:
             process.terminate()
-            process.wait(30)
+            patience = Patience(60, lambda: [process.pid])
+            while process.poll() is None:
+                if patience.is_over():
+                    process.kill()
+                    raise AssertionError(f"the agent does not stop: {self._log.read_text()[-3000:]}")
+                time.sleep(0.05)
 
     def run(self, name: str, *command: str) -> None:
         """Run a job to its end, however it ends."""
