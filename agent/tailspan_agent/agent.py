@@ -151,12 +151,14 @@ class Agent:
             otlp_resource=settings.otlp.resource,
             lines_on_spans=settings.otlp.puts_lines_on_spans,
             names=PipelineNames(settings.agent.max_pipeline_names, known),
+            task_names=PipelineNames(settings.agent.max_task_names),
             totals={total.key: total for total in runs},
             pipeline_stats=self.pipeline_stats,
         )
         self.metrics_reader = MetricsReader(
             self.metrics,
             runs=lambda: list(self._context.totals.values()),
+            tasks=lambda: list(self._context.task_totals.values()),
             jobs=self._snapshots,
             names=self._context.names,
             start_unix_nano=self.store.start_unix_nano,

@@ -102,6 +102,7 @@ class RunTotals:
         sum_s: The sum of all durations in seconds.
         counts: Number of runs by exponential bucket, see `bucket_index`.
         exemplars: The newest run with a trace in each bucket of `BOUNDS_S`; the last bucket is above all bounds.
+        task: The name of the task whose attempts are counted in place of runs; empty for runs.
     """
 
     pipeline: str
@@ -110,6 +111,7 @@ class RunTotals:
     sum_s: float = 0.0
     counts: Mapping[int, int] = dataclasses.field(default_factory=dict)
     exemplars: tuple[RunExemplar | None, ...] = (None,) * (len(BOUNDS_S) + 1)
+    task: str = ""
 
     @property
     def key(self) -> tuple[str, str, str]:

@@ -304,19 +304,19 @@ class Store:
             if not late:
                 db.execute("DELETE FROM seconds WHERE job = ?", (key,))
 
-    def add_spans(self, key: int, spans: Sequence[OutboxSpan]) -> int:
+    def add_spans(self, key: int, spans: Sequence[OutboxSpan]) -> set[str]:
         """Write spans; one that is stored already keeps its first bytes.
 
         Returns:
-            Number of new spans.
+            The ids of the new spans.
         """
+        insert = "INSERT OR IGNORE INTO spans (job, span_id, resource, span) VALUES (?, ?, ?, ?)"
         with self._transaction() as db:
-            before = db.total_changes
-            db.executemany(
-                "INSERT OR IGNORE INTO spans (job, span_id, resource, span) VALUES (?, ?, ?, ?)",
-                [(key, span.span_id, span.resource, span.span) for span in spans],
-            )
-            return db.total_changes - before
+            return {
+                span.span_id
+                for span in spans
+                if db.execute(insert, (key, span.span_id, span.resource, span.span)).rowcount
+            }
 
     def end_job(
         self,

@@ -30,7 +30,7 @@ from tailspan_agent.analysis.pipeline_names import PipelineNames
 from tailspan_agent.analysis.run_totals import BOUNDS_S, LOWEST_INDEX, SCALE, RunTotals, with_bounded_error_types
 from tailspan_agent.metrics.gauges import Attributes, GaugeDefinition, GaugeValues, age_s
 
-__all__ = ["job_metrics"]
+__all__ = ["job_metrics", "task_metrics"]
 
 _PHASES = ("pending", "executing", "finalizing")
 
@@ -120,6 +120,24 @@ def job_metrics(
     return [metric for metric in metrics if metric.data.data_points]
 
 
+def task_metrics(
+    tasks: Sequence[RunTotals], *, start_unix_nano: int, now_unix_nano: int, exponential: bool = False
+) -> list[Metric]:
+    """Return the metrics of the attempts of tasks; none without attempts.
+
+    Args:
+        tasks: The totals of all ended attempts.
+        start_unix_nano: When they began to be counted, in ns since the epoch.
+        now_unix_nano: The time of the values, in ns since the epoch.
+        exponential: Return durations as exponential histograms, else with the buckets of `BOUNDS_S`.
+    """
+    if not tasks:
+        return []
+    durations = _durations(tasks, start_unix_nano, now_unix_nano, exponential=exponential)
+    description = "Duration of an attempt of a task grouped by pipeline, task and result."
+    return [Metric("tailspan.task.duration", description, "s", durations)]
+
+
 def _durations(
     totals: Sequence[RunTotals], start_unix_nano: int, now_unix_nano: int, *, exponential: bool
 ) -> Histogram | ExponentialHistogram:
@@ -133,7 +151,7 @@ def _durations(
 
 def _explicit(total: RunTotals, start_unix_nano: int, now_unix_nano: int) -> HistogramDataPoint:
     return HistogramDataPoint(
-        _run_attributes(total),
+        _attributes(total),
         start_unix_nano,
         now_unix_nano,
         total.count,
@@ -150,7 +168,7 @@ def _exponential(total: RunTotals, start_unix_nano: int, now_unix_nano: int) -> 
     indices = [index for index in total.counts if index > LOWEST_INDEX]
     first, last = min(indices, default=0), max(indices, default=-1)
     return ExponentialHistogramDataPoint(
-        _run_attributes(total),
+        _attributes(total),
         start_unix_nano,
         now_unix_nano,
         total.count,
@@ -166,7 +184,13 @@ def _exponential(total: RunTotals, start_unix_nano: int, now_unix_nano: int) -> 
     )
 
 
-def _run_attributes(total: RunTotals) -> dict[str, str]:
+def _attributes(total: RunTotals) -> dict[str, str]:
+    if total.task:
+        return {
+            "cicd.pipeline.name": total.pipeline,
+            "cicd.pipeline.task.name": total.task,
+            "cicd.pipeline.task.run.result": total.result,
+        }
     attributes = {
         "cicd.pipeline.name": total.pipeline,
         "cicd.pipeline.run.state": "executing",

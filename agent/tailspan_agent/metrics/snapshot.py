@@ -26,7 +26,7 @@ from tailspan_agent.analysis.assessment import JobSnapshot, PipelineStats
 from tailspan_agent.analysis.pipeline_names import PipelineNames
 from tailspan_agent.analysis.run_totals import RunTotals
 from tailspan_agent.metrics.agent import AgentMetrics
-from tailspan_agent.metrics.jobs import job_metrics
+from tailspan_agent.metrics.jobs import job_metrics, task_metrics
 from tailspan_agent.metrics.live_series import LiveSeries, flag_ends
 from tailspan_agent.metrics.pipelines import pipeline_metrics
 from tailspan_agent.metrics.prometheus import prometheus_text
@@ -45,6 +45,7 @@ class MetricsReader:
     Args:
         agent: The agent's own metrics.
         runs: Returns the totals of all ended runs, from the store.
+        tasks: Returns the totals of the attempts of tasks that ended since the agent started.
         jobs: Returns the followed jobs.
         names: The pipelines with series of their own; the same object that names the store's runs.
         start_unix_nano: When the store began to count runs, in ns since the epoch.
@@ -59,6 +60,7 @@ class MetricsReader:
         agent: AgentMetrics,
         *,
         runs: Callable[[], Iterable[RunTotals]],
+        tasks: Callable[[], Sequence[RunTotals]] = tuple,
         jobs: Callable[[], Iterable[JobSnapshot]],
         names: PipelineNames,
         start_unix_nano: int,
@@ -69,6 +71,7 @@ class MetricsReader:
     ) -> None:
         self._agent = agent
         self._runs = runs
+        self._tasks = tasks
         self._jobs = jobs
         self._names = names
         self._start_unix_nano = start_unix_nano
@@ -76,6 +79,7 @@ class MetricsReader:
         self._run_id_on_metrics = run_id_on_metrics
         self._exponential = exponential
         self._clock_ns = clock_ns
+        self._started_unix_nano = clock_ns()
         self._live = LiveSeries()
         self._unencodable: set[str] = set()
 
@@ -94,6 +98,12 @@ class MetricsReader:
             start_unix_nano=self._start_unix_nano,
             now_unix_nano=now_unix_nano,
             run_id_on_metrics=self._run_id_on_metrics,
+            exponential=exponential,
+        )
+        of_jobs += task_metrics(
+            self._tasks(),
+            start_unix_nano=self._started_unix_nano,
+            now_unix_nano=now_unix_nano,
             exponential=exponential,
         )
         of_jobs += pipeline_metrics(

@@ -45,6 +45,8 @@ class PipelineContext:
         lines_on_spans: Whether the span of the execution carries lines; see `SpanLines`.
         names: The pipelines that have metrics of their own.
         totals: Run totals by their key, as in the store.
+        task_names: The tasks that have metrics of their own, each after the label of its pipeline.
+        task_totals: Totals of the attempts of tasks by pipeline, task and result, since the agent started.
         pipeline_stats: The past runs of pipelines, as in the store.
         label_values: Warns of attributes that make a stream for each run.
         in_flight: Pipelines with unacknowledged lines, by (service identity, job id); also without their tailer.
@@ -60,8 +62,10 @@ class PipelineContext:
     redactor: Redactor | None
     otlp_resource: Mapping[str, str]
     names: PipelineNames
+    task_names: PipelineNames
     lines_on_spans: bool = False
     totals: dict[tuple[str, str, str], RunTotals] = field(default_factory=dict)
+    task_totals: dict[tuple[str, str, str], RunTotals] = field(default_factory=dict)
     pipeline_stats: PipelineStats = field(default_factory=PipelineStats)
     label_values: LabelValues = field(default_factory=LabelValues)
     in_flight: WeakValueDictionary[tuple[str, str], InFlight] = field(default_factory=WeakValueDictionary)

@@ -5,10 +5,11 @@ Spans go into the store as soon as they have ended; the `SpanQueue` sends them f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from tailspan_agent.analysis.baseline import PastRun
 from tailspan_agent.analysis.failure import error_type, fingerprint_of
+from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
 from tailspan_agent.analysis.run_totals import RunTotals, bounded_error_type
 from tailspan_agent.checkpoint.store import OutboxSpan
 from tailspan_agent.job.mapping import failure_text, spans_of
@@ -21,17 +22,44 @@ __all__ = ["JobSpans"]
 class JobSpans:
     """Writes the spans of one job to the store."""
 
-    __slots__ = ("_context", "_job")
+    __slots__ = ("_context", "_job", "_written")
 
     def __init__(self, job: TrackedJob) -> None:
         self._job = job
         self._context = job.context
+        self._written: set[str] = set()
 
     def write(self) -> None:
         """Write the spans that have ended by now; a span that was written before stays as it was."""
-        spans = self._outbox(self._ended())
-        if self._context.store.add_spans(self._job.checkpoint.key, spans):
+        spans = [span for span in self._ended() if span.span_id not in self._written]
+        if not spans:
+            return
+        new = self._context.store.add_spans(self._job.checkpoint.key, self._outbox(spans))
+        self._written.update(span.span_id for span in spans)
+        if new:
+            self._count_tasks(span for span in spans if span.span_id in new)
             self._wake_queue()
+
+    def _count_tasks(self, spans: Iterable[SpanData]) -> None:
+        """Add the attempts of tasks to the totals, each once, since a span is new once."""
+        context = self._context
+        pipeline = context.names.label(self._job.status.job_name)
+        for span in spans:
+            task = span.attributes.get("cicd.pipeline.task.name")
+            if task is None:
+                continue
+            known = context.task_names.label(f"{pipeline}\0{task}") != OTHER_PIPELINES
+            name, result = (
+                str(task) if known else OTHER_PIPELINES,
+                str(span.attributes["cicd.pipeline.task.run.result"]),
+            )
+            key = pipeline, name, result
+            context.task_totals[key] = context.task_totals.get(key, RunTotals(pipeline, result, task=name)).add(
+                (span.end_unix_nano - span.start_unix_nano) / 1e9,
+                trace_id=span.trace_id,
+                span_id=span.span_id,
+                time_unix_nano=span.end_unix_nano,
+            )
 
     def end_run(self, run: PastRun, *, delivery_known: bool) -> bool:
         """Write the last spans and count the run, once, whether or not the endpoint is available.
@@ -58,7 +86,11 @@ class JobSpans:
         )
         fingerprint = job.ledger.fingerprint or None
         counted = self._context.store.end_job(
-            job.checkpoint.key, self._outbox(spans), totals, run=run, fingerprint=fingerprint
+            job.checkpoint.key,
+            self._outbox([span for span in spans if span.span_id not in self._written]),
+            totals,
+            run=run,
+            fingerprint=fingerprint,
         )
         if counted:
             self._context.totals[totals.key] = totals

@@ -92,6 +92,7 @@ class AgentSettings(Options):
         drain_timeout: How long to wait for exports at shutdown, in seconds.
         max_log_names: Number of names that logs may have at a time; the logs of further jobs share ``#other#``.
         max_pipeline_names: Number of pipeline names in metrics; further ones are counted as ``#other#``.
+        max_task_names: Number of task names in metrics, of all pipelines; further ones are counted as ``#other#``.
         run_id_on_metrics: Whether gauges have the job id as an attribute.
         service_name: ``service.name`` of the agent's own telemetry.
         watch: Which jobs to follow; the first match wins.
@@ -108,6 +109,7 @@ class AgentSettings(Options):
     drain_timeout: Duration = 30.0
     max_log_names: int = Field(default=4000, ge=1)
     max_pipeline_names: int = Field(default=200, ge=1)
+    max_task_names: int = Field(default=500, ge=1)
     run_id_on_metrics: bool = False
     service_name: str = Field(default="tailspan-agent", min_length=1)
     watch: Annotated[list[Watch], JsonList] = []

@@ -105,6 +105,36 @@ async def test_attempts_are_spans_as_soon_as_they_have_ended(bench: Bench, servi
     assert lines["boom"].attributes["cicd.pipeline.task.name"] == "load"
     assert lines["boom"].attributes["cicd.pipeline.task.run.id"] == "l"
     assert lines["ERROR but only a word"].attributes["cicd.pipeline.task.run.id"] == "l.2"
+    assert attempts_counted(bench) == {
+        ("etl", "extract", "success"): (1, 2.0),
+        ("etl", "load", "failure"): (1, 1.0),
+        ("etl", "load", "success"): (1, 1.0),
+        ("etl", "notify", "skip"): (1, pytest.approx(0, abs=0.01)),
+    }
+
+
+def attempts_counted(bench: Bench) -> dict[tuple[str, ...], tuple[int, float]]:
+    """Return count and sum of the newest value of each series of `tailspan.task.duration`."""
+    keys = ("cicd.pipeline.name", "cicd.pipeline.task.name", "cicd.pipeline.task.run.result")
+    rows = [row for row in bench.collector.metrics() if row.name == "tailspan.task.duration"]
+    assert all(row.unit == "s" and set(row.attributes) == set(keys) for row in rows)
+    return {tuple(row.attributes[key] for key in keys): (row.value.count, row.value.sum) for row in rows}
+
+
+@looped
+async def test_names_of_tasks_on_metrics_are_limited(bench: Bench, service: FakeTaskService) -> None:
+    """Tasks with an id in their names would make a series each; those above the limit share one for each pipeline."""
+    service.add_job("j1", job_name="etl", submitted_at=START, started_at=START)
+    for number in range(5):
+        service.set_task("j1", attempt(TaskRef(f"t{number}", f"part {number}"), "success", number, number + 2))
+    service.set_state("j1", "SUCCEEDED", finished_at=at(7))
+    async with bench.running(max_task_names=2):
+        await bench.received(lambda: "run" in bench.spans())
+    assert attempts_counted(bench) == {
+        ("etl", "part 0", "success"): (1, 2.0),
+        ("etl", "part 1", "success"): (1, 2.0),
+        ("etl", "#other#", "success"): (3, 6.0),
+    }
 
 
 @looped
@@ -137,3 +167,4 @@ async def test_spans_of_tasks_are_sent_once_over_a_restart(bench: Bench, service
     async with bench.running():
         await bench.received(lambda: "run" in bench.spans())
     assert [span.name for span in bench.collector.spans()].count("extract") == 1
+    assert attempts_counted(bench) == {("etl", "extract", "success"): (1, 2.0)}

@@ -82,6 +82,7 @@ class Scene:
             redactor=None,
             otlp_resource={},
             names=PipelineNames(10),
+            task_names=PipelineNames(10),
         )
 
     def discovery(self, *watches: Watch) -> JobDiscovery:
