@@ -112,6 +112,8 @@ class Airflow(Orchestrator):
             "LOGGING__WORKER_LOG_SERVER_PORT": str(free_port()),
             "LOGGING__TRIGGER_LOG_SERVER_PORT": str(free_port()),
             "SCHEDULER__PARSING_PROCESSES": "1",
+            # On a busy machine, a task must not fail because its API server answers late.
+            "WORKERS__EXECUTION_API_TIMEOUT": "120",
             "USAGE_DATA_COLLECTION__ENABLED": "False",
         }
         env = {f"AIRFLOW__{name}": value for name, value in options.items()}
@@ -202,7 +204,7 @@ def test_runs_arrive_whole_through_stops_of_the_agent(airflow: Airflow, collecto
     """
     password = tmp_path / "password"
     password.write_text(airflow.password)
-    with Proxy(airflow.url, busy_each=40, expire_each=60) as proxy:
+    with Proxy(airflow.url, busy_each=50, expire_each=15) as proxy:
         section = f'base_url = "{proxy.url}"\nuser = "admin"\npassword_file = "{password}"'
         with Relay("airflow", section, collector, tmp_path) as relay, Client(load_settings(relay.config)) as client:
             whole = client.submit(["nightly", "seconds=15"], name="whole", service="airflow")
@@ -237,7 +239,7 @@ def test_runs_arrive_whole_through_stops_of_the_agent(airflow: Airflow, collecto
         assert (span.name, span.attributes["cicd.pipeline.task.run.result"]) == (row["task_id"], RESULTS[row["state"]])
         assert span.status == ("ERROR" if row["state"] == "failed" else "UNSET")
         times = [microseconds(entry["timestamp"]) for entry in entries]
-        if row["try_number"]:
+        if row["try_number"] and row["start_date"]:
             assert abs(span.start_unix_nano / 1000 - min([microseconds(row["start_date"]), *times])) < 2
             assert abs(span.end_unix_nano / 1000 - max([microseconds(row["end_date"]), *times])) < 1000
         parent = spans[span.parent_span_id]

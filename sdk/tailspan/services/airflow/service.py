@@ -33,7 +33,9 @@ _PAGE = 100  # `maximum_page_limit` of the server; a larger limit is cut without
 _FRESH_S = 1.0
 _UPSTREAM_FRESH_S = 300.0
 _NO_EVENT_LOG_S = 600.0
-_MAX_KNOWN = 2_000
+_MAX_KNOWN = 10_000
+# How long after the end of a try its last line is written, at most.
+_LAST_LINES_NS = 60_000_000_000
 _MAX_EVENT_PAGES = 10
 _CANCEL_TAKES = timedelta(seconds=5)
 _EPOCH, _FAR = datetime(1970, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC)
@@ -212,10 +214,13 @@ class AirflowService(HttpService, TaskService, SubmitService):
         known = {} if cursor is None else self._whole.get(job_id, {})
         # The last lines of a try are written after its end.
         final_before = datetime.now(UTC) - timedelta(seconds=late_window_s)
+        first_ns = (since_ms or 0) * NANOS_PER_MS
         readers: dict[str, AttemptReader] = {}
         for attempt in (await self._list(job_id, fresh=cursor is None)).attempts:
             key = f"{attempt.run.task_id}\0{attempt.run.attempt}"
-            if attempt.row.has_log and (key not in positions or positions[key] is not None):
+            end_ns = unix_nano(attempt.run.finished_at)
+            is_earlier = end_ns is not None and end_ns + _LAST_LINES_NS < first_ns
+            if attempt.row.has_log and not is_earlier and (key not in positions or positions[key] is not None):
                 reader = self._reader(job_id, attempt, positions.get(key), final_before)
                 # A log that was read to its end is not requested at each poll, also if no page has come since.
                 if known.get(key) == reader.log.pack():
@@ -227,7 +232,7 @@ class AirflowService(HttpService, TaskService, SubmitService):
             current = {key: None if one.is_read else one.log.pack() for key, one in readers.items()}
             return pack_cursor(positions | current)
 
-        async with aclosing(merged(list(readers.values()), (since_ms or 0) * NANOS_PER_MS)) as pages:
+        async with aclosing(merged(list(readers.values()), first_ns)) as pages:
             async for lines in pages:
                 yield LogPage.from_lines(lines, cursor=packed(), identity=self.identity, job_id=job_id)
         _forget_some(self._whole)
@@ -339,7 +344,7 @@ class AirflowService(HttpService, TaskService, SubmitService):
 
     def _path(self, job_id: str) -> str:
         dag, slash, run = job_id.partition("/")
-        if not slash or not dag or not run:
+        if not slash or not run or dag in ("", "~") or run == "~":  # "~" means all of them
             text = f"{job_id!r} is not a job of Airflow: its id is DAG/RUN"
             raise JobNotFoundError(text, service=self.name, job_id=job_id)
         return f"/api/v2/dags/{path_segment(dag)}/dagRuns/{path_segment(run)}"

@@ -415,7 +415,7 @@ def test_a_busy_server_is_asked_again(airflow, client):
 
 def test_errors_name_the_cause(airflow, client):
     """An unknown run, an id of another form, cursors of other services, an ended DAG."""
-    for job_id in ("nightly/unknown", "nightly", "/x", "x/"):
+    for job_id in ("nightly/unknown", "nightly", "/x", "x/", "~/~", "~/x", "nightly/~"):
         with pytest.raises(JobNotFoundError):
             client.get_status(job_id)
     job_id = airflow.add_run()
@@ -478,3 +478,25 @@ def test_times(airflow, client):
     status = client.get_status(job_id)
     assert (status.submitted_at, status.started_at) == (START, START)
     assert client.get_logs(job_id)[0]["timestamp"] == round(START.timestamp() * 1000) + 2500
+
+
+def test_a_read_since_a_time_requests_only_logs_that_may_have_lines(airflow):
+    """A task that ended long before has none; the failure digest of a run with many tasks reads so."""
+    job_id = airflow.add_run()
+    for number, name in enumerate(("first", "second")):
+        task = airflow.add_task(job_id, name)
+        task.start(100 * number)
+        task.log(f"of {name}", 100 * number + 1)
+        task.end(100 * number + 2)
+
+    async def read() -> list[bytes]:
+        found: list[bytes] = []
+        since_ms = round(START.timestamp() * 1000) + 100_000
+        service = service_of(airflow)
+        async with aclosing(service), aclosing(service.read_logs(job_id, since_ms=since_ms)) as pages:
+            async for page in pages:
+                found += page.lines
+        return found
+
+    assert anyio.run(read) == [b"of second"]
+    assert [one for one in airflow.requests if "/first/logs/" in one] == []
