@@ -258,7 +258,7 @@ class Agent:
             for queue in self._context.queues:
                 queue.linger = False  # no further lines come that would be worth waiting for
             self._start_queues()
-            receiver.watch(await receiver.open(self.settings, {}), self.settings, once=True)
+            receiver.watch(await receiver.open(self.settings, {}, once=True), self.settings, once=True)
             delivered = await self._completes(
                 self._relay_readable(scan_failures), interrupt=self._stopping, timeout_s=timeout_s
             )

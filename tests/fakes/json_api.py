@@ -21,12 +21,14 @@ class FakeJsonApi(ABC):
         url: The base URL of the API.
         token: What ``Authorization: Bearer`` must have; empty: nothing is needed.
         refusals: Statuses of the next replies, with their headers, before the right ones come.
+        busy_each: Each such request is answered by 429; 0: none.
         requests: ``METHOD /path`` of each request so far.
     """
 
     def __init__(self) -> None:
         self.token = ""
         self.refusals: list[tuple[int, dict[str, str]]] = []
+        self.busy_each = 0
         self.requests: list[str] = []
         self.lock = threading.RLock()
         fake = self
@@ -53,9 +55,12 @@ class FakeJsonApi(ABC):
                 with fake.lock:
                     fake.requests.append(f"{method} {parts.path}")
                     refused = fake.refuse(parts.path, self.headers.get("authorization", ""))
-                    if fake.refusals:
+                    if fake.busy_each and len(fake.requests) % fake.busy_each == 0:
+                        status, headers = 429, {"retry-after": "0"}
+                        reply: object = {"detail": "busy"}
+                    elif fake.refusals:
                         status, headers = fake.refusals.pop(0)
-                        reply: object = {"detail": "refused"}
+                        reply = {"detail": "refused"}
                     elif refused is not None:
                         status, reply = refused
                     else:

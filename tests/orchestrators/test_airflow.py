@@ -112,8 +112,10 @@ class Airflow(Orchestrator):
             "LOGGING__WORKER_LOG_SERVER_PORT": str(free_port()),
             "LOGGING__TRIGGER_LOG_SERVER_PORT": str(free_port()),
             "SCHEDULER__PARSING_PROCESSES": "1",
-            # On a busy machine, a task must not fail because its API server answers late.
+            # On a busy machine, no task must fail because an answer or an import takes long.
             "WORKERS__EXECUTION_API_TIMEOUT": "120",
+            "CORE__DAGBAG_IMPORT_TIMEOUT": "300",
+            "DAG_PROCESSOR__DAG_FILE_PROCESSOR_TIMEOUT": "600",
             "USAGE_DATA_COLLECTION__ENABLED": "False",
         }
         env = {f"AIRFLOW__{name}": value for name, value in options.items()}

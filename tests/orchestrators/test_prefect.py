@@ -110,7 +110,7 @@ def test_runs_arrive_whole_through_stops_of_the_agent(prefect: Prefect, collecto
     flows = prefect.directory / "flows.py"
     flows.write_text(FLOWS)
     runs = [prefect.start("python", str(flows), "150", "8"), prefect.start("python", str(flows), "20", "4", "fail")]
-    with Proxy(prefect.url.removesuffix("/api"), busy_each=40) as proxy:
+    with Proxy(prefect.url.removesuffix("/api"), busy_each=10) as proxy:
         with Relay("prefect", f'base_url = "{proxy.url}/api"', collector, tmp_path) as relay:
             relay.interrupt(signal.SIGKILL)
             relay.interrupt(signal.SIGTERM)

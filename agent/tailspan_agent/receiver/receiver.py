@@ -98,12 +98,13 @@ class Receiver:
             if name in _by_service(new) and new.services.get(name) == old.services.get(name)
         }
 
-    async def open(self, settings: Settings, kept: Mapping[str, Source]) -> dict[str, Source]:
+    async def open(self, settings: Settings, kept: Mapping[str, Source], *, once: bool = False) -> dict[str, Source]:
         """Open the watched services that are not kept; on an error, open none.
 
         Args:
             settings: The configuration.
             kept: The services that stay open.
+            once: Whether each job is read once only.
 
         Returns:
             The opened services, by name.
@@ -116,7 +117,8 @@ class Receiver:
             for name in _by_service(settings):
                 if name not in kept:
                     service = self._opener(name, settings)
-                    service.tries = 1  # a tailer has a retry schedule of its own
+                    if not once:
+                        service.tries = 1  # a tailer that goes on has a retry schedule of its own
                     source = Source(service, partial(self._context.health.attributes_dropped, name))
                     undo.push_async_callback(source.service.aclose)
                     _check_identity(source, [*kept.values(), *opened.values()])

@@ -52,7 +52,7 @@ class JobService(ABC):
         final_read: Whether the agent must read the log of an ended job once more from its start, because lines may
             become visible behind a cursor.
         tries: How often the service sends a request that only reads before it raises the error. The agent sets 1,
-            because it has a retry schedule of its own.
+            because it has a retry schedule of its own, except where it reads each job once only.
     """
 
     name: str

@@ -18,10 +18,13 @@ from tailspan.errors import (
     ProtocolError,
     ServiceUnavailableError,
 )
+from tailspan.services._http_options import LoginOptions
+from tailspan.services.airflow import AirflowService
 from tailspan.testing import FakeService
 from tailspan_agent.agent import Agent
 from tailspan_agent.errors import AgentError, CheckpointError
 from tests.fakes.agents import Bench, OddService
+from tests.fakes.airflow import FakeAirflow
 from tests.fakes.collector import Reply
 
 
@@ -69,6 +72,23 @@ def test_a_second_pass_repeats_nothing(bench: Bench) -> None:
     assert bench.bodies() == lines
     assert len(bench.collector.spans()) == spans
     assert bench.metric("cicd.pipeline.run.duration").count == 1
+
+
+def test_a_service_that_is_busy_at_times(bench: Bench) -> None:
+    """A single pass has no later poll: the service sends a refused request again, so one 429 does not end the job."""
+    with FakeAirflow() as airflow:
+        keys = {"base_url": airflow.url, "requests_per_second": 1000}
+        bench.services["fake"] = AirflowService("fake", LoginOptions.model_validate(keys))
+        job_id = airflow.add_run(start=ago(minutes=1))
+        task = airflow.add_task(job_id, "extract")
+        task.start(ago(seconds=59))
+        task.log("one", ago(seconds=58))
+        task.end(ago(seconds=57))
+        airflow.set_state(job_id, "success", ago(seconds=56))
+        airflow.busy_each = 4
+        result = bench.once()
+    assert (result.jobs, result.failures, result.delivered) == (1, (), True)
+    assert bench.bodies() == ["one"]
 
 
 def test_before_during_and_after_a_job(bench: Bench) -> None:
