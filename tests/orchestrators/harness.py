@@ -245,7 +245,7 @@ class Relay:
         """Run an agent until some more lines have arrived, then end it by a signal."""
         agent = self.start()
         seen = len(self.collector.log_records())
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + _READY_S
         while len(self.collector.log_records()) < seen + after_lines:
             assert time.monotonic() < deadline, self._log.read_text()[-2000:]
             assert agent.poll() is None, self._log.read_text()[-2000:]

@@ -207,7 +207,7 @@ def test_runs_arrive_whole_through_stops_of_the_agent(airflow: Airflow, collecto
     password = tmp_path / "password"
     password.write_text(airflow.password)
     with Proxy(airflow.url, busy_each=50, expire_each=15) as proxy:
-        section = f'base_url = "{proxy.url}"\nuser = "admin"\npassword_file = "{password}"'
+        section = f'base_url = "{proxy.url}"\nuser = "admin"\npassword_file = "{password}"\ntimeout = "60s"'
         with Relay("airflow", section, collector, tmp_path) as relay, Client(load_settings(relay.config)) as client:
             whole = client.submit(["nightly", "seconds=15"], name="whole", service="airflow")
             broken = client.submit(["broken"], service="airflow")
