@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any
 
 from google.rpc.status_pb2 import Status
@@ -97,17 +98,12 @@ class Entry:
     line: str
     metadata: tuple[tuple[str, str], ...] = field(repr=False)
 
-    @property
-    def sent(self) -> list[tuple[str, str]]:
-        """The structured metadata without the level, which Loki adds after it has checked its limits."""
-        return [pair for pair in self.metadata if pair[0] != _LEVEL]
-
-    @property
+    @cached_property
     def metadata_size(self) -> int:
-        """Bytes of the structured metadata that count."""
-        return sum(len(key) + len(value.encode()) for key, value in self.sent)
+        """Bytes of the structured metadata, without the level, which Loki adds after it has checked its limits."""
+        return sum(len(key) + len(value.encode()) for key, value in self.metadata if key != _LEVEL)
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Bytes that count against the ingestion rate."""
         return len(self.line.encode()) + self.metadata_size
@@ -115,9 +111,11 @@ class Entry:
     @property
     def message_size(self) -> int:
         """Bytes in the distributor's message to the ingester, with the tags and lengths of its fields."""
-        texts = (self.line, *(value for _, value in self.metadata))
-        level = sum(len(_LEVEL) + len(value) for key, value in self.metadata if key == _LEVEL)
-        return self.size + level + 18 + 6 * len(self.metadata) + sum(len(text) > _LONG for text in texts)
+        level, long = 0, len(self.line) > _LONG
+        for key, value in self.metadata:
+            long += len(value) > _LONG
+            level += len(key) + len(value) if key == _LEVEL else 0
+        return self.size + level + 18 + 6 * len(self.metadata) + long
 
 
 Labels = tuple[tuple[str, str], ...]
@@ -162,10 +160,10 @@ class Loki:
             if any(len(value.encode()) > limits.label_bytes for _, value in labels):
                 value = max((value for _, value in labels), key=len)
                 invalid[f"stream '{_stream_text(labels)}' has label value too long: '{value}'"] = 1  # of all its lines
-            elif error := self._invalid(labels, entry):
-                invalid[error] += 1
-            else:
+            elif self._is_valid(entry):
                 pushed.setdefault(labels, []).append(entry)
+            else:
+                invalid[self._invalid(labels, entry)] += 1
         entries = [entry for stream in pushed.values() for entry in stream]
         total = sum(entry.size for entry in entries)
         if entries and not self._take_tokens(total):
@@ -195,17 +193,17 @@ class Loki:
     def _invalid(self, labels: Labels, entry: Entry) -> str:
         """Return why the distributor drops an entry; empty if it does not."""
         limits, now_s = self.limits, self._clock_s()
-        stream, size = _stream_text(labels), len(entry.line.encode())
-        at_s, at = entry.time_unix_nano / SECOND_NS, _rfc3339(entry.time_unix_nano)
+        at_s, line_bytes = entry.time_unix_nano / SECOND_NS, entry.size - entry.metadata_size
+        stream, at, entries = _stream_text(labels), _rfc3339(entry.time_unix_nano), len(entry.metadata) - 1
         if at_s < now_s - limits.age_s:
             oldest = _rfc3339(int((now_s - limits.age_s) * SECOND_NS))
             return f"entry for stream '{stream}' has timestamp too old: {at}, oldest acceptable timestamp is: {oldest}"
         if at_s > now_s + limits.ahead_s:
             return f"entry for stream '{stream}' has timestamp too new: {at}"
-        if size > limits.line_bytes:
+        if line_bytes > limits.line_bytes:
             return (
                 f"max entry size '{limits.line_bytes}' bytes exceeded for stream '{stream}' while adding an entry with "
-                f"length '{size}' bytes"
+                f"length '{line_bytes}' bytes"
             )
         if entry.metadata_size > limits.metadata_bytes:
             return (
@@ -213,13 +211,23 @@ class Loki:
                 f"'{limits.metadata_bytes}' bytes. Please see `limits_config.max_structured_metadata_size` or contact "
                 "your Loki administrator to increase it"
             )
-        if len(entry.sent) > limits.metadata_entries:
+        if entries > limits.metadata_entries:
             return (
-                f"stream '{stream}' has too many structured metadata labels: '{len(entry.sent)}', limit: "
+                f"stream '{stream}' has too many structured metadata labels: '{entries}', limit: "
                 f"'{limits.metadata_entries}'. Please see `limits_config.max_structured_metadata_entries_count` or "
                 "contact your Loki administrator to increase it"
             )
         return ""
+
+    def _is_valid(self, entry: Entry) -> bool:
+        """Return whether `_invalid` finds nothing; most entries are valid, and texts take time."""
+        limits, now_s, at_s = self.limits, self._clock_s(), entry.time_unix_nano / SECOND_NS
+        return (
+            now_s - limits.age_s <= at_s <= now_s + limits.ahead_s
+            and entry.size - entry.metadata_size <= limits.line_bytes
+            and entry.metadata_size <= limits.metadata_bytes
+            and len(entry.metadata) - 1 <= limits.metadata_entries
+        )
 
     def lines(self, service_name: str = "", **labels: str) -> list[str]:
         """Return the stored lines in order of time, as a query of the streams with these labels shows them.

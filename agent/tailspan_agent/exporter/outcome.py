@@ -199,7 +199,9 @@ def classify_grpc(code: str, message: str, status_details: bytes | None) -> Outc
         return EndpointFault(reason)
     after_s = _retry_info_s(status_details) if status_details else None
     if code in _RETRYABLE_GRPC or (code == "RESOURCE_EXHAUSTED" and after_s is not None):
-        return Retry(reason, after_s=after_s, refused=code not in {"UNAVAILABLE", "CANCELLED", "DEADLINE_EXCEEDED"})
+        # grpcio reports a failed connection as UNAVAILABLE, too.
+        answered = code not in {"CANCELLED", "DEADLINE_EXCEEDED"} and "connect" not in message.lower()
+        return Retry(reason, after_s=after_s, refused=answered)
     if code in _SERVER_ERROR_GRPC:
         return Retry(reason, server_error=True, refused=True)
     if code in _FAULT_GRPC:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import gzip
+import html
+import itertools
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
+from google.rpc.status_pb2 import Status
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -547,3 +553,67 @@ def test_sent_is_received_while_most_requests_are_rejected(protocol: str) -> Non
             assert mine == [f"lane {name} batch {batch} {index}" for batch in range(10) for index in range(5)]
         assert len(bodies) == sender.delivered == 200
         assert sender.retries > 80
+
+
+TOO_LARGE = (
+    "rpc error: code = ResourceExhausted desc = grpc: received message larger than max (7000000 vs. 4194304)",
+    "ingestion rate limit exceeded for user fake (limit: 4194304 bytes/sec) while attempting to ingest '9' lines "
+    "totaling '6864005' bytes",
+)
+BODIES: dict[str, Callable[[str], Reply]] = {
+    "text": lambda text: Reply(body=text.encode(), headers={"Content-Type": "text/plain"}),
+    "json": lambda text: Reply(
+        body=json.dumps({"code": 8, "message": text}).encode(), headers={"Content-Type": "application/json"}
+    ),
+    "status": lambda text: Reply(body=Status(code=8, message=text).SerializeToString()),
+    "status without code": lambda text: Reply(
+        body=Status(message=text).SerializeToString(), headers={"Content-Type": "application/octet-stream"}
+    ),
+    "html": lambda text: Reply(
+        body=f"<html><body>{html.escape(text, quote=False)}</body></html>".encode(),
+        headers={"Content-Type": "text/html"},
+    ),
+}
+
+
+@pytest.mark.parametrize("text", TOO_LARGE, ids=["message", "burst"])
+def test_a_limit_is_understood_in_each_form_of_answer(collector: Collector, text: str) -> None:
+    """Status, body and encoding of a gateway or a store: the batch is halved at once, without a wait."""
+    clock = FakeClock()
+
+    async def run() -> None:
+        for status, (name, form), packed in itertools.product((400, 429, 500, 503), BODIES.items(), (False, True)):
+            reply = form(text)
+            if packed:
+                headers = {**reply.headers, "Content-Encoding": "gzip"}
+                reply = dataclasses.replace(reply, body=gzip.compress(reply.body or b""), headers=headers)
+            reply = dataclasses.replace(reply, status=status)
+            collector.always("logs", lambda request, reply=reply: reply if request.count > 3 else Reply())
+            retrying = RetryingExporter("logs", exporter_to(collector.http_url), FakeDeadLetter(), clock=clock)
+            result = await retrying.deliver(logs_payload(10), 10)
+            await retrying.aclose()
+            assert (result.delivered, clock.sleeps) == (10, []), (status, name, packed, retrying.last_error)
+
+    asyncio.run(run())
+
+
+def test_a_limit_is_understood_over_grpc(collector: Collector) -> None:
+    """As a code of its own, or in the text of another one."""
+    clock, texts = FakeClock(), (*TOO_LARGE, "")
+    codes = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "INTERNAL", "UNKNOWN", "INVALID_ARGUMENT", "OUT_OF_RANGE")
+
+    async def run() -> None:
+        for code, text in itertools.product(codes, texts):
+            reply = Reply(grpc=code, message=text)
+            collector.always("logs", lambda request, reply=reply: reply if request.count > 3 else Reply())
+            exporter = exporter_to(collector.grpc_url, protocol="grpc")
+            retrying = RetryingExporter("logs", exporter, FakeDeadLetter(), clock=clock)
+            result = await retrying.deliver(logs_payload(10), 10)
+            await retrying.aclose()
+            # A code of an outage without a text only has to wait: half of the batch would have to, too.
+            waits = code in ("UNAVAILABLE", "INTERNAL", "UNKNOWN", "OUT_OF_RANGE") and not text
+            assert result.delivered == 10, (code, text)
+            assert bool(clock.sleeps) == waits, (code, text, clock.sleeps)
+            clock.sleeps.clear()
+
+    asyncio.run(run())
