@@ -179,7 +179,7 @@ class JobLedger(msgspec.Struct, frozen=True, kw_only=True):
         """Return the ledger with the lines of one more page."""
         times_ns = [run.time_unix_nano for run in page.runs]
         first_ns = min(times_ns)
-        last_ns = max(run.time_unix_nano + run.lines - 1 for run in page.runs)
+        last_ns = max([run.time_unix_nano + run.lines for run in page.runs]) - 1
         if page.digests:
             stream_hash = add_uids(self.stream_hash, page_uids(page))
         else:

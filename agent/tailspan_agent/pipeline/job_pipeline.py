@@ -254,7 +254,8 @@ class JobPipeline:
         cursor = None if late else page.cursor
         if self._queue is not None:
             times_ns = [run.time_unix_nano for run in page.runs]
-            await self._choose_stream(min(times_ns), max(times_ns))
+            oldest_ns, newest_ns = min(times_ns), max(times_ns)
+            await self._choose_stream(oldest_ns, newest_ns)
             encoded = encode_lines(page, context=self._log_context)
             self._context.health.records_read(
                 job.service.name,
@@ -263,7 +264,7 @@ class JobPipeline:
                 redactions=encoded.redactions,
                 late=encoded.count if late else 0,
             )
-            alone = may_be_too_old(times_ns)
+            alone = may_be_too_old(times_ns, newest_ns - oldest_ns)
             await self._put(encoded.records, encoded.count, cursor, page_seconds(page), times_ns[-1], alone=alone)
         self.cursor = cursor or self.cursor
 

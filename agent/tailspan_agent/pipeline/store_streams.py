@@ -41,13 +41,14 @@ _MOST_LABELS = 1000
 _log = logging.getLogger(__name__)
 
 
-def may_be_too_old(times_ns: Sequence[int]) -> bool:
+def may_be_too_old(times_ns: Sequence[int], span_ns: int) -> bool:
     """Return whether a store may reject some lines of a page, whatever their stream, and accept the others.
 
     Args:
         times_ns: The times of the lines in their order, in ns since the epoch.
+        span_ns: The time between the oldest and the newest of them, in ns.
     """
-    if max(times_ns) - min(times_ns) <= _WINDOW_NS:
+    if span_ns <= _WINDOW_NS:
         return False
     newest_ns = accumulate(times_ns, max)
     return any(time_ns < newest - _WINDOW_NS for time_ns, newest in zip(times_ns, newest_ns, strict=True))
