@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ import pytest
 
 from tailspan import Client, load_settings
 from tests.fakes.collector import Collector
-from tests.fakes.json_api import FakeJsonApi
-from tests.fakes.otlp_rows import LogRow
+from tests.fakes.otlp_rows import SpanRow
+from tests.orchestrators.harness import Orchestrator, Proxy, Relay, by_task, results
 from tests.ports import free_port
 
-pytestmark = pytest.mark.services
+pytestmark = [pytest.mark.services, pytest.mark.timeout(1200)]
 
-PROGRAMS = Path(sys.prefix) / "dagster" / "bin"
+PROGRAM = "from tailspan.cli import main; main()"
 # What a step prints to stderr begins with "err", to tell it from Dagster's own records.
 JOBS = r"""
 import logging, os, sys, time
@@ -100,42 +101,22 @@ AFTER = {"extract": ["flaky"], "slow": ["flaky"], "load": ["extract", "slow"], "
 Line = tuple[int, str, int, str, str, str]
 
 
-class Dagster:
-    """A real Dagster with a directory of its own."""
+class Dagster(Orchestrator):
+    """A real Dagster."""
 
     def __init__(self, directory: Path) -> None:
-        self.url = f"http://127.0.0.1:{free_port()}"
+        self.port = str(free_port())
+        self.url = f"http://127.0.0.1:{self.port}"
         self.home = directory / "home"
         self.home.mkdir()
         (self.home / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
         (directory / "jobs.py").write_text(JOBS)
-        path = f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}"
-        env = {**os.environ, "HOME": str(directory), "DAGSTER_HOME": str(self.home), "PATH": path}
-        address = ["-h", "127.0.0.1", "-p", self.url.rpartition(":")[2]]
-        with (directory / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [PROGRAMS / "dagster", "dev", "-f", directory / "jobs.py", *address],
-                cwd=directory,
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        deadline = time.monotonic() + 240
-        while True:
-            try:
-                if self.query("{version}"):
-                    return
-            except httpx.HTTPError:
-                pass
-            assert time.monotonic() < deadline, (directory / "server.log").read_text()[-2000:]
-            time.sleep(0.5)
+        super().__init__("dagster", directory, {"DAGSTER_HOME": str(self.home)})
 
-    def close(self) -> None:
-        """End the server and the runs."""
-        os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+    def run(self) -> None:
+        """Start the server, and wait until it answers."""
+        self.start("dagster", "dev", "-f", "jobs.py", "-h", "127.0.0.1", "-p", self.port)
+        self.wait_until(lambda: self.query("{version}"), "the server")
 
     def query(self, document: str, **variables: object) -> Any:
         """Return the only field of a reply."""
@@ -149,45 +130,37 @@ class Dagster:
 
     def wait_for(self, run_id: str, *states: str) -> None:
         """Wait until a run has one of these states."""
-        deadline = time.monotonic() + 300
-        while self.runs()[run_id]["status"] not in states:
-            assert time.monotonic() < deadline, self.runs()[run_id]
-            time.sleep(0.5)
+        self.wait_until(lambda: self.runs()[run_id]["status"] in states, f"a run that is {' or '.join(states)}")
 
 
-class Proxy(FakeJsonApi):
-    """Stands before Dagster: needs a token, and is too busy for every ninth request.
+@contextmanager
+def renewed_tokens(proxy: Proxy, file: Path) -> Iterator[None]:
+    """Write another token whenever the proxy has refused the present one."""
+    over = threading.Event()
 
-    Attributes:
-        busy: Whether it is too busy at times.
-    """
+    def renew() -> None:
+        refused = -1
+        while not over.is_set():
+            if proxy.refused[401] > refused:
+                refused = proxy.refused[401]
+                file.write_text(f"token-{refused}")
+            over.wait(0.2)
 
-    def __init__(self, url: str, token: str) -> None:
-        super().__init__()
-        self.upstream, self.token, self.busy = url, token, True
-
-    def reply(self, method: str, path: str, body: dict[str, Any], query: dict[str, str]) -> tuple[int, object]:
-        """Return Dagster's reply."""
-        if self.busy and len(self.requests) % 9 == 0:
-            self.refusals.append((429, {"retry-after": "1"}))
-        found = httpx.request(method, self.upstream + path, json=body, params=query, timeout=60)
-        return found.status_code, found.json()
+    thread = threading.Thread(target=renew)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @pytest.fixture(scope="module")
 def dagster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dagster]:
     """A server for all tests of this module."""
-    if not (PROGRAMS / "dagster").exists():
-        pytest.skip(f"Dagster is not installed in {PROGRAMS}: make test-services SERVICES=dagster")
-    server = Dagster(tmp_path_factory.mktemp("dagster"))
-    yield server
-    server.close()
-
-
-def agent(config: Path, *options: str) -> subprocess.Popen[bytes]:
-    """Start an agent."""
-    program = "from tailspan.cli import main; main()"
-    return subprocess.Popen([sys.executable, "-c", program, "agent", "run", *options, "--config", str(config)])
+    with Dagster(tmp_path_factory.mktemp("dagster")) as server:
+        server.run()
+        yield server
 
 
 def expected_lines(dagster: Dagster) -> Counter[Line]:
@@ -237,8 +210,9 @@ def traceback_of(error: Mapping[str, Any] | None) -> list[str]:
     return lines
 
 
-def relayed_lines(rows: Sequence[LogRow]) -> Counter[Line]:
-    """The same of the lines that arrived."""
+def relayed_lines(collector: Collector) -> Counter[Line]:
+    """The same of the lines that arrived, each uid once."""
+    rows = {row.attributes["log.record.uid"]: row for row in collector.log_records() if not row.event_name}
     return Counter(
         (
             0 if row.attributes.get("log.iostream") else row.time_unix_nano // 1_000_000,
@@ -248,83 +222,70 @@ def relayed_lines(rows: Sequence[LogRow]) -> Counter[Line]:
             row.attributes.get("cicd.pipeline.task.name", ""),
             row.attributes.get("cicd.pipeline.task.run.id", ""),
         )
-        for row in rows
+        for row in rows.values()
     )
 
 
-@pytest.mark.timeout(1200)
 def test_runs_arrive_whole_through_stops_of_the_agent(dagster: Dagster, collector: Collector, tmp_path: Path) -> None:
-    """The agent is killed and stopped, a token expires, a run is canceled: no line is missing or extra."""
-    token, config = tmp_path / "token", tmp_path / "config.toml"
-    with Proxy(dagster.url, "token-one") as proxy:
-        token.write_text("token-one")
-        config.write_text(
-            f'default_service = "dagster"\n[services.dagster]\nbase_url = "{proxy.address}"\ntoken_file = "{token}"\n'
-            f'ui_url = "{dagster.url}"\nrequests_per_second = 50\n'
-            f'[agent]\nstate_dir = "{tmp_path}/agent"\nlisten = ""\n'
-            f'[[agent.watch]]\nservice = "dagster"\ndiscover = true\nlookback = "1d"\n'
-            f'[otlp]\nendpoint = "{collector.http_url}"\n'
-        )
-        with Client(load_settings(config)) as client:
-            commands = [["hanging"], ["broken"], ["nightly", "ops.extract.config.rows=80"], ["mapped"]]
-            hanging, *others = [client.submit(command, attributes={"by": "test"}).job_id for command in commands]
-            for number in (signal.SIGKILL, signal.SIGTERM):
-                process, seen = agent(config), len(collector.log_records())
-                deadline = time.monotonic() + 240
-                while len(collector.log_records()) < seen + 30 and time.monotonic() < deadline:
-                    time.sleep(0.1)
-                process.send_signal(number)
-                process.wait()
-            process = agent(config)
-            dagster.wait_for(hanging, "STARTED")
-            collector.wait_until(lambda: any(row.body == "hanging" for row in collector.log_records()), timeout_s=240)
-            proxy.token = "token-two"
-            token.write_text("token-two")
-            client.cancel(hanging)
-            for run_id in (hanging, *others):
-                dagster.wait_for(run_id, "SUCCESS", "FAILURE", "CANCELED")
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        proxy.busy = False
-        proxy.refusals.clear()
+    """Runs that retry, fail, fan out and are canceled: no line is missing or extra, and an attempt is a span.
+
+    Meanwhile the agent is killed and stopped, tokens expire, and the server is busy at times.
+    """
+    own, token = tmp_path / "client.toml", tmp_path / "token"
+    own.write_text(f'[services.dagster]\nbase_url = "{dagster.url}/graphql"\ntimeout = "60s"\n')
+    with Client(load_settings(own), service="dagster") as client, ExitStack() as stack:
+        proxy = stack.enter_context(Proxy(dagster.url, busy_each=17, expire_each=60))
+        stack.enter_context(renewed_tokens(proxy, token))
+        keys = f'base_url = "{proxy.url}"\ntoken_file = "{token}"\nui_url = "{dagster.url}"\ntimeout = "60s"'
+        relay = stack.enter_context(Relay("dagster", keys, collector, tmp_path))
+        commands = [["hanging"], ["broken"], ["nightly", "ops.extract.config.rows=80"], ["mapped"]]
+        hanging, *others = [client.submit(command, attributes={"by": "test"}).job_id for command in commands]
+        relay.interrupt(signal.SIGKILL, after_lines=30)
+        relay.interrupt(signal.SIGTERM, after_lines=30)
+        agent = relay.start()
+        collector.wait_until(lambda: any(row.body == "hanging" for row in collector.log_records()), timeout_s=300)
+        client.cancel(hanging)
+        for run_id in (hanging, *others):
+            dagster.wait_for(run_id, "SUCCESS", "FAILURE", "CANCELED")
+        agent.kill()
+        agent.wait()
         time.sleep(6)  # the last output of a run is read up to 5 s late
-        assert agent(config, "--once", "--timeout", "240").wait() == 0
+        relay.finish()
+        assert proxy.refused[401]
+        assert proxy.refused[429]
+        expected = expected_lines(dagster)
+        with suppress(TimeoutError):
+            collector.wait_until(lambda: relayed_lines(collector) == expected, 60)
+        assert relayed_lines(collector) == expected
+        for run_id in dagster.runs():
+            assert client.get_tasks(run_id)
+            verify = ["agent", "verify", "--service", "dagster", "--config", str(relay.config), run_id]
+            assert subprocess.run([sys.executable, "-c", PROGRAM, *verify], check=False, timeout=120).returncode == 0
+        check_spans(dagster, collector, relay.spans(), hanging)
 
-    rows = {row.attributes["log.record.uid"]: row for row in collector.log_records() if not row.event_name}
-    assert relayed_lines(list(rows.values())) == expected_lines(dagster)
-    check_spans(dagster, collector, list(rows.values()))
 
-
-def check_spans(dagster: Dagster, collector: Collector, rows: Sequence[LogRow]) -> None:
-    """Compare the spans with what the API says of runs and steps."""
+def check_spans(dagster: Dagster, collector: Collector, spans: Mapping[str, SpanRow], canceled: str) -> None:
+    """Compare spans with the runs and steps of the API."""
     runs = dagster.runs()
-    spans = {span.span_id: span for span in collector.spans()}
-    roots = {span.attributes["cicd.pipeline.run.id"]: span for span in spans.values() if not span.parent_span_id}
-    results = {run_id: span.attributes["cicd.pipeline.result"] for run_id, span in roots.items()}
-    assert results == {run_id: RESULTS[run["status"]] for run_id, run in runs.items()}
-    by_span: dict[str, list[LogRow]] = {}
-    for row in rows:
-        by_span.setdefault(row.span_id, []).append(row)
-    found = {}
-    for span in spans.values():
-        if "tailspan.task.id" in span.attributes:
-            key = span.attributes["tailspan.task.id"], span.attributes["tailspan.task.attempt"]
-            found[span.attributes["cicd.pipeline.run.id"], *key] = span
+    assert results(spans) == {run_id: RESULTS[run["status"]] for run_id, run in runs.items()}
+    times: dict[str, list[int]] = {}
+    for row in collector.log_records():
+        times.setdefault(row.span_id, []).append(row.time_unix_nano)
+    found = by_task(spans)
     for run_id in runs:
         for step in dagster.query(STEPS, id=run_id)["stepStats"]:
             for number, attempt in enumerate(step["attempts"], 1):
                 span = found.pop((run_id, step["stepKey"], number))
-                last = number == len(step["attempts"])
-                result = RESULTS[step["status"]] if last else "failure"
-                if runs[run_id]["jobName"] == "hanging":
+                result = RESULTS[step["status"]] if number == len(step["attempts"]) else "failure"
+                if run_id == canceled:
                     result = "cancellation"
                 assert span.attributes["cicd.pipeline.task.run.result"] == result
                 assert span.status == ("ERROR" if result == "failure" else "UNSET")
-                times = [row.time_unix_nano for row in by_span.get(span.span_id, [])]
                 start, end = (round(attempt[one] * 1e9) for one in ("startTime", "endTime"))
+                lines = times.get(span.span_id, [])
                 # A step's process is launched before the step starts, and its span has the lines of one agent.
-                assert min([start, *times]) - 2000 <= span.start_unix_nano <= start + 2000
-                assert end - 2000 <= span.end_unix_nano <= max([end, *times]) + 2000
+                assert min([start, *lines]) - 2000 <= span.start_unix_nano <= start + 2000
+                assert end - 2000 <= span.end_unix_nano <= max([end, *lines]) + 2000
                 assert spans[span.parent_span_id].name == "executing"
                 assert f"/runs/{run_id}?selection=" in span.attributes["cicd.pipeline.task.run.url.full"]
                 linked = {spans[link].name for _, link in span.links}
@@ -332,5 +293,7 @@ def check_spans(dagster: Dagster, collector: Collector, rows: Sequence[LogRow]) 
     # What did not start has a span, too.
     assert {(runs[run_id]["jobName"], step) for run_id, step, _ in found} == {("broken", "never"), ("hanging", "never")}
     assert all(span.attributes["cicd.pipeline.task.run.result"] == "skip" for span in found.values())
-    failed = next(span for span in roots.values() if span.attributes["cicd.pipeline.name"] == "broken")
-    assert "RuntimeError: boom" in str(failed.events) + str(failed.status_message)
+    failed = next(span for span in spans.values() if span.name == "boom")
+    assert failed.status_message == "RuntimeError: boom"
+    failures = [row for row in collector.log_records() if row.event_name == "exception"]
+    assert {(row.attributes["exception.type"], row.span_id) for row in failures} == {("RuntimeError", failed.span_id)}

@@ -28,6 +28,7 @@ from tailspan.services._http_service import HttpService, Login, Token
 from tailspan.services._requests import Authorizer, path_segment
 from tailspan.services.dagster.log import (
     Capture,
+    EventReader,
     Item,
     Position,
     Printed,
@@ -194,15 +195,17 @@ class DagsterService(HttpService, TaskService, SubmitService):
         position = Position.read(start, service=self.name, job_id=job_id)
         records = self._records.setdefault(job_id, Records(job_id))
         first_nano = (since_ms or 0) * NANOS_PER_MS
+        reader, after, more = position.reader(), position.after, True
         read: set[str] = set()
-        more = True
         while more:
             read_s = time.time()
-            reply, pieces = await self._read(job_id, position, position.captures.keys() - read, events=True)
-            more = reply.has_more
+            reply, pieces = await self._read(
+                job_id, position, position.captures.keys() - read, events=True, after=after
+            )
+            after, more = reply.cursor, reply.has_more
             working = position.copy()
-            items = _take_events(working, reply.events, records)
-            working.move(reply.cursor, read_s, has_more=more)
+            items = _take_events(working, reader, reply.events, records)
+            working.move(reply, reader, read_s)
             # The end of a process is the latest time of its output, so that is read once the end is known.
             due = {key for key, one in working.captures.items() if key not in read and (one.ended_ms or not more)}
             read |= due
@@ -423,15 +426,22 @@ class DagsterService(HttpService, TaskService, SubmitService):
         return self._pieces(data, "piece0", request, size)[stream]
 
     async def _read(
-        self, job_id: str, position: Position, keys: Collection[str], *, events: bool = False
+        self,
+        job_id: str,
+        position: Position,
+        keys: Collection[str],
+        *,
+        events: bool = False,
+        after: str | None = None,
     ) -> tuple[Events, dict[str, tuple[Printed, Printed]]]:
         """Request events after a position, and what processes have printed after it.
 
         Args:
             job_id: The run.
-            position: From where to read.
+            position: From where to read output.
             keys: The processes.
             events: Whether to request events.
+            after: The cursor before the events.
         """
         wanted = [one for key, one in position.captures.items() if key in keys] if self.options.compute_logs else []
         groups = [wanted[start : start + _MAX_PIECES] for start in range(0, len(wanted), _MAX_PIECES)]
@@ -441,7 +451,7 @@ class DagsterService(HttpService, TaskService, SubmitService):
         for place, group in enumerate(groups or [[]] * events):
             requests = [PieceRequest(one.key, *one.offsets) for one in group]
             with_events = events and place == 0
-            document, variables = log_query(job_id, position.after, requests, limit, events=with_events)
+            document, variables = log_query(job_id, after, requests, limit, events=with_events)
             data = await self._send(document, variables, job_id=job_id)
             if with_events:
                 reply = self._checked(data, "logsForRun", Events, job_id)
@@ -528,10 +538,10 @@ class DagsterService(HttpService, TaskService, SubmitService):
         return f"{(self.options.ui_url or self.identity).rstrip('/')}/runs/{path_segment(job_id)}"
 
 
-def _take_events(position: Position, events: Sequence[Event], records: Records) -> list[Item]:
+def _take_events(position: Position, reader: EventReader, events: Sequence[Event], records: Records) -> list[Item]:
     """Return the lines of the events that were not read; move the position behind them."""
     items: list[Item] = []
-    for event, uid, place in position.new_events(events):
+    for event, uid, place in reader.new_events(events):
         items += event_items(event, uid, place, position.task_of(event))
         position.add(event)
     for event in events:

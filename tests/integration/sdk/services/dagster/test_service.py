@@ -313,7 +313,7 @@ def test_tags_and_a_run_again(dagster, client):
 
 def test_late_and_equal_events_are_read_once(dagster, monkeypatch):
     """An event that becomes visible behind the cursor is read, and equal ones of one moment are as many as they are."""
-    clock = [time.time()]
+    clock = [START_S + 9]
     monkeypatch.setattr("tailspan.services.dagster.service.time.time", lambda: clock[0])
     rng, job_id, service = random.Random(4), dagster.add_run(), service_of(dagster)
     hidden: list[dict[str, Any]] = []
@@ -330,6 +330,8 @@ def test_late_and_equal_events_are_read_once(dagster, monkeypatch):
             total += 1
         # A reader that is killed goes on after its last page, and another one has nothing in memory.
         service = service if rng.random() < 0.8 else service_of(dagster)
+        # A page has more than the events of two batches, so that none is later than by a page.
+        dagster.page = rng.choice([70, 1000])
         for page in pages_of(service, job_id, cursor):
             seen.update(page.uids())
             cursor = page.cursor
