@@ -23,6 +23,7 @@ from tailspan_agent.job.line_sums import (
     select_lines,
 )
 from tailspan_agent.job.task_spans import failed_task
+from tailspan_agent.job.times import unix_nano
 from tailspan_agent.pipeline.job_pipeline import JobPipeline
 
 __all__ = ["last_lines", "relay_missing"]
@@ -91,7 +92,9 @@ async def last_lines(read: Callable[..., AsyncGenerator[LogPage, None]], pipelin
     task = failed_task(pipeline.job.tasks)
     newest_ns = pipeline.ledger.last_line_ns
     if task is not None:
-        newest_ns = (pipeline.job.task_lines.of(task) or (0, newest_ns))[1]
+        # An earlier process may have read its lines: then they are not long before its end.
+        known, ended_ns = pipeline.job.task_lines.of(task), unix_nano(task.finished_at)
+        newest_ns = known[1] if known is not None else newest_ns if ended_ns is None else ended_ns
     if newest_ns is not None:
         since_ms = newest_ns // NANOS_PER_MS - _DIGEST_MS
         # Relayed lines may be gone by now; the end of the job is reported all the same.

@@ -157,6 +157,23 @@ async def test_the_failure_belongs_to_the_task_that_failed(bench: Bench, service
 
 
 @looped
+async def test_the_failure_is_found_in_lines_that_an_earlier_agent_read(bench: Bench, service: FakeTaskService) -> None:
+    """The lines of the task that failed are long before the last one of the job; its end says where they are."""
+    service.add_job("j1", job_name="etl", submitted_at=START, started_at=START)
+    ms = int(START.timestamp() * 1000)
+    service.set_task("j1", attempt(LOAD_1, "failure", 0, 1))
+    trace = ["Traceback (most recent call last):", '  File "x.py", line 1, in <module>', "KeyError: 'region'"]
+    service.add_lines("j1", *trace, timestamp_ms=ms + 900, task=LOAD_1)
+    service.add_lines("j1", "of the job", timestamp_ms=ms + 8900)
+    async with bench.running():
+        await bench.received(lambda: any(row.body == "of the job" for row in bench.collector.log_records()))
+    service.set_state("j1", "FAILED", finished_at=at(10))
+    async with bench.running():
+        await bench.received(lambda: "run" in bench.spans() and bool(failures(bench)))
+    assert [record.attributes["exception.type"] for record in failures(bench)] == ["KeyError"]
+
+
+@looped
 async def test_spans_of_tasks_are_sent_once_over_a_restart(bench: Bench, service: FakeTaskService) -> None:
     """A second agent lists the same attempts again; the span that was sent first stays."""
     service.add_job("j1", job_name="etl", submitted_at=START, started_at=START)
