@@ -269,8 +269,18 @@ class Relay:
         missing, extra = expected - found, found - expected
         assert (list(missing)[:20], list(extra)[:20]) == ([], []), f"{missing.total()} missing, {extra.total()} extra"
 
-    def spans(self) -> dict[str, SpanRow]:
-        """Return the spans that arrived by id; one that came again must be the same."""
+    def spans(self, *, runs: int, attempts: int) -> dict[str, SpanRow]:
+        """Wait for the spans of a number of runs and attempts of tasks, and return all that arrived.
+
+        A real Collector forwards spans apart from lines. A span that came again must be the same.
+        """
+
+        def are_there() -> bool:
+            found = {span.span_id: span for span in self.collector.spans()}
+            return len(results(found)) >= runs and len(by_task(found)) >= attempts
+
+        with contextlib.suppress(TimeoutError):
+            self.collector.wait_until(are_there, 60)
         found: dict[str, SpanRow] = {}
         for span in self.collector.spans():
             assert found.setdefault(span.span_id, span) == span

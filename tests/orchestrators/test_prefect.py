@@ -118,7 +118,7 @@ def test_runs_arrive_whole_through_stops_of_the_agent(prefect: Prefect, collecto
             time.sleep(3)  # lines become visible up to 2 s late
             relay.finish()
             relay.wait_for(expected_lines(prefect))
-            spans = relay.spans()
+            spans = relay.spans(runs=len(runs), attempts=12)
         assert proxy.refused[429]
 
     top = {row["id"]: row for row in prefect.post("/flow_runs/filter", {}) if row["parent_task_run_id"] is None}
