@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
-from tailspan_agent.pipeline.store_streams import MAIN_STREAM, LabelValues, LogNames, StoreStreams
+from tailspan_agent.pipeline.store_streams import MAIN_STREAM, LabelValues, LogNames, StoreStreams, may_be_too_old
 
 MINUTE_NS = 60 * 1_000_000_000
 HOUR_NS = 60 * MINUTE_NS
@@ -101,3 +101,12 @@ def test_a_label_with_a_value_for_each_run_is_warned_of(caplog: pytest.LogCaptur
         labels.note("web", {"k8s.pod.name": f"pod-{number % 20}"})
     (record,) = caplog.records
     assert record.message.startswith("attribute k8s.pod.name has more than 20 values in pipeline etl")
+
+
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=12))
+def test_lines_far_behind_others_of_their_page_are_noticed(minutes: list[int]) -> None:
+    """In a page in order of time there are none, however long it is; one that jumps back by 31 minutes has some."""
+    times_ns = [NOW_NS + minute * MINUTE_NS for minute in minutes]
+    behind = any(later < earlier - 30 for number, later in enumerate(minutes) for earlier in minutes[:number])
+    assert may_be_too_old(times_ns, max(times_ns) - min(times_ns)) == behind
+    assert not may_be_too_old(sorted(times_ns), max(times_ns) - min(times_ns))
