@@ -16,7 +16,9 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Sequence
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,6 +31,7 @@ from tests.ports import free_port
 ROOT = Path(__file__).parents[2]
 _BUILT = ROOT / ".venv" / "stores" / "bin"
 _READY_S = 60.0
+_ANSWER_S = 120.0
 _FIRST_PAGE, _MAX_PAGE, _PAGE_BYTES = 10, 4_000, 2 << 20
 
 
@@ -63,7 +66,7 @@ def fetch(url: str, data: dict[str, str] | None = None) -> str:
     """Return the body of an answer; the text of an error if the server answers with one."""
     body = urllib.parse.urlencode(data).encode() if data is not None else None
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, body), timeout=30) as answer:
+        with urllib.request.urlopen(urllib.request.Request(url, body), timeout=_ANSWER_S) as answer:
             return str(answer.read().decode())
     except urllib.error.HTTPError as error:
         return str(error.read().decode())
@@ -209,10 +212,14 @@ class Loki(Program):
 
     Called with a request of a test's collector, it stores the request and returns its own answer, so that the cases of
     the double `tests.fakes.loki.Loki` run with it, too.
+
+    Attributes:
+        rejected: Number of requests that were not fully accepted, by status; without those that only had to wait.
     """
 
     def prepare(self) -> Sequence[str]:
         """See `Program`."""
+        self.rejected = Counter[str]()
         self._address = f"127.0.0.1:{free_port()}"
         config = yaml.safe_load((ROOT / "deploy" / "stores" / "loki.yaml").read_text())
         config["server"] = {
@@ -243,9 +250,11 @@ class Loki(Program):
         headers = {"content-type": "application/x-protobuf"}
         own = urllib.request.Request(f"http://{self._address}/otlp/v1/logs", request.payload, headers)
         try:
-            with urllib.request.urlopen(own, timeout=30) as answer:
+            with urllib.request.urlopen(own, timeout=_ANSWER_S) as answer:
                 return Reply(answer.status, body=answer.read())
         except urllib.error.HTTPError as error:
+            if error.code != HTTPStatus.TOO_MANY_REQUESTS:
+                self.rejected[str(error.code)] += 1
             return Reply(error.code, body=error.read())
 
     def lines(self, service_name: str = "", **labels: str) -> list[str]:
