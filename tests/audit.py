@@ -19,8 +19,14 @@ LOCK = Path(__file__).parent.parent / "requirements.lock"
 PROJECT = LOCK.with_name("pyproject.toml")
 USED = ("serve", "agent", "zstd")
 BOUND = re.compile(r"([a-z0-9-]+)>=([0-9.]+)")
+PIN = re.compile(r"(?m)^([a-z0-9-]+)==([^ ;]+)")
 SOURCES = ("pypi", "osv")
 NOT_AUDITED = 3
+
+
+def pins(lock: Path = LOCK) -> dict[str, str]:
+    """Return the version of each package of a lock, by its name."""
+    return dict(PIN.findall(lock.read_text()))
 
 
 def audit(program: str, lock: Path = LOCK) -> int:

@@ -2,7 +2,7 @@
 
     python -m tests.pythons DIRECTORY [VERSION ...] [-- PYTEST_ARGUMENT ...]
 
-Each Python gets a virtual environment below DIRECTORY, with the pinned versions. Pythons that are not found are named.
+Each Python gets a virtual environment below DIRECTORY, with the locked packages. Pythons that are not found are named.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ def environment(directory: Path, version: str, python: str) -> Path:
     home = directory / version
     if not (home / "bin" / "python").exists():
         subprocess.run([python, "-m", "venv", str(home)], check=True)
-    install = ["install", "-qq", "--disable-pip-version-check", "-c", "requirements.lock", "-e", ".[dev]"]
-    subprocess.run([str(home / "bin" / "python"), "-m", "pip", *install], check=True, cwd=ROOT)
+    install = [str(home / "bin" / "python"), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
+    subprocess.run([*install, "--require-hashes", "-r", "build.lock", "-r", "requirements.lock"], check=True, cwd=ROOT)
+    subprocess.run([*install, "--no-deps", "--no-build-isolation", "-e", "."], check=True, cwd=ROOT)
     return home / "bin"
 
 

@@ -17,9 +17,12 @@ if [ "${1:-}" != inside ]; then
   cp "$0" "$root/usr/local/bin/boot_units.sh"
   # Made below the copy, used at the same path without it: the programs in it name their own place.
   chroot "$root" /usr/bin/python3 -m venv --without-pip /opt/tailspan
-  "$repository/.venv/tools/bin/python" -m pip install -qq --constraint "$repository/requirements.lock" --only-binary :all: \
-    --target "$work/layers/packages" --python-version "$(/usr/bin/python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')" \
-    "${wheel}[agent]"
+  into() {
+    "$repository/.venv/tools/bin/python" -m pip install -qq --only-binary :all: --target "$work/layers/packages" \
+      --python-version "$(/usr/bin/python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')" "$@"
+  }
+  into --require-hashes --requirement "$repository/deploy/requirements.lock"
+  into --no-deps "$wheel"
   cp -r "$work"/layers/packages/. "$root"/opt/tailspan/lib/python3*/site-packages/
   printf '#!/opt/tailspan/bin/python\nfrom tailspan.cli import main\nmain()\n' > "$root/usr/local/bin/tailspan"
   chmod 755 "$root/usr/local/bin/tailspan"

@@ -64,9 +64,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A virtual environment, made as the Dockerfile makes it."""
     venv = tmp_path_factory.mktemp("image") / "tailspan"
     (text,) = [text for name, text in INSTRUCTIONS if name == "RUN" and "pip install" in text]
-    command = text.replace("python -m venv", f"{sys.executable} -m venv", 1)
+    command = text.replace("/opt/build", str(venv.with_name("build"))).replace("/opt/tailspan", str(venv))
     subprocess.run(
-        ["sh", "-ec", command.replace("/opt/tailspan", str(venv))],
+        ["sh", "-ec", command.replace("python -m venv", f"{sys.executable} -m venv")],
         cwd=ROOT,
         check=True,
         timeout=300,

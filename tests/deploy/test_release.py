@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.audit import pins
 from tests.deploy.configured import DEPLOY
 
 ROOT = DEPLOY.parent
@@ -55,9 +56,12 @@ def venv(tmp_path: Path) -> Path:
 
 
 def install(programs: Path, what: str) -> None:
+    """Install with the locked versions; without their hashes, because what is tested has none."""
+    constraints = programs / "constraints.txt"
+    constraints.write_text("".join(f"{name}=={version}\n" for name, version in pins().items()))
     run(
         *(programs / "python", "-m", "pip", "install", "-qq", "--disable-pip-version-check"),
-        *("--constraint", ROOT / "requirements.lock", what),
+        *("--constraint", constraints, what),
     )
 
 
@@ -128,9 +132,7 @@ def test_the_bill_of_materials_is_of_a_full_installation(tmp_path: Path) -> None
     text = only(tmp_path, "*.cdx.json").read_text()
     bom = json.loads(text)
     versions = {part["name"]: part["version"] for part in bom["components"]}
-    locked = dict(
-        line.split("==") for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")
-    )
+    locked = pins()
     assert bom["metadata"]["component"]["name"] == "tailspan"
     assert {"grpcio", "msgspec", "opentelemetry-sdk", "starlette", "zstandard"} <= set(versions)
     assert "pytest" not in versions

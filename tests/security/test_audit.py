@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.audit import LOCK, NOT_AUDITED, PROJECT, USED, audit, lower_bounds
+from tests.audit import LOCK, NOT_AUDITED, PROJECT, USED, audit, lower_bounds, pins
 
 BAD = {"name": "left", "version": "1", "vulns": [{"id": "CVE-1", "fix_versions": ["2"]}]}
 GOOD = {"name": "right", "version": "1", "vulns": []}
@@ -55,11 +55,44 @@ def test_what_the_audit_says(
     assert says in captured.out + captured.err
 
 
-def test_all_that_is_installed_is_pinned_exactly() -> None:
-    """The audit checks versions: each line of the lock names one."""
-    lines = [line for line in LOCK.read_text().splitlines() if line and not line.startswith("#")]
-    assert lines
-    assert all(line.count("==") == 1 for line in lines)
+LOCKS = {
+    "development": LOCK,
+    "image": LOCK.with_name("deploy") / "requirements.lock",
+    "builds": LOCK.with_name("build.lock"),
+}
+HASHED = re.compile(r"([a-z0-9-]+)==([0-9.a-z!]+)[^\n]*((?:\n    --hash=sha256:[0-9a-f]{64}[^\n]*)+)\n")
+
+
+@pytest.mark.parametrize("lock", LOCKS.values(), ids=LOCKS)
+def test_all_that_is_installed_has_a_version_and_hashes(lock: Path) -> None:
+    """Each package of a lock has the version of the others and hashes; no file names a place to download from."""
+    text = "".join(line for line in lock.read_text().splitlines(keepends=True) if not line.startswith("#"))
+    assert HASHED.sub("", text) == ""
+    assert {name: version for name, version in pins(lock).items() if pins().get(name, version) != version} == {}
+    assert not re.search(r"://|(?m:^-)", lock.read_text())
+
+
+def test_all_that_is_needed_is_locked() -> None:
+    """The dependencies of each extra, and what builds Tailspan, in the version that `pyproject.toml` names."""
+    table = tomllib.loads(PROJECT.read_text())
+    project = table["project"]
+    needed = [
+        *project["dependencies"],
+        *(each for extra in project["optional-dependencies"].values() for each in extra),
+    ]
+    names = {re.split(r"[^a-z0-9-]", each)[0] for each in needed} - {"tailspan"}
+    assert names - pins().keys() == set()
+    builds = dict(each.split("==") for each in table["build-system"]["requires"])
+    assert builds.items() <= pins(LOCKS["builds"]).items()
+
+
+@pytest.mark.parametrize("file", ["Makefile", "deploy/Dockerfile"])
+def test_locked_files_are_what_is_installed(file: str) -> None:
+    """Installations check hashes, and builds use what is locked rather than what an index has today."""
+    text = (LOCK.parent / file).read_text()
+    assert "--require-hashes" in text
+    assert "--no-build-isolation" in text
+    assert "--constraint requirements.lock -e" not in text
 
 
 # The oldest versions without a known weakness that matters here, each with the last weakness below it.
@@ -88,19 +121,3 @@ def test_the_build_needs_exact_versions() -> None:
     """A build of the same commit uses the same tools."""
     requires = tomllib.loads(PROJECT.read_text())["build-system"]["requires"]
     assert [each for each in requires if not re.fullmatch(r"[a-z]+==[0-9.]+", each)] == []
-
-
-def test_the_image_installs_locked_files_only() -> None:
-    """Each package has the version of the lock and hashes, and no file names a place to download from."""
-    text = LOCK.with_name("deploy").joinpath("requirements.lock").read_text()
-    packages = re.findall(
-        r"^([a-z0-9-]+)==([0-9.a-z]+)[^\n]*((?:\n    --hash=sha256:[0-9a-f]{64}[^\n]*)+)", text, re.MULTILINE
-    )
-    assert len(packages) == len(re.findall(r"^[a-z]", text, re.MULTILINE))
-    locked = {
-        name.lower().replace("_", "-"): version
-        for name, version in (line.split("==") for line in LOCK.read_text().splitlines() if "==" in line)
-    }
-    assert {name: version for name, version, _ in packages if locked[name] != version} == {}
-    assert not re.search(r"://|(?m:^-)", text + LOCK.read_text())
-    assert "--require-hashes" in LOCK.with_name("deploy").joinpath("Dockerfile").read_text()
