@@ -27,7 +27,9 @@ from tests.prove.table import Row
 from tests.prove.world import Settings, World
 
 MOST_BYTES = 256 << 20
+MOST_CROWD_BYTES = 200 << 20
 MOST_HEALTH_S, MOST_DRAIN_S = 1.0, 35.0
+_CROWD = 100_000
 _MIB = 1 << 20
 _GROUP = "  + Exception Group Traceback (most recent call last):"
 _FRAME = '  | File "a.py", line 1, in f'
@@ -118,6 +120,12 @@ def foreign_files(store: JobStore) -> None:
     (directory / "state.json").write_text('{"a": [' + "[]," * 5_000_000 + "0]}")
 
 
+def crowd(store: JobStore) -> None:
+    """A hundred thousand jobs of one name that ended just now."""
+    for number in range(_CROWD):
+        make_job(store, [b"line of %d" % number], state="SUCCEEDED", exit_code=0)
+
+
 @dataclass(frozen=True)
 class Hostile:
     """A row.
@@ -125,14 +133,14 @@ class Hostile:
     Attributes:
         name: The row's name.
         make: Writes the jobs.
-        unreadable: How many of them have no log that can be read.
+        left_out: How many of them need not be relayed before SIGTERM: no log that can be read, or a crowd.
         most_bytes: The most memory that the agent may take.
         timeout_s: How long it may take to relay all of them.
     """
 
     name: str
     make: Callable[[JobStore], None]
-    unreadable: int = 0
+    left_out: int = 0
     most_bytes: int = MOST_BYTES
     timeout_s: float = 300.0
 
@@ -157,7 +165,7 @@ class Hostile:
                 return agent.pid, os.getpid()
 
             patience = Patience(self.timeout_s, pids)
-            while (done := _done(world)) < jobs - self.unreadable and not patience.is_over():
+            while (done := _done(world)) < jobs - self.left_out and not patience.is_over():
                 world.collector.drain()
                 answer = Patience(MOST_HEALTH_S, pids)
                 slow += not _is_healthy(world.page_url) or answer.is_over()
@@ -172,7 +180,7 @@ class Hostile:
             found = Found(jobs, exit_code=world.ended(), peak_rss=world._peak_rss)
         row.found = [found]
         for holds, problem in (
-            (done >= jobs - self.unreadable, f"{done} of {jobs} jobs were relayed"),
+            (done >= jobs - self.left_out, f"{done} of {jobs} jobs were relayed"),
             (found.peak_rss <= self.most_bytes, f"the agent took {found.peak_rss >> 20} MiB"),
             (not slow, f"/healthz took over {MOST_HEALTH_S:g} s {slow} times"),
             (drains, f"SIGTERM took over {MOST_DRAIN_S:g} s"),
@@ -206,5 +214,12 @@ FAULTS = (
     Hostile("hostile jobs: impossible values", impossible_values),
     Hostile("hostile jobs: last lines of a MiB with wide characters", long_lines),
     Hostile("hostile jobs: nested, broken and many stack traces", tracebacks),
-    Hostile("hostile jobs: sparse, damaged and foreign files", foreign_files, unreadable=2),
+    Hostile("hostile jobs: sparse, damaged and foreign files", foreign_files, left_out=2),
+    Hostile(
+        "hostile jobs: 100,000 ended jobs of one name, and SIGTERM among them",
+        crowd,
+        left_out=_CROWD - 4_000,
+        most_bytes=MOST_CROWD_BYTES,
+        timeout_s=900.0,
+    ),
 )

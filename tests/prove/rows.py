@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from tests.prove import (
+    attacks,
     configuration,
     endpoint,
     faults_disk,
@@ -47,6 +48,7 @@ def grouped(kills: int) -> dict[str, list[Scenario]]:
         "configuration": [change.scenario() for change in configuration.FAULTS],
         "load": [row.scenario() for row in load.FAULTS],
         "hostile jobs": [row.scenario() for row in hostile_jobs.FAULTS],
+        "attacks": [row.scenario() for row in attacks.ATTACKS],
         "wrong builds": [build.scenario() for build in wrong_builds.BUILDS],
         "input (fuzzed)": fuzz.scenarios(),
     }

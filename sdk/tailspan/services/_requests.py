@@ -473,7 +473,9 @@ class ServiceRequests:
         if own is not None:
             return own
         if code in (401, 403):
-            hint = f"; the token came from {authorization.source}" if authorization.value else "; none was sent"
+            hint = f"; the token came from {authorization.source}"
+            if not authorization.value:
+                hint = f"; none was sent: set services.{self._service}.token_file"
             return AuthError(text + hint, service=self._service, job_id=job_id)
         if 300 <= code < 400 or (code == 404 and html):
             return self.protocol_error(f"{text}: this is not the job API", job_id)
