@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.audit import LOCK, NOT_AUDITED, PROJECT, USED, audit, lower_bounds, pins
+from tests.audit import LOCK, NOT_AUDITED, PROJECT, USED, audit, lower_bounds, main, pins
 
 BAD = {"name": "left", "version": "1", "vulns": [{"id": "CVE-1", "fix_versions": ["2"]}]}
 GOOD = {"name": "right", "version": "1", "vulns": []}
@@ -31,16 +31,16 @@ ANSWERS = {
         ("known", "clean", 1, "left 1: CVE-1, fixed in 2"),
         ("unreachable", "known", 1, "left 1: CVE-1, fixed in 2"),
         ("unreachable", "clean", 0, "checked by osv"),
-        ("unreachable", "unreachable", NOT_AUDITED, "NOT AUDITED: no source could be asked"),
+        ("unreachable", "unreachable", NOT_AUDITED, "NOT AUDITED: no source answered"),
         ("skipped", "clean", 0, "checked by osv"),
         ("skipped", "unreachable", NOT_AUDITED, "the source pypi knows none of the packages: not on the index"),
         ("one skipped", "clean", 0, "unlisted: not checked"),
     ],
 )
-def test_what_the_audit_says(
+def test_audit_reports_the_first_source_that_answers(
     first: str, second: str, code: int, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of two sources the first that answers counts; silence of both is no good news."""
+    """Of two sources the first that answers counts; silence of both is an exit code of its own."""
     program = tmp_path / "pip-audit"
     answers = {"pypi": ANSWERS[first], "osv": ANSWERS[second]}
     program.write_text(
@@ -53,6 +53,17 @@ def test_what_the_audit_says(
     assert audit(str(program)) == code
     captured = capsys.readouterr()
     assert says in captured.out + captured.err
+
+
+@pytest.mark.parametrize(("options", "code"), [((), NOT_AUDITED), (("--optional",), 0)])
+def test_ci_passes_where_no_source_answers(options: tuple[str, ...], code: int, tmp_path: Path) -> None:
+    """One request for each list is enough to find that out, and no other source gets any."""
+    calls = tmp_path / "calls"
+    program = tmp_path / "pip-audit"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nexit 1\n')
+    program.chmod(0o700)
+    assert main([str(program), "--source", "pypi", *options]) == code
+    assert calls.read_text().count("--vulnerability-service pypi") == calls.read_text().count("\n") == 2
 
 
 LOCKS = {
