@@ -29,7 +29,7 @@ from tests.prove.world import Settings, World
 MOST_BYTES = 256 << 20
 MOST_CROWD_BYTES = 200 << 20
 MOST_HEALTH_S, MOST_DRAIN_S = 1.0, 35.0
-_CROWD = 100_000
+_CROWD, _MOST_LINKS = 100_000, 50_000
 _MIB = 1 << 20
 _GROUP = "  + Exception Group Traceback (most recent call last):"
 _FRAME = '  | File "a.py", line 1, in f'
@@ -121,9 +121,16 @@ def foreign_files(store: JobStore) -> None:
 
 
 def crowd(store: JobStore) -> None:
-    """A hundred thousand jobs of one name that ended just now."""
+    """A hundred thousand jobs of one name that ended just now; their files are links to those of a few."""
+    pattern: list[Path] = []
     for number in range(_CROWD):
-        make_job(store, [b"line of %d" % number], state="SUCCEEDED", exit_code=0)
+        if number % _MOST_LINKS == 0:
+            pattern = list(make_job(store, [b"a line"], state="SUCCEEDED", exit_code=0).iterdir())
+            continue
+        directory = f"{store.jobs}/{new_job_id(time.time_ns())}"
+        os.mkdir(directory)
+        for path in pattern:
+            os.link(path, f"{directory}/{path.name}")
 
 
 @dataclass(frozen=True)
