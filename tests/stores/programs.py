@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 _BUILT = ROOT / ".venv" / "stores" / "bin"
 _READY_S = 60.0
 _ANSWER_S = 120.0
-_FIRST_PAGE, _MAX_PAGE, _PAGE_BYTES = 10, 4_000, 2 << 20
+_FIRST_PAGE, _MAX_PAGE, _PAGE_BYTES = 10, 1_000, 2 << 20
 
 
 def program(name: str) -> str:
