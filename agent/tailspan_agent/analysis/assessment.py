@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from tailspan._plural import plural
 from tailspan.config import Expect
-from tailspan.models import JobState, JobStatus
+from tailspan.models import JobState, JobStatus, TaskRun
 from tailspan_agent.analysis.baseline import Histories, PipelineHistory
 from tailspan_agent.analysis.progress import Progress
 
@@ -48,6 +48,7 @@ class JobSnapshot:
         last_line: The newest line, cleaned, redacted and cut off.
         behind_unix_nano: The time of the newest acknowledged line while lines are in flight; None without lines in
             flight.
+        tasks: Every attempt of its tasks, without secrets; empty for a job without tasks.
         phase: The ``cicd.pipeline.run.state``: an ended job whose last lines are still read is finalizing.
         started_unix_nano: When it started, in ns since the epoch: by its service, else by its first line.
     """
@@ -61,6 +62,7 @@ class JobSnapshot:
     lines: int = 0
     last_line: str = ""
     behind_unix_nano: int | None = None
+    tasks: Sequence[TaskRun] = ()
     phase: str = field(init=False)
     started_unix_nano: int | None = field(init=False)
 

@@ -128,6 +128,7 @@ class JobPipeline:
             lines=ledger.lines,
             last_line=ledger.last_line,
             behind_unix_nano=None if self.nothing_in_flight else self.job.acked_ledger.last_line_ns,
+            tasks=self.job.tasks,
         )
 
     def apply_settings(self, watch: Watch) -> None:

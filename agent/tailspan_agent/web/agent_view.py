@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tailspan.config import Settings
-from tailspan.models import JobStatus
+from tailspan.models import JobStatus, TaskRun
 from tailspan.services import JobService
 from tailspan_agent.analysis.assessment import JobSnapshot
 from tailspan_agent.analysis.baseline import Histories, PipelineHistory
@@ -81,3 +81,7 @@ class AgentView:
     def redact_job(self, job: JobStatus) -> JobStatus:
         """Return a status without the configured secrets."""
         return self.context.redactor.redact_job(job) if self.context.redactor is not None else job
+
+    def redact_task(self, task: TaskRun) -> TaskRun:
+        """Return a task run without the configured secrets."""
+        return self.context.redactor.redact_task(task) if self.context.redactor is not None else task

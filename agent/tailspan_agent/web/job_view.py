@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 from tailspan._identity import trace_id
 from tailspan.errors import JobNotFoundError, ServiceError, ServiceUnavailableError
-from tailspan.models import JobState, JobStatus
-from tailspan.services import JobService
+from tailspan.models import JobState, JobStatus, TaskRun
+from tailspan.services import JobService, TaskService
 from tailspan_agent.analysis.assessment import Assessment, JobSnapshot, assess
 from tailspan_agent.analysis.baseline import PipelineHistory
 from tailspan_agent.analysis.failure import exit_reason
 from tailspan_agent.checkpoint.store import Checkpoint
+from tailspan_agent.job.bounds import bounded_tasks
 from tailspan_agent.job.ledger import JobLedger
 from tailspan_agent.job.mapping import failure_text
 from tailspan_agent.job.times import JobTimes, run_duration_s, unix_nano
 from tailspan_agent.web.agent_view import AgentView
 from tailspan_agent.web.job_rows import display_name
+from tailspan_agent.web.task_chart import TaskChart, task_chart
 
 __all__ = ["JobView", "Phase", "load_job_view"]
 
@@ -60,6 +64,7 @@ class JobView:
         problem: Why its service did not answer; empty otherwise.
         followed: Whether the agent follows it now.
         links: Links to other tools: (label, URL).
+        tasks: Every attempt of its tasks, without secrets; empty if they are not known.
     """
 
     service: JobService
@@ -76,6 +81,7 @@ class JobView:
     problem: str = ""
     followed: bool = False
     links: Sequence[tuple[str, str]] = field(default_factory=tuple)
+    tasks: Sequence[TaskRun] = ()
 
     @property
     def name(self) -> str:
@@ -97,20 +103,41 @@ class JobView:
         """End, or the last sign of life, in ns since the epoch, by the same rule."""
         return self.times.finished_ns if self.times else unix_nano(self.status.finished_at)
 
+    def task_chart(self, selected: str = "") -> TaskChart | None:
+        """Return the chart of its tasks; None for a job without tasks.
+
+        Args:
+            selected: The id or name of the task whose lines are shown.
+        """
+        if not self.tasks:
+            return None
+        ended = self.status.state.is_terminal
+        end_ns = self.finished_ns if ended else None
+        return task_chart(
+            self.tasks,
+            started_ns=self.started_ns,
+            end_ns=time.time_ns() if end_ns is None else end_ns,
+            ended=ended,
+            selected=selected,
+        )
+
     @property
     def ended(self) -> bool:
         """Whether its state and log are final."""
         return self.status.state.is_terminal and not self.followed
 
 
-async def load_job_view(view: AgentView, service: JobService, job_id: str, *, timeout_s: float) -> JobView:
+async def load_job_view(
+    view: AgentView, service: JobService, job_id: str, *, timeout_s: float, requests_tasks: bool = False
+) -> JobView:
     """Load a job: its snapshot if it is followed, or else from its service, or else from the store.
 
     Args:
         view: The agent.
         service: The job's service.
         job_id: The job.
-        timeout_s: Time limit for the service's answer, in seconds.
+        timeout_s: Time limit for each answer of the service, in seconds.
+        requests_tasks: Whether to request the tasks of a job that the agent does not follow.
 
     Raises:
         JobNotFoundError: Neither the service nor the store has this job.
@@ -125,6 +152,9 @@ async def load_job_view(view: AgentView, service: JobService, job_id: str, *, ti
     status, problem = (
         (followed.status, "") if followed else await _request_status(service, job_id, stored_status, timeout_s)
     )
+    tasks = followed.tasks if followed else ()
+    if requests_tasks and not tasks and not problem:
+        tasks = await _request_tasks(view, service, job_id, timeout_s)
     status, history = view.redact_job(status), view.history(status.job_name)
     now_ns = time.time_ns()
     assessment = assess(followed or JobSnapshot(service=service.name, status=status), history, now_ns)
@@ -151,6 +181,7 @@ async def load_job_view(view: AgentView, service: JobService, job_id: str, *, ti
         problem=problem,
         followed=followed is not None,
         links=_links(view, status),
+        tasks=tasks,
     )
 
 
@@ -177,6 +208,17 @@ async def _request_status(
         if stored_status is None:
             raise ServiceUnavailableError(text, service=service.name, job_id=job_id) from error
         return stored_status, text
+
+
+async def _request_tasks(view: AgentView, service: JobService, job_id: str, timeout_s: float) -> Sequence[TaskRun]:
+    """Return the job's tasks; none if its service has no tasks or does not answer."""
+    if not isinstance(service, TaskService):
+        return ()
+    with contextlib.suppress(ServiceError, TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            tasks = bounded_tasks(await service.list_tasks(job_id), now=datetime.now(UTC))
+            return [view.redact_task(task) for task in tasks]
+    return ()
 
 
 def _stored_status(service: JobService, job_id: str, name: str, ledger: JobLedger) -> JobStatus:

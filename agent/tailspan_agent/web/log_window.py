@@ -14,7 +14,7 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, islice
 
 from tailspan._plural import plural
 from tailspan.errors import CursorExpiredError
@@ -49,6 +49,7 @@ class LogLine:
         stream: ``stdout``, ``stderr`` or empty.
         level: ``error``, ``warn``, ``info``, ``debug``, empty, or ``open`` for a line that is not complete.
         text: Cleaned, without secrets, truncated if it is very long.
+        task: The name of the task that wrote it, without secrets; empty among the lines of one task.
     """
 
     number: int | None
@@ -56,6 +57,7 @@ class LogLine:
     stream: str
     level: str
     text: str
+    task: str = ""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -85,6 +87,9 @@ class LogWindow:
 class LogWindowReader:
     """Reads windows of logs.
 
+    Its methods take the id or the name of a task, to return only its lines; empty: all lines. A line keeps the number
+    that it has in the whole log.
+
     Args:
         redact: Removes secrets from text.
         redact_open: The same for the beginning of a line; None: `redact`.
@@ -98,7 +103,9 @@ class LogWindowReader:
         # Starts of pages as (lines before, cursor). If the log has changed since, the service rejects the cursor.
         self._marks: OrderedDict[tuple[str, str], list[tuple[int, bytes | None]]] = OrderedDict()
 
-    async def window(self, service: JobService, job_id: str, first: int, lines: int = WINDOW_LINES) -> LogWindow:
+    async def window(
+        self, service: JobService, job_id: str, first: int, lines: int = WINDOW_LINES, *, task: str = ""
+    ) -> LogWindow:
         """Return lines from a line number on.
 
         Args:
@@ -106,6 +113,7 @@ class LogWindowReader:
             job_id: The job.
             first: The number of the first line, from 1.
             lines: Maximum number of lines.
+            task: Only lines of this task.
 
         Raises:
             ServiceError: The log cannot be read.
@@ -113,8 +121,8 @@ class LogWindowReader:
         found = LogWindow(before=first > 1)
         async with aclosing(self._pages(service, job_id, first)) as pages:
             async for lines_before, page, late in pages:
-                page_lines = _PageLines(page, self._redact)
-                for position in range(max(0, first - 1 - lines_before), page.line_count):
+                page_lines = _PageLines(page, self._redact, task)
+                for position in page_lines.positions(first - 1 - lines_before):
                     if len(found.lines) == lines:
                         found.after = True
                         return found
@@ -128,7 +136,14 @@ class LogWindowReader:
         return found
 
     async def tail(
-        self, service: JobService, job_id: str, *, known_lines: int, last_line_ns: int | None, lines: int = 200
+        self,
+        service: JobService,
+        job_id: str,
+        *,
+        known_lines: int,
+        last_line_ns: int | None,
+        lines: int = 200,
+        task: str = "",
     ) -> LogWindow:
         """Return the last lines and the cursor behind them.
 
@@ -141,18 +156,21 @@ class LogWindowReader:
             known_lines: The expected number of lines of the log.
             last_line_ns: A time at or before the newest line, in ns since the epoch; None if unknown.
             lines: Maximum number of lines of a longer log.
+            task: Only lines of this task.
         """
         if known_lines <= _COUNTED_LINES:
-            found = await self._counted_tail(service, job_id, lines)
+            found = await self._counted_tail(service, job_id, lines, task)
             if found is not None:
                 return found
-        found = await self._uncounted_tail(service, job_id, last_line_ns, lines)
+        found = await self._uncounted_tail(service, job_id, last_line_ns, lines, task)
         # The agent may be far behind the job, so that there is much to read after its last known line.
         if found.after and (times_ms := await service.log_times_ms(job_id)):
-            found = await self._uncounted_tail(service, job_id, times_ms[1] * NANOS_PER_MS, lines)
+            found = await self._uncounted_tail(service, job_id, times_ms[1] * NANOS_PER_MS, lines, task)
         return found
 
-    async def _uncounted_tail(self, service: JobService, job_id: str, last_ns: int | None, lines: int) -> LogWindow:
+    async def _uncounted_tail(
+        self, service: JobService, job_id: str, last_ns: int | None, lines: int, task: str
+    ) -> LogWindow:
         """Return the lines since shortly before a time; if there are too few, since earlier times."""
         best: LogWindow | None = None
         for back_ms in (*_TAIL_MS, None) if last_ns is not None else (None,):
@@ -161,7 +179,7 @@ class LogWindowReader:
             deadline_s = time.monotonic() + _SCAN_S
             async with self._read_limit(service), aclosing(_read(service, job_id, since_ms=since_ms)) as pages:
                 async for page in pages:
-                    last.extend(self._last_lines(page, None, lines))
+                    last.extend(_PageLines(page, self._redact, task).last(None, lines))
                     found.cursor = page.cursor
                     await asyncio.sleep(0)
                     if time.monotonic() > deadline_s:
@@ -176,21 +194,25 @@ class LogWindowReader:
                 break
         return best or LogWindow()
 
-    async def _counted_tail(self, service: JobService, job_id: str, lines: int) -> LogWindow | None:
+    async def _counted_tail(self, service: JobService, job_id: str, lines: int, task: str) -> LogWindow | None:
         """Return the last lines with their numbers; None if there was no time to count them."""
         last: deque[LogLine] = deque(maxlen=max(lines, WINDOW_LINES))
-        found = LogWindow(counted=0)
+        found, matching = LogWindow(counted=0), 0
         async with aclosing(self._pages(service, job_id, 1)) as pages:
             async for lines_before, page, late in pages:
                 if late:
                     return None
-                last.extend(self._last_lines(page, lines_before, max(lines, WINDOW_LINES)))
+                page_lines = _PageLines(page, self._redact, task)
+                last.extend(page_lines.last(lines_before, max(lines, WINDOW_LINES)))
+                matching += page_lines.count
                 found.cursor, found.counted = page.cursor, lines_before + page.line_count
-        found.before = (found.counted or 0) > len(last)
+        found.before = matching > len(last)
         found.lines = list(last)[-lines:] if found.before else list(last)
         return found
 
-    async def after(self, service: JobService, job_id: str, seen: LogWindow, lines: int = 500) -> LogWindow:
+    async def after(
+        self, service: JobService, job_id: str, seen: LogWindow, lines: int = 500, *, task: str = ""
+    ) -> LogWindow:
         """Return the new lines after a window; if there are more than `lines`, the last ones.
 
         It reads for a bounded time. If the log grows faster than that, the rest comes with the next call.
@@ -200,6 +222,7 @@ class LogWindowReader:
             job_id: The job.
             seen: A window from `tail` or from this method.
             lines: Maximum number of lines.
+            task: Only lines of this task.
 
         Raises:
             CursorExpiredError: The log was replaced since.
@@ -210,8 +233,9 @@ class LogWindowReader:
         deadline_s = time.monotonic() + _SCAN_S
         async with self._read_limit(service), aclosing(_read(service, job_id, seen.cursor)) as pages:
             async for page in pages:
-                last.extend(self._last_lines(page, found.counted, lines))
-                read += page.line_count
+                page_lines = _PageLines(page, self._redact, task)
+                last.extend(page_lines.last(found.counted, lines))
+                read += page_lines.count
                 found.cursor = page.cursor
                 if found.counted is not None:
                     found.counted += page.line_count
@@ -235,13 +259,7 @@ class LogWindowReader:
     def _read_limit(self, service: JobService) -> asyncio.Semaphore:
         return self._read_limits.setdefault(service.identity, asyncio.Semaphore(_MAX_READS))
 
-    def _last_lines(self, page: LogPage, lines_before: int | None, limit: int) -> Iterator[LogLine]:
-        """Yield the last lines of a page; `lines_before` is the line count before it, if known."""
-        page_lines = _PageLines(page, self._redact)
-        for position in range(max(0, page.line_count - limit), page.line_count):
-            yield page_lines.line(position, None if lines_before is None else lines_before + position + 1)
-
-    async def search(self, service: JobService, job_id: str, text: str, first: int = 1) -> LogWindow:
+    async def search(self, service: JobService, job_id: str, text: str, first: int = 1, *, task: str = "") -> LogWindow:
         """Return the lines that contain a text, case-insensitive, also in the truncated part of a long line.
 
         Lines are redacted before the search, so that it cannot find secrets.
@@ -251,26 +269,41 @@ class LogWindowReader:
             job_id: The job.
             text: The text to find.
             first: The number of the first line to search, from 1.
+            task: Only lines of this task.
         """
         lower = text.lower()
-        return await self._matching_lines(service, job_id, first, lambda line: lower in line.lower(), _MAX_MATCHES)
 
-    async def first_error(self, service: JobService, job_id: str, first: int = 1) -> LogWindow:
+        def matches(page: _PageLines, position: int) -> bool:
+            return lower in page.text(position).lower()
+
+        return await self._matching_lines(service, job_id, first, matches, _MAX_MATCHES, task)
+
+    async def first_error(self, service: JobService, job_id: str, first: int = 1, *, task: str = "") -> LogWindow:
         """Return the first line from a number on that has an error level or starts a traceback."""
-        return await self._matching_lines(service, job_id, first, lambda line: _severity(line) >= _ERROR_NUMBER, 1)
+
+        def matches(page: _PageLines, position: int) -> bool:
+            return page.severity(position, page.text(position)) >= _ERROR_NUMBER
+
+        return await self._matching_lines(service, job_id, first, matches, 1, task)
 
     async def _matching_lines(
-        self, service: JobService, job_id: str, first: int, matches: Callable[[str], bool], limit: int
+        self,
+        service: JobService,
+        job_id: str,
+        first: int,
+        matches: Callable[[_PageLines, int], bool],
+        limit: int,
+        task: str,
     ) -> LogWindow:
-        """Return the lines whose text matches."""
+        """Return the lines that match."""
         found = LogWindow(before=first > 1)
         async with aclosing(self._pages(service, job_id, first)) as pages:
             async for lines_before, page, late in pages:
-                page_lines = _PageLines(page, self._redact)
-                for position in range(max(0, first - 1 - lines_before), page.line_count):
+                page_lines = _PageLines(page, self._redact, task)
+                for position in page_lines.positions(first - 1 - lines_before):
                     if position % 500 == 499:
                         await asyncio.sleep(0)
-                    if not matches(page_lines.text(position)):
+                    if not matches(page_lines, position):
                         continue
                     if len(found.lines) == limit:
                         found.after = True
@@ -317,12 +350,39 @@ class LogWindowReader:
 
 
 class _PageLines:
-    """The lines of a page for display; work that needs the whole page is done once, on demand."""
+    """The lines of a page for display, of one task or all; work that needs the whole page is done once, on demand."""
 
-    def __init__(self, page: LogPage, redact: Callable[[str], str]) -> None:
+    def __init__(self, page: LogPage, redact: Callable[[str], str], task: str = "") -> None:
         self._page = page
         self._redact = redact
+        self._is_filtered = bool(task)
         self._ends: Sequence[int] = ()
+        self._ranges: Sequence[range] = [range(page.line_count)] if not task else self._ranges_of(task)
+        self._names: dict[int, str] = {}
+
+    def _ranges_of(self, task: str) -> Sequence[range]:
+        numbers = {number for number, ref in enumerate(self._page.tasks, 1) if task in (ref.task_id, ref.name)}
+        if not numbers:
+            return ()
+        ends = accumulate(run.lines for run in self._page.runs)
+        return [
+            range(end - run.lines, end) for run, end in zip(self._page.runs, ends, strict=True) if run.task in numbers
+        ]
+
+    @property
+    def count(self) -> int:
+        """How many lines there are."""
+        return sum(map(len, self._ranges))
+
+    def positions(self, first: int) -> Iterator[int]:
+        """Yield the places of the lines in the page, from one on."""
+        for lines in self._ranges:
+            yield from range(max(first, lines.start), lines.stop)
+
+    def last(self, lines_before: int | None, limit: int) -> Iterator[LogLine]:
+        """Yield the last lines; `lines_before` is the line count before the page, if known."""
+        for position in islice(self.positions(0), max(0, self.count - limit), None):
+            yield self.line(position, None if lines_before is None else lines_before + position + 1)
 
     def text(self, position: int) -> str:
         """Return the text of a line, cleaned and without secrets."""
@@ -331,12 +391,28 @@ class _PageLines:
     def line(self, position: int, number: int | None) -> LogLine:
         """Return a line for display."""
         text = self.text(position)
-        level = _level(_severity(text))
+        level = _level(self.severity(position, text))
         run, before = self._run(position)
         if len(text) > _MAX_LINE_CHARS:
             more = len(text) - _MAX_LINE_CHARS
             text = f"{text[:_MAX_LINE_CHARS]} … ({more:,} more {plural(more, 'character')})"
-        return LogLine(number, run.time_unix_nano + position - before, Stream.NAMES[run.stream], level, visible(text))
+        time_ns, stream = run.time_unix_nano + position - before, Stream.NAMES[run.stream]
+        return LogLine(number, time_ns, stream, level, visible(text), self._task_name(run))
+
+    def severity(self, position: int, text: str) -> int:
+        """Return the severity number of a line: its service's, unless it starts a traceback, or else its text's."""
+        if text.lstrip().startswith(_TRACEBACK):
+            return _ERROR_NUMBER  # a traceback has no level, and is what users search for
+        return self._run(position)[0].severity or SEVERITIES[find_severity(text.encode(errors="replace"))].number
+
+    def _task_name(self, run: LineRun) -> str:
+        if self._is_filtered or not 0 < run.task <= len(self._page.tasks):
+            return ""
+        name = self._names.get(run.task)
+        if name is None:
+            task = self._page.tasks[run.task - 1]
+            name = self._names[run.task] = self._redact(task.name or task.task_id)
+        return name
 
     def _run(self, position: int) -> tuple[LineRun, int]:
         """Return the run of a line, and the line count before that run."""
@@ -350,12 +426,6 @@ def _read(
     service: JobService, job_id: str, cursor: bytes | None = None, since_ms: int | None = None
 ) -> AsyncGenerator[LogPage, None]:
     return service.read_logs(job_id, cursor, since_ms=since_ms)
-
-
-def _severity(text: str) -> int:
-    if text.lstrip().startswith(_TRACEBACK):
-        return _ERROR_NUMBER  # a traceback has no level, and is what users search for
-    return SEVERITIES[find_severity(text.encode(errors="replace"))].number
 
 
 def _level(severity_number: int) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
@@ -18,6 +19,7 @@ from starlette.staticfiles import StaticFiles
 
 from tailspan._plural import plural
 from tailspan.errors import CursorExpiredError, JobNotFoundError, ServiceError, TailspanError
+from tailspan.services import TaskService
 from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
 from tailspan_agent.web import formatting
 from tailspan_agent.web.access import AccessControl
@@ -25,7 +27,7 @@ from tailspan_agent.web.agent_health import health_of
 from tailspan_agent.web.agent_view import AgentView
 from tailspan_agent.web.ended_jobs import EndedJobs
 from tailspan_agent.web.event_stream import KEEP_ALIVE, REFRESH_S, EventStreams, format_event
-from tailspan_agent.web.job_events import job_events, read_tail
+from tailspan_agent.web.job_events import job_events, job_paths, read_tail
 from tailspan_agent.web.job_filter import PAGE_ROWS, STATE_GROUPS, JobEntry, JobFilter, JobListing, list_jobs
 from tailspan_agent.web.job_rows import JobRow, ended_entry, followed_entry, job_path, job_row
 from tailspan_agent.web.job_view import JobView, load_job_view
@@ -38,6 +40,8 @@ _LISTING_S = 0.8
 _SERVICE_TIMEOUT_S = 10.0
 _WRONG_TOKEN_S = 0.5
 _MAX_FORM_BYTES = 4096
+# As long as the id of a task may be (`bounded_tasks`).
+_MAX_TASK_CHARS = 1024
 _MAX_FORM_FIELDS = 20
 _MAX_WRONG_TOKENS = 10
 _HEADERS = {
@@ -150,31 +154,33 @@ class PageRoutes:
 
         return self._streams.respond(events, _HEADERS)
 
-    async def _load_job(self, request: Request) -> JobView:
+    async def _load_job(self, request: Request, *, requests_tasks: bool = False) -> JobView:
         query = request.query_params
         service = self._view.services.get(query.get("service", ""))
         if service is None:
             raise JobNotFoundError("no service with this name is watched", service=query.get("service", ""))
-        return await load_job_view(self._view, service, query.get("id", ""), timeout_s=_SERVICE_TIMEOUT_S)
+        return await load_job_view(
+            self._view, service, query.get("id", ""), timeout_s=_SERVICE_TIMEOUT_S, requests_tasks=requests_tasks
+        )
 
     async def _job(self, request: Request) -> Response:
         try:
-            job = await self._load_job(request)
+            job = await self._load_job(request, requests_tasks=True)
         except JobNotFoundError as error:
             return self._error(404, "No such job", str(error))
         except TailspanError as error:
             return self._error(502, "The service does not answer", str(error))
         query = request.query_params
         first = _number(query.get("from", ""))
-        text = query.get("q", "")[:200]
+        text, task = query.get("q", "")[:200], _task_of(query)
         if query.get("jump") == "error":
-            return await self._jump_to_error(job, first or 1)
+            return await self._jump_to_error(job, first or 1, task)
         follows = first is None and not text and not job.status.state.is_terminal
         problem, window, open_lines = None, LogWindow(), list[LogLine]()
         try:
             async with asyncio.timeout(_SERVICE_TIMEOUT_S):
-                window = await self._window(job, first, text)
-                if follows:
+                window = await self._window(job, first, text, task)
+                if follows and not task:
                     open_lines = await self._logs.open_line(job.service, job.status.job_id)
         except CursorExpiredError as error:
             problem = f"The service no longer has these lines: {error}"
@@ -195,25 +201,29 @@ class PageRoutes:
             lines_a_window=WINDOW_LINES,
             form_token=self._session.form_token,
             may_cancel=self._view.settings().agent.allow_cancel and not job.status.state.is_terminal,
-            path=partial(job_path, job.service.name, job.status.job_id),
+            path=job_paths(job, task),
+            task=task,
+            task_name=next((one.name for one in job.tasks if one.task_id == task), task),
+            chart=job.task_chart(task),
+            has_tasks=bool(job.tasks) or (follows and isinstance(job.service, TaskService)),
         )
 
-    async def _window(self, job: JobView, first: int | None, text: str) -> LogWindow:
+    async def _window(self, job: JobView, first: int | None, text: str, task: str) -> LogWindow:
         service, job_id = job.service, job.status.job_id
         if text:
-            return await self._logs.search(service, job_id, text, first or 1)
+            return await self._logs.search(service, job_id, text, first or 1, task=task)
         if first is not None:
-            return await self._logs.window(service, job_id, first)
-        return await read_tail(self._logs, job)
+            return await self._logs.window(service, job_id, first, task=task)
+        return await read_tail(self._logs, job, task)
 
-    async def _jump_to_error(self, job: JobView, first: int) -> Response:
+    async def _jump_to_error(self, job: JobView, first: int, task: str) -> Response:
         """Redirect to the first error line, or continue a search that ran out of time."""
         try:
             async with asyncio.timeout(_SERVICE_TIMEOUT_S):
-                found = await self._logs.first_error(job.service, job.status.job_id, first)
+                found = await self._logs.first_error(job.service, job.status.job_id, first, task=task)
         except (ServiceError, CursorExpiredError, TimeoutError) as error:
             return self._error(502, "The log cannot be read now", str(error) or "its service did not answer in time")
-        path = partial(job_path, job.service.name, job.status.job_id)
+        path = job_paths(job, task)
         if found.lines and (number := found.lines[0].number):
             return RedirectResponse(f"{path(**{'from': max(1, number - 20)})}#L{number}", 303)
         if found.reached is not None:
@@ -225,7 +235,9 @@ class PageRoutes:
         return self._error(
             404,
             "No error in this log",
-            "No line has an error level, and there is no traceback.",
+            "No line has an error level, and there is no traceback."
+            if not task
+            else "No line of this task has an error level, and there is no traceback.",
             back=path(),
         )
 
@@ -235,7 +247,8 @@ class PageRoutes:
         except TailspanError as error:
             return PlainTextResponse(f"{error}\n", 404)
         reload = partial(load_job_view, self._view, job.service, job.status.job_id, timeout_s=_SERVICE_TIMEOUT_S)
-        events = partial(job_events, self._logs, job, reload, self._render, timeout_s=_SERVICE_TIMEOUT_S)
+        task = _task_of(request.query_params)
+        events = partial(job_events, self._logs, job, reload, self._render, timeout_s=_SERVICE_TIMEOUT_S, task=task)
         return self._streams.respond(events, _HEADERS)
 
     async def _cancel(self, request: Request) -> Response:
@@ -374,6 +387,10 @@ def _templates() -> Environment:
     }
     environment.globals["job_path"] = job_path
     return environment
+
+
+def _task_of(query: QueryParams) -> str:
+    return query.get("task", "")[:_MAX_TASK_CHARS]
 
 
 def _number(text: str) -> int | None:

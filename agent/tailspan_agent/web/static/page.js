@@ -98,6 +98,18 @@
         }),
         open_line: ({ html }) => keepAtEnd(() => find("#open").replaceChildren(...rowsOf(html))),
         head: ({ html }) => { find("#jobhead").innerHTML = html; },
+        tasks: ({ html }) => keepAtEnd(() => {
+          const tasks = find("#tasks");
+          const active = tasks.contains(document.activeElement) ? document.activeElement : null;
+          const key = active?.closest("tr")?.dataset.key;
+          const place = key ? all("a", active.closest("tr")).indexOf(active) : -1;
+          const top = find(".scroll", tasks)?.scrollTop ?? 0;
+          tasks.innerHTML = html;
+          find(".scroll", tasks).scrollTop = top;
+          const row = key && all("tr", tasks).find((candidate) => candidate.dataset.key === key);
+          if (row) (all("a", row)[place] ?? row).focus({ preventScroll: true });
+          else if (active) find(".scroll", tasks).focus({ preventScroll: true });
+        }),
         end: (_, end) => { end(); location.reload(); },
       });
     }

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from tailspan.models import JobState
-from tailspan.testing import FakeService
+from tailspan.logs.page import TaskRef
+from tailspan.models import JobState, TaskRun
+from tailspan.testing import FakeService, FakeTaskService
 from tailspan_agent.agent import Agent
 from tailspan_agent.web import event_stream
 from tests.fakes.agents import Bench, until
@@ -369,6 +372,39 @@ def test_the_streams_of_a_log_can_be_hidden_and_a_line_is_linked(bench, tab):
         tab.wait_for_url("**#L2500")
         assert tab.locator("#lines tr:target td.text").inner_text() == "ERROR it broke"
         assert tab.locator("#lines tr").count() <= 1000
+
+
+def test_tasks_are_a_chart_whose_rows_filter_the_log(bench, tab):
+    """An update keeps the focus; a click on a task shows its lines only; a bar has its colour, a text its own."""
+    bench.services["fake"] = fake = FakeTaskService("fake")
+    fake.add_job("dag", job_name="etl")
+    started = datetime.now(UTC) - timedelta(minutes=1)
+    evil = TaskRun(task_id="evil", name=EVIL, started_at=started)
+    fake.set_task("dag", TaskRun(task_id="t", name="load", started_at=started))
+    fake.set_task("dag", evil)
+    fake.add_lines("dag", "of load", task=TaskRef("t", "load"))
+    fake.add_lines("dag", "of evil", task=TaskRef("evil", EVIL))
+    with serving(bench, tab, lambda agent: bool(agent.followed_jobs())) as site:
+        tab.goto(f"{site.url}/job?service=fake&id=dag")
+        rows = tab.locator("#tasks tbody tr")
+        rows.nth(1).wait_for()
+        rows.nth(0).locator("th a").focus()
+        site.call(fake.set_task, "dag", dataclasses.replace(evil, result="failure", finished_at=datetime.now(UTC)))
+        tab.locator("#tasks tbody tr", has_text="failed").wait_for()
+        assert tab.evaluate("document.activeElement.textContent") == "load"
+        assert tab.locator("#tasks td.axis rect.failed").count() == 1
+        box = tab.locator("#tasks td.state .dot").nth(1).bounding_box()
+        assert (box["width"], box["height"]) == (tab.locator("#jobhead .dot").bounding_box()["width"],) * 2
+        tab.keyboard.press("Enter")
+        tab.locator(".filter", has_text="load").wait_for()
+        assert tab.locator("#lines td.text").all_inner_texts() == ["of load"]
+        assert tab.title() != "owned"
+        site.call(fake.add_lines, "dag", "more of load", task=TaskRef("t", "load"))
+        tab.locator("#lines", has_text="more of load").wait_for()
+        tab.locator(".filter a").click()
+        tab.locator("#lines", has_text="of evil").wait_for()
+        tab.set_viewport_size({"width": 390, "height": 800})
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_a_phone_shows_all_without_scrolling_sideways(bench, tab):
