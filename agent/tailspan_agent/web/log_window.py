@@ -135,6 +135,38 @@ class LogWindowReader:
                     return found
         return found
 
+    async def until(
+        self, service: JobService, job_id: str, last: int, lines: int = WINDOW_LINES, *, task: str
+    ) -> LogWindow:
+        """Return the last lines of a task up to a line number.
+
+        Without a filter, the number of the first line would follow from that of the last one.
+
+        Args:
+            service: The job's service.
+            job_id: The job.
+            last: The number of the last line.
+            lines: Maximum number of lines.
+            task: Only lines of this task.
+
+        Raises:
+            ServiceError: The log cannot be read.
+        """
+        found, matching = LogWindow(after=True), 0
+        kept: deque[LogLine] = deque(maxlen=lines)
+        async with aclosing(self._pages(service, job_id, 1)) as pages:
+            async for lines_before, page, late in pages:
+                page_lines = _PageLines(page, self._redact, task, stop=last - lines_before)
+                kept.extend(page_lines.last(lines_before, lines))
+                matching += page_lines.count
+                if lines_before + page.line_count >= last:
+                    break
+                if late:
+                    found.reached = lines_before + page.line_count
+                    return found
+        found.lines, found.before = list(kept), matching > len(kept)
+        return found
+
     async def tail(
         self,
         service: JobService,
@@ -352,12 +384,14 @@ class LogWindowReader:
 class _PageLines:
     """The lines of a page for display, of one task or all; work that needs the whole page is done once, on demand."""
 
-    def __init__(self, page: LogPage, redact: Callable[[str], str], task: str = "") -> None:
+    def __init__(self, page: LogPage, redact: Callable[[str], str], task: str = "", stop: int | None = None) -> None:
         self._page = page
         self._redact = redact
         self._is_filtered = bool(task)
         self._ends: Sequence[int] = ()
         self._ranges: Sequence[range] = [range(page.line_count)] if not task else self._ranges_of(task)
+        if stop is not None:
+            self._ranges = [range(lines.start, min(lines.stop, stop)) for lines in self._ranges]
         self._names: dict[int, str] = {}
 
     def _ranges_of(self, task: str) -> Sequence[range]:

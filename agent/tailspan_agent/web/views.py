@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -173,13 +173,14 @@ class PageRoutes:
         query = request.query_params
         first = _number(query.get("from", ""))
         text, task = query.get("q", "")[:200], _task_of(query)
+        until = _number(query.get("until", "")) if task and first is None and not text else None
         if query.get("jump") == "error":
             return await self._jump_to_error(job, first or 1, task)
-        follows = first is None and not text and not job.status.state.is_terminal
+        follows = first is None and until is None and not text and not job.status.state.is_terminal
         problem, window, open_lines = None, LogWindow(), list[LogLine]()
         try:
             async with asyncio.timeout(_SERVICE_TIMEOUT_S):
-                window = await self._window(job, first, text, task)
+                window = await self._window(job, first, until, text, task)
                 if follows and not task:
                     open_lines = await self._logs.open_line(job.service, job.status.job_id)
         except CursorExpiredError as error:
@@ -195,10 +196,11 @@ class PageRoutes:
             window=window,
             problem=problem,
             first=first,
+            until=until,
             text=text,
             open_lines=open_lines,
             follows=follows,
-            lines_a_window=WINDOW_LINES,
+            earlier=_earlier_path(job_paths(job, task), window, first, task),
             form_token=self._session.form_token,
             may_cancel=self._view.settings().agent.allow_cancel and not job.status.state.is_terminal,
             path=job_paths(job, task),
@@ -208,12 +210,14 @@ class PageRoutes:
             has_tasks=bool(job.tasks) or (follows and isinstance(job.service, TaskService)),
         )
 
-    async def _window(self, job: JobView, first: int | None, text: str, task: str) -> LogWindow:
+    async def _window(self, job: JobView, first: int | None, until: int | None, text: str, task: str) -> LogWindow:
         service, job_id = job.service, job.status.job_id
         if text:
             return await self._logs.search(service, job_id, text, first or 1, task=task)
         if first is not None:
             return await self._logs.window(service, job_id, first, task=task)
+        if until is not None:
+            return await self._logs.until(service, job_id, until, task=task)
         return await read_tail(self._logs, job, task)
 
     async def _jump_to_error(self, job: JobView, first: int, task: str) -> Response:
@@ -391,6 +395,15 @@ def _templates() -> Environment:
 
 def _task_of(query: QueryParams) -> str:
     return query.get("task", "")[:_MAX_TASK_CHARS]
+
+
+def _earlier_path(path: Callable[..., str], window: LogWindow, first: int | None, task: str) -> str:
+    """Return the path of the lines before a window; empty if their numbers are not known."""
+    if not task:
+        return path(**{"from": max(1, first - WINDOW_LINES)}) if first else ""
+    # The lines of a task are among others, so that only their last number is known.
+    number = window.lines[0].number if window.lines else first
+    return path(until=number - 1) if number and number > 1 else ""
 
 
 def _number(text: str) -> int | None:

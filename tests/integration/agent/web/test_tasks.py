@@ -17,7 +17,7 @@ from tailspan.logs.page import TaskRef
 from tailspan.models import TaskRun
 from tailspan.testing import FakeTaskService
 from tailspan_agent.agent import Agent
-from tailspan_agent.web import job_events
+from tailspan_agent.web import job_events, log_window
 from tailspan_agent.web.log_window import LogWindowReader
 from tests.fakes.agents import Bench, looped
 from tests.integration.agent.web.test_page import EVIL, browsing, job_page, listed_ids, next_event, relayed
@@ -29,7 +29,7 @@ EXTRACT, LOAD_1, LOAD_2 = TaskRef("e", "extract"), TaskRef("l", "load"), TaskRef
 @pytest.fixture
 def service(bench: Bench) -> FakeTaskService:
     """A service with tasks in place of the one without, and a running job."""
-    service = FakeTaskService("fake")
+    service = FakeTaskService("fake", page_lines=1000)
     bench.services["fake"] = service
     service.add_job("j1", job_name="etl", submitted_at=START, started_at=START)
     return service
@@ -299,3 +299,34 @@ async def test_the_end_of_a_tasks_lines_is_found_behind_those_of_others(
     service.add_lines("j1", "e600", task=EXTRACT)
     new = await LogWindowReader(str).after(service, "j1", tail, task="e")
     assert ([line.text for line in new.lines], new.left_out) == (["e600"], 0)
+
+
+@looped
+async def test_earlier_and_later_lines_are_those_of_the_task(
+    bench: Bench, service: FakeTaskService, monkeypatch
+) -> None:
+    """Every line of the task is on one of the pages, whichever way they are read."""
+    add_lines(service, *[(EXTRACT if number % 3 else LOAD_1, f"{number}") for number in range(3300)])
+    service.set_state("j1", "SUCCEEDED", finished_at=START + timedelta(hours=1))
+    expected = [str(number) for number in range(0, 3300, 3)]
+
+    async def read(label: str, page: str) -> list[list[str]]:
+        pages = [shown_lines(page)]
+        while link := re.search(f'<a href="([^"]+)">{label}</a>', page):
+            page = (await client.get(html.unescape(link[1]))).text
+            pages.append(shown_lines(page))
+        return pages
+
+    async with browsing(bench) as (_, client):
+        backwards = await read("Earlier lines", (await job_page(client, "j1", task="l")).text)
+        forwards = await read("Later lines", (await job_page(client, "j1", task="l", **{"from": 1})).text)
+        middle = (await job_page(client, "j1", task="l", until="1000")).text
+        first = (await job_page(client, "j1", task="e", until="1")).text
+        monkeypatch.setattr(log_window, "_SCAN_S", 0.0)
+        late = (await job_page(client, "j1", task="l", until="3000")).text
+    assert [line for page in reversed(backwards) for line in page] == expected
+    assert [line for page in forwards for line in page] == expected
+    assert shown_lines(middle) == [number for number in expected if int(number) < 1000]
+    assert "No line before here is of this task." in first
+    assert "data-events" not in middle
+    assert "Line 3,000 was not reached in time." in late
