@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import sqlite3
 import sys
@@ -14,15 +15,17 @@ from typing import Any
 
 import pytest
 
-from tailspan.logs.page import LogPage, TaskRef
+from tailspan.logs.clean import clean
+from tailspan.logs.page import CLEAN, LogPage, TaskRef
 from tailspan.models import JobState, JobStatus, ListedJob
 from tailspan_agent.analysis.run_totals import COLUMNS, MAX_ERROR_TYPES, RunTotals
 from tailspan_agent.analysis.stack_traces import last_stack
 from tailspan_agent.checkpoint.store import Ack, OutboxSpan, Store
 from tailspan_agent.errors import ValueRefusedError
 from tailspan_agent.job.bounds import DROPPED_ATTRIBUTES
+from tailspan_agent.otlp.json_lines import decode_line
 from tailspan_agent.pipeline.stream_order import StreamOrder
-from tailspan_agent.receiver import discovery, tailer
+from tailspan_agent.receiver import discovery, source, tailer
 from tests.fakes.agents import Bench, looped, until
 from tests.fakes.collector import Reply
 
@@ -121,6 +124,56 @@ def test_rows_and_pages_of_any_kind_stop_nothing(bench: Bench, monkeypatch: pyte
     result = bench.once()
     assert (result.delivered, result.rejected) == (True, 0)
     assert sorted(bench.bodies()) == ["another", "of bad", "of good"]
+
+
+FORGED = {
+    "not UTF-8": b"a\xff\xfe",
+    "escapes": b"a\x1b]0;title\x07",
+    "C1": b"a\xc2\x9b31m",
+    "half": b"a\xe2\x82",
+    "CR": b"b\ra",
+}
+
+
+def forge(bench: Bench, monkeypatch: pytest.MonkeyPatch, line: bytes, *, as_text: bool) -> None:
+    """Add a good job, and one whose pages have this line and claim that it is clean, as an index or a plugin can."""
+    read = bench.fake.read_logs
+
+    async def read_logs(job_id: str, *args: Any, **options: Any) -> AsyncGenerator[LogPage, None]:
+        async for page in read(job_id, *args, **options):
+            if job_id == "bad":
+                runs = [run._replace(flags=CLEAN) for run in page.runs]
+                lines = None if as_text else [line]
+                page = LogPage(lines, runs, page.cursor, page.digests, line + b"\n" if as_text else b"")
+            yield page
+
+    monkeypatch.setattr(bench.fake, "read_logs", read_logs)
+    add(bench, "good", {})
+    add(bench, "bad", {"state": "FAILED"})
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+@pytest.mark.parametrize("line", FORGED.values(), ids=FORGED)
+def test_lines_that_only_claim_to_be_clean_are_cleaned(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, line: bytes, as_text: bool
+) -> None:
+    """Bytes that are not UTF-8 make a request unreadable, with the lines of all other jobs in it."""
+    forge(bench, monkeypatch, line, as_text=as_text)
+    result = bench.once()
+    assert (result.delivered, result.rejected) == (True, 0)
+    assert sorted(bench.bodies()) == sorted([clean(line), "of good"])
+
+
+def test_a_record_that_is_not_valid_stops_no_other(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its reason: the endpoint rejects the request, the lines of other jobs arrive, and it is kept."""
+    forge(bench, monkeypatch, FORGED["not UTF-8"], as_text=False)
+    monkeypatch.setattr(source, "bounded_page", lambda page: page)
+    result = bench.once()
+    assert (result.delivered, result.rejected) == (True, 1)
+    assert bench.bodies() == ["of good"]
+    (line,) = (bench.state_dir / "dead-letter" / "logs.jsonl").read_text().splitlines()
+    assert FORGED["not UTF-8"] in base64.b64decode(json.loads(line)["undecodable"])
+    assert decode_line(line.encode()) == ("logs", b"")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ Each line is a batch: OTLP JSON as in files mode, with the reason in front under
 
 ``rejected`` of ``count`` records were rejected. If the two differ, the endpoint did not report which records
 (``partial_success`` has only a count): the line has the whole batch, and a replay sends the accepted records again.
+A batch that is not valid OTLP (a bug of the agent) is kept as base64 under the key ``undecodable``; a replay skips it.
 Records are already redacted. Files are rotated by size and never deleted. At the size limit `add` fails, and the
 exporter waits until there is room.
 """
@@ -144,17 +145,16 @@ class DeadLetter:
             files.close()
 
     def _add(self, signal: Signal, payload: bytes, kind: str, reason: str, rejected: int, count: int) -> None:
-        from tailspan_agent.otlp.json_lines import encode_line
+        from tailspan_agent.otlp.json_lines import encode_line, encode_undecodable
         from tailspan_agent.otlp.messages import DecodeError
 
         time = datetime.fromtimestamp(self._clock.wall_s(), UTC).isoformat(timespec="seconds")
         note = DeadLetterNote(time=time, kind=kind, reason=reason, rejected=rejected, count=count)
         try:
             line = encode_line(signal, payload, note)
-        except DecodeError as error:
-            raise AgentError(
-                f"the dead letter cannot store a batch of {signal}: not a valid OTLP request: {error}"
-            ) from error
+        except DecodeError:
+            # A bug of the agent, and no reason to stop the lines of other jobs.
+            line = encode_undecodable(signal, payload, note)
         try:
             with self._lock:
                 if self.total_bytes() + len(line) > self._max_bytes:

@@ -504,7 +504,7 @@ def _split(signal: Signal, payload: bytes, *, by_resource: bool = False) -> list
     from tailspan_agent.otlp.messages import DecodeError, split_by_resource, split_request
 
     try:
-        return split_by_resource(signal, payload) if by_resource else split_request(signal, payload)
+        return split_by_resource(payload) if by_resource else split_request(signal, payload)
     except DecodeError:
         return []
 

@@ -14,7 +14,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from tailspan._identity import is_trace_id, trace_id
-from tailspan.logs.page import MAX_PAGE_LINES, LineRun, LogPage, OpenLine, Stream, TaskRef
+from tailspan.logs.clean import is_clean
+from tailspan.logs.page import CLEAN, MAX_PAGE_LINES, LineRun, LogPage, OpenLine, Stream, TaskRef
 from tailspan.models import JobState, JobStatus, ListedJob, TaskRun
 from tailspan_agent.otlp.text import shorten_middle
 
@@ -190,10 +191,11 @@ def _bounded_task(task: TaskRun, now: datetime) -> TaskRun | None:
 
 
 def bounded_page(page: LogPage) -> LogPage:
-    """Return a page whose lines have times, streams, severities and tasks in range; texts and uids stay as they are."""
+    """Return a page whose lines have times, streams, severities, tasks and flags in range; texts and uids stay."""
     if _is_bounded(page):
         return page
-    runs = [_bounded_run(run, len(page.tasks)) for run in page.runs]
+    flags = CLEAN if _is_clean(page) else 0
+    runs = [_bounded_run(run, len(page.tasks), flags) for run in page.runs]
     tasks = tuple(map(_bounded_ref, page.tasks))
     if page.text:
         return LogPage(None, runs, page.cursor, page.digests, page.text, tasks=tasks)
@@ -209,8 +211,10 @@ def _is_bounded(page: LogPage) -> bool:
     if not page.runs:
         return not page.tasks
     # By column, and by different values: a page may have five thousand runs.
-    _, times, streams, _, prefixes, tasks, severities = zip(*page.runs, strict=True)
+    _, times, streams, flags, prefixes, tasks, severities = zip(*page.runs, strict=True)
     try:
+        if any(flag & CLEAN for flag in {*flags}) and not _is_clean(page):
+            return False
         numbers = {*streams}, {*tasks}, {*severities}
         return (
             {*map(type, times)} == {int}
@@ -228,8 +232,17 @@ def _is_bounded(page: LogPage) -> bool:
         return False
 
 
-def _bounded_run(run: LineRun, tasks: int) -> LineRun:
+def _is_clean(page: LogPage) -> bool:
+    """Return whether the lines of a page are what the flag `CLEAN` says.
+
+    Any program can write a job's index and its log. Bytes that are not UTF-8 make a whole request unreadable.
+    """
+    return is_clean(page.text or b"\n".join(page.lines))
+
+
+def _bounded_run(run: LineRun, tasks: int, flags: int) -> LineRun:
     return run._replace(
+        flags=run.flags & flags if isinstance(run.flags, int) else 0,
         time_unix_nano=_nanos(run.time_unix_nano),
         stream=run.stream if _is_number(run.stream, _STREAMS) else Stream.NONE,
         uid_prefix=_utf8(run.uid_prefix) if isinstance(run.uid_prefix, str) else "",

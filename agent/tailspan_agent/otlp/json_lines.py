@@ -21,7 +21,7 @@ from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
 from tailspan.config.signals import Signal
 from tailspan_agent.otlp.messages import MESSAGES, parse_request
 
-__all__ = ["UnreadableLineError", "decode_line", "decode_response", "encode_line"]
+__all__ = ["UnreadableLineError", "decode_line", "decode_response", "encode_line", "encode_undecodable"]
 
 _ID_KEYS: Final = ("traceId", "spanId", "parentSpanId")
 
@@ -46,6 +46,18 @@ def encode_line(signal: Signal, payload: bytes, note: Any = None) -> bytes:
     document.setdefault(MESSAGES[signal].json_key, [])
     if note is not None:
         document = {"tailspan": note, **document}
+    return msgspec.json.encode(document) + b"\n"
+
+
+def encode_undecodable(signal: Signal, payload: bytes, note: Any) -> bytes:
+    """Return a line without records that has the payload as base64, for a request that is not valid.
+
+    Args:
+        signal: The signal.
+        payload: The request.
+        note: The value of the first key, ``tailspan``.
+    """
+    document = {"tailspan": note, "undecodable": base64.b64encode(payload).decode(), MESSAGES[signal].json_key: []}
     return msgspec.json.encode(document) + b"\n"
 
 

@@ -17,6 +17,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as traces
 
 from tailspan._plural import plural
 from tailspan.config.signals import Signal
+from tailspan_agent.otlp.wire import bytes_field
 
 __all__ = [
     "MESSAGES",
@@ -77,6 +78,11 @@ MESSAGES: Final[Mapping[Signal, SignalMessages]] = {
 }
 
 
+_VARINT, _BYTES = 0, 2
+_FIXED = {1: 8, 5: 4}
+_VARINT_BYTES = 10
+
+
 def parse_request(signal: Signal, payload: bytes) -> Any:
     """Return the payload as the signal's Export*ServiceRequest.
 
@@ -119,22 +125,53 @@ def split_request(signal: Signal, payload: bytes) -> list[tuple[bytes, int]]:
     return [(halves[0].SerializeToString(), total // 2), (halves[1].SerializeToString(), total - total // 2)]
 
 
-def split_by_resource(signal: Signal, payload: bytes) -> list[tuple[bytes, int]]:
+def split_by_resource(payload: bytes) -> list[tuple[bytes, int]]:
     """Split a request into one for each resource, in order.
+
+    Resources are not decoded: one that is not valid must not spoil the others.
 
     Returns:
         Pairs (payload, number of records).
 
     Raises:
-        DecodeError: The payload is not a valid request.
+        DecodeError: The payload is not made of resources.
     """
-    messages = MESSAGES[signal]
-    parts = []
-    for resource in getattr(parse_request(signal, payload), messages.resources):
-        part = messages.request()
-        getattr(part, messages.resources).append(resource)
-        parts.append((part.SerializeToString(), count_records(signal, part)))
-    return parts
+    return [(bytes_field(1, resource), _count_in(resource)) for resource in _parts(payload, 1)]
+
+
+def _count_in(resource: bytes) -> int:
+    """Return the number of records of an encoded resource: field 2 has the scopes, and theirs the records."""
+    return sum(1 for scope in _parts(resource, 2) for _ in _parts(scope, 2))
+
+
+def _parts(message: bytes, number: int) -> Iterator[bytes]:
+    """Yield the contents of the fields of one number of an encoded message, which are messages.
+
+    Raises:
+        DecodeError: The message is cut off or has other kinds of fields.
+    """
+    position = 0
+    while position < len(message):
+        tag, position = _varint_at(message, position)
+        if tag & 7 == _VARINT:
+            _, position = _varint_at(message, position)
+            continue
+        size, position = (_FIXED[tag & 7], position) if tag & 7 in _FIXED else _varint_at(message, position)
+        if position + size > len(message) or tag & 7 not in (*_FIXED, _BYTES):
+            raise DecodeError("cut off")
+        if tag == number << 3 | _BYTES:
+            yield message[position : position + size]
+        position += size
+
+
+def _varint_at(message: bytes, position: int) -> tuple[int, int]:
+    """Return the varint at a position, and the position after it."""
+    value = 0
+    for place, octet in enumerate(message[position : position + _VARINT_BYTES]):
+        value |= (octet & 0x7F) << 7 * place
+        if octet < 0x80:
+            return value, position + place + 1
+    raise DecodeError("not a varint")
 
 
 def shorten_request(signal: Signal, payload: bytes, max_bytes: int) -> bytes | None:

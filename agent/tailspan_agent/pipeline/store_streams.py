@@ -37,6 +37,8 @@ _LABELS = frozenset(
 )
 _MANY_VALUES = 20
 _MOST_LABELS = 1000
+# A name may have a date or an id in it. What is dropped is read from the store again.
+_MOST_PIPELINES = 4096
 
 _log = logging.getLogger(__name__)
 
@@ -171,9 +173,12 @@ class StoreStreams:
         """
         if oldest_ns >= now_ns - _WINDOW_NS and not (ended and current):
             return MAIN_STREAM
-        newest = self._newest.get((service_name, job_name))
+        newest = self._newest.pop((service_name, job_name), None)
         if newest is None:
-            newest = self._newest[service_name, job_name] = dict(self._stored(job_name))
+            newest = dict(self._stored(job_name))
+            if len(self._newest) >= _MOST_PIPELINES:
+                del self._newest[next(iter(self._newest))]
+        self._newest[service_name, job_name] = newest
         candidates = chain([current] if current else [], count(1))
         stream = next(
             number for number in candidates if number not in newest or oldest_ns >= newest[number] - _WINDOW_NS

@@ -169,7 +169,7 @@ class Source:
                 async for page in pages:
                     bounded = bounded_page(page)
                     if bounded is not page:
-                        self._note(job_id, "lines with an impossible time, stream, severity or task", "lines")
+                        self._note(job_id, "lines with an impossible time, stream, severity, task or flag", "lines")
                     yield bounded
             except JobNotFoundError:
                 # A job that wrote nothing may have no log; only its status says whether the job is gone.

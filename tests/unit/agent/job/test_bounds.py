@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from opentelemetry.proto.logs.v1.logs_pb2 import ScopeLogs
 
 from tailspan._identity import trace_id
-from tailspan.logs.page import Line, LineRun, LogPage, TaskRef
+from tailspan.logs.clean import clean
+from tailspan.logs.page import CLEAN, Line, LineRun, LogPage, TaskRef
 from tailspan.models import JobState, JobStatus, ListedJob, TaskRun
 from tailspan_agent.job.bounds import (
     DROPPED_ATTRIBUTES,
@@ -259,19 +261,21 @@ def test_any_row_is_brought_into_range(fields: dict[str, Any]) -> None:
 
 
 @given(
-    runs=st.lists(st.tuples(ANYTHING, ANYTHING, ANYTHING, ANYTHING), min_size=1, max_size=4),
+    runs=st.lists(st.tuples(ANYTHING, ANYTHING, ANYTHING, ANYTHING, st.binary(max_size=5)), min_size=1, max_size=4),
     tasks=st.lists(st.tuples(ANYTHING, ANYTHING, ANYTHING), max_size=2),
 )
 def test_any_page_can_be_sent(runs: list[tuple[Any, ...]], tasks: list[tuple[Any, ...]]) -> None:
-    """Whatever time, stream, severity and task a service gives a line: its text becomes a record."""
+    """Whatever time, stream, severity, task and flag a service gives a line: its text becomes a record."""
     page = LogPage(
-        [b"a"] * len(runs),
-        [LineRun(1, time, stream, 0, "", task, severity) for time, stream, task, severity in runs],
+        [text for *_, text in runs],
+        [LineRun(1, time, stream, CLEAN, "", task, severity) for time, stream, task, severity, _ in runs],
         b"c",
         bytes(8 * len(runs)),
         tasks=tuple(TaskRef(*task) for task in tasks),
     )
     changed = bounded_page(page)
     assert (changed.lines, changed.uids(), changed.cursor) == (page.lines, page.uids(), b"c")
-    assert encode_lines(changed, context=LogContext.for_job(bounded())).count == len(runs)
+    encoded = encode_lines(changed, context=LogContext.for_job(bounded()))
+    records = ScopeLogs.FromString(encoded.records).log_records
+    assert [record.body.string_value for record in records] == [clean(text) for *_, text in runs]
     assert bounded_page(changed) is changed
