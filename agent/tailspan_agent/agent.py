@@ -117,8 +117,8 @@ class Agent:
             if self.store.recovered:
                 _log.warning("the checkpoint store was damaged (%s)", self.store.recovered)
             self._make_parts(settings)
+            self._receiver = Receiver(self._context, opener)
             undo.pop_all()
-        self._receiver = Receiver(self._context, opener)
         self._background: list[asyncio.Task[None]] = []
         self._pushing: asyncio.Task[None] | None = None
         self.server: StatusServer | None = None

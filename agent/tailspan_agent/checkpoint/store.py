@@ -135,13 +135,23 @@ class Store:
                 raise CheckpointError(f"cannot open the checkpoint store {self.path}: {error}") from error
             # SQLite quotes damaged content in its messages, with its line breaks.
             self.recovered = " ".join(str(error).split())
+        try:
+            return self._salvaged()
+        except (OSError, sqlite3.Error) as error:
+            raise CheckpointError(f"cannot set aside the damaged checkpoint store {self.path}: {error}") from error
+
+    def _salvaged(self) -> sqlite3.Connection:
+        """Set the damaged file aside, and return a new store with the rows that it still has."""
         aside = self.path.with_name(f"checkpoints.corrupt-{time.time_ns()}.db")
         for suffix in ("", "-wal", "-shm"):
             part = self.path.with_name(self.path.name + suffix)
             if part.exists():
                 part.rename(aside.with_name(aside.name + suffix))
-        db = connect(self.path)
-        rows = salvage(aside, db)
+        with ExitStack() as undo:
+            db = connect(self.path)
+            undo.callback(db.close)
+            rows = salvage(aside, db)
+            undo.pop_all()
         self.recovered = f"{self.recovered}; set aside as {aside.name}, {rows} {plural(rows, 'row')} salvaged"
         return db
 

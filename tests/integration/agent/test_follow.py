@@ -6,6 +6,7 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncGenerator, Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from itertools import count, islice, takewhile
 from zlib import crc32
@@ -173,7 +174,8 @@ async def test_a_second_stop_skips_the_drain(bench: Bench) -> None:
     await draining.wait()
     agent.stop()
     await task
-    assert bench.agent().store.job("fake", "j1") is not None
+    with closing(bench.agent().store) as store:
+        assert store.job("fake", "j1") is not None
 
 
 @looped

@@ -299,6 +299,19 @@ def test_a_damaged_file_is_salvaged(tmp_path: Path, many: bytes, seed: int) -> N
         assert store.job("id", add(store, "new").name) is None
 
 
+def test_a_damaged_file_that_cannot_be_set_aside_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agent ends with an error that names the file, and leaves the file as it is."""
+    (tmp_path / "checkpoints.db").write_bytes(b"not a database, whatever it was")
+    monkeypatch.setattr(time, "time_ns", lambda: 7)
+    (tmp_path / "checkpoints.corrupt-7.db").mkdir()
+    with pytest.raises(
+        CheckpointError, match=r"cannot set aside the damaged .*checkpoints\.db: .*directory"
+    ):
+        Store(tmp_path)
+    assert (tmp_path / "checkpoints.db").read_bytes() == b"not a database, whatever it was"
+    assert lock_holder(tmp_path) is None
+
+
 def test_a_flipped_bit_in_totals_costs_only_these(tmp_path: Path) -> None:
     """Unreadable totals are skipped; the others are kept."""
     store = Store(tmp_path)
