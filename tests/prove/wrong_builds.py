@@ -115,8 +115,8 @@ BUILDS = (
         Mutant(
             "sends the newest first",
             "tailspan_agent/pipeline/queue.py",
-            "            batch = [self._queue.popleft()]\n",
-            "            batch = [self._queue.pop()]\n",
+            "            chunk = self._queue[0]\n",
+            "            self._queue.rotate(1)\n            chunk = self._queue[0]\n",
         ),
         "endpoint accepts nothing (half-open)",
         "out of order",

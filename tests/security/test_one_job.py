@@ -26,7 +26,7 @@ from tailspan_agent.job.bounds import DROPPED_ATTRIBUTES
 from tailspan_agent.otlp.json_lines import decode_line
 from tailspan_agent.pipeline.stream_order import StreamOrder
 from tailspan_agent.receiver import discovery, source, tailer
-from tests.fakes.agents import Bench, looped, until
+from tests.fakes.agents import PATIENCE_S, Bench, looped, until
 from tests.fakes.collector import Reply
 
 RUNS = "cicd.pipeline.run.duration"
@@ -268,7 +268,7 @@ def test_a_point_that_cannot_be_encoded_spoils_no_other(bench: Bench, caplog: py
     agent = bench.agent()
     bad = RunTotals("bad", "success").add(1.0, trace_id="ab" * 16, span_id="cd" * 8, time_unix_nano=1 << 80)
     agent._context.totals[bad.key] = bad
-    assert asyncio.run(agent.run_once(60)).delivered
+    assert asyncio.run(agent.run_once(PATIENCE_S)).delivered
     assert {row.attributes["cicd.pipeline.name"] for row in bench.collector.metrics() if row.name == RUNS} == {"good"}
     assert any("left out cicd.pipeline.run.duration" in record.message for record in caplog.records)
 
@@ -342,7 +342,7 @@ def test_a_crowd_of_ended_jobs_is_opened_a_few_at_a_time(bench: Bench, monkeypat
 
     async def run() -> None:
         nonlocal most
-        once = asyncio.create_task(agent.run_once(60))
+        once = asyncio.create_task(agent.run_once(PATIENCE_S))
         while not once.done():
             most = max(most, len(agent.tailers))
             await asyncio.sleep(0)

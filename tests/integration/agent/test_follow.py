@@ -20,7 +20,7 @@ from tailspan.models import ListedJob
 from tailspan_agent import agent as agent_module
 from tailspan_agent.commands.check import check
 from tailspan_agent.exporter.outcome import Delivered
-from tests.fakes.agents import Bench, OddService, looped, until
+from tests.fakes.agents import PATIENCE_S, Bench, OddService, looped, until
 from tests.fakes.collector import Collector, Reply, Request
 from tests.fakes.otlp_rows import log_rows
 from tests.ports import free_port
@@ -143,7 +143,7 @@ async def test_the_drain_acks_what_was_read(bench: Bench) -> None:
     async with bench.running():
         await bench.received(lambda: any(request.signal == "logs" for request in bench.collector.requests))
     assert bench.bodies() == ["a", "b"]
-    assert (await bench.agent().run_once(10)).acked == 0
+    assert (await bench.agent().run_once(PATIENCE_S)).acked == 0
 
 
 @looped
@@ -156,7 +156,7 @@ async def test_the_drain_has_an_end(bench: Bench, caplog: pytest.LogCaptureFixtu
         await bench.received(lambda: any(request.signal == "logs" for request in bench.collector.requests))
     assert "stopped before everything was acknowledged" in caplog.text
     bench.collector.always("logs", Reply())
-    assert (await bench.agent().run_once(10)).acked == 1
+    assert (await bench.agent().run_once(PATIENCE_S)).acked == 1
     assert bench.bodies() == ["a"]
 
 
@@ -424,7 +424,7 @@ async def test_a_queue_that_fails_ends_the_agent(bench: Bench) -> None:
     logs.exporter.exporter = Broken()
     with pytest.raises(ZeroDivisionError):
         await agent.run()
-    assert (await bench.agent().run_once(10)).acked == 1
+    assert (await bench.agent().run_once(PATIENCE_S)).acked == 1
 
 
 @looped

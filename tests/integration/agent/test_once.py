@@ -23,7 +23,7 @@ from tailspan.services.airflow import AirflowService
 from tailspan.testing import FakeService
 from tailspan_agent.agent import Agent
 from tailspan_agent.errors import AgentError, CheckpointError
-from tests.fakes.agents import Bench, OddService
+from tests.fakes.agents import PATIENCE_S, Bench, OddService
 from tests.fakes.airflow import FakeAirflow
 from tests.fakes.collector import Reply
 
@@ -533,7 +533,7 @@ def test_a_second_agent_is_refused_with_the_holder_of_the_directory(bench: Bench
     first = bench.agent()
     with pytest.raises(CheckpointError, match=r"in use by agent pid \d+ on .*another state_dir"):
         bench.agent()
-    asyncio.run(first.run_once(5))
+    asyncio.run(first.run_once(PATIENCE_S))
     bench.once()
 
 
@@ -564,7 +564,7 @@ def test_a_store_that_takes_no_writes_is_waited_for(bench: Bench) -> None:
 
         async def relay() -> object:
             loop.append(asyncio.get_running_loop())
-            return await agent.run_once(15)
+            return await agent.run_once(PATIENCE_S)
 
         bench.collector.script("logs", refuse)
         result = asyncio.run(relay())
@@ -579,7 +579,7 @@ def test_a_store_that_refuses_to_take_up_a_job_is_a_failure_of_the_pass(bench: B
     agent = bench.agent()
     with closing(sqlite3.connect(agent.store.path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        result = asyncio.run(agent.run_once(10))
+        result = asyncio.run(agent.run_once(PATIENCE_S))
     assert [type(failure) for failure in result.failures] == [CheckpointError]
     assert bench.bodies() == []
     assert bench.once().acked == 2

@@ -167,7 +167,8 @@ def test_capture_goes_on_when_there_is_room(variants: Variants, tmp_path: Path) 
         pytest.skip("cannot mount")
     try:
         env = {**variants.env, "TAILSPAN_STATE_DIR": str(disk / "state")}
-        script = f"seq 100000; rm {disk}/ballast; sleep 3; echo after"
+        # more than the supervisor and the pipe hold, so that some of it is lost before there is room
+        script = f"seq 1000000; rm {disk}/ballast; sleep 3; echo after"
         (disk / "ballast").write_bytes(b"x" * 800_000)
         done = variants.run("tailspan", ["sh", "-c", script], env=env)
         assert done.returncode == 0

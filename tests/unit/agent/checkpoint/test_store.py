@@ -304,9 +304,7 @@ def test_a_damaged_file_that_cannot_be_set_aside_is_reported(tmp_path: Path, mon
     (tmp_path / "checkpoints.db").write_bytes(b"not a database, whatever it was")
     monkeypatch.setattr(time, "time_ns", lambda: 7)
     (tmp_path / "checkpoints.corrupt-7.db").mkdir()
-    with pytest.raises(
-        CheckpointError, match=r"cannot set aside the damaged .*checkpoints\.db: .*directory"
-    ):
+    with pytest.raises(CheckpointError, match=r"cannot set aside the damaged .*checkpoints\.db: .*directory"):
         Store(tmp_path)
     assert (tmp_path / "checkpoints.db").read_bytes() == b"not a database, whatever it was"
     assert lock_holder(tmp_path) is None

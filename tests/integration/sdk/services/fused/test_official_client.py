@@ -236,13 +236,19 @@ def test_indentation(api, do):
 
 
 def answered_in_time(call: Callable[[float], object]) -> str:
-    """Return the error of a call with the first timeout that leaves time for an answer on this machine."""
+    """Return the error of a call with the first timeout that leaves time for an answer on this machine.
+
+    Without an answer in time, waiting is an error, and tailing ends as it does after any timeout.
+    """
+    text = "no error"
     for timeout_s in (0.3, 1.0, 3.0, 10.0, 30.0):
-        with pytest.raises(TailspanError) as failed:
+        try:
             call(timeout_s)
-        if "answered" not in str(failed.value):
-            break
-    return str(failed.value)
+        except TailspanError as error:
+            text = str(error)
+            if "answered" not in text:
+                break
+    return text
 
 
 def test_a_service_that_is_down_for_ever(api, do):
