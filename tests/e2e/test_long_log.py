@@ -12,8 +12,8 @@ from tests.fakes.collector import Collector
 from tests.fakes.job_api import FakeJobApi
 from tests.prove.world import lines_in
 
-LINES = 200_000
-MAX_RSS_MIB = 130  # the reply alone is 27 MB, and as Python objects three times that
+LINES = 120_000
+MAX_RSS_MIB = 100  # the reply alone is 16 MB, and as Python objects three times that, beside an agent of 60
 
 
 def reply(since_ms: int | None) -> Iterator[bytes]:
