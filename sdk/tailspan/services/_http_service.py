@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,7 +27,16 @@ from tailspan.services._requests import (
     normalise_base_url,
 )
 
-__all__ = ["HttpService", "Login", "Token", "pack_cursor", "unpack_cursor"]
+__all__ = [
+    "HttpService",
+    "Login",
+    "Token",
+    "drop_oldest",
+    "pack_cursor",
+    "parameter_value",
+    "read_parameters",
+    "unpack_cursor",
+]
 
 
 class Token(Authorizer):
@@ -244,6 +253,25 @@ def unpack_cursor(cursor: bytes | None, *, service: str, job_id: str) -> dict[st
         return msgspec.msgpack.decode(cursor, type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise ConfigError(f"{cursor[:40]!r} is not a cursor of this service", service=service, job_id=job_id) from None
+
+
+def parameter_value(text: str) -> Any:
+    """Return the value of a parameter of a command: JSON, or else the text itself."""
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        return text
+
+
+def read_parameters(pairs: Iterable[str]) -> dict[str, Any]:
+    """Return the parameters of a command, given as ``KEY=VALUE``; see `parameter_value`."""
+    return {key: parameter_value(text) for key, _, text in (pair.partition("=") for pair in pairs)}
+
+
+def drop_oldest(known: dict[Any, Any], most: int) -> None:
+    """Drop what was added first from a dict with more than ``most`` entries."""
+    while len(known) > most:
+        del known[next(iter(known))]
 
 
 def _secret(path: Path, key: str) -> str:

@@ -17,15 +17,21 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-import msgspec
-
 from tailspan._times import time_of
 from tailspan.errors import ConfigError, RequestRejectedError
 from tailspan.logs.page import Line, LogPage, TaskRef
 from tailspan.models import JobState, JobStatus, ListedJob, TaskRun
 from tailspan.services import LATE_WINDOW_S, SubmitService, TaskService
 from tailspan.services._http_options import LoginOptions
-from tailspan.services._http_service import HttpService, Login, Token, pack_cursor, unpack_cursor
+from tailspan.services._http_service import (
+    HttpService,
+    Login,
+    Token,
+    drop_oldest,
+    pack_cursor,
+    read_parameters,
+    unpack_cursor,
+)
 from tailspan.services._requests import Authorizer, path_segment
 
 __all__ = ["PrefectOptions", "PrefectService"]
@@ -287,8 +293,7 @@ class PrefectService(HttpService, TaskService, SubmitService):
         runs = [run for row in rows for run in await self._attempts_of(row, flow_runs)]
         runs.sort(key=lambda run: (run.submitted_at or _EPOCH, run.attempt))
         self._tasks[job_id] = listed = _Tasks(time.monotonic(), tuple(runs), flow_runs)
-        if len(self._tasks) > _MAX_FLOW_RUNS:
-            del self._tasks[next(iter(self._tasks))]
+        drop_oldest(self._tasks, _MAX_FLOW_RUNS)
         return listed
 
     async def _task_runs(self, job_id: str, flow_runs: Sequence[str]) -> list[dict[str, Any]]:
@@ -533,11 +538,4 @@ def _command(command: Sequence[str]) -> tuple[str, dict[str, Any]]:
     deployment, *pairs = command
     if deployment.count("/") != 1 or not all("=" in pair for pair in pairs):
         raise ConfigError("the command of a Prefect job is FLOW/DEPLOYMENT, then KEY=VALUE for each parameter")
-    parameters: dict[str, Any] = {}
-    for pair in pairs:
-        key, _, text = pair.partition("=")
-        try:
-            parameters[key] = msgspec.json.decode(text)
-        except msgspec.DecodeError:
-            parameters[key] = text
-    return deployment, parameters
+    return deployment, read_parameters(pairs)

@@ -22,7 +22,15 @@ from tailspan.logs.page import NANOS_PER_MS, LogPage, TaskRef
 from tailspan.models import JobState, JobStatus, ListedJob, TaskRun
 from tailspan.services import LATE_WINDOW_S, SubmitService, TaskService
 from tailspan.services._http_options import LoginOptions
-from tailspan.services._http_service import HttpService, Login, Token, pack_cursor, unpack_cursor
+from tailspan.services._http_service import (
+    HttpService,
+    Login,
+    Token,
+    drop_oldest,
+    pack_cursor,
+    read_parameters,
+    unpack_cursor,
+)
 from tailspan.services._requests import Authorization, Authorizer, Params, ServiceRequests, Tls, path_segment
 from tailspan.services.airflow.log import AttemptLog, unix_nano
 from tailspan.services.airflow.reader import AttemptReader, merged
@@ -235,9 +243,9 @@ class AirflowService(HttpService, TaskService, SubmitService):
         async with aclosing(merged(list(readers.values()), first_ns)) as pages:
             async for lines in pages:
                 yield LogPage.from_lines(lines, cursor=packed(), identity=self.identity, job_id=job_id)
-        _forget_some(self._whole)
         whole = {key: one.log.pack() for key, one in readers.items() if one.is_read}
         self._whole[job_id] = self._whole.pop(job_id, {}) | whole
+        drop_oldest(self._whole, _MAX_KNOWN)
 
     async def list_jobs(self) -> AsyncGenerator[Sequence[ListedJob], None]:
         """Yield the DAG runs of all DAGs, newest first."""
@@ -303,7 +311,7 @@ class AirflowService(HttpService, TaskService, SubmitService):
         if not all("=" in pair for pair in pairs):
             raise ConfigError("the command of an Airflow job is the DAG's id, then KEY=VALUE for each parameter")
         note = ", ".join(f"{key}={value}" for key, value in (attributes or {}).items())
-        body: dict[str, Any] = {"logical_date": None, "conf": dict(map(_parameter, pairs))}
+        body: dict[str, Any] = {"logical_date": None, "conf": read_parameters(pairs)}
         body |= {"dag_run_id": name} if name else {}
         body |= {"note": note} if note else {}
         path = f"/api/v2/dags/{path_segment(dag)}/dagRuns"
@@ -389,7 +397,6 @@ class AirflowService(HttpService, TaskService, SubmitService):
         if unknown and time.monotonic() >= self._no_event_log_until_s:
             events = await self._cancel_events(unknown)
             for run in unknown:
-                _forget_some(self._canceled)
                 ended_at = run.end_date or datetime.now(UTC)
                 began_at = run.submitted_at or run.start_date or ended_at
                 self._canceled[run.job_id, run.end_date] = any(
@@ -397,6 +404,7 @@ class AirflowService(HttpService, TaskService, SubmitService):
                     and began_at <= event.when <= ended_at + _CANCEL_TAKES
                     for event in events
                 )
+            drop_oldest(self._canceled, _MAX_KNOWN)
         return {run.job_id for run in failed if self._canceled.get((run.job_id, run.end_date))}
 
     async def _cancel_events(self, runs: Sequence[_Run]) -> list[_Event]:
@@ -443,9 +451,9 @@ class AirflowService(HttpService, TaskService, SubmitService):
             tries = await self._tries_of(job_id, row)
             attempts += [self._attempt(job_id, one, number, after) for number, one in tries.items()]
         attempts.sort(key=_began_at)
-        _forget_some(self._tasks)
         self._tasks.pop(job_id, None)
         self._tasks[job_id] = listed = _KnownTasks(time.monotonic(), tuple(attempts))
+        drop_oldest(self._tasks, _MAX_KNOWN)
         return listed
 
     async def _tries_of(self, job_id: str, row: _TaskRow) -> Mapping[int, _TaskRow]:
@@ -464,8 +472,9 @@ class AirflowService(HttpService, TaskService, SubmitService):
             same = [one for one in found if one.try_number == number]
             # The last one is the instance itself, except while it waits for its next try.
             ended = same if row.state == "up_for_retry" else same[:-1]
-            _forget_some(self._tries)
+            self._tries.pop(key, None)
             self._tries[key] = version, [one for one in found if 0 < (one.try_number or 0) < number] + ended
+            drop_oldest(self._tries, _MAX_KNOWN)
         tries = {one.try_number or 0: one for one in self._tries[key][1]}
         if row.state == "up_for_retry":
             row = msgspec.structs.replace(row, state=None, end_date=None)
@@ -489,8 +498,8 @@ class AirflowService(HttpService, TaskService, SubmitService):
             for task in reply.tasks:
                 for after in task.downstream_task_ids or ():
                     upstream[after] = (*upstream.get(after, ()), task.task_id or "")
-            _forget_some(self._upstream)
             self._upstream[dag] = known = _Upstream(time.monotonic(), upstream)
+            drop_oldest(self._upstream, _MAX_KNOWN)
         return known.tasks
 
     def _attempt(self, job_id: str, row: _TaskRow, number: int, after: Mapping[str, tuple[str, ...]]) -> _Attempt:
@@ -552,17 +561,3 @@ def _failure(tasks: Iterable[TaskRun]) -> str | None:
         return None
     more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
     return f"failed: {', '.join(failed[:3])}{more}"
-
-
-def _parameter(pair: str) -> tuple[str, Any]:
-    key, _, text = pair.partition("=")
-    try:
-        return key, msgspec.json.decode(text)
-    except msgspec.DecodeError:
-        return key, text
-
-
-def _forget_some(known: dict[Any, Any]) -> None:
-    """Make room for one more entry."""
-    if len(known) >= _MAX_KNOWN:
-        del known[next(iter(known))]

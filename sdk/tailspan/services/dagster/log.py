@@ -19,7 +19,7 @@ import msgspec
 
 from tailspan.errors import ConfigError
 from tailspan.logs.page import NANOS_PER_MS, Line, TaskRef
-from tailspan.services._http_service import pack_cursor, unpack_cursor
+from tailspan.services._http_service import drop_oldest, pack_cursor, unpack_cursor
 from tailspan.services.dagster.wire import ErrorInfo, Event, Events
 
 __all__ = [
@@ -349,8 +349,7 @@ class Records:
                 more.append((one.message or "").strip() + ":")
         if more:
             self._more[first] = self._more.get(first, frozenset()) | frozenset(line.rstrip() for line in more)
-            if len(self._more) > _MAX_RECORDS:
-                del self._more[next(iter(self._more))]
+            drop_oldest(self._more, _MAX_RECORDS)
 
     def match(self, line: str) -> tuple[float, frozenset[str]] | None:
         """Return the time of a record in seconds since the epoch, and the lines that may follow; None for others."""

@@ -24,7 +24,7 @@ from tailspan.logs.page import MAX_PAGE_BYTES, MAX_PAGE_LINES, NANOS_PER_MS, Lin
 from tailspan.models import JobState, JobStatus, ListedJob, TaskRun
 from tailspan.services import LATE_WINDOW_S, SubmitService, TaskService
 from tailspan.services._http_options import LoginOptions
-from tailspan.services._http_service import HttpService, Login, Token
+from tailspan.services._http_service import HttpService, Login, Token, drop_oldest, parameter_value
 from tailspan.services._requests import Authorizer, path_segment
 from tailspan.services.dagster.log import (
     Capture,
@@ -226,8 +226,8 @@ class DagsterService(HttpService, TaskService, SubmitService):
                 output = (await self._read(job_id, working, due))[1]
         if cursor is not None:
             self._further[job_id] = cursor, position.pack()
-            _forget(self._further)
-        _forget(self._records)
+            drop_oldest(self._further, _MAX_RUNS)
+        drop_oldest(self._records, _MAX_RUNS)
 
     async def cancel(self, job_id: str) -> JobStatus:
         """Terminate a run; an ended one stays as it is.
@@ -334,7 +334,7 @@ class DagsterService(HttpService, TaskService, SubmitService):
             if not found.has_more:
                 break
         self._runs[job_id] = known
-        _forget(self._runs)
+        drop_oldest(self._runs, _MAX_RUNS)
         return known
 
     def _tasks(self, job_id: str, run: _KnownRun) -> list[TaskRun]:
@@ -567,14 +567,5 @@ def _command(command: Sequence[str]) -> tuple[str, dict[str, Any]]:
             table = table.setdefault(one, {})
             if not isinstance(table, dict):
                 raise ConfigError(f"{path}: {one} is already a value")
-        try:
-            table[last] = msgspec.json.decode(text)
-        except msgspec.DecodeError:
-            table[last] = text
+        table[last] = parameter_value(text)
     return target, config
-
-
-def _forget(known: dict[str, Any]) -> None:
-    """Drop the runs that were added first from too large a dict."""
-    while len(known) > _MAX_RUNS:
-        del known[next(iter(known))]
