@@ -53,6 +53,8 @@ _REFUSED = (
     sqlite3.InterfaceError,
 )
 
+_ADD_SPAN = "INSERT OR IGNORE INTO spans (job, span_id, resource, span) VALUES (?, ?, ?, ?)"
+
 _log = logging.getLogger(__name__)
 
 
@@ -320,12 +322,11 @@ class Store:
         Returns:
             The ids of the new spans.
         """
-        insert = "INSERT OR IGNORE INTO spans (job, span_id, resource, span) VALUES (?, ?, ?, ?)"
         with self._transaction() as db:
             return {
                 span.span_id
                 for span in spans
-                if db.execute(insert, (key, span.span_id, span.resource, span.span)).rowcount
+                if db.execute(_ADD_SPAN, (key, span.span_id, span.resource, span.span)).rowcount
             }
 
     def end_job(
@@ -356,7 +357,7 @@ class Store:
             if db.execute("UPDATE jobs SET ended = 1 WHERE key = ? AND ended = 0", (key,)).rowcount == 0:
                 return False
             db.executemany(
-                "INSERT OR IGNORE INTO spans (job, span_id, resource, span) VALUES (?, ?, ?, ?)",
+                _ADD_SPAN,
                 [(key, span.span_id, span.resource, span.span) for span in spans],
             )
             db.execute("REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?)", totals.to_row())

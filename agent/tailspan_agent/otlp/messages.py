@@ -17,7 +17,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as traces
 
 from tailspan._plural import plural
 from tailspan.config.signals import Signal
-from tailspan_agent.otlp.wire import bytes_field
+from tailspan_agent.otlp.wire import bytes_field, varint_at
 
 __all__ = [
     "MESSAGES",
@@ -80,7 +80,6 @@ MESSAGES: Final[Mapping[Signal, SignalMessages]] = {
 
 _VARINT, _BYTES = 0, 2
 _FIXED = {1: 8, 5: 4}
-_VARINT_BYTES = 10
 
 
 def parse_request(signal: Signal, payload: bytes) -> Any:
@@ -136,7 +135,10 @@ def split_by_resource(payload: bytes) -> list[tuple[bytes, int]]:
     Raises:
         DecodeError: The payload is not made of resources.
     """
-    return [(bytes_field(1, resource), _count_in(resource)) for resource in _parts(payload, 1)]
+    try:
+        return [(bytes_field(1, resource), _count_in(resource)) for resource in _parts(payload, 1)]
+    except ValueError as error:
+        raise DecodeError(str(error)) from None
 
 
 def _count_in(resource: bytes) -> int:
@@ -148,30 +150,20 @@ def _parts(message: bytes, number: int) -> Iterator[bytes]:
     """Yield the contents of the fields of one number of an encoded message, which are messages.
 
     Raises:
-        DecodeError: The message is cut off or has other kinds of fields.
+        ValueError: The message is cut off or has other kinds of fields.
     """
     position = 0
     while position < len(message):
-        tag, position = _varint_at(message, position)
+        tag, position = varint_at(message, position)
         if tag & 7 == _VARINT:
-            _, position = _varint_at(message, position)
+            _, position = varint_at(message, position)
             continue
-        size, position = (_FIXED[tag & 7], position) if tag & 7 in _FIXED else _varint_at(message, position)
+        size, position = (_FIXED[tag & 7], position) if tag & 7 in _FIXED else varint_at(message, position)
         if position + size > len(message) or tag & 7 not in (*_FIXED, _BYTES):
-            raise DecodeError("cut off")
+            raise ValueError("the field is not whole")
         if tag == number << 3 | _BYTES:
             yield message[position : position + size]
         position += size
-
-
-def _varint_at(message: bytes, position: int) -> tuple[int, int]:
-    """Return the varint at a position, and the position after it."""
-    value = 0
-    for place, octet in enumerate(message[position : position + _VARINT_BYTES]):
-        value |= (octet & 0x7F) << 7 * place
-        if octet < 0x80:
-            return value, position + place + 1
-    raise DecodeError("not a varint")
 
 
 def shorten_request(signal: Signal, payload: bytes, max_bytes: int) -> bytes | None:

@@ -17,6 +17,7 @@ __all__ = [
     "key_value",
     "string_field",
     "varint",
+    "varint_at",
     "varint_field",
 ]
 
@@ -25,6 +26,7 @@ AttributeValue: TypeAlias = str | bool | int | float | Sequence[str]
 
 UINT64_MAX = (1 << 64) - 1
 _INT64_MAX = (1 << 63) - 1
+_VARINT_BYTES = 10
 
 
 @lru_cache(maxsize=4096)  # few different tags and lengths occur
@@ -38,6 +40,20 @@ def varint(number: int) -> bytes:
         number >>= 7
     octets.append(number)
     return bytes(octets)
+
+
+def varint_at(message: bytes, position: int) -> tuple[int, int]:
+    """Return the varint at a position, and the position after it.
+
+    Raises:
+        ValueError: It is cut off, or longer than a varint can be.
+    """
+    value = 0
+    for place, octet in enumerate(message[position : position + _VARINT_BYTES]):
+        value |= (octet & 0x7F) << 7 * place
+        if octet < 0x80:
+            return value, position + place + 1
+    raise ValueError("the varint is not whole")
 
 
 def varint_field(number: int, value: int) -> bytes:

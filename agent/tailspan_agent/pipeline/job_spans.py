@@ -31,11 +31,12 @@ class JobSpans:
 
     def write(self) -> None:
         """Write the spans that have ended by now; a span that was written before stays as it was."""
-        spans = [span for span in self._ended() if span.span_id not in self._written]
-        if not spans:
+        spans = self._ended()
+        outbox = self._outbox(spans)
+        if not outbox:
             return
-        new = self._context.store.add_spans(self._job.checkpoint.key, self._outbox(spans))
-        self._written.update(span.span_id for span in spans)
+        new = self._context.store.add_spans(self._job.checkpoint.key, outbox)
+        self._written.update(span.span_id for span in outbox)
         if new:
             self._count_tasks(span for span in spans if span.span_id in new)
             self._wake_queue()
@@ -48,11 +49,9 @@ class JobSpans:
             task = span.attributes.get("cicd.pipeline.task.name")
             if task is None:
                 continue
-            known = context.task_names.label(f"{pipeline}\0{task}") != OTHER_PIPELINES
-            name, result = (
-                str(task) if known else OTHER_PIPELINES,
-                str(span.attributes["cicd.pipeline.task.run.result"]),
-            )
+            has_own = context.task_names.label(f"{pipeline}\0{task}") != OTHER_PIPELINES
+            name = str(task) if has_own else OTHER_PIPELINES
+            result = str(span.attributes["cicd.pipeline.task.run.result"])
             key = pipeline, name, result
             context.task_totals[key] = context.task_totals.get(key, RunTotals(pipeline, result, task=name)).add(
                 (span.end_unix_nano - span.start_unix_nano) / 1e9,
@@ -86,11 +85,7 @@ class JobSpans:
         )
         fingerprint = job.ledger.fingerprint or None
         counted = self._context.store.end_job(
-            job.checkpoint.key,
-            self._outbox([span for span in spans if span.span_id not in self._written]),
-            totals,
-            run=run,
-            fingerprint=fingerprint,
+            job.checkpoint.key, self._outbox(spans), totals, run=run, fingerprint=fingerprint
         )
         if counted:
             self._context.totals[totals.key] = totals
@@ -120,8 +115,13 @@ class JobSpans:
         job.store_ledger()
 
     def _outbox(self, spans: Sequence[SpanData]) -> list[OutboxSpan]:
+        """Return the spans that this object has not written yet, encoded."""
         job = self._job
-        return [OutboxSpan(job.checkpoint.key, span.span_id, job.resource, encode_span(span)) for span in spans]
+        return [
+            OutboxSpan(job.checkpoint.key, span.span_id, job.resource, encode_span(span))
+            for span in spans
+            if span.span_id not in self._written
+        ]
 
     def _wake_queue(self) -> None:
         if self._context.spans is not None:

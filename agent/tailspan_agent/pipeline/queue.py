@@ -35,8 +35,8 @@ _STORED_BYTES = 4 << 20
 a batch to an ingester in one gRPC message, of 4 MiB at most by default."""
 _COPIED_BYTES = 100
 """What Loki adds to each line, less the labels: ids in hexadecimal, observed time, scope, level."""
-_LEAST_ROOM = 16
-"""A batch is full when less than this part of it is empty: a smaller piece of a chunk is not worth a cut."""
+_FULL = 15 / 16
+"""The part of its limits at which a batch is full: a smaller piece of a chunk is not worth a cut."""
 _QUEUE_BYTES = 3 << 20
 _LINGER_S = 0.1
 _LINGER_LINES = 500
@@ -206,14 +206,16 @@ class LogQueue:
         batch: list[_Piece] = []
         size = stored = 0
         alone = mixed = False
-        while self._queue:
+        while self._queue and size <= BATCH_BYTES * _FULL and stored <= _STORED_BYTES * _FULL:
             chunk = self._queue[0]
+            alone = alone or chunk.alone
+            mixed = mixed or (bool(batch) and chunk.resource != batch[0].chunk.resource)
+            if alone and mixed:
+                break
             piece = chunk.piece(BATCH_BYTES - size, _STORED_BYTES - stored)
             size += len(piece.records)
             stored += piece.stored
-            alone = alone or chunk.alone
-            mixed = mixed or (bool(batch) and chunk.resource != batch[0].chunk.resource)
-            if batch and (size > BATCH_BYTES or stored > _STORED_BYTES or (alone and mixed)):
+            if batch and (size > BATCH_BYTES or stored > _STORED_BYTES):
                 break
             batch.append(piece)
             self._queued_bytes -= len(piece.records)
@@ -222,8 +224,6 @@ class LogQueue:
                 self._queued_bytes -= _CHUNK_BYTES
             else:
                 chunk.records, chunk.count = chunk.records[len(piece.records) :], chunk.count - piece.count
-            if size > BATCH_BYTES - BATCH_BYTES // _LEAST_ROOM or stored > _STORED_BYTES - _STORED_BYTES // _LEAST_ROOM:
-                break
         return batch
 
     def _worth_sending(self) -> bool:

@@ -26,7 +26,7 @@ from typing import NamedTuple, TypeAlias
 from tailspan._native import compiled
 from tailspan.logs.page import DIGEST_BYTES, MAX_PAGE_LINES
 from tailspan.logs.text import split_text
-from tailspan_agent.otlp.wire import varint
+from tailspan_agent.otlp.wire import varint, varint_at
 
 __all__ = [
     "LEFT_OUT",
@@ -164,11 +164,8 @@ def whole_records_in_python(records: bytes, most_bytes: int, most_stored: int, c
     """
     end = count = 0
     while end < len(records):
-        at = end + 1
-        while at < len(records) and records[at] & 0x80:
-            at += 1
-        length = sum((octet & 0x7F) << 7 * place for place, octet in enumerate(records[end + 1 : at + 1]))
-        after = at + 1 + length
+        length, start = varint_at(records, end + 1)  # after the tag
+        after = start + length
         if after > len(records):
             raise ValueError("the last record is not whole")
         if count and (after > most_bytes or after + (count + 1) * copied > most_stored):
