@@ -1,16 +1,25 @@
-"""A server of an HTTP API with JSON, for fakes of services; see `FakeJsonApi`."""
+"""A server of an HTTP API with JSON, for fakes of services, and how tests read from the services of such servers."""
 
 from __future__ import annotations
 
 import json
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import aclosing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
 
-__all__ = ["FakeJsonApi"]
+import anyio
+
+from tailspan import Client, load_settings
+from tailspan.logs.page import LogPage
+from tailspan.services import JobService
+
+__all__ = ["FakeJsonApi", "client_of", "pages_of"]
 
 
 class FakeJsonApi(ABC):
@@ -105,3 +114,28 @@ class FakeJsonApi(ABC):
             body: Its JSON; empty without one.
             query: Its parameters, the last one of each name.
         """
+
+
+@contextmanager
+def client_of(kind: str, base_url: str, directory: Path) -> Iterator[Client]:
+    """Yield a client whose default service is of this type, and sends as many requests as it likes."""
+    config = directory / "client.toml"
+    section = f'[services.{kind}]\nbase_url = "{base_url}"\nrequests_per_second = 10000\n'
+    config.write_text(f'default_service = "{kind}"\n{section}')
+    with Client(load_settings(config)) as client:
+        yield client
+
+
+def pages_of(service: JobService, job_id: str, cursor: bytes | None = None, *, most: int = 10_000) -> list[LogPage]:
+    """Read pages after a cursor, in a loop of their own, and close the service."""
+
+    async def read() -> list[LogPage]:
+        found: list[LogPage] = []
+        async with aclosing(service), aclosing(service.read_logs(job_id, cursor)) as pages:
+            async for page in pages:
+                found.append(page)
+                if len(found) == most:
+                    break
+        return found
+
+    return anyio.run(read)

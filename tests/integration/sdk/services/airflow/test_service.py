@@ -12,7 +12,7 @@ from typing import Any
 import anyio
 import pytest
 
-from tailspan import Client, load_settings
+from tailspan import Client
 from tailspan.errors import AuthError, ConfigError, JobNotFoundError
 from tailspan.logs.page import LogPage
 from tailspan.models import JobState
@@ -20,7 +20,7 @@ from tailspan.services._http_options import LoginOptions
 from tailspan.services.airflow import AirflowService
 from tailspan.testing import ServiceConformance
 from tests.fakes.airflow import START, FakeAirflow
-from tests.fakes.json_api import FakeJsonApi
+from tests.fakes.json_api import FakeJsonApi, client_of
 
 RECORDED = json.loads(Path(__file__).parents[4].joinpath("data", "airflow_exchanges.json").read_text(encoding="utf-8"))
 FAILED = '{"state": "failed", "method": "PATCH"}'
@@ -42,10 +42,7 @@ def service_of(airflow: FakeJsonApi, environ: dict[str, str] | None = None, **op
 @pytest.fixture
 def client(airflow: FakeAirflow, tmp_path: Path) -> Iterator[Client]:
     """A client whose default service is that server."""
-    config = tmp_path / "client.toml"
-    section = f'[services.airflow]\nbase_url = "{airflow.url}"\nrequests_per_second = 10000\n'
-    config.write_text(f'default_service = "airflow"\n{section}')
-    with Client(load_settings(config)) as client:
+    with client_of("airflow", airflow.url, tmp_path) as client:
         yield client
 
 

@@ -7,7 +7,6 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from tailspan.services.dagster import DagsterOptions, DagsterService
 from tailspan.services.registry import open_service
 from tailspan.testing import ServiceConformance, check_service
 from tests.fakes.dagster import START_S, FakeDagster, error
+from tests.fakes.json_api import client_of, pages_of
 
 RECORDED = Path(__file__).parents[4] / "data" / "dagster"
 
@@ -50,27 +50,8 @@ def service_of(dagster: FakeDagster, **options: object) -> DagsterService:
 @pytest.fixture
 def client(dagster: FakeDagster, tmp_path: Path) -> Iterator[Client]:
     """A client whose default service is that server."""
-    config = tmp_path / "client.toml"
-    section = f'[services.dagster]\nbase_url = "{dagster.url}/graphql"\nrequests_per_second = 10000\n'
-    config.write_text(f'default_service = "dagster"\n{section}')
-    with Client(load_settings(config)) as client:
+    with client_of("dagster", f"{dagster.url}/graphql", tmp_path) as client:
         yield client
-
-
-def pages_of(service: DagsterService, job_id: str, cursor: bytes | None = None, *, most: int = 10_000) -> list[LogPage]:
-    """Read pages after a cursor, in a loop of their own."""
-
-    async def read() -> list[LogPage]:
-        found: list[LogPage] = []
-        async with aclosing(service.read_logs(job_id, cursor)) as pages:
-            async for page in pages:
-                found.append(page)
-                if len(found) == most:
-                    break
-        await service.aclose()
-        return found
-
-    return anyio.run(read)
 
 
 def texts_of(pages: list[LogPage]) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import aclosing
 from pathlib import Path
 
 import anyio
@@ -12,11 +11,11 @@ import pytest
 
 from tailspan import Client, load_settings
 from tailspan.errors import AuthError, ConfigError, JobNotFoundError, RequestRejectedError
-from tailspan.logs.page import LogPage
 from tailspan.models import JobState
 from tailspan.services.prefect import PrefectOptions, PrefectService
 from tailspan.services.registry import open_service
 from tailspan.testing import ServiceConformance
+from tests.fakes.json_api import client_of, pages_of
 from tests.fakes.prefect import FakePrefect
 
 
@@ -36,27 +35,8 @@ def service_of(prefect: FakePrefect, **options: object) -> PrefectService:
 @pytest.fixture
 def client(prefect: FakePrefect, tmp_path: Path) -> Iterator[Client]:
     """A client whose default service is that server."""
-    config = tmp_path / "client.toml"
-    section = f'[services.prefect]\nbase_url = "{prefect.url}"\nrequests_per_second = 10000\n'
-    config.write_text(f'default_service = "prefect"\n{section}')
-    with Client(load_settings(config)) as client:
+    with client_of("prefect", prefect.url, tmp_path) as client:
         yield client
-
-
-def pages_of(service: PrefectService, job_id: str, cursor: bytes | None = None, *, most: int = 10_000) -> list[LogPage]:
-    """Read pages after a cursor, in a loop of their own."""
-
-    async def read() -> list[LogPage]:
-        found: list[LogPage] = []
-        async with aclosing(service.read_logs(job_id, cursor)) as pages:
-            async for page in pages:
-                found.append(page)
-                if len(found) == most:
-                    break
-        await service.aclose()
-        return found
-
-    return anyio.run(read)
 
 
 class TestConformance(ServiceConformance):
