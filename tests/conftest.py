@@ -9,7 +9,6 @@ from __future__ import annotations
 import faulthandler
 import os
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Generator, Iterator
@@ -48,9 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
     leftovers.mark_session(config)
     config.stash[_STATE_HOME] = os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="tailspan-tests-")
     config.stash[_STDERR] = os.dup(2)  # before pytest captures it
-    # In `make test &` of a script the shell ignores SIGINT, and what is ignored stays ignored in every child.
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    leftovers.handle_ignored_signals()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -91,3 +91,14 @@ def end(processes: list[Process]) -> list[Process]:
         with suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
     return processes
+
+
+def handle_ignored_signals() -> None:
+    """Let children start with the default action of every signal that was ignored when pytest started.
+
+    `make test &` of a script ignores SIGINT and SIGQUIT, `nohup` SIGHUP, and what is ignored stays ignored in every
+    child: `tailspan run` would not pass it on. A handler is not inherited, and pytest itself goes on ignoring.
+    """
+    for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:  # Python itself ignores these two
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else lambda *_: None)
