@@ -154,6 +154,8 @@ async def _check_service(service: JobService, watches: list[Watch]) -> AsyncIter
                     yield Finding(f"job {job_id}", str(error), _NO_JOB)
                 else:
                     yield Finding(f"job {job_id}", f"{job.job_name}: {job.state}")
+            for problem in await service.find_problems():
+                yield Finding(subject, problem.text, _CONFIG if problem.is_fatal else 0, warning=not problem.is_fatal)
     except TimeoutError:
         yield Finding(subject, f"did not answer within {_TIMEOUT_S:g} s", _UNREACHABLE)
     except ServiceError as error:

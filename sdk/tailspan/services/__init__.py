@@ -11,7 +11,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 from tailspan._identity import trace_id
 from tailspan.errors import ConfigError, RequestRejectedError
@@ -27,11 +27,24 @@ __all__ = [
     "ChangeFeedService",
     "JobService",
     "MergingService",
+    "Problem",
     "SubmitService",
     "TaskService",
 ]
 
 LATE_WINDOW_S = 10.0
+
+
+class Problem(NamedTuple):
+    """What a service lacks to do all that it can: a right, a version, a setting.
+
+    Attributes:
+        text: The problem and its cure, in one sentence.
+        is_fatal: Whether jobs or lines are not relayed because of it.
+    """
+
+    text: str
+    is_fatal: bool = True
 
 
 class JobService(ABC):
@@ -180,6 +193,10 @@ class JobService(ABC):
             job_id: The job.
         """
         return None
+
+    async def find_problems(self) -> Sequence[Problem]:
+        """Return what is missing at the service, for ``tailspan agent check``. By default nothing."""
+        return ()
 
     async def aclose(self) -> None:
         """Release connections and files. The caller may close twice. By default there is nothing to release."""

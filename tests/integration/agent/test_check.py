@@ -9,7 +9,7 @@ import pytest
 
 from tailspan.config import Settings
 from tailspan.errors import AuthError, ConfigError, ServiceUnavailableError
-from tailspan.services import JobService
+from tailspan.services import JobService, Problem
 from tailspan.testing import FakeService
 from tailspan_agent.commands.check import Finding, check
 from tests.fakes.agents import Bench
@@ -52,6 +52,20 @@ def test_a_service_that_does_not_answer(bench: Bench, error: Exception, code: in
     found = findings(bench)
     assert (about(found, "services.fake").exit_code, about(found, "services.fake").text) == (code, str(error))
     assert about(found, "otlp logs").exit_code == 0
+
+
+def test_what_a_service_lacks(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each problem that a service finds is a finding: an error if jobs or lines are not relayed, else a warning."""
+
+    async def find_problems() -> list[Problem]:
+        return [Problem("may not read logs"), Problem("may not cancel jobs", is_fatal=False)]
+
+    monkeypatch.setattr(bench.fake, "find_problems", find_problems)
+    found = [one for one in findings(bench) if one.subject == "services.fake"][1:]
+    assert [(one.text, one.exit_code, one.warning) for one in found] == [
+        ("may not read logs", 2, False),
+        ("may not cancel jobs", 0, True),
+    ]
 
 
 def test_a_job_that_does_not_exist(bench: Bench) -> None:
