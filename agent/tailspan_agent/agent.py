@@ -24,7 +24,7 @@ from tailspan.services.registry import open_service
 from tailspan_agent.analysis.assessment import Assessment, JobSnapshot, PipelineStats, assess
 from tailspan_agent.analysis.baseline import Histories
 from tailspan_agent.analysis.pipeline_names import PipelineNames
-from tailspan_agent.checkpoint.store import Store
+from tailspan_agent.checkpoint.store import SqliteStore
 from tailspan_agent.errors import CheckpointError
 from tailspan_agent.exporter.endpoints import SHORT_OUTAGE_S, Endpoints
 from tailspan_agent.job.ledger import JobLedger
@@ -112,7 +112,7 @@ class Agent:
         self._needs_page_token = needs_page_token
         self.settings = settings
         with contextlib.ExitStack() as undo:
-            self.store = Store(settings.agent.state_dir)
+            self.store = SqliteStore(settings.agent.state_dir)
             undo.callback(self.store.close)
             if self.store.recovered:
                 _log.warning("the checkpoint store was damaged (%s)", self.store.recovered)
@@ -133,9 +133,9 @@ class Agent:
         )
         self.endpoints = Endpoints(settings, self.metrics)
         logs, traces = self.endpoints.get("logs"), self.endpoints.get("traces")
-        runs = self.store.runs()
         # Expected pipelines come first, so that they keep their own label however many other names there are.
-        known = [*(expect.name for expect in settings.agent.expect), *(total.pipeline for total in runs)]
+        counted = (totals.pipeline for totals in self.store.totals.values())
+        known = [*(expect.name for expect in settings.agent.expect), *counted]
         self.pipeline_stats = PipelineStats(
             histories=Histories(self.store.history.past_runs()), too_fast=self.store.history.too_fast()
         )
@@ -152,12 +152,11 @@ class Agent:
             lines_on_spans=settings.otlp.puts_lines_on_spans,
             names=PipelineNames(settings.agent.max_pipeline_names, known),
             task_names=PipelineNames(settings.agent.max_task_names),
-            totals={total.key: total for total in runs},
             pipeline_stats=self.pipeline_stats,
         )
         self.metrics_reader = MetricsReader(
             self.metrics,
-            runs=lambda: list(self._context.totals.values()),
+            runs=lambda: list(self.store.totals.values()),
             tasks=lambda: list(self._context.task_totals.values()),
             jobs=self._snapshots,
             names=self._context.names,
@@ -447,8 +446,8 @@ class Agent:
             sends_spans = self._context.spans is not None
             older_than_s, forgotten = max(_FORGET_S, 2 * lookback), 0
             try:
-                if self.store.may_forget(time.time(), older_than_s):
-                    forgotten = self.store.forget(older_than_s, keep=keep, keep_unsent=sends_spans)
+                if await self.store.may_forget(time.time(), older_than_s):
+                    forgotten = await self.store.forget(older_than_s, keep=keep, keep_unsent=sends_spans)
             except CheckpointError as error:
                 _log.warning("old jobs were not removed from the checkpoint store: %s", error)
             else:

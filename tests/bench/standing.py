@@ -20,7 +20,7 @@ import anyio
 from tailspan.local.store import JobStore
 from tailspan.services.fused import FusedService
 from tailspan.services.local import LocalService
-from tailspan_agent.checkpoint.store import Store
+from tailspan_agent.checkpoint.store import SqliteStore
 from tests.bench.agents import Plan, RunningAgent, running
 from tests.bench.holder import ENDED, HOLDING
 from tests.bench.job_server import SERVING, base_url
@@ -203,7 +203,7 @@ def start(scale: Scale, directory: Path) -> Iterator[Row]:
 
 def _fill(state_dir: Path, identity: str, count: int) -> None:
     """Make a checkpoint store with a number of finished jobs, as after a month."""
-    store = Store(state_dir)
+    store = SqliteStore(state_dir)
     ledger = json.dumps({"lines": 10_000})
     with closing(sqlite3.connect(store.path)) as db, db:
         db.executemany(

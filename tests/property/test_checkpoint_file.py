@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import tempfile
 from contextlib import closing, suppress
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailspan_agent.analysis.run_totals import RunTotals
-from tailspan_agent.checkpoint.store import Ack, OutboxSpan, Store
+from tailspan_agent.checkpoint.store import Ack, OutboxSpan, SqliteStore
 from tailspan_agent.errors import CheckpointError
 from tailspan_agent.job.ledger import JobLedger
 from tests.property.effort import fuzz
@@ -20,7 +21,7 @@ from tests.property.effort import fuzz
 
 def fill(state_dir: Path) -> None:
     """Make a store with a row in every table."""
-    store = Store(state_dir)
+    store = SqliteStore(state_dir)
     for number in range(3):
         job = store.add_job(
             "me", f"job-{number}", f"name-{number}", stream=0, ledger=JobLedger(first_seen_ns=1).to_json()
@@ -42,9 +43,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def use(state_dir: Path) -> None:
     """Do what an agent does with its store."""
-    store = Store(state_dir)
+    store = SqliteStore(state_dir)
     try:
-        store.runs()
+        assert store.totals is not None
         store.names("me")
         store.finished_jobs("me")
         store.unsent_spans(10)
@@ -53,9 +54,9 @@ def use(state_dir: Path) -> None:
             # A job with a damaged ledger starts again: `tailspan_agent.pipeline.job_pipeline`.
             with suppress(ValueError):
                 JobLedger.from_json(job.ledger)
-            store.seconds(job.key)
+            asyncio.run(store.seconds(job.key))
             store.ack([Ack(job.key, b"c", "{}", {5: (1, 1)})])
-        store.forget(0.0)
+        asyncio.run(store.forget(0.0))
     finally:
         store.close()
 

@@ -20,7 +20,7 @@ from tailspan.logs.page import CLEAN, LogPage, TaskRef
 from tailspan.models import JobState, JobStatus, ListedJob
 from tailspan_agent.analysis.run_totals import COLUMNS, MAX_ERROR_TYPES, RunTotals
 from tailspan_agent.analysis.stack_traces import last_stack
-from tailspan_agent.checkpoint.store import Ack, OutboxSpan, Store
+from tailspan_agent.checkpoint.store import Ack, OutboxSpan, SqliteStore
 from tailspan_agent.errors import ValueRefusedError
 from tailspan_agent.job.bounds import DROPPED_ATTRIBUTES
 from tailspan_agent.otlp.json_lines import decode_line
@@ -220,7 +220,7 @@ def test_a_ledger_of_impossible_times_starts_empty(bench: Bench) -> None:
 
 def test_an_ack_that_cannot_be_stored_spoils_no_other(tmp_path: Path) -> None:
     """One transaction has the acks of many jobs; the store stays usable."""
-    with closing(Store(tmp_path)) as store:
+    with closing(SqliteStore(tmp_path)) as store:
         keys = [store.add_job("id", name, name, stream=0, ledger="{}").key for name in "abc"]
         acks = [Ack(key, b"cursor", "{}") for key in keys]
         acks[1] = Ack(keys[1], b"cursor", "{}", {1 << 70: (1, 1)})
@@ -256,7 +256,7 @@ def test_error_types_of_logs_make_a_limited_number_of_series(bench: Bench) -> No
 
 def test_spans_are_read_up_to_a_size(tmp_path: Path) -> None:
     """Hundreds of failed jobs have megabytes of stack traces: they are not all in memory for one request."""
-    with closing(Store(tmp_path)) as store:
+    with closing(SqliteStore(tmp_path)) as store:
         key = store.add_job("id", "a", "a", stream=0, ledger="{}").key
         store.add_spans(key, [OutboxSpan(key, f"s{number}", b"r", bytes(1000)) for number in range(10)])
         assert [len(store.unsent_spans(9, max_bytes)) for max_bytes in (1, 2500, 1 << 30)] == [1, 2, 9]
@@ -267,7 +267,7 @@ def test_a_point_that_cannot_be_encoded_spoils_no_other(bench: Bench, caplog: py
     add(bench, "good", {})
     agent = bench.agent()
     bad = RunTotals("bad", "success").add(1.0, trace_id="ab" * 16, span_id="cd" * 8, time_unix_nano=1 << 80)
-    agent._context.totals[bad.key] = bad
+    agent.store.totals[bad.key] = bad
     assert asyncio.run(agent.run_once(PATIENCE_S)).delivered
     assert {row.attributes["cicd.pipeline.name"] for row in bench.collector.metrics() if row.name == RUNS} == {"good"}
     assert any("left out cicd.pipeline.run.duration" in record.message for record in caplog.records)

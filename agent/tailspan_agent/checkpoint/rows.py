@@ -101,16 +101,16 @@ class LedgerReader:
     def __init__(self, select: Callable[..., list[Any]]) -> None:
         self._select = select
 
-    def newest_key(self) -> int:
+    async def newest_key(self) -> int:
         """Return the largest number of a job; 0 without jobs."""
         newest: int | None = self._select("SELECT max(key) FROM jobs")[0][0]
         return newest or 0
 
-    def after(self, key: int, limit: int) -> list[LedgerRow]:
+    async def after(self, key: int, limit: int) -> list[LedgerRow]:
         """Return at most `limit` jobs with larger numbers, smallest first."""
         return [LedgerRow(*row) for row in self._select(f"{_LEDGERS} WHERE key > ? ORDER BY key LIMIT ?", key, limit)]
 
-    def by_key(self, keys: Sequence[int]) -> list[LedgerRow]:
+    async def by_key(self, keys: Sequence[int]) -> list[LedgerRow]:
         """Return the jobs with these numbers; those that were deleted are missing."""
         marks = ", ".join("?" * len(keys))
         return [LedgerRow(*row) for row in self._select(f"{_LEDGERS} WHERE key IN ({marks})", *keys)]

@@ -12,7 +12,8 @@ service and their id, not by the name of a configuration section: renaming a sec
     history   the last ended runs of each pipeline (`history`), with failures and too_fast
     names     names of listed jobs: a list without names costs one request for each job, once
 
-All methods are fast and synchronous; the agent calls them only from its event loop.
+This is the store of one agent: see `CheckpointStore` for what every store promises. Nothing here waits: the coroutines
+return at once.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from tailspan_agent.checkpoint.rows import Ack, Checkpoint, LedgerReader, Outbox
 from tailspan_agent.errors import CheckpointError, ValueRefusedError
 from tailspan_agent.otlp.wire import UINT64_MAX
 
-__all__ = ["Ack", "Checkpoint", "OutboxSpan", "Store", "read_checkpoint"]
+__all__ = ["Ack", "Checkpoint", "OutboxSpan", "SqliteStore", "read_checkpoint"]
 
 _SMALLEST_BYTES = 512
 _FUTURE_S = 86400.0
@@ -88,19 +89,15 @@ def _checkpoint(rows: list[Any]) -> Checkpoint | None:
     return Checkpoint(key, name, int(stream), cursor, ledger, bool(logs_complete), bool(late), bool(ended))
 
 
-class Store:
-    """The durable state of an agent. A lock allows one agent for each directory.
+class SqliteStore:
+    """The durable state of one agent, a `CheckpointStore`. A lock allows one agent for each directory.
 
     Args:
         state_dir: The agent's directory; created with mode 0700 if missing.
 
     Attributes:
-        instance_id: The UUID of this directory; ``service.instance.id`` of the agent's metrics.
-        start_unix_nano: When this store began to count runs, in ns since the epoch.
+        path: The file.
         recovered: The damage for which the file was set aside when it was opened; None without damage.
-        history: The last ended runs of each pipeline.
-        ledgers: The ledgers of all jobs.
-        write_failed: Whether the last write failed: the disk is full, or worse.
 
     Raises:
         CheckpointError: Another agent uses the directory, the file is from a newer version, or the disk fails.
@@ -122,6 +119,7 @@ class Store:
             self._file = file_at(self.path)
             self.instance_id = self._meta("instance_id", str(uuid.uuid4()))
             self.start_unix_nano = int(self._meta("start_unix_nano", str(time.time_ns())))
+            self.totals = {totals.key: totals for totals in self._runs()}
             undo.pop_all()
         self.acked_at_s = time.time()
         self.history = StoredHistory(self._select)
@@ -272,7 +270,10 @@ class Store:
             uid_sum += int(row[1])
         db.execute("REPLACE INTO seconds VALUES (?, ?, ?, ?)", (key, second, lines, str(uid_sum & UINT64_MAX)))
 
-    def seconds(self, key: int) -> dict[int, tuple[int, int]]:
+    async def written(self) -> None:
+        """Return at once: each write is on disk when its method returns."""
+
+    async def seconds(self, key: int) -> dict[int, tuple[int, int]]:
         """Return number and uid sum (mod 2^64) of a job's acknowledged lines by second of source time."""
         rows = self._select("SELECT second, lines, uid_sum FROM seconds WHERE job = ?", key)
         return {second: (lines, int(uid_sum)) for second, lines, uid_sum in rows}
@@ -333,7 +334,7 @@ class Store:
         self,
         key: int,
         spans: Sequence[OutboxSpan],
-        totals: RunTotals,
+        counted: RunTotals,
         *,
         run: PastRun | None = None,
         fingerprint: str | None = None,
@@ -346,13 +347,15 @@ class Store:
         Args:
             key: The store's number for the job.
             spans: The spans that end now.
-            totals: The totals of its pipeline, result and error type, including this run.
+            counted: The totals of this run alone; `totals` includes it from now on.
             run: The run for the history of its pipeline; None stores none.
             fingerprint: The fingerprint of its failure; None without a failure.
 
         Returns:
             Whether this was the first call for the job; if not, nothing was changed.
         """
+        known = self.totals.get(counted.key)
+        totals = known.merge(counted) if known is not None else counted
         with self._transaction() as db:
             if db.execute("UPDATE jobs SET ended = 1 WHERE key = ? AND ended = 0", (key,)).rowcount == 0:
                 return False
@@ -363,9 +366,10 @@ class Store:
             db.execute("REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?)", totals.to_row())
             if run is not None:
                 StoredHistory.add(db, run, fingerprint)
+        self.totals[totals.key] = totals
         return True
 
-    def runs(self) -> list[RunTotals]:
+    def _runs(self) -> list[RunTotals]:
         """Return the totals of all ended runs; exemplars of an impossible time, from an earlier agent, are left out."""
         rows = self._select("SELECT pipeline, result, error_type, sum_s, buckets, exemplars FROM runs")
         totals = []
@@ -412,7 +416,7 @@ class Store:
         with self._transaction() as db:
             db.execute("REPLACE INTO names VALUES (?, ?, ?, ?)", (identity, job_id, utf8_name(name), time.time()))
 
-    def may_forget(self, now_s: float, usual_s: float) -> bool:
+    async def may_forget(self, now_s: float, usual_s: float) -> bool:
         """Return whether the clock has gone right for long enough to forget what is old by it.
 
         Args:
@@ -428,7 +432,7 @@ class Store:
             )
         return settled
 
-    def forget(self, older_than_s: float, *, keep: Collection[str] = (), keep_unsent: bool = True) -> int:
+    async def forget(self, older_than_s: float, *, keep: Collection[str] = (), keep_unsent: bool = True) -> int:
         """Delete jobs without a change for a long time, and names that were cached as long ago.
 
         Args:

@@ -11,7 +11,7 @@ from zlib import crc32
 from tailspan_agent.analysis.assessment import PipelineStats
 from tailspan_agent.analysis.pipeline_names import PipelineNames
 from tailspan_agent.analysis.run_totals import RunTotals
-from tailspan_agent.checkpoint.store import Store
+from tailspan_agent.checkpoint.protocol import CheckpointStore
 from tailspan_agent.metrics.agent import AgentMetrics
 from tailspan_agent.pipeline.queue import LogQueue, SpanQueue
 from tailspan_agent.pipeline.store_streams import LabelValues, LogNames, StoreStreams
@@ -44,7 +44,6 @@ class PipelineContext:
         otlp_resource: Configured attributes of all telemetry; a reload replaces them.
         lines_on_spans: Whether the span of the execution carries lines; see `SpanLines`.
         names: The pipelines that have metrics of their own.
-        totals: Run totals by their key, as in the store.
         task_names: The tasks that have metrics of their own, each after the label of its pipeline.
         task_totals: Totals of the attempts of tasks by pipeline, task and result, since the agent started.
         pipeline_stats: The past runs of pipelines, as in the store.
@@ -52,7 +51,7 @@ class PipelineContext:
         in_flight: Pipelines with unacknowledged lines, by (service identity, job id); also without their tailer.
     """
 
-    store: Store
+    store: CheckpointStore
     queues: list[LogQueue]
     spans: SpanQueue | None
     stream_order: StreamOrder
@@ -64,7 +63,6 @@ class PipelineContext:
     names: PipelineNames
     task_names: PipelineNames
     lines_on_spans: bool = False
-    totals: dict[tuple[str, str, str], RunTotals] = field(default_factory=dict)
     task_totals: dict[tuple[str, str, str], RunTotals] = field(default_factory=dict)
     pipeline_stats: PipelineStats = field(default_factory=PipelineStats)
     label_values: LabelValues = field(default_factory=LabelValues)

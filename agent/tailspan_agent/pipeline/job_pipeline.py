@@ -25,7 +25,7 @@ from tailspan.services import JobService
 from tailspan_agent.analysis.assessment import JobSnapshot
 from tailspan_agent.analysis.failure import Failure
 from tailspan_agent.analysis.progress import ProgressMeter
-from tailspan_agent.checkpoint.store import Ack
+from tailspan_agent.checkpoint.rows import Ack
 from tailspan_agent.exporter.outcome import age_advice
 from tailspan_agent.job.ledger import ChunkResult, JobLedger
 from tailspan_agent.job.line_sums import Seconds, add_seconds, page_seconds
@@ -365,9 +365,9 @@ class JobPipeline:
         """Wait until all that was queued is acknowledged and stored."""
         await self._all_acked.wait()
 
-    def relayed_seconds(self) -> Seconds:
+    async def relayed_seconds(self) -> Seconds:
         """Return the per-second sums of all lines that were sent or queued."""
-        seconds = self._context.store.seconds(self.job.checkpoint.key)
+        seconds = await self._context.store.seconds(self.job.checkpoint.key)
         add_seconds(seconds, self._unacked_seconds)
         return seconds
 

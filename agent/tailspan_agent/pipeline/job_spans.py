@@ -11,7 +11,7 @@ from tailspan_agent.analysis.baseline import PastRun
 from tailspan_agent.analysis.failure import error_type, fingerprint_of
 from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
 from tailspan_agent.analysis.run_totals import RunTotals, bounded_error_type
-from tailspan_agent.checkpoint.store import OutboxSpan
+from tailspan_agent.checkpoint.rows import OutboxSpan
 from tailspan_agent.job.mapping import failure_text, spans_of
 from tailspan_agent.otlp.span import SpanData, encode_span
 from tailspan_agent.pipeline.tracked_job import TrackedJob
@@ -75,9 +75,8 @@ class JobSpans:
         if kind is not None and not job.ledger.fingerprint:
             self._recognise_failure(name, kind)
         spans = self._ended(delivery_known=delivery_known)
-        counted_kind = kind and bounded_error_type(kind, name, self._context.totals.values())
-        empty = RunTotals(name, run.result, counted_kind)
-        totals = self._context.totals.get(empty.key, empty).add(
+        counted_kind = kind and bounded_error_type(kind, name, self._context.store.totals.values())
+        counted_run = RunTotals(name, run.result, counted_kind).add(
             run.duration_s,
             trace_id=spans[-1].trace_id,
             span_id=spans[-1].span_id,
@@ -85,10 +84,9 @@ class JobSpans:
         )
         fingerprint = job.ledger.fingerprint or None
         counted = self._context.store.end_job(
-            job.checkpoint.key, self._outbox(spans), totals, run=run, fingerprint=fingerprint
+            job.checkpoint.key, self._outbox(spans), counted_run, run=run, fingerprint=fingerprint
         )
         if counted:
-            self._context.totals[totals.key] = totals
             self._context.pipeline_stats.histories.add(run)
             self._context.health.run_changes.set()
         self._wake_queue()

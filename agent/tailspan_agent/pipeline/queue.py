@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-from tailspan_agent.checkpoint.store import Ack, OutboxSpan, Store
+from tailspan_agent.checkpoint.protocol import CheckpointStore
+from tailspan_agent.checkpoint.rows import Ack, OutboxSpan
 from tailspan_agent.errors import CheckpointError
 from tailspan_agent.exporter.endpoints import Endpoint
 from tailspan_agent.exporter.retry import SHORTENED, DeliveryResult, Rejection
@@ -122,7 +123,7 @@ async def _until_stored(use_store: Callable[[], T], what: str) -> T:
             await asyncio.sleep(_RETRY_STORE_S)
 
 
-async def until_usable(store: Store) -> None:
+async def until_usable(store: CheckpointStore) -> None:
     """Wait until the store can be written again."""
     while True:
         await asyncio.sleep(_RETRY_STORE_S)
@@ -141,7 +142,7 @@ class LogQueue:
         linger: Whether a few lines wait a moment for more.
     """
 
-    def __init__(self, store: Store, endpoint: Endpoint) -> None:
+    def __init__(self, store: CheckpointStore, endpoint: Endpoint) -> None:
         self._store = store
         self._endpoint = endpoint
         self._queue: deque[Chunk] = deque()
@@ -308,7 +309,7 @@ class SpanQueue:
         endpoint: The traces endpoint.
     """
 
-    def __init__(self, store: Store, endpoint: Endpoint) -> None:
+    def __init__(self, store: CheckpointStore, endpoint: Endpoint) -> None:
         self._store = store
         self._endpoint = endpoint
         self._has_spans = asyncio.Event()
@@ -336,6 +337,8 @@ class SpanQueue:
                 async with asyncio.timeout(_LINGER_S):
                     await self._hurry.wait()
             self._has_spans.clear()
+            # Sent before it is written, a span could be made again after a crash, and not be equal.
+            await self._store.written()
             while spans := await _until_stored(self._unsent, "reading the spans to send"):
                 payload = traces_request(_by_resource((span.resource, span.span) for span in spans))
                 await self._endpoint.deliver(payload, len(spans))

@@ -14,7 +14,7 @@ from tailspan.models import JobStatus, TaskRun
 from tailspan.services import JobService
 from tailspan_agent.analysis.baseline import PipelineHistory
 from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
-from tailspan_agent.checkpoint.store import Checkpoint
+from tailspan_agent.checkpoint.rows import Checkpoint
 from tailspan_agent.job.ledger import JobLedger
 from tailspan_agent.job.mapping import resource_attributes
 from tailspan_agent.job.task_spans import LineTimes

@@ -44,7 +44,7 @@ async def relay_missing(read: Callable[[], AsyncGenerator[LogPage, None]], pipel
         The number of lines relayed.
     """
     # Subtract while reading: a job may have lines in millions of seconds.
-    rest = pipeline.relayed_seconds()
+    rest = await pipeline.relayed_seconds()
     first_s = float("inf")
     async with aclosing(read()) as pages:
         async for page in pages:

@@ -11,7 +11,7 @@ from tailspan.services import JobService
 from tailspan_agent.analysis.assessment import JobSnapshot
 from tailspan_agent.analysis.baseline import Histories, PipelineHistory
 from tailspan_agent.analysis.run_totals import RunTotals
-from tailspan_agent.checkpoint.store import Store
+from tailspan_agent.checkpoint.protocol import CheckpointStore
 from tailspan_agent.exporter.endpoints import Endpoints
 from tailspan_agent.pipeline.context import PipelineContext
 from tailspan_agent.receiver.receiver import Receiver
@@ -38,7 +38,7 @@ class AgentView:
     endpoints: Endpoints
 
     @property
-    def store(self) -> Store:
+    def store(self) -> CheckpointStore:
         """The checkpoint store."""
         return self.context.store
 
@@ -60,7 +60,7 @@ class AgentView:
     @property
     def totals(self) -> Sequence[RunTotals]:
         """The run totals of all ended runs."""
-        return list(self.context.totals.values())
+        return list(self.store.totals.values())
 
     def label(self, job_name: str) -> str:
         """Return the pipeline label of jobs with this name."""

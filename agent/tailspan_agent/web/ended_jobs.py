@@ -7,7 +7,8 @@ from collections.abc import Set
 from dataclasses import dataclass
 
 from tailspan.models import JobState
-from tailspan_agent.checkpoint.rows import LedgerReader, LedgerRow
+from tailspan_agent.checkpoint.protocol import StoredLedgers
+from tailspan_agent.checkpoint.rows import LedgerRow
 from tailspan_agent.job.ledger import JobLedger
 
 __all__ = ["MAX_ENDED_JOBS", "EndedJob", "EndedJobs", "ended_job"]
@@ -75,7 +76,7 @@ class EndedJobs:
         stored: The jobs of the checkpoint store.
     """
 
-    def __init__(self, stored: LedgerReader) -> None:
+    def __init__(self, stored: StoredLedgers) -> None:
         self._stored = stored
         self._jobs: dict[int, EndedJob] = {}
         self._open: dict[int, tuple[str, str]] = {}
@@ -91,14 +92,14 @@ class EndedJobs:
             The newest ended jobs, unordered.
         """
         if self._newest is None:
-            self._newest = self._stored.newest_key() - MAX_ENDED_JOBS
-        while rows := self._stored.after(self._newest, _CHUNK_ROWS):
+            self._newest = await self._stored.newest_key() - MAX_ENDED_JOBS
+        while rows := await self._stored.after(self._newest, _CHUNK_ROWS):
             self._newest = rows[-1].key
             self._take(rows)
             await asyncio.sleep(0)  # let the relay work between two chunks
         gone = [key for key, job in self._open.items() if job not in followed]
         for start in range(0, len(gone), _CHUNK_ROWS):
-            self._take(self._stored.by_key(gone[start : start + _CHUNK_ROWS]))
+            self._take(await self._stored.by_key(gone[start : start + _CHUNK_ROWS]))
             await asyncio.sleep(0)
         for key in sorted(self._jobs)[: max(0, len(self._jobs) - MAX_ENDED_JOBS)]:
             del self._jobs[key]

@@ -16,7 +16,7 @@ from tailspan.services import JobService, TaskService
 from tailspan_agent.analysis.assessment import Assessment, JobSnapshot, assess
 from tailspan_agent.analysis.baseline import PipelineHistory
 from tailspan_agent.analysis.failure import exit_reason
-from tailspan_agent.checkpoint.store import Checkpoint
+from tailspan_agent.checkpoint.rows import Checkpoint
 from tailspan_agent.job.bounds import bounded_tasks
 from tailspan_agent.job.ledger import JobLedger
 from tailspan_agent.job.mapping import failure_text

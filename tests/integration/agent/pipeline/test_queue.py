@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tailspan_agent.checkpoint.store import Ack, OutboxSpan, Store
+from tailspan_agent.checkpoint.store import Ack, OutboxSpan, SqliteStore
 from tailspan_agent.exporter.endpoints import Endpoint
 from tailspan_agent.exporter.outcome import Delivered, Outcome, Rejected, Retry
 from tailspan_agent.exporter.retry import RetryingExporter
@@ -72,9 +72,9 @@ def sender(fake: FakeEndpoint) -> RetryingExporter:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
+def store(tmp_path: Path) -> Iterator[SqliteStore]:
     """An open store."""
-    store = Store(tmp_path)
+    store = SqliteStore(tmp_path)
     yield store
     store.close()
 
@@ -87,7 +87,7 @@ class Job:
         stored: How many chunks are stored.
     """
 
-    def __init__(self, store: Store, name: str) -> None:
+    def __init__(self, store: SqliteStore, name: str) -> None:
         self.name = name
         self.key = store.add_job("id", name, name, stream=0, ledger="{}").key
         self.results: list[ChunkResult] = []
@@ -134,7 +134,7 @@ async def running(queue: LogQueue | SpanQueue) -> AsyncIterator[None]:
 
 
 @looped
-async def test_chunks_arrive_in_order_one_request_at_a_time(store: Store) -> None:
+async def test_chunks_arrive_in_order_one_request_at_a_time(store: SqliteStore) -> None:
     """Also of several jobs; the checkpoint is that of the last chunk."""
     fake = FakeEndpoint()
     queue, jobs = LogQueue(store, Endpoint(sender(fake))), [Job(store, "a"), Job(store, "b")]
@@ -153,7 +153,7 @@ async def test_chunks_arrive_in_order_one_request_at_a_time(store: Store) -> Non
 
 
 @looped
-async def test_nothing_is_acked_before_the_endpoint_has_it(store: Store) -> None:
+async def test_nothing_is_acked_before_the_endpoint_has_it(store: SqliteStore) -> None:
     """A chunk in flight has no checkpoint; a retry sends the same bytes."""
     fake = FakeEndpoint()
     fake.open.clear()
@@ -170,7 +170,7 @@ async def test_nothing_is_acked_before_the_endpoint_has_it(store: Store) -> None
 
 
 @looped
-async def test_a_full_queue_makes_its_tailers_wait(store: Store) -> None:
+async def test_a_full_queue_makes_its_tailers_wait(store: SqliteStore) -> None:
     """While the endpoint hangs, the queue is bounded; empty chunks count too; cancelled ones leave nothing behind."""
     fake = FakeEndpoint()
     fake.open.clear()
@@ -196,7 +196,7 @@ async def test_a_full_queue_makes_its_tailers_wait(store: Store) -> None:
 
 
 @looped
-async def test_chunks_without_lines_are_not_endless(store: Store) -> None:
+async def test_chunks_without_lines_are_not_endless(store: SqliteStore) -> None:
     """Pages whose lines were all dropped wait behind a batch that hangs, in a bounded queue."""
     fake = FakeEndpoint()
     fake.open.clear()
@@ -217,7 +217,7 @@ async def _feed(queue: LogQueue, chunks: list[Chunk]) -> None:
 
 
 @looped
-async def test_batches_stay_below_what_collectors_take(store: Store) -> None:
+async def test_batches_stay_below_what_collectors_take(store: SqliteStore) -> None:
     """Several chunks in one request, up to 3 MiB; one chunk that is larger goes alone."""
     fake = FakeEndpoint()
     fake.open.clear()
@@ -240,7 +240,7 @@ async def test_batches_stay_below_what_collectors_take(store: Store) -> None:
 
 
 @looped
-async def test_a_chunk_that_does_not_fit_is_sent_in_pieces(store: Store) -> None:
+async def test_a_chunk_that_does_not_fit_is_sent_in_pieces(store: SqliteStore) -> None:
     """Each batch is full, lines stay in order, and the chunk is acknowledged once, when all of it is delivered."""
     fake = FakeEndpoint()
     fake.outcomes = [Delivered(), Rejected(2, "too old", "too_old")]
@@ -258,7 +258,7 @@ async def test_a_chunk_that_does_not_fit_is_sent_in_pieces(store: Store) -> None
 
 
 @looped
-async def test_few_lines_linger_for_more(store: Store) -> None:
+async def test_few_lines_linger_for_more(store: SqliteStore) -> None:
     """Lines that come one by one are sent together."""
     fake = FakeEndpoint()
     queue, job = LogQueue(store, Endpoint(sender(fake))), Job(store, "a")
@@ -271,7 +271,7 @@ async def test_few_lines_linger_for_more(store: Store) -> None:
 
 
 @looped
-async def test_lines_that_a_store_may_reject_travel_apart_from_other_jobs(store: Store) -> None:
+async def test_lines_that_a_store_may_reject_travel_apart_from_other_jobs(store: SqliteStore) -> None:
     """Loki reports only what it rejects of the last stream of a request; chunks of one job still go together."""
     fake = FakeEndpoint()
     queue, jobs = LogQueue(store, Endpoint(sender(fake))), [Job(store, "a"), Job(store, "b")]
@@ -285,7 +285,7 @@ async def test_lines_that_a_store_may_reject_travel_apart_from_other_jobs(store:
 
 
 @looped
-async def test_rejected_records_are_done(store: Store) -> None:
+async def test_rejected_records_are_done(store: SqliteStore) -> None:
     """They are acknowledged, and counted with a short reason."""
     fake = FakeEndpoint()
     fake.outcomes = [Rejected(3, "line 17 of job x is too old", "partial")]
@@ -302,7 +302,7 @@ async def test_rejected_records_are_done(store: Store) -> None:
 
 
 @looped
-async def test_a_partly_refused_batch_of_two_jobs(store: Store) -> None:
+async def test_a_partly_refused_batch_of_two_jobs(store: SqliteStore) -> None:
     """The count is correct, but the jobs of the records are unknown: the receipts of both jobs must say so."""
     fake = FakeEndpoint()
     fake.outcomes = [Rejected(1, "too old", "partial")]
@@ -317,7 +317,7 @@ async def test_a_partly_refused_batch_of_two_jobs(store: Store) -> None:
 
 
 @looped
-async def test_a_disk_that_refuses_is_waited_for(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_disk_that_refuses_is_waited_for(store: SqliteStore, caplog: pytest.LogCaptureFixture) -> None:
     """Lines are neither skipped nor sent again: the ack is written when the disk accepts it."""
     fake = FakeEndpoint()
     queue, job = LogQueue(store, Endpoint(sender(fake))), Job(store, "a")
@@ -333,7 +333,7 @@ async def test_a_disk_that_refuses_is_waited_for(store: Store, caplog: pytest.Lo
 
 
 @looped
-async def test_another_sender_takes_over_what_is_in_flight(store: Store) -> None:
+async def test_another_sender_takes_over_what_is_in_flight(store: SqliteStore) -> None:
     """Reload while a batch hangs: the same bytes go to the new endpoint, and the old one is closed."""
     old, new = FakeEndpoint(), FakeEndpoint()
     old.open.clear()
@@ -367,7 +367,7 @@ async def test_an_outlet_that_is_ended_while_it_changes_hands_ends() -> None:
 
 
 @looped
-async def test_spans_are_sent_as_they_were_written_and_once(store: Store) -> None:
+async def test_spans_are_sent_as_they_were_written_and_once(store: SqliteStore) -> None:
     """Sent from the store, in requests of bounded size, and acknowledged there."""
     fake = FakeEndpoint()
     key = Job(store, "a").key
@@ -389,7 +389,7 @@ async def test_spans_are_sent_as_they_were_written_and_once(store: Store) -> Non
 
 
 @looped
-async def test_spans_that_are_not_taken_stay(store: Store) -> None:
+async def test_spans_that_are_not_taken_stay(store: SqliteStore) -> None:
     """Stopped while the endpoint hangs: the next process sends the same bytes."""
     fake = FakeEndpoint()
     fake.open.clear()

@@ -14,7 +14,7 @@ from tailspan.errors import JobNotFoundError, ProtocolError, ServiceUnavailableE
 from tailspan.models import ListedJob
 from tailspan_agent.analysis.pipeline_names import PipelineNames
 from tailspan_agent.analysis.run_totals import RunTotals
-from tailspan_agent.checkpoint.store import Store
+from tailspan_agent.checkpoint.store import SqliteStore
 from tailspan_agent.errors import AgentError
 from tailspan_agent.metrics.agent import AgentMetrics, agent_resource
 from tailspan_agent.pipeline.context import PipelineContext
@@ -67,7 +67,7 @@ def finish(tailer: Tailer) -> None:
 class Scene:
     """A discovery over a fake service whose list costs requests; its tailers never run."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: SqliteStore) -> None:
         self.store = store
         self.service = OddService("fake", page_lines=10, poll_max_s=30.0, polls_are_free=False)
         self.started: list[Tailer] = []
@@ -110,7 +110,7 @@ class Scene:
 @pytest.fixture
 def scene(tmp_path: Path) -> Iterator[Scene]:
     """See `Scene`."""
-    store = Store(tmp_path)
+    store = SqliteStore(tmp_path)
     yield Scene(store)
     store.close()
 

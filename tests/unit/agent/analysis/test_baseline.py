@@ -29,7 +29,7 @@ from tailspan_agent.analysis.baseline import ENOUGH_RUNS, KEPT_RUNS, Histories, 
 from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
 from tailspan_agent.analysis.run_totals import RunTotals
 from tailspan_agent.checkpoint.history import KEPT_FAILURES
-from tailspan_agent.checkpoint.store import Ack, Store
+from tailspan_agent.checkpoint.store import Ack, SqliteStore
 from tailspan_agent.job.ledger import JobLedger
 from tailspan_agent.job.times import past_run
 
@@ -221,19 +221,19 @@ def test_a_run_like_those_before_is_never_slow(durations_s: list[float]) -> None
     assert history.fast_below_s < history.p95_s < history.slow_after_s
 
 
-def end(store: Store, kept: PastRun, fingerprint: str | None = None) -> None:
+def end(store: SqliteStore, kept: PastRun, fingerprint: str | None = None) -> None:
     key = store.add_job("id", kept.job_id, "etl", stream=0, ledger="{}").key
     assert store.end_job(key, [], RunTotals("etl", "success").add(1.0), run=kept, fingerprint=fingerprint)
 
 
 def test_history_survives_and_stays_bounded(tmp_path: Path) -> None:
     """The newest runs of each pipeline are there after a restart; names that share a label have none."""
-    with closing(Store(tmp_path)) as store:
+    with closing(SqliteStore(tmp_path)) as store:
         for number in range(KEPT_RUNS + 5):
             end(store, run(number, ended_s=number, job_id=f"j{number}"))
         end(store, run(7, pipeline="other", job_id="x", too_fast=True))
         end(store, run(7, pipeline=OTHER_PIPELINES, job_id="y", too_fast=True))
-    with closing(Store(tmp_path)) as store:
+    with closing(SqliteStore(tmp_path)) as store:
         histories = Histories(store.history.past_runs())
         assert [kept.duration_s for kept in histories.of("etl").runs] == list(range(5, KEPT_RUNS + 5))
         assert [kept.job_id for kept in histories.of("other").runs] == ["x"]
@@ -246,7 +246,7 @@ def test_history_survives_and_stays_bounded(tmp_path: Path) -> None:
 
 def test_failures_are_counted_by_fingerprint(tmp_path: Path) -> None:
     """A repeated failure of a pipeline is recognized; beyond the limit, the oldest failures are deleted."""
-    with closing(Store(tmp_path)) as store:
+    with closing(SqliteStore(tmp_path)) as store:
         assert store.history.earlier_failures("etl", "f") == (0, None)
         end(store, run(job_id="a", result="failure", ended_s=5), "f")
         end(store, run(job_id="b", result="failure", ended_s=2), "f")
@@ -260,12 +260,12 @@ def test_failures_are_counted_by_fingerprint(tmp_path: Path) -> None:
 
 def test_a_damaged_run_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """One damaged row of the history costs that run, with a warning."""
-    with closing(Store(tmp_path)) as store:
+    with closing(SqliteStore(tmp_path)) as store:
         end(store, run(job_id="a"))
         end(store, run(job_id="b"))
     with closing(sqlite3.connect(tmp_path / "checkpoints.db")) as db, db:
         db.execute("UPDATE history SET facts = '{\"a' WHERE run = 1")
-    with closing(Store(tmp_path)) as store:
+    with closing(SqliteStore(tmp_path)) as store:
         assert [kept.job_id for kept in store.history.past_runs()] == ["b"]
     assert "damaged" in caplog.text
 
@@ -278,13 +278,13 @@ def test_a_store_of_version_1_is_migrated(tmp_path: Path) -> None:
         db.execute("INSERT INTO meta VALUES ('instance_id', 'the-same'), ('start_unix_nano', '7')")
         db.execute("INSERT INTO jobs VALUES (1, 'id', 'old', 'etl', 0, x'2a', '{\"first_seen_ns\":1}', 0, 0, 1.5)")
         db.execute("INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?)", RunTotals("etl", "success").add(3.0).to_row())
-    with closing(Store(tmp_path)) as store:
+    with closing(SqliteStore(tmp_path)) as store:
         assert (store.instance_id, store.start_unix_nano, store.recovered) == ("the-same", 7, None)
         job = store.job("id", "old")
         assert job is not None
         assert (job.cursor, JobLedger.from_json(job.ledger)) == (b"*", JobLedger(first_seen_ns=1))
-        assert [totals.count for totals in store.runs()] == [1]
+        assert [totals.count for totals in store.totals.values()] == [1]
         store.ack([Ack(job.key, b"on", job.ledger)])
         end(store, run(job_id="new"))
-    with closing(Store(tmp_path)) as store:
+    with closing(SqliteStore(tmp_path)) as store:
         assert (store.recovered, [kept.job_id for kept in store.history.past_runs()]) == (None, ["new"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import sqlite3
@@ -17,7 +18,7 @@ import pytest
 
 from tailspan_agent.analysis.run_totals import RunTotals
 from tailspan_agent.checkpoint.database import SCHEMA_VERSION, lock_holder
-from tailspan_agent.checkpoint.store import Ack, Checkpoint, OutboxSpan, Store, read_checkpoint
+from tailspan_agent.checkpoint.store import Ack, Checkpoint, OutboxSpan, SqliteStore, read_checkpoint
 from tailspan_agent.errors import CheckpointError
 
 FACTS = '{"first_seen_ns":1}'
@@ -25,21 +26,21 @@ MANY = 2000
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
+def store(tmp_path: Path) -> Iterator[SqliteStore]:
     """An open store."""
-    store = Store(tmp_path)
+    store = SqliteStore(tmp_path)
     yield store
     store.close()
 
 
-def add(store: Store, job_id: str = "j1", identity: str = "id") -> Checkpoint:
+def add(store: SqliteStore, job_id: str = "j1", identity: str = "id") -> Checkpoint:
     return store.add_job(identity, job_id, "etl", stream=0, ledger=FACTS)
 
 
-def reopen(store: Store) -> Store:
+def reopen(store: SqliteStore) -> SqliteStore:
     """Close the store and open it again."""
     store.close()
-    return Store(store.path.parent)
+    return SqliteStore(store.path.parent)
 
 
 def spans(key: int, *ids: str, data: bytes = b"span") -> list[OutboxSpan]:
@@ -48,7 +49,7 @@ def spans(key: int, *ids: str, data: bytes = b"span") -> list[OutboxSpan]:
 
 def test_acknowledgements_survive(tmp_path: Path) -> None:
     """Cursor, ledger, instance id and start time are the same after a restart."""
-    store = Store(tmp_path)
+    store = SqliteStore(tmp_path)
     key = add(store).key
     store.ack([Ack(key, b"cursor 1", FACTS), Ack(key, b"cursor 2", '{"first_seen_ns":2}')])
     before = (store.instance_id, store.start_unix_nano)
@@ -63,137 +64,20 @@ def test_acknowledgements_survive(tmp_path: Path) -> None:
 def test_a_killed_process_loses_no_ack(tmp_path: Path) -> None:
     """SIGKILL right after an ack: the ack is stored, and the lock is released."""
     code = (
-        "import os, sys\nfrom pathlib import Path\nfrom tailspan_agent.checkpoint.store import Ack, Store\n"
-        "store = Store(Path(sys.argv[1]))\n"
+        "import os, sys\nfrom pathlib import Path\nfrom tailspan_agent.checkpoint.store import Ack, SqliteStore\n"
+        "store = SqliteStore(Path(sys.argv[1]))\n"
         "job = store.add_job('id', 'j1', 'etl', stream=1, ledger='{}')\n"
         "store.ack([Ack(job.key, b'here', '{}', {7: (1, 2**64 - 1)})])\nos.kill(os.getpid(), 9)\n"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -9
-    with closing(Store(tmp_path)) as store:
+    with closing(SqliteStore(tmp_path)) as store:
         job = store.job("id", "j1")
         assert job is not None
         assert (job.cursor, job.stream) == (b"here", 1)
-        assert store.seconds(job.key) == {7: (1, 2**64 - 1)}
+        assert asyncio.run(store.seconds(job.key)) == {7: (1, 2**64 - 1)}
 
 
-def test_a_job_is_known_by_identity_and_id(store: Store) -> None:
-    """Equal ids at two services are two jobs; adding a known job changes nothing."""
-    one, other = add(store), add(store, identity="other")
-    assert one.key != other.key
-    store.ack([Ack(one.key, b"x", FACTS)])
-    assert store.add_job("id", "j1", "renamed", stream=1, ledger="{}") == store.job("id", "j1")
-    assert store.job("id", "j2") is None
-
-
-def test_an_ack_without_cursor_leaves_it(store: Store) -> None:
-    """Late lines are before the cursor: their ack stores only the ledger."""
-    key = add(store).key
-    store.ack([Ack(key, b"here", FACTS)])
-    store.ack([Ack(key, None, '{"first_seen_ns":9}')])
-    job = store.job("id", "j1")
-    assert job is not None
-    assert (job.cursor, job.ledger) == (b"here", '{"first_seen_ns":9}')
-
-
-def test_seconds_add_up_modulo_2_to_64(store: Store) -> None:
-    """Counts and uid sums are added, subtracted, and deleted with the end of the job."""
-    key = add(store).key
-    store.ack([Ack(key, b"1", FACTS, {5: (2, 2**64 - 1), 6: (1, 3)}), Ack(key, b"2", FACTS, {5: (1, 2)})])
-    assert store.seconds(key) == {5: (3, 1), 6: (1, 3)}
-    store.ack([Ack(key, None, FACTS, {5: (-1, 2**64 - 2)})])
-    assert store.seconds(key)[5] == (2, 2**64 - 1)
-    store.complete_logs(key)
-    assert store.seconds(key) == {}
-
-
-def test_acks_are_one_transaction(store: Store) -> None:
-    """An ack that cannot be written cancels the others of its batch: no cursor is ahead of its sums."""
-    key = add(store).key
-    with pytest.raises(ZeroDivisionError):
-        store.ack(ack for ack in [Ack(key, b"1", FACTS, {5: (1, 1)}), 1 / 0])  # type: ignore[list-item]
-    job = store.job("id", "j1")
-    assert job is not None
-    assert (job.cursor, store.seconds(key)) == (None, {})
-
-
-def test_a_span_stays_as_it_was_first_written(store: Store) -> None:
-    """Written twice, it keeps its first bytes; acknowledged, it is not sent again; oldest jobs come first."""
-    late, early = add(store, "late").key, add(store, "early").key
-    store.add_spans(early, spans(early, "s1"))
-    store.add_spans(late, spans(late, "s1", "s2"))
-    assert store.add_spans(late, spans(late, "s2", "s3", data=b"other")) == {"s3"}
-    unsent = store.unsent_spans(10)
-    assert [(span.job, span.span_id, span.span) for span in unsent] == [
-        (late, "s1", b"span"),
-        (late, "s2", b"span"),
-        (late, "s3", b"other"),
-        (early, "s1", b"span"),
-    ]
-    store.ack_spans(unsent[:2])
-    assert len(store.unsent_spans(10)) == 2
-    assert store.add_spans(late, spans(late, "s1")) == set()
-    assert len(store.unsent_spans(1)) == 1
-
-
-def test_a_run_counts_once(tmp_path: Path) -> None:
-    """The end of a job writes spans and totals together, only once, also across restarts."""
-    store = Store(tmp_path)
-    key = add(store).key
-    totals = RunTotals("etl", "failure", "exit 3").add(12.0, trace_id="0a" * 16, span_id="0b" * 8, time_unix_nano=5)
-    assert store.end_job(key, spans(key, "run"), totals)
-    store = reopen(store)
-    assert not store.end_job(key, spans(key, "run", "more"), totals.add(1.0))
-    assert store.runs() == [totals]
-    assert [span.span_id for span in store.unsent_spans(9)] == ["run"]
-    store.close()
-
-
-def test_unfinished_jobs_are_those_with_work_left(store: Store) -> None:
-    """A job is finished when its run is counted and its log is complete."""
-    keys = {name: add(store, name).key for name in ("new", "ended", "read", "done")}
-    for name in ("ended", "done"):
-        store.end_job(keys[name], [], RunTotals("etl", "success"))
-    for name in ("read", "done"):
-        store.complete_logs(keys[name])
-    assert [job_id for job_id, _ in store.unfinished_jobs("id")] == ["new", "ended", "read"]
-    assert store.finished_jobs("id") == {"done"}
-    assert store.finished_jobs("other") == set()
-
-
-def test_names_are_cached(store: Store) -> None:
-    """Names are stored for each service; the last one counts."""
-    store.add_name("id", "j1", "old")
-    store.add_name("id", "j1", "new")
-    store.add_name("other", "j2", "x")
-    assert store.names("id") == {"j1": "new"}
-
-
-def test_old_jobs_are_forgotten(store: Store) -> None:
-    """Jobs without a change for long are deleted with their rows; run totals stay."""
-    key = add(store, "old").key
-    store.ack([Ack(key, b"1", FACTS, {5: (1, 1)})])
-    store.add_name("id", "old", "etl")
-    sent = spans(key, "s1")
-    store.add_spans(key, sent)
-    store.end_job(key, [], RunTotals("etl", "success").add(1.0))
-    assert store.forget(3600) == 0
-    assert store.forget(-1) == 0, "an unsent span keeps its job"
-    store.ack_spans(sent)
-    assert store.forget(-1, keep={"old"}) == 0, "a job that is followed is kept however silent it is"
-    assert store.forget(-1) == 1
-    assert (store.job("id", "old"), store.names("id"), store.seconds(key)) == (None, {}, {})
-    assert [total.count for total in store.runs()] == [1]
-
-
-def test_without_traces_unsent_spans_keep_nothing(store: Store) -> None:
-    """If traces are not exported, the store must not grow for ever."""
-    key = add(store).key
-    store.add_spans(key, spans(key, "s1"))
-    assert store.forget(-1, keep_unsent=False) == 1
-    assert store.unsent_spans(9) == []
-
-
-def test_another_process_can_read(store: Store) -> None:
+def test_another_process_can_read(store: SqliteStore) -> None:
     """`agent verify` reads the store of a running agent; a directory without a store has no job."""
     key = add(store).key
     store.ack([Ack(key, b"1", FACTS)])
@@ -210,10 +94,10 @@ def test_reading_a_damaged_store_is_an_error(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoints.db").read_bytes() == b"x" * 5000
 
 
-def test_one_agent_per_directory(store: Store) -> None:
+def test_one_agent_per_directory(store: SqliteStore) -> None:
     """The second agent's error names the first; the lock gives its pid and ends with it."""
     with pytest.raises(CheckpointError, match=rf"in use by agent pid {os.getpid()} on "):
-        Store(store.path.parent)
+        SqliteStore(store.path.parent)
     assert lock_holder(store.path.parent) == os.getpid()
     reopened = reopen(store)
     reopened.close()
@@ -222,7 +106,7 @@ def test_one_agent_per_directory(store: Store) -> None:
     store.__init__(store.path.parent)  # type: ignore[misc]
 
 
-def test_a_store_is_private(store: Store) -> None:
+def test_a_store_is_private(store: SqliteStore) -> None:
     """Other users must not read cursors and names."""
     assert stat.S_IMODE(store.path.stat().st_mode) == 0o600
 
@@ -231,12 +115,12 @@ def test_a_directory_that_cannot_be_used_is_reported(tmp_path: Path) -> None:
     """A file is in its place."""
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"cannot use agent\.state_dir"):
-        Store(tmp_path / "file")
+        SqliteStore(tmp_path / "file")
 
 
 def test_a_newer_version_stays_unchanged(tmp_path: Path) -> None:
     """A store of a newer Tailspan, including what is not yet in the main file: no byte changes."""
-    store = Store(tmp_path)
+    store = SqliteStore(tmp_path)
     add(store)
     store.close()
     with closing(sqlite3.connect(store.path, isolation_level=None)) as newer:
@@ -245,17 +129,17 @@ def test_a_newer_version_stays_unchanged(tmp_path: Path) -> None:
         before = {path.name: path.read_bytes() for path in tmp_path.glob("checkpoints.db*") if "shm" not in path.name}
         assert len(before) == 2, "what this is about: a write-ahead log beside the file"
         with pytest.raises(CheckpointError, match="of a newer Tailspan"):
-            Store(tmp_path)
+            SqliteStore(tmp_path)
         assert {name: (tmp_path / name).read_bytes() for name in before} == before
     with pytest.raises(CheckpointError, match="of a newer Tailspan"):
-        Store(tmp_path)
+        SqliteStore(tmp_path)
 
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The bytes of a store with many jobs."""
     directory = tmp_path_factory.mktemp("many")
-    store = Store(directory)
+    store = SqliteStore(directory)
     with closing(sqlite3.connect(store.path)) as db, db:
         db.executemany(
             "INSERT INTO jobs (identity, job_id, name, backfill, cursor, facts, updated_s) VALUES (?,?,?,?,?,?,?)",
@@ -270,7 +154,7 @@ def test_a_truncated_file_is_salvaged(tmp_path: Path, many: bytes, part: float) 
     """No crash loop: the readable rows are salvaged, the damaged file is set aside, and this is reported."""
     size = int(part * len(many)) if isinstance(part, float) else part
     (tmp_path / "checkpoints.db").write_bytes(many[:size])
-    with closing(Store(tmp_path)) as store:
+    with closing(SqliteStore(tmp_path)) as store:
         assert store.recovered
         known = dict(store.unfinished_jobs("id"))
         assert len(known) >= (MANY * part * 0.6 if isinstance(part, float) else 0)
@@ -278,7 +162,7 @@ def test_a_truncated_file_is_salvaged(tmp_path: Path, many: bytes, part: float) 
         add(store, "new")
     aside = list(tmp_path.glob("checkpoints.corrupt-*.db"))
     assert len(aside) == (size > 1)
-    with closing(Store(tmp_path)) as store:
+    with closing(SqliteStore(tmp_path)) as store:
         assert store.recovered is None
 
 
@@ -291,11 +175,11 @@ def test_a_damaged_file_is_salvaged(tmp_path: Path, many: bytes, seed: int) -> N
         start, length = chance.randrange(len(damaged)), chance.choice([1, 8, 600])
         damaged[start : start + length] = chance.randbytes(length)
     (tmp_path / "checkpoints.db").write_bytes(damaged)
-    with closing(Store(tmp_path)) as store:
+    with closing(SqliteStore(tmp_path)) as store:
         store.unfinished_jobs("id")
-        store.runs()
+        assert store.totals is not None
         store.unsent_spans(10)
-        store.forget(3600)
+        asyncio.run(store.forget(3600))
         assert store.job("id", add(store, "new").name) is None
 
 
@@ -305,25 +189,25 @@ def test_a_damaged_file_that_cannot_be_set_aside_is_reported(tmp_path: Path, mon
     monkeypatch.setattr(time, "time_ns", lambda: 7)
     (tmp_path / "checkpoints.corrupt-7.db").mkdir()
     with pytest.raises(CheckpointError, match=r"cannot set aside the damaged .*checkpoints\.db: .*directory"):
-        Store(tmp_path)
+        SqliteStore(tmp_path)
     assert (tmp_path / "checkpoints.db").read_bytes() == b"not a database, whatever it was"
     assert lock_holder(tmp_path) is None
 
 
 def test_a_flipped_bit_in_totals_costs_only_these(tmp_path: Path) -> None:
     """Unreadable totals are skipped; the others are kept."""
-    store = Store(tmp_path)
+    store = SqliteStore(tmp_path)
     for name in ("good", "bad"):
         key = add(store, name).key
         store.end_job(key, [], RunTotals(name, "success").add(1.0))
     store.close()
     with closing(sqlite3.connect(store.path)) as db, db:
         db.execute("UPDATE runs SET buckets = '[oops' WHERE pipeline = 'bad'")
-    with closing(Store(tmp_path)) as store:
-        assert [total.pipeline for total in store.runs()] == ["good"]
+    with closing(SqliteStore(tmp_path)) as store:
+        assert [total.pipeline for total in store.totals.values()] == ["good"]
 
 
-def test_a_failing_disk_is_a_checkpoint_error(store: Store) -> None:
+def test_a_failing_disk_is_a_checkpoint_error(store: SqliteStore) -> None:
     """Failed reads and writes raise one kind of error and change nothing."""
     key = add(store).key
     with closing(sqlite3.connect(store.path, isolation_level=None)) as other:
@@ -332,7 +216,7 @@ def test_a_failing_disk_is_a_checkpoint_error(store: Store) -> None:
             lambda: store.ack([Ack(key, b"x", FACTS)]),
             lambda: store.complete_logs(key),
             lambda: store.add_name("id", "j1", "x"),
-            lambda: store.forget(-1),
+            lambda: asyncio.run(store.forget(-1)),
         ):
             with pytest.raises(CheckpointError, match="cannot write the checkpoint store"):
                 write()
@@ -342,7 +226,7 @@ def test_a_failing_disk_is_a_checkpoint_error(store: Store) -> None:
     store.ack([Ack(key, b"x", FACTS)])
 
 
-def test_a_deleted_store_is_reported(store: Store) -> None:
+def test_a_deleted_store_is_reported(store: SqliteStore) -> None:
     """SQLite would write on to a deleted file; a restored file is used again."""
     key = add(store).key
     aside = store.path.with_name("aside.db")
@@ -358,24 +242,24 @@ def test_a_deleted_store_is_reported(store: Store) -> None:
     assert store.job("id", "j1").cursor == b"x"
 
 
-def test_a_job_that_may_still_be_late_is_not_finished(store: Store) -> None:
+def test_a_job_that_may_still_be_late_is_not_finished(store: SqliteStore) -> None:
     """Its lines are complete, and a restart polls it again; after its time it needs no more work."""
     key = add(store).key
     store.end_job(key, [], RunTotals("etl", "success").add(1.0))
     store.ack([Ack(key, b"x", FACTS, {7: (1, 5)})])
     store.complete_logs(key, late=True)
     assert (store.finished_jobs("id"), store.unfinished_jobs("id")) == (set(), [("j1", "etl")])
-    assert store.seconds(key) == {7: (1, 5)}
+    assert asyncio.run(store.seconds(key)) == {7: (1, 5)}
     found = store.job("id", "j1")
     assert (found.logs_complete, found.late, found.ended) == (True, True, True)
     store.complete_logs(key)
-    assert (store.finished_jobs("id"), store.unfinished_jobs("id"), store.seconds(key)) == ({"j1"}, [], {})
+    assert (store.finished_jobs("id"), store.unfinished_jobs("id"), asyncio.run(store.seconds(key))) == ({"j1"}, [], {})
 
 
-def test_names_are_forgotten_too(store: Store) -> None:
+def test_names_are_forgotten_too(store: SqliteStore) -> None:
     """Also names of jobs that were never followed, of a service that is no longer watched."""
     store.add_name("gone", "j1", "etl")
-    store.forget(3600)
+    asyncio.run(store.forget(3600))
     assert store.names("gone") == {"j1": "etl"}
-    store.forget(-1)
+    asyncio.run(store.forget(-1))
     assert store.names("gone") == {}
