@@ -26,13 +26,12 @@ from tailspan.errors import AuthError, CursorExpiredError
 from tailspan.local.capture import pieces_of
 from tailspan.local.index import NO_NEWLINE
 from tailspan.local.index_file import data_start, open_file, read_at
-from tailspan.logs.page import MAX_PAGE_BYTES, MAX_PAGE_LINES, LineRun, LogPage, OpenLine, Stream
+from tailspan.logs.page import DIGEST_BYTES, MAX_PAGE_BYTES, MAX_PAGE_LINES, LineRun, LogPage, OpenLine, Stream
 from tailspan.logs.text import count_lines
 
 __all__ = ["FileAccess", "LogFile", "LogGapError", "LogPart", "LogPosition", "SeenTimes", "follow_log"]
 
 _CHECKED_BYTES = 256
-_DIGEST_BYTES = 8
 _MAX_OPEN_BYTES = 64 << 10
 # Of NULs, which are no text: where the file system reports no holes, more than this is not searched in one read.
 _MAX_NULS = 256 << 20
@@ -159,6 +158,22 @@ class LogPart(NamedTuple):
     page: LogPage
     position: LogPosition
 
+    def since(self, unix_nano: int) -> LogPage | None:
+        """Return the lines at or after a time, in ns since the epoch; None without one."""
+        runs = self.page.runs
+        if runs[0].time_unix_nano >= unix_nano:
+            return self.page
+        left_out = sum(min(run.lines, max(0, unix_nano - run.time_unix_nano)) for run in runs)
+        if left_out == self.page.line_count:
+            return None
+        kept = []
+        for run in runs:
+            lost = min(run.lines, max(0, unix_nano - run.time_unix_nano))
+            if lost < run.lines:
+                kept.append(run._replace(lines=run.lines - lost, time_unix_nano=run.time_unix_nano + lost))
+        digests = self.page.digests[left_out * DIGEST_BYTES :]
+        return LogPage(self.page.lines[left_out:], kept, self.page.cursor, digests, tasks=self.page.tasks)
+
 
 class LogGapError(CursorExpiredError):
     """The text after a position is gone; the service adds the cursor.
@@ -178,6 +193,7 @@ class LogFile:
     Attributes:
         size: How many bytes it has; later ones are for the next reader, or a busy job would never end this one.
         modified_unix_nano: When it was written last, in ns since the epoch; not in the future.
+        stored_time_ns: The same as the file system has it.
     """
 
     def __init__(self, path: Path, access: FileAccess = FileAccess()) -> None:  # noqa: B008 - immutable
@@ -192,7 +208,8 @@ class LogFile:
         found = os.fstat(self._fd) if self._fd is not None else None
         self.size = found.st_size if found else 0
         self.inode = found.st_ino if found else 0
-        self.modified_unix_nano = min(found.st_mtime_ns, time.time_ns()) if found else 0
+        self.stored_time_ns = found.st_mtime_ns if found else 0
+        self.modified_unix_nano = min(self.stored_time_ns, time.time_ns())
 
     @property
     def exists(self) -> bool:
@@ -227,7 +244,7 @@ class LogFile:
         """Return a digest of the first bytes, and of those before an offset."""
         first = read_at(self._fd, 0, min(_CHECKED_BYTES, offset))
         last = read_at(self._fd, max(0, offset - _CHECKED_BYTES), min(_CHECKED_BYTES, offset))
-        return blake2b(first + last, digest_size=_DIGEST_BYTES).digest()
+        return blake2b(first + last, digest_size=DIGEST_BYTES).digest()
 
     def has(self, position: LogPosition) -> bool:
         """Return whether the file has the text that was read up to a position, so that reading can go on there."""
@@ -295,7 +312,7 @@ class LogFile:
         Raises:
             LogGapError: The file goes on with NULs for longer than one read searches.
         """
-        key = int.from_bytes(blake2b(f"{identity}\0{log}\0file".encode(), digest_size=8).digest())
+        key = int.from_bytes(blake2b(f"{identity}\0{log}\0file".encode(), digest_size=DIGEST_BYTES).digest())
         end = self.size if end is None else min(end, self.size)
         offset, skipped = position.offset, 0
         while offset < end:

@@ -73,6 +73,10 @@ def _class_of(name: str, kind: str) -> type[JobService]:
             from tailspan.services.dagster import DagsterService
 
             return DagsterService
+        case "files":
+            from tailspan.services.files import FilesService
+
+            return FilesService
         case "fused":
             from tailspan.services.fused import FusedService
 
