@@ -32,6 +32,8 @@ class FakeJsonApi(ABC):
         refusals: Statuses of the next replies, with their headers, before the right ones come.
         busy_each: Each such request is answered by 429; 0: none.
         requests: ``METHOD /path`` of each request so far.
+        headers: Of the request that is answered, by lower-case name.
+        content: Its body.
     """
 
     def __init__(self) -> None:
@@ -39,6 +41,8 @@ class FakeJsonApi(ABC):
         self.refusals: list[tuple[int, dict[str, str]]] = []
         self.busy_each = 0
         self.requests: list[str] = []
+        self.headers: dict[str, str] = {}
+        self.content = b""
         self.lock = threading.RLock()
         fake = self
 
@@ -63,6 +67,8 @@ class FakeJsonApi(ABC):
                 parts = urlsplit(self.path)
                 with fake.lock:
                     fake.requests.append(f"{method} {parts.path}")
+                    fake.headers = {name.lower(): value for name, value in self.headers.items()}
+                    fake.content = body
                     refused = fake.refuse(parts.path, self.headers.get("authorization", ""))
                     if fake.busy_each and len(fake.requests) % fake.busy_each == 0:
                         status, headers = 429, {"retry-after": "0"}

@@ -120,6 +120,11 @@ class Source:
         """See `tailspan.services.MergingService`; False for other services."""
         return self._merging is not None and self._merging.merges(cursor)
 
+    def may_be_late(self, cursor: bytes | None) -> bool:
+        """Return whether lines may become visible behind this cursor."""
+        exact = self._merging is not None and not self._merging.merged_late and self._merging.merges(cursor)
+        return self.service.final_read and not exact
+
     def gather_s(self, cursor: bytes | None) -> float:
         """Return how long a read after this cursor waits for reads of other jobs, in seconds."""
         return self._merging.gather_s if self._merging is not None and self._merging.merges(cursor) else 0.0

@@ -415,8 +415,7 @@ class Tailer:
 
     def _may_lack_lines(self, pipeline: JobPipeline) -> bool:
         """Return whether lines may have become visible where no read looks for them."""
-        by_times = self._service.final_read and not self._source.merges(pipeline.cursor)
-        return by_times and self.watch.final_read
+        return self._source.may_be_late(pipeline.cursor) and self.watch.final_read
 
     async def _is_deleted(self) -> bool:
         """Return whether the service has deleted the job: only a 404 of the status says so, not one of the log."""

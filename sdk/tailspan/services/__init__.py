@@ -268,7 +268,13 @@ class TaskService(JobService):
 
 
 class MergingService(JobService):
-    """A service that answers reads after a cursor, of many jobs, with one request: start them all at once."""
+    """A service that answers reads after a cursor, of many jobs, with one request: start them all at once.
+
+    Attributes:
+        merged_late: Whether lines may become visible late behind the cursor of a merged read, too.
+    """
+
+    merged_late: bool = False
 
     @property
     @abstractmethod
@@ -277,7 +283,7 @@ class MergingService(JobService):
 
     @abstractmethod
     def merges(self, cursor: bytes | None) -> bool:
-        """Return whether a read after this cursor is merged; then no line becomes visible late behind the cursor."""
+        """Return whether a read after this cursor is merged."""
 
     @abstractmethod
     def read_logs(

@@ -69,6 +69,14 @@ def _class_of(name: str, kind: str) -> type[JobService]:
             from tailspan.services.airflow import AirflowService
 
             return AirflowService
+        case "aws_batch":
+            from tailspan.services.aws import BatchService
+
+            return BatchService
+        case "aws_ecs":
+            from tailspan.services.aws import EcsService
+
+            return EcsService
         case "dagster":
             from tailspan.services.dagster import DagsterService
 
