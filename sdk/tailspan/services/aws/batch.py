@@ -101,7 +101,7 @@ class BatchService(AwsService, SubmitService):
 
     async def list_jobs(self) -> AsyncGenerator[Sequence[ListedJob], None]:
         """Yield the jobs of the queues, newest first, each array before its children."""
-        listings = [_Listing(self, queue) for queue in await self._job_queues()]
+        listings = [_QueueListing(self, queue) for queue in await self._job_queues()]
         for listing in listings:
             await listing.fill()
         while open_ones := [listing for listing in listings if listing.rows]:
@@ -389,7 +389,7 @@ class BatchService(AwsService, SubmitService):
         return f"00-{trace_id(self.identity, linked)}-{span_id(self.identity, linked, 'run')}-01"
 
 
-class _Listing:
+class _QueueListing:
     """The list of one queue, read as far as needed.
 
     Attributes:
