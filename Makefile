@@ -45,17 +45,19 @@ SERVICES := all
 STORES := tests/stores
 ORCHESTRATORS := tests/orchestrators
 SERVERS := airflow dagster prefect
+# These need no environment, but programs of the system; their tests are skipped where one is missing.
+SYSTEMS := systemd
 airflow_PACKAGES := apache-airflow==3.3.2
 dagster_PACKAGES := dagster==1.13.28 dagster-webserver==1.13.28
 prefect_PACKAGES := prefect==3.9.1
 comma := ,
-CHOSEN := $(filter $(SERVERS),$(subst $(comma), ,$(SERVICES)))
+CHOSEN := $(filter $(SERVERS) $(SYSTEMS),$(subst $(comma), ,$(SERVICES)))
 GRAMMARS := @grafana/lezer-logql@0.4.2 @grafana/lezer-traceql@1.0.0
 ifeq ($(SERVICES),stores)
 test-services: $(VENV)/.installed-dev stores
 	$(BIN)/pytest -m services $(STORES)
 else ifneq ($(CHOSEN),)
-test-services: $(VENV)/.installed-dev $(CHOSEN:%=$(VENV)/%/.installed)
+test-services: $(VENV)/.installed-dev $(patsubst %,$(VENV)/%/.installed,$(filter $(SERVERS),$(CHOSEN)))
 	$(BIN)/pytest -m services $(CHOSEN:%=$(ORCHESTRATORS)/test_%.py)
 else
 test-services: $(VENV)/.installed-dev $(VENV)/node/node_modules $(VENV)/tools/.installed $(VENV)/.installed-browser $(if $(filter all,$(SERVICES)),stores $(SERVERS:%=$(VENV)/%/.installed))

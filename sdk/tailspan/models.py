@@ -107,6 +107,7 @@ _NOT_SHOWN = {
     "finished_job_status",
     "details",
     "parent",
+    "retry_of",
     "identity",
 }
 
@@ -144,6 +145,8 @@ class JobStatus:
         service: The name of the configured service that answered.
         identity: What the job's ids are hashed from: the identity of the service where the job really runs.
         attempt: 1 unless the service reports retries of one job.
+        retry_of: The id of the job of the previous attempt, at a service where each attempt is a job of its own; None:
+            all attempts have this job's id.
         trace_id: The trace that the agent gives this job: deterministic, known before the agent ran.
         logs_complete: True when the service marks that no further line will come. False on an ended job when all lines
             of its main process are readable and a background process may print more. None when it reports neither.
@@ -175,6 +178,7 @@ class JobStatus:
     service: str | None = None
     identity: str
     attempt: int = 1
+    retry_of: str | None = None
     trace_id: str
     logs_complete: bool | None = None
     stale: bool = False

@@ -118,7 +118,7 @@ def bounded_status(status: JobStatus, job_id: str, *, identity: str, now: dateti
         fields[name] = bounds.count(name, getattr(status, name), _MAX_COUNT)
     for name in ("status", "job_status", "error"):
         fields[name] = bounds.text(name, getattr(status, name), _MAX_TEXT_BYTES)
-    for name in ("instance_id", "instance_type", "url", "parent", "service"):
+    for name in ("instance_id", "instance_type", "url", "parent", "retry_of", "service"):
         fields[name] = bounds.text(name, getattr(status, name), MAX_VALUE_BYTES)
     fields["status"] = fields["status"] or ""
     fields["attributes"], dropped = bounds.attributes("attributes", status.attributes, _RESERVED)

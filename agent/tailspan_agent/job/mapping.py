@@ -141,7 +141,7 @@ def spans_of(
             spans.append(executing if lines is None else _with_lines(executing, lines))
     elif ended:
         spans.append(_child(job, "queued", times.submitted_ns, times.finished_ns))
-    spans += task_spans(job, tasks, times, task_lines, job_ended=ended)
+    spans += task_spans(job, tasks, times, task_lines)
     if ended:
         spans.append(_run_span(job, ledger, times, delivery_known=delivery_known))
     return spans
@@ -378,6 +378,6 @@ def _earlier_attempt(job: JobStatus) -> tuple[SpanLink, ...]:
     """Return a link to the run span of the previous attempt, which has a trace of its own."""
     if job.attempt <= 1:
         return ()
-    earlier = job.attempt - 1
-    span = span_id(job.identity, job.job_id, "run", earlier)
-    return (SpanLink(trace_id=trace_id(job.identity, job.job_id, earlier), span_id=span),)
+    earlier, job_id = job.attempt - 1, job.retry_of or job.job_id
+    span = span_id(job.identity, job_id, "run", earlier)
+    return (SpanLink(trace_id=trace_id(job.identity, job_id, earlier), span_id=span),)

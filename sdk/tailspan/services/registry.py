@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from tailspan.errors import ConfigError
@@ -14,6 +16,19 @@ if TYPE_CHECKING:
 __all__ = ["check_service_type", "open_service"]
 
 _GROUP = "tailspan.services"
+
+_BUILT_IN: Mapping[str, str] = {
+    "airflow": "tailspan.services.airflow:AirflowService",
+    "aws_batch": "tailspan.services.aws:BatchService",
+    "aws_ecs": "tailspan.services.aws:EcsService",
+    "dagster": "tailspan.services.dagster:DagsterService",
+    "files": "tailspan.services.files:FilesService",
+    "fused": "tailspan.services.fused:FusedService",
+    "local": "tailspan.services.local:LocalService",
+    "prefect": "tailspan.services.prefect:PrefectService",
+    "systemd": "tailspan.services.systemd:SystemdService",
+}
+"""The built-in service types: each with its module, which is imported at first use, and its class."""
 
 
 def open_service(name: str, settings: Settings | None = None) -> JobService:
@@ -64,45 +79,16 @@ def check_service_type(found: object, where: str) -> type[JobService]:
 
 def _class_of(name: str, kind: str) -> type[JobService]:
     # Built-in services come first: searching all installed packages takes longer than a request.
-    match kind:
-        case "airflow":
-            from tailspan.services.airflow import AirflowService
-
-            return AirflowService
-        case "aws_batch":
-            from tailspan.services.aws import BatchService
-
-            return BatchService
-        case "aws_ecs":
-            from tailspan.services.aws import EcsService
-
-            return EcsService
-        case "dagster":
-            from tailspan.services.dagster import DagsterService
-
-            return DagsterService
-        case "files":
-            from tailspan.services.files import FilesService
-
-            return FilesService
-        case "fused":
-            from tailspan.services.fused import FusedService
-
-            return FusedService
-        case "local":
-            from tailspan.services.local import LocalService
-
-            return LocalService
-        case "prefect":
-            from tailspan.services.prefect import PrefectService
-
-            return PrefectService
+    if kind in _BUILT_IN:
+        module, _, built_in = _BUILT_IN[kind].partition(":")
+        known: type[JobService] = getattr(import_module(module), built_in)
+        return known
     from importlib.metadata import entry_points
 
     key = f"services.{name}.type"
     found = next(iter(entry_points(group=_GROUP, name=kind)), None)
     if found is None:
-        kinds = ", ".join(sorted(entry.name for entry in entry_points(group=_GROUP)))
+        kinds = ", ".join(sorted({*_BUILT_IN, *(entry.name for entry in entry_points(group=_GROUP))}))
         raise ConfigError(f"{key} is {kind!r}, but no such service type is installed; there is: {kinds}", key=key)
     try:
         loaded = found.load()

@@ -91,6 +91,7 @@ def decode_status(reply: Mapping[str, Any], *, service: str, identity: str) -> J
         service=service,
         identity=identity,
         attempt=attempt,
+        retry_of=_text(reply, "retry_of"),
         trace_id=own_trace_id if is_trace_id(own_trace_id) else trace_id(identity, wire.job_id, attempt),
         logs_complete=_boolean(reply, "logs_complete"),
     )
