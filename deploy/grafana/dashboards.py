@@ -53,9 +53,14 @@ RUN = "resource.cicd.pipeline.run.id = `${run_id:raw}`"
 _ITS_RUN = "cicd_pipeline_run_id = `${run_id:raw}` | cicd_pipeline_run_id != ``"
 _ITS_STREAMS = "service_name=`${pipeline:raw}`, service_name=~`.+`"
 RUN_LINES = f"{{{_ITS_STREAMS}}} | {_ITS_RUN}"
+TASK_LINES = f"{RUN_LINES} | cicd_pipeline_task_name =~ `${{task:regex}}`"
 # Failures and anomalies are in streams of their own: Loki finds them by its index, without reading the lines.
 EVENTS = "service_instance_id=~`events.*`"
 RUN_EVENTS = f"{{{_ITS_STREAMS}, {EVENTS}}} | {_ITS_RUN}"
+TASK = (
+    "span.cicd.pipeline.task.name, span.cicd.pipeline.task.run.result, span.tailspan.task.attempt,"
+    " span.tailspan.task.queued_s, span.tailspan.task.id, statusMessage"
+)
 OUTCOME = "span.cicd.pipeline.result, span.process.exit.code, span.tailspan.exit.reason"
 RESULT_COLOURS = {
     "success": "green",
@@ -63,6 +68,7 @@ RESULT_COLOURS = {
     "error": "dark-red",
     "timeout": "orange",
     "cancellation": "gray",
+    "skip": "light-blue",
 }
 
 Panel = Builder[model.Panel]
@@ -243,6 +249,36 @@ def spans(title: str, query: str, *, what: str = "", height: int = 9, limit: int
     return panel.override_by_name("cicd.pipeline.run.id", linked)
 
 
+def attempts(title: str, what: str) -> Panel:
+    """Return a table of the attempts of a run's tasks, with a bar for each duration; a task's name shows its lines."""
+    query = f'{{ {RUN} && span.cicd.pipeline.task.run.id =~ ".+" }} | select({TASK})'
+    panel = table.Panel().title(title).description(what).datasource(TEMPO).height(9).span(24)
+    panel = panel.with_target(traceql(query, 500))
+    its_lines = (
+        "/d/tailspan-job?${__url_time_range}&${prometheus:queryparam}&${loki:queryparam}&${tempo:queryparam}"
+        "&var-pipeline=${pipeline:percentencode}&var-run_id=${run_id:percentencode}&var-trace_id=${trace_id:percentencode}"
+        "&var-task=${__value.raw:percentencode}"
+    )
+    link = {"title": "Show the lines of this task", "url": its_lines}
+    colours = {result: {"color": colour, "index": n} for n, (result, colour) in enumerate(RESULT_COLOURS.items())}
+    values: dict[str, dict[str, object]] = {
+        "cicd.pipeline.task.name": {"links": [link], "displayName": "Task"},
+        "cicd.pipeline.task.run.result": {
+            "displayName": "Result",
+            "mappings": [{"type": "value", "options": colours}],
+            "custom.cellOptions": {"type": "color-text"},
+        },
+        "tailspan.task.attempt": {"displayName": "Attempt", "custom.width": 90},
+        "tailspan.task.queued_s": {"displayName": "Queued", "unit": "s"},
+        "tailspan.task.id": {"displayName": "Task id"},
+        "duration": {"custom.cellOptions": {"type": "gauge", "mode": "basic"}, "min": 0},
+    }
+    for field, properties in values.items():
+        found = [model.DynamicConfigValue(id_val=key, value=value) for key, value in properties.items()]
+        panel = panel.override_by_name(field, found)
+    return panel
+
+
 def outcome(title: str, field: str, *, unit: str = "string") -> Panel:
     """Return a panel with one attribute of the run span: it is there when the run has ended.
 
@@ -281,12 +317,19 @@ def source(kind: str) -> dashboard.DatasourceVariable:
     return dashboard.DatasourceVariable(kind).label(kind.capitalize()).type(kind)
 
 
-def choice(name: str, label: str, query: str) -> dashboard.QueryVariable:
-    """Return a variable with the values of a Prometheus label, all of them at first."""
+def choice(name: str, label: str, query: str, everything: str = ".+") -> dashboard.QueryVariable:
+    """Return a variable with the values of a Prometheus label, all of them at first.
+
+    Args:
+        name: Its name.
+        label: Its label.
+        query: Finds the values.
+        everything: The regular expression of all values.
+    """
     variable = dashboard.QueryVariable(name).label(label).datasource(PROMETHEUS).query(query)
     variable = variable.refresh(model.VariableRefresh.ON_TIME_RANGE_CHANGED).sort(model.VariableSort.ALPHABETICAL_ASC)
-    everything = model.VariableOption(selected=True, text="All", value="$__all")
-    return variable.multi(True).include_all(True).all_value(".+").current(everything)
+    chosen = model.VariableOption(selected=True, text="All", value="$__all")
+    return variable.multi(True).include_all(True).all_value(everything).current(chosen)
 
 
 def text(name: str, label: str, default: str = "") -> dashboard.TextBoxVariable:
@@ -296,6 +339,11 @@ def text(name: str, label: str, default: str = "") -> dashboard.TextBoxVariable:
 
 
 PIPELINES = choice("pipeline", "Pipeline", "label_values(cicd_pipeline_run_active, cicd_pipeline_name)")
+
+
+# Without a name: the metric's name differs between explicit and native histograms. Lines of no task match, too.
+_ITS_TASKS = '{__name__=~"tailspan_task_duration_seconds(_count)?", cicd_pipeline_name=`${pipeline:raw}`}'
+TASKS = choice("task", "Task", f"label_values({_ITS_TASKS}, cicd_pipeline_task_name)", ".*")
 
 
 def active(state: str, by: str = "") -> str:
@@ -378,6 +426,7 @@ def job() -> dashboard.Dashboard:
         text("pipeline", "Pipeline"),
         text("run_id", "Run id"),
         text("trace_id", "Trace id"),
+        TASKS,
     ]
     what = (
         "One run: open it from Jobs overview, or type its name and id (tailspan jobs) and its trace id"
@@ -389,7 +438,7 @@ def job() -> dashboard.Dashboard:
     )
     trace = dashboard.Panel().type("traces").title("Trace").datasource(TEMPO).with_target(its_trace).height(12).span(24)
     found = f"{{ {RUN} }} | select({SHOWN})"
-    volume = f"sum by (detected_level) (count_over_time({RUN_LINES} [$__auto]))"
+    volume = f"sum by (detected_level) (count_over_time({TASK_LINES} [$__auto]))"
     levels = loki.Dataquery().datasource(LOKI).expr(volume).legend_format("{{detected_level}}").query_type("range")
     per_level = timeseries.Panel().title("Lines by level").datasource(LOKI).with_target(levels.ref_id("A"))
     per_level = per_level.draw_style(common_model.GraphDrawStyle.BARS).fill_opacity(80).height(8).span(12)
@@ -420,10 +469,17 @@ def job() -> dashboard.Dashboard:
         .with_panel(per_level)
         .with_panel(spans("Its spans", found, height=7, what="Click the run id to fill in the trace id.", limit=20))
         .with_panel(trace)
+        .with_panel(
+            attempts(
+                "Tasks",
+                "Each attempt that has ended, the newest first; the trace above has them in their order of time."
+                " Click a task to see only its lines.",
+            )
+        )
         .with_panel(records("Why it failed", f"{RUN_EVENTS} | exception_type != ``", height=8))
         .with_panel(records("Anomalies", f"{RUN_EVENTS} | tailspan_alert != ``", height=5, width=12))
         .with_panel(records("Delivery receipt", f'{RUN_LINES} | tailspan_lines_read != ""', height=5, width=12))
-        .with_panel(records("Lines", RUN_LINES, height=20))
+        .with_panel(records("Lines", TASK_LINES, height=20, what="Of all tasks, or of those that are chosen above."))
     )
 
 

@@ -27,6 +27,7 @@ DASHBOARDS = Path(__file__).parents[2] / "deploy" / "grafana" / "dashboards"
 
 BUILT_IN = {"__rate_interval": "10s", "__interval": "15s", "__range": "3600s", "__auto": "1m"}
 ALL = ".+"
+_ALL_OR_NONE = ".*"
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::(\w+))?\})")
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"|`[^`]*`')
 
@@ -45,8 +46,8 @@ def filled(text: str, values: Mapping[str, str | list[str]], window: str = BUILT
         if name in BUILT_IN:
             return window if name == "__range" else BUILT_IN[name]
         chosen = values[name]
-        if chosen == [ALL]:
-            return ALL
+        if chosen in ([ALL], [_ALL_OR_NONE]):
+            return chosen[0]
         each = [chosen] if isinstance(chosen, str) else chosen
         escaped = [re.sub(r"[\\^$*+?.()|\[\]{}/]", r"\\\g<0>", one) if form == "regex" else one for one in each]
         return escaped[0] if len(escaped) == 1 else f"({'|'.join(escaped)})"
@@ -80,11 +81,12 @@ def dashboard_queries(
     """
     for path in sorted(DASHBOARDS.glob("*.json")):
         board = json.loads(path.read_text())
-        values: dict[str, str | list[str]] = {
-            variable["name"]: run.get(variable["name"], "") if variable["type"] == "textbox" else list(chosen)
-            for variable in board["templating"]["list"]
-            if variable["type"] != "datasource"
-        }
+        values: dict[str, str | list[str]] = {}
+        for variable in board["templating"]["list"]:
+            if variable["type"] == "textbox":
+                values[variable["name"]] = run.get(variable["name"], "")
+            elif variable["type"] != "datasource":
+                values[variable["name"]] = [variable["allValue"]] if list(chosen) == [ALL] else list(chosen)
         for panel in board["panels"]:
             for target in panel["targets"]:
                 text = filled(target.get("expr") or target.get("query"), values, window)

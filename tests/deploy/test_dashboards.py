@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +14,10 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from tailspan.local.environment import job_environment
+from tailspan.models import JobState, JobStatus, TaskRun
+from tailspan_agent.job.task_spans import task_spans
+from tailspan_agent.job.times import JobTimes
+from tailspan_agent.otlp.span import SpanData
 from tests.deploy.fleet import Fleet
 from tests.deploy.queries import (
     DASHBOARDS,
@@ -88,7 +93,8 @@ def test_links_between_dashboards_lead_somewhere() -> None:
         for url in links:
             path, _, arguments = url.partition("?")
             assert path == "/d/tailspan-job"
-            assert {"pipeline", "run_id", "trace_id"} == set(re.findall(r"var-(\w+)=", arguments)) <= variables
+            given = set(re.findall(r"var-(\w+)=", arguments))
+            assert {"pipeline", "run_id", "trace_id"} == given - {"task"} <= variables
             assert "${__url_time_range}" in arguments
             assert all(value.endswith(":percentencode}") for value in re.findall(r"=(\$\{[^}]*\})", arguments))
 
@@ -113,7 +119,7 @@ def test_one_job_queries_exactly_its_job() -> None:
     board = json.loads((DASHBOARDS / "job.json").read_text())
     asked = [target.get("expr") or target["query"] for panel in board["panels"] for target in panel["targets"]]
     for query in asked:
-        assert set(re.findall(r"=~\s*(`[^`]*\$[^`]*`)", query)) <= {"`${run_id:regex}|`"}, query
+        assert set(re.findall(r"=~\s*(`[^`]*\$[^`]*`)", query)) <= {"`${run_id:regex}|`", "`${task:regex}`"}, query
         assert set(re.findall(r"\$\{\w+:?(\w*)\}", query)) <= {"raw", "regex"}
     assert all("`${run_id:raw}`" in query for query in asked if "service_name" in query or "resource." in query)
 
@@ -176,15 +182,24 @@ def test_dashboards_and_rules_query_only_what_is_sent(tmp_path: Path) -> None:
     known = {re.sub(r"\W", "_", key) for key in keys} | BY_LOKI
     logql = {label for query in QUERIES if query.source == "loki" for label in logql_labels(query.text)}
     assert logql >= {"service_name", "cicd_pipeline_run_id", "detected_level", "exception_type"}
-    assert logql <= known
+    assert logql <= known | {"cicd_pipeline_task_name"}
 
     scoped = {f"span.{key}" for span in spans for key in span.attributes}
     scoped |= {f"resource.{key}" for span in spans for key in span.resource}
     traceql = {name for query in QUERIES if query.source == "tempo" for name in traceql_attributes(query.text)}
     assert traceql >= {"resource.cicd.pipeline.run.id", "span.cicd.pipeline.result"}
-    assert traceql <= scoped
+    assert traceql <= scoped | {f"span.{key}" for key in task_span().attributes}
     assert {span.name for span in spans if span.kind == "SERVER"} >= {"RUN broken", "RUN noisy"}
     assert "submitted" in {span.name for span in spans}
+
+
+def task_span() -> SpanData:
+    """A span of a task; the jobs of the fleet have none."""
+    now = datetime.now(UTC)
+    task = TaskRun(task_id="e", name="extract", result="success", submitted_at=now, started_at=now, finished_at=now)
+    job = JobStatus.from_state(JobState.RUNNING, job_id="r-1", job_name="etl", identity="", trace_id="0a" * 16)
+    (span,) = task_spans(job, [task], JobTimes(0, 0, 1))
+    return span
 
 
 def test_loki_finds_failures_by_its_index() -> None:

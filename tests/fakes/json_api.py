@@ -6,20 +6,68 @@ import json
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socket import SHUT_WR, socket
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
 
 import anyio
+from websockets.frames import Frame, Opcode
+from websockets.protocol import Protocol, Side
+from websockets.utils import accept_key
 
 from tailspan import Client, load_settings
 from tailspan.logs.page import LogPage
 from tailspan.services import JobService
 
-__all__ = ["FakeJsonApi", "client_of", "pages_of"]
+__all__ = ["FakeJsonApi", "FakeSocket", "client_of", "pages_of"]
+
+
+class FakeSocket:
+    """The server's side of a WebSocket with messages in JSON."""
+
+    def __init__(self, connection: socket) -> None:
+        self._connection = connection
+        self._protocol = Protocol(Side.SERVER)
+        self._lock = threading.Lock()
+        self._received: list[Any] = []
+
+    def send(self, message: object) -> None:
+        """Send a message; nothing if the client has gone."""
+        with self._lock:
+            self._protocol.send_text(json.dumps(message).encode())
+            self._flush()
+
+    def receive(self) -> Any:
+        """Wait for a message and return it; None at the end."""
+        while not self._received:
+            try:
+                data = self._connection.recv(1 << 16)
+            except OSError:
+                data = b""
+            if not data:
+                return None
+            with self._lock:
+                self._protocol.receive_data(data)
+                frames = [one for one in self._protocol.events_received() if isinstance(one, Frame)]
+                self._received += [json.loads(one.data) for one in frames if one.opcode is Opcode.TEXT]
+                self._flush()
+        return self._received.pop(0)
+
+    def close(self, code: int = 1001, reason: str = "") -> None:
+        """End the connection."""
+        with self._lock, suppress(OSError):
+            self._protocol.send_close(code, reason)
+            self._flush()
+            self._connection.shutdown(SHUT_WR)
+
+    def _flush(self) -> None:
+        with suppress(OSError):
+            for data in self._protocol.data_to_send():
+                self._connection.sendall(data)
 
 
 class FakeJsonApi(ABC):
@@ -31,7 +79,8 @@ class FakeJsonApi(ABC):
         token: What ``Authorization: Bearer`` must have; empty: nothing is needed.
         refusals: Statuses of the next replies, with their headers, before the right ones come.
         busy_each: Each such request is answered by 429; 0: none.
-        requests: ``METHOD /path`` of each request so far.
+        socket_refusals: Statuses of the next answers to requests for a WebSocket.
+        requests: ``METHOD /path`` of each request so far; ``SOCKET /path`` of one for a WebSocket.
         headers: Of the request that is answered, by lower-case name.
         content: Its body.
     """
@@ -40,6 +89,7 @@ class FakeJsonApi(ABC):
         self.token = ""
         self.refusals: list[tuple[int, dict[str, str]]] = []
         self.busy_each = 0
+        self.socket_refusals: list[int] = []
         self.requests: list[str] = []
         self.headers: dict[str, str] = {}
         self.content = b""
@@ -62,6 +112,9 @@ class FakeJsonApi(ABC):
                 self._answer("PATCH")
 
             def _answer(self, method: str) -> None:
+                if self.headers.get("upgrade") == "websocket":
+                    fake.upgrade(self)
+                    return
                 body = self.rfile.read(int(self.headers.get("content-length", 0)))
                 headers: dict[str, str] = {}
                 parts = urlsplit(self.path)
@@ -109,6 +162,31 @@ class FakeJsonApi(ABC):
         if self.token and authorization != f"Bearer {self.token}":
             return 401, {"detail": "Unauthorized"}
         return None
+
+    def upgrade(self, request: BaseHTTPRequestHandler) -> None:
+        """Answer a request for a WebSocket, and serve it."""
+        path, status = urlsplit(request.path).path, 101
+        with self.lock:
+            self.requests.append(f"SOCKET {path}")
+            if self.socket_refusals:
+                status = self.socket_refusals.pop(0)
+        request.close_connection = True
+        request.send_response(status)
+        headers = {"content-length": "0"}
+        if status == 101:
+            accept = accept_key(request.headers["sec-websocket-key"])
+            headers = {"upgrade": "websocket", "connection": "upgrade", "sec-websocket-accept": accept}
+            if "sec-websocket-protocol" in request.headers:
+                headers["sec-websocket-protocol"] = request.headers["sec-websocket-protocol"]
+        for name, value in headers.items():
+            request.send_header(name, value)
+        request.end_headers()
+        if status == 101:
+            self.serve_socket(path, FakeSocket(request.connection))
+
+    def serve_socket(self, path: str, socket: FakeSocket) -> None:
+        """Serve a WebSocket until it ends, in a thread of its own; by default end it at once."""
+        socket.close(1008, "nothing is here")
 
     @abstractmethod
     def reply(self, method: str, path: str, body: dict[str, Any], query: dict[str, str]) -> tuple[int, object]:

@@ -1,7 +1,8 @@
 """A Prefect API as far as `PrefectService` uses it, with what was measured of the real one (3.9.1).
 
 Logs are sorted by time only: lines of one time come in another order at each request. ``after_`` is inclusive, a limit
-above 200 is status 422, and an unknown id is 404.
+above 200 is status 422, and an unknown id is 404. A change of a state is an event on the WebSocket ``/events/out``; a
+filter without ``until`` ends at the present, so that no event of the future matches.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import random
 import time
 import uuid
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from tests.fakes.json_api import FakeJsonApi
+from tests.fakes.json_api import FakeJsonApi, FakeSocket
 
 __all__ = ["FakePrefect"]
 
@@ -30,6 +32,7 @@ class FakePrefect(FakeJsonApi):
         self.task_runs: dict[str, dict[str, Any]] = {}
         self.task_states: dict[str, list[dict[str, Any]]] = {}
         self.logs: list[dict[str, Any]] = []
+        self.subscribers: list[FakeSocket] = []
         self._visible_s: dict[str, float] = {}
         self._random = random.Random(1)
 
@@ -60,6 +63,8 @@ class FakePrefect(FakeJsonApi):
         run |= {"state_type": state, "state_name": name or state.title(), "state_id": f"{run_id}-{state}"}
         run |= {"state": {"type": state, "name": run["state_name"], "timestamp": _iso(at_s), "message": message}}
         run |= {"end_time": _iso(at_s) if ended else None}
+        related = [("task-run", f"prefect.task-run.{run['parent_task_run_id']}")] if run["parent_task_run_id"] else []
+        self.notify(f"prefect.flow-run.{run['state_name']}", f"prefect.flow-run.{run_id}", *related)
 
     def add_task_run(self, run_id: str, name: str, *states: tuple[str, str, float], child: str | None = None) -> str:
         """Add a task run with its history of states: type, message and seconds since the start."""
@@ -87,7 +92,36 @@ class FakePrefect(FakeJsonApi):
             {"type": kind, "name": kind.title(), "timestamp": _iso(at_s), "message": message or None}
             for kind, message, at_s in states
         ]
+        self.notify(
+            f"prefect.task-run.{kind.title()}",
+            f"prefect.task-run.{task_id}",
+            ("flow-run", f"prefect.flow-run.{run_id}"),
+        )
         return task_id
+
+    def notify(self, event: str, resource: str, *related: tuple[str, str]) -> None:
+        """Send an event to all that have subscribed."""
+        roles = [{"prefect.resource.role": role, "prefect.resource.id": one} for role, one in related]
+        message = {"event": event, "resource": {"prefect.resource.id": resource}, "related": roles}
+        for one in self.subscribers:
+            one.send({"type": "event", "event": message})
+
+    def serve_socket(self, path: str, socket: FakeSocket) -> None:
+        """Serve events; see the module."""
+        if path != "/api/events/out":
+            socket.close(1008, "no such path")
+            return
+        if (socket.receive() or {}).get("token") != (self.token or None):
+            socket.close(1008, "Invalid token")
+            return
+        socket.send({"type": "auth_success"})
+        wanted = (socket.receive() or {}).get("filter", {})
+        if wanted.get("occurred", {}).get("until", "") > datetime.now(UTC).isoformat():
+            self.subscribers.append(socket)
+        while socket.receive() is not None:
+            pass
+        with suppress(ValueError):
+            self.subscribers.remove(socket)
 
     def log(
         self,
@@ -126,8 +160,9 @@ class FakePrefect(FakeJsonApi):
             case ["task_run_states"]:
                 return 200, self.task_states[query["task_run_id"]]
             case ["logs", "filter"]:
-                logs = body["logs"]
-                after, now_s = datetime.fromisoformat(logs["timestamp"]["after_"]), time.monotonic()
+                logs = body.get("logs") or {"flow_run_id": {"any_": list(self.flow_runs)}}
+                after = datetime.fromisoformat(logs.get("timestamp", {}).get("after_", "1970-01-01T00:00:00Z"))
+                now_s, newest_first = time.monotonic(), body["sort"] == "TIMESTAMP_DESC"
                 found_logs = [
                     entry
                     for entry in self.logs
@@ -136,7 +171,7 @@ class FakePrefect(FakeJsonApi):
                     and self._visible_s[entry["id"]] <= now_s
                 ]
                 self._random.shuffle(found_logs)
-                return 200, sorted(found_logs, key=lambda entry: entry["timestamp"])[page]
+                return 200, sorted(found_logs, key=lambda entry: entry["timestamp"], reverse=newest_first)[page]
             case ["flow_runs", run_id, "set_state"]:
                 self.set_state(run_id, "CANCELLED", 99)
                 return 201, {"status": "ACCEPT", "details": {}}

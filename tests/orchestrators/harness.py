@@ -11,6 +11,7 @@ import http.client
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -106,20 +107,29 @@ class Proxy:
     Attributes:
         url: Where it listens.
         refused: How many requests it has refused, by status.
+        tunnels: How many WebSockets it has passed on.
     """
 
-    def __init__(self, target: str, *, busy_each: int = 0, expire_each: int = 0) -> None:
+    def __init__(
+        self, target: str, *, busy_each: int = 0, expire_each: int = 0, token_file: Path | None = None
+    ) -> None:
         """Start.
 
         Args:
             target: The server's URL, without a path.
             busy_each: Each such request is answered by 429 with ``Retry-After: 1``; 0: none.
             expire_each: After this many requests with a token, the token is not accepted any more; 0: never.
+            token_file: Has the present token; another one before a request with an expired token is refused.
         """
         self.refused: Counter[int] = Counter()
+        self.tunnels = 0
         self._requests = 0
         self._uses: Counter[str] = Counter()
-        lock = threading.Lock()
+        self._token_file = token_file
+        self._tokens = 0
+        self._write_token()
+        self._busy_each, self._expire_each = busy_each, expire_each
+        self._lock = threading.Lock()
         host = urlsplit(target).netloc
         proxy = self
 
@@ -130,7 +140,10 @@ class Proxy:
                 pass
 
             def do_GET(self) -> None:
-                self._pass_on()
+                if self.headers.get("upgrade") == "websocket":
+                    proxy._tunnel(self, host)
+                else:
+                    self._pass_on()
 
             def do_POST(self) -> None:
                 self._pass_on()
@@ -141,15 +154,7 @@ class Proxy:
             def _pass_on(self) -> None:
                 body = self.rfile.read(int(self.headers.get("content-length", 0)))
                 token = self.headers.get("authorization", "")
-                with lock:
-                    proxy._requests += 1
-                    proxy._uses[token] += 1
-                    status = 0
-                    if token and expire_each and proxy._uses[token] > expire_each:
-                        status = 401
-                    elif busy_each and proxy._requests % busy_each == 0:
-                        status = 429
-                    proxy.refused[status] += 1
+                status = proxy._refusal(token)
                 if status:
                     self._send(status, {"retry-after": "1"}, b'{"detail": "refused by the proxy"}')
                     return
@@ -175,6 +180,39 @@ class Proxy:
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
 
+    def _refusal(self, token: str) -> int:
+        """Return the status by which a request is refused; 0 for one that is not."""
+        with self._lock:
+            self._requests += 1
+            self._uses[token] += 1
+            status = 0
+            if token and self._expire_each and self._uses[token] > self._expire_each:
+                status = 401
+                if token.endswith(f" token-{self._tokens}"):
+                    self._write_token()
+            elif self._busy_each and self._requests % self._busy_each == 0:
+                status = 429
+            self.refused[status] += 1
+            return status
+
+    def _write_token(self) -> None:
+        self._tokens += 1
+        if self._token_file is not None:
+            self._token_file.write_text(f"token-{self._tokens}")
+
+    def _tunnel(self, request: BaseHTTPRequestHandler, host: str) -> None:
+        """Pass a WebSocket on, until one side ends it."""
+        request.close_connection = True
+        name, _, port = host.partition(":")
+        headers = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items() if name.lower() != "host")
+        with socket.create_connection((name, int(port))) as server:
+            server.sendall(f"GET {request.path} HTTP/1.1\r\nHost: {host}\r\n{headers}\r\n".encode())
+            self.tunnels += 1
+            back = threading.Thread(target=_copy, args=(server, request.connection), daemon=True)
+            back.start()
+            _copy(request.connection, server)
+            back.join()
+
     def __enter__(self) -> Self:
         self._thread.start()
         return self
@@ -184,6 +222,15 @@ class Proxy:
     ) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+def _copy(source: socket.socket, target: socket.socket) -> None:
+    """Copy bytes until one side ends, then end the other."""
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+    with contextlib.suppress(OSError):
+        target.shutdown(socket.SHUT_WR)
 
 
 class Relay:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -133,28 +132,6 @@ class Dagster(Orchestrator):
         self.wait_until(lambda: self.runs()[run_id]["status"] in states, f"a run that is {' or '.join(states)}")
 
 
-@contextmanager
-def renewed_tokens(proxy: Proxy, file: Path) -> Iterator[None]:
-    """Write another token whenever the proxy has refused the present one."""
-    over = threading.Event()
-
-    def renew() -> None:
-        refused = -1
-        while not over.is_set():
-            if proxy.refused[401] > refused:
-                refused = proxy.refused[401]
-                file.write_text(f"token-{refused}")
-            over.wait(0.2)
-
-    thread = threading.Thread(target=renew)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
 @pytest.fixture(scope="module")
 def dagster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dagster]:
     """A server for all tests of this module."""
@@ -234,8 +211,7 @@ def test_runs_arrive_whole_through_stops_of_the_agent(dagster: Dagster, collecto
     own, token = tmp_path / "client.toml", tmp_path / "token"
     own.write_text(f'[services.dagster]\nbase_url = "{dagster.url}/graphql"\ntimeout = "60s"\n')
     with Client(load_settings(own), service="dagster") as client, ExitStack() as stack:
-        proxy = stack.enter_context(Proxy(dagster.url, busy_each=17, expire_each=60))
-        stack.enter_context(renewed_tokens(proxy, token))
+        proxy = stack.enter_context(Proxy(dagster.url, busy_each=17, expire_each=60, token_file=token))
         keys = f'base_url = "{proxy.url}"\ntoken_file = "{token}"\nui_url = "{dagster.url}"\ntimeout = "60s"'
         relay = stack.enter_context(Relay("dagster", keys, collector, tmp_path))
         commands = [["hanging"], ["broken"], ["nightly", "ops.extract.config.rows=80"], ["mapped"]]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,18 @@ from typing import Any
 import httpx
 import pytest
 
+from tailspan import Client, load_settings
+from tailspan.models import JobState
 from tests.fakes.collector import Collector
-from tests.orchestrators.harness import ListedLine, Orchestrator, Proxy, Relay, by_task, results
+from tests.fakes.otlp_rows import SpanRow
+from tests.orchestrators.harness import (
+    ListedLine,
+    Orchestrator,
+    Proxy,
+    Relay,
+    by_task,
+    results,
+)
 from tests.ports import free_port
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(900)]
@@ -48,10 +59,15 @@ def nightly(n, seconds, fail):
     get_run_logger().info("start"); rows = extract.submit(n); flaky(); child(3); slow(seconds, rows)
     if fail: raise RuntimeError("boom")
 
-nightly(int(sys.argv[1]), int(sys.argv[2]), len(sys.argv) > 3)
+@flow
+def hanging(): slow(600, 0)
+
+if __name__ == "__main__":
+    if sys.argv[1] == "serve": hanging.serve(name="served")
+    else: nightly(int(sys.argv[1]), int(sys.argv[2]), len(sys.argv) > 3)
 """
 SEVERITIES = {10: 5, 20: 9, 30: 13, 40: 17, 50: 21}
-RESULTS = {"COMPLETED": "success", "FAILED": "failure"}
+RESULTS = {"COMPLETED": "success", "FAILED": "failure", "CANCELLED": "cancellation", "CRASHED": "error"}
 
 
 class Prefect(Orchestrator):
@@ -80,6 +96,15 @@ class Prefect(Orchestrator):
             if len(reply.json()) < 200:
                 return found
 
+    def attempt_times(self, row: dict[str, Any], attempt: int) -> tuple[float, float]:
+        """Return start and end of an attempt in us, by the history of its states."""
+        reply = httpx.get(f"{self.url}/task_run_states/", params={"task_run_id": row["id"]}, timeout=60)
+        states = sorted(reply.raise_for_status().json(), key=lambda state: state["timestamp"])
+        times = [datetime.fromisoformat(state["timestamp"]).timestamp() * 1e6 for state in states]
+        begun = [place for place, state in enumerate(states) if state["type"] == "RUNNING"]
+        place = begun[attempt - 1]
+        return times[place], times[place + 1]
+
 
 @pytest.fixture(scope="module")
 def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
@@ -95,6 +120,8 @@ def expected_lines(prefect: Prefect) -> Counter[ListedLine]:
     calls = {row["id"]: row["parent_task_run_id"] for row in prefect.post("/flow_runs/filter", {})}
     lines: Counter[ListedLine] = Counter()
     for entry in prefect.post("/logs/filter", {"sort": "TIMESTAMP_ASC"}):
+        if entry["flow_run_id"] is None:  # of the process that serves
+            continue
         task = names.get(entry["task_run_id"] or calls[entry["flow_run_id"]], "")
         time_us = round(datetime.fromisoformat(entry["timestamp"]).timestamp() * 1e6)
         for text in entry["message"].split("\n"):
@@ -103,43 +130,77 @@ def expected_lines(prefect: Prefect) -> Counter[ListedLine]:
 
 
 def test_runs_arrive_whole_through_stops_of_the_agent(prefect: Prefect, collector: Collector, tmp_path: Path) -> None:
-    """Two runs, one fails: no line is missing or extra, and an attempt is a span.
+    """Runs that succeed, fail and are canceled: no line is missing or extra, and an attempt is a span.
 
-    Meanwhile the agent is killed and stopped, and the server is busy at times.
+    Meanwhile the agent is killed and stopped, tokens expire, and the server is busy at times.
     """
-    flows = prefect.directory / "flows.py"
+    flows, own, token = prefect.directory / "flows.py", tmp_path / "client.toml", tmp_path / "token"
     flows.write_text(FLOWS)
-    runs = [prefect.start("python", str(flows), "150", "8"), prefect.start("python", str(flows), "20", "4", "fail")]
-    with Proxy(prefect.url.removesuffix("/api"), busy_each=10) as proxy:
-        with Relay("prefect", f'base_url = "{proxy.url}/api"', collector, tmp_path) as relay:
-            relay.interrupt(signal.SIGKILL)
-            relay.interrupt(signal.SIGTERM)
-            assert [run.wait(300) for run in runs] == [0, 1]
-            time.sleep(3)  # lines become visible up to 2 s late
-            relay.finish()
-            relay.wait_for(expected_lines(prefect))
-            spans = relay.spans(runs=len(runs), attempts=12)
+    own.write_text(f'[services.prefect]\nbase_url = "{prefect.url}"\ntimeout = "60s"\n')
+    prefect.start("python", str(flows), "serve")
+    with Client(load_settings(own), service="prefect") as client, ExitStack() as stack:
+        proxy = stack.enter_context(
+            Proxy(prefect.url.removesuffix("/api"), busy_each=10, expire_each=40, token_file=token)
+        )
+        keys = f'base_url = "{proxy.url}/api"\ntoken_file = "{token}"\nui_url = "{prefect.url}"\ntimeout = "60s"'
+        relay = stack.enter_context(Relay("prefect", keys, collector, tmp_path))
+        deployment = {"deployments": {"name": {"any_": ["served"]}}}
+        prefect.wait_until(lambda: prefect.post("/deployments/filter", deployment), "the deployment")
+        canceled = client.submit(["hanging/served"], attributes={"by": "test"}).job_id
+        runs = [prefect.start("python", str(flows), "150", "8"), prefect.start("python", str(flows), "20", "4", "fail")]
+        relay.interrupt(signal.SIGKILL)
+        relay.interrupt(signal.SIGTERM)
+        agent = relay.start()
+
+        def ticks() -> bool:
+            tails = [row for row in collector.log_records() if row.resource["cicd.pipeline.run.id"] == canceled]
+            return any("tick 9" in row.body for row in tails)
+
+        collector.wait_until(ticks, timeout_s=300)
+        assert client.cancel(canceled).job_status == "Cancelling"
+        prefect.wait_until(lambda: client.get_status(canceled).state is JobState.CANCELED, "the canceled run")
+        assert [run.wait(300) for run in runs] == [0, 1]
+        agent.kill()
+        agent.wait()
+        time.sleep(3)  # lines become visible up to 2 s late
+        relay.finish()
+        relay.wait_for(expected_lines(prefect))
+        spans = relay.spans(runs=3, attempts=13)
         assert proxy.refused[429]
+        assert proxy.refused[401]
+        assert proxy.tunnels
 
     top = {row["id"]: row for row in prefect.post("/flow_runs/filter", {}) if row["parent_task_run_id"] is None}
     assert results(spans) == {run_id: RESULTS[row["state_type"]] for run_id, row in top.items()}
+    assert results(spans)[canceled] == "cancellation"
+    check_tasks(prefect, collector, spans)
+
+
+def check_tasks(prefect: Prefect, collector: Collector, spans: Mapping[str, SpanRow]) -> None:
+    """Compare the spans of attempts with the task runs of the API and the histories of their states."""
     tasks = by_task(spans).values()
     shown = Counter((s.name, s.attributes["tailspan.task.attempt"]) for s in tasks)
-    assert shown == {("extract", 1): 4, ("flaky", 1): 2, ("flaky", 2): 2, ("child", 1): 2, ("slow", 1): 2}
+    assert shown == {("extract", 1): 4, ("flaky", 1): 2, ("flaky", 2): 2, ("child", 1): 2, ("slow", 1): 3}
     rows = {row["id"]: row for row in prefect.post("/task_runs/filter", {})}
+    assert rows.keys() == {span.attributes["tailspan.task.id"] for span in tasks}
+    line_times: dict[str, list[float]] = {}
+    for line in collector.log_records():
+        line_times.setdefault(line.span_id, []).append(line.time_unix_nano / 1000)
     for span in tasks:
         row, attempt = rows[span.attributes["tailspan.task.id"]], span.attributes["tailspan.task.attempt"]
-        result = "failure" if (span.name, attempt) == ("flaky", 1) else "success"
+        result = RESULTS[row["state_type"]] if attempt == row["run_count"] else "failure"
         assert span.attributes["cicd.pipeline.task.run.result"] == result
-        assert span.status == ("ERROR" if result == "failure" else "UNSET")
-        if row["run_count"] == 1 and span.name != "child":
-            start = datetime.fromisoformat(row["start_time"]).timestamp() * 1e6
-            assert abs(span.start_unix_nano / 1000 - start) < 1
+        assert span.status == ("ERROR" if result in ("failure", "error") else "UNSET")
+        assert span.attributes["cicd.pipeline.task.run.url.full"].endswith(f"/runs/task-run/{row['id']}")
+        start, end = prefect.attempt_times(row, attempt)
+        times = line_times.get(span.span_id, [])
+        assert min([start, *times]) - 2 < span.start_unix_nano / 1000 < start + 2
+        assert end - 2 < span.end_unix_nano / 1000 < max([end, *times]) + 2
         parent = spans[span.parent_span_id]
         assert parent.name in ("executing", "child")
         assert parent.start_unix_nano <= span.start_unix_nano <= span.end_unix_nano <= parent.end_unix_nano or (
             parent.name == "child"
         )
-    linked = [span for span in tasks if span.name == "slow"]
-    assert all(spans[link].name == "extract" for span in linked for _, link in span.links)
-    assert all(span.links for span in linked)
+        linked = {spans[link].name for _, link in span.links}
+        of_nightly = span.attributes["cicd.pipeline.name"] == "nightly"
+        assert linked == ({"extract"} if span.name == "slow" and of_nightly else {span.name} if attempt > 1 else set())

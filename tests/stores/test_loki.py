@@ -12,6 +12,9 @@ import pytest
 from google.rpc.status_pb2 import Status
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
 
+from tailspan.logs.page import TaskRef
+from tailspan.testing import FakeTaskService
+from tests.deploy.queries import ALL, dashboard_queries
 from tests.fakes import loki as double
 from tests.fakes.agents import Bench
 from tests.fakes.collector import Collector, Reply, Request
@@ -51,6 +54,28 @@ def test_jobs_of_all_kinds(bench: Bench, loki: Loki) -> None:
             assert [line for line in stored if " read, " not in line and line not in events] == lines
             assert len(events) == (name == "failed")
         loki.restart()
+
+
+def test_the_dashboard_shows_the_lines_of_a_task(bench: Bench, loki: Loki) -> None:
+    """One job shows the lines of all tasks and of none, or of the chosen tasks, also of one with special characters."""
+    service = bench.services["fake"] = FakeTaskService("fake")
+    service.add_job("r-1", job_name="etl")
+    tasks = ["extract", "load.one", "a (b)+|c.*"]
+    service.add_lines("r-1", "of no task")
+    for name in tasks:
+        service.add_lines("r-1", f"of {name}", task=TaskRef(name, name))
+    service.set_state("r-1", "SUCCEEDED")
+    assert bench.once(timeout_s=60).delivered
+
+    def shown(*chosen: str) -> list[str]:
+        queries = dashboard_queries({"pipeline": "etl", "run_id": "r-1", "trace_id": ""}, chosen)
+        (query,) = (one.text for one in queries if one.panel == "job: Lines")
+        return [line for line in loki.query(query) if line.startswith("of ")]
+
+    assert sorted(shown(ALL)) == sorted(["of no task", *(f"of {name}" for name in tasks)])
+    for name in tasks:
+        assert shown(name) == [f"of {name}"]
+    assert sorted(shown(*tasks[1:])) == sorted(f"of {name}" for name in tasks[1:])
 
 
 HOUR_S, KIB = 3600.0, 1024

@@ -141,7 +141,7 @@ def spans_of(
             spans.append(executing if lines is None else _with_lines(executing, lines))
     elif ended:
         spans.append(_child(job, "queued", times.submitted_ns, times.finished_ns))
-    spans += task_spans(job, tasks, times, task_lines)
+    spans += task_spans(job, tasks, times, task_lines, job_ended=ended)
     if ended:
         spans.append(_run_span(job, ledger, times, delivery_known=delivery_known))
     return spans

@@ -8,10 +8,12 @@ Source: OpenTelemetry semantic conventions 1.44.0, CICD spans and attributes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 
 from tailspan.logs.page import LogPage
-from tailspan.models import TASK_RESULTS, JobStatus, TaskRun
+from tailspan.models import TASK_RESULTS, JobState, JobStatus, TaskRun
 from tailspan_agent.job.times import SHORTEST_NS, JobTimes, unix_nano
 from tailspan_agent.otlp.span import SpanData, SpanEvent, SpanKind, SpanLink, StatusCode
 from tailspan_agent.otlp.text import STORED_BYTES, shorten_middle
@@ -77,7 +79,12 @@ def failed_task(tasks: Iterable[TaskRun]) -> TaskRun | None:
 
 
 def task_spans(
-    job: JobStatus, tasks: Sequence[TaskRun], times: JobTimes, lines: LineTimes | None = None
+    job: JobStatus,
+    tasks: Sequence[TaskRun],
+    times: JobTimes,
+    lines: LineTimes | None = None,
+    *,
+    job_ended: bool = False,
 ) -> list[SpanData]:
     """Return the span of each attempt that has ended, in the order of the tasks.
 
@@ -86,14 +93,31 @@ def task_spans(
         tasks: Every attempt of its tasks.
         times: The job's times: for attempts whose service has none.
         lines: The times of the attempts' lines, which their spans contain.
+        job_ended: Whether the job has ended, and with it the attempts that its service still shows as running: what
+            was killed may never report its end, and its lines refer to its span.
 
     Returns:
         Spans; their ids depend on the job's identity, the task's id and the attempt only.
     """
+    if job_ended:
+        tasks = [_closed(job, task, times) for task in tasks]
     attempts: dict[str, list[TaskRun]] = {}
     for task in tasks:
         attempts.setdefault(task.task_id, []).append(task)
     return [_span(job, task, attempts, times, lines or LineTimes()) for task in tasks if task.ended]
+
+
+def _closed(job: JobStatus, task: TaskRun, times: JobTimes) -> TaskRun:
+    """Return an attempt that has ended with its job at the latest; one that did not start stays as it is."""
+    if task.ended or task.started_at is None:
+        return task
+    failed = job.state in (JobState.FAILED, JobState.TIMED_OUT, JobState.LOST)
+    return dataclasses.replace(
+        task,
+        result="error" if failed else "cancellation",
+        finished_at=max(task.started_at, datetime.fromtimestamp(times.finished_ns / 1e9, UTC)),
+        error="did not end before its job" if failed else None,
+    )
 
 
 def _span(job: JobStatus, task: TaskRun, attempts: _Attempts, times: JobTimes, lines: LineTimes) -> SpanData:

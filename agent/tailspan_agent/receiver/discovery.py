@@ -109,6 +109,7 @@ class JobDiscovery:
         self._clock_ahead_s = time.time() - time.monotonic()
         self._full_scan_at_s = float("-inf")
         self._changes: ChangeFeed | None = None
+        self._lost_feeds = 0
 
     @property
     def name(self) -> str:
@@ -169,6 +170,14 @@ class JobDiscovery:
             for tailer in self.tailers.values():
                 self._subscribe(tailer)
 
+    def _lose_changes(self, error: ServiceError) -> None:
+        """Close a feed that reports nothing any more: one that worked is opened again at once, another one later."""
+        self._lost_feeds += 1
+        self._close_changes()
+        if self._lost_feeds == 1:
+            _log.warning("service %s: change notifications lost (%s); falling back to polling", self.name, error)
+            self._wake_tailers(None)
+
     def _close_changes(self) -> None:
         if self._changes is not None:
             self._changes.close()
@@ -196,9 +205,10 @@ class JobDiscovery:
             except TimeoutError:
                 return
             except ServiceError as error:
-                _log.warning("service %s: change notifications lost (%s); falling back to polling", self.name, error)
-                self._close_changes()
-                jobs = None
+                self._lose_changes(error)
+                due_s = begun_s + pause_s
+                continue
+            self._lost_feeds = 0
             if self._wake_tailers(jobs):
                 due_s = min(due_s, begun_s + pause_s)
             # Gather notifications: a poll costs much more than its notification.

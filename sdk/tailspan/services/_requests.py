@@ -10,11 +10,11 @@ import random
 import ssl
 import time
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
 import anyio
@@ -36,6 +36,9 @@ from tailspan.errors import (
 from tailspan.http.client import BROKEN, NEVER_SENT, TOO_SLOW, HttpClient, Reply
 from tailspan.logs.clean import printable
 from tailspan.services._json_stream import ReplyError, Splitter, decode_json
+
+if TYPE_CHECKING:
+    from tailspan.http.websocket import WebSocket
 
 __all__ = [
     "Authorization",
@@ -189,6 +192,7 @@ class ServiceRequests:
 
     Attributes:
         tries: Number of attempts of a request that only reads; 1 for callers with a schedule of their own.
+        timeout_s: How long to wait for a connection and for each part of an answer, in seconds.
         reply_errors: What splitters raise for a reply that is not the expected one.
     """
 
@@ -213,7 +217,7 @@ class ServiceRequests:
             service: Name of the configured service, for messages.
             base_url: The URL that paths are below.
             credentials: Where the ``Authorization`` header comes from; one refusal renews it.
-            timeout_s: How long to wait for a connection and for each part of an answer, in seconds.
+            timeout_s: As the attribute.
             tls: Files for TLS.
             requests_per_second: The average rate of all requests.
             tries: As the attribute.
@@ -224,7 +228,7 @@ class ServiceRequests:
         self._service = service
         self._base_url = base_url
         self._credentials = credentials
-        self._timeout_s = timeout_s
+        self.timeout_s = self._timeout_s = timeout_s
         self._tls_files = tls or Tls()
         self._pace = Pace(requests_per_second)
         self._headers = {"Accept": "application/json", **(headers or {})}
@@ -323,6 +327,68 @@ class ServiceRequests:
                 if begun:
                     raise
                 await retries.wait(error)
+
+    async def authorization(self) -> Authorization:
+        """Return the header of the next request, for a protocol that has the token elsewhere. See `Authorizer`."""
+        return await self._credentials.authorization()
+
+    async def open_socket(self, path: str, *, subprotocol: str = "") -> WebSocket:
+        """Open a WebSocket. A refusal renews the credentials once.
+
+        Args:
+            path: Below the base URL, escaped.
+            subprotocol: The protocol of the messages; empty: none.
+
+        Raises:
+            ServiceUnavailableError: There is no connection.
+            AuthError: There are no usable credentials.
+        """
+        try:
+            # The package is not part of the SDK, and slow to import.
+            from tailspan.http.websocket import WebSocket, WebSocketError
+        except ImportError:
+            text = f"a WebSocket to {path} needs the package websockets: pip install 'tailspan[agent]'"
+            raise self._unavailable(text, None) from None
+        authorization = await self._credentials.authorization()
+        may_renew = True
+        while True:
+            await self._pace.wait()
+            try:
+                return await WebSocket.open(
+                    f"ws{self._base_url.removeprefix('http')}{path}",
+                    headers={authorization.header: authorization.value} if authorization.value else {},
+                    subprotocol=subprotocol,
+                    timeout_s=self._timeout_s,
+                    tls=self._tls(),
+                )
+            except WebSocketError as error:
+                renewed = None
+                if may_renew and error.status in self._renew_on:
+                    renewed = await self._credentials.renew(authorization)
+                if renewed is None:
+                    raise self._unavailable(f"WebSocket {self._base_url}{path}: {error}", None) from None
+                authorization, may_renew = renewed, False
+
+    @contextmanager
+    def socket_errors(self, path: str) -> Iterator[None]:
+        """Raise the errors of a WebSocket, and of messages with another form than expected, as ours.
+
+        Args:
+            path: Below the base URL, for messages.
+
+        Raises:
+            ServiceUnavailableError: The connection has ended, or is too slow.
+            ProtocolError: A message does not match what this API sends.
+        """
+        from tailspan.http.websocket import WebSocketError
+
+        try:
+            yield
+        except (WebSocketError, TimeoutError) as error:
+            why = str(error) or f"no answer within {self._timeout_s:g} s"
+            raise self._unavailable(f"WebSocket {self._base_url}{path}: {why}", None) from None
+        except (LookupError, TypeError, ValueError, AttributeError):
+            raise self.protocol_error(f"WebSocket {path}: a message is not as expected", None) from None
 
     async def aclose(self) -> None:
         """Close the connections; a later request opens new ones."""

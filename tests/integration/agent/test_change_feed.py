@@ -92,6 +92,25 @@ async def test_lost_notifications_are_made_up_for(bench: Bench, change: ServiceE
 
 
 @looped
+async def test_a_feed_that_never_works_is_not_opened_all_the_time(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is opened again at once, then only at full scans; one warning says so, and jobs are polled."""
+    fake = bench.services["fake"] = NotifyingService()
+    for _ in range(5):
+        fake.notified.put_nowait(ServiceUnavailableError("no WebSocket here"))
+    fake.add_job("j1")
+    async with bench.running():
+        await until(lambda: fake.opened == 2 and fake.notified.qsize() == 3)
+        lists = fake.calls.count(("list_jobs", ""))
+        await until(lambda: fake.calls.count(("list_jobs", "")) > lists)
+        fake.add_lines("j1", "a")
+        await bench.received(lambda: bench.bodies() == ["a"])
+        assert fake.opened == 2
+    assert caplog.text.count("falling back to polling") == 1
+
+
+@looped
 async def test_a_job_without_notifications_is_polled(bench: Bench) -> None:
     """At the kernel's limit, the job is polled, also without a list."""
     fake = bench.services["fake"] = NotifyingService()

@@ -185,3 +185,24 @@ async def test_spans_of_tasks_are_sent_once_over_a_restart(bench: Bench, service
         await bench.received(lambda: "run" in bench.spans())
     assert [span.name for span in bench.collector.spans()].count("extract") == 1
     assert attempts_counted(bench) == {("etl", "extract", "success"): (1, 2.0)}
+
+
+@pytest.mark.parametrize(
+    ("state", "result", "status"), [("CANCELED", "cancellation", "UNSET"), ("LOST", "error", "ERROR")]
+)
+def test_attempts_end_with_their_job(
+    bench: Bench, service: FakeTaskService, state: str, result: str, status: str
+) -> None:
+    """A task that was killed may be running for ever at its service: its lines have a span all the same."""
+    service.add_job("j1", job_name="etl", submitted_at=START, started_at=START)
+    service.set_task("j1", attempt(EXTRACT, None, 1, 0))
+    service.set_task("j1", TaskRun(task_id="n", name="never started"))
+    service.add_lines("j1", "reading", timestamp_ms=int(START.timestamp() * 1000) + 1500, task=EXTRACT)
+    service.set_state("j1", state, finished_at=at(7))
+    bench.once()
+    spans = bench.spans()
+    assert "never started" not in spans
+    assert spans["extract"].attributes["cicd.pipeline.task.run.result"] == result
+    assert spans["extract"].status == status
+    assert spans["extract"].span_id == bench.lines()[0].span_id
+    assert spans["extract"].end_unix_nano == spans["executing"].end_unix_nano

@@ -1,0 +1,127 @@
+"""`WebSocket`: the messages of a server over a WebSocket, for change notifications.
+
+Needs the package websockets, which the agent installs and the SDK alone does not: import this module where it is used.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Mapping
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import msgspec
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.typing import Subprotocol
+
+from tailspan._net import is_loopback
+from tailspan.http.client import user_agent
+
+__all__ = ["WebSocket", "WebSocketError"]
+
+_MAX_MESSAGE_BYTES = 4 << 20
+_FAULTS = (WebSocketException, OSError, TimeoutError, ImportError, ValueError)
+
+
+class WebSocketError(Exception):
+    """The connection cannot be opened, or has ended.
+
+    Attributes:
+        status: The HTTP status by which the server refused the connection; 0 for another reason.
+    """
+
+    def __init__(self, text: str, status: int = 0) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class _Connect(connect):
+    def process_redirect(self, exc: Exception) -> Exception | str:
+        # Credentials are for the configured host only.
+        return exc
+
+
+class WebSocket:
+    """An open connection for messages in JSON. It belongs to the event loop that opened it."""
+
+    def __init__(self, connection: ClientConnection) -> None:
+        self._connection = connection
+
+    @classmethod
+    async def open(
+        cls,
+        url: str,
+        *,
+        headers: Mapping[str, str],
+        subprotocol: str = "",
+        timeout_s: float,
+        tls: ssl.SSLContext | None = None,
+    ) -> WebSocket:
+        """Connect, through a proxy if the environment names one; never to this machine.
+
+        Args:
+            url: A ws or wss URL.
+            headers: Sent with the request.
+            subprotocol: The protocol of the messages; empty: none.
+            timeout_s: Time limit for connecting, in seconds.
+            tls: The TLS context; required for wss.
+
+        Raises:
+            WebSocketError: There is no connection.
+        """
+        try:
+            connection = await _Connect(
+                url,
+                subprotocols=[Subprotocol(subprotocol)] if subprotocol else None,
+                additional_headers=dict(headers),
+                user_agent_header=user_agent(),
+                # A small message may expand to gigabytes.
+                compression=None,
+                max_size=_MAX_MESSAGE_BYTES,
+                open_timeout=timeout_s,
+                proxy=None if is_loopback(urlsplit(url).hostname or "") else True,
+                ssl=tls,
+            )
+        except InvalidStatus as error:
+            status = error.response.status_code
+            raise WebSocketError(f"HTTP {status} {error.response.reason_phrase}".rstrip(), status) from None
+        except _FAULTS as error:
+            raise WebSocketError(str(error) or type(error).__name__) from error
+        return cls(connection)
+
+    async def send(self, message: Any) -> None:
+        """Send a message.
+
+        Raises:
+            WebSocketError: The connection has ended.
+        """
+        try:
+            await self._connection.send(msgspec.json.encode(message).decode())
+        except ConnectionClosed as error:
+            raise _closed(error) from None
+
+    async def receive(self) -> Any:
+        """Wait for the next message. The wait may be cancelled without losing a message.
+
+        Raises:
+            WebSocketError: The connection has ended, or the message is not JSON.
+        """
+        try:
+            return msgspec.json.decode(await self._connection.recv())
+        except ConnectionClosed as error:
+            raise _closed(error) from None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            self.close()
+            raise WebSocketError("the server sent a message that is not JSON") from None
+
+    def close(self) -> None:
+        """End the connection without a farewell."""
+        cast("Any", self._connection.transport).abort()
+
+
+def _closed(error: ConnectionClosed) -> WebSocketError:
+    frame = error.rcvd
+    if frame is None:
+        return WebSocketError("the connection broke off")
+    return WebSocketError(f"the server closed the connection ({frame.code}): {frame.reason or 'no reason given'}")
