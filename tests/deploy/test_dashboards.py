@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tailspan.local.environment import job_environment
 from tailspan.models import JobState, JobStatus, TaskRun
-from tailspan_agent.job.task_spans import task_spans
+from tailspan_agent.job.task_spans import LineTimes, TaskScene, task_spans
 from tailspan_agent.job.times import JobTimes
 from tailspan_agent.otlp.span import SpanData
 from tests.deploy.fleet import Fleet
@@ -198,7 +198,7 @@ def task_span() -> SpanData:
     now = datetime.now(UTC)
     task = TaskRun(task_id="e", name="extract", result="success", submitted_at=now, started_at=now, finished_at=now)
     job = JobStatus.from_state(JobState.RUNNING, job_id="r-1", job_name="etl", identity="", trace_id="0a" * 16)
-    (span,) = task_spans(job, [task], JobTimes(0, 0, 1))
+    (span,) = task_spans(job, [task], TaskScene(JobTimes(0, 0, 1), LineTimes()))
     return span
 
 

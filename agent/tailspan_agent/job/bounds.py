@@ -8,6 +8,7 @@ each status, row and page through these functions, and all other code may rely o
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 from collections.abc import Container, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -26,6 +27,7 @@ __all__ = [
     "MAX_ATTRIBUTES",
     "MAX_ATTRIBUTE_BYTES",
     "MAX_KEY_BYTES",
+    "MAX_TASKS_BYTES",
     "MAX_TASK_RUNS",
     "MAX_VALUE_BYTES",
     "bounded_open_line",
@@ -49,6 +51,9 @@ MAX_ATTRIBUTE_BYTES = 16 * 1024
 MAX_TASK_RUNS = 10_000
 """Each attempt that has ended is a span, and all are requested with each status."""
 
+MAX_TASKS_BYTES = 8 << 20
+"""Limit of the texts of a job's task runs together, without their ids and names, in bytes."""
+
 MAX_AHEAD = timedelta(days=1)
 """How far a time may be in the future: clocks and time zones differ. Later times mean "not known" (the year 9999)."""
 
@@ -64,6 +69,7 @@ _MAX_ATTEMPT = 1 << 31
 _EXIT_CODES = range(-(1 << 31), 1 << 32)
 _MAX_NAME_BYTES = 1024
 _MAX_TEXT_BYTES = 8192
+_SHORT_ERROR_BYTES = 256
 _MAX_AFTER = 128
 _STREAMS = frozenset(range(len(Stream.NAMES)))
 _SEVERITIES = frozenset(range(25))
@@ -161,17 +167,33 @@ def bounded_tasks(tasks: Sequence[TaskRun], *, now: datetime) -> list[TaskRun]:
         tasks: The runs as the service returned them.
         now: The present (aware), for times in the future.
     """
-    found = (_bounded_task(task, now) for task in tasks[:MAX_TASK_RUNS])
-    return [task for task in found if task is not None]
+    found: list[TaskRun] = []
+    room = MAX_TASKS_BYTES
+    for task in tasks[:MAX_TASK_RUNS]:
+        if (bounded := _bounded_task(task, now)) is not None:
+            room -= _details_size(bounded)
+            found.append(bounded if room >= 0 else _without_details(bounded))
+    return found
+
+
+def _details_size(task: TaskRun) -> int:
+    """Return about how many bytes the texts of a task run take that it can do without."""
+    texts = (task.error, task.url, task.instance_id, *task.after)
+    return sum(len(text) for text in texts if text is not None)
+
+
+def _without_details(task: TaskRun) -> TaskRun:
+    """Return a task run with short texts only."""
+    error = None if task.error is None else shorten_middle(task.error, _SHORT_ERROR_BYTES)
+    return dataclasses.replace(task, error=error, url=None, instance_id=None, after=())
 
 
 def _bounded_task(task: TaskRun, now: datetime) -> TaskRun | None:
     bounds = _Bounds(now)
-    # A cut id could be that of another task.
-    if not isinstance(task.task_id, str) or not 0 < len(_utf8(task.task_id).encode()) <= _MAX_NAME_BYTES:
+    if not isinstance(task.task_id, str) or not task.task_id:
         return None
     fields: dict[str, Any] = {
-        "task_id": _utf8(task.task_id),
+        "task_id": _task_id(task.task_id),
         "name": bounds.text("name", task.name, _MAX_NAME_BYTES) or "",
         "attempt": bounds.count("attempt", task.attempt, _MAX_ATTEMPT) or 1,
         "result": bounds.text("result", task.result, _MAX_NAME_BYTES),
@@ -179,13 +201,13 @@ def _bounded_task(task: TaskRun, now: datetime) -> TaskRun | None:
         "error": bounds.text("error", task.error, _MAX_TEXT_BYTES),
         "url": bounds.text("url", task.url, MAX_VALUE_BYTES),
         "instance_id": bounds.text("instance_id", task.instance_id, MAX_VALUE_BYTES),
-        "parent": bounds.text("parent", task.parent, _MAX_NAME_BYTES),
+        "parent": _task_id(task.parent) if isinstance(task.parent, str) else None,
     }
     for name in ("submitted_at", "started_at", "finished_at"):
         fields[name] = bounds.time(name, getattr(task, name))
     after = task.after if isinstance(task.after, tuple) else ()
-    if after is not task.after or len(after) > _MAX_AFTER or not all(_short(one) == one for one in after):
-        fields["after"] = tuple(one for one in after[:_MAX_AFTER] if one and _short(one) == one)
+    if after is not task.after or len(after) > _MAX_AFTER or not all(_task_id(one) == one for one in after):
+        fields["after"] = tuple(found for one in after[:_MAX_AFTER] if (found := _task_id(one)))
     changed = {name: value for name, value in fields.items() if value is not getattr(task, name)}
     return dataclasses.replace(task, **changed) if changed else task
 
@@ -253,7 +275,16 @@ def _bounded_run(run: LineRun, tasks: int, flags: int) -> LineRun:
 
 def _bounded_ref(task: TaskRef) -> TaskRef:
     attempt = task.attempt if _is_number(task.attempt, range(1, _MAX_ATTEMPT + 1)) else 1
-    return TaskRef(_short(task.task_id), _short(task.name), attempt)
+    return TaskRef(_task_id(task.task_id), _short(task.name), attempt)
+
+
+def _task_id(text: Any) -> str:
+    """Return the id of a task; of a long one, the start and a hash: without the middle, it could be that of another."""
+    kept = _utf8(text) if isinstance(text, str) else ""
+    if len(kept) <= _MAX_NAME_BYTES // 4 or len(data := kept.encode()) <= _MAX_NAME_BYTES:
+        return kept
+    found = f"#{hashlib.blake2b(data, digest_size=8).hexdigest()}"
+    return data[: _MAX_NAME_BYTES - len(found)].decode("utf-8", "ignore") + found
 
 
 def _short(text: Any) -> str:

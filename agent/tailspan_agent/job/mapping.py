@@ -14,7 +14,7 @@ Source: OpenTelemetry semantic conventions 1.44.0, CICD spans and attributes, ex
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -24,7 +24,7 @@ from tailspan.logs.page import NANOS_PER_MS
 from tailspan.models import JobState, JobStatus, TaskRun
 from tailspan_agent.analysis.failure import Failure, error_type, exit_reason, out_of_memory_line
 from tailspan_agent.job.ledger import JobLedger
-from tailspan_agent.job.task_spans import LineTimes, failed_task, task_spans, with_tasks
+from tailspan_agent.job.task_spans import LineTimes, TaskScene, failed_task, task_spans, with_tasks
 from tailspan_agent.job.times import SHORTEST_NS, JobTimes
 from tailspan_agent.otlp.log_record import LogRecordData, Severity
 from tailspan_agent.otlp.span import SpanData, SpanEvent, SpanKind, SpanLink, StatusCode
@@ -115,6 +115,7 @@ def spans_of(
     lines: SpanLines | None = None,
     tasks: Sequence[TaskRun] = (),
     task_lines: LineTimes | None = None,
+    written_tasks: Container[tuple[str, int]] = (),
 ) -> list[SpanData]:
     """Return the spans of a job that have ended by now, in the order in which they end.
 
@@ -123,9 +124,10 @@ def spans_of(
         ledger: Its ledger. The run span contains all lines, so it needs ``logs_complete``.
         delivery_known: Whether all lines are acknowledged. If not, the run span has no attributes of their delivery:
             a span cannot be corrected later; the receipt has them.
-        lines: Lines that the span of the execution carries as events, for stores that keep only traces.
+        lines: Lines that the spans of the execution and of tasks carry as events, for stores that keep only traces.
         tasks: Every attempt of the job's tasks.
         task_lines: The times of the tasks' lines.
+        written_tasks: Attempts of tasks to leave out, by id and number: a job may have thousands.
 
     Returns:
         Spans; their ids depend on the job's identity only. A span that was returned before may have other values now:
@@ -141,7 +143,8 @@ def spans_of(
             spans.append(executing if lines is None else _with_lines(executing, lines))
     elif ended:
         spans.append(_child(job, "queued", times.submitted_ns, times.finished_ns))
-    spans += task_spans(job, tasks, times, task_lines, job_ended=ended)
+    scene = TaskScene(times, task_lines or LineTimes(), None if lines is None else lines.tasks, written_tasks, ended)
+    spans += task_spans(job, tasks, scene)
     if ended:
         spans.append(_run_span(job, ledger, times, delivery_known=delivery_known))
     return spans
@@ -245,18 +248,7 @@ def _with_lines(span: SpanData, lines: SpanLines) -> SpanData:
     return replace(
         span,
         attributes={**span.attributes, "tailspan.lines.left_out": lines.count - len(chosen)},
-        events=tuple(
-            SpanEvent(
-                time_unix_nano=max(0, line.time_unix_nano),
-                name="log",
-                attributes={
-                    "message": line.text,
-                    **({"severity": line.severity.text} if line.severity.number else {}),
-                    **({"log.iostream": line.stream} if line.stream else {}),
-                },
-            )
-            for line in chosen
-        ),
+        events=tuple(line.event for line in chosen),
     )
 
 

@@ -9,8 +9,9 @@ Source: OpenTelemetry semantic conventions 1.44.0, CICD spans and attributes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 from tailspan.logs.page import LogPage
 from tailspan.models import TASK_RESULTS, JobState, JobStatus, TaskRun
@@ -19,8 +20,9 @@ from tailspan_agent.otlp.span import SpanData, SpanEvent, SpanKind, SpanLink, St
 from tailspan_agent.otlp.text import STORED_BYTES, shorten_middle
 from tailspan_agent.otlp.wire import AttributeValue
 from tailspan_agent.records.encode import span_id_of, task_run_id, task_span_id
+from tailspan_agent.records.span_lines import TaskLines
 
-__all__ = ["LineTimes", "failed_task", "task_spans", "with_tasks"]
+__all__ = ["LineTimes", "TaskScene", "failed_task", "task_spans", "with_tasks"]
 
 _MAX_LINKS = 64
 _MAX_TASKS = 4096
@@ -78,33 +80,42 @@ def failed_task(tasks: Iterable[TaskRun]) -> TaskRun | None:
     )
 
 
-def task_spans(
-    job: JobStatus,
-    tasks: Sequence[TaskRun],
-    times: JobTimes,
-    lines: LineTimes | None = None,
-    *,
-    job_ended: bool = False,
-) -> list[SpanData]:
+class TaskScene(NamedTuple):
+    """What the spans of attempts depend on besides the attempts.
+
+    Attributes:
+        times: The job's times: for attempts whose service has none.
+        line_times: The times of the attempts' lines, which their spans contain.
+        lines: Lines that the spans carry; None for none.
+        written: Attempts whose spans are left out, by the task's id and number.
+        job_ended: Whether the job has ended, and with it the attempts that its service still shows as running: what
+            was killed may never report its end, and its lines refer to its span.
+    """
+
+    times: JobTimes
+    line_times: LineTimes
+    lines: TaskLines | None = None
+    written: Container[tuple[str, int]] = ()
+    job_ended: bool = False
+
+
+def task_spans(job: JobStatus, tasks: Sequence[TaskRun], scene: TaskScene) -> list[SpanData]:
     """Return the span of each attempt that has ended, in the order of the tasks.
 
     Args:
         job: The job.
         tasks: Every attempt of its tasks.
-        times: The job's times: for attempts whose service has none.
-        lines: The times of the attempts' lines, which their spans contain.
-        job_ended: Whether the job has ended, and with it the attempts that its service still shows as running: what
-            was killed may never report its end, and its lines refer to its span.
+        scene: What else the spans depend on.
 
     Returns:
         Spans; their ids depend on the job's identity, the task's id and the attempt only.
     """
-    if job_ended:
-        tasks = [_closed(job, task, times) for task in tasks]
+    if scene.job_ended:
+        tasks = [_closed(job, task, scene.times) for task in tasks]
     attempts: dict[str, list[TaskRun]] = {}
     for task in tasks:
         attempts.setdefault(task.task_id, []).append(task)
-    return [_span(job, task, attempts, times, lines or LineTimes()) for task in tasks if task.ended]
+    return [_span(job, task, attempts, scene) for task in tasks if task.ended and task.key not in scene.written]
 
 
 def _closed(job: JobStatus, task: TaskRun, times: JobTimes) -> TaskRun:
@@ -120,8 +131,9 @@ def _closed(job: JobStatus, task: TaskRun, times: JobTimes) -> TaskRun:
     )
 
 
-def _span(job: JobStatus, task: TaskRun, attempts: _Attempts, times: JobTimes, lines: LineTimes) -> SpanData:
-    start_ns, end_ns = _times(task, attempts, times, lines)
+def _span(job: JobStatus, task: TaskRun, attempts: _Attempts, scene: TaskScene) -> SpanData:
+    start_ns, end_ns = _times(task, attempts, scene.times, scene.line_times)
+    lines, left_out = scene.lines.of(task.key) if scene.lines is not None else ((), None)
     result = task.result if task.result in TASK_RESULTS else "error"
     attributes: dict[str, AttributeValue | None] = {
         "cicd.pipeline.name": job.job_name or "unnamed",
@@ -136,6 +148,7 @@ def _span(job: JobStatus, task: TaskRun, attempts: _Attempts, times: JobTimes, l
         "tailspan.task.id": task.task_id,
         "tailspan.task.attempt": task.attempt,
         "tailspan.task.queued_s": _queued_s(task),
+        "tailspan.lines.left_out": left_out,
     }
     return SpanData(
         trace_id=job.trace_id,
@@ -146,7 +159,7 @@ def _span(job: JobStatus, task: TaskRun, attempts: _Attempts, times: JobTimes, l
         start_unix_nano=start_ns,
         end_unix_nano=max(end_ns, start_ns + SHORTEST_NS),
         attributes={key: value for key, value in attributes.items() if value is not None},
-        events=_events(task, end_ns),
+        events=(*(line.event for line in lines), *_events(task, end_ns)),
         links=_links(job, task, attempts),
         status=StatusCode.ERROR if task.failed else StatusCode.UNSET,
         status_message=shorten_middle(task.error or result, STORED_BYTES) if task.failed else "",
@@ -174,11 +187,23 @@ def _queued_s(task: TaskRun) -> float | None:
 
 def _parent_id(job: JobStatus, task: TaskRun, attempts: _Attempts) -> str:
     parents = attempts.get(task.parent or "", ())
-    if task.parent == task.task_id or not parents:
+    if not parents or _is_within_itself(task, attempts):
         return span_id_of(job, "executing")
     start_ns = unix_nano(task.started_at) or unix_nano(task.submitted_at)
     began = [one for one in parents if start_ns is None or (unix_nano(one.started_at) or 0) <= start_ns]
     return task_span_id(job, parents[0].task_id, (began or parents)[-1].attempt)
+
+
+def _is_within_itself(task: TaskRun, attempts: _Attempts) -> bool:
+    """Return whether a task is part of itself: stores show no span of such a circle."""
+    met: set[str] = set()
+    above = task.parent
+    while above and above in attempts and above not in met:
+        if above == task.task_id:
+            return True
+        met.add(above)
+        above = attempts[above][0].parent
+    return False
 
 
 def _links(job: JobStatus, task: TaskRun, attempts: _Attempts) -> tuple[SpanLink, ...]:

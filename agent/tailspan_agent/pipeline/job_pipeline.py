@@ -81,6 +81,7 @@ class JobPipeline:
         self._age_lines = self._age_reported = 0
         self._age_reason = ""
         self._run_reported = self.job.checkpoint.ended
+        self._attempts_ended = False
         self._unacked = 0
         self._unacked_seconds: Seconds = {}
         self._all_acked = Flag(is_set=True)
@@ -159,10 +160,18 @@ class JobPipeline:
             self._context.health.run_changes.set()
 
     def on_tasks(self, tasks: Sequence[TaskRun]) -> None:
-        """Apply the job's tasks as they are now; write the spans of attempts that have ended."""
+        """Apply the tasks as they are now; write the spans of ended attempts, unless their lines are to be read."""
         ended = {task.key for task in self.job.tasks if task.ended}
         self.job.update_tasks(tasks)
         if any(task.ended and task.key not in ended for task in tasks):
+            self._attempts_ended = True
+        if self.job.span_lines is None:
+            self.write_attempts()
+
+    def write_attempts(self) -> None:
+        """Write the spans of attempts that have ended: their lines were read since."""
+        if self._attempts_ended:
+            self._attempts_ended = False
             self.spans.write()
 
     def _end_attempt(self) -> None:
@@ -173,6 +182,7 @@ class JobPipeline:
         now_ns = time.time_ns()
         job.ledger = msgspec.structs.replace(job.ledger.with_state(now_ns, job.status.state), logs_complete=False)
         self.spans.write()
+        self.spans.start_attempt()
         job.start_span_lines()
         # What follows belongs to the next attempt: its times start again, the count of all lines continues.
         job.update_ledger(first_seen_ns=now_ns, first_line_ns=None, last_line_ns=None, states=(), logs_complete=None)

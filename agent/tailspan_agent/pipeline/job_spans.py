@@ -22,24 +22,41 @@ __all__ = ["JobSpans"]
 class JobSpans:
     """Writes the spans of one job to the store."""
 
-    __slots__ = ("_context", "_job", "_written")
+    __slots__ = ("_context", "_job", "_written", "_written_tasks")
 
     def __init__(self, job: TrackedJob) -> None:
         self._job = job
         self._context = job.context
         self._written: set[str] = set()
+        self._written_tasks: set[tuple[str, int]] = set()
 
     def write(self) -> None:
         """Write the spans that have ended by now; a span that was written before stays as it was."""
-        spans = self._ended()
+        self._add(self._ended())
+
+    def start_attempt(self) -> None:
+        """Write the spans of tasks again: the job runs again, and so do they."""
+        self._written_tasks.clear()
+
+    def _add(self, spans: Sequence[SpanData]) -> None:
         outbox = self._outbox(spans)
         if not outbox:
             return
         new = self._context.store.add_spans(self._job.checkpoint.key, outbox)
         self._written.update(span.span_id for span in outbox)
+        self._note_tasks(spans)
         if new:
             self._count_tasks(span for span in spans if span.span_id in new)
             self._wake_queue()
+
+    def _note_tasks(self, spans: Iterable[SpanData]) -> None:
+        """Note the attempts of tasks whose spans are written, and drop their lines."""
+        for span in spans:
+            if _is_of_task(span):
+                key = str(span.attributes["tailspan.task.id"]), int(str(span.attributes["tailspan.task.attempt"]))
+                self._written_tasks.add(key)
+                if self._job.span_lines is not None:
+                    self._job.span_lines.tasks.drop(key)
 
     def _count_tasks(self, spans: Iterable[SpanData]) -> None:
         """Add the attempts of tasks to the totals, each once, since a span is new once."""
@@ -75,6 +92,7 @@ class JobSpans:
         if kind is not None and not job.ledger.fingerprint:
             self._recognise_failure(name, kind)
         spans = self._ended(delivery_known=delivery_known)
+        self._add([span for span in spans if _is_of_task(span)])
         counted_kind = kind and bounded_error_type(kind, name, self._context.store.totals.values())
         counted_run = RunTotals(name, run.result, counted_kind).add(
             run.duration_s,
@@ -101,6 +119,7 @@ class JobSpans:
             lines=job.span_lines,
             tasks=job.tasks,
             task_lines=job.task_lines,
+            written_tasks=self._written_tasks,
         )
 
     def _recognise_failure(self, pipeline: str, kind: str) -> None:
@@ -124,3 +143,7 @@ class JobSpans:
     def _wake_queue(self) -> None:
         if self._context.spans is not None:
             self._context.spans.wake()
+
+
+def _is_of_task(span: SpanData) -> bool:
+    return "tailspan.task.id" in span.attributes

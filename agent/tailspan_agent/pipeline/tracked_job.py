@@ -15,6 +15,7 @@ from tailspan.services import JobService
 from tailspan_agent.analysis.baseline import PipelineHistory
 from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
 from tailspan_agent.checkpoint.rows import Checkpoint
+from tailspan_agent.job.bounds import MAX_TASK_RUNS
 from tailspan_agent.job.ledger import JobLedger
 from tailspan_agent.job.mapping import resource_attributes
 from tailspan_agent.job.task_spans import LineTimes
@@ -155,9 +156,15 @@ class TrackedJob:
         self.resource, self._log_resource = self._encode_resource(), b""
 
     def update_tasks(self, tasks: Sequence[TaskRun]) -> None:
-        """Take the tasks as they are now, without the configured secrets."""
+        """Take the tasks as they are now, without the configured secrets.
+
+        An attempt that was running and is not listed any more stays: its lines refer to its span.
+        """
         redactor = self.context.redactor
-        self.tasks = tuple(tasks) if redactor is None else tuple(map(redactor.redact_task, tasks))
+        found = list(tasks) if redactor is None else list(map(redactor.redact_task, tasks))
+        listed = {task.key for task in found}
+        vanished = [one for one in self.tasks if one.started_at and not one.ended and one.key not in listed]
+        self.tasks = (*found, *vanished[: max(0, MAX_TASK_RUNS - len(found))])
 
     @property
     def redacted_status(self) -> JobStatus:

@@ -300,6 +300,7 @@ class Tailer:
         unstarted = opened or pipeline.ledger.first_line_ns is None
         lines = await self._read(pipeline)
         self._follower.on_read(lines, started_s, from_start=from_start)
+        pipeline.write_attempts()
         if lines and unstarted and not self._follower.state.is_terminal:
             # The first line shows that the job has started; its service may know when. The end writes all spans.
             if pipeline.status.state is JobState.PENDING:

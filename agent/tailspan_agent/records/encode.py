@@ -29,6 +29,7 @@ __all__ = [
     "span_id_of",
     "task_run_id",
     "task_span_id",
+    "with_known_severities",
     "without_lower",
 ]
 
@@ -146,7 +147,7 @@ def encode_lines(page: LogPage, *, context: LogContext) -> EncodedLines:
         context: The context of the job's records.
     """
     lines = clean_lines(page)
-    severities = _with_known(context.learner.find_all(lines), page.runs)
+    severities = with_known_severities(context.learner.find_all(lines), page.runs)
     dropped = 0
     if context.min_severity:
         severities = severities.translate(without_lower(context.min_severity))
@@ -166,8 +167,13 @@ def encode_lines(page: LogPage, *, context: LogContext) -> EncodedLines:
     return EncodedLines(records, count, dropped, redactions)
 
 
-def _with_known(severities: bytes, runs: Sequence[LineRun]) -> bytes:
-    """Return the severities of lines with those that the service has, in place of what was found in the text."""
+def with_known_severities(severities: bytes, runs: Sequence[LineRun]) -> bytes:
+    """Return the severities of lines with those that the service has, in place of what was found in the text.
+
+    Args:
+        severities: What was found in the text, an index into `SEVERITIES` for each line.
+        runs: The runs of the lines.
+    """
     if not any(run.severity for run in runs):
         return severities
     known = b"".join(bytes([severity_index(run.severity) if run.severity else LEFT_OUT]) * run.lines for run in runs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -15,6 +16,16 @@ from tests.fakes.otlp_rows import LogRow
 
 START = datetime(2026, 11, 29, 10, tzinfo=UTC)
 EXTRACT, LOAD_1, LOAD_2 = TaskRef("e", "extract"), TaskRef("l", "load"), TaskRef("l", "load", 2)
+
+
+class ListingService(FakeTaskService):
+    """A service that lists what the test wants, of every job."""
+
+    listed: Sequence[TaskRun] = ()
+
+    async def list_tasks(self, job_id: str) -> Sequence[TaskRun]:
+        """Return what the test has set."""
+        return self.listed
 
 
 @pytest.fixture
@@ -206,3 +217,47 @@ def test_attempts_end_with_their_job(
     assert spans["extract"].status == status
     assert spans["extract"].span_id == bench.lines()[0].span_id
     assert spans["extract"].end_unix_nano == spans["executing"].end_unix_nano
+
+
+def test_tasks_of_every_size_and_form(bench: Bench) -> None:
+    """Thousands of tasks, attempts, indexes, long names, every character: each has its span, and memory is bounded."""
+    service = bench.services["fake"] = ListingService("fake")
+    service.add_job("j1", job_name="etl", submitted_at=START, started_at=START)
+    long_name, ends = "n" * 10_240, {"after": tuple(f"{number} {'a' * 2000}" for number in range(200))}
+    tasks = [TaskRun(task_id=f"t{n}", name=long_name, result="success", finished_at=at(n), **ends) for n in range(300)]
+    tasks += [attempt(TaskRef("again", "again", n), "failure", n, n + 1, error="e" * 9000) for n in range(1, 201)]
+    tasks += [attempt(TaskRef(f"mapped[{n}]", "mapped"), "success", 0, n + 1) for n in range(300)]
+    tasks += [attempt(TaskRef(chr(n), chr(n)), "success", 0, 1) for n in (*range(1, 300), 0x1F600, 0xFFFF)]
+    tasks += [attempt(TaskRef(f"{'i' * 10_240}{n}", "long id"), "success", 0, 1) for n in range(3)]
+    circle = [("one", "two"), ("two", "three"), ("three", "one"), ("self", "self"), ("below", "one")]
+    tasks += [attempt(TaskRef(one, one), "success", 0, 1, parent=parent) for one, parent in circle]
+    service.listed = tasks
+    ms = int(START.timestamp() * 1000)
+    for task in tasks[:50] + tasks[-30:]:
+        service.add_lines("j1", "line", timestamp_ms=ms, task=TaskRef(task.task_id, task.name, task.attempt))
+    service.set_state("j1", "SUCCEEDED", finished_at=at(3000))
+    assert bench.once(otlp={"lines_on_spans": True}).delivered
+    spans = {span.span_id: span for span in bench.collector.spans() if "tailspan.task.id" in span.attributes}
+    assert len(spans) == len(tasks)
+    assert {line.span_id for line in bench.lines()} <= spans.keys()
+    assert max(len(span.name.encode()) for span in spans.values()) <= 1024
+    assert sum(len(span.links) for span in spans.values()) < 10_000
+    executing = bench.spans()["executing"].span_id
+    parents = {span.attributes["tailspan.task.id"]: span.parent_span_id for span in spans.values()}
+    assert {parents[one] for one in ("one", "two", "three", "self")} == {executing}
+    assert spans[parents["below"]].name == "one"
+
+
+@looped
+async def test_a_task_that_vanishes_keeps_its_span(bench: Bench) -> None:
+    """A service may forget a running attempt: its lines have a span all the same."""
+    service = bench.services["fake"] = ListingService("fake")
+    service.add_job("j1", job_name="etl", submitted_at=START, started_at=START)
+    service.listed = [attempt(EXTRACT, None, 1, 0)]
+    service.add_lines("j1", "reading", timestamp_ms=int(START.timestamp() * 1000) + 1500, task=EXTRACT)
+    async with bench.running():
+        await bench.received(lambda: bench.bodies() == ["reading"])
+        service.listed = []
+        service.set_state("j1", "SUCCEEDED", finished_at=at(7))
+        await bench.received(lambda: "run" in bench.spans() and "extract" in bench.spans())
+    assert bench.spans()["extract"].span_id == bench.lines()[0].span_id

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from tailspan.testing import FakeService
+from tailspan.logs.page import TaskRef
+from tailspan.models import TaskRun
+from tailspan.testing import FakeService, FakeTaskService
 from tailspan_agent.commands.check import check
 from tailspan_agent.exporter import retry
 from tailspan_agent.pipeline import queue
@@ -174,3 +177,27 @@ def test_a_tempo_keeps_what_was_raised(bench: Bench, collector: Collector) -> No
     assert stack.endswith("ValueError: the last line")
     (record,) = (row for row in collector.log_records() if row.event_name == "exception")
     assert all(line in record.attributes["exception.stacktrace"] for line in frames)
+
+
+def test_the_span_of_a_task_has_its_last_lines(bench: Bench) -> None:
+    """Without logs among the signals, each attempt of a task shows its own lines, and how many are left out."""
+    service = bench.services["fake"] = FakeTaskService("fake")
+    start = datetime(2026, 11, 29, 10, tzinfo=UTC)
+    service.add_job("j1", job_name="etl", submitted_at=start, started_at=start)
+    for number, result in ((1, "failure"), (2, "success")):
+        times = {"started_at": start, "finished_at": start + timedelta(seconds=9)}
+        service.set_task("j1", TaskRun(task_id="l", name="load", attempt=number, result=result, **times))
+        lines = [f"{number}.{line}" for line in range(70)]
+        ms = int(start.timestamp() * 1000) + number
+        service.add_lines("j1", *lines, timestamp_ms=ms, task=TaskRef("l", "load", number), severity=17)
+    service.set_state("j1", "SUCCEEDED", finished_at=start + timedelta(seconds=9))
+    assert bench.once(otlp={"signals": ["traces"]}).delivered
+    first, second = sorted(
+        (span for span in bench.collector.spans() if span.name == "load"),
+        key=lambda span: span.attributes["tailspan.task.attempt"],
+    )
+    assert messages(first) == [f"1.{line}" for line in range(20, 70)]
+    assert messages(second) == [f"2.{line}" for line in range(20, 70)]
+    assert second.events[0].attributes["severity"] == "ERROR"
+    assert first.attributes["tailspan.lines.left_out"] == 20
+    assert [event.name for event in first.events][-1] == "exception"

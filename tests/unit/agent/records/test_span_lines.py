@@ -6,8 +6,8 @@ from tailspan.config import RedactPattern, RedactSettings
 from tailspan.logs.page import Line, LogPage
 from tailspan_agent.records.encode import LogContext
 from tailspan_agent.records.redact import Redactor
-from tailspan_agent.records.severity import severity_number
-from tailspan_agent.records.span_lines import MAX_BYTES, MAX_LINES, SpanLines
+from tailspan_agent.records.severity import SEVERITIES, severity_number
+from tailspan_agent.records.span_lines import MAX_BYTES, MAX_LINES, MAX_TASK_BYTES, MAX_TASKS_BYTES, SpanLine, SpanLines
 
 
 def page(lines: list[str], *, first: int = 0) -> LogPage:
@@ -79,3 +79,21 @@ def test_the_minimum_severity_and_the_redactor_count() -> None:
     assert "key-" not in first
     assert "1" not in first
     assert second == "ERROR: y"
+
+
+def test_the_lines_of_tasks_are_bounded() -> None:
+    """By attempt and by job: of too many, the attempt that printed least recently loses its lines, not its count."""
+    tasks = SpanLines().tasks
+    line = SpanLine(0, 0, SEVERITIES[0], "", "x" * 2000)
+    for number in range(200):
+        for attempt in range(1, 11):
+            tasks.add((f"t{number}", attempt), line)
+            assert tasks.size <= MAX_TASKS_BYTES
+    for _ in range(100):
+        tasks.add(("t199", 10), line)
+    assert len(tasks.of(("t199", 10))[0]) == MAX_TASK_BYTES // 2000
+    assert tasks.of(("t0", 1)) == ([], 0)
+    for number in range(200):
+        for attempt in range(1, 11):
+            tasks.drop((f"t{number}", attempt))
+    assert tasks.size == 0
