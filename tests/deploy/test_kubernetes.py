@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tailspan.services.kubernetes.service import RIGHTS
+from tailspan.services.registry import open_service
 from tailspan_agent.agent import _LAST_PUSH_S
 from tailspan_agent.web.server import _STOP_GRACE_S
 from tests.deploy.configured import DEPLOY, settings_of, understood
@@ -64,6 +66,27 @@ def test_tailspan_understands_the_manifests() -> None:
     assert settings.services["fused"]["token_file"] == f"{tokens}/fused"
     (port,) = read("base/statefulset.yaml")["spec"]["template"]["spec"]["containers"][0]["ports"]
     assert settings.agent.listen_address == ("0.0.0.0", port["containerPort"])
+
+
+def test_the_agent_that_follows_jobs_has_the_rights_for_it() -> None:
+    """Its configuration is understood, and its role gives what the service asks for, and nothing that changes things."""
+    settings = settings_of({}, KUBERNETES / "jobs" / "config.toml")
+    assert open_service("kubernetes", settings).name == "kubernetes"
+    roles = {one["metadata"]["name"]: one for one in yaml.safe_load_all((KUBERNETES / "jobs" / "rbac.yaml").read_text())}
+    given = {
+        (group, resource, verb)
+        for rule in roles["tailspan-jobs"]["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    needed = {
+        (group, "/".join(one for one in (resource, part) if one), verb)
+        for group, resource, part, verbs, *_ in RIGHTS
+        for verb in verbs
+    }
+    assert needed - given == {("batch", "jobs", "delete"), ("batch", "jobs", "create")}
+    assert {verb for _, _, verb in given} == {"get", "list", "watch"}
 
 
 def test_pods_fit_the_restricted_profile() -> None:

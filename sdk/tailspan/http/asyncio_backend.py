@@ -32,6 +32,14 @@ _LONGER_S = 1.0
 class AsyncioBackend(httpcore.AsyncNetworkBackend):
     """Opens connections on the running event loop."""
 
+    def __init__(self, max_waiting_bytes: int = _MAX_WAITING_BYTES) -> None:
+        """Open nothing yet.
+
+        Args:
+            max_waiting_bytes: Reading pauses while this much is unread, besides what asyncio reads at once.
+        """
+        self._max_waiting_bytes = max_waiting_bytes
+
     async def connect_tcp(
         self,
         host: str,
@@ -44,6 +52,7 @@ class AsyncioBackend(httpcore.AsyncNetworkBackend):
         try:
             async with asyncio.timeout(timeout):
                 stream = await _connect(host, port, (local_address, 0) if local_address is not None else None)
+                stream.max_waiting_bytes = self._max_waiting_bytes
         except TimeoutError as error:
             raise httpcore.ConnectTimeout(str(error)) from error
         except OSError as error:
@@ -74,6 +83,7 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
     """One connection, with TLS after `start_tls`. At most one task reads and one writes at a time, as httpcore does."""
 
     def __init__(self) -> None:
+        self.max_waiting_bytes = _MAX_WAITING_BYTES
         self._transport: asyncio.Transport
         self._loop = asyncio.get_running_loop()
         self._received: deque[bytes] = deque()
@@ -96,7 +106,7 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
             await _in_time(self._read_again, timeout, httpcore.ReadTimeout)
         if self._received:
             piece = self._received.popleft()
-            if self._waiting_bytes >= _MAX_WAITING_BYTES > self._waiting_bytes - len(piece) and not self._ended:
+            if self._waiting_bytes >= self.max_waiting_bytes > self._waiting_bytes - len(piece) and not self._ended:
                 self._transport.resume_reading()
             self._waiting_bytes -= len(piece)
             return piece
@@ -191,7 +201,7 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """See asyncio."""
         self._received.append(data)
-        if self._waiting_bytes < _MAX_WAITING_BYTES <= self._waiting_bytes + len(data):
+        if self._waiting_bytes < self.max_waiting_bytes <= self._waiting_bytes + len(data):
             self._transport.pause_reading()
         self._waiting_bytes += len(data)
         _wake(self._read_again)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import importlib.util
 import os
+import socket as sockets
 import ssl
 import sys
 import zlib
@@ -46,6 +47,9 @@ _SLICE_BYTES = 1 << 20
 _PIECE_BYTES = 1 << 20
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _PROXY_SCHEMES = (b"http", b"https", b"socks5", b"socks5h")
+# Finds a dead peer of a silent connection within a minute and a half.
+_KEEP_ALIVE_OPTIONS = (("TCP_KEEPIDLE", 45), ("TCP_KEEPALIVE", 45), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 3))
+_STREAM_BYTES = 64 << 10
 # RFC 3986: characters that a target may contain unescaped; a percent sign begins an escape.
 _IN_TARGET = "/?:@!$&'()*+,;=-._~%[]"
 
@@ -122,6 +126,8 @@ class HttpClient:
         max_idle: int,
         uses_proxy: bool = True,
         socket: Path | None = None,
+        server_name: str | None = None,
+        streams: bool = False,
     ) -> None:
         """Configure the client.
 
@@ -136,6 +142,9 @@ class HttpClient:
                 holds its connection, and other requests must not wait for it.
             uses_proxy: Whether to read the environment for a proxy; False for requests to this host.
             socket: The Unix socket to connect to instead of the URL's host.
+            server_name: The name in the server's certificate; None: the URL's host.
+            streams: Whether bodies may be silent for hours: a wait for the body then has no time limit, TCP keep-alive
+                finds a dead server, and little is read ahead of the caller.
 
         Raises:
             ConfigError: The URL, or the proxy that the environment names, is not usable.
@@ -149,7 +158,8 @@ class HttpClient:
             raise ConfigError(f"{key}: {url.rpartition('@')[2]} is not a usable URL", key=key)
         self._path = parts.path
         self._query = parts.query
-        self._timeouts = {"connect": timeout_s, "read": timeout_s, "write": timeout_s}
+        timeouts = {"connect": timeout_s, "read": None if streams else timeout_s, "write": timeout_s}
+        self._extensions = {"timeout": timeouts, "sni_hostname": server_name}
         self._origin = parts.scheme.encode(), host.encode(), port
         default_port = _DEFAULT_PORTS[parts.scheme]
         named = host_port(host, None if port == default_port else port)
@@ -165,7 +175,8 @@ class HttpClient:
             max_keepalive_connections=max_idle,
             keepalive_expiry=keep_alive_s,
             uds=None if socket is None else os.fspath(socket),
-            network_backend=AsyncioBackend(),
+            network_backend=AsyncioBackend(_STREAM_BYTES) if streams else AsyncioBackend(),
+            socket_options=list(_stream_options()) if streams else None,
         )
 
     async def send(
@@ -201,7 +212,7 @@ class HttpClient:
             httpcore.URL(scheme=scheme, host=host, port=port, target=target.encode()),
             headers=sent,
             content=_Slices(content) if content else None,
-            extensions={"timeout": self._timeouts},
+            extensions=dict(self._extensions),
         )
         return Reply(await self._pool.handle_async_request(request))
 
@@ -307,6 +318,14 @@ def _ascii_host(host: str) -> str:
     import idna
 
     return idna.encode(host).decode()
+
+
+def _stream_options() -> Iterator[tuple[int, int, int]]:
+    yield sockets.SOL_SOCKET, sockets.SO_KEEPALIVE, 1
+    yield sockets.SOL_SOCKET, sockets.SO_RCVBUF, _STREAM_BYTES
+    for name, value in _KEEP_ALIVE_OPTIONS:
+        if (option := getattr(sockets, name, None)) is not None:
+            yield sockets.IPPROTO_TCP, option, value
 
 
 def _basic(user: str, password: str) -> str:

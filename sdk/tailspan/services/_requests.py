@@ -210,6 +210,8 @@ class ServiceRequests:
         tries: int = 1,
         headers: Mapping[str, str] | None = None,
         renew_on: Sequence[int] = (401,),
+        server_name: str | None = None,
+        streams: bool = False,
     ) -> None:
         """Open nothing yet.
 
@@ -223,6 +225,8 @@ class ServiceRequests:
             tries: As the attribute.
             headers: Headers of every request.
             renew_on: Statuses of a refused ``Authorization``.
+            server_name: The name in the server's certificate; None: the URL's host.
+            streams: Whether replies may be silent for hours; see `HttpClient`.
         """
         self.tries = tries
         self._service = service
@@ -233,6 +237,8 @@ class ServiceRequests:
         self._pace = Pace(requests_per_second)
         self._headers = {"Accept": "application/json", **(headers or {})}
         self._renew_on = frozenset(renew_on)
+        self._server_name = server_name
+        self._streams = streams
         self._client: HttpClient | None = None
         self._client_loop: object = None
 
@@ -592,6 +598,8 @@ class ServiceRequests:
                 tls=self._tls(),
                 keep_alive_s=_KEEP_ALIVE_S,
                 max_idle=_MAX_IDLE,
+                server_name=self._server_name,
+                streams=self._streams,
             )
             self._client_loop = loop
         return self._client

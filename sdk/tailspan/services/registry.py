@@ -24,6 +24,7 @@ _BUILT_IN: Mapping[str, str] = {
     "dagster": "tailspan.services.dagster:DagsterService",
     "files": "tailspan.services.files:FilesService",
     "fused": "tailspan.services.fused:FusedService",
+    "kubernetes": "tailspan.services.kubernetes:KubernetesService",
     "local": "tailspan.services.local:LocalService",
     "prefect": "tailspan.services.prefect:PrefectService",
     "systemd": "tailspan.services.systemd:SystemdService",

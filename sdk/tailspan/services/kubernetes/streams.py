@@ -1,0 +1,355 @@
+"""`LogStreams`: the logs of running containers, each followed over a connection of its own.
+
+A log that is only polled loses what the kubelet rotates away between two reads, and all that a pod writes before it is
+deleted. A stream that is open gets both. It holds what has arrived until a reader's cursor has passed it, and reads no
+further while its buffer is full.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing
+
+from tailspan._backoff import backoff_s
+from tailspan.errors import JobNotFoundError, RequestRejectedError, TailspanError
+from tailspan.services._requests import Params, path_segment
+from tailspan.services.kubernetes.log import START, Entry, LogReader, Position, since_time
+from tailspan.services.kubernetes.record import Instance, JobRecord
+from tailspan.services.kubernetes.requests import KubernetesRequests
+
+__all__ = ["LogStream", "LogStreams", "log_request", "retry_s"]
+
+# A stream reads no further while it holds this much, or while all of them hold that much.
+_MAX_BYTES = 1 << 20
+_MAX_BYTES_OF_ALL = 64 << 20
+_ENTRY_BYTES = 150
+_TAIL_LINES, _TAIL_BYTES = 200, 16 << 10
+_FIRST_RETRY_S, _LONGEST_RETRY_S = 0.2, 15.0
+# How long after its end of a log the status of the container may say that it runs.
+_STATUS_LAG_S = 5.0
+_NOT_YET = 400
+_SHORT_S = 2.0
+_MISSING_S = 60.0
+
+_log = logging.getLogger(__name__)
+
+
+def log_request(instance: Instance, after: Position, *, follow: bool, previous: bool = False) -> tuple[str, Params]:
+    """Return path and query of the log of a container.
+
+    Args:
+        instance: The run of the container.
+        after: Only lines from about this position on.
+        follow: Whether the reply goes on until the container ends.
+        previous: Whether the container has been restarted since.
+    """
+    meta = instance.pod.pod.metadata
+    query: dict[str, int | str] = {"container": instance.container, "timestamps": "true"}
+    query |= {"follow": "true"} if follow else {}
+    query |= {"previous": "true"} if previous else {}
+    since = since_time(after)
+    query |= {"sinceTime": since} if since else {}
+    return f"/api/v1/namespaces/{path_segment(meta.namespace)}/pods/{path_segment(meta.name)}/log", query
+
+
+def retry_s(failures: int) -> float:
+    """Return the delay before a reply without an end is opened again, in seconds: a proxy that restarts cuts many.
+
+    Args:
+        failures: How often it failed since it was good.
+    """
+    first = _FIRST_RETRY_S * (0.5 + random.random())
+    return min(backoff_s(failures - 1, random.random()), _LONGEST_RETRY_S) if failures > 1 else first
+
+
+class LogStream:
+    """The log of one run of a container, as it arrives.
+
+    Attributes:
+        instance: The run of the container.
+        job: Its job.
+        base: The buffer begins after this position.
+        newest: The last line that arrived; at first the position to begin after.
+        is_over: Whether the log was read to its end.
+        notes: Sentences of the kubelet in place of the log.
+        tail: The last lines that left the buffer.
+    """
+
+    def __init__(self, streams: LogStreams, job: JobRecord, instance: Instance, after: Position) -> None:
+        """Open nothing yet.
+
+        Args:
+            streams: All of them.
+            job: As the attribute.
+            instance: As the attribute.
+            after: Begin after this position.
+        """
+        self.instance = instance
+        self.job = job
+        self.base = self.newest = after
+        self.is_over = False
+        self.notes: list[str] = []
+        self.tail: deque[Entry] = deque(maxlen=_TAIL_LINES)
+        self.opened_s = time.monotonic()
+        self._streams = streams
+        self._entries: deque[Entry] = deque()
+        self._bytes = 0
+        self._first: Entry | None = None
+        self._begins_at_start = after == START
+        self._was_followed = False
+        self._changed = asyncio.Event()
+        self._room = asyncio.Event()
+        self.task = asyncio.get_running_loop().create_task(self._run())
+
+    @property
+    def waits(self) -> bool:
+        """Whether lines are in the buffer."""
+        return bool(self._entries)
+
+    def covers(self, position: Position) -> bool:
+        """Return whether all lines after a position are in the buffer, or have not arrived."""
+        return position in (self.base, self.newest) or any(entry.position == position for entry in self._entries)
+
+    def trim(self, position: Position) -> None:
+        """Drop the lines up to a position that is covered: a cursor has passed them."""
+        if position == self.base:
+            return
+        while self._entries:
+            entry = self._entries.popleft()
+            self._count(-len(entry.text) - _ENTRY_BYTES)
+            self.base = entry.position
+            if len(entry.text) < _TAIL_BYTES:
+                self.tail.append(entry)
+            if entry.position == position:
+                break
+        self._room.set()
+        self._streams.room.set()
+
+    def entries(self) -> list[Entry]:
+        """Return the lines in the buffer."""
+        return list(self._entries)
+
+    def on_change(self) -> None:
+        """Note that the status of the pod has changed."""
+        self._changed.set()
+
+    def close(self) -> None:
+        """Stop following, and drop the buffer."""
+        self.task.cancel()
+        self._count(-self._bytes)
+        self._entries.clear()
+        self._streams.room.set()
+
+    def _count(self, size: int) -> None:
+        self._bytes += size
+        self._streams.held_bytes += size
+
+    async def _run(self) -> None:
+        failures, missing_since_s = 0, None
+        while True:
+            opened_s, before = time.monotonic(), self.newest
+            try:
+                if await self._step():
+                    break
+                failures, missing_since_s = 0, None
+            except TailspanError as error:
+                if isinstance(error, JobNotFoundError):
+                    missing_since_s = missing_since_s or opened_s
+                if self._is_final(error, time.monotonic() - (missing_since_s or time.monotonic())):
+                    break
+                _log.debug("log of %s: %s", self.instance.key, error)
+                # A connection that brought lines, or was good for a while, begins a new series of failures.
+                was_good = self.newest != before or time.monotonic() - opened_s > _LONGEST_RETRY_S
+                failures = 1 if was_good else failures + 1
+                await self._wait(retry_s(failures))
+        self.is_over = True
+        self._streams.on_end(self)
+
+    async def _step(self) -> bool:
+        """Read one reply; return whether that was the last one."""
+        ahead = self._number_now() - self.instance.number
+        if ahead > 1:
+            # Only the log of the run before the present one is kept.
+            return True
+        if self._was_followed or ahead:
+            return await self._read_rest(previous=ahead > 0)
+        async with aclosing(self._replies(LogReader(self.newest), self.newest, follow=True)) as replies:
+            async for entries in replies:
+                await self._add(entries)
+        # A kubelet that stops ends the replies of running containers, too.
+        self._was_followed = await self._has_ended()
+        return self._was_followed and self.instance.pod.gone_at is not None
+
+    async def _read_rest(self, *, previous: bool) -> bool:
+        """Read what the follower of the kubelet has left out; return whether that was of this run for sure."""
+        number = self._number_now()
+        current = self.instance.pod.instance(self.instance.container, self.instance.number) or self.instance
+        ended, before_ns = current.terminated, None
+        if previous and self._first is not None and self._begins_at_start and ended is not None:
+            # If the kubelet was ahead of the status, the stream may have had the next run. A short one is read whole.
+            started_at, finished_at = ended.started_at, ended.finished_at
+            if started_at is None or finished_at is None or (finished_at - started_at).total_seconds() <= _SHORT_S:
+                before_ns = self._first.time_ns
+        reader = LogReader(self.newest, before_ns=before_ns, until_ns=None if previous else current.until_ns)
+        after = self.newest if before_ns is None else START
+        held: list[Entry] = []
+        async with aclosing(self._replies(reader, after, follow=False, previous=previous)) as replies:
+            async for entries in replies:
+                held += entries
+                if sum(len(entry.text) for entry in held) > _MAX_BYTES:
+                    await self._add(held)
+                    held = []
+        if self._number_now() != number:
+            return False
+        await self._add(held)
+        return True
+
+    async def _replies(
+        self, reader: LogReader, after: Position, *, follow: bool, previous: bool = False
+    ) -> AsyncGenerator[list[Entry], None]:
+        path, query = log_request(self.instance, after, follow=follow, previous=previous)
+        async with self._streams.requests.stream(path, query, job_id=self.job.job_id) as pieces:
+            async for piece in pieces:
+                yield reader.feed(piece)
+        yield reader.close()
+        self.notes = reader.notes
+
+    async def _add(self, entries: list[Entry]) -> None:
+        if not entries:
+            return
+        self._first = self._first or entries[0]
+        self._entries.extend(entries)
+        self._count(sum(len(entry.text) for entry in entries) + _ENTRY_BYTES * len(entries))
+        self.newest = entries[-1].position
+        self._streams.on_lines(self)
+        while self._bytes > _MAX_BYTES or (self._streams.held_bytes > _MAX_BYTES_OF_ALL and self._entries):
+            # The socket is not read meanwhile, so the API server and the kubelet wait, too.
+            self._room.clear()
+            self._streams.room.clear()
+            await self._streams.wait_for_room(self._room)
+
+    def _is_final(self, error: TailspanError, missing_s: float) -> bool:
+        """Return whether no later request will bring more of this log."""
+        pod = self.instance.pod
+        if isinstance(error, JobNotFoundError):
+            # A kubelet that has just started does not know its pods yet.
+            return pod.gone_at is not None or missing_s > _MISSING_S
+        if isinstance(error, RequestRejectedError) and error.status_code == _NOT_YET:
+            # The container waits to start: the status was ahead of the kubelet. Or its log is not kept any more.
+            return pod.is_over or self._number_now() != self.instance.number
+        return False
+
+    async def _has_ended(self) -> bool:
+        """Return whether the container has ended, as far as the status says so in time."""
+        deadline_s = time.monotonic() + _STATUS_LAG_S
+        while not self._status_has_ended():
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                return False
+            await self._wait(left_s)
+        return True
+
+    def _status_has_ended(self) -> bool:
+        pod = self.instance.pod
+        return pod.is_over or (self.instance.container, self.instance.number) in pod.ended
+
+    def _number_now(self) -> int:
+        status = self.instance.pod.pod.status_of(self.instance.container)
+        return status.restart_count if status is not None else self.instance.number
+
+    async def _wait(self, seconds: float) -> None:
+        self._changed.clear()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
+        except TimeoutError:
+            return
+
+
+class LogStreams:
+    """All streams of one service.
+
+    Attributes:
+        requests: Sends the requests.
+        most: How many are open at a time.
+        held_bytes: What all buffers hold.
+        room: Set when a buffer has become smaller.
+    """
+
+    def __init__(self, requests: KubernetesRequests, most: int, on_lines: Callable[[JobRecord], object]) -> None:
+        """Open nothing yet.
+
+        Args:
+            requests: As the attribute.
+            most: As the attribute.
+            on_lines: Called with the job when lines of it have arrived, or a log has ended.
+        """
+        self.requests = requests
+        self.most = most
+        self.held_bytes = 0
+        self.room = asyncio.Event()
+        self._on_lines = on_lines
+        self._by_key: dict[tuple[str, str, int], LogStream] = {}
+        self._open = 0
+
+    def __iter__(self) -> Iterator[LogStream]:
+        return iter(self._by_key.values())
+
+    def get(self, instance: Instance) -> LogStream | None:
+        """Return the stream of a run of a container, also one that is over."""
+        return self._by_key.get(instance.key)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another one may be opened."""
+        return self._open < self.most
+
+    def open(self, job: JobRecord, instance: Instance, after: Position = START) -> LogStream:
+        """Follow the log of a run of a container, or read it if it has ended.
+
+        Args:
+            job: The job.
+            instance: The run of the container.
+            after: Begin after this position.
+        """
+        stream = LogStream(self, job, instance, after)
+        self._by_key[instance.key] = stream
+        self._open += 1
+        return stream
+
+    def on_lines(self, stream: LogStream) -> None:
+        """Report lines."""
+        self._on_lines(stream.job)
+
+    def on_end(self, stream: LogStream) -> None:
+        """Report the end of a log."""
+        self._open -= 1
+        self._on_lines(stream.job)
+
+    def close(self, stream: LogStream) -> None:
+        """Stop following a log, and forget it."""
+        if not stream.is_over:
+            self._open -= 1
+        stream.close()
+        self._by_key.pop(stream.instance.key, None)
+
+    async def wait_for_room(self, own: asyncio.Event) -> None:
+        """Wait until a buffer has become smaller."""
+        waits = [asyncio.ensure_future(event.wait()) for event in (own, self.room)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for one in waits:
+                one.cancel()
+
+    async def aclose(self) -> None:
+        """Close all of them."""
+        streams = list(self)
+        for stream in streams:
+            self.close(stream)
+        await asyncio.gather(*(stream.task for stream in streams), return_exceptions=True)
