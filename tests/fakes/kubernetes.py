@@ -32,7 +32,7 @@ _NANOS = 1_000_000_000
 
 @dataclass(eq=False)
 class _Log:
-    """What one run of a container wrote: files of lines, of which only the last is read plainly."""
+    """What one run of a container wrote: files of lines. A plain read has the last one only."""
 
     files: list[list[tuple[int, bytes]]] = field(default_factory=lambda: [[]])
     ended: bool = False

@@ -14,8 +14,8 @@ from tailspan.services._http_service import drop_oldest
 from tailspan.services.kubernetes.objects import Job, JobList, Pod, PodList
 from tailspan.services.kubernetes.record import Instance, JobRecord
 from tailspan.services.kubernetes.requests import KubernetesRequests
-from tailspan.services.kubernetes.streams import LogStreams
-from tailspan.services.kubernetes.watch import Watch
+from tailspan.services.kubernetes.streams import FollowedLogs
+from tailspan.services.kubernetes.watch import Reflector
 
 __all__ = ["JobFeed"]
 
@@ -44,7 +44,7 @@ class Watched(Protocol):
     def long_http(self) -> KubernetesRequests: ...
 
     @property
-    def streams(self) -> LogStreams: ...
+    def streams(self) -> FollowedLogs: ...
 
     @property
     def job_query(self) -> dict[str, str]: ...
@@ -80,7 +80,7 @@ class JobFeed:
         self._said_full = False
         self._failure: ServiceError | None = None
         http, streams = service.http, service.long_http
-        self._jobs = Watch(
+        self._jobs = Reflector(
             http,
             streams,
             service.collection("jobs"),
@@ -89,7 +89,7 @@ class JobFeed:
             on_list=self._on_jobs,
             on_event=self._on_job,
         )
-        self._pods = Watch(
+        self._pods = Reflector(
             http,
             streams,
             service.collection("pods"),

@@ -108,7 +108,7 @@ def find_cluster(
         account: Directory of the pod's service account.
 
     Raises:
-        ConfigError: There is none, or it is not usable; says why.
+        ConfigError: There is no such file, or it is not usable.
     """
     paths = [kubeconfig] if kubeconfig is not None else _usual_paths(environ)
     merged: dict[str, dict[str, Any]] = {"clusters": {}, "users": {}, "contexts": {}}

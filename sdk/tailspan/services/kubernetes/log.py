@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from tailspan.logs.page import MAX_PAGE_BYTES
 
-__all__ = ["START", "Entry", "LogReader", "Position", "since_time"]
+__all__ = ["START", "LineCutter", "LinePosition", "TimedLine", "since_time"]
 
 _STAMP = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(Z|[+-]\d\d:\d\d) ?")
 _LONGEST_STAMP = 40
@@ -25,7 +25,7 @@ _MAX_LINE_BYTES = 8 * MAX_PAGE_BYTES
 _MAX_NOTES = 5
 
 
-class Position(NamedTuple):
+class LinePosition(NamedTuple):
     """How far a log was taken.
 
     Attributes:
@@ -37,10 +37,10 @@ class Position(NamedTuple):
     lines: int
 
 
-START = Position(0, 0)
+START = LinePosition(0, 0)
 
 
-class Entry(NamedTuple):
+class TimedLine(NamedTuple):
     """A line of a log.
 
     Attributes:
@@ -54,26 +54,28 @@ class Entry(NamedTuple):
     text: bytes
 
     @property
-    def position(self) -> Position:
+    def position(self) -> LinePosition:
         """The position after it."""
-        return Position(self.time_ns, self.number + 1)
+        return LinePosition(self.time_ns, self.number + 1)
 
 
-def since_time(position: Position) -> str | None:
+def since_time(position: LinePosition) -> str | None:
     """Return the ``sinceTime`` of a request for the lines after a position; None for the start of the log."""
     if position.time_ns <= 0:
         return None
     return datetime.fromtimestamp(position.time_ns // _NANOS, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-class LogReader:
+class LineCutter:
     """Cuts a reply into lines and skips those up to a position.
 
     Attributes:
         notes: The first sentences of the kubelet that are not lines.
     """
 
-    def __init__(self, after: Position = START, *, before_ns: int | None = None, until_ns: int | None = None) -> None:
+    def __init__(
+        self, after: LinePosition = START, *, before_ns: int | None = None, until_ns: int | None = None
+    ) -> None:
         """Begin a reply.
 
         Args:
@@ -84,7 +86,7 @@ class LogReader:
         self._until_ns = until_ns
         self._before_ns = before_ns or 0
         self.notes: list[str] = []
-        self._after: Position | None = after if after != START else None
+        self._after: LinePosition | None = after if after != START else None
         self._rest = b""
         self._is_cut = False
         self._last_time = 0
@@ -92,7 +94,7 @@ class LogReader:
         self._zone = (b"", b"")
         self._second_ns = 0
 
-    def feed(self, piece: bytes) -> list[Entry]:
+    def feed(self, piece: bytes) -> list[TimedLine]:
         """Return the lines that end in a piece of the reply."""
         *lines, self._rest = (self._rest + piece if self._rest else piece).split(b"\n")
         found = [entry for line in lines if (entry := self._entry(line)) is not None]
@@ -103,13 +105,13 @@ class LogReader:
             found += [entry] if entry is not None else []
         return found
 
-    def close(self) -> list[Entry]:
+    def close(self) -> list[TimedLine]:
         """Return the last line, which may have no newline."""
         rest, self._rest = self._rest, b""
         entry = self._entry(rest) if rest else None
         return [entry] if entry is not None else []
 
-    def _entry(self, line: bytes) -> Entry | None:
+    def _entry(self, line: bytes) -> TimedLine | None:
         if self._is_cut:
             time_ns, text = self._last_time, line
             self._is_cut = False
@@ -126,14 +128,14 @@ class LogReader:
             return None
         if self._after is not None:
             if time_ns < self._before_ns:
-                return Entry(time_ns, self._number, text)
+                return TimedLine(time_ns, self._number, text)
             if time_ns < self._after.time_ns:
                 return None
             if time_ns == self._after.time_ns and self._number < self._after.lines:
                 return None
             # Lines of stdout and stderr can be out of order by microseconds: what follows the position is new.
             self._after = None
-        return Entry(time_ns, self._number, text)
+        return TimedLine(time_ns, self._number, text)
 
     def _stamp(self, line: bytes) -> tuple[int, bytes] | None:
         found = _STAMP.match(line, 0, _LONGEST_STAMP)

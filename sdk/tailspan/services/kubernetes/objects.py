@@ -1,6 +1,6 @@
 """The objects of the Kubernetes API, as far as jobs need them; all other fields are dropped while they are decoded.
 
-Source: the API reference of Kubernetes 1.36 (batch/v1 Job, v1 Pod, v1 Event).
+Source: the API reference of Kubernetes 1.36 (batch/v1 Job, v1 Pod, v1 ClusterEvent).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import msgspec
 
 __all__ = [
     "ATTRIBUTES",
+    "ClusterEvent",
+    "ClusterEvents",
     "ContainerStatus",
-    "Event",
-    "Events",
     "Job",
     "JobList",
     "Pod",
@@ -44,7 +44,7 @@ class Condition(msgspec.Struct, rename="camel"):
         return self.status == "True"
 
 
-class Owner(msgspec.Struct):
+class OwnerReference(msgspec.Struct):
     """What an object belongs to."""
 
     kind: str = ""
@@ -81,7 +81,7 @@ class JobMeta(msgspec.Struct, rename="camel"):
     creation_timestamp: datetime | None = None
     labels: dict[str, str] | None = None
     annotations: JobAnnotations | None = None
-    owner_references: list[Owner] | None = None
+    owner_references: list[OwnerReference] | None = None
 
 
 class JobSpec(msgspec.Struct, rename="camel"):
@@ -143,14 +143,14 @@ class JobList(msgspec.Struct):
     items: list[Job] = []
 
 
-class Waiting(msgspec.Struct):
+class WaitingState(msgspec.Struct):
     """Why a container has not started."""
 
     reason: str | None = None
     message: str | None = None
 
 
-class Running(msgspec.Struct, rename="camel"):
+class RunningState(msgspec.Struct, rename="camel"):
     """Since when a container runs."""
 
     started_at: datetime | None = None
@@ -170,8 +170,8 @@ class Terminated(msgspec.Struct, rename="camel"):
 class ContainerState(msgspec.Struct):
     """One of three."""
 
-    waiting: Waiting | None = None
-    running: Running | None = None
+    waiting: WaitingState | None = None
+    running: RunningState | None = None
     terminated: Terminated | None = None
 
 
@@ -238,7 +238,7 @@ class PodMeta(msgspec.Struct, rename="camel"):
     deletion_timestamp: datetime | None = None
     labels: PodLabels | None = None
     annotations: PodAnnotations | None = None
-    owner_references: list[Owner] | None = None
+    owner_references: list[OwnerReference] | None = None
 
 
 class Container(msgspec.Struct, rename="camel"):
@@ -308,7 +308,7 @@ class PodList(msgspec.Struct):
     items: list[Pod] = []
 
 
-class Event(msgspec.Struct, rename="camel"):
+class ClusterEvent(msgspec.Struct, rename="camel"):
     """Something that happened to a job or a pod."""
 
     type: str | None = None
@@ -318,10 +318,10 @@ class Event(msgspec.Struct, rename="camel"):
     event_time: datetime | None = None
 
 
-class Events(msgspec.Struct):
+class ClusterEvents(msgspec.Struct):
     """A list of events."""
 
-    items: list[Event] = []
+    items: list[ClusterEvent] = []
 
 
 class WatchObject(msgspec.Struct):

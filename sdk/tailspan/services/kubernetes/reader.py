@@ -11,10 +11,10 @@ from contextlib import AsyncExitStack
 from tailspan.errors import ConfigError, JobNotFoundError, RequestRejectedError, ServiceError
 from tailspan.logs.page import MAX_PAGE_BYTES, MAX_PAGE_LINES, NANOS_PER_MS, LineRun, LogPage, TaskRef, line_digest
 from tailspan.services._http_service import pack_cursor, unpack_cursor
-from tailspan.services.kubernetes.log import START, Entry, LogReader, Position
+from tailspan.services.kubernetes.log import START, LineCutter, LinePosition, TimedLine
 from tailspan.services.kubernetes.record import Instance
 from tailspan.services.kubernetes.requests import KubernetesRequests
-from tailspan.services.kubernetes.streams import LogStream, log_request
+from tailspan.services.kubernetes.streams import FollowedLog, log_request
 
 __all__ = ["Cursor", "InstanceReader", "PageBuilder", "merged"]
 
@@ -29,10 +29,10 @@ class Cursor:
 
     Attributes:
         positions: By key of the run.
-        whole: Keys of runs of which no line is left.
+        whole: Keys of the runs that have no line left.
     """
 
-    def __init__(self, positions: dict[bytes, Position], whole: set[bytes]) -> None:
+    def __init__(self, positions: dict[bytes, LinePosition], whole: set[bytes]) -> None:
         self.positions = positions
         self.whole = whole
 
@@ -45,7 +45,7 @@ class Cursor:
         """
         parts = unpack_cursor(cursor, service=service, job_id=job_id)
         try:
-            positions = {bytes(key): Position(int(time), int(lines)) for key, time, lines in parts.get("p", ())}
+            positions = {bytes(key): LinePosition(int(time), int(lines)) for key, time, lines in parts.get("p", ())}
             keys = parts.get("w", b"")
             whole = {keys[start : start + _KEY_BYTES] for start in range(0, len(keys), _KEY_BYTES)}
         except (TypeError, ValueError):
@@ -89,8 +89,8 @@ class InstanceReader:
     def __init__(
         self,
         instance: Instance,
-        position: Position,
-        stream: LogStream | None,
+        position: LinePosition,
+        stream: FollowedLog | None,
         requests: KubernetesRequests,
         *,
         job_id: str,
@@ -114,14 +114,14 @@ class InstanceReader:
         self.failure: ServiceError | None = None
         self.is_in_memory = stream is not None and stream.covers(position)
         self.begins_ns = int(instance.started_at.timestamp()) * _NANOS if instance.started_at is not None else 0
-        self.chunk: deque[Entry] = deque()
+        self.chunk: deque[TimedLine] = deque()
         self._stream = stream
         self._requests = requests
         self._job_id = job_id
         self._trims = trims
         self._is_final = is_final
         self._pieces: AsyncGenerator[bytes, None] | None = None
-        self._reader = LogReader(position)
+        self._reader = LineCutter(position)
         self._stack = AsyncExitStack()
         self._is_read = self._is_whole = self._is_taking = False
 
@@ -162,7 +162,7 @@ class InstanceReader:
                 self._is_read = self._is_whole = True
                 return
             if ahead == 0:
-                self._reader = LogReader(self.position, until_ns=self.instance.until_ns)
+                self._reader = LineCutter(self.position, until_ns=self.instance.until_ns)
             path, query = log_request(self.instance, self.position, follow=False, previous=ahead == 1)
             reply = self._requests.stream(path, query, job_id=self._job_id)
             self._pieces = await self._stack.enter_async_context(reply)
@@ -173,12 +173,12 @@ class InstanceReader:
         else:
             self.chunk.extend(self._reader.feed(piece))
 
-    def take(self) -> Entry:
+    def take(self) -> TimedLine:
         """Take the next line; the position stays before it until `passed`."""
         self._is_taking = True
         return self.chunk.popleft()
 
-    def passed(self, entry: Entry) -> None:
+    def passed(self, entry: TimedLine) -> None:
         """Note that a page has the line."""
         self._is_taking = False
         self.position = entry.position
@@ -194,14 +194,14 @@ def key_of(instance: Instance) -> bytes:
     return hashlib.blake2b(f"{uid}\0{container}\0{number}".encode(), digest_size=_KEY_BYTES).digest()
 
 
-def _after(entries: Sequence[Entry], position: Position) -> Sequence[Entry]:
+def _after(entries: Sequence[TimedLine], position: LinePosition) -> Sequence[TimedLine]:
     for index, entry in enumerate(entries):
         if entry.position == position:
             return entries[index + 1 :]
     return entries
 
 
-async def merged(readers: Sequence[InstanceReader]) -> AsyncGenerator[tuple[InstanceReader, Entry], None]:
+async def merged(readers: Sequence[InstanceReader]) -> AsyncGenerator[tuple[InstanceReader, TimedLine], None]:
     """Yield the lines of many logs by time.
 
     Of more than 32 logs that are requested, some come after the others; the order within each log holds.
@@ -260,12 +260,12 @@ class PageBuilder:
         """Whether the page has lines."""
         return bool(self._bodies)
 
-    def is_full(self, following: Entry) -> bool:
+    def is_full(self, following: TimedLine) -> bool:
         """Return whether a line belongs on the next page."""
         size = self._bytes + len(following.text)
         return bool(self._bodies) and (len(self._bodies) == MAX_PAGE_LINES or size > MAX_PAGE_BYTES)
 
-    def add(self, entry: Entry, task: TaskRef) -> None:
+    def add(self, entry: TimedLine, task: TaskRef) -> None:
         """Add a line."""
         place = self._tasks.setdefault(task, len(self._tasks) + 1)
         nano = entry.time_ns + min(entry.number, NANOS_PER_MS - 1)

@@ -28,13 +28,13 @@ from tailspan.services._http_service import drop_oldest
 from tailspan.services._requests import path_segment
 from tailspan.services.kubernetes.feed import JobFeed
 from tailspan.services.kubernetes.kubeconfig import Cluster, ClusterCredentials, find_cluster
-from tailspan.services.kubernetes.log import START, Position
-from tailspan.services.kubernetes.objects import Event, Events, Job, JobList, PodList, Review
+from tailspan.services.kubernetes.log import START, LinePosition
+from tailspan.services.kubernetes.objects import ClusterEvent, ClusterEvents, Job, JobList, PodList, Review
 from tailspan.services.kubernetes.options import KubernetesOptions
 from tailspan.services.kubernetes.reader import Cursor, InstanceReader, PageBuilder, key_of, merged
 from tailspan.services.kubernetes.record import Instance, JobRecord, attributes_of, pending_reason
 from tailspan.services.kubernetes.requests import KubernetesRequests
-from tailspan.services.kubernetes.streams import LogStreams
+from tailspan.services.kubernetes.streams import FollowedLogs
 from tailspan.services.kubernetes.submission import job_manifest
 from tailspan.services.kubernetes.watch import list_pages
 
@@ -81,7 +81,7 @@ class KubernetesService(TaskService, SubmitService, ChangeFeedService):
         self._known: Cluster | None = None
         self._http: KubernetesRequests | None = None
         self._long: KubernetesRequests | None = None
-        self._streams: LogStreams | None = None
+        self._streams: FollowedLogs | None = None
         self._streams_loop: object = None
         self._feed: JobFeed | None = None
         self._tries = 3
@@ -91,7 +91,7 @@ class KubernetesService(TaskService, SubmitService, ChangeFeedService):
         # By uid: what was asked for, when, and the reason.
         self._reasons: dict[str, tuple[object, float, str | None]] = {}
         # By key of a run of a container: the end of a log that was read to its end.
-        self._whole: dict[bytes, Position] = {}
+        self._whole: dict[bytes, LinePosition] = {}
 
     @classmethod
     def from_options(cls, name: str, options: Mapping[str, Any], settings: Settings) -> Self:
@@ -148,11 +148,11 @@ class KubernetesService(TaskService, SubmitService, ChangeFeedService):
         return self._long
 
     @property
-    def streams(self) -> LogStreams:
+    def streams(self) -> FollowedLogs:
         """The logs that are followed on this event loop."""
         loop = asyncio.get_running_loop()
         if self._streams is None or self._streams_loop is not loop:
-            self._streams = LogStreams(self.long_http, self.options.max_streams, self._on_lines)
+            self._streams = FollowedLogs(self.long_http, self.options.max_streams, self._on_lines)
             self._streams_loop = loop
         return self._streams
 
@@ -362,7 +362,7 @@ class KubernetesService(TaskService, SubmitService, ChangeFeedService):
             if http is not None:
                 await http.aclose()
 
-    def follow_log(self, record: JobRecord, instance: Instance, after: Position = START) -> bool:
+    def follow_log(self, record: JobRecord, instance: Instance, after: LinePosition = START) -> bool:
         """Follow the log of a run of a container if it is not followed; return whether it is."""
         streams = self.streams
         if streams.get(instance) is None:
@@ -378,7 +378,7 @@ class KubernetesService(TaskService, SubmitService, ChangeFeedService):
     def _readers(
         self, record: JobRecord, current: Cursor, since_ms: int | None, *, is_resumed: bool
     ) -> list[InstanceReader]:
-        """Return a reader for each run of a container of which lines may be left."""
+        """Return a reader for each run of a container that may have lines left."""
         readers: list[InstanceReader] = []
         for instance in record.instances():
             key = key_of(instance)
@@ -387,11 +387,11 @@ class KubernetesService(TaskService, SubmitService, ChangeFeedService):
                 current.close(key)
                 continue
             if position == START and since_ms:
-                position = Position(since_ms * NANOS_PER_MS, 0)
+                position = LinePosition(since_ms * NANOS_PER_MS, 0)
             readers.append(self._reader(record, instance, position, trims=is_resumed))
         return readers
 
-    def _reader(self, record: JobRecord, instance: Instance, position: Position, *, trims: bool) -> InstanceReader:
+    def _reader(self, record: JobRecord, instance: Instance, position: LinePosition, *, trims: bool) -> InstanceReader:
         is_live = self._feed is not None or trims
         if is_live and instance.terminated is None and not instance.pod.is_over:
             self.follow_log(record, instance, position)
@@ -563,7 +563,7 @@ class KubernetesService(TaskService, SubmitService, ChangeFeedService):
             }
             path = f"/api/v1/namespaces/{path_segment(meta.namespace)}/events"
             try:
-                events = (await self.http.decoded(path, Events, query)).items
+                events = (await self.http.decoded(path, ClusterEvents, query)).items
             except (AuthError, JobNotFoundError, ProtocolError, RequestRejectedError):
                 continue
             except ServiceError:
@@ -591,7 +591,7 @@ def _made_at(record: JobRecord) -> tuple[datetime, str]:
     return record.job.metadata.creation_timestamp or _EPOCH, record.job_id
 
 
-def _event_time(event: Event) -> datetime:
+def _event_time(event: ClusterEvent) -> datetime:
     return event.last_timestamp or event.event_time or _EPOCH
 
 

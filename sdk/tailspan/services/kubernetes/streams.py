@@ -1,4 +1,4 @@
-"""`LogStreams`: the logs of running containers, each followed over a connection of its own.
+"""`FollowedLogs`: the logs of running containers, each followed over a connection of its own.
 
 A log that is only polled loses what the kubelet rotates away between two reads, and all that a pod writes before it is
 deleted. A stream that is open gets both. It holds what has arrived until a reader's cursor has passed it, and reads no
@@ -18,11 +18,11 @@ from contextlib import aclosing
 from tailspan._backoff import backoff_s
 from tailspan.errors import JobNotFoundError, RequestRejectedError, TailspanError
 from tailspan.services._requests import Params, path_segment
-from tailspan.services.kubernetes.log import START, Entry, LogReader, Position, since_time
+from tailspan.services.kubernetes.log import START, LineCutter, LinePosition, TimedLine, since_time
 from tailspan.services.kubernetes.record import Instance, JobRecord
 from tailspan.services.kubernetes.requests import KubernetesRequests
 
-__all__ = ["LogStream", "LogStreams", "log_request", "retry_s"]
+__all__ = ["FollowedLog", "FollowedLogs", "log_request", "retry_s"]
 
 # A stream reads no further while it holds this much, or while all of them hold that much.
 _MAX_BYTES = 1 << 20
@@ -39,7 +39,7 @@ _MISSING_S = 60.0
 _log = logging.getLogger(__name__)
 
 
-def log_request(instance: Instance, after: Position, *, follow: bool, previous: bool = False) -> tuple[str, Params]:
+def log_request(instance: Instance, after: LinePosition, *, follow: bool, previous: bool = False) -> tuple[str, Params]:
     """Return path and query of the log of a container.
 
     Args:
@@ -67,7 +67,7 @@ def retry_s(failures: int) -> float:
     return min(backoff_s(failures - 1, random.random()), _LONGEST_RETRY_S) if failures > 1 else first
 
 
-class LogStream:
+class FollowedLog:
     """The log of one run of a container, as it arrives.
 
     Attributes:
@@ -80,7 +80,7 @@ class LogStream:
         tail: The last lines that left the buffer.
     """
 
-    def __init__(self, streams: LogStreams, job: JobRecord, instance: Instance, after: Position) -> None:
+    def __init__(self, streams: FollowedLogs, job: JobRecord, instance: Instance, after: LinePosition) -> None:
         """Open nothing yet.
 
         Args:
@@ -94,12 +94,12 @@ class LogStream:
         self.base = self.newest = after
         self.is_over = False
         self.notes: list[str] = []
-        self.tail: deque[Entry] = deque(maxlen=_TAIL_LINES)
+        self.tail: deque[TimedLine] = deque(maxlen=_TAIL_LINES)
         self.opened_s = time.monotonic()
         self._streams = streams
-        self._entries: deque[Entry] = deque()
+        self._entries: deque[TimedLine] = deque()
         self._bytes = 0
-        self._first: Entry | None = None
+        self._first: TimedLine | None = None
         self._begins_at_start = after == START
         self._was_followed = False
         self._changed = asyncio.Event()
@@ -111,11 +111,11 @@ class LogStream:
         """Whether lines are in the buffer."""
         return bool(self._entries)
 
-    def covers(self, position: Position) -> bool:
+    def covers(self, position: LinePosition) -> bool:
         """Return whether all lines after a position are in the buffer, or have not arrived."""
         return position in (self.base, self.newest) or any(entry.position == position for entry in self._entries)
 
-    def trim(self, position: Position) -> None:
+    def trim(self, position: LinePosition) -> None:
         """Drop the lines up to a position that is covered: a cursor has passed them."""
         if position == self.base:
             return
@@ -130,7 +130,7 @@ class LogStream:
         self._room.set()
         self._streams.room.set()
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[TimedLine]:
         """Return the lines in the buffer."""
         return list(self._entries)
 
@@ -178,7 +178,7 @@ class LogStream:
             return True
         if self._was_followed or ahead:
             return await self._read_rest(previous=ahead > 0)
-        async with aclosing(self._replies(LogReader(self.newest), self.newest, follow=True)) as replies:
+        async with aclosing(self._replies(LineCutter(self.newest), self.newest, follow=True)) as replies:
             async for entries in replies:
                 await self._add(entries)
         # A kubelet that stops ends the replies of running containers, too.
@@ -195,9 +195,9 @@ class LogStream:
             started_at, finished_at = ended.started_at, ended.finished_at
             if started_at is None or finished_at is None or (finished_at - started_at).total_seconds() <= _SHORT_S:
                 before_ns = self._first.time_ns
-        reader = LogReader(self.newest, before_ns=before_ns, until_ns=None if previous else current.until_ns)
+        reader = LineCutter(self.newest, before_ns=before_ns, until_ns=None if previous else current.until_ns)
         after = self.newest if before_ns is None else START
-        held: list[Entry] = []
+        held: list[TimedLine] = []
         async with aclosing(self._replies(reader, after, follow=False, previous=previous)) as replies:
             async for entries in replies:
                 held += entries
@@ -210,8 +210,8 @@ class LogStream:
         return True
 
     async def _replies(
-        self, reader: LogReader, after: Position, *, follow: bool, previous: bool = False
-    ) -> AsyncGenerator[list[Entry], None]:
+        self, reader: LineCutter, after: LinePosition, *, follow: bool, previous: bool = False
+    ) -> AsyncGenerator[list[TimedLine], None]:
         path, query = log_request(self.instance, after, follow=follow, previous=previous)
         async with self._streams.requests.stream(path, query, job_id=self.job.job_id) as pieces:
             async for piece in pieces:
@@ -219,7 +219,7 @@ class LogStream:
         yield reader.close()
         self.notes = reader.notes
 
-    async def _add(self, entries: list[Entry]) -> None:
+    async def _add(self, entries: list[TimedLine]) -> None:
         if not entries:
             return
         self._first = self._first or entries[0]
@@ -271,7 +271,7 @@ class LogStream:
             return
 
 
-class LogStreams:
+class FollowedLogs:
     """All streams of one service.
 
     Attributes:
@@ -294,13 +294,13 @@ class LogStreams:
         self.held_bytes = 0
         self.room = asyncio.Event()
         self._on_lines = on_lines
-        self._by_key: dict[tuple[str, str, int], LogStream] = {}
+        self._by_key: dict[tuple[str, str, int], FollowedLog] = {}
         self._open = 0
 
-    def __iter__(self) -> Iterator[LogStream]:
+    def __iter__(self) -> Iterator[FollowedLog]:
         return iter(self._by_key.values())
 
-    def get(self, instance: Instance) -> LogStream | None:
+    def get(self, instance: Instance) -> FollowedLog | None:
         """Return the stream of a run of a container, also one that is over."""
         return self._by_key.get(instance.key)
 
@@ -309,7 +309,7 @@ class LogStreams:
         """Whether another one may be opened."""
         return self._open < self.most
 
-    def open(self, job: JobRecord, instance: Instance, after: Position = START) -> LogStream:
+    def open(self, job: JobRecord, instance: Instance, after: LinePosition = START) -> FollowedLog:
         """Follow the log of a run of a container, or read it if it has ended.
 
         Args:
@@ -317,21 +317,21 @@ class LogStreams:
             instance: The run of the container.
             after: Begin after this position.
         """
-        stream = LogStream(self, job, instance, after)
+        stream = FollowedLog(self, job, instance, after)
         self._by_key[instance.key] = stream
         self._open += 1
         return stream
 
-    def on_lines(self, stream: LogStream) -> None:
+    def on_lines(self, stream: FollowedLog) -> None:
         """Report lines."""
         self._on_lines(stream.job)
 
-    def on_end(self, stream: LogStream) -> None:
+    def on_end(self, stream: FollowedLog) -> None:
         """Report the end of a log."""
         self._open -= 1
         self._on_lines(stream.job)
 
-    def close(self, stream: LogStream) -> None:
+    def close(self, stream: FollowedLog) -> None:
         """Stop following a log, and forget it."""
         if not stream.is_over:
             self._open -= 1

@@ -1,4 +1,4 @@
-"""`Watch`: keeps a copy of all jobs, or of all pods of jobs, by a list and a watch that goes on from it.
+"""`Reflector`: keeps a copy of all jobs, or of all pods of jobs, by a list and a watch that goes on from it.
 
 Source: kubernetes.io, "Kubernetes API Concepts": lists in chunks, watches, bookmarks, 410 Gone.
 """
@@ -20,7 +20,7 @@ from tailspan.services.kubernetes.objects import ListMeta, WatchEvent, WatchObje
 from tailspan.services.kubernetes.requests import KubernetesRequests
 from tailspan.services.kubernetes.streams import retry_s
 
-__all__ = ["Watch", "list_pages"]
+__all__ = ["Reflector", "list_pages"]
 
 _CHUNKS = (250, 50, 10)
 _WATCH_S = 300
@@ -84,7 +84,7 @@ async def list_pages(
             return version
 
 
-class Watch(Generic[Item]):
+class Reflector(Generic[Item]):
     """A collection that is listed, then watched.
 
     Attributes:
