@@ -107,14 +107,19 @@ async def last_lines(read: Callable[..., AsyncGenerator[LogPage, None]], pipelin
 
 
 def _lines_of(page: LogPage, task: TaskRun | None) -> list[bytes]:
-    """Return the lines of an attempt of a task; all lines for None."""
-    if task is None:
+    """Return the lines of an attempt of a task, all lines for None; an empty one after each record of several lines.
+
+    A service that knows the severity has records: the message of an exception ends with its record.
+    """
+    if task is None and not any(run.severity for run in page.runs):
         return page.lines
     kept: list[bytes] = []
     start = 0
     for run in page.runs:
-        if run.task and page.tasks[run.task - 1].key == task.key:
+        if task is None or (run.task and page.tasks[run.task - 1].key == task.key):
             kept += page.lines[start : start + run.lines]
+            if run.severity and run.lines > 1:
+                kept.append(b"")
         start += run.lines
     return kept
 

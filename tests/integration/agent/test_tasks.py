@@ -156,7 +156,8 @@ async def test_the_failure_belongs_to_the_task_that_failed(bench: Bench, service
     service.set_task("j1", attempt(LOAD_1, "failure", 0, 1))
     service.set_task("j1", attempt(EXTRACT, "success", 0, 9))
     trace = ["Traceback (most recent call last):", '  File "x.py", line 1, in <module>', "KeyError: 'region'"]
-    service.add_lines("j1", *trace, timestamp_ms=ms + 900, task=LOAD_1)
+    service.add_lines("j1", *trace, timestamp_ms=ms + 900, task=LOAD_1, severity=17)
+    service.add_lines("j1", "Finished in state Failed", timestamp_ms=ms + 950, task=LOAD_1, severity=17)
     service.add_lines("j1", *map(str, range(50)), timestamp_ms=ms + 8900, task=EXTRACT)
     service.set_state("j1", "FAILED", finished_at=at(10))
     async with bench.running():
@@ -164,6 +165,7 @@ async def test_the_failure_belongs_to_the_task_that_failed(bench: Bench, service
     (record,) = failures(bench)
     assert record.span_id == task_span_id(LOAD_1)
     assert record.attributes["exception.type"] == "KeyError"
+    assert record.attributes["exception.message"] == "'region'"  # without the record after it
     assert record.attributes["cicd.pipeline.task.name"] == "load"
 
 
