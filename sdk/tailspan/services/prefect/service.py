@@ -236,8 +236,9 @@ class PrefectService(HttpService, TaskService, SubmitService, ChangeFeedService)
             details={key: value for key, value in details.items() if value},
             parent=(run.get("labels") or {}).get("__OTEL_TRACEPARENT"),
             url=self._url("flow-run", run["id"]),
-            total_tasks=len(tasks),
-            finished_tasks=sum(task.ended for task in tasks),
+            # Before the end, Prefect does not know how many tasks will follow: all known ones may have ended.
+            total_tasks=len(tasks) if ours.is_terminal else 0,
+            finished_tasks=sum(task.ended for task in tasks) if ours.is_terminal else 0,
         )
 
     def _row(self, run: Mapping[str, Any], names: Mapping[str, str]) -> ListedJob:
