@@ -105,7 +105,42 @@ fish -c 'set -gx DB_PASSWORD hunter2; run'                    | fish -c 'set -gx
 psql -p 5432 -c "ALTER USER x PASSWORD 'hunter2'"             | psql -p 5432 -c "ALTER USER x PASSWORD '***'"
 pwsh -c '$password = "hunter2"; Connect -Password hunter2'    | pwsh -c '$password = "***"; Connect -Password ***'
 load --max-tokens 4096 --tokenizer gpt2 --sort-key name       | load --max-tokens 4096 --tokenizer gpt2 --sort-key name
+htpasswd -b file me hunter2                                   | htpasswd -b file me ***
+htpasswd -nbB -C 10 me 'a hunter2'                            | htpasswd -nbB -C 10 me ***
+sh -c 'htpasswd -bn me "a hunter2" > file'                    | sh -c 'htpasswd -bn me "***" > file'
+rabbitmqctl add_user me hunter2                               | rabbitmqctl add_user me ***
+openssl passwd -6 -salt ab hunter2                            | openssl passwd -6 -salt ab ***
+openssl rsa -passin pass:hunter2 -in x                        | openssl rsa -passin *** -in x
+ssh-keygen -t rsa -N 'a hunter2' -f x                         | ssh-keygen -t rsa -N *** -f x
+vault login hunter2                                           | vault login ***
+vault kv put secret/x foo=hunter2 bar=hunter2                 | vault kv put secret/x foo=*** bar=***
+net use x: //h/s hunter2 /user:me                             | net use x: //h/s *** /user:me
+xfreerdp /u:me /p:hunter2 /v:h                                | xfreerdp /u:me /p:*** /v:h
+az login -u me -p hunter2 --password hunter2                  | az login -u me -p *** --password ***
+load -u me:hunter2 --user=me:hunter2 --login 'me:a hunter2'   | load -u *** --user=*** --login ***
+psql 'host=h password=hunter2 dbname=d'                       | psql 'host=h password=*** dbname=d'
+load 'Server=h;Uid=me;Pwd=a hunter2;Database=d'               | load 'Server=h;Uid=me;Pwd=***;Database=d'
+load 'AccountName=a;AccountKey=hunter2=;Suffix=b'             | load 'AccountName=a;AccountKey=***;Suffix=b'
+load 'ftp://me:a hunter2@h/x' '--url=ftp://me:a hunter2@h/x'   | load 'ftp://***@h/x' '--url=ftp://***@h/x'
+sh -c 'curl "ftp://me:a hunter2@h"; curl ftp://u:a\ hunter2@h' | sh -c 'curl "ftp://***@h"; curl ftp://***@h'
+java jdbc:oracle:thin:me/hunter2@h:1521/x                     | java jdbc:oracle:thin:***@h:1521/x
+load '{"passwords": ["hunter2", "b"], "user": "c"}'           | load '{"passwords": ***, "user": "c"}'
+load '{"auth": {"value": "hunter2", "b": {"c": 1}}, "d": 2}'   | load '{"auth": ***, "d": 2}'
+load '{user: me, password: a hunter2, host: b}'               | load '{user: me, password: ***, host: b}'
+sh -c 'echo me:hunter2 "a hunter2" | chpasswd'                | sh -c 'echo *** "***" | chpasswd'
+sh -c 'printf %s hunter2 | docker login --password-stdin r'   | sh -c 'printf *** *** | docker login --password-stdin r'
+sh -c 'docker login --password-stdin <<< "hunter2"; x'        | sh -c 'docker login --password-stdin <<< "***"; x'
 """
+
+YAML = (
+    "user: me\npassword: a hunter2\nkeys:\n  - api_key: hunter2 b\n  - token: |\n      hunter2\n      hunter2\nhost: h"
+)
+
+
+def test_secrets_in_yaml_are_hidden_to_the_end_of_their_value() -> None:
+    """A value without quotes may have spaces, and more lines."""
+    shown = "user: me\npassword: ***\nkeys:\n  - api_key: ***\n  - token: ***\nhost: h"
+    assert redact_command(["load", YAML]) == ["load", shown]
 
 
 @pytest.mark.parametrize("row", HIDDEN.strip().splitlines())
@@ -129,6 +164,17 @@ sh -c 'echo "Status: pass"; echo password changed'
 aws s3 cp s3://b/key . --profile x
 redis-cli -h x -p 6379 -n 1 ping
 docker compose -p proj up
+docker run -u app:staff --user=app:staff x
+docker login -u me --password-stdin registry.example.com
+rsync -u host:dir/a b
+date -u +%H:%M
+load --password-file /run/secrets/x POSTGRES_PASSWORD_FILE=/run/secrets/x
+load -u app:app -u 1000:1000 -u https://h/x
+git push -u origin HEAD:main
+htpasswd -c file me
+kubectl config set-credentials me
+sh -c 'echo a:b | sort; cat <<< "text"'
+sh -c 'FOO=a; BAR=b c; run'
 """
 
 
@@ -156,6 +202,18 @@ def test_the_longest_argument_takes_no_quadratic_time(part):
 def test_redaction_keeps_the_number_of_arguments(command):
     """Whatever the arguments are, one is shown for each, and the program stays what it is."""
     assert len(redact_command(command)) == len(command)
+
+
+PARTS = [shlex.split(row.rpartition("  | ")[0] or row.partition(" | ")[0]) for row in HIDDEN.strip().splitlines()]
+
+
+@given(
+    st.lists(st.one_of(st.sampled_from([word for words in PARTS for word in words]), st.text(max_size=9)), min_size=1)
+)
+def test_redaction_of_a_command_is_idempotent(command):
+    """What is shown of a command is shown like that also where it is redacted again."""
+    shown = redact_command(command)
+    assert redact_command(shown) == shown
 
 
 VALID = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
