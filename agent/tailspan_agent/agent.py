@@ -333,7 +333,7 @@ class Agent:
         )
         return StatusServer(
             address,
-            metrics=self.metrics_reader.prometheus_text,
+            metrics=self.metrics_reader.prometheus_pieces,
             readiness=self.problems,
             delivery=self.delivery,
             view=view,

@@ -6,6 +6,7 @@ import asyncio
 import sqlite3
 import tempfile
 from contextlib import closing, suppress
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def use(state_dir: Path) -> None:
         store.names("me")
         store.finished_jobs("me")
         store.unsent_spans(10)
-        for job_id, _ in [*store.unfinished_jobs("me"), ("job-0", ""), ("new", "")]:
+        for job_id, _ in [*chain.from_iterable(store.unfinished_jobs("me")), ("job-0", ""), ("new", "")]:
             job = store.job("me", str(job_id)) or store.add_job("me", "new", "n", stream=0, ledger="{}")
             # A job with a damaged ledger starts again: `tailspan_agent.pipeline.job_pipeline`.
             with suppress(ValueError):

@@ -78,7 +78,7 @@ def _environ(world: World, **more: str) -> dict[str, str]:
     return {**kept, "HOME": str(world.home), "TAILSPAN_CONFIG": str(world.home / "config.toml"), **more}
 
 
-def _tailspan(world: World, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+def run_tailspan(world: World, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
     command = [TAILSPAN, *arguments]
     return subprocess.run(
@@ -280,7 +280,7 @@ def quoted_credentials(world: World, row: Row) -> None:
         )
         said = ""
         for command in (("status", "j"), ("logs", "j"), ("jobs",), ("wait", "j")) * 3:
-            done = _tailspan(
+            done = run_tailspan(
                 world,
                 *command,
                 "--service",
@@ -310,7 +310,7 @@ def foreign_server(world: World, row: Row) -> None:
             f'[services.far]\ntype = "fused"\nbase_url = "{server.url}/server/v1"\n'
         )
         for environ in ({}, {"FUSED_AUTH_TOKEN": SECRET, "FUSED_AUTH_TOKEN_TYPE": "Fused-Service-Token"}):
-            done = _tailspan(world, "status", "j", "--service", "far", **environ)
+            done = run_tailspan(world, "status", "j", "--service", "far", **environ)
             _expect(row, "token_file" in done.stderr, f"the error does not name the key to set: {done.stderr[-200:]}")
         _expect(row, not any(SECRET in seen for seen in server.seen), "the token went to another server")
 
@@ -340,7 +340,9 @@ def swapped_directory(world: World, row: Row) -> None:
     theirs, ours = world.home / "theirs", world.home / "jobs"
     ids = {}
     for store, text in ((theirs, "not yours"), (ours, "of the job")):
-        done = _tailspan(world, "run", "--detach", "--", "echo", text, TAILSPAN_SERVICES__LOCAL__STATE_DIR=str(store))
+        done = run_tailspan(
+            world, "run", "--detach", "--", "echo", text, TAILSPAN_SERVICES__LOCAL__STATE_DIR=str(store)
+        )
         ids[store] = done.stdout.split()[-1]
         world.until(
             lambda store=store: b'"end"' in (store / "jobs" / ids[store] / "state.json").read_bytes(), "a job's end"
@@ -402,7 +404,7 @@ def printed_secrets(world: World, row: Row) -> None:
             "DB_PASS=hidden-five",
         )
         script = f"mysql -phidden-six; curl -u me:hidden-seven x; exec {sys.executable} {program}"
-        done = _tailspan(
+        done = run_tailspan(
             world,
             "run",
             "--name",

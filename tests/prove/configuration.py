@@ -56,7 +56,7 @@ class Change:
 def speak(world: World) -> None:
     """Let the jobs write a little more."""
     for job in world.jobs:
-        if isinstance(job, NumberedJob):
+        if isinstance(job, NumberedJob) and not job.ended:
             job.write(_LINES, world.random)
 
 

@@ -133,6 +133,29 @@ def crowd(store: JobStore) -> None:
             os.link(path, f"{directory}/{path.name}")
 
 
+def crowd_of_names(store: JobStore) -> None:
+    """As many jobs, each with a name and an attribute of its own; every second one failed with a stack trace."""
+    trace = [b"Traceback (most recent call last):", *([b'  File "a.py", line 1, in f'] * 30), b"ValueError: x"]
+    logs: list[Path] = []
+    for number in range(_CROWD):
+        if number % _MOST_LINKS == 0:
+            logs = [make_job(store, lines, state="FAILED") for lines in ([b"a line"], trace)]
+        job_id, failed = new_job_id(time.time_ns()), number % 2
+        directory = f"{store.jobs}/{job_id}"
+        os.mkdir(directory)
+        for name in ("log", "log.idx", "lock"):
+            os.link(logs[failed] / name, f"{directory}/{name}")
+        moment = iso_time(time.time_ns())
+        spec = {"id": job_id, "name": f"job {number}", "command": ["x"], "identity": store.identity}
+        state = {"state": "FAILED" if failed else "SUCCEEDED", "exit_code": failed, "lines": 32 if failed else 1}
+        for name, content in (
+            ("job.json", {**spec, "submitted_at": moment, "attributes": {f"key-{number}": f"value {number}"}}),
+            ("state.json", {**state, "name": spec["name"], "finished_at": moment, "end": moment}),
+        ):
+            with open(f"{directory}/{name}", "w") as file:
+                json.dump(content, file)
+
+
 @dataclass(frozen=True)
 class Hostile:
     """A row.
@@ -225,6 +248,13 @@ FAULTS = (
     Hostile(
         "hostile jobs: 100,000 ended jobs of one name, and SIGTERM among them",
         crowd,
+        left_out=_CROWD - 4_000,
+        most_bytes=MOST_CROWD_BYTES,
+        timeout_s=900.0,
+    ),
+    Hostile(
+        "hostile jobs: 100,000 ended jobs of as many names, half of them failed, and SIGTERM among them",
+        crowd_of_names,
         left_out=_CROWD - 4_000,
         most_bytes=MOST_CROWD_BYTES,
         timeout_s=900.0,

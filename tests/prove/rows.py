@@ -6,6 +6,7 @@ from functools import partial
 
 from tests.prove import (
     attacks,
+    clock,
     configuration,
     endpoint,
     faults_disk,
@@ -46,6 +47,7 @@ def grouped(kills: int) -> dict[str, list[Scenario]]:
         "local jobs": faults_local.scenarios(),
         "agent process": [change.scenario() for change in process.FAULTS],
         "configuration": [change.scenario() for change in configuration.FAULTS],
+        "clock": [leap.scenario() for leap in clock.FAULTS],
         "load": [row.scenario() for row in load.FAULTS],
         "hostile jobs": [row.scenario() for row in hostile_jobs.FAULTS],
         "attacks": [row.scenario() for row in attacks.ATTACKS],

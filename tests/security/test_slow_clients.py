@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 
@@ -34,10 +34,14 @@ async def with_job_api(use: Callable[[int], Awaitable[None]]) -> None:
         await running
 
 
+async def scraped(_: str) -> tuple[Iterator[bytes], str]:
+    return iter([b"x" * 100_000] * 200), "text/plain"
+
+
 async def with_status_page(use: Callable[[int], Awaitable[None]]) -> None:
     async with StatusServer(
         ("127.0.0.1", 0),
-        metrics=lambda _: (b"x" * 20_000_000, "text/plain"),
+        metrics=scraped,
         readiness=lambda: ["endpoint_logs_paused"],
         delivery=lambda identity, job_id: {},
     ) as server:

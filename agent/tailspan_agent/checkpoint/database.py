@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tailspan_agent.errors import CheckpointError
 
-__all__ = ["SCHEMA_VERSION", "connect", "file_at", "is_damage", "lock", "lock_holder", "salvage"]
+__all__ = ["SCHEMA_VERSION", "connect", "copy_log", "file_at", "is_damage", "lock", "lock_holder", "salvage"]
 
 # The checks find damage in a file that is still a database: `connect` runs them, and `salvage` skips such rows.
 _VERSION_1 = """
@@ -93,6 +93,8 @@ TABLES = ("meta", "jobs", "seconds", "spans", "runs", "names", "history", "failu
 # No other process should write the store; if one does, it must not block the agent's event loop for long.
 _BUSY_S = 0.2
 _FILE_FORMAT = 2  # the newest file format of SQLite
+# A log of writes that is longer is copied into the file by the commit itself; see `copy_log`.
+_MAX_LOG_PAGES = 1 << 14
 _MAX_FILLED_BYTES = 1 << 36  # a damaged header may have any size
 
 
@@ -173,6 +175,7 @@ def connect(path: Path) -> sqlite3.Connection:
             raise sqlite3.DatabaseError(answer)
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")
+        db.execute(f"PRAGMA wal_autocheckpoint = {_MAX_LOG_PAGES}")
         if version < SCHEMA_VERSION:
             steps = "".join(VERSIONS[version:])
             db.executescript(f"BEGIN; {steps} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
@@ -182,6 +185,17 @@ def connect(path: Path) -> sqlite3.Connection:
         db.close()
         raise
     return db
+
+
+def copy_log(path: Path) -> None:
+    """Copy SQLite's log of writes into the file, as far as no other connection reads it. Waits for the disk."""
+    # What cannot be copied now is copied later, at the latest when the store is closed.
+    with (
+        contextlib.suppress(sqlite3.Error),
+        closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)) as db,
+    ):
+        db.execute("PRAGMA synchronous = NORMAL")
+        db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
 
 @cache

@@ -13,7 +13,7 @@ a coroutine.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -108,8 +108,8 @@ class CheckpointStore(Protocol):
     def finished_jobs(self, identity: str) -> set[str]:
         """Return the ids of all jobs of a service that need no more work."""
 
-    def unfinished_jobs(self, identity: str) -> list[tuple[str, str]]:
-        """Return id and name of all other known jobs of a service, oldest first."""
+    def unfinished_jobs(self, identity: str) -> Iterator[list[tuple[str, str]]]:
+        """Yield id and name of all other known jobs of a service, oldest first, in parts: each takes milliseconds."""
 
     def ack(self, acks: Iterable[Ack]) -> None:
         """Store acknowledgements, all or none; one that cannot be stored does not affect those of other jobs."""

@@ -12,8 +12,8 @@ service and their id, not by the name of a configuration section: renaming a sec
     history   the last ended runs of each pipeline (`history`), with failures and too_fast
     names     names of listed jobs: a list without names costs one request for each job, once
 
-This is the store of one agent: see `CheckpointStore` for what every store promises. Nothing here waits: the coroutines
-return at once.
+This is the store of one agent: see `CheckpointStore` for what every store promises. Nothing here waits, so the coroutines
+return at once: what is committed is copied from SQLite's log into the file by a thread, since that waits for the disk.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+import threading
 import time
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -34,7 +35,7 @@ from tailspan._private_dirs import make_private
 from tailspan_agent.analysis.baseline import PastRun
 from tailspan_agent.analysis.pipeline_names import utf8_name
 from tailspan_agent.analysis.run_totals import RunTotals
-from tailspan_agent.checkpoint.database import connect, file_at, is_damage, lock, salvage
+from tailspan_agent.checkpoint.database import connect, copy_log, file_at, is_damage, lock, salvage
 from tailspan_agent.checkpoint.history import StoredHistory
 from tailspan_agent.checkpoint.rows import Ack, Checkpoint, LedgerReader, OutboxSpan
 from tailspan_agent.errors import CheckpointError, ValueRefusedError
@@ -43,6 +44,10 @@ from tailspan_agent.otlp.wire import UINT64_MAX
 __all__ = ["Ack", "Checkpoint", "OutboxSpan", "SqliteStore", "read_checkpoint"]
 
 _SMALLEST_BYTES = 512
+_PART = 5000
+# As much is written again at once: a thread copies the log of writes into the file, because its fsync may take seconds.
+_LOG_BYTES = 4 << 20
+_COMMITS_A_CHECK = 64
 _FUTURE_S = 86400.0
 
 # What is raised for a value that SQLite cannot hold, or a check of the schema refuses: the file itself is fine.
@@ -107,6 +112,8 @@ class SqliteStore:
         self.path = state_dir / "checkpoints.db"
         self.recovered: str | None = None
         self.write_failed = False
+        self._commits = 0
+        self._copying: threading.Thread | None = None
         try:
             make_private(state_dir)
             self._lock_fd = lock(state_dir)
@@ -157,6 +164,8 @@ class SqliteStore:
 
     def close(self) -> None:
         """Close the file and release the lock of the directory."""
+        if self._copying is not None:
+            self._copying.join()
         self._db.close()
         os.close(self._lock_fd)
 
@@ -191,11 +200,23 @@ class SqliteStore:
                 raise
             self._db.execute("COMMIT")
             self.write_failed = False
+            self._commits += 1
+            if self._commits % _COMMITS_A_CHECK == 0:
+                self._copy_log()
         except _REFUSED as error:
             raise ValueRefusedError(f"the checkpoint store cannot hold a value: {error}") from error
         except (sqlite3.Error, UnicodeDecodeError) as error:
             self.write_failed = True
             raise CheckpointError(f"cannot write the checkpoint store {self.path}: {error}") from error
+
+    def _copy_log(self) -> None:
+        """Let a thread copy a long log of writes into the file, unless one does so already."""
+        if self._copying is not None and self._copying.is_alive():
+            return
+        with suppress(OSError, RuntimeError):  # RuntimeError: there can be no further thread now
+            if self.path.with_name(f"{self.path.name}-wal").stat().st_size >= _LOG_BYTES:
+                self._copying = threading.Thread(target=copy_log, args=(self.path,), daemon=True)
+                self._copying.start()
 
     def _select(self, query: str, *values: object) -> list[Any]:
         with self._reading():
@@ -231,13 +252,19 @@ class SqliteStore:
         query = "SELECT job_id FROM jobs WHERE identity = ? AND ended = 1 AND logs_complete = 1 AND late = 0"
         return {job_id for (job_id,) in self._select(query, identity)}
 
-    def unfinished_jobs(self, identity: str) -> list[tuple[str, str]]:
-        """Return id and name of all other known jobs of a service, oldest first."""
-        return self._select(
-            "SELECT job_id, name FROM jobs WHERE identity = ? AND (ended = 0 OR logs_complete = 0 OR late = 1)"
-            " ORDER BY key",
-            identity,
-        )
+    def unfinished_jobs(self, identity: str) -> Iterator[list[tuple[str, str]]]:
+        """Yield id and name of all other known jobs of a service, oldest first, in parts: each takes milliseconds."""
+        after = -1 << 63
+        last = "SELECT max(key) FROM (SELECT key FROM jobs WHERE key > ? ORDER BY key LIMIT ?)"
+        while (until := self._select(last, after, _PART)[0][0]) is not None:
+            yield self._select(
+                "SELECT job_id, name FROM jobs WHERE key > ? AND key <= ? AND identity = ?"
+                " AND (ended = 0 OR logs_complete = 0 OR late = 1) ORDER BY key",
+                after,
+                until,
+                identity,
+            )
+            after = until
 
     def ack(self, acks: Iterable[Ack]) -> None:
         """Store acknowledgements, in one transaction; one that cannot be stored does not affect those of other jobs."""

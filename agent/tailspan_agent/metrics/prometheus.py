@@ -7,6 +7,7 @@ Source: the OpenTelemetry specification, "Prometheus and OpenMetrics Compatibili
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,9 +20,12 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric as Family
     from prometheus_client.samples import Exemplar as FamilyExemplar
 
-__all__ = ["prometheus_text"]
+__all__ = ["prometheus_pieces", "prometheus_text"]
 
 _UNITS = {"s": "seconds"}
+# About 50 ms of work, so that other requests are answered in between.
+_POINTS_A_PIECE, _HISTOGRAMS_A_PIECE = 2500, 200
+_END = b"# EOF\n"
 _NO_LABEL_CHARS = re.compile(r"[^a-zA-Z0-9_]")
 
 
@@ -36,17 +40,56 @@ def prometheus_text(metrics: Iterable[Metric], resource: Mapping[str, Any], acce
     Returns:
         The text and its content type.
     """
+    pieces, content_type = prometheus_pieces(metrics, resource, accept)
+    return b"".join(pieces), content_type
+
+
+def prometheus_pieces(
+    metrics: Iterable[Metric], resource: Mapping[str, Any], accept: str = ""
+) -> tuple[Iterator[bytes], str]:
+    """Return the same text in pieces, each made when it is taken: all of it may be tens of megabytes.
+
+    Args:
+        metrics: The metrics.
+        resource: The attributes of their resource.
+        accept: The Accept header.
+
+    Returns:
+        The pieces and their content type.
+    """
     # imports take 50 ms, and only a scraped agent needs them
     from prometheus_client.exposition import choose_encoder
     from prometheus_client.registry import Collector
 
-    class Families(Collector):
+    class OneFamily(Collector):
+        def __init__(self, family: Family) -> None:
+            self._family = family
+
         def collect(self) -> Iterator[Family]:
-            yield _target_info(resource)
-            yield from map(_family, metrics)
+            yield self._family
 
     encode, content_type = choose_encoder(accept)
-    return encode(Families()), content_type
+
+    def pieces() -> Iterator[bytes]:
+        text = encode(OneFamily(_target_info(resource)))
+        has_end = text.endswith(_END)
+        yield text.removesuffix(_END)
+        for metric in metrics:
+            size = _HISTOGRAMS_A_PIECE if isinstance(metric.data, Histogram) else _POINTS_A_PIECE
+            for start in range(0, len(metric.data.data_points), size):
+                text = encode(OneFamily(_family(_part(metric, start, start + size)))).removesuffix(_END)
+                while start and text.startswith(b"# "):  # the first piece has the help and the type
+                    text = text.partition(b"\n")[2]
+                yield text
+        if has_end:
+            yield _END
+
+    return pieces(), content_type
+
+
+def _part(metric: Metric, start: int, stop: int) -> Metric:
+    data: Any = metric.data  # each kind has points of its own type
+    return dataclasses.replace(metric, data=dataclasses.replace(data, data_points=data.data_points[start:stop]))
 
 
 def _target_info(resource: Mapping[str, Any]) -> Family:

@@ -66,7 +66,7 @@ class MetricsPush:
     async def export(self) -> bool:
         """Export all metrics once and return whether the endpoint accepted all of them."""
         try:
-            payload, count = self._reader.metrics_request()
+            payload, count = await self._reader.metrics_request_in_steps()
         except Exception as error:  # a value that cannot be encoded must not stop the relay of log lines
             outcome: Outcome = Rejected(None, f"cannot encode metrics: {error!r}", "unencodable")
         else:

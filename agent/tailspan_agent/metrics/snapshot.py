@@ -10,12 +10,13 @@ An ended series is state as well: its last point is exported until the endpoint 
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
@@ -29,14 +30,21 @@ from tailspan_agent.metrics.agent import AgentMetrics
 from tailspan_agent.metrics.jobs import job_metrics, task_metrics
 from tailspan_agent.metrics.live_series import LiveSeries, flag_ends
 from tailspan_agent.metrics.pipelines import pipeline_metrics
-from tailspan_agent.metrics.prometheus import prometheus_text
+from tailspan_agent.metrics.prometheus import prometheus_pieces
+from tailspan_agent.otlp.wire import bytes_field, string_field
 
 __all__ = ["MetricsReader", "exports_exponential_histograms"]
 
 _MOST_LOGGED = 100
+# Numbers of fields in OTLP's metrics_service.proto and metrics.proto.
+_RESOURCE_METRICS, _RESOURCE, _SCOPE_METRICS, _SCOPE, _METRICS, _SCHEMA_URL = 1, 1, 2, 1, 2, 3
 _AGGREGATION = "OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION"
 
 _log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+_Steps: TypeAlias = Generator[None, None, _T]
+"""Work that pauses between its steps: the metrics of thousands of pipelines take half a second."""
 
 
 class MetricsReader:
@@ -89,8 +97,12 @@ class MetricsReader:
         Args:
             exponential: Return durations as exponential histograms.
         """
+        return _at_once(self._snapshot(exponential=exponential))
+
+    def _snapshot(self, *, exponential: bool = False) -> _Steps[list[ScopeMetrics]]:
         jobs, now_unix_nano = list(self._jobs()), self._clock_ns()
         self._agent.jobs_followed(job.service for job in jobs)
+        yield
         of_jobs = job_metrics(
             runs=self._runs(),
             jobs=jobs,
@@ -100,12 +112,14 @@ class MetricsReader:
             run_id_on_metrics=self._run_id_on_metrics,
             exponential=exponential,
         )
+        yield
         of_jobs += task_metrics(
             self._tasks(),
             start_unix_nano=self._started_unix_nano,
             now_unix_nano=now_unix_nano,
             exponential=exponential,
         )
+        yield
         of_jobs += pipeline_metrics(
             jobs=jobs,
             pipeline_stats=self._pipeline_stats,
@@ -114,6 +128,7 @@ class MetricsReader:
             now_unix_nano=now_unix_nano,
             run_id_on_metrics=self._run_id_on_metrics,
         )
+        yield
         return [*self._agent.collect(), ScopeMetrics(InstrumentationScope("tailspan.jobs"), of_jobs, schema_url="")]
 
     def metrics_request(self) -> tuple[bytes, int]:
@@ -121,31 +136,57 @@ class MetricsReader:
 
         A series that ended since the last accepted export has one more point, without a value.
         """
-        scopes = self._live.with_ends(self.snapshot(exponential=self._exponential), self._clock_ns())
-        scopes = [scope for scope in scopes if scope.metrics]
-        count = sum(len(metric.data.data_points) for scope in scopes for metric in scope.metrics)
+        return _at_once(self._metrics_request())
+
+    async def metrics_request_in_steps(self) -> tuple[bytes, int]:
+        """Return the same, and let other tasks run in between."""
+        return await _in_steps(self._metrics_request())
+
+    def _metrics_request(self) -> _Steps[tuple[bytes, int]]:
+        snapshot = yield from self._snapshot(exponential=self._exponential)
+        scopes = self._live.with_ends(snapshot, self._clock_ns())
+        del snapshot
+        count = 0
+        parts: list[bytes] = []
+        for scope in scopes:
+            yield
+            metrics: list[bytes] = []
+            for metric in scope.metrics:
+                points, encoded = self._encode_metric(scope, metric)
+                count += points
+                metrics.append(encoded)
+                yield
+            if metrics:
+                parts.append(self._scope_field(scope, metrics))
+        return self._resource_field(parts), count
+
+    def _encode_metric(self, scope: ScopeMetrics, metric: Metric) -> tuple[int, bytes]:
+        """Return the number of points of a metric, and its field of the scope."""
         try:
-            encoded = self._encode(scopes)
+            request = self._encode([dataclasses.replace(scope, metrics=[metric])])
         except Exception:
             # One value that cannot be encoded must not stop the others.
-            scopes = [self._encodable(scope) for scope in scopes]
-            count = sum(len(metric.data.data_points) for scope in scopes for metric in scope.metrics)
-            encoded = self._encode(scopes)
-        flag_ends(encoded)
-        request: bytes = encoded.SerializeToString()
-        return request, count
+            kept = [point for point in metric.data.data_points if self._can_encode(scope, metric, point)]
+            metric = _with_points(metric, kept)
+            if not kept:
+                return 0, b""
+            request = self._encode([dataclasses.replace(scope, metrics=[metric])])
+        flag_ends(request)
+        (encoded,) = request.resource_metrics[0].scope_metrics[0].metrics
+        return len(metric.data.data_points), bytes_field(_METRICS, encoded.SerializeToString())
+
+    def _scope_field(self, scope: ScopeMetrics, metrics: Sequence[bytes]) -> bytes:
+        (empty,) = self._encode([dataclasses.replace(scope, metrics=[])]).resource_metrics[0].scope_metrics
+        name = bytes_field(_SCOPE, empty.scope.SerializeToString())
+        return bytes_field(_SCOPE_METRICS, b"".join([name, *metrics, _url_field(empty.schema_url)]))
+
+    def _resource_field(self, scopes: Sequence[bytes]) -> bytes:
+        (empty,) = self._encode([]).resource_metrics
+        resource = bytes_field(_RESOURCE, empty.resource.SerializeToString())
+        return bytes_field(_RESOURCE_METRICS, b"".join([resource, *scopes, _url_field(empty.schema_url)]))
 
     def _encode(self, scopes: Sequence[ScopeMetrics]) -> ExportMetricsServiceRequest:
         return encode_metrics(MetricsData([ResourceMetrics(self._agent.resource, scopes, schema_url="")]))
-
-    def _encodable(self, scope: ScopeMetrics) -> ScopeMetrics:
-        """Return a scope without the data points that cannot be encoded; log each series once."""
-        metrics = []
-        for metric in scope.metrics:
-            kept = [point for point in metric.data.data_points if self._can_encode(scope, metric, point)]
-            if kept:
-                metrics.append(_with_points(metric, kept))
-        return dataclasses.replace(scope, metrics=metrics)
 
     def _can_encode(self, scope: ScopeMetrics, metric: Metric, point: Any) -> bool:
         try:
@@ -170,8 +211,41 @@ class MetricsReader:
         Args:
             accept: The Accept header of the scrape.
         """
-        metrics = [metric for scope in self.snapshot() for metric in scope.metrics]
-        return prometheus_text(metrics, self._agent.resource.attributes, accept)
+        pieces, content_type = self._prometheus_pieces(self.snapshot(), accept)
+        return b"".join(pieces), content_type
+
+    async def prometheus_pieces(self, accept: str = "") -> tuple[Iterator[bytes], str]:
+        """Return the same text in pieces, each made when it is taken; let other tasks run in between."""
+        return self._prometheus_pieces(await _in_steps(self._snapshot()), accept)
+
+    def _prometheus_pieces(self, scopes: Sequence[ScopeMetrics], accept: str) -> tuple[Iterator[bytes], str]:
+        metrics = (metric for scope in scopes for metric in scope.metrics)
+        return prometheus_pieces(metrics, self._agent.resource.attributes, accept)
+
+
+def _at_once(steps: _Steps[_T]) -> _T:
+    """Run all steps and return their result."""
+    try:
+        while True:
+            next(steps)
+    except StopIteration as end:
+        result: _T = end.value
+        return result
+
+
+async def _in_steps(steps: _Steps[_T]) -> _T:
+    """Run all steps, with a pause after each, and return their result."""
+    try:
+        while True:
+            next(steps)
+            await asyncio.sleep(0)
+    except StopIteration as end:
+        result: _T = end.value
+        return result
+
+
+def _url_field(schema_url: str) -> bytes:
+    return string_field(_SCHEMA_URL, schema_url) if schema_url else b""
 
 
 def _with_points(metric: Metric, points: Sequence[Any]) -> Metric:

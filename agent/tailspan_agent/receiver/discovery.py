@@ -273,9 +273,11 @@ class JobDiscovery:
             self._ignored -= self._deleted
             self._deleted.clear()
             # However old it is: a job that the store has as unfinished gets its end.
-            for job_id, name in self._context.store.unfinished_jobs(self._service.identity):
-                if job_id not in self.tailers and job_id not in self._ignored and job_id not in self.backlog:
-                    self.backlog.put(WaitingJob(job_id, name, None))
+            for jobs in self._context.store.unfinished_jobs(self._service.identity):
+                for job_id, name in jobs:
+                    if job_id not in self.tailers and job_id not in self._ignored and job_id not in self.backlog:
+                        self.backlog.put(WaitingJob(job_id, name, None))
+                await asyncio.sleep(0)
         for job_id in dict.fromkeys(job_id for watch in self.watches for job_id in watch.jobs):
             if job_id not in self.tailers and job_id not in self._ignored:
                 # An earlier watch may match the job by its name.

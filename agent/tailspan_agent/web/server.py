@@ -12,7 +12,7 @@ import contextlib
 import os
 import socket
 import stat
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -20,7 +20,7 @@ from urllib.parse import urlencode, urlsplit
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from tailspan._net import host_port
@@ -60,7 +60,7 @@ class StatusServer:
 
     Args:
         address: Host and port to listen on; port 0 means any free port. Or the path of a Unix socket.
-        metrics: Returns the Prometheus text and its content type for an Accept header.
+        metrics: Returns the Prometheus text in pieces and its content type for an Accept header.
         readiness: Returns codes of what keeps the agent from relaying, without anything private; empty if ready.
         delivery: Returns the delivery state of a job's lines as plain values, for a service's identity and a job's id.
         view: The data for the page; None serves no page.
@@ -74,7 +74,7 @@ class StatusServer:
         self,
         address: tuple[str, int] | Path,
         *,
-        metrics: Callable[[str], tuple[bytes, str]],
+        metrics: Callable[[str], Awaitable[tuple[Iterator[bytes], str]]],
         readiness: Callable[[], Sequence[str]],
         delivery: Callable[[str, str], Mapping[str, object]],
         view: AgentView | None = None,
@@ -173,12 +173,18 @@ class StatusServer:
         return PlainTextResponse("".join(f"{each}\n" for each in problems or ["ready"]), 503 if problems else 200)
 
     async def _get_metrics(self, request: Request) -> Response:
-        text, content_type = self._metrics(request.headers.get("accept", ""))
-        return Response(text, headers={"content-type": content_type})
+        pieces, content_type = await self._metrics(request.headers.get("accept", ""))
+        return StreamingResponse(_with_pauses(pieces), headers={"content-type": content_type})
 
     async def _get_delivery(self, request: Request) -> Response:
         query = request.query_params
         return JSONResponse(self._delivery(query.get("identity", ""), query.get("job_id", "")))
+
+
+async def _with_pauses(pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
+    for piece in pieces:
+        yield piece
+        await asyncio.sleep(0)
 
 
 class _Server(LimitedServer):

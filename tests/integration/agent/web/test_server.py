@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TypeVar
 
 import httpx
@@ -20,6 +20,11 @@ T = TypeVar("T")
 TOKEN = "s3cret-tökén"
 
 
+async def scraped(accept: str) -> tuple[Iterator[bytes], str]:
+    """Return the Accept header as metrics."""
+    return iter([b"accept ", f"{accept}\n".encode()]), "text/plain; version=0.0.4; charset=utf-8"
+
+
 def served(
     visit: Callable[[httpx.AsyncClient, StatusServer], Awaitable[T]],
     *,
@@ -31,7 +36,7 @@ def served(
     async def main() -> T:
         server = StatusServer(
             ("127.0.0.1", 0),
-            metrics=lambda accept: (f"accept {accept}\n".encode(), "text/plain; version=0.0.4; charset=utf-8"),
+            metrics=scraped,
             delivery=lambda identity, job_id: {"identity": identity, "job_id": job_id},
             readiness=lambda: problems or [],
             access=ServerAccess(**access),
@@ -159,7 +164,7 @@ def test_a_busy_port_is_an_error_that_names_the_key():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = taken.getsockname()
         with pytest.raises(ConfigError, match=rf"agent\.listen.*127\.0\.0\.1:{address[1]}.*in use") as caught:
-            StatusServer(address, metrics=lambda _: (b"", ""), readiness=list, delivery=no_delivery)
+            StatusServer(address, metrics=scraped, readiness=list, delivery=no_delivery)
     assert caught.value.key == "agent.listen"
 
 
@@ -170,7 +175,7 @@ def test_a_busy_port_is_an_error_that_names_the_key():
 def test_an_address_that_is_not_ours_is_an_error(address, reason):
     """An unusable address is a configuration error with its reason, not a traceback."""
     with pytest.raises(ConfigError, match=rf"agent\.listen: cannot listen on .*: {reason}"):
-        StatusServer(address, metrics=lambda _: (b"", ""), readiness=list, delivery=no_delivery)
+        StatusServer(address, metrics=scraped, readiness=list, delivery=no_delivery)
 
 
 def test_signals_are_left_to_the_agent():
@@ -190,7 +195,7 @@ def test_stopping_frees_the_port_although_a_connection_is_open():
     async def main() -> None:
         server = StatusServer(
             ("127.0.0.1", 0),
-            metrics=lambda _: (b"", "text/plain"),
+            metrics=scraped,
             readiness=list,
             delivery=no_delivery,
         )
@@ -198,9 +203,7 @@ def test_stopping_frees_the_port_although_a_connection_is_open():
         async with httpx.AsyncClient(base_url=server.url, trust_env=False) as client:
             async with server:
                 assert (await client.get("/healthz")).status_code == 200
-            async with StatusServer(
-                address, metrics=lambda _: (b"", "text/plain"), readiness=lambda: ["new"], delivery=no_delivery
-            ):
+            async with StatusServer(address, metrics=scraped, readiness=lambda: ["new"], delivery=no_delivery):
                 assert (await client.get("/readyz")).text == "new\n"
 
     asyncio.run(main())
@@ -210,9 +213,7 @@ def test_stopping_a_server_that_never_served_is_quick():
     """An agent that fails while starting leaves no socket behind."""
 
     async def main() -> tuple[str, int]:
-        async with StatusServer(
-            ("127.0.0.1", 0), metrics=lambda _: (b"", ""), readiness=list, delivery=no_delivery
-        ) as server:
+        async with StatusServer(("127.0.0.1", 0), metrics=scraped, readiness=list, delivery=no_delivery) as server:
             return server.address
 
     with pytest.raises(ConnectionRefusedError):

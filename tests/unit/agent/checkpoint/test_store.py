@@ -12,11 +12,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
 
 import pytest
 
 from tailspan_agent.analysis.run_totals import RunTotals
+from tailspan_agent.checkpoint import store as store_module
 from tailspan_agent.checkpoint.database import SCHEMA_VERSION, lock_holder
 from tailspan_agent.checkpoint.store import Ack, Checkpoint, OutboxSpan, SqliteStore, read_checkpoint
 from tailspan_agent.errors import CheckpointError
@@ -41,6 +43,10 @@ def reopen(store: SqliteStore) -> SqliteStore:
     """Close the store and open it again."""
     store.close()
     return SqliteStore(store.path.parent)
+
+
+def unfinished(store: SqliteStore) -> list[tuple[str, str]]:
+    return list(chain.from_iterable(store.unfinished_jobs("id")))
 
 
 def spans(key: int, *ids: str, data: bytes = b"span") -> list[OutboxSpan]:
@@ -75,6 +81,30 @@ def test_a_killed_process_loses_no_ack(tmp_path: Path) -> None:
         assert job is not None
         assert (job.cursor, job.stream) == (b"here", 1)
         assert asyncio.run(store.seconds(job.key)) == {7: (1, 2**64 - 1)}
+
+
+def test_unfinished_jobs_come_in_parts(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part takes milliseconds, however many jobs there are and whatever their numbers."""
+    monkeypatch.setattr(store_module, "_PART", 2)
+    for number in range(5):
+        add(store, f"j{number}")
+    store._db.execute("UPDATE jobs SET key = ? WHERE job_id = 'j4'", ((1 << 63) - 1,))
+    store._db.execute("UPDATE jobs SET key = -5 WHERE job_id = 'j3'")
+    parts = [[job_id for job_id, _ in part] for part in store.unfinished_jobs("id")]
+    assert parts == [["j3", "j0"], ["j1", "j2"], ["j4"]]
+
+
+def test_a_long_log_of_writes_is_copied_by_a_thread(tmp_path: Path) -> None:
+    """A commit does not wait for the disk; a store that is closed at once has all of it."""
+    with closing(SqliteStore(tmp_path)) as store:
+        key, size = add(store).key, store.path.stat().st_size
+        while store._copying is None:
+            store.ack([Ack(key, os.urandom(100_000), FACTS)])
+        store._copying.join()
+        assert store.path.stat().st_size > size
+        store.ack([Ack(key, b"last", FACTS)])
+    with closing(sqlite3.connect(store.path)) as db:
+        assert db.execute("SELECT cursor FROM jobs").fetchall() == [(b"last",)]
 
 
 def test_another_process_can_read(store: SqliteStore) -> None:
@@ -156,7 +186,7 @@ def test_a_truncated_file_is_salvaged(tmp_path: Path, many: bytes, part: float) 
     (tmp_path / "checkpoints.db").write_bytes(many[:size])
     with closing(SqliteStore(tmp_path)) as store:
         assert store.recovered
-        known = dict(store.unfinished_jobs("id"))
+        known = dict(unfinished(store))
         assert len(known) >= (MANY * part * 0.6 if isinstance(part, float) else 0)
         assert all(store.job("id", job_id).cursor == job_id[1:].encode() for job_id in list(known)[:50])
         add(store, "new")
@@ -176,7 +206,7 @@ def test_a_damaged_file_is_salvaged(tmp_path: Path, many: bytes, seed: int) -> N
         damaged[start : start + length] = chance.randbytes(length)
     (tmp_path / "checkpoints.db").write_bytes(damaged)
     with closing(SqliteStore(tmp_path)) as store:
-        store.unfinished_jobs("id")
+        unfinished(store)
         assert store.totals is not None
         store.unsent_spans(10)
         asyncio.run(store.forget(3600))
@@ -248,12 +278,12 @@ def test_a_job_that_may_still_be_late_is_not_finished(store: SqliteStore) -> Non
     store.end_job(key, [], RunTotals("etl", "success").add(1.0))
     store.ack([Ack(key, b"x", FACTS, {7: (1, 5)})])
     store.complete_logs(key, late=True)
-    assert (store.finished_jobs("id"), store.unfinished_jobs("id")) == (set(), [("j1", "etl")])
+    assert (store.finished_jobs("id"), unfinished(store)) == (set(), [("j1", "etl")])
     assert asyncio.run(store.seconds(key)) == {7: (1, 5)}
     found = store.job("id", "j1")
     assert (found.logs_complete, found.late, found.ended) == (True, True, True)
     store.complete_logs(key)
-    assert (store.finished_jobs("id"), store.unfinished_jobs("id"), asyncio.run(store.seconds(key))) == ({"j1"}, [], {})
+    assert (store.finished_jobs("id"), unfinished(store), asyncio.run(store.seconds(key))) == ({"j1"}, [], {})
 
 
 def test_names_are_forgotten_too(store: SqliteStore) -> None:

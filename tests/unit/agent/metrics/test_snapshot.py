@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from datetime import UTC, datetime
 
@@ -14,6 +15,7 @@ from tailspan.models import JobState, JobStatus
 from tailspan_agent.analysis.assessment import JobSnapshot
 from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
 from tailspan_agent.analysis.run_totals import BOUNDS_S, RunTotals, bucket_index
+from tailspan_agent.metrics import prometheus
 from tailspan_agent.metrics.snapshot import exports_exponential_histograms
 from tests.unit.agent.metrics.world import NOW_NS, NOW_S, OPENMETRICS, SPAN, START_NS, TRACE, World
 
@@ -200,6 +202,48 @@ def test_a_scrape_leaves_an_ended_series_out():
         name for name in world.families() if name.startswith("tailspan_job_") and name != "tailspan_job_too_fast"
     } - {"tailspan_job_pending_age_seconds"}
     assert b"NaN" not in world.reader.prometheus_text()[0]
+
+
+@pytest.mark.parametrize("accept", ["", "application/openmetrics-text; version=1.0.0"])
+def test_a_scrape_in_pieces_is_the_same_text(accept, monkeypatch):
+    """Each family has its help and type once, and the text one end, however many pieces it has."""
+    world = World()
+    world.jobs = [running(f"job-{number}", name=f"etl-{number}") for number in range(5)]
+    world.runs = [RunTotals(f"etl-{number}", "success").add(number) for number in range(5)]
+    whole = world.reader.prometheus_text(accept)
+    monkeypatch.setattr(prometheus, "_POINTS_A_PIECE", 2)
+    monkeypatch.setattr(prometheus, "_HISTOGRAMS_A_PIECE", 2)
+    pieces, content_type = asyncio.run(world.reader.prometheus_pieces(accept))
+    parts = list(pieces)
+    assert len(parts) > len(world.families())
+    assert (b"".join(parts), content_type) == whole
+
+
+def test_a_request_in_steps_lets_other_tasks_run():
+    """The request has the same content, and no step has all of its work."""
+    world = World()
+    world.jobs = [running(f"job-{number}", name=f"etl-{number}") for number in range(5)]
+    whole, turns = World(), []
+    whole.jobs = world.jobs
+
+    async def main():
+        async def other():
+            while True:
+                turns.append(1)
+                await asyncio.sleep(0)
+
+        task = asyncio.create_task(other())
+        request = await world.reader.metrics_request_in_steps()
+        task.cancel()
+        return request
+
+    requests = [asyncio.run(main()), whole.reader.metrics_request()]
+    of_jobs = [
+        ExportMetricsServiceRequest.FromString(payload).resource_metrics[0].scope_metrics[1] for payload, _ in requests
+    ]
+    assert of_jobs[0] == of_jobs[1]
+    assert requests[0][1] == requests[1][1]
+    assert len(turns) > 10
 
 
 def test_errors_count_runs_that_have_an_error_type():
