@@ -10,6 +10,7 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import re
+    from collections.abc import Iterator, Sequence
 
 __all__ = ["MASK", "add_secret", "mask", "mask_and_cut"]
 
@@ -24,8 +25,8 @@ _MIN_PREFIX_CHARS = 8
 _ROUNDS = 3
 _ENDINGS = ".…\"')]}>"
 _MARGIN_CHARS = 16
-_LONGER = 12
-"""The most characters that one character of a secret takes, as in ``%252541`` or ``\\\\u0041``."""
+_LONGER = 48
+"""The most characters that one character of a secret takes: ``\\u0041`` with each of its characters as ``\\u005c``."""
 
 _NAMES = {"amp": "&", "lt": "<", "gt": ">", "quot": '"', "apos": "'"}
 
@@ -60,6 +61,9 @@ def add_secret(value: str) -> None:
     for part in parts:
         if len(part) >= MIN_SECRET_CHARS:
             forms.update(dict.fromkeys(_forms(part)))
+            # In a text that has other escapes, what looks like one in the secret is unescaped with them.
+            plain = (text for text, _, _ in _unescaped(part))
+            forms.update(dict.fromkeys(text for text in plain if len(text) >= MIN_SECRET_CHARS))
     _secrets[value] = tuple(forms)
     if len(_secrets) > _MAX_SECRETS:
         del _secrets[next(iter(_secrets))]
@@ -69,19 +73,8 @@ def mask(text: str) -> str:
     """Return text without the secrets, whatever their form: escaped for URL, JSON or HTML, in base64 or hexadecimal."""
     if not _secrets or len(text) < _MIN_PREFIX_CHARS:
         return text
-    plain, starts, ends = _unescaped(text)
-    rest = plain.rstrip(_ENDINGS)
-    found: list[tuple[int, int]] = []
-    for forms in _secrets.values():
-        for form in forms:
-            at = plain.find(form)
-            while at >= 0:
-                found.append((starts[at], ends[at + len(form) - 1]))
-                at = plain.find(form, at + len(form))
-            # What was cut before it came here ends with the beginning of a secret.
-            known = _overlap(rest, form)
-            if known:
-                found.append((starts[len(rest) - known], ends[len(rest) - 1]))
+    # A secret may itself look like an escape: it is searched before and after each round of them.
+    found = [span for plain, starts, ends in _unescaped(text) for span in _found(plain, starts, ends)]
     if not found:
         return text
     parts: list[str] = []
@@ -91,6 +84,21 @@ def mask(text: str) -> str:
             parts += [text[done:start], MASK] if start >= done else []
             done = end
     return "".join((*parts, text[done:]))
+
+
+def _found(plain: str, starts: Sequence[int], ends: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield where secrets begin and end in a text, by its form that is compared."""
+    rest = plain.rstrip(_ENDINGS)
+    for forms in _secrets.values():
+        for form in forms:
+            at = plain.find(form)
+            while at >= 0:
+                yield starts[at], ends[at + len(form) - 1]
+                at = plain.find(form, at + len(form))
+            # What was cut before it came here ends with the beginning of a secret.
+            known = _overlap(rest, form)
+            if known:
+                yield starts[len(rest) - known], ends[len(rest) - 1]
 
 
 def mask_and_cut(text: str, most_chars: int, mark: str = "…") -> str:
@@ -136,12 +144,13 @@ def _squeezed(text: str) -> str:
     return "".join(char for char in text.lower() if char not in "+\\" and char.isprintable() and not char.isspace())
 
 
-def _unescaped(text: str) -> tuple[str, list[int], list[int]]:
-    """Return text as it is compared, and where each of its characters begins and ends in the text."""
+def _unescaped(text: str) -> Iterator[tuple[str, list[int], list[int]]]:
+    """Yield text as it is compared, and where each of its characters begins and ends: as it is, then unescaped."""
     chars, starts, ends = text.lower(), list(range(len(text))), list(range(1, len(text) + 1))
     if len(chars) != len(text):
         chars = text  # a few letters have a longer lower case
     for _ in range(_ROUNDS):
+        yield _comparable(chars, starts, ends)
         parts: list[str] = []
         new_starts: list[int] = []
         new_ends: list[int] = []
@@ -153,9 +162,13 @@ def _unescaped(text: str) -> tuple[str, list[int], list[int]]:
             new_ends += [*ends[done:start], ends[end - 1]]
             done = end
         if not done:
-            break
+            return
         chars = "".join((*parts, chars[done:]))
         starts, ends = [*new_starts, *starts[done:]], [*new_ends, *ends[done:]]
+    yield _comparable(chars, starts, ends)
+
+
+def _comparable(chars: str, starts: Sequence[int], ends: Sequence[int]) -> tuple[str, list[int], list[int]]:
     kept = [at for at, char in enumerate(chars) if _squeezed(char)]
     return "".join(chars[at] for at in kept), [starts[at] for at in kept], [ends[at] for at in kept]
 

@@ -6,6 +6,7 @@ import base64
 import html
 import json
 import logging
+from collections.abc import Callable
 from datetime import UTC, datetime
 from urllib.parse import quote, quote_plus
 
@@ -19,6 +20,7 @@ from tailspan.errors import ServiceUnavailableError
 from tailspan.services._requests import error_text
 from tailspan_agent.exporter.outcome import classify_grpc, classify_http
 from tailspan_agent.process.logging_setup import LineFormatter
+from tests.property.effort import fuzz
 
 TOKEN = 'Tok/en+s=cr"e&t-9fQ7x'
 FORMS = {
@@ -124,6 +126,72 @@ def test_user_and_password_are_masked_apart_and_together() -> None:
     add_secret("Basic " + base64.b64encode(b"someone:pa55word-long").decode())
     for quoted in ("someone:pa55word-long", "pa55word-long", base64.b64encode(b"someone:pa55word-long").decode()):
         assert mask(f"<{quoted}>") == f"<{MASK}>"
+
+
+ESCAPES: dict[str, Callable[[str], str]] = {
+    "plain": str,
+    "percent": lambda text: quote(text, safe=""),
+    "all percent": lambda text: "".join(f"%{byte:02X}" for byte in text.encode()),
+    "JSON": lambda text: json.dumps(text)[1:-1],
+    "all JSON": lambda text: "".join(f"\\u{ord(char):04x}" for char in text),
+    "HTML": html.escape,
+    "all HTML": lambda text: "".join(f"&#x{ord(char):x};" for char in text),
+    "literal": lambda text: repr(text.encode())[2:-1],
+}
+ENCODINGS: dict[str, Callable[[str], str]] = {
+    "plain": str,
+    "upper case": str.upper,
+    "hexadecimal": lambda text: text.encode().hex(),
+    "base64": lambda text: base64.b64encode(text.encode()).decode(),
+    "base64 for URLs": lambda text: base64.urlsafe_b64encode(text.encode()).decode(),
+}
+# A plus sign is a space in a form, and a backslash escapes: both are left out of comparisons.
+TOKENS = st.text(st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="+\\"), min_size=10, max_size=40)
+
+
+def channels(text: str) -> dict[str, str]:
+    """Return what is shown of a text that a server sent, by where it is shown."""
+    body = json.dumps({"message": text}).encode()
+    record = logging.makeLogRecord({"name": "x", "msg": "failed: %r %s", "args": (text, text)})
+    return {
+        "error": str(ServiceUnavailableError(text)),
+        "repr": repr(ServiceUnavailableError(text)),
+        "body of a job service": error_text(body),
+        "body of an endpoint": str(classify_http("logs", 503, {}, text.encode(), 1, datetime.now(UTC))),
+        "gRPC": str(classify_grpc("UNAVAILABLE", text, None)),
+        "log": LineFormatter().format(record),
+    }
+
+
+@fuzz(100)
+@given(
+    TOKENS.filter(lambda token: len(set(token.lower())) > 5),
+    st.sampled_from(list(ENCODINGS.values())),
+    st.lists(st.sampled_from(list(ESCAPES.values())), max_size=2),
+    st.text(max_size=20),
+)
+def test_no_form_of_a_token_is_shown_anywhere(token, encoding, escapes, around) -> None:
+    """Also of a token that looks like an escape itself; and what is masked stays as it is when masked again."""
+    _secrets._secrets.clear()
+    add_secret(f"Bearer {token}")
+    form = encoding(token)
+    for escape in escapes:
+        form = escape(form)
+    text = f"{around}<{form}>{around}"
+    assert mask(mask(text)) == mask(text)
+    encoded = encoding(token).lower().replace("+", "")
+    parts = [encoded[at : at + 8] for at in range(2, len(encoded) - 9)]
+    ours = channels("")
+    for where, shown in channels(text).items():
+        for plain, _, _ in _secrets._unescaped(shown):
+            assert not [part for part in parts if part in plain and part not in ours[where].lower()], where
+
+
+def test_a_token_that_looks_like_an_escape_is_masked() -> None:
+    """As it is, and with more escapes around it."""
+    add_secret("tok0000001%23abc")
+    for form in ("tok0000001%23abc", "tok0000001%2523abc", "tok&#48;000001%23abc"):
+        assert mask(f"<{form}>") == f"<{MASK}>"
 
 
 def test_short_values_and_old_tokens() -> None:
