@@ -34,7 +34,8 @@ class Backlog:
 
     def __init__(self) -> None:
         self._jobs: dict[str, WaitingJob] = {}
-        self._pipelines: dict[str, list[tuple[float, str]]] = {}
+        # Times and ids; of a pipeline with one job only the id: a hundred thousand jobs may have as many names.
+        self._pipelines: dict[str, list[tuple[float, str]] | str] = {}
         self._order: deque[str] = deque()
 
     def __len__(self) -> int:
@@ -53,18 +54,23 @@ class Backlog:
         self._jobs[job.job_id] = job
         if known is not None and known.name == job.name and (known.row is not None or job.row is None):
             return
-        if job.name not in self._pipelines:
-            self._pipelines[job.name] = []
+        waiting = self._pipelines.get(job.name)
+        if waiting is None:
+            self._pipelines[job.name] = job.job_id
             self._order.append(job.name)
-        heapq.heappush(self._pipelines[job.name], (_time_s(job.row), job.job_id))
+        elif isinstance(waiting, list):
+            heapq.heappush(waiting, (_time_s(job.row), job.job_id))
+        elif waiting != job.job_id:
+            other = self._jobs.get(waiting)
+            self._pipelines[job.name] = sorted(
+                [(_time_s(other and other.row), waiting), (_time_s(job.row), job.job_id)]
+            )
 
     def take(self) -> WaitingJob | None:
         """Remove and return the oldest job of the next pipeline; None without jobs."""
         while self._order:
             name = self._order[0]
-            waiting = self._pipelines[name]
-            while waiting:
-                _, job_id = heapq.heappop(waiting)
+            while (job_id := self._pop(name)) is not None:
                 job = self._jobs.get(job_id)
                 if job is not None and job.name == name:
                     del self._jobs[job_id]
@@ -73,6 +79,14 @@ class Backlog:
             del self._pipelines[name]
             self._order.popleft()
         return None
+
+    def _pop(self, name: str) -> str | None:
+        """Remove and return the id of a pipeline's oldest job; None without one."""
+        waiting = self._pipelines[name]
+        if isinstance(waiting, str):
+            self._pipelines[name] = []
+            return waiting
+        return heapq.heappop(waiting)[1] if waiting else None
 
     def remove(self, job_id: str) -> WaitingJob | None:
         """Remove and return a job; None if it does not wait."""

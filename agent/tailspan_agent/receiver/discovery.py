@@ -351,7 +351,8 @@ class JobDiscovery:
         if not row.state.is_terminal:
             self.backlog.remove(row.job_id)
             return False
-        self.backlog.put(WaitingJob(row.job_id, row.job_name or waiting.name, row))
+        if waiting.row is not row:
+            self.backlog.put(WaitingJob(row.job_id, row.job_name or waiting.name, row))
         return True
 
     async def _name_of(self, job_id: str) -> str:
