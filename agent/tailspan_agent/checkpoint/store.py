@@ -12,8 +12,9 @@ service and their id, not by the name of a configuration section: renaming a sec
     history   the last ended runs of each pipeline (`history`), with failures and too_fast
     names     names of listed jobs: a list without names costs one request for each job, once
 
-This is the store of one agent: see `CheckpointStore` for what every store promises. Nothing here waits, so the coroutines
-return at once: what is committed is copied from SQLite's log into the file by a thread, since that waits for the disk.
+This is the store of one agent: see `CheckpointStore` for what every store promises. Nothing here waits, so the
+coroutines return at once: a thread copies what is committed from SQLite's log into the file, since that waits for the
+disk.
 """
 
 from __future__ import annotations
