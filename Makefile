@@ -39,17 +39,19 @@ test-pythons: $(VENV)/.installed-dev
 	@$(BIN)/python -m tests.pythons $(VENV)/pythons $(PYTHON_VERSIONS) -- -q -n $(WORKERS) --dist worksteal
 
 # What is in deploy/ and the page against the real things: Debian's prometheus (with promtool), docker-compose and chromium, and npm for Grafana's grammars.
-# SERVICES=stores takes only real stores, which are built from Go modules: 25 minutes once. SERVICES=airflow,dagster,prefect takes only
+# SERVICES=stores takes only real stores, which are built from Go modules: 25 minutes once. SERVICES=airflow,aws_batch,dagster,prefect,ray takes only
 # real servers of these, each installed into an environment of its own. SERVICES=deploy takes only the rest.
 SERVICES := all
 STORES := tests/stores
 ORCHESTRATORS := tests/orchestrators
-SERVERS := airflow dagster prefect
+SERVERS := airflow aws_batch dagster prefect ray
 # These need no environment, but programs of the system; their tests are skipped where one is missing.
 SYSTEMS := systemd
 airflow_PACKAGES := apache-airflow==3.3.2
+aws_batch_PACKAGES := moto[batch,logs,server]==5.2.5
 dagster_PACKAGES := dagster==1.13.28 dagster-webserver==1.13.28
 prefect_PACKAGES := prefect==3.9.1
+ray_PACKAGES := ray[default]==2.60.0
 comma := ,
 CHOSEN := $(filter $(SERVERS) $(SYSTEMS),$(subst $(comma), ,$(SERVICES)))
 GRAMMARS := @grafana/lezer-logql@0.4.2 @grafana/lezer-traceql@1.0.0

@@ -79,6 +79,11 @@ class FakeAws(FakeJsonApi):
         self._recent: dict[str, deque[float]] = {}
         self._last_event = 0
 
+    @property
+    def section(self) -> str:
+        """The keys by which the configuration finds this server."""
+        return f'endpoint_url = "{self.url}"\nregion = "{REGION}"'
+
     def add_job(
         self,
         status: str = "RUNNING",
@@ -215,7 +220,11 @@ class FakeAws(FakeJsonApi):
         if array is not None:
             jobs = [job for job in jobs if job["jobId"].startswith(f"{array}:")]
         else:
-            jobs = [job for job in jobs if job["jobQueue"] == _QUEUE + body["jobQueue"] and ":" not in job["jobId"]]
+            jobs = [
+                job
+                for job in jobs
+                if job["jobQueue"].rpartition("/")[2] == body["jobQueue"] and ":" not in job["jobId"]
+            ]
         if filters:
             after_ms = int(filters[0]["values"][0])
             jobs = sorted((job for job in jobs if job["createdAt"] > after_ms), key=lambda job: -job["createdAt"])

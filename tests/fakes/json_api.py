@@ -41,6 +41,12 @@ class FakeSocket:
             self._protocol.send_text(json.dumps(message).encode())
             self._flush()
 
+    def send_text(self, text: bytes) -> None:
+        """Send text; nothing if the client has gone."""
+        with self._lock:
+            self._protocol.send_text(text)
+            self._flush()
+
     def receive(self) -> Any:
         """Wait for a message and return it; None at the end."""
         while not self._received:
@@ -78,6 +84,7 @@ class FakeJsonApi(ABC):
         url: The base URL of the API.
         token: What ``Authorization: Bearer`` must have; empty: nothing is needed.
         refusals: Statuses of the next replies, with their headers, before the right ones come.
+        away: Whether requests get no answer, because the server is down.
         busy_each: Each such request is answered by 429; 0: none.
         socket_refusals: Statuses of the next answers to requests for a WebSocket.
         requests: ``METHOD /path`` of each request so far; ``SOCKET /path`` of one for a WebSocket.
@@ -88,6 +95,7 @@ class FakeJsonApi(ABC):
     def __init__(self) -> None:
         self.token = ""
         self.refusals: list[tuple[int, dict[str, str]]] = []
+        self.away = False
         self.busy_each = 0
         self.socket_refusals: list[int] = []
         self.requests: list[str] = []
@@ -112,6 +120,9 @@ class FakeJsonApi(ABC):
                 self._answer("PATCH")
 
             def _answer(self, method: str) -> None:
+                if fake.away:
+                    self.close_connection = True
+                    return
                 if self.headers.get("upgrade") == "websocket":
                     fake.upgrade(self)
                     return
@@ -146,6 +157,11 @@ class FakeJsonApi(ABC):
         self._server.daemon_threads = True
         self.address = self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+
+    @property
+    def section(self) -> str:
+        """The keys by which the configuration finds this server."""
+        return f'base_url = "{self.url}"'
 
     def __enter__(self) -> Self:
         self._thread.start()

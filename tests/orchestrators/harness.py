@@ -40,10 +40,10 @@ _READY_S = 600.0
 _HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "host"}
 
 
-def _programs_of(name: str) -> Path:
+def _programs_of(name: str, program: str) -> Path:
     """Return where the programs of a service's environment are; skip the test if it is not installed."""
     found = Path(os.environ.get(f"{name.upper()}_ENVIRONMENT") or Path(sys.prefix) / name) / "bin"
-    if not (found / name).exists():
+    if not (found / program).exists():
         pytest.skip(f"{name} is not installed in {found}: make test-services SERVICES={name}")
     return found
 
@@ -56,9 +56,9 @@ class Orchestrator:
         env: Environment of its programs.
     """
 
-    def __init__(self, name: str, directory: Path, env: Mapping[str, str]) -> None:
+    def __init__(self, name: str, directory: Path, env: Mapping[str, str], *, program: str = "") -> None:
         self.directory = directory
-        self._programs = _programs_of(name)
+        self._programs = _programs_of(name, program or name)
         path = f"{self._programs}:{os.environ.get('PATH', os.defpath)}"
         self.env = {**os.environ, "HOME": str(directory), "PATH": path, **env}
         self._processes: list[subprocess.Popen[bytes]] = []

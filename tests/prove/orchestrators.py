@@ -12,7 +12,9 @@ from datetime import UTC, datetime, timedelta
 
 from tailspan._identity import trace_id
 from tests.fakes.airflow import FakeAirflow
+from tests.fakes.aws import REGION, FakeAws, write_credentials
 from tests.fakes.prefect import START, FakePrefect
+from tests.fakes.ray import FakeRay
 from tests.prove.jobs import SPANS
 from tests.prove.scenarios import Scenario
 from tests.prove.table import Row
@@ -28,6 +30,7 @@ class TaskJob(ABC):
     """A job with one task that writes numbered lines.
 
     Attributes:
+        unit_us: How exact its service has the times of lines, in us.
         name: Its name, and what its lines begin with.
         job_id: Its id.
         identity: The identity of its service.
@@ -37,6 +40,7 @@ class TaskJob(ABC):
     """
 
     spans = SPANS
+    unit_us = 1
     job_id: str
     identity: str
 
@@ -85,8 +89,9 @@ class TaskJob(ABC):
     def _find(self, number: int, text: str) -> tuple[int, int] | None:
         if number >= self.written or text != line_text(self.name, number, ""):
             return None
-        earliest = self._times_us[number] * _NANOS_PER_US
-        return earliest, earliest + _NANOS_PER_US - 1
+        unit_nanos = self.unit_us * _NANOS_PER_US
+        earliest = self._times_us[number] * _NANOS_PER_US // unit_nanos * unit_nanos
+        return earliest, earliest + unit_nanos - 1
 
 
 class AirflowJob(TaskJob):
@@ -146,6 +151,66 @@ class PrefectJob(TaskJob):
         self.ended = True
 
 
+class BatchJob(TaskJob):
+    """A job of the fake AWS Batch."""
+
+    unit_us = 1_000
+
+    def __init__(self, api: FakeAws, name: str) -> None:
+        super().__init__(name)
+        self.identity = f"aws-batch:{REGION}"
+        self._api = api
+        self.job_id = api.add_job(name=name, at_ms=_ms(datetime.now(UTC)))
+
+    @property
+    def handed(self) -> bool:
+        """See `TaskJob`."""
+        return any(operation == "FilterLogEvents" for operation, _ in self._api.calls)
+
+    def write_line(self, text: str, at: datetime, after_s: float) -> None:
+        """See `TaskJob`."""
+        with self._api.lock:
+            self._api.log(self._api.stream_of(self.job_id), text, _ms(at), visible_after_s=after_s)
+
+    def end(self) -> None:
+        """See `TaskJob`."""
+        with self._api.lock:
+            self._api.end(self.job_id, at_ms=_ms(datetime.now(UTC)))
+        self.ended = True
+
+
+class RayJob(TaskJob):
+    """A job of the fake Ray, whose lines have the time at which they were read."""
+
+    def __init__(self, api: FakeRay, name: str) -> None:
+        super().__init__(name)
+        self.identity = api.url
+        self._api = api
+        self.job_id = api.add_job(name, start_time=_ms(datetime.now(UTC)), metadata={"job_name": name})
+
+    @property
+    def handed(self) -> bool:
+        """See `TaskJob`."""
+        return any(one.startswith("SOCKET") and f"/{self.job_id}/" in one for one in self._api.requests)
+
+    def write_line(self, text: str, at: datetime, after_s: float) -> None:
+        """See `TaskJob`."""
+        self._api.write(self.job_id, f"{text}\n")
+
+    def end(self) -> None:
+        """See `TaskJob`."""
+        self._api.end(self.job_id)
+        self.ended = True
+
+    def _find(self, number: int, text: str) -> tuple[int, int] | None:
+        found = super()._find(number, text)
+        return None if found is None else (found[0], time.time_ns())
+
+
+def _ms(at: datetime) -> int:
+    return (at - _EPOCH) // timedelta(milliseconds=1)
+
+
 def _seconds(at: datetime) -> float:
     return (at - START).total_seconds()
 
@@ -176,11 +241,13 @@ class OrchestratorFault:
         name: The row's name.
         make_jobs: Adds the service and its jobs to the world.
         write: Lets the jobs write.
+        away_s: How long the service is down meanwhile, in seconds.
     """
 
     name: str
     make_jobs: Callable[[World], Sequence[TaskJob]]
     write: Callable[[random.Random, Sequence[TaskJob]], None]
+    away_s: float = 0.0
 
     def scenario(self) -> Scenario:
         """Return the row."""
@@ -197,12 +264,23 @@ class OrchestratorFault:
             for turn in range(6):
                 self.write(world.random, jobs)
                 time.sleep(1.0)
+                if turn == 1:
+                    self._outage(world)
                 if turn == 3:
                     world.kill()
                     world.ended()
                     world.start()
             time.sleep(5.0)
             return Row(self.name, [world.finish()])
+
+    def _outage(self, world: World) -> None:
+        if not self.away_s:
+            return
+        for api in world.services:
+            api.away = True
+        time.sleep(self.away_s)
+        for api in world.services:
+            api.away = False
 
 
 def _airflow(world: World) -> list[TaskJob]:
@@ -215,7 +293,29 @@ def _prefect(world: World) -> list[TaskJob]:
     return [PrefectJob(api, f"flow-{number}") for number in range(3)]
 
 
+def _batch(world: World) -> list[TaskJob]:
+    api = world.add_service("aws_batch", FakeAws())
+    (world.home / ".aws").mkdir()
+    write_credentials(world.home / ".aws" / "credentials", api.session_token)
+    api.quota = 4
+    return [BatchJob(api, f"batch-{number}") for number in range(3)]
+
+
+def _ray(world: World) -> list[TaskJob]:
+    api = world.add_service("ray", FakeRay())
+    return [RayJob(api, f"ray-{number}") for number in range(3)]
+
+
+def _in_order(random_: random.Random, jobs: Sequence[TaskJob]) -> None:
+    """Write lines that are visible at once."""
+    for job in jobs:
+        for _ in range(_LINES):
+            job.line(datetime.now(UTC))
+
+
 FAULTS = (
+    OrchestratorFault("AWS Batch: late events, a quota of 4 requests a second, SIGKILL", _batch, _late),
+    OrchestratorFault("Ray: the server is down for a minute, SIGKILL", _ray, _in_order, away_s=60.0),
     OrchestratorFault("Airflow: late lines, a token that counts, SIGKILL", _airflow, _late),
     OrchestratorFault("Prefect: late lines, ties without order, SIGKILL", _prefect, _late_and_tied),
 )

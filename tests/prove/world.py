@@ -149,6 +149,11 @@ class World:
         self._services[name] = self._stack.enter_context(api)
         return api
 
+    @property
+    def services(self) -> list[FakeJsonApi]:
+        """The job services that were added."""
+        return list(self._services.values())
+
     def configure(self, change: Callable[[str], str] = str) -> None:
         """Write the configuration as the settings say, with a change to its text."""
         (self.home / "config.toml").write_text(change(self._config()))
@@ -173,8 +178,7 @@ class World:
             local = f'type = "fused"\nbase_url = "{self._job_api}"\nrequests_per_second = 1000'
         watch = f'discover = true\nsettle = "0.3s"\n{settings.watch}\n'
         others = "".join(
-            f'[services.{name}]\nbase_url = "{api.url}"\nrequests_per_second = 1000\n'
-            for name, api in self._services.items()
+            f"[services.{name}]\n{api.section}\nrequests_per_second = 1000\n" for name, api in self._services.items()
         )
         watches = "".join(f'[[agent.watch]]\nservice = "{name}"\n{watch}' for name in self._services)
         return f"""

@@ -1,4 +1,4 @@
-"""`WebSocket`: the messages of a server over a WebSocket, for change notifications.
+"""`WebSocket`: the messages of a server over a WebSocket: change notifications, or text.
 
 Needs the package websockets, which the agent installs and the SDK alone does not: import this module where it is used.
 """
@@ -21,6 +21,8 @@ from tailspan.http.client import user_agent
 __all__ = ["WebSocket", "WebSocketError"]
 
 _MAX_MESSAGE_BYTES = 4 << 20
+_PING_S = 20.0
+_NORMAL = 1000
 _FAULTS = (WebSocketException, OSError, TimeoutError, ImportError, ValueError)
 
 
@@ -43,7 +45,7 @@ class _Connect(connect):
 
 
 class WebSocket:
-    """An open connection for messages in JSON. It belongs to the event loop that opened it."""
+    """An open connection for messages in JSON, or in text. It belongs to the event loop that opened it."""
 
     def __init__(self, connection: ClientConnection) -> None:
         self._connection = connection
@@ -55,6 +57,8 @@ class WebSocket:
         *,
         headers: Mapping[str, str],
         subprotocol: str = "",
+        pings: bool = True,
+        max_bytes: int = _MAX_MESSAGE_BYTES,
         timeout_s: float,
         tls: ssl.SSLContext | None = None,
     ) -> WebSocket:
@@ -64,6 +68,8 @@ class WebSocket:
             url: A ws or wss URL.
             headers: Sent with the request.
             subprotocol: The protocol of the messages; empty: none.
+            pings: Whether to end a connection whose server answers no pings; some servers answer none while they send.
+            max_bytes: The largest message.
             timeout_s: Time limit for connecting, in seconds.
             tls: The TLS context; required for wss.
 
@@ -78,7 +84,8 @@ class WebSocket:
                 user_agent_header=user_agent(),
                 # A small message may expand to gigabytes.
                 compression=None,
-                max_size=_MAX_MESSAGE_BYTES,
+                max_size=max_bytes,
+                ping_interval=_PING_S if pings else None,
                 open_timeout=timeout_s,
                 proxy=None if is_loopback(urlsplit(url).hostname or "") else True,
                 ssl=tls,
@@ -114,6 +121,21 @@ class WebSocket:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             self.close()
             raise WebSocketError("the server sent a message that is not JSON") from None
+
+    async def receive_text(self) -> bytes | None:
+        """Wait for the next message and return its text in UTF-8; None if the server has ended the connection as usual.
+
+        The wait may be cancelled without losing a message.
+
+        Raises:
+            WebSocketError: The connection has ended for another reason.
+        """
+        try:
+            return await self._connection.recv(decode=False)
+        except ConnectionClosed as error:
+            if error.rcvd is not None and error.rcvd.code == _NORMAL:
+                return None
+            raise _closed(error) from None
 
     def close(self) -> None:
         """End the connection without a farewell."""

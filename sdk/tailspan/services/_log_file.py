@@ -15,7 +15,7 @@ import sys
 import time
 from _blake2 import blake2b
 from array import array
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
@@ -29,9 +29,22 @@ from tailspan.local.index_file import data_start, open_file, read_at
 from tailspan.logs.page import DIGEST_BYTES, MAX_PAGE_BYTES, MAX_PAGE_LINES, LineRun, LogPage, OpenLine, Stream
 from tailspan.logs.text import count_lines
 
-__all__ = ["FileAccess", "LogFile", "LogGapError", "LogPart", "LogPosition", "SeenTimes", "follow_log"]
+__all__ = [
+    "CHECKED_BYTES",
+    "FileAccess",
+    "LogFile",
+    "LogGapError",
+    "LogPart",
+    "LogPosition",
+    "SeenTimes",
+    "check_of",
+    "follow_log",
+    "lines_of",
+    "page_of",
+    "uid_key",
+]
 
-_CHECKED_BYTES = 256
+CHECKED_BYTES = 256
 _MAX_OPEN_BYTES = 64 << 10
 # Of NULs, which are no text: where the file system reports no holes, more than this is not searched in one read.
 _MAX_NULS = 256 << 20
@@ -242,8 +255,8 @@ class LogFile:
 
     def check(self, offset: int) -> bytes:
         """Return a digest of the first bytes, and of those before an offset."""
-        first = read_at(self._fd, 0, min(_CHECKED_BYTES, offset))
-        last = read_at(self._fd, max(0, offset - _CHECKED_BYTES), min(_CHECKED_BYTES, offset))
+        first = read_at(self._fd, 0, min(CHECKED_BYTES, offset))
+        last = read_at(self._fd, max(0, offset - CHECKED_BYTES), min(CHECKED_BYTES, offset))
         return blake2b(first + last, digest_size=DIGEST_BYTES).digest()
 
     def has(self, position: LogPosition) -> bool:
@@ -327,11 +340,11 @@ class LogFile:
                     text = f"{self.path} has more than {_MAX_NULS >> 20} MiB of NULs before offset {offset}"
                     raise LogGapError(text, self._at(offset, position))
                 continue
-            lines, is_whole = _lines_of(data, at_end=offset + len(data) == end, ended=ended)
+            lines, is_whole = lines_of(data, at_end=offset + len(data) == end, ended=ended)
             if not lines:
                 return
             runs = self._runs(lines, offset, is_whole, position, stream, seen)
-            page = _page(lines, is_whole, runs, key, position.earlier + offset)
+            page = page_of(lines, is_whole, runs, key, position.earlier + offset)
             last = runs[-1]
             offset += len(lines)
             position = self._at(offset, position._replace(next_unix_nano=last.time_unix_nano + last.lines))
@@ -367,7 +380,17 @@ class LogFile:
         return runs
 
 
-def _lines_of(data: bytes, *, at_end: bool, ended: bool) -> tuple[bytes, bool]:
+def check_of(first: bytes, last: bytes) -> bytes:
+    """Return the digest of the first bytes of a log, and of those before an offset; of each at most `CHECKED_BYTES`."""
+    return blake2b(first + last, digest_size=DIGEST_BYTES).digest()
+
+
+def uid_key(identity: str, log: str) -> int:
+    """Return what the uids of a log's lines are made of, beside their offsets."""
+    return int.from_bytes(blake2b(f"{identity}\0{log}\0file".encode(), digest_size=8).digest())
+
+
+def lines_of(data: bytes, *, at_end: bool, ended: bool) -> tuple[bytes, bool]:
     """Return the lines that data begins with, and whether they end with a newline; otherwise it is one line.
 
     Args:
@@ -384,7 +407,7 @@ def _lines_of(data: bytes, *, at_end: bool, ended: bool) -> tuple[bytes, bool]:
     return piece.text, not piece.flags & NO_NEWLINE
 
 
-def _page(text: bytes, is_whole: bool, runs: list[LineRun], key: int, start: int) -> LogPage:
+def page_of(text: bytes, is_whole: bool, runs: list[LineRun], key: int, start: int) -> LogPage:
     """Return the page of a text; its uids are made of the lines' offsets."""
     lines = text.split(b"\n") if is_whole else [text]
     if is_whole:
@@ -407,7 +430,7 @@ def _page(text: bytes, is_whole: bool, runs: list[LineRun], key: int, start: int
 
 def follow_log(
     path: Path, position: LogPosition, *, access: FileAccess, ended: bool, **options: Any
-) -> Iterator[LogPart]:
+) -> Generator[LogPart, None, None]:
     """Yield the lines of a log from a position on, through its rotation: by a new name (``create``) or by a copy.
 
     Args:

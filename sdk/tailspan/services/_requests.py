@@ -338,12 +338,13 @@ class ServiceRequests:
         """Return the header of the next request, for a protocol that has the token elsewhere. See `Authorizer`."""
         return await self._credentials.authorization()
 
-    async def open_socket(self, path: str, *, subprotocol: str = "") -> WebSocket:
+    async def open_socket(self, path: str, *, subprotocol: str = "", **options: Any) -> WebSocket:
         """Open a WebSocket. A refusal renews the credentials once.
 
         Args:
             path: Below the base URL, escaped.
             subprotocol: The protocol of the messages; empty: none.
+            **options: Further options of `WebSocket.open`.
 
         Raises:
             ServiceUnavailableError: There is no connection.
@@ -366,6 +367,7 @@ class ServiceRequests:
                     subprotocol=subprotocol,
                     timeout_s=self._timeout_s,
                     tls=self._tls(),
+                    **options,
                 )
             except WebSocketError as error:
                 renewed = None

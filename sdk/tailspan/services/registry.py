@@ -27,6 +27,7 @@ _BUILT_IN: Mapping[str, str] = {
     "kubernetes": "tailspan.services.kubernetes:KubernetesService",
     "local": "tailspan.services.local:LocalService",
     "prefect": "tailspan.services.prefect:PrefectService",
+    "ray": "tailspan.services.ray:RayService",
     "systemd": "tailspan.services.systemd:SystemdService",
 }
 """The built-in service types: each with its module, which is imported at first use, and its class."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -22,6 +23,8 @@ from tailspan.services.registry import open_service
 from tailspan.testing import ServiceConformance
 from tests.fakes.aws import REGION, FakeAws, use_credentials, write_credentials
 from tests.fakes.json_api import pages_of
+
+RECORDED = json.loads((Path(__file__).parents[4] / "data" / "aws_exchanges.json").read_text())
 
 
 @pytest.fixture
@@ -174,6 +177,27 @@ def test_states(aws, client, status, reason, more, expected, result):
     ]
     if reason and expected is not JobState.SUCCEEDED:
         assert reason in (found.error or "")
+
+
+def test_recorded_replies(aws, client):
+    """Replies that moto's server gave: a job with its attempt and times, its row, and events."""
+    (job,) = RECORDED["describe"]["jobs"]
+    aws.jobs[job["jobId"]] = job
+    status = client.get_status(job["jobId"])
+    assert (status.state, status.job_name) == (JobState.SUCCEEDED, "nightly")
+    assert status.submitted_at is not None
+    assert status.submitted_at.timestamp() * 1000 == job["createdAt"]
+    assert [(task.name, task.attempt, task.result) for task in client.get_tasks(job["jobId"])] == [
+        ("default", 1, "success")
+    ]
+    (row,) = RECORDED["list"]["jobSummaryList"]
+    assert [one.job_id for one in client.list_jobs()] == [row["jobId"]]
+    for event in RECORDED["filter"]["events"]:
+        aws.log("etl/default/" + job["jobId"], event["message"], event["timestamp"])
+    lines = client.get_logs(job["jobId"])
+    assert [(one["timestamp"], one["message"]) for one in lines] == [
+        (event["timestamp"], event["message"]) for event in RECORDED["filter"]["events"]
+    ]
 
 
 def test_an_array_and_its_children(aws, client):
