@@ -166,6 +166,14 @@ def test_states(prefect, client, state, name, expected):
     assert [row.state for row in client.list_jobs()] == [expected]
 
 
+def test_a_list_of_many_pages(prefect, client):
+    """A limit above 200 is an error of the server: more runs come in pages, newest first, without sub flows."""
+    runs = [prefect.add_flow_run("COMPLETED", start_s=number) for number in range(450)]
+    prefect.add_flow_run(parent="a task run", start_s=500)
+    assert [job.job_id for job in client.list_jobs(1000)] == runs[::-1]
+    assert prefect.requests.count("POST /api/flow_runs/filter") == 3
+
+
 def test_cancel_says_where_nothing_can_cancel(prefect, client):
     """A plain process goes on whatever Prefect says; a run of a deployment is canceled."""
     job_id = prefect.add_flow_run()
