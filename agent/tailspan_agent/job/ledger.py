@@ -121,6 +121,7 @@ class JobLedger(msgspec.Struct, frozen=True, kw_only=True):
         receipts: Number of receipts written; each further one amends the one before.
         last_line: Its newest line, cleaned, redacted and cut off, to be shown.
         open_line: The uid of the last open line that was sent; unset if there was none.
+        attempt: The attempt of the job that its times and states are of; unset for the first.
     """
 
     first_seen_ns: int
@@ -142,6 +143,7 @@ class JobLedger(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str = ""
     last_line: str = ""
     open_line: str | msgspec.UnsetType = msgspec.UNSET
+    attempt: int | msgspec.UnsetType = msgspec.UNSET
 
     @classmethod
     def from_json(cls, text: str) -> JobLedger:
@@ -214,8 +216,19 @@ class JobLedger(msgspec.Struct, frozen=True, kw_only=True):
 
     def with_seen(self, seen: JobLedger) -> JobLedger:
         """Return this ledger of lines with everything else from another one of the same job."""
+        ledger = self
+        if seen.attempt != self.attempt:
+            # Its lines are of an attempt that is over: none of their times is one of the present attempt.
+            ledger = msgspec.structs.replace(
+                self,
+                attempt=seen.attempt,
+                first_seen_ns=seen.first_seen_ns,
+                first_line_ns=seen.first_line_ns,
+                last_line_ns=seen.last_line_ns,
+                logs_complete=seen.logs_complete,
+            )
         return msgspec.structs.replace(
-            self,
+            ledger,
             states=seen.states,
             alerts=seen.alerts,
             fingerprint=seen.fingerprint,

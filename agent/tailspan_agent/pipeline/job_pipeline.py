@@ -15,6 +15,7 @@ from functools import partial
 
 import msgspec
 
+from tailspan._identity import trace_id
 from tailspan._plural import plural
 from tailspan.config import Watch
 from tailspan.errors import CursorExpiredError
@@ -88,6 +89,7 @@ class JobPipeline:
         context.in_flight[service.identity, status.job_id] = self
         if not status.state.is_terminal:
             context.health.run_changes.set()
+        self._end_unseen_attempt()
 
     @property
     def status(self) -> JobStatus:
@@ -147,7 +149,7 @@ class JobPipeline:
         if status.last_heartbeat is not None and known.last_heartbeat is not None:
             job.ledger = job.ledger.with_heartbeat((status.last_heartbeat - known.last_heartbeat).total_seconds())
         if status.attempt > known.attempt:
-            self._end_attempt()
+            self._end_attempt(status.attempt)
         job.status = status
         ledger = job.ledger.with_state(time.time_ns(), status.state)
         if ledger is not job.ledger:
@@ -174,8 +176,38 @@ class JobPipeline:
             self._attempts_ended = False
             self.spans.write()
 
-    def _end_attempt(self) -> None:
-        """Write the spans of an attempt that is over: the next one is a trace of its own, linked to this one."""
+    def _end_unseen_attempt(self) -> None:
+        """Write the spans of the attempt in the store if the job was tried again while no agent was running."""
+        job, status = self.job, self.job.status
+        attempt = job.ledger.attempt or 1
+        if status.attempt <= attempt or self._run_reported:
+            return
+        if not job.ledger.states:
+            job.update_ledger(attempt=status.attempt)
+            return
+        trace = trace_id(status.identity, status.job_id, attempt)
+        job.status = dataclasses.replace(
+            status,
+            attempt=attempt,
+            trace_id=trace,
+            state=JobState.RUNNING,
+            job_status_date=None,
+            submitted_at=None,
+            started_at=None,
+            finished_at=None,
+            exit_code=None,
+            error=None,
+        )
+        self._end_attempt(status.attempt)
+        job.status = status
+        self.apply_settings(job.watch)
+
+    def _end_attempt(self, following: int) -> None:
+        """Write the spans of an attempt that is over: the next one is a trace of its own, linked to this one.
+
+        Args:
+            following: The number of the next attempt.
+        """
         job = self.job
         if not job.status.state.is_terminal:
             job.status = dataclasses.replace(job.status, state=JobState.FAILED, error="it failed and was tried again")
@@ -186,6 +218,7 @@ class JobPipeline:
         job.start_span_lines()
         # What follows belongs to the next attempt: its times start again, the count of all lines continues.
         job.update_ledger(first_seen_ns=now_ns, first_line_ns=None, last_line_ns=None, states=(), logs_complete=None)
+        job.update_ledger(attempt=following)
 
     def mark_stale(self) -> None:
         """Note that the last status may be outdated: the service failed to answer."""

@@ -538,6 +538,32 @@ async def test_a_retry_is_a_new_trace_linked_to_the_one_before(bench: Bench) -> 
         assert span.parent_span_id in ("", runs[span.trace_id].span_id)
 
 
+@looped
+@pytest.mark.parametrize("runs_between", [False, True])
+async def test_a_retry_while_no_agent_runs_ends_the_attempt_before(bench: Bench, runs_between: bool) -> None:
+    """The attempt that an earlier process followed gets its spans, and its lines do not count for the next one."""
+    first, second = (trace_id("fake", "j1", attempt) for attempt in (1, 2))
+    bench.fake.add_job("j1", job_name="etl", trace_id=first)
+    async with bench.running():
+        bench.fake.add_lines("j1", "a", timestamp_ms=1_000_000)
+        await bench.received(lambda: bench.bodies() == ["a"])
+    bench.fake.set_state("j1", "RUNNING", attempt=2, trace_id=second)
+    if runs_between:
+        async with bench.running():
+            await bench.received(lambda: any(span.name == "RUN etl" for span in bench.collector.spans()))
+    bench.fake.add_lines("j1", "b", timestamp_ms=2_000_000)
+    bench.fake.set_state("j1", "SUCCEEDED")
+    async with bench.running():
+        await bench.received(lambda: len([span for span in bench.collector.spans() if span.name == "RUN etl"]) == 2)
+    runs = {span.trace_id: span for span in bench.collector.spans() if span.name == "RUN etl"}
+    results = [runs[one].attributes["cicd.pipeline.result"] for one in (first, second)]
+    assert results == ["failure", "success"]
+    executing = {span.trace_id: span for span in bench.collector.spans() if span.name == "executing"}
+    assert executing[first].start_unix_nano == 1_000_000 * 10**6
+    assert executing[second].start_unix_nano >= 2_000_000 * 10**6
+    assert [row.trace_id for row in bench.lines()] == [first, second]
+
+
 class _EndlessList(OddService):
     """A service whose list never yields a second page."""
 
