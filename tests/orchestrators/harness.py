@@ -31,7 +31,7 @@ from tests.fakes.collector import Collector
 from tests.fakes.otlp_rows import LogRow, SpanRow
 from tests.stores import programs
 
-__all__ = ["ListedLine", "Orchestrator", "Proxy", "Relay", "by_task", "results"]
+__all__ = ["ListedLine", "Orchestrator", "Proxy", "Relay", "by_task", "results", "texts"]
 
 ListedLine = tuple[int, str, int, str]
 """Time in us, text, severity and task of a line."""
@@ -349,6 +349,16 @@ def _line_counts(collector: Collector) -> Counter[ListedLine]:
         )
         for row in rows.values()
     )
+
+
+def texts(collector: Collector) -> Counter[tuple[str, str]]:
+    """Return job name and text of the lines that arrived, each uid once: for services whose lines have no times."""
+    rows = {
+        row.attributes["log.record.uid"]: (row.resource["service.name"], row.body)
+        for row in collector.log_records()
+        if not row.event_name
+    }
+    return Counter(rows.values())
 
 
 def by_task(spans: Mapping[str, SpanRow]) -> dict[tuple[str, str, int], SpanRow]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.collector import Collector
-from tests.orchestrators.harness import Relay, results
+from tests.orchestrators.harness import Relay, results, texts
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(300)]
 
@@ -40,16 +40,6 @@ def shell(script: str, log: Path, *arguments: object, mode: str = "ab") -> subpr
     """Run a script whose output goes into a log."""
     with log.open(mode) as out:
         return subprocess.Popen(["bash", "-c", script, "x", *map(str, arguments)], stdout=out, stderr=out)
-
-
-def lines_of(collector: Collector) -> Counter[tuple[str, str]]:
-    """Job name and text of each line, each uid once."""
-    rows = {
-        row.attributes["log.record.uid"]: (row.resource["service.name"], row.body)
-        for row in collector.log_records()
-        if not row.event_name
-    }
-    return Counter(rows.values())
 
 
 def test_rotation_and_runs_through_stops_of_the_agent(collector: Collector, tmp_path: Path) -> None:
@@ -85,7 +75,7 @@ def test_rotation_and_runs_through_stops_of_the_agent(collector: Collector, tmp_
         for cron in crons:
             cron.wait()
         agent = relay.start()
-        collector.wait_until(lambda: lines_of(collector)["truncated", "exit 0"] == 1, 60)
+        collector.wait_until(lambda: texts(collector)["truncated", "exit 0"] == 1, 60)
         shell(CRON, root / "appended.log", "a2", 3).wait()
         shell(CRON, root / "truncated.log", "t2", 0, mode="wb").wait()
         logrotate(tmp_path, root / "copied.txt", "copytruncate")
@@ -101,7 +91,7 @@ def test_rotation_and_runs_through_stops_of_the_agent(collector: Collector, tmp_
         for name, runs in (("appended", ("a1", "a2")), ("truncated", ("t1", "t2"))):
             expected |= {(name, f"{run} tick {i}"): 1 for run in runs for i in range(1, 6)}
         expected |= {("appended", "exit 0"): 1, ("appended", "exit 3"): 1, ("truncated", "exit 0"): 2}
-        found = lines_of(collector)
+        found = texts(collector)
         # logrotate itself loses what is written between its copy and its truncation.
         missing, extra = expected - found, found - expected
         lost = [text for name, text in missing if name == "copied"]

@@ -28,6 +28,7 @@ _BUILT_IN: Mapping[str, str] = {
     "local": "tailspan.services.local:LocalService",
     "prefect": "tailspan.services.prefect:PrefectService",
     "ray": "tailspan.services.ray:RayService",
+    "slurm": "tailspan.services.slurm:SlurmService",
     "systemd": "tailspan.services.systemd:SystemdService",
 }
 """The built-in service types: each with its module, which is imported at first use, and its class."""
