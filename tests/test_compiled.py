@@ -33,7 +33,6 @@ assert not _native.COMPILED
 assert text.count_lines is text.count_lines_in_python
 assert framing.find_severities is framing.find_severities_in_python
 assert framing.frame is framing.frame_in_python
-assert framing.whole_records is framing.whole_records_in_python
 """
 
 
@@ -49,7 +48,6 @@ def test_c_is_used_where_it_could_be_compiled() -> None:
     assert text.count_lines is not text.count_lines_in_python
     assert framing.find_severities is not framing.find_severities_in_python
     assert framing.frame is not framing.frame_in_python
-    assert framing.whole_records is not framing.whole_records_in_python
 
 
 def test_python_replaces_the_c_part_where_it_is_absent() -> None:

@@ -2,9 +2,10 @@
  * functions in Python, with the same results; tests/unit/sdk/logs/test_text.py and
  * tests/unit/agent/records/test_framing.py compare them. `tailspan_agent.otlp.requests` explains the format of a record.
  *
- * Only the limited API of Python 3.11 is used: one build serves all later versions. `frame` never calls Python code, so
- * the lines that it measured are still there when it writes: it accepts exact types only, and takes every length from the
- * object that it reads. `find_severities` may call the comparison of a strange key: after that it checks every line again.
+ * Only the limited API of Python 3.11 is used: one build serves all later versions. `frame` accepts exact types only and
+ * takes every length from the object that it reads; a garbage collection may run Python code between measuring and
+ * writing, so it checks the room for each record. `find_severities` may call the comparison of a strange key: after that
+ * it checks every line again.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -283,11 +284,68 @@ static char *put_record(char *at, const Record *record, const Run *run, Py_ssize
     return put_hex(at, number, sizeof number);
 }
 
-/* Measure the records of all lines, and write them to `at` unless it is NULL.
- * Return their length in bytes, FAILED, or TOO_LONG. */
-static Py_ssize_t write_records(const Page *page, char *at)
+/* The records of a page in pieces, as many records in each as fit. */
+typedef struct {
+    Py_ssize_t most, copied; /* the most that a piece may take in a store that adds `copied` bytes to each record */
+    Py_ssize_t length, count; /* of the piece that is being measured */
+    PyObject *list; /* of the pieces: bytes, and their number of records */
+} Pieces;
+
+static int end_piece(Pieces *pieces)
 {
-    Py_ssize_t index = 0, count = page->severities.length, total = 0, runs = PyList_Size(page->runs);
+    if (!pieces->count) return 0;
+    PyObject *piece = PyBytes_FromStringAndSize(NULL, pieces->length);
+    PyObject *pair = piece != NULL ? Py_BuildValue("Nn", piece, pieces->count) : NULL;
+    int failed = pair == NULL || PyList_Append(pieces->list, pair) < 0;
+    Py_XDECREF(pair);
+    pieces->length = pieces->count = 0;
+    return failed ? -1 : 0;
+}
+
+static int add_record(Pieces *pieces, uint64_t record)
+{
+    if (record > (uint64_t)(PY_SSIZE_T_MAX / 2 - pieces->length)) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    Py_ssize_t length = pieces->length + (Py_ssize_t)record;
+    int fits = length <= pieces->most && pieces->copied <= (pieces->most - length) / (pieces->count + 1);
+    if (!fits && end_piece(pieces) < 0) return -1;
+    pieces->length += (Py_ssize_t)record;
+    pieces->count++;
+    return 0;
+}
+
+/* Where the next record is written. */
+typedef struct {
+    PyObject *list; /* NULL: nothing is written yet */
+    Py_ssize_t next; /* index of the next piece */
+    char *at;
+    Py_ssize_t left; /* bytes of this piece */
+} Output;
+
+static int make_room(Output *output, uint64_t record)
+{
+    while (output->left == 0) {
+        PyObject *pair = PyList_GetItem(output->list, output->next++);
+        Piece piece;
+        if (pair == NULL || piece_of(PyTuple_GetItem(pair, 0), &piece) < 0) return -1;
+        output->at = (char *)piece.bytes;
+        output->left = piece.length;
+    }
+    if (record > (uint64_t)output->left) {
+        PyErr_SetString(PyExc_SystemError, "the lines changed while they were framed");
+        return -1;
+    }
+    output->left -= (Py_ssize_t)record;
+    return 0;
+}
+
+/* Measure the records of all lines, and make the pieces for them; or write them, if `output` has a list.
+ * Return 0, FAILED, or TOO_LONG. */
+static int write_records(const Page *page, Pieces *pieces, Output *output)
+{
+    Py_ssize_t index = 0, count = page->severities.length, runs = PyList_Size(page->runs);
     Cursor lines;
     if (lines_of(page->lines, &lines) < 0) return FAILED;
     for (Py_ssize_t r = 0; r < runs; r++) {
@@ -306,35 +364,36 @@ static Py_ssize_t write_records(const Page *page, char *at)
             if (record.line.length > page->max_body) return TOO_LONG;
             record.severity = page->fields[severity];
             measure(page, &run, &record);
-            if (record.record > (uint64_t)(PY_SSIZE_T_MAX - total)) {
-                PyErr_NoMemory();
-                return FAILED;
+            if (output->list == NULL) {
+                if (add_record(pieces, record.record) < 0) return FAILED;
+                continue;
             }
-            total += (Py_ssize_t)record.record;
-            if (at != NULL) {
-                const char *digest = page->digests.length ? page->digests.bytes + DIGEST_BYTES * index : NULL;
-                at = put_record(at, &record, &run, ordinal, digest);
-            }
+            if (make_room(output, record.record) < 0) return FAILED;
+            const char *digest = page->digests.length ? page->digests.bytes + DIGEST_BYTES * index : NULL;
+            output->at = put_record(output->at, &record, &run, ordinal, digest);
         }
     }
     if (index != count) {
         PyErr_SetString(PyExc_ValueError, "the runs have fewer lines");
         return FAILED;
     }
-    return no_more(&lines) < 0 ? FAILED : total;
+    return no_more(&lines) < 0 || end_piece(pieces) < 0 ? FAILED : 0;
 }
 
 PyDoc_STRVAR(frame_doc,
-"frame(lines, severities, fields, runs, digests, max_body, /)\n--\n\n"
+"frame(lines, severities, fields, runs, digests, max_body, most, copied, /)\n--\n\n"
 "See `tailspan_agent.records.framing.frame`.");
 
 static PyObject *frame(PyObject *Py_UNUSED(module), PyObject *args)
 {
     PyObject *severities, *fields, *digests;
     Page page;
-    if (!PyArg_ParseTuple(args, "OSO!O!Sn", &page.lines, &severities, &PyTuple_Type, &fields, &PyList_Type, &page.runs,
-                          &digests, &page.max_body))
+    Pieces pieces = {0};
+    Output output = {0};
+    if (!PyArg_ParseTuple(args, "OSO!O!Snnn", &page.lines, &severities, &PyTuple_Type, &fields, &PyList_Type, &page.runs,
+                          &digests, &page.max_body, &pieces.most, &pieces.copied))
         return NULL;
+    if (pieces.most < 0 || pieces.copied < 0) return PyErr_Format(PyExc_ValueError, "a limit is negative");
     page.field_count = PyTuple_Size(fields);
     if (page.field_count > MAX_FIELDS) return PyErr_Format(PyExc_ValueError, "there are more than 255 severities");
     for (Py_ssize_t i = 0; i < page.field_count; i++)
@@ -342,15 +401,18 @@ static PyObject *frame(PyObject *Py_UNUSED(module), PyObject *args)
     if (piece_of(severities, &page.severities) < 0 || piece_of(digests, &page.digests) < 0) return NULL;
     if (page.digests.length && page.digests.length != DIGEST_BYTES * page.severities.length)
         return PyErr_Format(PyExc_ValueError, "there must be as many digests as lines");
-    Py_ssize_t total = write_records(&page, NULL);
-    if (total == TOO_LONG) Py_RETURN_NONE;
-    if (total == FAILED) return NULL;
-    PyObject *records = PyBytes_FromStringAndSize(NULL, total);
-    if (records != NULL && write_records(&page, PyBytes_AsString(records)) != total) {
-        if (!PyErr_Occurred()) PyErr_SetString(PyExc_SystemError, "the lines changed while they were framed");
-        Py_CLEAR(records);
+    if ((pieces.list = PyList_New(0)) == NULL) return NULL;
+    int result = write_records(&page, &pieces, &output);
+    output.list = pieces.list;
+    if (result == 0) result = write_records(&page, &pieces, &output);
+    if (result == 0 && (output.left || output.next != PyList_Size(pieces.list))) {
+        PyErr_SetString(PyExc_SystemError, "the lines changed while they were framed");
+        result = FAILED;
     }
-    return records;
+    if (result == 0) return pieces.list;
+    Py_DECREF(pieces.list);
+    if (result == TOO_LONG) Py_RETURN_NONE;
+    return NULL;
 }
 
 #ifdef __linux__
@@ -373,39 +435,6 @@ static PyObject *system_call(PyObject *Py_UNUSED(module), PyObject *args)
 }
 #endif
 
-PyDoc_STRVAR(whole_records_doc,
-"whole_records(records, most_bytes, most_stored, copied, /)\n--\n\n"
-"See `tailspan_agent.records.framing.whole_records`.");
-
-static PyObject *whole_records(PyObject *Py_UNUSED(module), PyObject *args)
-{
-    PyObject *object;
-    Py_ssize_t most_bytes, most_stored, copied;
-    Piece records;
-    if (!PyArg_ParseTuple(args, "Onnn", &object, &most_bytes, &most_stored, &copied)) return NULL;
-    if (piece_of(object, &records) < 0) return NULL;
-    Py_ssize_t end = 0, count = 0;
-    while (end < records.length) {
-        uint64_t length = 0;
-        Py_ssize_t at = end + 1; /* after the tag */
-        unsigned char byte = 0x80;
-        for (int shift = 0; at < records.length && byte >= 0x80; shift += 7) {
-            byte = (unsigned char)records.bytes[at++];
-            if (shift < 64) length |= (uint64_t)(byte & 0x7f) << shift;
-        }
-        if (byte >= 0x80 || length > (uint64_t)(records.length - at)) {
-            PyErr_SetString(PyExc_ValueError, "the last record is not whole");
-            return NULL;
-        }
-        Py_ssize_t after = at + (Py_ssize_t)length;
-        int fits = after <= most_bytes && after <= most_stored && copied <= (most_stored - after) / (count + 1);
-        if (count > 0 && !fits) break;
-        end = after;
-        count++;
-    }
-    return Py_BuildValue("nn", end, count);
-}
-
 static PyMethodDef methods[] = {
 #ifdef __linux__
     {"system_call", system_call, METH_VARARGS, system_call_doc},
@@ -413,7 +442,6 @@ static PyMethodDef methods[] = {
     {"count_lines", count_lines, METH_O, count_lines_doc},
     {"find_severities", find_severities, METH_VARARGS, find_severities_doc},
     {"frame", frame, METH_VARARGS, frame_doc},
-    {"whole_records", whole_records, METH_VARARGS, whole_records_doc},
     {NULL, NULL, 0, NULL},
 };
 

@@ -292,4 +292,4 @@ def test_log_pages_of_any_content(reply: bytes) -> None:
                 context = LogContext(trace_id=b"t" * 16, span_id=b"s" * 8)
                 encoded = encode_lines(frame.page, context=context)
                 assert encoded.count == len(frame.page.lines) == len(frame.page.uids())
-                parse_request("logs", logs_request([(b"", [encoded.records])]))
+                parse_request("logs", logs_request([(b"", [records for records, _ in encoded.pieces])]))

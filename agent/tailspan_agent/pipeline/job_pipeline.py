@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
@@ -38,7 +39,7 @@ from tailspan_agent.otlp.log_record import LogRecordData, encode_log_record
 from tailspan_agent.pipeline.context import PipelineContext
 from tailspan_agent.pipeline.job_alerts import JobAlerts
 from tailspan_agent.pipeline.job_spans import JobSpans
-from tailspan_agent.pipeline.queue import Chunk
+from tailspan_agent.pipeline.queue import Chunk, copied_bytes
 from tailspan_agent.pipeline.store_streams import may_be_too_old
 from tailspan_agent.pipeline.tracked_job import TrackedJob
 from tailspan_agent.records.encode import LogContext, encode_lines
@@ -300,7 +301,7 @@ class JobPipeline:
             times_ns = [run.time_unix_nano for run in page.runs]
             oldest_ns, newest_ns = min(times_ns), max(times_ns)
             await self._choose_stream(oldest_ns, newest_ns)
-            encoded = encode_lines(page, context=self._log_context)
+            encoded = encode_lines(page, context=self._log_context, copied=copied_bytes(job.log_resource))
             self._context.health.records_read(
                 job.service.name,
                 encoded.count,
@@ -309,7 +310,7 @@ class JobPipeline:
                 late=encoded.count if late else 0,
             )
             alone = may_be_too_old(times_ns, newest_ns - oldest_ns)
-            await self._put(encoded.records, encoded.count, cursor, page_seconds(page), times_ns[-1], alone=alone)
+            await self._put(encoded.pieces, cursor, page_seconds(page), times_ns[-1], alone=alone)
         self.cursor = cursor or self.cursor
 
     async def send_open_line(self, line: OpenLine) -> float | None:
@@ -332,8 +333,7 @@ class JobPipeline:
 
     async def _put(
         self,
-        records: bytes,
-        count: int,
+        pieces: Sequence[tuple[bytes, int]],
         cursor: bytes | None,
         seconds: Seconds,
         newest_ns: int,
@@ -343,7 +343,7 @@ class JobPipeline:
     ) -> None:
         assert self._queue is not None
         job, ledger, health = self.job, self.job.ledger, self._context.health
-        name = job.service.name
+        name, count = job.service.name, sum(many for _, many in pieces)
 
         def on_result(result: ChunkResult) -> Ack:
             # What a restart at this cursor needs: the lines up to this page, the states seen up to now.
@@ -364,7 +364,8 @@ class JobPipeline:
         add_seconds(self._unacked_seconds, seconds)
         self._all_acked.clear()
         try:
-            await self._queue.put(Chunk(resource or job.log_resource, records, count, on_result, on_stored, alone))
+            chunk = Chunk(resource or job.log_resource, deque(pieces or [(b"", 0)]), on_result, on_stored, alone)
+            await self._queue.put(chunk)
         except BaseException:
             # Cancelled while the queue was full: the next tailer of this job reads these lines again.
             self._leave_flight(seconds)
@@ -425,7 +426,7 @@ class JobPipeline:
         self.job.update_ledger(lines=self.ledger.lines - lines, stream_hash=stream_hash)
         negative: Seconds = {}
         add_seconds(negative, repeated, -1)
-        await self._put(b"", 0, None, negative, 0)
+        await self._put([], None, negative, 0)
 
     async def _choose_stream(self, oldest_ns: int, newest_ns: int) -> None:
         """Change to another log stream of the pipeline if the store would reject such old lines in the present one."""
@@ -449,7 +450,7 @@ class JobPipeline:
             await self._choose_stream(record.time_unix_nano, record.time_unix_nano)
             self._context.health.records_read(self.job.service.name, 1)
             resource = self.job.event_resource if of_events else None
-            await self._put(encode_log_record(record), 1, None, {}, record.time_unix_nano, resource=resource)
+            await self._put([(encode_log_record(record), 1)], None, {}, record.time_unix_nano, resource=resource)
 
     def end_run(self, *, log_complete: bool) -> None:
         """Write the last spans and count the run: once, whether or not the endpoint is available.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 
 from tailspan.config import Settings
@@ -77,6 +78,8 @@ class MissingRuns:
                 if queue is not None:
                     own = {"service.name": expect.name, "cicd.pipeline.name": expect.name}
                     resource = encode_resource({**self._context.otlp_resource, **own})
-                    await queue.put(Chunk(resource, encode_log_record(record), 1, lambda _: None, lambda: None))
+                    await queue.put(
+                        Chunk(resource, deque([(encode_log_record(record), 1)]), lambda _: None, lambda: None)
+                    )
             elif before.get(expect.name) and not pipeline_stats.missing[expect.name]:
                 _log.info("pipeline %s has started", expect.name)

@@ -25,9 +25,8 @@ from tailspan_agent.exporter.endpoints import Endpoint
 from tailspan_agent.exporter.retry import SHORTENED, DeliveryResult, Rejection
 from tailspan_agent.job.ledger import ChunkResult
 from tailspan_agent.otlp.requests import logs_request, traces_request
-from tailspan_agent.records.framing import whole_records
 
-__all__ = ["BATCH_BYTES", "Chunk", "LogQueue", "SpanQueue", "until_usable"]
+__all__ = ["BATCH_BYTES", "Chunk", "LogQueue", "SpanQueue", "copied_bytes", "until_usable"]
 
 BATCH_BYTES = 3 << 20
 """A collector's gRPC server takes 4 MiB by default; the envelope is small."""
@@ -36,8 +35,6 @@ _STORED_BYTES = 4 << 20
 a batch to an ingester in one gRPC message, of 4 MiB at most by default."""
 _COPIED_BYTES = 100
 """What Loki adds to each line, less the labels: ids in hexadecimal, observed time, scope, level."""
-_FULL = 15 / 16
-"""The part of its limits at which a batch is full: a smaller piece of a chunk is not worth a cut."""
 _QUEUE_BYTES = 3 << 20
 _LINGER_S = 0.1
 _LINGER_LINES = 500
@@ -55,8 +52,8 @@ class Chunk:
 
     Attributes:
         resource: The job's encoded resource.
-        records: Framed log records; empty if every line of the page was dropped by configuration.
-        count: The number of records.
+        pieces: Framed log records and their number, for each piece that is still to be sent: a batch has whole pieces.
+            At least one, without records if every line of the page was dropped by configuration.
         on_result: Called once with the outcome of all records; returns what to store, if anything.
         on_stored: Called once after that was stored.
         alone: Whether no request may mix it with other resources: a store may reject some of its lines, and Loki
@@ -65,49 +62,43 @@ class Chunk:
     """
 
     resource: bytes
-    records: bytes
-    count: int
+    pieces: deque[tuple[bytes, int]]
     on_result: Callable[[ChunkResult], Ack | None]
     on_stored: Callable[[], None]
     alone: bool = False
     result: ChunkResult = field(default_factory=ChunkResult)
 
     @property
+    def count(self) -> int:
+        """The number of records that are still to be sent."""
+        return sum(count for _, count in self.pieces)
+
+    @property
     def size(self) -> int:
         """The room that the chunk takes in the queue, in bytes."""
-        return len(self.records) + _CHUNK_BYTES
-
-    def piece(self, most_bytes: int, most_stored: int) -> _Piece:
-        """Return the first records, as many as fit but at least one; those of a small chunk are all.
-
-        Args:
-            most_bytes: The most bytes that they may have.
-            most_stored: The most bytes that they may take in a store that copies the resource to each line.
-        """
-        copied, size = len(self.resource) + _COPIED_BYTES, len(self.records)
-        if size <= most_bytes and size + self.count * copied <= most_stored:
-            return _Piece(self, self.records, self.count, size + self.count * copied, is_last=True)
-        end, count = whole_records(self.records, most_bytes, most_stored, copied)
-        return _Piece(self, self.records[:end], count, end + count * copied, is_last=count == self.count)
+        return sum(len(records) for records, _ in self.pieces) + _CHUNK_BYTES
 
 
 @dataclass(slots=True)
 class _Piece:
-    """Records of a chunk that are in one batch.
+    """A piece of a chunk in a batch.
 
     Attributes:
         chunk: The chunk.
         records: Its framed records.
         count: The number of records.
-        stored: About the bytes that they take in a store that copies the resource to each line.
-        is_last: Whether no records of the chunk are left.
+        is_last: Whether no piece of the chunk is left.
     """
 
     chunk: Chunk
     records: bytes
     count: int
-    stored: int
     is_last: bool
+
+
+def copied_bytes(resource: bytes) -> int:
+    """Return about how many bytes a store adds to each line of a job that has this resource."""
+    return len(resource) + _COPIED_BYTES
 
 
 async def _until_stored(use_store: Callable[[], T], what: str) -> T:
@@ -207,24 +198,23 @@ class LogQueue:
         batch: list[_Piece] = []
         size = stored = 0
         alone = mixed = False
-        while self._queue and size <= BATCH_BYTES * _FULL and stored <= _STORED_BYTES * _FULL:
+        while self._queue:
             chunk = self._queue[0]
             alone = alone or chunk.alone
             mixed = mixed or (bool(batch) and chunk.resource != batch[0].chunk.resource)
             if alone and mixed:
                 break
-            piece = chunk.piece(BATCH_BYTES - size, _STORED_BYTES - stored)
-            size += len(piece.records)
-            stored += piece.stored
+            records, count = chunk.pieces[0]
+            size += len(records)
+            stored += len(records) + count * copied_bytes(chunk.resource)
             if batch and (size > BATCH_BYTES or stored > _STORED_BYTES):
                 break
-            batch.append(piece)
-            self._queued_bytes -= len(piece.records)
-            if piece.is_last:
+            chunk.pieces.popleft()
+            self._queued_bytes -= len(records)
+            batch.append(_Piece(chunk, records, count, is_last=not chunk.pieces))
+            if not chunk.pieces:
                 self._queue.popleft()
                 self._queued_bytes -= _CHUNK_BYTES
-            else:
-                chunk.records, chunk.count = chunk.records[len(piece.records) :], chunk.count - piece.count
         return batch
 
     def _worth_sending(self) -> bool:
@@ -239,8 +229,6 @@ class LogQueue:
             )
             for piece in batch:
                 piece.records = b""  # megabytes that the payload has now
-                if piece.is_last:
-                    piece.chunk.records = b""
             result = await self._endpoint.deliver(payload, count)
         for piece, outcome in zip(batch, _results(batch, result), strict=True):
             piece.chunk.result += outcome

@@ -22,6 +22,7 @@ from tailspan_agent.records.redact import CUT_BYTES, CUT_WINDOW_CHARS, Redactor
 from tailspan_agent.records.severity import SEVERITIES, SeverityLearner, severity_index, severity_number
 
 __all__ = [
+    "PIECE_BYTES",
     "EncodedLines",
     "LogContext",
     "clean_lines",
@@ -32,6 +33,9 @@ __all__ = [
     "with_known_severities",
     "without_lower",
 ]
+
+PIECE_BYTES = 512 << 10
+"""The most that a piece of a page takes in a store: requests are filled with whole pieces."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -124,19 +128,19 @@ class EncodedLines:
     """The records of a page.
 
     Attributes:
-        records: ``ScopeLogs.log_records`` fields in the order of the lines.
+        pieces: ``ScopeLogs.log_records`` fields in the order of the lines, and their number, for each piece.
         count: Number of records; a line above 256 KB has several.
         dropped: Number of lines below the minimum severity; they have no record.
         redactions: Number of redacted secrets.
     """
 
-    records: bytes
+    pieces: list[tuple[bytes, int]]
     count: int
     dropped: int
     redactions: int
 
 
-def encode_lines(page: LogPage, *, context: LogContext) -> EncodedLines:
+def encode_lines(page: LogPage, *, context: LogContext, copied: int = 0) -> EncodedLines:
     """Return the records of a page's lines.
 
     Every line becomes a record, also an empty one. A line above 256 KB becomes several records with
@@ -145,6 +149,7 @@ def encode_lines(page: LogPage, *, context: LogContext) -> EncodedLines:
     Args:
         page: The lines as read.
         context: The context of the job's records.
+        copied: Bytes that a store adds to each record: the smaller are the pieces.
     """
     lines = clean_lines(page)
     severities = with_known_severities(context.learner.find_all(lines), page.runs)
@@ -159,12 +164,12 @@ def encode_lines(page: LogPage, *, context: LogContext) -> EncodedLines:
         lines, redactions = _redacted(page, lines, context.redactor, context.cut_ends)
     origins = context.origins(page.tasks)
     runs = [_framed(run, origins[run.task], is_numbered=not page.digests) for run in page.runs]
-    records = frame(lines, severities, _SEVERITY_FIELDS, runs, page.digests, MAX_BODY_BYTES)
+    pieces = frame(lines, severities, _SEVERITY_FIELDS, runs, page.digests, MAX_BODY_BYTES, PIECE_BYTES, copied)
     count = len(severities) - dropped
-    if records is None:
-        parts = list(_with_long(split_lines(lines), severities, runs, page, origins))
-        records, count = b"".join(text for text, _ in parts), sum(many for _, many in parts)
-    return EncodedLines(records, count, dropped, redactions)
+    if pieces is None:
+        pieces = list(_with_long(split_lines(lines), severities, runs, page, origins, copied))
+        count = sum(many for _, many in pieces)
+    return EncodedLines(pieces, count, dropped, redactions)
 
 
 def with_known_severities(severities: bytes, runs: Sequence[LineRun]) -> bytes:
@@ -240,16 +245,15 @@ def _uid_head(digits: int) -> bytes:
 
 
 def _with_long(
-    lines: list[bytes], severities: bytes, runs: list[FramedRun], page: LogPage, origins: list[bytes]
+    lines: list[bytes], severities: bytes, runs: list[FramedRun], page: LogPage, origins: list[bytes], copied: int
 ) -> Iterator[tuple[bytes, int]]:
-    """Yield the records of lines, some of them too long for one record, and the number of records."""
+    """Yield the pieces of lines, also of lines that are too long for one record."""
 
-    def records_between(start: int, stop: int) -> tuple[bytes, int]:
-        between = severities[start:stop]
-        only = between.rjust(stop, _LEFT_OUT).ljust(len(lines), _LEFT_OUT)
-        records = frame(lines, only, _SEVERITY_FIELDS, runs, page.digests, MAX_BODY_BYTES)
-        assert records is not None
-        return records, len(between) - between.count(LEFT_OUT)
+    def pieces_between(start: int, stop: int) -> list[tuple[bytes, int]]:
+        only = severities[start:stop].rjust(stop, _LEFT_OUT).ljust(len(lines), _LEFT_OUT)
+        pieces = frame(lines, only, _SEVERITY_FIELDS, runs, page.digests, MAX_BODY_BYTES, PIECE_BYTES, copied)
+        assert pieces is not None
+        return pieces
 
     uids = page.uids()
     times = [time for run in runs for time in range(run.time_unix_nano, run.time_unix_nano + run.lines)]
@@ -258,11 +262,11 @@ def _with_long(
     for position, body in enumerate(lines):
         if len(body) <= MAX_BODY_BYTES:
             continue
-        yield records_between(start, position)
+        yield from pieces_between(start, position)
         shared = _SEVERITY_FIELDS[severities[position]] + shared_fields[position]
         shared += observed_field(times[position]) + fixed64_field(1, times[position])
         for part, text in enumerate(split_long(body)):
             attributes = attributes_fields(6, {_UID: f"{uids[position]}.{part}", "tailspan.line.part": part})
             yield bytes_field(2, shared + attributes + bytes_field(5, bytes_field(1, text))), 1
         start = position + 1
-    yield records_between(start, len(lines))
+    yield from pieces_between(start, len(lines))

@@ -26,7 +26,7 @@ from typing import NamedTuple, TypeAlias
 from tailspan._native import compiled
 from tailspan.logs.page import DIGEST_BYTES, MAX_PAGE_LINES
 from tailspan.logs.text import split_text
-from tailspan_agent.otlp.wire import varint, varint_at
+from tailspan_agent.otlp.wire import varint
 
 __all__ = [
     "LEFT_OUT",
@@ -40,8 +40,6 @@ __all__ = [
     "frame",
     "frame_in_python",
     "split_lines",
-    "whole_records",
-    "whole_records_in_python",
 ]
 
 UNKNOWN = LEFT_OUT = 255
@@ -104,9 +102,11 @@ def frame_in_python(
     runs: list[FramedRun],
     digests: bytes,
     max_body: int,
+    most: int,
+    copied: int,
     /,
-) -> bytes | None:
-    """Return the records of the lines, concatenated; None if a line does not fit into one record.
+) -> list[tuple[bytes, int]] | None:
+    """Return the records of the lines in pieces; None if a line does not fit into one record.
 
     Args:
         lines: UTF-8, cleaned.
@@ -116,11 +116,19 @@ def frame_in_python(
         digests: 8 bytes per line, the end of its uid (written in hexadecimal); empty: the uid ends with the line's
             number in its run, as four hexadecimal digits.
         max_body: Longest body of a record, in bytes.
+        most: The most bytes that a piece may take in a store that adds ``copied`` bytes to each record; a larger record
+            is a piece of its own.
+        copied: Bytes that a store adds to each record.
+
+    Returns:
+        Concatenated records and their number, for each piece.
 
     Raises:
         ValueError: The arguments do not describe the same lines.
     """
     lines = split_lines(lines)
+    if most < 0 or copied < 0:
+        raise ValueError("a limit is negative")
     if any(run.lines < 0 or (run.lines > MAX_PAGE_LINES and not digests) for run in runs):
         raise ValueError("a run has too many lines")
     if not sum(run.lines for run in runs) == len(lines) == len(severities):
@@ -144,37 +152,27 @@ def frame_in_python(
         start = stop
     for place, column in enumerate(columns, 1):
         pieces[place::5] = column
-    return b"".join(pieces)
+    return [
+        (b"".join(pieces[5 * first : 5 * last]), last - first)
+        for first, last in _pieces(
+            [sum(map(len, pieces[at : at + 5])) for at in range(0, len(pieces), 5)], most, copied
+        )
+    ]
 
 
 frame = compiled("frame", frame_in_python)
 
 
-def whole_records_in_python(records: bytes, most_bytes: int, most_stored: int, copied: int, /) -> tuple[int, int]:
-    """Return the length in bytes and the number of the first records that fit, at least one.
-
-    Args:
-        records: Records as `frame` returns them.
-        most_bytes: The most bytes that they may have.
-        most_stored: The same, with ``copied`` more for each record.
-        copied: Bytes that a store adds to each record.
-
-    Raises:
-        ValueError: The bytes are not whole records.
-    """
-    end = count = 0
-    while end < len(records):
-        length, start = varint_at(records, end + 1)  # after the tag
-        after = start + length
-        if after > len(records):
-            raise ValueError("the last record is not whole")
-        if count and (after > most_bytes or after + (count + 1) * copied > most_stored):
-            break
-        end, count = after, count + 1
-    return end, count
-
-
-whole_records = compiled("whole_records", whole_records_in_python)
+def _pieces(sizes: Sequence[int], most: int, copied: int) -> Iterator[tuple[int, int]]:
+    """Yield the index of the first record of each piece, and of the first behind it; see `frame_in_python`."""
+    first = taken = 0
+    for last, size in enumerate(sizes):
+        if last > first and taken + size + copied > most:
+            yield first, last
+            first, taken = last, 0
+        taken += size + copied
+    if first < len(sizes):
+        yield first, len(sizes)
 
 
 _TIME_TAG = b"\x09"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
@@ -99,13 +100,13 @@ class Job:
             time_unix_nano=1, body=f"{self.name} {number}" + "x" * size, trace_id=b"t" * 16,
             span_id=b"s" * 8,
         )  # fmt: skip
-        return self._chunk(encode_log_record(record) * count, count, b"%d" % number)
+        return self._chunk([(encode_log_record(record), 1)] * count, b"%d" % number)
 
     def empty(self) -> Chunk:
         """Return a page whose lines were all dropped."""
-        return self._chunk(b"", 0, None)
+        return self._chunk([(b"", 0)], None)
 
-    def _chunk(self, records: bytes, count: int, cursor: bytes | None) -> Chunk:
+    def _chunk(self, pieces: list[tuple[bytes, int]], cursor: bytes | None) -> Chunk:
         def on_result(result: ChunkResult) -> Ack:
             self.results.append(result)
             return Ack(self.key, cursor, "{}")
@@ -113,7 +114,7 @@ class Job:
         def on_stored() -> None:
             self.stored += 1
 
-        return Chunk(encode_resource({"service.name": self.name}), records, count, on_result, on_stored)
+        return Chunk(encode_resource({"service.name": self.name}), deque(pieces), on_result, on_stored)
 
     @property
     def cursor(self) -> bytes | None:

@@ -276,6 +276,6 @@ def test_any_page_can_be_sent(runs: list[tuple[Any, ...]], tasks: list[tuple[Any
     changed = bounded_page(page)
     assert (changed.lines, changed.uids(), changed.cursor) == (page.lines, page.uids(), b"c")
     encoded = encode_lines(changed, context=LogContext.for_job(bounded()))
-    records = ScopeLogs.FromString(encoded.records).log_records
+    records = ScopeLogs.FromString(b"".join(records for records, _ in encoded.pieces)).log_records
     assert [record.body.string_value for record in records] == [clean(text) for *_, text in runs]
     assert bounded_page(changed) is changed

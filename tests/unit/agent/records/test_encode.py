@@ -20,7 +20,7 @@ from tailspan.models import JobState, JobStatus
 from tailspan_agent.otlp.log_record import LogRecordData, Severity, encode_log_record
 from tailspan_agent.otlp.requests import encode_resource, logs_request, traces_request
 from tailspan_agent.otlp.span import SpanData, SpanEvent, SpanKind, SpanLink, StatusCode, encode_span
-from tailspan_agent.records.encode import LogContext, encode_lines
+from tailspan_agent.records.encode import EncodedLines, LogContext, encode_lines
 from tailspan_agent.records.framing import find_severities_in_python, frame_in_python
 from tailspan_agent.records.redact import Redactor
 from tailspan_agent.records.severity import SEVERITIES, find_severity
@@ -107,8 +107,10 @@ def _framing(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-def parsed(records: bytes) -> list[LogRecord]:
-    return list(ScopeLogs.FromString(records).log_records)
+def parsed(encoded: EncodedLines) -> list[LogRecord]:
+    found = [list(ScopeLogs.FromString(records).log_records) for records, _ in encoded.pieces]
+    assert [len(records) for records in found] == [count for _, count in encoded.pieces]
+    return [record for records in found for record in records]
 
 
 def context(**options: Any) -> LogContext:
@@ -123,7 +125,7 @@ def test_records_equal_those_of_the_messages(batch: list[LogPage], min_severity:
     for page in batch:
         encoded = encode_lines(page, context=job)
         wanted = expected(page, min_severity, redactor)
-        assert parsed(encoded.records) == wanted
+        assert parsed(encoded) == wanted
         assert encoded.count == len(wanted)
         assert encoded.dropped == len(page.lines) - len(wanted)
         assert encoded.redactions == sum(record.body.string_value.count("[REDACTED]") for record in wanted)
@@ -140,7 +142,7 @@ def test_long_lines_are_split_in_place() -> None:
     ]
     page = LogPage(lines, [LineRun(2, 7, Stream.STDERR, CLEAN, "ab"), LineRun(3, 100, 0, 0, "cd")], b"")
     encoded = encode_lines(page, context=context(min_severity=9))
-    records = parsed(encoded.records)
+    records = parsed(encoded)
     assert records == expected(page, 9)
     assert (encoded.count, encoded.dropped) == (8, 1)
     assert len({attributes_of(record)["log.record.uid"] for record in records}) == 8
@@ -153,32 +155,32 @@ def test_a_full_page_of_one_run(start: int) -> None:
     """A page with the maximum number of lines is one numbered run, also if the low bytes of its times overflow."""
     page = LogPage([b"%d" % number for number in range(5000)], [LineRun(5000, start, 1, CLEAN, "ff")], b"")
     encoded = encode_lines(page, context=context())
-    assert parsed(encoded.records) == expected(page)
+    assert parsed(encoded) == expected(page)
 
 
 def test_times_out_of_range_are_relayed() -> None:
     """A broken clock does not stop the relay: times become the nearest valid ones."""
     lines = [Line(-5, "before 1970"), Line(1 << 70, "far future"), Line(5, "fine")]
     page = LogPage.from_lines(lines, cursor=b"", identity="i", job_id="j")
-    records = parsed(encode_lines(page, context=context()).records)
+    records = parsed(encode_lines(page, context=context()))
     assert [record.time_unix_nano for record in records] == [0, (1 << 64) - 1, 5]
     page = LogPage([b"a", b"b", b"c"], [LineRun(3, -1, uid_prefix="x")], b"")
-    records = parsed(encode_lines(page, context=context()).records)
+    records = parsed(encode_lines(page, context=context()))
     assert [record.time_unix_nano for record in records] == [0, 1, 2]
 
 
 def test_an_embedded_newline_does_not_shift_lines() -> None:
     """A message of several lines is one record, without trailing newlines."""
     page = LogPage([b"a\nb", b"c\n", b"d"], [LineRun(3, 1)], b"", bytes(24))
-    records = parsed(encode_lines(page, context=context()).records)
+    records = parsed(encode_lines(page, context=context()))
     assert [record.body.string_value for record in records] == ["a\nb", "c", "d"]
 
 
 def test_an_empty_page_makes_nothing() -> None:
     """No lines, no records, no request."""
     encoded = encode_lines(LogPage([], [], b""), context=context())
-    assert (encoded.records, encoded.count) == (b"", 0)
-    assert logs_request([(encode_resource({}), [encoded.records])]) == b""
+    assert (encoded.pieces, encoded.count) == ([], 0)
+    assert logs_request([(encode_resource({}), [])]) == b""
 
 
 def test_a_page_is_encoded_the_same_again() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from tailspan._native import COMPILED
 from tailspan.logs.page import MAX_PAGE_LINES
-from tailspan_agent.otlp.wire import bytes_field
+from tailspan_agent.otlp.wire import varint_at
 from tailspan_agent.records import framing
 from tailspan_agent.records.framing import (
     LEFT_OUT,
@@ -22,8 +23,6 @@ from tailspan_agent.records.framing import (
     frame,
     frame_in_python,
     split_lines,
-    whole_records,
-    whole_records_in_python,
 )
 
 compiled = pytest.mark.skipif(not COMPILED, reason="Tailspan was installed without its C part")
@@ -65,7 +64,8 @@ def calls(draw: st.DrawFn) -> tuple[Any, ...]:
     places = st.sampled_from([0, 1, 2, LEFT_OUT])
     severities = bytes(draw(st.lists(places, min_size=count, max_size=count)))
     digests = draw(st.binary(min_size=8 * count, max_size=8 * count)) if draw(st.booleans()) else b""
-    return lines, severities, FIELDS, runs, digests, draw(st.sampled_from([128, 20_000]))
+    most, copied = draw(st.sampled_from([0, 300, 1 << 20])), draw(st.sampled_from([0, 90]))
+    return lines, severities, FIELDS, runs, digests, draw(st.sampled_from([128, 20_000])), most, copied
 
 
 @compiled
@@ -114,12 +114,14 @@ def test_severities_are_the_same_in_c(lines: Lines, width: int, known: dict[byte
         ({"runs": [(2, 5, "")]}, TypeError),
         ({"digests": bytes(8)}, ValueError),
         ({"digests": bytes(24)}, ValueError),
+        ({"most": -1}, ValueError),
+        ({"copied": -1}, ValueError),
     ],
 )
 def test_arguments_that_do_not_match_are_errors(wrong: dict[str, Any], error: type[Exception]) -> None:
     """C never reads memory outside of them."""
     call = {"lines": [b"a", b"b"], "severities": bytes(2), "fields": FIELDS, "runs": [FramedRun(2, 5, b"")]}
-    call |= {"digests": b"", "max_body": 10} | wrong
+    call |= {"digests": b"", "max_body": 10, "most": 100, "copied": 0} | wrong
     with pytest.raises(error):
         frame(*call.values())
 
@@ -145,31 +147,21 @@ def test_a_numbered_run_of_more_lines_than_a_page_may_have_is_an_error() -> None
     run = [FramedRun(many, 5, b"")]
     for one in {frame, frame_in_python}:
         with pytest.raises(ValueError, match="too many lines"):
-            one(b"\n" * many, bytes(many), FIELDS, run, b"", 10)
-        assert one(b"\n" * many, bytes(many), FIELDS, run, bytes(8 * many), 10)
+            one(b"\n" * many, bytes(many), FIELDS, run, b"", 10, 100, 0)
+        assert one(b"\n" * many, bytes(many), FIELDS, run, bytes(8 * many), 10, 100, 0)
 
 
-ROOM = st.integers(-5, 5000)
-BOTH = pytest.mark.parametrize("one", sorted({whole_records, whole_records_in_python}, key=repr))
-
-
-@given(st.lists(st.integers(0, 20_000), max_size=30), ROOM, ROOM, st.integers(0, 900))
-def test_as_many_whole_records_as_fit(lengths: list[int], most_bytes: int, most_stored: int, copied: int) -> None:
-    """The longest beginning within both limits, in both forms; the first record always."""
-    records = [bytes_field(2, bytes(length)) for length in lengths]
-    fitting = [
-        count
-        for count in range(len(records) + 1)
-        if len(b"".join(records[:count])) <= min(most_bytes, most_stored - count * copied)
-    ]
-    expected = max([min(1, len(records)), *fitting])
-    for one in {whole_records, whole_records_in_python}:
-        assert one(b"".join(records), most_bytes, most_stored, copied) == (sum(map(len, records[:expected])), expected)
-
-
-@BOTH
-@pytest.mark.parametrize("records", [b"\x12", b"\x12\x05abc", b"\x12\x01a\x12\xff", b"\x12" + b"\xff" * 12 + b"\x01"])
-def test_bytes_that_are_no_records_are_an_error(one: Any, records: bytes) -> None:
-    """Neither form reads behind the end."""
-    with pytest.raises(ValueError, match="not whole"):
-        one(records, 1 << 20, 1 << 20, 0)
+@given(st.lists(st.integers(0, 20_000), max_size=30), st.integers(0, 50_000), st.integers(0, 900))
+def test_a_piece_has_as_many_records_as_fit(lengths: list[int], most: int, copied: int) -> None:
+    """In both forms; a piece of more than one record is within the limit, and the next record did not fit."""
+    lines = [b"x" * length for length in lengths]
+    run = [FramedRun(len(lines), 5, b"shared")] if lines else []
+    whole = frame(lines, bytes(len(lines)), FIELDS, run, b"", 20_000, 1 << 40, 0) or [(b"", 0)]
+    for one in {frame, frame_in_python}:
+        pieces = one(lines, bytes(len(lines)), FIELDS, run, b"", 20_000, most, copied)
+        assert pieces is not None
+        assert (b"".join(records for records, _ in pieces), sum(count for _, count in pieces)) == whole[0]
+        assert all(len(records) + count * copied <= most for records, count in pieces if count != 1)
+        for (records, count), (after, _) in pairwise(pieces):
+            size, start = varint_at(after, 1)
+            assert len(records) + start + size + (count + 1) * copied > most
