@@ -12,7 +12,7 @@ import pytest
 
 from tailspan import _native
 from tailspan.logs import text
-from tailspan_agent.records import framing
+from tailspan_agent.records import framing, severity
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "sdk/tailspan/_native.c"
@@ -28,10 +28,10 @@ import sys
 sys.modules["tailspan._compiled"] = None
 from tailspan import _native
 from tailspan.logs import text
-from tailspan_agent.records import framing
+from tailspan_agent.records import framing, severity
 assert not _native.COMPILED
 assert text.count_lines is text.count_lines_in_python
-assert framing.find_severities is framing.find_severities_in_python
+assert severity.find_severities is severity.find_severities_in_python
 assert framing.frame is framing.frame_in_python
 """
 
@@ -46,7 +46,7 @@ def test_c_is_used_where_it_could_be_compiled() -> None:
     """The installation compiled it, so all other tests run with it."""
     assert _native.COMPILED, "pip install -e . again: the C part was removed since, or there was no compiler"
     assert text.count_lines is not text.count_lines_in_python
-    assert framing.find_severities is not framing.find_severities_in_python
+    assert severity.find_severities is not severity.find_severities_in_python
     assert framing.frame is not framing.frame_in_python
 
 

@@ -1,11 +1,10 @@
-/* The functions that run for every line, in C. `tailspan.logs.text` and `tailspan_agent.records.framing` have the same
- * functions in Python, with the same results; tests/unit/sdk/logs/test_text.py and
- * tests/unit/agent/records/test_framing.py compare them. `tailspan_agent.otlp.requests` explains the format of a record.
+/* The functions that run for every line, in C. `tailspan.logs.text`, `tailspan_agent.records.framing` and
+ * `tailspan_agent.records.severity` have the same functions in Python, with the same results; tests/unit/sdk/logs and
+ * tests/unit/agent/records compare them. `tailspan_agent.otlp.requests` explains the format of a record.
  *
  * Only the limited API of Python 3.11 is used: one build serves all later versions. `frame` accepts exact types only and
  * takes every length from the object that it reads; a garbage collection may run Python code between measuring and
- * writing, so it checks the room for each record. `find_severities` may call the comparison of a strange key: after that
- * it checks every line again.
+ * writing, so it checks the room for each record.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -35,12 +34,9 @@ static PyObject *count_lines(PyObject *Py_UNUSED(module), PyObject *text)
     return PyLong_FromSsize_t(lines);
 }
 
-#define UNKNOWN 255
 #define MAX_FIELDS 255
 #define MAX_NUMBERED 5000 /* MAX_PAGE_LINES of tailspan.logs.page */
 #define DIGEST_BYTES 8
-#define RECENT 8
-#define MAX_WIDTH 65536
 #define TIME_BYTES 9
 #define FAILED (-1)
 #define TOO_LONG (-2)
@@ -104,83 +100,196 @@ static int no_more(const Cursor *lines)
     return -1;
 }
 
-/* The starts that were looked up last: most lines of a job begin with one of a few. */
-typedef struct {
-    char *starts; /* RECENT slots of `width` bytes */
-    Py_ssize_t lengths[RECENT];
-    unsigned char found[RECENT];
-    int count, next;
-} Recent;
+/* The levels of `tailspan_agent.records.severity`, in the order of its table: of each in capitals, small letters, and
+ * with a capital. */
+static const char *const levels[] = {"TRACE", "DEBUG", "INFO", "NOTICE", "SUCCESS", "WARN", "WARNING", "ERR", "ERROR",
+                                     "SEVERE", "CRITICAL", "FATAL", "PANIC", "ALERT", "EMERGENCY"};
+#define LEVELS (Py_ssize_t)(sizeof levels / sizeof *levels)
+#define LONGEST_LEVEL 9
+#define UNSPECIFIED 0
+#define INFO 7
+#define WARNING 19
+#define ERROR 25
+#define FATAL 34
+#define HEAD_BYTES 120
+#define JSON_HEAD_BYTES 2048
+#define KEY_BYTES 24
+#define MOST_INDENT 40
 
-static int look_up(PyObject *known, const char *start, Py_ssize_t length)
+static int is_digit(char c) { return (unsigned char)(c - '0') < 10; }
+static int is_upper(char c) { return (unsigned char)(c - 'A') < 26; }
+static int is_lower(char c) { return (unsigned char)(c - 'a') < 26; }
+static int is_alnum(char c) { return (unsigned char)((c | 0x20) - 'a') < 26 || is_digit(c); }
+static int is_word(char c) { return is_alnum(c) || c == '_'; }
+static int is_space(char c) { return c == ' ' || (unsigned char)(c - '\t') < 5; }
+static int is_one_of(char c, const char *set) { return c != '\0' && strchr(set, c) != NULL; }
+
+/* Return the place of a word in the table of severities, or UNSPECIFIED. */
+static int level_of(const char *word, Py_ssize_t length)
 {
-    PyObject *key = PyBytes_FromStringAndSize(start, length);
-    if (key == NULL) return -1;
-    PyObject *place = PyDict_GetItemWithError(known, key);
-    Py_DECREF(key);
-    if (place == NULL) return PyErr_Occurred() ? -1 : UNKNOWN;
-    long value = PyLong_Check(place) ? PyLong_AsLong(place) : -1;
-    if (value < 0 || value >= UNKNOWN) {
-        if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "a severity must be 0 to 254");
-        return -1;
+    if (length < 3 || length > LONGEST_LEVEL || !is_one_of(word[0] & ~0x20, "TDINSWECFPA")) return UNSPECIFIED;
+    int capitals = 0;
+    for (Py_ssize_t i = 0; i < length; i++) {
+        if (is_upper(word[i])) capitals++;
+        else if (!is_lower(word[i])) return UNSPECIFIED;
     }
-    return (int)value;
+    int form = capitals == length ? 0 : capitals == 0 ? 1 : capitals == 1 && is_upper(word[0]) ? 2 : -1;
+    for (Py_ssize_t level = 0; form >= 0 && level < LEVELS; level++) {
+        const char *name = levels[level];
+        Py_ssize_t i = 0;
+        while (i < length && (word[i] & ~0x20) == name[i]) i++;
+        if (i == length && name[i] == '\0') return (int)(1 + 3 * level + form);
+    }
+    return UNSPECIFIED;
 }
 
-static int find(PyObject *known, Recent *recent, Py_ssize_t width, const char *start, Py_ssize_t length)
+/* The functions below have the names and the meaning of those in `tailspan_agent.records.severity`. */
+
+static int start_of(Piece line)
 {
-    for (int i = 0; i < recent->count; i++)
-        if (recent->lengths[i] == length && memcmp(recent->starts + i * width, start, (size_t)length) == 0)
-            return recent->found[i];
-    int place = look_up(known, start, length);
-    if (place < 0) return -1;
-    memcpy(recent->starts + recent->next * width, start, (size_t)length);
-    recent->lengths[recent->next] = length;
-    recent->found[recent->next] = (unsigned char)place;
-    recent->next = (recent->next + 1) % RECENT;
-    if (recent->count < RECENT) recent->count++;
-    return place;
+    const char *at = line.bytes;
+    static const char glog[] = "?0000 00:00:00";
+    if (line.length >= (Py_ssize_t)sizeof glog - 1 && is_one_of(*at, "IWEF")) {
+        int i = 1;
+        while (glog[i] != '\0' && (glog[i] == '0' ? is_digit(at[i]) : at[i] == glog[i])) i++;
+        if (glog[i] == '\0') return *at == 'I' ? INFO : *at == 'W' ? WARNING : *at == 'E' ? ERROR : FATAL;
+    }
+    Py_ssize_t start = 0, end;
+    while (start < MOST_INDENT && start < line.length && is_space(at[start])) start++;
+    for (end = start; end < line.length && end - start <= LONGEST_LEVEL && is_alnum(at[end]);) end++;
+    return end < line.length && at[end] == ':' ? level_of(at + start, end - start) : UNSPECIFIED;
+}
+
+static int ends_with(const char *text, Py_ssize_t length, const char *end)
+{
+    Py_ssize_t size = (Py_ssize_t)strlen(end);
+    return length >= size && memcmp(text + length - size, end, (size_t)size) == 0;
+}
+
+static int is_after_json_key(const char *head, Py_ssize_t start)
+{
+    static const char *const keys[] = {"\"level\"", "\"severity\"", "\"levelname\"", "\"lvl\"", "\"log.level\"",
+                                       "\"log_level\""};
+    Py_ssize_t least = start > KEY_BYTES ? start - KEY_BYTES : 0, at = start;
+    if (at == least || head[--at] != '"') return 0;
+    for (int i = 0; i < 4 && at > least && is_space(head[at - 1]); i++) at--;
+    if (at == least || head[--at] != ':') return 0;
+    for (int i = 0; i < 4 && at > least && is_space(head[at - 1]); i++) at--;
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
+        if (ends_with(head + least, at - least, keys[i])) return 1;
+    return 0;
+}
+
+static int is_after_key(const char *head, Py_ssize_t start)
+{
+    static const char *const keys[] = {"level=", "lvl=", "severity="};
+    Py_ssize_t least = start > KEY_BYTES ? start - KEY_BYTES : 0, at = start;
+    if (at > least && is_one_of(head[at - 1], "\"'")) at--;
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
+        if (!ends_with(head + least, at - least, keys[i])) continue;
+        Py_ssize_t key = at - (Py_ssize_t)strlen(keys[i]);
+        if (key == 0 || (key > least && is_space(head[key - 1]))) return 1;
+    }
+    return 0;
+}
+
+static int is_after_time(const char *left, Py_ssize_t length)
+{
+    for (int token = 0; token < 2; token++) {
+        Py_ssize_t end = length;
+        while (end > 0 && is_space(left[end - 1])) end--;
+        if (end == length) return 0;
+        Py_ssize_t at = end;
+        while (at > 0 && (is_digit(left[at - 1]) || is_one_of(left[at - 1], ".,:+Z-"))) at--;
+        for (; at + 5 <= end; at++)
+            if (is_digit(left[at]) && is_digit(left[at + 1]) && left[at + 2] == ':' && is_digit(left[at + 3]) &&
+                is_digit(left[at + 4]))
+                return 1;
+        length = end;
+        while (length > 0 && (is_word(left[length - 1]) || is_one_of(left[length - 1], ".:$/@-"))) length--;
+        if (length == end) return 0;
+    }
+    return 0;
+}
+
+static int is_before_structure(const char *head, Py_ssize_t at, Py_ssize_t length)
+{
+    Py_ssize_t spaces = 0;
+    while (at + spaces < length && is_space(head[at + spaces])) spaces++;
+    at += spaces;
+    if (at == length) return 0;
+    if (is_one_of(head[at], ":]|")) return 1;
+    if (spaces) return head[at] == '-' && at + 1 < length && is_space(head[at + 1]);
+    return head[at] == '/';
+}
+
+static int is_level_of_text(const char *head, Py_ssize_t length, Py_ssize_t start, Py_ssize_t end, int is_capital)
+{
+    static const char *const structure_ends[] = {"]", "}", ")", "|", "]:", "}:", "):", "|:", " -"};
+    Py_ssize_t before = start, inner = end;
+    while (before > 0 && is_space(head[before - 1])) before--;
+    char opener = before ? head[before - 1] : '\0';
+    int is_code = opener == '[' && before > 1 && is_alnum(head[before - 2]);
+    char closer = opener == '[' && !is_code ? ']' : opener == '|' && is_capital ? '|' : '\0';
+    while (inner < length && head[inner] == ' ') inner++;
+    if (closer && inner < length && head[inner] == closer) return 1;
+    if (is_one_of(opener, "=\"'") && is_after_key(head, start)) return 1;
+    if (!is_capital) return 0;
+    if (before == 0 && (end == length || is_space(head[end]))) return 1;
+    if (start == 0 || !(is_space(head[start - 1]) || is_one_of(head[start - 1], "[|:"))) return 0;
+    if (is_before_structure(head, end, length)) return 1;
+    for (size_t i = 0; i < sizeof structure_ends / sizeof *structure_ends; i++)
+        if (ends_with(head, before, structure_ends[i])) return 1;
+    return is_after_time(head, start);
+}
+
+static int is_after_opener(const char *head, Py_ssize_t start)
+{
+    while (start > 0 && head[start - 1] == ' ') start--;
+    return start > 0 && is_one_of(head[start - 1], "[=\"'");
+}
+
+static int find_severity(Piece line)
+{
+    int started = start_of(line);
+    if (started) return started;
+    const char *head = line.bytes;
+    Py_ssize_t length = line.length, at = 0;
+    int is_json = length > 1 && *head == '{' && (head[1] == '"' || (length > 2 && head[1] == ' ' && head[2] == '"'));
+    Py_ssize_t most = is_json ? JSON_HEAD_BYTES : HEAD_BYTES;
+    if (length > most) length = most;
+    while (at < length) {
+        while (at < length && !is_word(head[at])) at++;
+        Py_ssize_t start = at;
+        while (at < length && is_word(head[at])) at++;
+        int level = level_of(head + start, at - start);
+        if (level == UNSPECIFIED) continue;
+        int is_capital = level % 3 == 1;
+        if (!is_capital && !is_after_opener(head, start)) continue;
+        int is_level = is_json ? at < length && head[at] == '"' && is_after_json_key(head, start)
+                               : is_level_of_text(head, length, start, at, is_capital);
+        if (is_level) return level;
+    }
+    return UNSPECIFIED;
 }
 
 PyDoc_STRVAR(find_severities_doc,
-"find_severities(lines, width, known, /)\n--\n\n"
-"See `tailspan_agent.records.framing.find_severities`.");
+"find_severities(lines, /)\n--\n\n"
+"See `tailspan_agent.records.severity.find_severities_in_python`.");
 
-static PyObject *find_severities(PyObject *Py_UNUSED(module), PyObject *args)
+static PyObject *find_severities(PyObject *Py_UNUSED(module), PyObject *object)
 {
-    PyObject *object, *known;
-    Py_ssize_t width;
-    if (!PyArg_ParseTuple(args, "OnO!", &object, &width, &PyDict_Type, &known)) return NULL;
-    if (width < 0 || width > MAX_WIDTH) return PyErr_Format(PyExc_ValueError, "width is %zd, expected 0 to 65536", width);
     Cursor lines;
     if (lines_of(object, &lines) < 0) return NULL;
     Py_ssize_t count = count_of(&lines);
     PyObject *found = PyBytes_FromStringAndSize(NULL, count);
-    char *start = PyMem_Malloc((size_t)(width + 1) * (RECENT + 1));
-    if (found == NULL || start == NULL) {
-        if (found != NULL) PyErr_NoMemory();
-        goto failed;
-    }
-    Recent recent = {.starts = start + width + 1};
-    char *places = PyBytes_AsString(found);
-    for (Py_ssize_t i = 0; i < count; i++) {
+    char *places = found != NULL ? PyBytes_AsString(found) : NULL;
+    for (Py_ssize_t i = 0; found != NULL && i < count; i++) {
         Piece line;
-        if (next_line(&lines, &line) < 0) goto failed;
-        if (line.length > width) line.length = width;
-        for (Py_ssize_t k = 0; k < line.length; k++) {
-            char byte = line.bytes[k];
-            start[k] = byte >= '0' && byte <= '9' ? '0' : byte;
-        }
-        int place = find(known, &recent, width, start, line.length);
-        if (place < 0) goto failed;
-        places[i] = (char)place;
+        if (next_line(&lines, &line) < 0) Py_CLEAR(found);
+        else places[i] = (char)find_severity(line);
     }
-    PyMem_Free(start);
     return found;
-failed:
-    PyMem_Free(start);
-    Py_XDECREF(found);
-    return NULL;
 }
 
 static int varint_length(uint64_t value)
@@ -440,7 +549,7 @@ static PyMethodDef methods[] = {
     {"system_call", system_call, METH_VARARGS, system_call_doc},
 #endif
     {"count_lines", count_lines, METH_O, count_lines_doc},
-    {"find_severities", find_severities, METH_VARARGS, find_severities_doc},
+    {"find_severities", find_severities, METH_O, find_severities_doc},
     {"frame", frame, METH_VARARGS, frame_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -21,7 +21,7 @@ from tailspan.services.registry import open_service
 from tailspan_agent.analysis.failure import failure_of, fingerprint_of
 from tailspan_agent.analysis.progress import read_line
 from tailspan_agent.records.redact import Redactor
-from tailspan_agent.records.severity import SeverityLearner, find_severity
+from tailspan_agent.records.severity import find_severities_in_python, find_severity
 from tests.property.effort import assert_linear, fuzz
 
 UNITS = (
@@ -63,7 +63,7 @@ FUNCTIONS: dict[str, Callable[[bytes], object]] = {
     "clean": clean,
     "printable": lambda text: printable(text.decode("utf-8", "replace"), colours=True),
     "severity": find_severity,
-    "learner": lambda text: SeverityLearner().find_all([text, text]),
+    "learner": lambda text: find_severities_in_python([text, text]),
     "redact": lambda text: REDACTOR.redact(text.decode("utf-8", "replace")),
     "digest": lambda text: failure_of(text.decode("utf-8", "replace").split("\n")),
     "progress": lambda text: read_line(text.decode("utf-8", "replace")),

@@ -137,12 +137,10 @@ class JobPipeline:
 
     def apply_settings(self, watch: Watch) -> None:
         """Apply changed watch settings; lines already queued keep the old ones."""
-        learner = self._log_context.learner
         self.job.apply_settings(watch)
         self._log_context = LogContext.for_job(
             self.job.status, min_severity=watch.min_severity, redactor=self._context.redactor
         )
-        self._log_context.learner = learner
 
     def on_status(self, status: JobStatus) -> None:
         """Apply a new status; write the spans that have ended with it."""

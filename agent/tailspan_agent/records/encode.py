@@ -12,14 +12,14 @@ from functools import lru_cache
 from tailspan._identity import span_id
 from tailspan._native import COMPILED
 from tailspan.logs.clean import MAX_BODY_BYTES, clean, is_clean, split_long
-from tailspan.logs.page import CLEAN, DIGEST_BYTES, LineRun, LogPage, Stream, TaskRef
+from tailspan.logs.page import CLEAN, DIGEST_BYTES, NANOS_PER_MS, LineRun, LogPage, Stream, TaskRef
 from tailspan.logs.text import count_lines
 from tailspan.models import JobStatus
 from tailspan_agent.otlp.log_record import observed_field, origin_fields, severity_fields
 from tailspan_agent.otlp.wire import UINT64_MAX, attributes_fields, bytes_field, fixed64_field
 from tailspan_agent.records.framing import LEFT_OUT, FramedRun, Lines, frame, split_lines
 from tailspan_agent.records.redact import CUT_BYTES, CUT_WINDOW_CHARS, Redactor
-from tailspan_agent.records.severity import SEVERITIES, SeverityLearner, severity_index, severity_number
+from tailspan_agent.records.severity import SEVERITIES, find_severities, severity_index, severity_number
 
 __all__ = [
     "PIECE_BYTES",
@@ -47,7 +47,6 @@ class LogContext:
         span_id: The job's run span, 8 bytes.
         min_severity: Lines with a lower, known severity number are dropped; 0 drops none.
         redactor: Redacts lines.
-        learner: Finds severities; keep it for the next pages of the job.
         job: The job, for the spans of its tasks; a job without tasks needs none.
         cut_ends: By stream, the unredacted end of a line that capture cut and that goes on in the next line.
     """
@@ -56,7 +55,6 @@ class LogContext:
     span_id: bytes
     min_severity: int = 0
     redactor: Redactor | None = None
-    learner: SeverityLearner = field(default_factory=SeverityLearner)
     cut_ends: dict[int, str] = field(default_factory=dict)
     job: JobStatus | None = None
     _origins: dict[TaskRef | None, bytes] = field(default_factory=dict)
@@ -152,7 +150,7 @@ def encode_lines(page: LogPage, *, context: LogContext, copied: int = 0) -> Enco
         copied: Bytes that a store adds to each record: the smaller are the pieces.
     """
     lines = clean_lines(page)
-    severities = with_known_severities(context.learner.find_all(lines), page.runs)
+    severities = with_known_severities(find_severities(lines), page.runs)
     dropped = 0
     if context.min_severity:
         severities = severities.translate(without_lower(context.min_severity))
@@ -163,7 +161,8 @@ def encode_lines(page: LogPage, *, context: LogContext, copied: int = 0) -> Enco
     if context.redactor is not None:
         lines, redactions = _redacted(page, lines, context.redactor, context.cut_ends)
     origins = context.origins(page.tasks)
-    runs = [_framed(run, origins[run.task], is_numbered=not page.digests) for run in page.runs]
+    is_numbered = not page.digests
+    runs = [framed for run in page.runs for framed in _framed(run, origins[run.task], is_numbered=is_numbered)]
     pieces = frame(lines, severities, _SEVERITY_FIELDS, runs, page.digests, MAX_BODY_BYTES, PIECE_BYTES, copied)
     count = len(severities) - dropped
     if pieces is None:
@@ -230,12 +229,20 @@ def without_lower(least: int) -> bytes:
     return bytes(table)
 
 
-def _framed(run: LineRun, origin: bytes, *, is_numbered: bool) -> FramedRun:
+def _framed(run: LineRun, origin: bytes, *, is_numbered: bool) -> Iterator[FramedRun]:
+    """Yield the lines of a run by their observed time, which the records of a framed run share.
+
+    A numbered run is whole on every page that has it; other runs begin where a page does.
+    """
     prefix = run.uid_prefix.encode() if is_numbered else b""
     uid = _uid_head(len(prefix) + _ORDINAL_DIGITS if is_numbered else 2 * DIGEST_BYTES)
     # A broken clock may give any time; the lines must be relayed anyway.
     time = max(0, min(run.time_unix_nano, UINT64_MAX + 1 - run.lines))
-    return FramedRun(run.lines, time, _IOSTREAM[run.stream] + origin + observed_field(time) + uid + prefix)
+    end = time + run.lines
+    while time < end:
+        lines = end - time if is_numbered else min(end - time, NANOS_PER_MS - time % NANOS_PER_MS)
+        yield FramedRun(lines, time, _IOSTREAM[run.stream] + origin + observed_field(time) + uid + prefix)
+        time += lines
 
 
 @lru_cache(maxsize=64)

@@ -1,4 +1,4 @@
-"""The work per line: find its severity by its start, and frame it as an OTLP log record. Pure.
+"""The work per line: frame it as an OTLP log record. Pure.
 
 The functions here are in C where C was compiled (`tailspan._native`); the forms in Python below are the reference, and
 run everywhere else. `frame` makes no Python call per line either. A record is five pieces; each piece is a column over
@@ -20,7 +20,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
 from itertools import compress, groupby, repeat
-from operator import getitem, itemgetter
+from operator import getitem
 from typing import NamedTuple, TypeAlias
 
 from tailspan._native import compiled
@@ -30,26 +30,18 @@ from tailspan_agent.otlp.wire import varint
 
 __all__ = [
     "LEFT_OUT",
-    "SAME_DIGITS",
-    "UNKNOWN",
     "FramedRun",
     "Lines",
-    "find_severities",
-    "find_severities_in_python",
-    "first_lines",
     "frame",
     "frame_in_python",
     "split_lines",
 ]
 
-UNKNOWN = LEFT_OUT = 255
-"""In place of a severity: `find_severities` did not find one; `frame` drops the line."""
+LEFT_OUT = 255
+"""In place of a severity: `frame` drops the line."""
 
 Lines: TypeAlias = list[bytes] | bytes
 """The lines of a page: a list, or a text with a newline after each line."""
-
-SAME_DIGITS = bytes(ord("0") if 0x30 <= byte <= 0x39 else byte for byte in range(256))
-"""A table for ``bytes.translate``: replaces each digit by 0."""
 
 
 class FramedRun(NamedTuple):
@@ -69,30 +61,6 @@ class FramedRun(NamedTuple):
 def split_lines(lines: Lines) -> list[bytes]:
     """Return the lines as a list."""
     return split_text(lines) if isinstance(lines, bytes) else lines
-
-
-def first_lines(lines: Lines, count: int) -> list[bytes]:
-    """Return the first ``count`` lines as a list, or all where there are fewer."""
-    if not isinstance(lines, bytes):
-        return lines[:count]
-    *found, _ = lines.split(b"\n", count)
-    return found
-
-
-def find_severities_in_python(lines: Lines, width: int, known: dict[bytes, int], /) -> bytes:
-    """Return one byte per line: the severity that its start stands for, or `UNKNOWN`.
-
-    Args:
-        lines: The lines.
-        width: Length of a start, in bytes.
-        known: Severities by start, with each digit replaced by 0.
-    """
-    lines = split_lines(lines)
-    starts = map(bytes.translate, map(itemgetter(slice(width)), lines), repeat(SAME_DIGITS))
-    return bytes(map(known.get, starts, repeat(UNKNOWN)))
-
-
-find_severities = compiled("find_severities", find_severities_in_python)
 
 
 def frame_in_python(

@@ -12,12 +12,21 @@ from __future__ import annotations
 
 import re
 
+from tailspan._native import compiled
 from tailspan.errors import ConfigError
 from tailspan.logs.page import level_name
 from tailspan_agent.otlp.log_record import Severity
-from tailspan_agent.records.framing import SAME_DIGITS, UNKNOWN, Lines, find_severities, first_lines, split_lines
+from tailspan_agent.records.framing import Lines, split_lines
 
-__all__ = ["SEVERITIES", "UNSPECIFIED", "SeverityLearner", "find_severity", "severity_index", "severity_number"]
+__all__ = [
+    "SEVERITIES",
+    "UNSPECIFIED",
+    "find_severities",
+    "find_severities_in_python",
+    "find_severity",
+    "severity_index",
+    "severity_number",
+]
 
 
 _NUMBERS = {
@@ -104,7 +113,7 @@ def _find(line: bytes) -> tuple[int, int]:
     """Return the severity, and the number of bytes at the line's start that determine it.
 
     No test below reads bytes to the right of that number. So the severity holds for all lines that start with these
-    bytes, and since no test distinguishes digits, for all lines that differ from them in digits only. `SeverityLearner`
+    bytes, and since no test distinguishes digits, for all lines that differ from them in digits only. `_Learner`
     depends on this.
     """
     started = _START.match(line)
@@ -156,66 +165,43 @@ def _text_end(head: bytes, start: int, end: int) -> int:
 
 _MAX_WIDTHS = 8
 _MAX_SHAPES = 512
+_SAME_DIGITS = bytes(ord("0") if 0x30 <= byte <= 0x39 else byte for byte in range(256))
 
 
-_SAMPLE_LINES = 64
+class _Learner:
+    """Finds severities like `find_severity`, but faster for the lines of one page: they have their level in few places.
 
-
-class SeverityLearner:
-    """Find severities like `find_severity`, but faster for one job: its lines have their level in few places.
-
-    It caches line starts up to the level, with all digits replaced by 0: most lines of a job share a few. The lines of
-    a page are looked up by starts of one width, the largest one needed, so that one lookup suffices for each line.
+    It caches line starts up to the level, with all digits replaced by 0: most lines of a job share a few.
     """
 
     def __init__(self) -> None:
         self._shapes: dict[bytes, int] = {}
         self._widths: list[int] = []
-        self._wide: dict[bytes, int] = {}
-
-    def find_all(self, lines: Lines) -> bytes:
-        """Return the severity of each line, one byte for its index in `SEVERITIES`.
-
-        Args:
-            lines: UTF-8, cleaned.
-        """
-        learned = b""
-        if not self._wide:
-            # Most starts of the other lines are among those of the first lines.
-            learned = bytes(map(self._learn, first_lines(lines, _SAMPLE_LINES)))
-        found = find_severities(lines, max(self._widths, default=0), self._wide)
-        if UNKNOWN in found:
-            known = len(learned)
-            pairs = zip(found[known:], split_lines(lines)[known:], strict=True)
-            return learned + bytes(self._learn(line) if index == UNKNOWN else index for index, line in pairs)
-        return found
 
     def find(self, line: bytes) -> int:
         """Return the severity of one line, as its index in `SEVERITIES`."""
-        return self._lookup(line)[0]
-
-    def _learn(self, line: bytes) -> int:
-        index, needed = self._lookup(line)
-        width = max(self._widths, default=0)
-        # The start determines the severity, so it holds for all lines with this start.
-        if index != UNSPECIFIED and needed <= width <= len(line) and len(self._wide) < _MAX_SHAPES:
-            self._wide[line[:width].translate(SAME_DIGITS)] = index
-        return index
-
-    def _lookup(self, line: bytes) -> tuple[int, int]:
-        """Return the severity, and the number of bytes that determine it; see `_find`."""
         for width in self._widths:
-            index = self._shapes.get(line[:width].translate(SAME_DIGITS))
+            index = self._shapes.get(line[:width].translate(_SAME_DIGITS))
             if index is not None:
-                return index, width
+                return index
         index, width = _find(line)
         # A line shorter than the width does not determine the severity of longer lines.
         if index != UNSPECIFIED and len(line) >= width and len(self._shapes) < _MAX_SHAPES:
             if width not in self._widths:
                 if len(self._widths) >= _MAX_WIDTHS:
-                    return index, width
-                if width > max(self._widths, default=0):
-                    self._wide.clear()
+                    return index
                 self._widths.append(width)
-            self._shapes[line[:width].translate(SAME_DIGITS)] = index
-        return index, width
+            self._shapes[line[:width].translate(_SAME_DIGITS)] = index
+        return index
+
+
+def find_severities_in_python(lines: Lines, /) -> bytes:
+    """Return the severity of each line, one byte for its index in `SEVERITIES`.
+
+    Args:
+        lines: UTF-8, cleaned.
+    """
+    return bytes(map(_Learner().find, split_lines(lines)))
+
+
+find_severities = compiled("find_severities", find_severities_in_python)

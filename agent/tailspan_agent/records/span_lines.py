@@ -19,7 +19,7 @@ from tailspan_agent.otlp.text import shorten_middle
 from tailspan_agent.otlp.wire import AttributeValue
 from tailspan_agent.records.encode import LogContext, clean_lines, with_known_severities, without_lower
 from tailspan_agent.records.framing import LEFT_OUT, split_lines
-from tailspan_agent.records.severity import SEVERITIES
+from tailspan_agent.records.severity import SEVERITIES, find_severities
 
 __all__ = [
     "MAX_BYTES",
@@ -112,7 +112,7 @@ class SpanLines:
             context: The context of the job's records: its minimum severity and redactor count here, too.
         """
         lines = clean_lines(page)
-        severities = with_known_severities(context.learner.find_all(lines), page.runs)
+        severities = with_known_severities(find_severities(lines), page.runs)
         if context.min_severity:
             severities = severities.translate(without_lower(context.min_severity))
         positions = [index for index, severity in enumerate(severities) if severity != LEFT_OUT]

@@ -21,9 +21,9 @@ from tailspan_agent.otlp.log_record import LogRecordData, Severity, encode_log_r
 from tailspan_agent.otlp.requests import encode_resource, logs_request, traces_request
 from tailspan_agent.otlp.span import SpanData, SpanEvent, SpanKind, SpanLink, StatusCode, encode_span
 from tailspan_agent.records.encode import EncodedLines, LogContext, encode_lines
-from tailspan_agent.records.framing import find_severities_in_python, frame_in_python
+from tailspan_agent.records.framing import frame_in_python
 from tailspan_agent.records.redact import Redactor
-from tailspan_agent.records.severity import SEVERITIES, find_severity
+from tailspan_agent.records.severity import SEVERITIES, find_severities_in_python, find_severity
 
 TRACE, SPAN = bytes(range(16)), bytes(range(8))
 
@@ -65,9 +65,10 @@ def pages(draw: st.DrawFn) -> LogPage:
 
 def expected(page: LogPage, min_severity: int = 0, redactor: Redactor | None = None) -> list[LogRecord]:
     """Return the records of a page, encoded line by line with OpenTelemetry's own messages."""
-    streams = [Stream.NAMES[run.stream] for run in page.runs for _ in range(run.lines)]
+    runs = [run for run in page.runs for _ in range(run.lines)]
     records = []
-    for line, time, uid, stream in zip(page.lines, page.times_unix_nano(), page.uids(), streams, strict=True):
+    for line, time, uid, run in zip(page.lines, page.times_unix_nano(), page.uids(), runs, strict=True):
+        stream = Stream.NAMES[run.stream]
         text = clean(line)
         severity = SEVERITIES[find_severity(text.encode())]
         if 0 < severity.number < min_severity:
@@ -75,10 +76,12 @@ def expected(page: LogPage, min_severity: int = 0, redactor: Redactor | None = N
         if redactor:
             text = redactor.redact(text)[0]
         parts = split_long(text.encode())
+        # A numbered run has the millisecond of its start: no page has a part of it.
+        observed = time if page.digests or len(parts) > 1 else run.time_unix_nano
         for number, part in enumerate(parts):
             record = LogRecord(
                 time_unix_nano=time,
-                observed_time_unix_nano=time // 1_000_000 * 1_000_000,
+                observed_time_unix_nano=observed // 1_000_000 * 1_000_000,
                 severity_number=severity.number,  # type: ignore[arg-type]
                 severity_text=severity.text,
                 flags=1,
@@ -101,9 +104,9 @@ def _framing(request: pytest.FixtureRequest) -> Iterator[None]:
     """All of this holds for what was compiled and for what runs elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "in Python":
-            patch.setattr("tailspan_agent.records.severity.find_severities", find_severities_in_python)
-            # The package has a function of that name.
-            patch.setattr(sys.modules["tailspan_agent.records.encode"], "frame", frame_in_python)
+            encode = sys.modules["tailspan_agent.records.encode"]  # the package has a function of that name
+            patch.setattr(encode, "find_severities", find_severities_in_python)
+            patch.setattr(encode, "frame", frame_in_python)
         yield
 
 

@@ -12,14 +12,10 @@ from hypothesis import strategies as st
 from tailspan._native import COMPILED
 from tailspan.logs.page import MAX_PAGE_LINES
 from tailspan_agent.otlp.wire import varint_at
-from tailspan_agent.records import framing
 from tailspan_agent.records.framing import (
     LEFT_OUT,
-    UNKNOWN,
     FramedRun,
     Lines,
-    find_severities,
-    find_severities_in_python,
     frame,
     frame_in_python,
     split_lines,
@@ -76,15 +72,6 @@ def test_records_are_the_same_in_c(call: tuple[Any, ...]) -> None:
 
 
 @compiled
-@given(lines_(), st.integers(0, 80), st.dictionaries(LINE, st.integers(0, UNKNOWN - 1)))
-def test_severities_are_the_same_in_c(lines: Lines, width: int, known: dict[bytes, int]) -> None:
-    """Also with more starts than C remembers, and with a line shorter than a start."""
-    starts = [line[:width].translate(framing.SAME_DIGITS) for line in split_lines(lines)]
-    for table in (known, dict(zip(starts, range(UNKNOWN), strict=False))):
-        assert find_severities(lines, width, table) == find_severities_in_python(lines, width, table)
-
-
-@compiled
 @pytest.mark.parametrize(
     ("wrong", "error"),
     [
@@ -124,21 +111,6 @@ def test_arguments_that_do_not_match_are_errors(wrong: dict[str, Any], error: ty
     call |= {"digests": b"", "max_body": 10, "most": 100, "copied": 0} | wrong
     with pytest.raises(error):
         frame(*call.values())
-
-
-@compiled
-@pytest.mark.parametrize(
-    ("lines", "width", "known"),
-    [([b"a"], -1, {}), ([b"a"], 1 << 20, {}), ([b"a"], 1, {b"a": 255}), ([b"a"], 1, {b"a": -1}),
-     ([b"a"], 1, {b"a": "x"}), (["a"], 1, {}), ("a\n", 1, {}), (b"a", 1, {})],
-)  # fmt: skip
-def test_starts_that_cannot_be_looked_up_are_errors(lines: Any, width: int, known: Any) -> None:
-    """A text without a final newline has one line fewer: here none."""
-    if lines == b"a":
-        assert find_severities(lines, width, known) == b""
-        return
-    with pytest.raises((ValueError, TypeError)):
-        find_severities(lines, width, known)
 
 
 def test_a_numbered_run_of_more_lines_than_a_page_may_have_is_an_error() -> None:

@@ -5,7 +5,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailspan.errors import ConfigError
-from tailspan_agent.records.severity import SEVERITIES, UNSPECIFIED, SeverityLearner, find_severity, severity_number
+from tailspan_agent.records import severity
+from tailspan_agent.records.severity import (
+    SEVERITIES,
+    UNSPECIFIED,
+    find_severities,
+    find_severities_in_python,
+    find_severity,
+    severity_number,
+)
 
 LINES = [
     ("INFO:root:basicConfig", 9, "INFO"),
@@ -75,30 +83,33 @@ def test_a_word_in_prose_is_no_level(line: str) -> None:
 PIECES = st.sampled_from(
     [b"INFO", b"ERROR", b"WARNING", b"ERR", b"info", b"Error", b"12:00:00", b"2024-05-12 ", b" ", b"  ", b":", b": ",
      b" - ", b"[", b"]", b"|", b"/", b"level=", b'"', b'{"', b'"level": "', b"=", b"'", b"\t", b"I0512 12:00:00", b"x",
-     b"S", b"7", b"root", b"(", b")", b"{", b"}", b"-", b"+", b",", b"a.b.c"]
+     b"S", b"7", b"root", b"(", b")", b"{", b"}", b"-", b"+", b",", b"a.b.c",
+     b"\0", b"\xff", b"\x0b", b"FATAL", b"Emergency", b"lvl=", b"log.level", b"_"]
 )  # fmt: skip
 RANDOM_LINES = st.lists(PIECES, max_size=9).map(b"".join)
+# Around the length up to which a level is searched, and the longest indent.
+HEADS = st.tuples(st.sampled_from([b"x", b" ", b"12:00 ", b'{"a": ', b"abc-"]), st.integers(30, 130), RANDOM_LINES).map(
+    lambda parts: (parts[0] * parts[1])[: parts[1]] + parts[2]
+)
 REAL_LINES = st.sampled_from([line.encode() for line, *_ in LINES] + [line.encode() for line in UNSPECIFIED_LINES])
 
 
-@given(st.lists(RANDOM_LINES | REAL_LINES, max_size=40), st.integers(1, 7))
-def test_the_learner_equals_the_reference(lines: list[bytes], page: int) -> None:
-    """For any lines and pages, the cache changes the cost and never the result."""
-    learner = SeverityLearner()
-    if page > 3:
-        lines = lines * 20  # pages that are long enough to be learnt from a sample
-        page *= 40
-    found = [index for start in range(0, len(lines), page) for index in learner.find_all(lines[start : start + page])]
-    assert found == [find_severity(line) for line in lines]
+@given(st.lists(RANDOM_LINES | REAL_LINES | HEADS, max_size=40), st.booleans())
+def test_all_lines_at_once_equal_the_reference(lines: list[bytes], repeat: bool) -> None:
+    """For any page, as a list or a text, in C and in Python, whose cache changes the cost and never the result."""
+    lines = lines * 20 if repeat else lines
+    expected = bytes(map(find_severity, lines))
+    for find in (find_severities, find_severities_in_python):
+        assert find(lines) == expected
+        assert find(b"".join(line + b"\n" for line in lines)) == expected
 
 
 @given(RANDOM_LINES, RANDOM_LINES, st.text("0123456789", min_size=2, max_size=2))
 def test_cached_starts_hold_for_other_lines(start: bytes, end: bytes, digits: str) -> None:
     """A line that starts like an earlier one, but for digits, gets the severity of the reference."""
-    learner = SeverityLearner()
     other = start.replace(b"12", digits.encode()) + end
-    for line in (start, start + b" the rest of it", other, end, start[:-1], other[:-1]):
-        assert learner.find(line) == find_severity(line)
+    lines = [start, start + b" the rest of it", other, end, start[:-1], other[:-1]]
+    assert find_severities_in_python(lines) == bytes(map(find_severity, lines))
 
 
 @pytest.mark.parametrize(
@@ -115,23 +126,36 @@ def test_cached_starts_hold_for_other_lines(start: bytes, end: bytes, digits: st
 )
 def test_near_misses_of_cached_starts(lines: list[bytes]) -> None:
     """A cached start has all bytes that determine the severity: a line that lacks one does not match."""
-    learner = SeverityLearner()
-    for _ in range(2):
-        assert [learner.find(line) for line in lines] == [find_severity(line) for line in lines]
-        assert list(learner.find_all(lines)) == [find_severity(line) for line in lines]
+    for find in (find_severities, find_severities_in_python):
+        assert find(2 * lines) == bytes(map(find_severity, 2 * lines))
 
 
-def test_the_learner_is_bounded() -> None:
-    """A job whose level never has the same position twice does not grow the cache without limit."""
-    learner = SeverityLearner()
+def test_every_level_is_found_in_each_of_its_forms() -> None:
+    """C and Python have the same table, in the same order."""
+    lines = [level.text.encode() + b": x" for level in SEVERITIES[1:]]
+    for find in (find_severities, find_severities_in_python):
+        assert list(find(lines)) == list(range(1, len(SEVERITIES)))
+
+
+def test_the_cache_is_bounded() -> None:
+    """A page whose level never has the same position twice does not grow the cache without limit."""
+    learner = severity._Learner()
     lines = [
         b"12:00 " + b"n" * (index % 80) + bytes([97 + index % 26, 97 + index // 26 % 26]) + b" INFO x"
         for index in range(3000)
     ]
-    assert set(learner.find_all(lines)) == {find_severity(b"INFO x")}
+    assert set(map(learner.find, lines)) == {find_severity(b"INFO x")}
     assert len(learner._shapes) <= 512
     assert len(learner._widths) <= 8
-    assert len(learner._wide) <= 512
+
+
+@pytest.mark.parametrize("lines", [(b"a",), "a\n", ["a"], None])
+def test_what_is_no_list_of_bytes_is_an_error(lines: object) -> None:
+    """C reads no memory but that of the lines."""
+    if find_severities is find_severities_in_python:
+        pytest.skip("Tailspan was installed without its C part")
+    with pytest.raises(TypeError):
+        find_severities(lines)
 
 
 def test_names_of_severities() -> None:
