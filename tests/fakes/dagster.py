@@ -50,6 +50,7 @@ class FakeDagster(FakeJsonApi):
         page: Events in a reply, at most.
         keeps_output: Whether output can be read: not with `NoOpComputeLogManager`.
         busy: Names of documents that get status 503, once each.
+        unknown_fields: By the name of a document, a field that this version does not have.
     """
 
     def __init__(self) -> None:
@@ -61,6 +62,7 @@ class FakeDagster(FakeJsonApi):
         self.page = 1000
         self.keeps_output = True
         self.busy: list[str] = []
+        self.unknown_fields: dict[str, str] = {}
         self._runs: dict[str, _Run] = {}
         self._random = random.Random(1)
         self._last_id = 0
@@ -132,6 +134,9 @@ class FakeDagster(FakeJsonApi):
             self.busy.remove(name)
             return 503, {"detail": "busy"}
         self.documents.append(name)
+        if name in self.unknown_fields:
+            text = f"Cannot query field '{self.unknown_fields[name]}' on type 'Run'."
+            return 400, {"data": None, "errors": [{"message": text}]}
         try:
             return 200, {"data": dict(self._fields(name, document, body["variables"]))}
         except ValueError as wrong:

@@ -232,7 +232,7 @@ class ServiceRequests:
         self._service = service
         self._base_url = base_url
         self._credentials = credentials
-        self.timeout_s = self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._tls_files = tls or Tls()
         self._pace = Pace(requests_per_second)
         self._headers = {"Accept": "application/json", **(headers or {})}
@@ -365,7 +365,7 @@ class ServiceRequests:
                     f"ws{self._base_url.removeprefix('http')}{path}",
                     headers={authorization.header: authorization.value} if authorization.value else {},
                     subprotocol=subprotocol,
-                    timeout_s=self._timeout_s,
+                    timeout_s=self.timeout_s,
                     tls=self._tls(),
                     **options,
                 )
@@ -393,7 +393,7 @@ class ServiceRequests:
         try:
             yield
         except (WebSocketError, TimeoutError) as error:
-            why = str(error) or f"no answer within {self._timeout_s:g} s"
+            why = str(error) or f"no answer within {self.timeout_s:g} s"
             raise self._unavailable(f"WebSocket {self._base_url}{path}: {why}", None) from None
         except (LookupError, TypeError, ValueError, AttributeError):
             raise self.protocol_error(f"WebSocket {path}: a message is not as expected", None) from None
@@ -451,7 +451,7 @@ class ServiceRequests:
         await self._pace.wait()
         try:
             # The client limits each wait; a server that sends a byte now and then never reaches that limit.
-            with anyio.fail_after(2 * self._timeout_s):
+            with anyio.fail_after(2 * self.timeout_s):
                 async with self._reply(method, path, params, job_id, paced=True, content=content) as response:
                     body = bytearray()
                     async for piece in self._pieces(response, method, path, job_id):
@@ -464,7 +464,7 @@ class ServiceRequests:
                             )
         except TimeoutError:
             raise self._unavailable(
-                f"{method} {path}: no complete answer within {2 * self._timeout_s:g} s", job_id
+                f"{method} {path}: no complete answer within {2 * self.timeout_s:g} s", job_id
             ) from None
         return bytes(body)
 
@@ -580,7 +580,7 @@ class ServiceRequests:
     def _reason(self, error: Exception) -> str:
         if isinstance(error, TOO_SLOW):
             what = "no connection" if isinstance(error, NEVER_SENT) else "no answer"
-            return f"{what} within {self._timeout_s:g} s"
+            return f"{what} within {self.timeout_s:g} s"
         text = str(error) or type(error).__name__
         if "CERTIFICATE_VERIFY_FAILED" in text:
             text += f"; for a private authority set services.{self._service}.ca_file"
@@ -596,7 +596,7 @@ class ServiceRequests:
                 self._base_url,
                 key=f"services.{self._service}.base_url",
                 headers=self._headers,
-                timeout_s=self._timeout_s,
+                timeout_s=self.timeout_s,
                 tls=self._tls(),
                 keep_alive_s=_KEEP_ALIVE_S,
                 max_idle=_MAX_IDLE,

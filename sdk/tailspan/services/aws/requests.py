@@ -359,7 +359,7 @@ class AwsRequests(ServiceRequests):
             path, headers = f"/v1/{operation.lower()}", {"Content-Type": "application/json"}
         signed = self._signed(path, headers, content, credentials)
         try:
-            with anyio.fail_after(2 * self._timeout_s):
+            with anyio.fail_after(2 * self.timeout_s):
                 reply, answer = await self._open_client().fetch(
                     "POST", path, headers=signed, content=content, max_bytes=_MAX_REPLY_BYTES
                 )
@@ -367,7 +367,7 @@ class AwsRequests(ServiceRequests):
             text = f"{operation} at {self._base_url}: {self._reason(error)}"
             raise self._unavailable(text, job_id) from error
         except TimeoutError:
-            text = f"{operation}: no complete answer within {2 * self._timeout_s:g} s"
+            text = f"{operation}: no complete answer within {2 * self.timeout_s:g} s"
             raise self._unavailable(text, job_id) from None
         if not reply.is_success:
             raise self._error_for(operation, reply, answer, job_id)

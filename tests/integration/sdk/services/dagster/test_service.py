@@ -537,6 +537,12 @@ def test_errors_name_the_cause(dagster, client):
     with pytest.raises(JobNotFoundError):
         client.get_logs("nope")
     job_id = dagster.add_run()
+    client.get_status(job_id)
+    # A version of Dagster without a field that is requested.
+    dagster.unknown_fields[dagster.documents[-1]] = "stepStats"
+    with pytest.raises(RequestRejectedError, match=r"400.*Cannot query field 'stepStats'"):
+        client.get_status(job_id)
+    dagster.unknown_fields.clear()
     for cursor in (b"x", b"12", b"\x81\xa1d\x01", b"\x81\xa1e\x91\x91\x01"):
         with pytest.raises(ConfigError, match="not a cursor"):
             pages_of(service_of(dagster), job_id, cursor)
