@@ -76,9 +76,9 @@ class Ray(Orchestrator):
         self.wait_until(lambda: self.api.get("/api/jobs/").is_success, "the head node")
 
     def submit(self, job_id: str, entrypoint: str, **more: Any) -> None:
-        """Submit a job."""
+        """Submit a job; a head node that has just started refuses it for some seconds."""
         body = {"entrypoint": entrypoint, "submission_id": job_id, **more}
-        self.api.post("/api/jobs/", json=body).raise_for_status()
+        self.wait_until(lambda: self.api.post("/api/jobs/", json=body).is_success, f"the submission of {job_id}", 120)
 
     def jobs(self) -> dict[str, dict[str, Any]]:
         """Return the submitted jobs by id."""

@@ -91,7 +91,7 @@ class _RayJob(msgspec.Struct, frozen=True):
     error_type: str | None = None
     start_time: float | None = None
     end_time: float | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: Any = None
     driver_node_id: str | None = None
 
 
@@ -102,10 +102,12 @@ class RayOptions(LoginOptions):
     """The table ``services.NAME`` of type ``ray``.
 
     Attributes:
+        cluster: The name of the cluster, from which its ids are computed instead of ``base_url``.
         temp_dir: Ray's directory on this machine, where it has the log files; None: ``/tmp/ray`` if ``base_url`` is
             this machine.
     """
 
+    cluster: str | None = None
     temp_dir: UserPath | None = None
 
 
@@ -190,6 +192,9 @@ class RayService(HttpService, SubmitService):
 
     def __init__(self, name: str, options: LoginOptions, *, environ: Mapping[str, str] = os.environ) -> None:
         super().__init__(name, options, environ=environ)
+        self._base_url = self.identity
+        if self._ray.cluster:
+            self.identity = f"ray:{self._ray.cluster}"
         self._jobs: dict[str, _KnownStatus] = {}
         # By job: when it was first seen to run, after it was seen to wait; None while it waits.
         self._started: dict[str, datetime | None] = {}
@@ -342,7 +347,7 @@ class RayService(HttpService, SubmitService):
 
     def _status(self, job: Mapping[str, Any]) -> JobStatus:
         job_id, state = job["submission_id"], _state(job.get("status"), job.get("error_type"))
-        metadata = {str(key): str(value) for key, value in (job.get("metadata") or {}).items()}
+        metadata = {str(key): str(value) for key, value in _table(job.get("metadata")).items()}
         submitted = _moment(job.get("start_time"))
         code = job.get("driver_exit_code")
         details = {
@@ -350,7 +355,7 @@ class RayService(HttpService, SubmitService):
             "ray.job.id": job.get("job_id"),
             "ray.job.error_type": job.get("error_type"),
         }
-        environment = (job.get("runtime_env") or {}).get("env_vars") or {}
+        environment = _table(_table(job.get("runtime_env")).get("env_vars"))
         return self.make_status(
             job_id,
             state,
@@ -365,7 +370,7 @@ class RayService(HttpService, SubmitService):
             attributes={key: value for key, value in metadata.items() if key != "job_name"},
             details={key: value for key, value in details.items() if value},
             parent=environment.get("TRACEPARENT"),
-            url=f"{self.identity}/#/jobs/{path_segment(job_id)}",
+            url=f"{self._base_url}/#/jobs/{path_segment(job_id)}",
         )
 
     def _start(self, job_id: str, state: JobState, submitted: datetime | None) -> datetime | None:
@@ -410,7 +415,7 @@ class RayService(HttpService, SubmitService):
         """Return the directory of the cluster's log files; None if this machine does not have it."""
         temp_dir = self._ray.temp_dir
         if temp_dir is None:
-            if not is_local(self.identity):
+            if not is_local(self._base_url):
                 return None
             temp_dir = _TEMP_DIR
         at_s, session = self._session
@@ -587,6 +592,10 @@ def _cursor(position: LogPosition) -> bytes:
     return pack_cursor({"p": list(position)})
 
 
+def _table(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
 def _created(row: ListedJob) -> float:
     return row.created_at.timestamp() if row.created_at is not None else 0.0
 
@@ -599,7 +608,7 @@ def _state(status: str | None, error_type: str | None) -> JobState:
 
 def _name(job_id: str, entrypoint: str | None, metadata: Mapping[str, Any] | None) -> str:
     """Return the job's name: of its metadata, or the program of its entrypoint."""
-    if given := (metadata or {}).get("job_name"):
+    if given := _table(metadata).get("job_name"):
         return str(given)
     try:
         command = shlex.split(entrypoint or "")

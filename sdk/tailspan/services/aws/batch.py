@@ -278,7 +278,7 @@ class BatchService(AwsService, SubmitService):
         for start in range(0, len(job_ids), self._most_described):
             body = {"jobs": list(job_ids[start : start + self._most_described])}
             reply = await (await self._open()).call("DescribeJobs", body)
-            found |= {job["jobId"]: job for job in reply.body.get("jobs") or []}
+            found |= {job["jobId"]: job for job in reply.body.get("jobs") or [] if isinstance(job.get("jobId"), str)}
         return found
 
     def _described(self, job: Mapping[str, Any], details: Mapping[str, Mapping[str, Any]]) -> Described:
@@ -306,7 +306,8 @@ class BatchService(AwsService, SubmitService):
         ref = TaskRef(task_id, attempt.name, attempt.number)
         ended = stopped is not None or (state.is_terminal and attempt.is_last)
         result = _result(attempt, state) if ended else None
-        stream = self._stream(attempt, ref, stopped if ended else None)
+        began = owner.get("startedAt") or job.get("createdAt") or 0
+        stream = self._stream(attempt, ref, began, stopped if ended else None)
         task = TaskRun(
             task_id=task_id,
             name=attempt.name,
@@ -322,14 +323,14 @@ class BatchService(AwsService, SubmitService):
         )
         return task, stream
 
-    def _stream(self, attempt: _BatchAttempt, task: TaskRef, ended_ms: int | None) -> LogStream | None:
+    def _stream(self, attempt: _BatchAttempt, task: TaskRef, began_ms: int, ended_ms: int | None) -> LogStream | None:
         name = attempt.container.get("logStreamName")
         settings = attempt.settings.get("logConfiguration") or {}
         if not name or settings.get("logDriver", "awslogs") != "awslogs":
             return None
         options = settings.get("options") or {}
         region, group = options.get("awslogs-region"), options.get("awslogs-group")
-        return LogStream(region or self.region, group or _GROUP, name, task, ended_ms)
+        return LogStream(region or self.region, group or _GROUP, name, task, began_ms, ended_ms)
 
     def _status(self, job: Mapping[str, Any], tasks: Sequence[TaskRun]) -> JobStatus:
         job_id, state, container = job["jobId"], _state(job), job.get("container") or {}

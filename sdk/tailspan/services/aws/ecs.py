@@ -154,7 +154,7 @@ class EcsService(AwsService):
         for container in task.get("containers") or []:
             name = container.get("name") or "default"
             ref = TaskRef(name, name)
-            stream = self._stream(definitions.get(name, {}), ref, job_id.rpartition("/")[2], stopped)
+            stream = self._stream(definitions.get(name, {}), ref, task, stopped)
             streams += [stream] if stream is not None else []
             code = container.get("exitCode")
             result = ("success" if code == 0 else _RESULTS.get(state, "failure")) if state.is_terminal else None
@@ -183,7 +183,7 @@ class EcsService(AwsService):
         return self._definitions[definition]
 
     def _stream(
-        self, definition: Mapping[str, Any], ref: TaskRef, task: str, stopped_s: float | None
+        self, definition: Mapping[str, Any], ref: TaskRef, task: Mapping[str, Any], stopped_s: float | None
     ) -> LogStream | None:
         settings = definition.get("logConfiguration") or {}
         options = settings.get("options") or {}
@@ -191,10 +191,10 @@ class EcsService(AwsService):
         # Without a prefix, the stream is named by the id that Docker gives the container, which ECS does not have.
         if settings.get("logDriver") != "awslogs" or not group or not prefix:
             return None
+        name = f"{prefix}/{ref.name}/{task['taskArn'].rpartition('/')[2]}"
+        began_ms = int((task.get("createdAt") or 0) * 1000)
         ended_ms = None if stopped_s is None else int(stopped_s * 1000)
-        return LogStream(
-            options.get("awslogs-region") or self.region, group, f"{prefix}/{ref.name}/{task}", ref, ended_ms
-        )
+        return LogStream(options.get("awslogs-region") or self.region, group, name, ref, began_ms, ended_ms)
 
     def _row(self, task: Mapping[str, Any]) -> ListedJob:
         return ListedJob(

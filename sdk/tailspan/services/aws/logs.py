@@ -25,11 +25,13 @@ from tailspan.services.aws.requests import AwsReply, AwsRequests
 __all__ = ["CloudWatchReader", "EventPosition", "LogStream"]
 
 _MOST_STREAMS = 100
-_GATHER_S = 0.5
+_GATHER_S = 1.0
 _MOST_IDS = 5_000
-# A merged read is for what came since the last one; what is longer ago has a request of its own.
+# A merged read is for what came since the last one; what is more has a request of its own.
 _MERGED_S = 120.0
-_MERGED_PAGES = 8
+_MERGED_PAGES = 3
+# Without a time to begin at, CloudWatch Logs returns many empty pages; lines are hardly older than their job.
+_BEFORE_START_MS = 86_400_000
 # A host sends its lines in batches, and the date of a reply has no fractions of a second.
 _SENT_LATE_MS = 20_000
 _MISSING_S = 60.0
@@ -45,6 +47,7 @@ class LogStream(NamedTuple):
         group: The name of the log group.
         name: The name of the stream.
         task: The attempt.
+        began_ms: When it began, or a time before that, in ms since the epoch.
         ended_ms: When it ended, in ms since the epoch; None while it runs.
     """
 
@@ -52,6 +55,7 @@ class LogStream(NamedTuple):
     group: str
     name: str
     task: TaskRef | None = None
+    began_ms: int = 0
     ended_ms: int | None = None
 
     @property
@@ -122,10 +126,19 @@ class EventPosition:
 
 
 class _StreamRead(NamedTuple):
-    """A read of a few streams of one place that has no more than some seconds of lines before it."""
+    """A read of a few streams of one place that has few lines before it."""
 
     streams: Sequence[LogStream]
     start_ms: int
+
+    @property
+    def kind(self) -> tuple[str, str, int]:
+        """What reads of one request have in common: the place, and about how long ago they begin.
+
+        A silent job begins long ago: a busy one must not have its lines read again from there.
+        """
+        age_s = max(time.time() - self.start_ms / 1000, 0.0)
+        return (*self.streams[0].place, int(age_s / _MERGED_S).bit_length())
 
 
 class _Found(NamedTuple):
@@ -188,7 +201,11 @@ class CloudWatchReader:
             long_reads: See there.
         """
         position = EventPosition.read(cursor, service=self._service, job_id=job_id)
-        start_ms = position.start_ms(late_window_s) if cursor is not None else max(since_ms or 0, 0)
+        if cursor is not None:
+            start_ms = position.start_ms(late_window_s)
+        else:
+            began_ms = min((stream.began_ms for stream in streams), default=0)
+            start_ms = max(began_ms - _BEFORE_START_MS, since_ms or 0, 0)
         names = frozenset(stream.name for stream in streams)
         until_ms, known, before = self._read_until.get(job_id, (0, b"", names))
         if since_ms is None and known == cursor and names <= before:
@@ -197,7 +214,8 @@ class CloudWatchReader:
         if not wanted:
             return
         at_ms, complete = 0, False
-        if since_ms is None and _is_short(wanted, start_ms):
+        is_short = cursor is not None or start_ms >= (time.time() - _MERGED_S) * 1000
+        if since_ms is None and is_short and _fit_together(wanted):
             found = await self._merged.ask(_StreamRead(wanted, start_ms))
             at_ms, complete = found.at_ms, found.complete
             for page in self._pages(job_id, found.events, wanted, position, late_window_s):
@@ -237,8 +255,8 @@ class CloudWatchReader:
             number = position.take(event)
             if number is None:
                 continue
-            lines += _lines(event, number, tasks.get(event["logStreamName"]))
-            size += len(event["message"])
+            lines += _lines(event, number, tasks.get(event.get("logStreamName") or ""))
+            size += len(event.get("message") or "")
             if len(lines) >= MAX_PAGE_LINES or size >= MAX_PAGE_BYTES:
                 yield page()
                 lines, size = [], 0
@@ -255,7 +273,7 @@ class CloudWatchReader:
                 replies = self._events(place, names[start : start + _MOST_STREAMS], start_ms)
                 async with aclosing(replies):
                     async for reply in replies:
-                        yield reply.body.get("events") or [], reply.at_ms
+                        yield _events_of(reply), reply.at_ms
 
     async def _events(self, place: tuple[str, str], names: list[str], start_ms: int) -> AsyncGenerator[AwsReply, None]:
         """Yield the replies for at most 100 streams of one place; nothing for streams that do not exist.
@@ -292,7 +310,9 @@ class CloudWatchReader:
     async def _answer(self, batch: list[Waiting[_StreamRead, _Found]]) -> None:
         """Answer reads of one place with one request, or with a few if there is much."""
         place = batch[0].question.streams[0].place
-        owners = {stream.name: one for one in batch for stream in one.question.streams}
+        owners: dict[Any, Waiting[_StreamRead, _Found]] = {
+            stream.name: one for one in batch for stream in one.question.streams
+        }
         names = [name for name in owners if not self._is_missing(place, name)]
         found: dict[Waiting[_StreamRead, _Found], list[Mapping[str, Any]]] = {one: [] for one in batch}
         at_ms, pages, complete = int(time.time() * 1000), 0, True
@@ -301,7 +321,7 @@ class CloudWatchReader:
             async with aclosing(self._events(place, names, start_ms)) as replies:
                 async for reply in replies:
                     at_ms = reply.at_ms
-                    for event in reply.body.get("events") or []:
+                    for event in _events_of(reply):
                         owner = owners.get(event.get("logStreamName"))
                         if owner is not None and event["timestamp"] >= owner.question.start_ms:
                             found[owner].append(event)
@@ -317,23 +337,31 @@ class CloudWatchReader:
         return self._missing.get(place, 0.0) > now_s or self._missing.get((*place, name), 0.0) > now_s
 
 
-def _is_short(streams: Sequence[LogStream], start_ms: int) -> bool:
-    """Return whether a read can share a request: of one place, and of the last minutes."""
-    one_place = len({stream.place for stream in streams}) == 1
-    return one_place and len(streams) <= _MOST_STREAMS and start_ms >= (time.time() - _MERGED_S) * 1000
+def _fit_together(streams: Sequence[LogStream]) -> bool:
+    """Return whether one request can read these streams."""
+    return len({stream.place for stream in streams}) == 1 and len(streams) <= _MOST_STREAMS
 
 
 def _fitting(
     first: Waiting[_StreamRead, _Found], others: Sequence[Waiting[_StreamRead, _Found]]
 ) -> list[Waiting[_StreamRead, _Found]]:
-    """Return reads of the place of the first one, of at most 100 streams together."""
-    place, batch = first.question.streams[0].place, [first]
+    """Return reads of the kind of the first one, of at most 100 streams together."""
+    kind, batch = first.question.kind, [first]
     room = _MOST_STREAMS - len(first.question.streams)
     for one in others:
-        if one.question.streams[0].place == place and len(one.question.streams) <= room:
+        if one.question.kind == kind and len(one.question.streams) <= room:
             batch.append(one)
             room -= len(one.question.streams)
     return batch
+
+
+def _events_of(reply: AwsReply) -> list[Mapping[str, Any]]:
+    """Return the events of a reply that have what an event needs."""
+    return [
+        event
+        for event in reply.body.get("events") or []
+        if isinstance(event.get("timestamp"), int) and isinstance(event.get("eventId"), str)
+    ]
 
 
 def _lines(event: Mapping[str, Any], number: int, task: TaskRef | None) -> list[Line]:

@@ -25,7 +25,7 @@ from tailspan.services.aws.requests import LOGS, Api, AwsAccount, AwsOptions, Aw
 __all__ = ["AwsService", "Described", "moment_of", "stream_url"]
 
 _TRIES = 3
-_GATHER_S = 0.25
+_GATHER_S = 0.5
 _MOST_IDS = 100
 _FRESH_S = 5.0
 _MOST_KNOWN = 10_000

@@ -63,7 +63,7 @@ class TestConformance(ServiceConformance):
         """An ended job with two pages of lines, the last one without a newline."""
         self.ray, self.tmp_path = ray, tmp_path
         ray.add_job("a-1")
-        ray.write("a-1", "\n".join(f"line {number}" for number in range(6_000)))
+        ray.write("a-1", "\n".join(f"{number} {'x' * 40_000}" for number in range(40)))
         ray.end("a-1")
 
     def make_service(self) -> RayService:
