@@ -17,7 +17,7 @@ INSTALLED := pyproject.toml requirements.lock build.lock deploy/requirements.loc
 # Tests wait for processes, timers and each other most of the time: two cores are busy with five workers.
 WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN || echo 2); n=$$((2 * n + 1)); echo $$((n < 9 ? n : 9)))
 
-.PHONY: demo test test-pythons test-systemd test-services stores dist sbom test-fused-client prove audit bench format lock clean
+.PHONY: demo test test-pythons test-systemd test-services kubernetes stores dist sbom test-fused-client prove audit bench format lock clean
 .NOTPARALLEL: # two installs into one environment would fight
 
 demo: $(VENV)/.installed-agent
@@ -46,7 +46,7 @@ STORES := tests/stores
 ORCHESTRATORS := tests/orchestrators
 SERVERS := airflow aws_batch dagster prefect ray
 # These need no environment, but programs of the system; their tests are skipped where one is missing.
-SYSTEMS := files slurm systemd
+SYSTEMS := files kubernetes slurm systemd
 airflow_PACKAGES := apache-airflow==3.3.2
 aws_batch_PACKAGES := moto[batch,logs,server]==5.2.5
 dagster_PACKAGES := dagster==1.13.28 dagster-webserver==1.13.28
@@ -59,7 +59,7 @@ ifeq ($(SERVICES),stores)
 test-services: $(VENV)/.installed-dev stores
 	$(BIN)/pytest -m services $(STORES)
 else ifneq ($(CHOSEN),)
-test-services: $(VENV)/.installed-dev $(patsubst %,$(VENV)/%/.installed,$(filter $(SERVERS),$(CHOSEN)))
+test-services: $(VENV)/.installed-dev $(patsubst %,$(VENV)/%/.installed,$(filter $(SERVERS),$(CHOSEN))) $(filter kubernetes,$(CHOSEN))
 	$(BIN)/pytest -m services $(CHOSEN:%=$(ORCHESTRATORS)/test_%.py)
 else
 test-services: $(VENV)/.installed-dev $(VENV)/node/node_modules $(VENV)/tools/.installed $(VENV)/.installed-browser $(if $(filter all,$(SERVICES)),stores $(SERVERS:%=$(VENV)/%/.installed))
@@ -71,6 +71,10 @@ $(SERVERS:%=$(VENV)/%/.installed): $(VENV)/%/.installed: Makefile | $(BIN)/pytho
 	@$(BIN)/python -m venv $(VENV)/$*
 	@$(VENV)/$*/bin/python -m pip install -qq --disable-pip-version-check $($*_PACKAGES)
 	@touch $@
+
+# The parts of Kubernetes, from Go modules: 10 to 30 minutes once, as root.
+kubernetes:
+	$(ORCHESTRATORS)/kubernetes.sh build $(VENV)/kubernetes
 
 stores:
 	tests/stores/build.sh $(VENV)/stores/bin

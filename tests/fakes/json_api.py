@@ -145,7 +145,7 @@ class FakeJsonApi(ABC):
                     else:
                         query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
                         status, reply = fake.reply(method, parts.path, json.loads(body) if body else {}, query)
-                data = json.dumps(reply).encode()
+                data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
                 self.send_response(status)
                 for name, value in {**headers, "content-type": "application/json"}.items():
                     self.send_header(name, value)
@@ -206,7 +206,7 @@ class FakeJsonApi(ABC):
 
     @abstractmethod
     def reply(self, method: str, path: str, body: dict[str, Any], query: dict[str, str]) -> tuple[int, object]:
-        """Return the status and the JSON of a reply.
+        """Return the status and the JSON of a reply; bytes are sent as they are.
 
         Args:
             method: Of the request.

@@ -238,7 +238,7 @@ class JobFeed:
             self._apply_job(job)
         now = datetime.now(UTC)
         for uid, record in self._service.records.items():
-            if uid not in found and record.deleted_at is None:
+            if record.is_watched and uid not in found and record.deleted_at is None:
                 record.delete(now, was_missed=record.may_have_ended)
         if self._jobs_listed.is_set():
             self._all_changed = True
@@ -258,7 +258,8 @@ class JobFeed:
             self._service.records[uid] = record = JobRecord(job)
             for pod in self._strays.pop(uid, {}).values():
                 self._apply_pod(record, pod)
-        elif record.job.metadata.resource_version != job.metadata.resource_version:
+        record.is_watched = True
+        if record.job.metadata.resource_version != job.metadata.resource_version:
             record.update(job)
         return record
 

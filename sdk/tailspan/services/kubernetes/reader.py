@@ -137,7 +137,8 @@ class InstanceReader:
             if self.is_in_memory and stream is not None:
                 if self._trims:
                     stream.trim(self.position)
-                self.chunk.extend(_after(stream.entries(), self.position))
+                self.chunk.extend(stream.after(self.position))
+                self.failure = stream.failure
                 self._is_read, self._is_whole = True, stream.is_over
                 break
             try:
@@ -192,13 +193,6 @@ def key_of(instance: Instance) -> bytes:
     """Return the key of a run of a container in cursors."""
     uid, container, number = instance.key
     return hashlib.blake2b(f"{uid}\0{container}\0{number}".encode(), digest_size=_KEY_BYTES).digest()
-
-
-def _after(entries: Sequence[TimedLine], position: LinePosition) -> Sequence[TimedLine]:
-    for index, entry in enumerate(entries):
-        if entry.position == position:
-            return entries[index + 1 :]
-    return entries
 
 
 async def merged(readers: Sequence[InstanceReader]) -> AsyncGenerator[tuple[InstanceReader, TimedLine], None]:

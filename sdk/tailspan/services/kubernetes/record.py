@@ -134,7 +134,7 @@ class JobRecord:
         version: Changes whenever something of it changes.
         deleted_at: When it was seen to be deleted.
         was_missed: Whether it was deleted while nothing watched it: how it ended is not known.
-        canceled: Whether this process deleted it.
+        is_watched: Whether the watch of jobs has shown it.
     """
 
     def __init__(self, job: Job) -> None:
@@ -143,7 +143,7 @@ class JobRecord:
         self.version = 0
         self.deleted_at: datetime | None = None
         self.was_missed = False
-        self.canceled = False
+        self.is_watched = False
         self._next_attempt: dict[str, int] = {}
         self._ended_tasks: dict[tuple[str, int], TaskRun] = {}
 

@@ -16,7 +16,14 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 
 from tailspan._backoff import backoff_s
-from tailspan.errors import JobNotFoundError, RequestRejectedError, TailspanError
+from tailspan.errors import (
+    AuthError,
+    JobNotFoundError,
+    ProtocolError,
+    RequestRejectedError,
+    ServiceError,
+    TailspanError,
+)
 from tailspan.services._requests import Params, path_segment
 from tailspan.services.kubernetes.log import START, LineCutter, LinePosition, TimedLine, since_time
 from tailspan.services.kubernetes.record import Instance, JobRecord
@@ -28,7 +35,7 @@ __all__ = ["FollowedLog", "FollowedLogs", "log_request", "retry_s"]
 _MAX_BYTES = 1 << 20
 _MAX_BYTES_OF_ALL = 64 << 20
 _ENTRY_BYTES = 150
-_TAIL_LINES, _TAIL_BYTES = 200, 16 << 10
+_TAIL_LINES, _TAIL_LINE_BYTES = 100, 2 << 10
 _FIRST_RETRY_S, _LONGEST_RETRY_S = 0.2, 15.0
 # How long after its end of a log the status of the container may say that it runs.
 _STATUS_LAG_S = 5.0
@@ -76,6 +83,7 @@ class FollowedLog:
         base: The buffer begins after this position.
         newest: The last line that arrived; at first the position to begin after.
         is_over: Whether the log was read to its end.
+        failure: Why the log cannot be read, if retries do not help: a right is missing.
         notes: Sentences of the kubelet in place of the log.
         tail: The last lines that left the buffer.
     """
@@ -93,6 +101,7 @@ class FollowedLog:
         self.job = job
         self.base = self.newest = after
         self.is_over = False
+        self.failure: ServiceError | None = None
         self.notes: list[str] = []
         self.tail: deque[TimedLine] = deque(maxlen=_TAIL_LINES)
         self.opened_s = time.monotonic()
@@ -123,7 +132,7 @@ class FollowedLog:
             entry = self._entries.popleft()
             self._count(-len(entry.text) - _ENTRY_BYTES)
             self.base = entry.position
-            if len(entry.text) < _TAIL_BYTES:
+            if len(entry.text) < _TAIL_LINE_BYTES:
                 self.tail.append(entry)
             if entry.position == position:
                 break
@@ -133,6 +142,13 @@ class FollowedLog:
     def entries(self) -> list[TimedLine]:
         """Return the lines in the buffer."""
         return list(self._entries)
+
+    def after(self, position: LinePosition) -> list[TimedLine]:
+        """Return the lines in the buffer after a position that is covered."""
+        found = self.entries()
+        if position == self.base:
+            return found
+        return found[next((index for index, one in enumerate(found, 1) if one.position == position), 0) :]
 
     def on_change(self) -> None:
         """Note that the status of the pod has changed."""
@@ -160,6 +176,9 @@ class FollowedLog:
             except TailspanError as error:
                 if isinstance(error, JobNotFoundError):
                     missing_since_s = missing_since_s or opened_s
+                if isinstance(error, AuthError | ProtocolError):
+                    self.failure = error
+                    self._streams.on_lines(self)
                 if self._is_final(error, time.monotonic() - (missing_since_s or time.monotonic())):
                     break
                 _log.debug("log of %s: %s", self.instance.key, error)
@@ -214,6 +233,7 @@ class FollowedLog:
     ) -> AsyncGenerator[list[TimedLine], None]:
         path, query = log_request(self.instance, after, follow=follow, previous=previous)
         async with self._streams.requests.stream(path, query, job_id=self.job.job_id) as pieces:
+            self.failure = None
             async for piece in pieces:
                 yield reader.feed(piece)
         yield reader.close()

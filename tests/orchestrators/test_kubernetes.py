@@ -1,0 +1,344 @@
+"""Jobs of a real Kubernetes, relayed by a real agent: equal to what the containers printed.
+
+The cluster runs in namespaces of its own, which this process enters; see `kubernetes.sh`. What the containers print
+follows from the manifests, so a line that is missing, extra or of another attempt is seen.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.fakes.collector import Collector
+from tests.orchestrators.harness import Relay, by_task, results
+
+pytestmark = [pytest.mark.services, pytest.mark.timeout(1800)]
+
+SCRIPT = Path(__file__).parent / "kubernetes.sh"
+BUILT = Path(__file__).parents[2] / ".venv" / "kubernetes"
+_CLONE_NEWNET = 0x40000000
+# The kubelet looks at the sizes of logs this often.
+_ROTATION = {"LOG_MAX_SIZE": "100Ki", "LOG_MAX_FILES": "2", "LOG_MONITOR": "3s"}
+
+
+class Cluster:
+    """A one-node Kubernetes."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.kubeconfig = directory / "run" / "kubeconfig"
+
+    def run(self, *words: str) -> None:
+        """Run the script."""
+        subprocess.run([SCRIPT, *words, str(self.directory)], check=True, env={**os.environ, **_ROTATION}, timeout=300)
+
+    def enter(self) -> None:
+        """Move this thread, and what it starts from now on, into the network of the cluster."""
+        pid = (self.directory / "run" / "namespace").read_text().strip()
+        _set_network(Path(f"/proc/{pid}/ns/net"))
+
+    def kubectl(self, *words: str, content: str | None = None) -> str:
+        """Run kubectl."""
+        command = ["kubectl", f"--kubeconfig={self.kubeconfig}", *words]
+        done = subprocess.run(command, input=content, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def apply(self, *jobs: dict[str, Any]) -> None:
+        """Create jobs."""
+        self.kubectl("create", "-f", "-", content=yaml.safe_dump_all(jobs))
+
+    def wait_until(self, condition: Callable[[], bool], what: str, seconds: float = 300) -> None:
+        """Wait until a condition holds."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, what
+            time.sleep(0.5)
+
+    def wait_for_pods(self, namespace: str, phase: str, count: int = 1) -> None:
+        """Wait until so many pods are in a phase."""
+
+        def there() -> bool:
+            found = self.kubectl("-n", namespace, "get", "pods", "-o", "jsonpath={.items[*].status.phase}")
+            return found.split().count(phase) >= count
+
+        self.wait_until(there, f"{count} pods that are {phase}")
+
+
+def _set_network(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        if ctypes.CDLL(None, use_errno=True).setns(descriptor, _CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), f"cannot enter {path}")
+    finally:
+        os.close(descriptor)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A cluster for all tests of this module, whose network this process is in meanwhile."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: the cluster runs in namespaces of its own")
+    missing = [one for one in ("containerd", "etcd", "kubectl", "nsenter", "unshare") if shutil.which(one) is None]
+    directory = Path(os.environ.get("KUBERNETES_DIR", BUILT))
+    if missing or not (directory / "kube").exists():
+        pytest.skip(f"{SCRIPT.name} build has not run: {', '.join(missing) or f'{directory}/kube'} is missing")
+    found = Cluster(directory)
+    own = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+    try:
+        found.run("up")
+        found.enter()
+        yield found
+    finally:
+        _set_network(Path(f"/proc/self/fd/{own}"))
+        os.close(own)
+        found.run("down")
+
+
+@pytest.fixture
+def namespace(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A namespace of the test."""
+    name = request.function.__name__.removeprefix("test_").replace("_", "-")[:40]
+    cluster.kubectl("create", "namespace", name)
+    yield name
+    cluster.kubectl("delete", "namespace", name, "--wait=false")
+
+
+def job(
+    namespace: str, name: str, script: str, *, policy: str = "Never", pod: dict[str, Any] | None = None, **spec: Any
+) -> Any:
+    """Return the manifest of a job whose container runs a shell script."""
+    container = {"name": "main", "image": "busybox:1", "imagePullPolicy": "Never", "command": ["sh", "-c", script]}
+    found = {"restartPolicy": policy, "containers": [container], "dnsPolicy": "None", **(pod or {})}
+    found["dnsConfig"] = {"nameservers": ["192.0.2.1"]}
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": name, "namespace": namespace},
+        "spec": {"template": {"spec": found}, **spec},
+    }
+
+
+def counted(prefix: str, count: int, pause: str = "0") -> str:
+    """Return a script that prints numbered lines."""
+    return f"i=0; while [ $i -lt {count} ]; do echo {prefix} $i; i=$((i+1)); sleep {pause}; done"
+
+
+def numbered(prefix: str, count: int) -> Counter[str]:
+    """Return what `counted` prints."""
+    return Counter(f"{prefix} {number}" for number in range(count))
+
+
+def relay_of(cluster: Cluster, namespace: str, collector: Collector, directory: Path, **keys: str) -> Relay:
+    """Return agents for one namespace."""
+    found = {"kubeconfig": str(cluster.kubeconfig), "namespace": namespace, **keys}
+    section = "\n".join(f'{key} = "{value}"' for key, value in found.items())
+    return Relay("kubernetes", section, collector, directory)
+
+
+def bodies(collector: Collector) -> Counter[str]:
+    """Return the texts that arrived, each uid once."""
+    rows = {row.attributes["log.record.uid"]: row.body for row in collector.log_records() if not row.event_name}
+    return Counter(rows.values())
+
+
+def wait_for_lines(collector: Collector, expected: Counter[str], seconds: float = 180) -> None:
+    """Wait until the expected lines are there; fail if other ones are."""
+    deadline = time.monotonic() + seconds
+    while bodies(collector) != expected and time.monotonic() < deadline:
+        time.sleep(0.5)
+    found = bodies(collector)
+    missing, extra = expected - found, found - expected
+    assert (list(missing)[:20], list(extra)[:20]) == ([], []), f"{missing.total()} missing, {extra.total()} extra"
+
+
+def wait_for_runs(relay: Relay, runs: int, attempts: int) -> tuple[dict[str, str], dict[tuple[str, str, int], str]]:
+    """Return the results of runs by name, and of attempts by run, task and attempt."""
+    spans = relay.spans(runs=runs, attempts=attempts)
+    tasks = {
+        (key[0].partition("/")[2].partition(":")[0], *key[1:]): span.attributes["cicd.pipeline.task.run.result"]
+        for key, span in by_task(spans).items()
+    }
+    return {key.partition("/")[2].partition(":")[0]: value for key, value in results(spans).items()}, tasks
+
+
+def test_kinds_of_jobs(cluster: Cluster, namespace: str, collector: Collector, tmp_path: Path) -> None:
+    """Every kind of job and of end: states, attempts and lines; meanwhile agents are killed and stopped."""
+    long = job(namespace, "long", counted("long", 200, "0.1") + "; echo to-stderr >&2; printf no-newline")
+    spec = long["spec"]["template"]["spec"]
+    spec["initContainers"] = [{**spec["containers"][0], "name": "prep", "command": ["sh", "-c", "echo prepared"]}]
+    spec["containers"].append(
+        {**spec["containers"][0], "name": "second", "command": ["sh", "-c", counted("second", 50)]}
+    )
+    with relay_of(cluster, namespace, collector, tmp_path) as relay:
+        cluster.apply(long)
+        relay.interrupt(signal.SIGKILL)
+        relay.interrupt(signal.SIGTERM)
+        relay.start()
+        cluster.apply(
+            job(namespace, "retries", "echo attempt; exit 3", backoffLimit=2),
+            job(namespace, "in-place", "echo in place; sleep 1; exit 4", policy="OnFailure", backoffLimit=2),
+            job(namespace, "at-once", "echo at once; exit 5", policy="OnFailure", backoffLimit=1),
+            job(
+                namespace,
+                "indexed",
+                "echo index $JOB_COMPLETION_INDEX; [ $JOB_COMPLETION_INDEX != 1 ]",
+                completions=3,
+                parallelism=2,
+                completionMode="Indexed",
+                backoffLimitPerIndex=1,
+                maxFailedIndexes=2,
+            ),
+            job(
+                namespace,
+                "deadline",
+                "trap 'echo got TERM; echo last; exit 1' TERM; echo begun; while true; do sleep 0.1; done",
+                activeDeadlineSeconds=6,
+                pod={"terminationGracePeriodSeconds": 10},
+            ),
+            job(namespace, "gone", "echo gone soon", ttlSecondsAfterFinished=0),
+            job(namespace, "binary", r"printf '\377\376\000x\n\n\033[31mred\033[0m\na\rb\n'"),
+            job(namespace, "wide", "head -c 1000000 /dev/zero | tr '\\000' x; echo; echo after"),
+            job(namespace, "parallel", "echo of many", completions=6, parallelism=6),
+        )
+        expected = numbered("long", 200) + numbered("second", 50) + Counter({"attempt": 3, "in place": 3, "at once": 2})
+        expected += Counter(["prepared", "to-stderr", "no-newline", "index 0", "index 2", "begun", "got TERM", "last"])
+        expected += Counter({"index 1": 2, "gone soon": 1, "x" * 1_000_000: 1, "after": 1, "of many": 6})
+        expected += Counter(["\ufffd\ufffd\ufffdx", "", "red", "b"])
+        deadline = time.monotonic() + 180
+        while sum(bodies(collector).values()) < expected.total() and time.monotonic() < deadline:
+            time.sleep(1)
+        runs, tasks = wait_for_runs(relay, 10, 26)
+    found = bodies(collector)
+    cleaned = Counter({text: count for text, count in found.items() if text in expected})
+    assert {text: count for text, count in (expected - cleaned).items() if "x" not in text and text} == {}
+    assert found.total() == expected.total()
+    assert runs == {
+        "long": "success",
+        "retries": "failure",
+        "in-place": "failure",
+        "at-once": "failure",
+        "indexed": "failure",
+        "deadline": "timeout",
+        "gone": "success",
+        "binary": "success",
+        "wide": "success",
+        "parallel": "success",
+    }
+    assert {key[1:] for key in tasks if key[0] == "long"} == {("main", 1), ("prep", 1), ("second", 1)}
+    for name, attempts in (("retries", 3), ("in-place", 3), ("at-once", 2)):
+        assert {key: value for key, value in tasks.items() if key[0] == name} == {
+            (name, "main", attempt): "failure" for attempt in range(1, attempts + 1)
+        }
+    assert {key[1:]: value for key, value in tasks.items() if key[0] == "indexed"} == {
+        ("0/main", 1): "success",
+        ("1/main", 1): "failure",
+        ("1/main", 2): "failure",
+        ("2/main", 1): "success",
+    }
+    assert tasks["deadline", "main", 1] in ("timeout", "failure")
+
+
+def test_rotation(cluster: Cluster, namespace: str, collector: Collector, tmp_path: Path) -> None:
+    """The kubelet rotates logs every few seconds and keeps two files: a poll would lose most, a follower nothing.
+
+    In between the agent is stopped and starts again at once.
+    """
+    count, line = 30_000, "y" * 80
+    script = (
+        f"i=0; while [ $i -lt {count} ]; do echo {line} $i; i=$((i+1)); [ $((i % 150)) = 0 ] && sleep 0.1; done; true"
+    )
+    with relay_of(cluster, namespace, collector, tmp_path) as relay:
+        relay.start()
+        cluster.apply(job(namespace, "noisy", script), job(namespace, "noisy-too", script.replace("yyy ", "zzz ")))
+        expected = numbered(line, count) + numbered(line[:-3] + "zzz", count)
+        cluster.wait_for_pods(namespace, "Succeeded", 2)
+        wait_for_lines(collector, expected)
+        runs, _ = wait_for_runs(relay, 2, 2)
+    assert set(runs.values()) == {"success"}
+
+
+def test_two_hundred_jobs_at_once(cluster: Cluster, namespace: str, collector: Collector, tmp_path: Path) -> None:
+    """Short jobs, a third of which is deleted at its end: each line, state and attempt once."""
+    count = 200
+    with relay_of(cluster, namespace, collector, tmp_path) as relay:
+        relay.start()
+        cluster.apply(
+            *(
+                job(
+                    namespace,
+                    f"short-{number}",
+                    f"echo first of {number}; echo last of {number}; exit {number % 2}",
+                    backoffLimit=0,
+                    **({"ttlSecondsAfterFinished": 0} if number % 3 == 0 else {}),
+                )
+                for number in range(count)
+            )
+        )
+        expected = Counter(f"{word} of {number}" for number in range(count) for word in ("first", "last"))
+        cluster.wait_until(lambda: sum(bodies(collector).values()) >= expected.total(), "all lines", 900)
+        wait_for_lines(collector, expected)
+        runs, tasks = wait_for_runs(relay, count, count)
+    assert runs == {f"short-{number}": "failure" if number % 2 else "success" for number in range(count)}
+    assert {key[1:] for key in tasks} == {("main", 1)}
+
+
+def test_jobs_that_are_deleted(cluster: Cluster, namespace: str, collector: Collector, tmp_path: Path) -> None:
+    """A job that is deleted while it prints: its last lines are there, and it is canceled; its name is used again."""
+    script = (
+        "trap 'echo got TERM; i=0; while [ $i -lt 50 ]; do echo late $i; i=$((i+1)); done; exit 0' TERM;"
+        "echo begun; while true; do sleep 0.1; done"
+    )
+    with relay_of(cluster, namespace, collector, tmp_path) as relay:
+        relay.start()
+        for turn in range(2):
+            cluster.apply(job(namespace, "deleted", script))
+            cluster.wait_until(lambda turn=turn: bodies(collector)["begun"] == turn + 1, "its first line")
+            cluster.kubectl("-n", namespace, "delete", "job", "deleted")
+            cluster.wait_until(lambda turn=turn: bodies(collector)["late 49"] == turn + 1, "its last line", 60)
+        one = Counter(["begun", "got TERM"]) + numbered("late", 50)
+        wait_for_lines(collector, one + one)
+        spans = relay.spans(runs=2, attempts=2)
+    assert list(results(spans).values()) == ["cancellation", "cancellation"]
+
+
+def test_parts_that_are_away(cluster: Cluster, namespace: str, collector: Collector, tmp_path: Path) -> None:
+    """The API server is away for a minute and comes back with other tokens; then the kubelet restarts."""
+    token = tmp_path / "token"
+    token.write_text("agenttoken")
+    config = yaml.safe_load(cluster.kubeconfig.read_text())
+    config["users"] = [{"name": "u", "user": {"tokenFile": str(token)}}]
+    (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
+    tokens = cluster.directory / "run" / "tokens.csv"
+    with relay_of(cluster, namespace, collector, tmp_path, kubeconfig=str(tmp_path / "kubeconfig")) as relay:
+        relay.start()
+        cluster.apply(
+            job(namespace, "steady", counted("steady", 1200, "0.1")),
+            job(namespace, "short", counted("short", 150, "0.1")),
+        )
+        cluster.wait_until(lambda: bodies(collector)["short 20"] == 1, "the first lines")
+        cluster.run("stop", "kube-apiserver")
+        tokens.write_text(tokens.read_text().replace("agenttoken", "another-token"))
+        time.sleep(60)
+        cluster.run("start", "kube-apiserver")
+        # The token of the agent is refused until its file is replaced.
+        time.sleep(5)
+        token.write_text("another-token")
+        cluster.wait_until(lambda: bodies(collector)["short 149"] == 1, "the end of the short job")
+        cluster.run("stop", "kubelet")
+        time.sleep(5)
+        cluster.run("start", "kubelet")
+        wait_for_lines(collector, numbered("steady", 1200) + numbered("short", 150), 240)
+        runs, _ = wait_for_runs(relay, 2, 2)
+    assert runs == {"steady": "success", "short": "success"}
