@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import copy
 import json
+import socket
 import threading
 import time
 import uuid
@@ -424,6 +425,8 @@ class FakeKubernetes:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
+        # What a client does not read waits here, and not in the kernel.
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 << 10)
         try:
             while head := await reader.readuntil(b"\r\n\r\n"):
                 request, *fields = head.decode().split("\r\n")

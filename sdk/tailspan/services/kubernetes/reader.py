@@ -21,7 +21,6 @@ __all__ = ["Cursor", "InstanceReader", "PageBuilder", "merged"]
 _KEY_BYTES = 8
 # Each log that is open holds some 100 KiB.
 _MAX_OPEN = 32
-_NANOS = 1_000_000_000
 
 
 class Cursor:
@@ -113,7 +112,7 @@ class InstanceReader:
         self.position = position
         self.failure: ServiceError | None = None
         self.is_in_memory = stream is not None and stream.covers(position)
-        self.begins_ns = int(instance.started_at.timestamp()) * _NANOS if instance.started_at is not None else 0
+        self.begins_ns = instance.begins_ns
         self.chunk: deque[TimedLine] = deque()
         self._stream = stream
         self._requests = requests

@@ -54,6 +54,11 @@ class Instance:
         return self.pod.pod.metadata.uid, self.container, self.number
 
     @property
+    def begins_ns(self) -> int:
+        """When the run began, in ns since the epoch, cut to the second; 0 if that is not known."""
+        return int(self.started_at.timestamp()) * 1_000_000_000 if self.started_at is not None else 0
+
+    @property
     def until_ns(self) -> int | None:
         """From when on lines are those of the next run, in ns since the epoch; None if there is no next run.
 
@@ -99,6 +104,12 @@ class PodRecord:
             for number, started_at, terminated in status.instances:
                 if terminated is not None:
                     self.ended.setdefault((status.name, number), (started_at, terminated))
+
+    def restart_policy(self, container: str) -> str | None:
+        """Return whether a container runs again: ``Never``, ``OnFailure`` or ``Always``."""
+        spec = self.pod.spec
+        own = next((one.restart_policy for one in spec.init_containers or () if one.name == container), None)
+        return own or spec.restart_policy
 
     def instance(self, container: str, number: int) -> Instance | None:
         """Return a known run of a container."""

@@ -40,7 +40,6 @@ _FIRST_RETRY_S, _LONGEST_RETRY_S = 0.2, 15.0
 # How long after its end of a log the status of the container may say that it runs.
 _STATUS_LAG_S = 5.0
 _NOT_YET = 400
-_SHORT_S = 2.0
 _MISSING_S = 60.0
 
 _log = logging.getLogger(__name__)
@@ -152,7 +151,22 @@ class FollowedLog:
 
     def on_change(self) -> None:
         """Note that the status of the pod has changed."""
+        if not self._was_followed and not self.is_over and self._has_next_run():
+            # The kubelet was ahead of the status: these are lines of the next run, which gets a stream of its own.
+            self._was_followed = True
+            self.task.cancel()
+            self.task = asyncio.get_running_loop().create_task(self._run())
         self._changed.set()
+
+    def _has_next_run(self) -> bool:
+        """Return whether the lines are those of the next run of the container, by their times."""
+        following = self.instance.pod.instance(self.instance.container, self.instance.number + 1)
+        return (
+            following is not None
+            and following.begins_ns > self.instance.begins_ns
+            and self._first is not None
+            and self._first.time_ns >= following.begins_ns
+        )
 
     def close(self) -> None:
         """Stop following, and drop the buffer."""
@@ -195,6 +209,10 @@ class FollowedLog:
         if ahead > 1:
             # Only the log of the run before the present one is kept.
             return True
+        if self._was_followed and not ahead and self._may_run_again():
+            # The kubelet may return the next run already: `previous`, or the end of the pod, tells them apart.
+            await self._wait(_LONGEST_RETRY_S)
+            return False
         if self._was_followed or ahead:
             return await self._read_rest(previous=ahead > 0)
         async with aclosing(self._replies(LineCutter(self.newest), self.newest, follow=True)) as replies:
@@ -204,17 +222,19 @@ class FollowedLog:
         self._was_followed = await self._has_ended()
         return self._was_followed and self.instance.pod.gone_at is not None
 
+    def _may_run_again(self) -> bool:
+        pod, found = self.instance.pod, self.instance.pod.instance(self.instance.container, self.instance.number)
+        ended = found.terminated if found is not None else None
+        policy = pod.restart_policy(self.instance.container)
+        return not pod.is_over and policy != "Never" and not (policy == "OnFailure" and ended and not ended.exit_code)
+
     async def _read_rest(self, *, previous: bool) -> bool:
         """Read what the follower of the kubelet has left out; return whether that was of this run for sure."""
         number = self._number_now()
-        current = self.instance.pod.instance(self.instance.container, self.instance.number) or self.instance
-        ended, before_ns = current.terminated, None
-        if previous and self._first is not None and self._begins_at_start and ended is not None:
-            # If the kubelet was ahead of the status, the stream may have had the next run. A short one is read whole.
-            started_at, finished_at = ended.started_at, ended.finished_at
-            if started_at is None or finished_at is None or (finished_at - started_at).total_seconds() <= _SHORT_S:
-                before_ns = self._first.time_ns
-        reader = LineCutter(self.newest, before_ns=before_ns, until_ns=None if previous else current.until_ns)
+        before_ns = None
+        if previous and self._first is not None and self._begins_at_start and self._has_next_run():
+            before_ns = self._first.time_ns
+        reader = LineCutter(self.newest, before_ns=before_ns)
         after = self.newest if before_ns is None else START
         held: list[TimedLine] = []
         async with aclosing(self._replies(reader, after, follow=False, previous=previous)) as replies:
@@ -337,6 +357,10 @@ class FollowedLogs:
             instance: The run of the container.
             after: Begin after this position.
         """
+        before = self._by_key.get((*instance.key[:2], instance.number - 1))
+        if before is not None and after == START and before.newest.time_ns >= instance.begins_ns:
+            # The stream of the run before has had lines of this one.
+            after = before.newest
         stream = FollowedLog(self, job, instance, after)
         self._by_key[instance.key] = stream
         self._open += 1
