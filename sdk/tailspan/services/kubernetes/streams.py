@@ -210,7 +210,7 @@ class FollowedLog:
             # Only the log of the run before the present one is kept.
             return True
         if self._was_followed and not ahead and self._may_run_again():
-            # The kubelet may return the next run already: `previous`, or the end of the pod, tells them apart.
+            # The kubelet may return the next run already: `previous`, or the end of the pod, is unambiguous.
             await self._wait(_LONGEST_RETRY_S)
             return False
         if self._was_followed or ahead:

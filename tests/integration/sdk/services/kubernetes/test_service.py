@@ -98,7 +98,7 @@ class Reading:
                 self.cursor = page.cursor
 
     async def until(self, count: int) -> None:
-        """Read until there are so many lines."""
+        """Read until there are this many lines."""
 
         async def enough() -> bool:
             await self.read()
@@ -445,7 +445,7 @@ def test_a_reader_that_stops_stops_the_server(cluster, service, monkeypatch):
 
 
 async def held(service: KubernetesService, size: int) -> bool:
-    """Return whether the buffers hold at least so many bytes."""
+    """Return whether the buffers hold at least this many bytes."""
     return service.streams.held_bytes >= size
 
 
