@@ -437,14 +437,14 @@ class StorePromises:
 
     @looped
     async def test_the_newest_line_of_each_stream(self, tmp_path: Path) -> None:
-        """Streams behind the main one are known with the time of their newest line."""
+        """Streams behind the main one are known with the time of their newest line, also if its job has left them."""
         async with self.opened(tmp_path) as store:
-            for number, stream in enumerate((0, 1, 1, 2)):
+            for number, streams in enumerate(("", '"1":5', '"1":2,"12":3', '"2":"bad"')):
                 store.add_job(
-                    "id", f"j{number}", "etl", stream=stream, ledger=f'{{"first_seen_ns":1,"last_line_ns":{number}}}'
+                    "id", f"j{number}", "etl", stream=0, ledger=f'{{"first_seen_ns":1,"log_streams":{{{streams}}}}}'
                 )
             store.add_job("id", "bad", "etl", stream=4, ledger="not JSON")
-            assert store.newest_by_stream("etl") == {1: 2, 2: 3}
+            assert store.newest_by_stream("etl") == {1: 5, 12: 3}
             assert store.newest_by_stream("other") == {}
 
     @looped

@@ -42,6 +42,7 @@ class LokiFault:
         one_name: Whether the jobs have one name, so that the runs cannot be counted by job.
         change: Changes the text of the configuration.
         in_time: Whether the store is the limit: its rate decides how long the row may take, in three times.
+        again: Whether a line that is sent again may go to another stream, where the store has it twice.
     """
 
     name: str
@@ -54,6 +55,7 @@ class LokiFault:
     one_name: bool = False
     change: Callable[[str], str] = str
     in_time: bool = False
+    again: bool = False
 
     def scenario(self) -> Scenario:
         """Return the row."""
@@ -76,7 +78,8 @@ class LokiFault:
             self.act(world)
             found = world.finish(self._timeout_s(world))
             names = tuple(f"{job.name} " for job in world.jobs)
-        stored = sum(line.startswith(names) for line in loki.lines())
+        own = [line for line in loki.lines() if line.startswith(names)]
+        stored = len(set(own)) if self.again else len(own)
         expected = found.lines.expected - self.rejected
         problems = [] if stored == expected else [f"{stored} of {expected} lines in the store: {dict(loki.rejected)}"]
         if found.dead_lettered != self.dead:
@@ -100,18 +103,35 @@ def _overlapping(world: World, *, jobs: int, lines: int) -> None:
     """Add runs of two hours, four hours ago."""
     start_ms = int(time.time() * 1000) - 4 * _HOUR_MS
     for number in range(jobs):
-        job = world.fused_job(f"run-{number}", start_ms=start_ms)
-        job.fake.becomes("Running", from_status=0)
-        job.fake._status()["job_name"] = "etl"
-        job.fake.row["job_name"] = "etl"
-        for step in range(lines):
-            job.line(start_ms + step * 2 * _HOUR_MS // lines)
+        _run_of_etl(world, number, start_ms, lines, 2 * _HOUR_MS)
+
+
+def _uneven(world: World) -> None:
+    """Add overlapping runs of one name, of very different lengths."""
+    start_ms = int(time.time() * 1000) - 5 * _HOUR_MS
+    for number, lines in enumerate((1, 11_000, 17, 3_000, 1, 500, 11_000)):
+        _run_of_etl(world, number, start_ms + world.random.randrange(_HOUR_MS), lines, world.random.randrange(_HOUR_MS))
+
+
+def _run_of_etl(world: World, number: int, start_ms: int, lines: int, length_ms: int) -> None:
+    job = world.fused_job(f"run-{number}", start_ms=start_ms)
+    job.fake.becomes("Running", from_status=0)
+    job.fake._status()["job_name"] = "etl"
+    job.fake.row["job_name"] = "etl"
+    for step in range(lines):
+        job.line(start_ms + step * length_ms // lines)
 
 
 def _one_too_old(world: World) -> None:
     week_ago_ms = int(time.time() * 1000) - 8 * 24 * _HOUR_MS
     world.fused_job("old").line(week_ago_ms)
-    _bursts(world, jobs=3, lines=300)
+    _bursts(world, jobs=12, lines=100)
+
+
+def _among_others(world: World) -> None:
+    """Add old overlapping runs beside jobs of now: Loki reports only what it rejects of a request's last stream."""
+    _overlapping(world, jobs=3, lines=240)
+    _bursts(world, jobs=12, lines=100)
 
 
 def _largest_lines(world: World) -> None:
@@ -156,7 +176,16 @@ LOKI_FAULTS = (
         "Loki: overlapping jobs of one name after hours", partial(_overlapping, jobs=3, lines=240), one_name=True
     ),
     LokiFault("Loki: 12 overlapping jobs of one name", partial(_overlapping, jobs=12, lines=400), one_name=True),
+    LokiFault(
+        "Loki: overlapping jobs of unequal length, and a kill",
+        _uneven,
+        one_name=True,
+        act=_killed,
+        in_time=True,
+        again=True,
+    ),
     LokiFault("Loki: a line that is too old, among others", _one_too_old, rejected=1, dead=2),
+    LokiFault("Loki: lines that it drops without an error", _among_others, one_name=True),
     LokiFault(
         "Loki: lines that were stored are sent again",
         partial(_bursts, jobs=2, lines=3_000),

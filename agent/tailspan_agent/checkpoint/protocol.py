@@ -124,7 +124,10 @@ class CheckpointStore(Protocol):
         """Store the log stream that a job's next lines go to."""
 
     def newest_by_stream(self, name: str) -> Mapping[int, int]:
-        """Return the time of the newest line of each further log stream of a pipeline, in ns since the epoch."""
+        """Return the time of the newest line of each further log stream of a pipeline, in ns since the epoch.
+
+        It is the newest one that was sent, acknowledged or not: ``log_streams`` of the ledgers.
+        """
 
     def complete_logs(self, key: int, *, late: bool = False) -> None:
         """Store that all lines of an ended job are acknowledged.

@@ -324,12 +324,16 @@ class SqliteStore:
             db.execute("UPDATE jobs SET backfill = ?, updated_s = ? WHERE key = ?", (stream, time.time(), key))
 
     def newest_by_stream(self, name: str) -> dict[int, int]:
-        """Return the time of the newest line of each further log stream of a pipeline, in ns since the epoch."""
+        """Return the time of the newest line of each further log stream of a pipeline, in ns since the epoch.
+
+        No store has a newer one, whether or not it was acknowledged.
+        """
         query = (
-            "SELECT backfill, max(json_extract(facts, '$.last_line_ns')) FROM jobs"
-            " WHERE name = ? AND backfill > 0 AND json_valid(facts) GROUP BY backfill"
+            "SELECT CAST(line.key AS INTEGER), max(line.value)"
+            " FROM jobs, json_each(iif(json_valid(facts), facts, '{}'), '$.log_streams') AS line"
+            " WHERE name = ? AND line.type = 'integer' GROUP BY 1"
         )
-        return {stream: newest_ns for stream, newest_ns in self._select(query, name) if isinstance(newest_ns, int)}
+        return dict(self._select(query, name))
 
     def complete_logs(self, key: int, *, late: bool = False) -> None:
         """Store that all lines of an ended job are acknowledged.

@@ -122,6 +122,8 @@ class JobLedger(msgspec.Struct, frozen=True, kw_only=True):
         last_line: Its newest line, cleaned, redacted and cut off, to be shown.
         open_line: The uid of the last open line that was sent; unset if there was none.
         attempt: The attempt of the job that its times and states are of; unset for the first.
+        log_streams: The newest line, in ns since the epoch, that was sent to each further log stream of its pipeline,
+            acknowledged or not; unset without one. See `tailspan_agent.pipeline.store_streams`.
     """
 
     first_seen_ns: int
@@ -144,6 +146,7 @@ class JobLedger(msgspec.Struct, frozen=True, kw_only=True):
     last_line: str = ""
     open_line: str | msgspec.UnsetType = msgspec.UNSET
     attempt: int | msgspec.UnsetType = msgspec.UNSET
+    log_streams: dict[int, int] | msgspec.UnsetType = msgspec.UNSET
 
     @classmethod
     def from_json(cls, text: str) -> JobLedger:
@@ -234,7 +237,15 @@ class JobLedger(msgspec.Struct, frozen=True, kw_only=True):
             fingerprint=seen.fingerprint,
             failures_before=seen.failures_before,
             first_failed_ns=seen.first_failed_ns,
+            log_streams=seen.log_streams,
         )
+
+    def with_stream(self, stream: int, newest_ns: int) -> JobLedger:
+        """Return the ledger with the newest line for a log stream, which a store may have from now on."""
+        known = self.log_streams or {}
+        if newest_ns <= known.get(stream, -1):
+            return self
+        return msgspec.structs.replace(self, log_streams={**known, stream: newest_ns})
 
     def with_heartbeat(self, gap_s: float) -> JobLedger:
         """Return the ledger with the time between two heartbeats, if it is the longest so far."""

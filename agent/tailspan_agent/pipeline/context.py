@@ -68,9 +68,14 @@ class PipelineContext:
     label_values: LabelValues = field(default_factory=LabelValues)
     in_flight: WeakValueDictionary[tuple[str, str], InFlight] = field(default_factory=WeakValueDictionary)
 
-    def queue(self, identity: str, job_id: str) -> LogQueue | None:
-        """Return the log queue of a job: always the same one, so that the order of its lines holds."""
-        key = f"{identity}\0{job_id}".encode(errors="surrogatepass")
+    def queue(self, service_name: str, log_name: str) -> LogQueue | None:
+        """Return the log queue of all jobs of a name: Loki makes one stream of them, and rejects what is out of order.
+
+        Args:
+            service_name: The service of the jobs.
+            log_name: The ``service.name`` of their lines.
+        """
+        key = f"{service_name}\0{log_name}".encode(errors="surrogatepass")
         return self.queues[crc32(key) % len(self.queues)] if self.queues else None
 
     async def nothing_in_flight(self, identity: str, job_id: str) -> None:

@@ -10,9 +10,10 @@ import dataclasses
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
 from functools import partial
+from typing import NamedTuple
 
 import msgspec
 
@@ -26,6 +27,7 @@ from tailspan.models import JobState, JobStatus, TaskRun
 from tailspan.services import JobService
 from tailspan_agent.analysis.assessment import JobSnapshot
 from tailspan_agent.analysis.failure import Failure
+from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
 from tailspan_agent.analysis.progress import ProgressMeter
 from tailspan_agent.checkpoint.rows import Ack
 from tailspan_agent.exporter.outcome import age_advice
@@ -39,8 +41,8 @@ from tailspan_agent.otlp.log_record import LogRecordData, encode_log_record
 from tailspan_agent.pipeline.context import PipelineContext
 from tailspan_agent.pipeline.job_alerts import JobAlerts
 from tailspan_agent.pipeline.job_spans import JobSpans
-from tailspan_agent.pipeline.queue import Chunk, copied_bytes
-from tailspan_agent.pipeline.store_streams import may_be_too_old
+from tailspan_agent.pipeline.queue import Chunk, LogQueue, copied_bytes
+from tailspan_agent.pipeline.store_streams import may_be_too_old, parts_in_time
 from tailspan_agent.pipeline.tracked_job import TrackedJob
 from tailspan_agent.records.encode import LogContext, encode_lines
 from tailspan_agent.records.span_lines import SpanLines
@@ -49,6 +51,31 @@ from tailspan_agent.tasks import Flag
 __all__ = ["JobPipeline"]
 
 _log = logging.getLogger(__name__)
+
+
+class _Records(NamedTuple):
+    """Encoded records of lines.
+
+    Attributes:
+        pieces: Framed log records and their number, as `Chunk` has them.
+        oldest_ns: The time of the oldest one, in ns since the epoch.
+        newest_ns: The time of the newest one.
+        last_ns: The time of the last one.
+    """
+
+    pieces: Sequence[tuple[bytes, int]]
+    oldest_ns: int
+    newest_ns: int
+    last_ns: int
+
+    @property
+    def number(self) -> int:
+        """The number of records."""
+        return sum(number for _, number in self.pieces)
+
+
+def _nothing() -> None:
+    pass
 
 
 class JobPipeline:
@@ -76,7 +103,7 @@ class JobPipeline:
         self.alerts = JobAlerts(self.job, partial(self._send_record, of_events=True))
         self.cursor = self.job.checkpoint.cursor
         self._context = context
-        self._queue = context.queue(service.identity, status.job_id)
+        self._queue = context.queue(service.name, self.job.status.job_name)
         self._log_context = LogContext.for_job(status, min_severity=watch.min_severity, redactor=context.redactor)
         self._progress = ProgressMeter(self.job.redact)
         self._open_lines = OpenLineLimit()
@@ -101,6 +128,11 @@ class JobPipeline:
     def ledger(self) -> JobLedger:
         """The job's lines and states as read."""
         return self.job.ledger
+
+    @property
+    def queue(self) -> LogQueue | None:
+        """The queue of its next lines; None if logs are not among the signals."""
+        return self._queue
 
     @property
     def relays_logs(self) -> bool:
@@ -298,18 +330,24 @@ class JobPipeline:
         if self._queue is not None:
             times_ns = [run.time_unix_nano for run in page.runs]
             oldest_ns, newest_ns = min(times_ns), max(times_ns)
-            await self._choose_stream(oldest_ns, newest_ns)
-            encoded = encode_lines(page, context=self._log_context, copied=copied_bytes(job.log_resource))
-            self._context.health.records_read(
-                job.service.name,
-                encoded.count,
-                dropped=encoded.dropped,
-                redactions=encoded.redactions,
-                late=encoded.count if late else 0,
-            )
-            alone = may_be_too_old(times_ns, newest_ns - oldest_ns)
-            await self._put(encoded.pieces, cursor, page_seconds(page), times_ns[-1], alone=alone)
+            async with self._log_stream(oldest_ns, newest_ns) as is_behind:
+                alone = is_behind or may_be_too_old(times_ns, newest_ns - oldest_ns)
+                parts = parts_in_time(page) if job.checkpoint.stream and not alone else [page]
+                encoded = [self._encode(part, late=late) for part in parts]
+                await self._put(encoded, cursor, page_seconds(page), alone=alone)
         self.cursor = cursor or self.cursor
+
+    def _encode(self, page: LogPage, *, late: bool) -> _Records:
+        encoded = encode_lines(page, context=self._log_context, copied=copied_bytes(self.job.log_resource))
+        self._context.health.records_read(
+            self.job.service.name,
+            encoded.count,
+            dropped=encoded.dropped,
+            redactions=encoded.redactions,
+            late=encoded.count if late else 0,
+        )
+        times_ns = [run.time_unix_nano for run in page.runs]
+        return _Records(encoded.pieces, min(times_ns), max(times_ns), times_ns[-1])
 
     async def send_open_line(self, line: OpenLine) -> float | None:
         """Queue a record of the line whose newline has not come, unless it was sent already.
@@ -331,27 +369,33 @@ class JobPipeline:
 
     async def _put(
         self,
-        pieces: Sequence[tuple[bytes, int]],
+        parts: Sequence[_Records],
         cursor: bytes | None,
         seconds: Seconds,
-        newest_ns: int,
         *,
         resource: bytes | None = None,
         alone: bool = False,
+        are_lines: bool = True,
     ) -> None:
+        """Queue records, which are acknowledged together when the last ones are delivered."""
         assert self._queue is not None
         job, ledger, health = self.job, self.job.ledger, self._context.health
-        name, count = job.service.name, sum(many for _, many in pieces)
+        name, number, total = job.service.name, job.checkpoint.stream, sum(part.number for part in parts)
+        earlier = ChunkResult()
 
-        def on_result(result: ChunkResult) -> Ack:
-            # What a restart at this cursor needs: the lines up to this page, the states seen up to now.
-            delivery = job.acked_ledger.delivery.after(count, result)
-            job.acked_ledger = msgspec.structs.replace(ledger.with_seen(job.ledger), delivery=delivery)
-            health.records_acked(name, count - result.rejected, newest_ns)
+        def on_result(part: _Records, result: ChunkResult) -> Ack | None:
+            nonlocal earlier
+            health.records_acked(name, part.number - result.rejected, part.last_ns)
             if result.rejected:
                 health.records_rejected(name, result.rejected, result.kind)
-                if result.kind in ("too_old", "too_new") and seconds:
+                if result.kind in ("too_old", "too_new") and are_lines:
                     self._on_rejected_age(result)
+            earlier += result
+            if part is not parts[-1]:
+                return None
+            # What a restart at this cursor needs: the lines up to this page, the states seen up to now.
+            delivery = job.acked_ledger.delivery.after(total, earlier)
+            job.acked_ledger = msgspec.structs.replace(ledger.with_seen(job.ledger), delivery=delivery)
             return Ack(job.checkpoint.key, cursor, job.acked_ledger.to_json(), seconds)
 
         def on_stored() -> None:
@@ -361,13 +405,21 @@ class JobPipeline:
         self._unacked += 1
         add_seconds(self._unacked_seconds, seconds)
         self._all_acked.clear()
+        left = total
         try:
-            chunk = Chunk(resource or job.log_resource, deque(pieces or [(b"", 0)]), on_result, on_stored, alone)
-            await self._queue.put(chunk)
+            for part in parts:
+                stored = on_stored if part is parts[-1] else _nothing
+                pieces = deque(part.pieces or [(b"", 0)])
+                chunk = Chunk(resource or job.log_resource, pieces, partial(on_result, part), stored, alone)
+                if number:
+                    chunk.on_send = partial(job.store_sent, number, part.newest_ns)
+                    chunk.stream, chunk.oldest_ns, chunk.newest_ns = job.stream_key, part.oldest_ns, part.newest_ns
+                await self._queue.put(chunk)
+                left -= part.number
         except BaseException:
             # Cancelled while the queue was full: the next tailer of this job reads these lines again.
             self._leave_flight(seconds)
-            health.records_abandoned(name, count)
+            health.records_abandoned(name, left)
             raise
 
     def _on_rejected_age(self, result: ChunkResult) -> None:
@@ -424,31 +476,47 @@ class JobPipeline:
         self.job.update_ledger(lines=self.ledger.lines - lines, stream_hash=stream_hash)
         negative: Seconds = {}
         add_seconds(negative, repeated, -1)
-        await self._put([], None, negative, 0)
+        await self._put([_Records([], 0, 0, 0)], None, negative)
 
-    async def _choose_stream(self, oldest_ns: int, newest_ns: int) -> None:
-        """Change to another log stream of the pipeline if the store would reject such old lines in the present one."""
-        job = self.job
-        stream = self._context.store_streams.choose(
-            job.service.name,
-            job.choose_log_name(),
-            job.checkpoint.stream,
-            oldest_ns,
-            newest_ns,
-            ended=job.status.state.is_terminal,
-            now_ns=time.time_ns(),
-        )
-        if stream != job.checkpoint.stream:
-            # Lines that are sent again after a crash must be equal, their stream included.
-            await self.all_acked()
-            job.change_stream(stream)
+    @asynccontextmanager
+    async def _log_stream(self, oldest_ns: int, newest_ns: int) -> AsyncIterator[bool]:
+        """Change to the log stream in which the store accepts the next lines, and hold it until they are queued.
+
+        If another job put newer lines into the stream meanwhile, these would be too far behind them.
+
+        Args:
+            oldest_ns: The time of the oldest of the lines, in ns since the epoch.
+            newest_ns: The time of the newest of them.
+
+        Yields:
+            Whether the store may reject the lines all the same.
+        """
+        job, streams, log_names = self.job, self._context.store_streams, self._context.log_names
+        service_name = job.service.name
+        for name in (job.status.job_name, OTHER_PIPELINES):
+            async with streams.hold(service_name, name):
+                current, is_past = job.checkpoint.stream, job.is_past
+                stream = streams.find(service_name, name, current, oldest_ns, is_past=is_past, now_ns=time.time_ns())
+                if name != OTHER_PIPELINES and not log_names.take(name, stream, is_shared=job.is_log_name_shared):
+                    continue
+                is_behind = streams.note(service_name, name, stream, oldest_ns, newest_ns)
+                queue = self._context.queue(service_name, name)
+                if stream != current or queue is not self._queue:
+                    # Lines that are sent again after a crash must be equal, their stream included.
+                    await self.all_acked()
+                self._queue = queue
+                job.change_stream(name, stream)
+                yield is_behind
+                return
 
     async def _send_record(self, record: LogRecordData, *, of_events: bool = False) -> None:
         if self._queue is not None:
-            await self._choose_stream(record.time_unix_nano, record.time_unix_nano)
-            self._context.health.records_read(self.job.service.name, 1)
-            resource = self.job.event_resource if of_events else None
-            await self._put([(encode_log_record(record), 1)], None, {}, record.time_unix_nano, resource=resource)
+            at_ns = record.time_unix_nano
+            async with self._log_stream(at_ns, at_ns) as is_behind:
+                self._context.health.records_read(self.job.service.name, 1)
+                resource = self.job.event_resource if of_events else None
+                records = _Records([(encode_log_record(record), 1)], at_ns, at_ns, at_ns)
+                await self._put([records], None, {}, resource=resource, alone=is_behind, are_lines=False)
 
     def end_run(self, *, log_complete: bool) -> None:
         """Write the last spans and count the run: once, whether or not the endpoint is available.

@@ -25,6 +25,7 @@ from tailspan_agent.exporter.endpoints import Endpoint
 from tailspan_agent.exporter.retry import SHORTENED, DeliveryResult, Rejection
 from tailspan_agent.job.ledger import ChunkResult
 from tailspan_agent.otlp.requests import logs_request, traces_request
+from tailspan_agent.pipeline.store_streams import WINDOW_NS
 
 __all__ = ["BATCH_BYTES", "Chunk", "LogQueue", "SpanQueue", "copied_bytes", "until_usable"]
 
@@ -58,6 +59,10 @@ class Chunk:
         on_stored: Called once after that was stored.
         alone: Whether no request may mix it with other resources: a store may reject some of its lines, and Loki
             reports only what it rejects of the last stream of a request.
+        stream: What the store sees as one stream; empty if its times do not matter.
+        oldest_ns: The time of its oldest record, in ns since the epoch; only with `stream`.
+        newest_ns: The time of its newest record.
+        on_send: Called before its first records are sent, which wait until what it stores is on disk.
         result: The outcome of the records that were sent.
     """
 
@@ -66,6 +71,10 @@ class Chunk:
     on_result: Callable[[ChunkResult], Ack | None]
     on_stored: Callable[[], None]
     alone: bool = False
+    stream: str = ""
+    oldest_ns: int = 0
+    newest_ns: int = 0
+    on_send: Callable[[], None] | None = None
     result: ChunkResult = field(default_factory=ChunkResult)
 
     @property
@@ -99,6 +108,25 @@ class _Piece:
 def copied_bytes(resource: bytes) -> int:
     """Return about how many bytes a store adds to each line of a job that has this resource."""
     return len(resource) + _COPIED_BYTES
+
+
+class _StreamTimes:
+    """The times of the streams in one batch: a store must accept it again if it has it already."""
+
+    def __init__(self) -> None:
+        self._times_ns: dict[str, tuple[int, int]] = {}
+
+    def fits(self, chunk: Chunk) -> bool:
+        """Add a chunk, unless its stream then has times too far apart."""
+        if not chunk.stream:
+            return True
+        known = self._times_ns.get(chunk.stream)
+        oldest_ns, newest_ns = known or (chunk.oldest_ns, chunk.newest_ns)
+        oldest_ns, newest_ns = min(oldest_ns, chunk.oldest_ns), max(newest_ns, chunk.newest_ns)
+        if known and newest_ns - oldest_ns > WINDOW_NS:
+            return False
+        self._times_ns[chunk.stream] = oldest_ns, newest_ns
+        return True
 
 
 async def _until_stored(use_store: Callable[[], T], what: str) -> T:
@@ -198,11 +226,12 @@ class LogQueue:
         batch: list[_Piece] = []
         size = stored = 0
         alone = mixed = False
+        times = _StreamTimes()
         while self._queue:
             chunk = self._queue[0]
             alone = alone or chunk.alone
             mixed = mixed or (bool(batch) and chunk.resource != batch[0].chunk.resource)
-            if alone and mixed:
+            if (alone and mixed) or not times.fits(chunk):
                 break
             records, count = chunk.pieces[0]
             size += len(records)
@@ -229,6 +258,7 @@ class LogQueue:
             )
             for piece in batch:
                 piece.records = b""  # megabytes that the payload has now
+            await self._store_sent(batch)
             result = await self._endpoint.deliver(payload, count)
         for piece, outcome in zip(batch, _results(batch, result), strict=True):
             piece.chunk.result += outcome
@@ -247,6 +277,16 @@ class LogQueue:
             await _until_stored(lambda: self._store.ack(acks), "the checkpoint of sent lines")
         for chunk in done:
             chunk.on_stored()
+
+    async def _store_sent(self, batch: list[_Piece]) -> None:
+        """Store what the endpoint may have from now on, and wait until it is on disk."""
+        new = [piece.chunk for piece in batch if piece.chunk.on_send is not None]
+        for chunk in new:
+            if chunk.on_send is not None:
+                await _until_stored(chunk.on_send, "the newest line of a log stream")
+                chunk.on_send = None
+        if new:
+            await self._store.written()
 
 
 def _results(batch: Sequence[_Piece], result: DeliveryResult) -> Iterator[ChunkResult]:

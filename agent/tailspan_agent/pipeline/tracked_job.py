@@ -21,15 +21,14 @@ from tailspan_agent.job.mapping import resource_attributes
 from tailspan_agent.job.task_spans import LineTimes
 from tailspan_agent.otlp.requests import encode_resource
 from tailspan_agent.pipeline.context import PipelineContext
+from tailspan_agent.pipeline.store_streams import MAIN_STREAM
 from tailspan_agent.records.redact import Redactor
 from tailspan_agent.records.span_lines import SpanLines
 
-__all__ = ["BACKFILL_S", "TrackedJob"]
+__all__ = ["TrackedJob"]
 
-BACKFILL_S = 1800.0
-"""A job whose newest line is older than this when it is first seen is backfill: in Loki a stream of its own."""
-
-
+_BACKFILL_S = 1800.0
+"""A job that had ended this long before it was first seen is backfill: in Loki a stream of its own."""
 _EVENTS_OF = "events of"
 """Before a job's name: the stream of its events, which counts as a name of its own."""
 
@@ -49,7 +48,7 @@ class TrackedJob:
         ledger: The job's lines and states as read.
         acked_ledger: The same with its lines as acknowledged: as in the store.
         resource: The encoded OTLP resource.
-        log_name: The ``service.name`` of its last lines; empty before the first ones.
+        is_log_name_shared: Whether its last lines have the ``service.name`` that many jobs share; see `LogNames`.
         span_lines: Lines for the span of the execution; None if spans carry no lines.
         tasks: Every attempt of the job's tasks, redacted; empty for a job without tasks.
         task_lines: The times of the tasks' lines.
@@ -71,7 +70,7 @@ class TrackedJob:
         self.ledger = self.acked_ledger = JobLedger.restored(self.checkpoint.ledger, status.job_id, first_seen_ns)
         self.resource = self._encode_resource()
         context.label_values.note(status.job_name, status.attributes)
-        self.log_name = ""
+        self.is_log_name_shared = False
         self._log_resource = b""
         self.span_lines: SpanLines | None = None
         self.start_span_lines(whole=self.checkpoint.cursor is None)
@@ -99,12 +98,11 @@ class TrackedJob:
         self.span_lines = SpanLines(whole=whole) if self.context.lines_on_spans else None
 
     def _first_checkpoint(self, first_seen_ns: int) -> Checkpoint:
-        newest_ns = self.ended_ns
         return self.context.store.add_job(
             self.service.identity,
             self.status.job_id,
             self.status.job_name,
-            stream=int(newest_ns is not None and first_seen_ns - newest_ns > BACKFILL_S * 1e9),
+            stream=MAIN_STREAM,  # until `StoreStreams` finds another one for its first lines
             ledger=JobLedger(first_seen_ns=first_seen_ns).to_json(),
         )
 
@@ -120,40 +118,60 @@ class TrackedJob:
         )
         return encode_resource(attributes | {"service.name": name} if name else attributes)
 
-    def choose_log_name(self) -> str:
-        """Choose and return the ``service.name`` of the next lines; see `LogNames`."""
-        name = self.context.log_names.choose(self.status.job_name, self.log_name)
-        if name != self.log_name:
-            self.log_name, self._log_resource = name, b""
-        return name
-
     @property
     def log_resource(self) -> bytes:
         """The encoded resource of the job's lines: `resource`, unless they share a name with other jobs."""
-        if self.log_name != OTHER_PIPELINES:
+        if not self.is_log_name_shared:
             return self.resource
         if not self._log_resource:
-            self._log_resource = self._encode_resource(self.log_name)
+            self._log_resource = self._encode_resource(OTHER_PIPELINES)
         return self._log_resource
 
     @property
+    def stream_key(self) -> str:
+        """What a store sees as the stream of the next lines."""
+        name = OTHER_PIPELINES if self.is_log_name_shared else self.status.job_name
+        return f"{self.service.name}/{name}/{self.checkpoint.stream}"
+
+    @property
     def event_resource(self) -> bytes:
-        """The encoded resource of the job's events: as of its lines, in a stream of their own."""
-        job_name = self.status.job_name
-        name = self.context.log_names.choose(f"{_EVENTS_OF} {job_name}", OTHER_PIPELINES)
-        is_shared = OTHER_PIPELINES in (name, self.log_name)
-        return self._encode_resource(OTHER_PIPELINES if is_shared else "", of_events=True)
+        """The encoded resource of the job's events: as of its lines, in a stream of their own if there is room."""
+        name, stream = f"{_EVENTS_OF} {self.status.job_name}", self.checkpoint.stream
+        if not self.is_log_name_shared and self.context.log_names.take(name, stream, is_shared=True):
+            return self._encode_resource(of_events=True)
+        return self.log_resource if stream else self._encode_resource(OTHER_PIPELINES, of_events=True)
 
     def apply_settings(self, watch: Watch) -> None:
         """Apply the settings of a watch, and the present status, to what is encoded from now on."""
         self.watch = watch
         self.resource, self._log_resource = self._encode_resource(), b""
 
-    def change_stream(self, stream: int) -> None:
-        """Send what is encoded from now on to another log stream of the pipeline; see `StoreStreams`."""
+    def change_stream(self, log_name: str, stream: int) -> None:
+        """Send what is encoded from now on to this log stream; see `StoreStreams`.
+
+        Args:
+            log_name: The job's name, or the one that many jobs share.
+            stream: The number of the stream.
+        """
+        self.is_log_name_shared = log_name == OTHER_PIPELINES
+        if stream == self.checkpoint.stream:
+            return
         self.context.store.update_stream(self.checkpoint.key, stream)
         self.checkpoint = dataclasses.replace(self.checkpoint, stream=stream)
         self.resource, self._log_resource = self._encode_resource(), b""
+
+    def store_sent(self, stream: int, newest_ns: int) -> None:
+        """Store what a store may have, before it is sent: the next process must know it.
+
+        Args:
+            stream: The log stream.
+            newest_ns: The time of the newest of the lines that are sent, in ns since the epoch.
+        """
+        ledger = self.ledger.with_stream(stream, newest_ns)
+        if ledger is not self.ledger:
+            acked = msgspec.structs.replace(self.acked_ledger, log_streams=ledger.log_streams)
+            self.context.store.update_ledger(self.checkpoint.key, acked.to_json())
+            self.ledger, self.acked_ledger = ledger, acked
 
     def update_tasks(self, tasks: Sequence[TaskRun]) -> None:
         """Take the tasks as they are now, without the configured secrets.
@@ -189,6 +207,15 @@ class TrackedJob:
         """When the job ended, in ns since the epoch: about the time of its newest line. None before its end."""
         ended = self.status.finished_at or self.status.job_status_date
         return int(ended.timestamp() * 1e9) if ended is not None and self.status.state.is_terminal else None
+
+    @property
+    def is_past(self) -> bool:
+        """Whether the job has ended and its lines are not for the main log stream; see `StoreStreams`."""
+        if not self.status.state.is_terminal:
+            return False
+        ended_ns = self.ended_ns
+        late = ended_ns is not None and self.ledger.first_seen_ns - ended_ns > _BACKFILL_S * 1e9
+        return late or self.checkpoint.stream != MAIN_STREAM
 
     @property
     def ended_ago_s(self) -> float:

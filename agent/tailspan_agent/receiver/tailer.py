@@ -375,10 +375,9 @@ class Tailer:
 
     async def _read_pages(self, pipeline: JobPipeline) -> tuple[int, bool]:
         """Relay one turn of pages after the cursor; return the number of lines, and whether to continue."""
-        queue = self._context.queue(self._service.identity, self.job_id)
         lines, left = 0, self._source.pages_per_turn
         async with self._source.open_log(
-            self.job_id, pipeline.cursor, queue, late_window_s=self.watch.late_window
+            self.job_id, pipeline.cursor, pipeline.queue, late_window_s=self.watch.late_window
         ) as pages:
             self._context.health.polled(self._service.name)
             try:

@@ -325,6 +325,19 @@ class LogPage:
             _extend(runs, line, ordinal, tasks)
         return cls(bodies, runs, cursor, b"".join(digests), tasks=tuple(tasks))
 
+    def part(self, first_run: int, end_run: int, first_line: int) -> LogPage:
+        """Return some runs of the page with their lines.
+
+        Args:
+            first_run: The first run.
+            end_run: The first run that is left out.
+            first_line: The position of the first line of the first run.
+        """
+        runs = self.runs[first_run:end_run]
+        end = first_line + sum(run.lines for run in runs)
+        digests = self.digests[first_line * DIGEST_BYTES : end * DIGEST_BYTES]
+        return LogPage(self.lines[first_line:end], runs, self.cursor, digests, tasks=self.tasks)
+
     def joined(self) -> bytes:
         """Return all lines as one text, with a newline after each."""
         return self.text or b"\n".join((*self.lines, b""))

@@ -7,6 +7,7 @@ import sqlite3
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -283,6 +284,23 @@ async def test_lines_that_a_store_may_reject_travel_apart_from_other_jobs(store:
     async with running(queue):
         await queue.flush()
     assert fake.bodies() == [["a 0", "a 1", "b 0"], ["a 2"], ["b 1", "b 2"]]
+
+
+@looped
+async def test_old_lines_of_one_request_are_close_in_time(store: SqliteStore) -> None:
+    """A store that has them already accepts them again; other streams, and lines of now, do not matter."""
+    fake, minute_ns, noted = FakeEndpoint(), 60 * 10**9, []
+    queue, jobs = LogQueue(store, Endpoint(sender(fake))), [Job(store, "a"), Job(store, "b")]
+    for name, number, minute in ("a", 0, 0), ("b", 0, 90), ("a", 1, 20), ("b", 1, 0), ("a", 2, 29), ("a", 3, 31):
+        chunk = jobs["ab".index(name)].chunk(number)
+        chunk.stream = "" if name == "b" else name
+        chunk.oldest_ns = chunk.newest_ns = minute * minute_ns
+        chunk.on_send = partial(noted.append, (len(fake.payloads), minute))
+        await queue.put(chunk)
+    async with running(queue):
+        await queue.flush()
+    assert fake.bodies() == [["a 0", "a 1", "a 2", "b 0", "b 1"], ["a 3"]]
+    assert len(noted) == 6
 
 
 @looped

@@ -10,7 +10,7 @@ import pytest
 
 from tailspan_agent.exporter.dead_letter import summarize
 from tests.fakes.agents import Bench
-from tests.fakes.collector import Collector
+from tests.fakes.collector import Collector, Reply, Request
 from tests.fakes.loki import MIB, Limits, Loki
 
 
@@ -198,12 +198,59 @@ def test_more_names_than_the_store_has_streams_for(bench: Bench, loki: Loki) -> 
     assert bench.metric("tailspan.agent.log_names.shared") == 7
 
 
+def test_names_with_lines_of_now_and_of_the_past(bench: Bench, loki: Loki) -> None:
+    """Each stream counts, not each name: a name with a backfill has two."""
+    loki.limits = Limits(rate_bytes_s=1000 * MIB, streams=12)
+    for number in range(9):
+        lines = [f"line {step} of the past" for step in range(3)]
+        add_job(bench, f"old{number}", lines, start=datetime.now(UTC) - timedelta(hours=5), name=f"name{number}")
+        add_job(bench, f"new{number}", ["line of now"], start=datetime.now(UTC), name=f"name{number}")
+    result = bench.once({"discover": True, "lookback": "24h"}, timeout_s=300, max_log_names=10)
+    assert (result.delivered, result.rejected, loki.rejected) == (True, 0, {})
+    assert sum(line.startswith("line ") for line in loki.lines()) == 36
+
+
+def test_jobs_of_one_name_do_not_overtake_each_other(bench: Bench, loki: Loki) -> None:
+    """The receipt of a job, and the lines of the next one, may be newer by more than Loki allows."""
+    begin = datetime.now(UTC) - timedelta(hours=5)
+    runs = ((28, 1, 6), (13, 1, 46), (58, 1, 68), (32, 2000, 98), (17, 1, 132), (61, 17, 117), (49, 17, 165))
+    for run, (minute, number, minutes) in enumerate(runs):
+        lines = [f"line {step} of run {run}" for step in range(number)]
+        start = begin + timedelta(minutes=minute)
+        add_job(bench, f"run{run}", lines, start=start, step_ms=minutes * 60_000 // number, name="etl")
+    result = bench.once({"discover": True, "lookback": "24h"}, timeout_s=300)
+    assert (result.delivered, result.rejected, loki.rejected) == (True, 0, {})
+    assert len(own_lines(loki, "etl")) == sum(number for _, number, _ in runs)
+
+
 def test_lines_sent_again_are_equal(bench: Bench, loki: Loki, collector: Collector) -> None:
     """A batch that was stored but not acknowledged is sent again, and a store that drops equal entries drops it."""
-    add_job(bench, "again", [f"line {number}" for number in range(50)], start=an_hour_ago())
-    bench.once({"discover": True}, timeout_s=300)
-    (bench.state_dir / "checkpoints.sqlite").unlink(missing_ok=True)
-    for path in bench.state_dir.glob("*.sqlite*"):
-        path.unlink()
-    bench.once({"discover": True}, timeout_s=300)
-    assert own_lines(loki, "again") == [f"line {number}" for number in range(50)]
+    lost = iter([True, True, False, True])
+    collector.always("logs", lambda request: Reply(cut="answer") if loki(request) and next(lost, False) else Reply(204))
+    lines = [f"line {number}" for number in range(50)]
+    add_job(bench, "again", lines, start=datetime.now(UTC) - timedelta(hours=6), step_ms=240_000)
+    result = bench.once({"discover": True}, timeout_s=300)
+    assert (result.rejected, loki.rejected) == (0, {})
+    assert own_lines(loki, "again") == lines
+
+
+def test_an_agent_that_stops_among_overlapping_jobs(bench: Bench, loki: Loki, collector: Collector) -> None:
+    """The next agent does not know what the store has of the last requests, and puts no line too far behind them."""
+
+    def answer(request: Request) -> Reply:
+        reply = loki(request)
+        return Reply(cut="answer") if request.count > 20 else reply
+
+    collector.always("logs", answer)
+    watch, numbers = {"discover": True, "lookback": "24h"}, (1, 300, 17, 200, 100, 2)
+    for run, (number, minutes) in enumerate(zip(numbers, (180, 48, 96, 150, 18, 120), strict=True)):
+        start = datetime.now(UTC) - timedelta(hours=5) + timedelta(minutes=11 * run % 40)
+        lines = [f"line {step} of run {run}" for step in range(number)]
+        add_job(bench, f"run{run}", lines, start=start, step_ms=minutes * 60_000 // number, name="etl")
+    for more in (3, 2, 2):
+        goal = loki.requests + more
+        bench.once_until(lambda goal=goal: loki.requests >= goal, watch)
+    collector.always("logs", loki)
+    result = bench.once(watch, timeout_s=300)
+    assert (result.delivered, result.rejected, loki.rejected) == (True, 0, {})
+    assert len(set(own_lines(loki, "etl"))) == sum(numbers)

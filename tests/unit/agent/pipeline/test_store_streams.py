@@ -6,8 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tailspan.logs.page import Line, LogPage
 from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
-from tailspan_agent.pipeline.store_streams import MAIN_STREAM, LabelValues, LogNames, StoreStreams, may_be_too_old
+from tailspan_agent.pipeline.store_streams import (
+    MAIN_STREAM,
+    LabelValues,
+    LogNames,
+    StoreStreams,
+    may_be_too_old,
+    parts_in_time,
+)
 
 MINUTE_NS = 60 * 1_000_000_000
 HOUR_NS = 60 * MINUTE_NS
@@ -15,7 +23,10 @@ NOW_NS = 1_000 * HOUR_NS
 
 
 def choose(streams: StoreStreams, current: int, oldest_ns: int, newest_ns: int, *, ended: bool = True) -> int:
-    return streams.choose("local", "etl", current, oldest_ns, newest_ns, ended=ended, now_ns=NOW_NS)
+    is_past = ended and current != MAIN_STREAM
+    stream = streams.find("local", "etl", current, oldest_ns, is_past=is_past, now_ns=NOW_NS)
+    assert not streams.note("local", "etl", stream, oldest_ns, newest_ns)
+    return stream
 
 
 def empty() -> StoreStreams:
@@ -84,13 +95,26 @@ def test_names_beyond_the_limit_share_one() -> None:
     """Each further job is counted once; the names in use keep theirs; a name is free again after an hour."""
     now_s, folded = [0.0], []
     names = LogNames(2, lambda: folded.append(1), clock_s=lambda: now_s[0])
-    assert [names.choose(name) for name in ("a", "b", "c")] == ["a", "b", OTHER_PIPELINES]
-    assert names.choose("c", OTHER_PIPELINES) == OTHER_PIPELINES
-    assert (names.choose("a", "a"), len(folded), len(names)) == ("a", 1, 2)
+    assert [names.take(name) for name in ("a", "b", "c")] == [True, True, False]
+    assert not names.take("c", is_shared=True)
+    assert (names.take("a"), len(folded), len(names)) == (True, 1, 2)
     now_s[0] = 3601.0
-    assert names.choose("c", OTHER_PIPELINES) == "c"
-    assert names.choose("d") == "d"
-    assert names.choose("e") == OTHER_PIPELINES
+    assert names.take("c", is_shared=True)
+    assert names.take("c", 1)
+    assert not names.take("c", 2)
+
+
+def test_the_shared_name_has_a_limited_number_of_streams() -> None:
+    """Beyond it, the stream that is the least far ahead is used, and the lines are known to be behind."""
+    streams, start_ns = empty(), NOW_NS - 10 * HOUR_NS
+
+    def choose_shared(hours: int) -> tuple[int, bool]:
+        stream = streams.find("local", OTHER_PIPELINES, 0, start_ns, is_past=True, now_ns=NOW_NS)
+        return stream, streams.note("local", OTHER_PIPELINES, stream, start_ns, start_ns + hours * HOUR_NS)
+
+    assert [choose_shared(2 + number % 3) for number in range(500)] == [(number + 1, False) for number in range(500)]
+    assert choose_shared(9) == (1, True)
+    assert choose_shared(9) == (4, True)
 
 
 def test_a_label_with_a_value_for_each_run_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
@@ -110,3 +134,18 @@ def test_lines_far_behind_others_of_their_page_are_noticed(minutes: list[int]) -
     behind = any(later < earlier - 30 for number, later in enumerate(minutes) for earlier in minutes[:number])
     assert may_be_too_old(times_ns, max(times_ns) - min(times_ns)) == behind
     assert not may_be_too_old(sorted(times_ns), max(times_ns) - min(times_ns))
+
+
+@given(st.lists(st.integers(0, 100), min_size=1, max_size=12), st.booleans())
+def test_parts_of_a_page_are_short_and_whole(minutes: list[int], with_uids: bool) -> None:
+    """No part spans more than half an hour; together they are the page, uids included."""
+    times_ns = [NOW_NS + sum(minutes[: number + 1]) * MINUTE_NS for number in range(len(minutes))]
+    lines = [Line(time_ns, f"line {number}") for number, time_ns in enumerate(times_ns)]
+    page = LogPage.from_lines(lines, cursor=b"c", identity="i", job_id="j")
+    if not with_uids:
+        runs = [run._replace(uid_prefix=f"{number}.") for number, run in enumerate(page.runs)]
+        page = LogPage(None, runs, b"c", text=page.joined())
+    parts = list(parts_in_time(page))
+    assert all(max(times) - min(times) <= 31 * MINUTE_NS for times in (part.times_unix_nano() for part in parts))
+    for column in (LogPage.times_unix_nano, LogPage.uids, lambda part: part.lines):
+        assert [value for part in parts for value in column(part)] == column(page)
