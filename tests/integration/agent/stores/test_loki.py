@@ -51,7 +51,7 @@ def test_a_burst_passes(bench: Bench, loki: Loki, jobs: int, lines: int, attribu
     for number in range(jobs):
         add_job(bench, f"job{number}", expected, start=an_hour_ago(), step_ms=1, name=f"burst{number}")
     watch = {"discover": True, "attributes": {f"attribute.{number}": "v" * 150 for number in range(attributes)}}
-    result = bench.once(watch, timeout_s=300)
+    result = bench.once(watch, timeout_s=300, otlp={"timeout": "120s"})  # on a busy machine the double is slow
     assert (result.delivered, result.rejected) == (True, 0)
     assert loki.rejected == {}
     for number in range(jobs):
