@@ -207,8 +207,13 @@ def test_runs_arrive_whole_through_stops_of_the_agent(airflow: Airflow, collecto
     password = tmp_path / "password"
     password.write_text(airflow.password)
     with Proxy(airflow.url, busy_each=50, expire_each=15) as proxy:
-        section = f'base_url = "{proxy.url}"\nuser = "admin"\npassword_file = "{password}"\ntimeout = "60s"'
-        with Relay("airflow", section, collector, tmp_path) as relay, Client(load_settings(relay.config)) as client:
+        keys = f'user = "admin"\npassword_file = "{password}"\ntimeout = "60s"'
+        own = tmp_path / "client.toml"
+        own.write_text(f'[services.airflow]\nbase_url = "{airflow.url}"\n{keys}\n')
+        with (
+            Relay("airflow", f'base_url = "{proxy.url}"\n{keys}', collector, tmp_path) as relay,
+            Client(load_settings(own)) as client,
+        ):
             whole = client.submit(["nightly", "seconds=15"], name="whole", service="airflow")
             broken = client.submit(["broken"], service="airflow")
             relay.interrupt(signal.SIGKILL)
