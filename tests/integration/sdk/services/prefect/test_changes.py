@@ -11,6 +11,7 @@ from contextlib import aclosing, asynccontextmanager
 import pytest
 
 from tailspan.errors import ProtocolError, ServiceError, ServiceUnavailableError
+from tailspan.services._requests import Authorization, Authorizer, ServiceRequests
 from tailspan.services.prefect import PrefectOptions, PrefectService
 from tailspan.services.prefect.changes import PrefectChanges
 from tests.fakes.agents import Bench, looped, until
@@ -132,6 +133,32 @@ async def test_a_refused_connection_says_why(
         assert re.search(text, problem.text)
         assert not problem.is_fatal
         await connection_ends()
+
+
+class Renewing(Authorizer):
+    """A token that is refused once."""
+
+    async def authorization(self) -> Authorization:
+        """Return the first token."""
+        return Authorization("Bearer one", "the test")
+
+    async def renew(self, refused: Authorization) -> Authorization | None:
+        """Return the second token."""
+        return Authorization("Bearer two", "the test")
+
+
+@looped
+async def test_a_refusal_renews_the_credentials_once(prefect: FakePrefect) -> None:
+    """A gateway may check the header of the request: one with another token follows, not a third one."""
+    async with aclosing(ServiceRequests("prefect", prefect.url, Renewing())) as http:
+        prefect.socket_refusals.append(401)
+        socket = await http.open_socket("/events/out", subprotocol="prefect")
+        socket.close()
+        assert prefect.requests.count("SOCKET /api/events/out") == 2
+        prefect.socket_refusals += [401, 401]
+        with pytest.raises(ServiceUnavailableError, match="HTTP 401"):
+            await http.open_socket("/events/out")
+    await connection_ends()
 
 
 @pytest.mark.parametrize("message", [{}, [], None, {"type": "event", "event": {"event": 1}}])
