@@ -7,6 +7,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 
+import h11
 import pytest
 
 from tailspan.http import server_limits
@@ -29,6 +30,10 @@ FLOODS = {
     "no HTTP": b"\x16\x03\x01\x00" * 40,
     "broken chunks": b"POST /metrics HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nzz",
     "an upgrade": b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n",
+    "many headers": b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 10_000 + b"\r\n",
+    "many headers at the end": b"POST /metrics HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n"
+    + b"X: y\r\n" * 10_000
+    + b"\r\n",
     "a null byte": b"GET /static/%00 HTTP/1.1\r\nHost: localhost\r\n\r\n",
 }
 Server = Callable[[Callable[[int], Awaitable[None]]], Awaitable[None]]
@@ -60,6 +65,44 @@ async def status_of(port: int, path: str) -> int:
             return int((await reader.readuntil(b"\r\n")).split()[1])
         except (ConnectionError, asyncio.IncompleteReadError):
             return 0
+
+
+MANY = b"X: y\r\n" * 1000
+TOO_MANY = {
+    "at once": [b"GET / HTTP/1.1\r\nHost: localhost\r\n" + MANY + b"\r\n"],
+    "one after the other": [b"GET / HTTP/1.1\r\nHost: localhost\r\n", *[MANY[:600]] * 9],
+    "in a request behind another": [f"{REQUEST.format(HEALTH)}GET / HTTP/1.1\r\n".encode() + MANY + b"\r\n"],
+    "behind a body": [
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n" + MANY
+    ],
+    "large": [b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 100_000 + b"\r\n\r\n"],
+}
+
+
+@SERVERS
+@pytest.mark.parametrize("parts", TOO_MANY.values(), ids=TOO_MANY)
+def test_too_many_headers_are_not_parsed(server: Server, parts: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that parses ten thousand headers of each client answers nobody meanwhile."""
+    parsed: list[int] = []
+    normalize = h11._events.normalize_and_validate
+
+    def counted(headers: list[object], **options: object) -> object:
+        parsed.append(len(headers))
+        return normalize(headers, **options)
+
+    monkeypatch.setattr(h11._events, "normalize_and_validate", counted)
+
+    async def use(port: int) -> None:
+        async with asyncio.timeout(PATIENCE_S), connected(port) as (reader, writer):
+            with contextlib.suppress(ConnectionError):
+                for part in parts:
+                    writer.write(part)
+                    await writer.drain()
+                answer = await reader.read()
+                assert b" 400 Bad Request" in answer or b" 401 Unauthorized" in answer
+        assert max(parsed) <= server_limits._MOST_HEADERS
+
+    asyncio.run(server(use))
 
 
 @SERVERS

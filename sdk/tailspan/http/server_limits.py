@@ -42,6 +42,10 @@ _CLOSING = frozenset({401, 403, 421, 429})
 _MOST_PIPELINED = 16
 """How many requests a client may send before their answers, which would keep its connection busy for ever."""
 
+_MOST_HEAD_BYTES = 64 << 10
+_MOST_HEADERS = 200
+"""How many headers a request may have: parsing ten thousand takes a tenth of a second."""
+
 _LOG_EVERY_S = 60.0
 
 _logger = logging.getLogger(__name__)
@@ -157,6 +161,18 @@ class LimitedHttp(H11Protocol):
         """Handle a part of a request; its deadline starts with the first byte."""
         super().data_received(data)
         self._expect()
+
+    def handle_events(self) -> None:
+        """Handle what has come; reject a request with too many headers before they are parsed."""
+        if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
+            text = self.conn.trailing_data[0]
+            head, _, body = text.partition(b"\r\n\r\n") if self.conn.their_state is h11.IDLE else (b"", b"", text)
+            # After the last chunk of a body, of length 0, there may be more headers.
+            last = (b"\r\n" + body).partition(b"\r\n0\r\n")[2]
+            if max(head.count(b"\n"), last.count(b"\n")) > _MOST_HEADERS or len(head) > _MOST_HEAD_BYTES:
+                self.send_400_response(f"more than {_MOST_HEADERS} headers, or {_MOST_HEAD_BYTES} bytes of them")
+                return
+        super().handle_events()
 
     def on_response_complete(self) -> None:
         """Count the idle time from here; end the connection of a client that only sends."""
