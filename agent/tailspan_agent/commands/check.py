@@ -9,6 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from tailspan._net import host_port
+from tailspan._secrets import mask
 from tailspan.config import Settings, Watch
 from tailspan.config.signals import SIGNALS, Signal
 from tailspan.errors import AuthError, ConfigError, JobNotFoundError, ServiceError, TailspanError
@@ -36,7 +37,7 @@ class Finding:
 
     Attributes:
         subject: A key of the configuration, a service, a signal or a job.
-        text: The result for people.
+        text: The result for people, without the tokens of this process: a server may quote them anywhere.
         exit_code: 0 without a problem; otherwise the exit code of the problem.
         warning: True if it works, but probably not as intended.
     """
@@ -45,6 +46,10 @@ class Finding:
     text: str
     exit_code: int = 0
     warning: bool = False
+
+    def __post_init__(self) -> None:
+        """Mask tokens."""
+        object.__setattr__(self, "text", mask(self.text))
 
 
 async def check(

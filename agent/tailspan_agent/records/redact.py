@@ -24,6 +24,7 @@ MIN_SECRET_CHARS = 4
 """Shorter values are not redacted: they occur by chance in many lines."""
 
 REDACTED = "[REDACTED]"
+_MARK = re.compile(re.escape(REDACTED))
 
 CUT_BYTES = MAX_ENTRY_BYTES - 3
 """A line of this size or more may be a piece of a longer one: capture cuts there, at most 3 bytes before 1 MiB."""
@@ -99,6 +100,9 @@ class Redactor:
         found = [(max(0, start), stop) for start, stop in self._matches_after(before, text) if stop > 0]
         if len(text) >= CUT_BYTES // 4 and len(text.encode("utf-8", "replace")) >= CUT_BYTES:
             found.append((self._open_start(text), len(text)))
+        # What was redacted before stays as it is, also if a secret is a part of the mark.
+        marks = [match.span() for match in _MARK.finditer(text)] if REDACTED in text else []
+        found = [span for span in found if not any(start <= span[0] and span[1] <= stop for start, stop in marks)]
         merged: list[tuple[int, int]] = []
         for start, stop in sorted(span for span in found if span[0] < span[1]):
             if merged and start < merged[-1][1]:

@@ -18,6 +18,7 @@ from tailspan import _secrets
 from tailspan._secrets import MASK, add_secret, mask, mask_and_cut
 from tailspan.errors import ServiceUnavailableError
 from tailspan.services._requests import error_text
+from tailspan_agent.commands.check import Finding
 from tailspan_agent.exporter.outcome import classify_grpc, classify_http
 from tailspan_agent.process.logging_setup import LineFormatter
 from tests.property.effort import fuzz
@@ -160,6 +161,7 @@ def channels(text: str) -> dict[str, str]:
         "body of an endpoint": str(classify_http("logs", 503, {}, text.encode(), 1, datetime.now(UTC))),
         "gRPC": str(classify_grpc("UNAVAILABLE", text, None)),
         "log": LineFormatter().format(record),
+        "agent check": Finding("service", text).text,
     }
 
 

@@ -234,7 +234,7 @@ def doctor(config_path: Path | None, as_json: bool, output: Path | None) -> None
       tailspan doctor --config config.toml --output report.txt
     """  # noqa: D301 - click wants the backspace character itself
     report = diagnose(config_path)
-    text = json.dumps(report.sections, indent=2) + "\n" if as_json else report.text()
+    text = mask(json.dumps(report.sections, indent=2) + "\n" if as_json else report.text())
     if output is None:
         click.echo(text, nl=False)
     else:

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tailspan.config import RedactPattern, RedactSettings
@@ -134,6 +134,17 @@ def test_no_secret_is_left(secrets: list[str], between: list[str]) -> None:
     assert not any(secret.strip() in part for part in redacted.split(REDACTED) for secret in secrets)
     assert count == redacted.count(REDACTED)
     assert redactor.redact_lines([b"x", text.encode()])[0] == [b"x", redacted.encode()]
+
+
+@given(st.lists(st.text("aCDERT", min_size=4, max_size=9), min_size=1, max_size=4), st.lists(st.text("aCDERT")))
+@example(["REDACT"], ["REDACTED"])
+def test_what_is_redacted_stays_as_it_is(secrets: list[str], between: list[str]) -> None:
+    """Names and errors may pass twice; a secret may be a part of the mark."""
+    redactor = Redactor(dict(enumerate(secrets)))  # type: ignore[arg-type]
+    once, _ = redactor.redact(
+        "".join(f"{text}{secret}" for text, secret in zip(between, secrets * len(between), strict=False))
+    )
+    assert redactor.redact(once) == (once, 0)
 
 
 @given(st.lists(st.text(max_size=8), max_size=5))
