@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from fnmatch import translate
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 __all__ = ["FileFinder"]
 
@@ -18,10 +18,22 @@ _RECENT_NS = 5_000_000_000
 _MAX_DEPTH = 64
 
 
+_States: TypeAlias = list[frozenset[int]]
+
+
 class _Listing(NamedTuple):
+    """What of a directory matches.
+
+    Attributes:
+        modified_ns: When the directory was changed last.
+        listed_ns: When it was listed.
+        directories: The relative paths of directories to enter, and where in the globs they lead.
+        files: The relative paths of files that match.
+    """
+
     modified_ns: int
     listed_ns: int
-    directories: list[str]
+    directories: list[tuple[str, _States]]
     files: list[str]
 
 
@@ -78,7 +90,7 @@ class FileFinder:
             return False
         states = [glob.start for glob in self._globs]
         for name in names:
-            states = [glob.enter(state, name) for glob, state in zip(self._globs, states, strict=True)]
+            states = self._enter(states, name)
         return self._is_end(states)
 
     def find(self) -> Iterator[str]:
@@ -89,11 +101,11 @@ class FileFinder:
         """
         self.unreadable = []
         known, self._listings = self._listings, {}
-        pending = [("", [glob.start for glob in self._globs], 0)]
+        pending: list[tuple[str, _States]] = [("", [glob.start for glob in self._globs])]
         while pending:
-            directory, states, depth = pending.pop()
+            directory, states = pending.pop()
             try:
-                listing = self._list(directory, known.get(directory))
+                listing = self._list(directory, states, known.get(directory))
             except OSError as error:
                 if not directory:
                     raise
@@ -101,29 +113,30 @@ class FileFinder:
                     self.unreadable.append(directory)
                 continue  # it is gone
             self._listings[directory] = listing
-            prefix = f"{directory}/" if directory else ""
-            for name in listing.files:
-                if self._is_end([glob.enter(state, name) for glob, state in zip(self._globs, states, strict=True)]):
-                    yield prefix + name
-            for name in listing.directories:
-                inner = [glob.enter(state, name) for glob, state in zip(self._globs, states, strict=True)]
-                if depth < _MAX_DEPTH and any(inner):
-                    pending.append((prefix + name, inner, depth + 1))
+            yield from listing.files
+            pending += listing.directories
 
-    def _is_end(self, states: list[frozenset[int]]) -> bool:
+    def _enter(self, states: _States, name: str) -> _States:
+        return [glob.enter(state, name) for glob, state in zip(self._globs, states, strict=True)]
+
+    def _is_end(self, states: _States) -> bool:
         return any(glob.is_end(state) for glob, state in zip(self._globs, states, strict=True))
 
-    def _list(self, directory: str, known: _Listing | None) -> _Listing:
+    def _list(self, directory: str, states: _States, known: _Listing | None) -> _Listing:
         path = f"{self._root}/{directory}" if directory else self._root
         modified_ns = os.stat(path, follow_symlinks=not directory).st_mtime_ns
         if known is not None and known.modified_ns == modified_ns and known.listed_ns - modified_ns > _RECENT_NS:
             return known
-        listed_ns = time.time_ns()
-        directories, files = [], []
+        listing = _Listing(modified_ns, time.time_ns(), [], [])
+        prefix = f"{directory}/" if directory else ""
         with os.scandir(path) as entries:
             for entry in entries:
+                inner = self._enter(states, entry.name)
+                if not any(inner):
+                    continue
                 if entry.is_dir(follow_symlinks=False):
-                    directories.append(entry.name)
-                elif entry.is_file(follow_symlinks=False):
-                    files.append(entry.name)
-        return _Listing(modified_ns, listed_ns, directories, files)
+                    if prefix.count("/") < _MAX_DEPTH:
+                        listing.directories.append((prefix + entry.name, inner))
+                elif self._is_end(inner) and entry.is_file(follow_symlinks=False):
+                    listing.files.append(prefix + entry.name)
+        return listing

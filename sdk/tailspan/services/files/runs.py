@@ -29,6 +29,7 @@ _CHUNK = 1 << 20
 _MAX_LINE = 64 << 10
 _MAX_BOOK_BYTES = 64 << 20
 _SAVE_EACH_S = 30.0
+_FORGOTTEN_NS = 40 * 86_400 * 10**9  # longer than a month, in which some runs come once
 
 
 class FileRun(msgspec.Struct):
@@ -104,7 +105,9 @@ class RunBook:
         with self._locked():
             self._load()
             for path in self._book.contents.keys() - paths.keys():
-                if not (root / path).parent.is_dir():
+                # It may come back: cron's next run makes it again.
+                known = self._book.contents[path]
+                if not known or time.time_ns() - known[-1].written_ns > _FORGOTTEN_NS:
                     del self._book.contents[path]
             for path, found in paths.items():
                 looked = found.st_ino, found.st_size, found.st_mtime_ns

@@ -41,6 +41,9 @@ __all__ = ["FilesService"]
 _LIST_PAGE = 500
 _FRESH_S = 0.5
 _MAX_SEEN = 2_000
+_SHARE_OF_A_CORE = 0.02
+_FINAL_S = 3600.0
+_FINAL_FOR_S = 600.0
 _HEAD_BYTES = 16 << 10
 _TAIL_BYTES = 64 << 10
 _EXIT_BYTES = 64
@@ -96,6 +99,11 @@ class FilesService(JobService):
         self._jobs: dict[str, _FileJob] = {}
         self._jobs_at_s = float("-inf")
         self._seen: dict[str, SeenTimes] = {}
+        # Files of runs that ended long ago, with their rows: thousands of them need not be asked for each few seconds.
+        self._final: dict[str, tuple[_FileJob, float, ListedJob]] = {}
+        self._final_since_s = 0.0
+        self._known_rows: list[ListedJob] = []
+        self._rows_until_s = float("-inf")
 
     @classmethod
     def from_options(cls, name: str, options: Mapping[str, Any], settings: Settings) -> Self:
@@ -171,9 +179,21 @@ class FilesService(JobService):
         )
 
     def _rows(self) -> list[ListedJob]:
+        """Return the rows of all jobs, newest first; of very many, those of some seconds ago."""
+        if time.monotonic() >= self._rows_until_s:
+            begun_s = time.thread_time()
+            self._known_rows = self._new_rows()
+            self._rows_until_s = time.monotonic() + (time.thread_time() - begun_s) / _SHARE_OF_A_CORE
+        return self._known_rows
+
+    def _new_rows(self) -> list[ListedJob]:
         rows: list[tuple[float, ListedJob]] = []
         jobs = self._find()
         for job in jobs.values():
+            final = self._final.get(job.path)
+            if final is not None and final[0] is job:
+                rows.append(final[1:])
+                continue
             name, started_at, _ = self._name_of(job.path)
             end = self._end_of(job)
             row = ListedJob(
@@ -187,7 +207,10 @@ class FilesService(JobService):
             )
             newest = started_at.timestamp() if started_at is not None else job.found.st_mtime
             rows.append((newest, row))
+            if end is not None and self.options.runs == "file" and time.time() - end.unix_nano / 1e9 > _FINAL_S:
+                self._final[job.path] = job, newest, row
         paths = {job.path for job in jobs.values()}
+        self._final = {path: known for path, known in self._final.items() if path in paths}
         self._ends = {path: known for path, known in self._ends.items() if path in paths}
         self._names = {path: known for path, known in self._names.items() if path in paths}
         rows.sort(key=lambda one: one[0], reverse=True)
@@ -199,11 +222,22 @@ class FilesService(JobService):
             if time.monotonic() - self._jobs_at_s < _FRESH_S:
                 return self._jobs
             found: dict[str, os.stat_result] = {}
+            if time.monotonic() - self._final_since_s > _FINAL_FOR_S:
+                self._final, self._final_since_s = {}, time.monotonic()
+            root = f"{self._root}/"
             for path in self._finder.find():
+                final = self._final.get(path)
+                if final is not None:
+                    found[path] = final[0].found
+                    continue
                 with contextlib.suppress(OSError):
-                    found[path] = os.lstat(self._root / path)
+                    found[path] = os.lstat(root + path)
             if self.options.runs == "file":
-                jobs = [_FileJob(path, path, known) for path, known in found.items() if path.isprintable()]
+                jobs = [
+                    self._final[path][0] if path in self._final else _FileJob(path, path, known)
+                    for path, known in found.items()
+                    if path.isprintable()
+                ]
             else:
                 contents = self._book.update(self._root, found)
                 jobs = [job for path, known in found.items() for job in self._jobs_in(path, known, contents[path])]
@@ -294,7 +328,7 @@ class FilesService(JobService):
             return known[1]
         end = None
         if exit_file is not None:
-            end = self._end_by_file(exit_file)
+            end = self._end_by_file(Path(exit_file))
             if end is not None and self.options.runs != "file" and end.unix_nano < found.st_mtime_ns:
                 end = None  # of the run before this one
         if end is None and self.options.runs != "append":
@@ -321,12 +355,14 @@ class FilesService(JobService):
         except AuthError:
             return None  # reading the lines reports it
 
-    def _beside(self, path: str, name: str | None) -> Path | None:
+    def _beside(self, path: str, name: str | None) -> str | None:
         """Return a file in the directory of a log; its name may contain ``{name}`` and ``{stem}`` of the log."""
         if name is None:
             return None
-        log = PurePosixPath(path)
-        return self._root / log.parent / name.replace("{name}", log.name).replace("{stem}", log.stem)
+        directory, _, log = path.rpartition("/")
+        dot = log.rfind(".")
+        name = name.replace("{name}", log).replace("{stem}", log[:dot] if dot > 0 else log)
+        return f"{self._root}/{directory}/{name}" if directory else f"{self._root}/{name}"
 
     def _name_of(self, path: str) -> tuple[str, datetime | None, Mapping[str, str]]:
         """Return a job's name, when it started, if that is known, and its attributes."""
@@ -346,7 +382,7 @@ class FilesService(JobService):
         text = path
         if (name_file := self._beside(path, self.options.name_file)) is not None:
             try:
-                with LogFile(name_file, self._access) as file:
+                with LogFile(Path(name_file), self._access) as file:
                     text = file.head(_HEAD_BYTES).decode("utf-8", "replace")
             except AuthError:
                 text = ""

@@ -32,6 +32,7 @@ _FEW = 8
 _MOST_ALONE = 100
 _FORGOTTEN_S = 300.0
 _STALE_S = 900.0
+_SOON_S = 2.0
 
 
 class JobBook:
@@ -44,6 +45,7 @@ class JobBook:
         keeps_accounting: Whether accounting answered; None before it was asked.
         accounting_problem: Why accounting does not answer; empty if it does.
         failure: Why the last question failed; None after one that succeeded.
+        answers: How many questions were answered.
     """
 
     def __init__(self, programs: SlurmPrograms, options: SlurmOptions) -> None:
@@ -54,6 +56,7 @@ class JobBook:
         self.keeps_accounting: bool | None = None if options.accounting == "auto" else options.accounting
         self.accounting_problem = ""
         self.failure: ServiceError | None = None
+        self.answers = 0
         self._programs = programs
         self._options = options
         self._lock = anyio.Lock()
@@ -84,10 +87,15 @@ class JobBook:
                 try:
                     await self._ask()
                     self.failure, self._answered_at_s = None, time.monotonic()
+                    self.answers += 1
                 except ServiceError as error:
                     self.failure = error
             if self.failure is not None and time.monotonic() - self._answered_at_s > _STALE_S:
                 raise self.failure
+
+    def expire(self) -> None:
+        """Let Slurm be asked again within seconds: a file shows that a job has changed."""
+        self._asked_at_s = min(self._asked_at_s, time.monotonic() - self._options.refresh + _SOON_S)
 
     async def find(self, job_id: str) -> SlurmJob:
         """Return a job; ``3_1`` is the element 1 of the array 3.

@@ -60,6 +60,7 @@ class SlurmService(TaskService, SubmitService):
         self._programs = SlurmPrograms(name, options)
         self._book = JobBook(self._programs, options)
         self._seen: dict[tuple[str, str], SeenTimes] = {}
+        self._truncated: dict[tuple[str, str], int] = {}
 
     @classmethod
     def from_options(cls, name: str, options: Mapping[str, Any], settings: Settings) -> Self:
@@ -289,12 +290,12 @@ class SlurmService(TaskService, SubmitService):
             drop_oldest(self._seen, _MAX_SEEN)
             try:
                 with LogFile(path, self._access(job)) as log:
-                    position = _start(log, reading.files[number], job)
-                    if position is None:
+                    file = self._start(log, reading.files[number], job)
+                    if file is None:
                         continue
                     floor_ns = max(one.position.next_unix_nano for one in reading.files)
                     parts = log.parts(
-                        position._replace(next_unix_nano=floor_ns),
+                        file.position._replace(next_unix_nano=floor_ns),
                         identity=self.identity,
                         log=f"{job.job_id}\0{number}",
                         ended=job.state.is_terminal,
@@ -302,7 +303,7 @@ class SlurmService(TaskService, SubmitService):
                         seen=seen,
                     )
                     for part in parts:
-                        reading = reading.moved(number, part.position, job.attempt)
+                        reading = reading.moved(number, part.position, file.attempt)
                         part.page.cursor = reading.pack()
                         yield part
             except AuthError:
@@ -310,6 +311,35 @@ class SlurmService(TaskService, SubmitService):
             except LogGapError as gap:
                 gap.resume_cursor = reading.moved(number, gap.position, job.attempt).pack()
                 raise
+
+    def _start(self, log: LogFile, known: _ReadFile, job: SlurmJob) -> _ReadFile | None:
+        """Return where reading a file goes on, and of which attempt its next lines are; None while that is not known.
+
+        A requeued job truncates its file, or appends to it after ``--open-mode=append``; Slurm does not say which.
+        """
+        position, attempt = known.position, max(known.attempt, job.attempt)
+        key = job.job_id, str(known.path)
+        if not log.has(position):
+            if known.attempt >= job.attempt:
+                if (
+                    not self._book.is_stale
+                    and self._truncated.setdefault(key, self._book.answers) == self._book.answers
+                ):
+                    # The next attempt may have started since Slurm was asked: its lines must not count for this one.
+                    self._book.expire()
+                    return None
+                attempt += 1
+            self._truncated.pop(key, None)
+            return _ReadFile(known.path, attempt, position.restart())
+        if known.attempt in (0, attempt) or not position.offset:
+            return _ReadFile(known.path, attempt, position)
+        if log.size == position.offset and not job.state.is_terminal:
+            return None
+        size = min(_COMPARED_BYTES, position.offset, log.size - position.offset)
+        is_appended = size > 0 and log.tail(size, position.offset + size)[1] == log.head(size)
+        if not is_appended and position.offset <= _SHORT_BYTES:
+            position = position.restart()
+        return _ReadFile(known.path, attempt, position)
 
     def _open_line(self, job: SlurmJob, path: Path) -> OpenLine | None:
         try:
@@ -389,24 +419,6 @@ class _Reading(NamedTuple):
     def pack(self) -> bytes:
         """Return the cursor."""
         return pack_cursor({"f": [[str(one.path), one.attempt, list(one.position)] for one in self.files]})
-
-
-def _start(log: LogFile, known: _ReadFile, job: SlurmJob) -> LogPosition | None:
-    """Return where reading a file goes on; None while that cannot be decided.
-
-    A requeued job truncates its file, unless it was submitted with ``--open-mode=append``; Slurm does not say which.
-    """
-    position = known.position
-    if not log.has(position):
-        return position.restart()
-    if known.attempt in (0, job.attempt) or not position.offset:
-        return position
-    if log.size == position.offset and not job.state.is_terminal:
-        return None
-    size = min(_COMPARED_BYTES, position.offset, log.size - position.offset)
-    if size and log.tail(size, position.offset + size)[1] == log.head(size):
-        return position  # the output of both attempts, one after the other
-    return position if position.offset > _SHORT_BYTES else position.restart()
 
 
 def _utc(seconds: int | None) -> datetime | None:

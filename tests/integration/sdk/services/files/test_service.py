@@ -78,7 +78,7 @@ def rows_of(service: FilesService) -> dict[str, ListedJob]:
     async def rows() -> Sequence[ListedJob]:
         return [row async for page in service.list_jobs() for row in page]
 
-    service._jobs_at_s = float("-inf")
+    service._jobs_at_s = service._rows_until_s = float("-inf")
     return {row.job_id: row for row in anyio.run(rows)}
 
 

@@ -177,6 +177,32 @@ def test_a_requeue_is_another_attempt(slurm: FakeSlurm, way: str, same: bool) ->
     assert lines_of(service, "7", cursor)[0] == second[7:]
 
 
+@pytest.mark.parametrize("requeued", [True, False])
+def test_a_file_that_is_ahead_of_the_list(slurm: FakeSlurm, requeued: bool) -> None:
+    """A truncated file may be the next attempt's: its lines wait until Slurm was asked again, and come once."""
+    row = slurm.add_job("7")
+    slurm.save()
+    log = Path(row["stdout"])
+    log.write_text("first 1\nfirst 2\n")
+    service = service_of(slurm)
+    ask(service)
+    _, cursor = lines_of(service, "7")
+    log.write_text("next 1\n")
+    if requeued:
+        slurm.requeue(row)
+        slurm.start(row)
+    assert lines_of(service, "7", cursor) == ([], cursor)
+    status = ask(service, "7")
+    assert status is not None
+    assert status.attempt == 1 + requeued
+    lines, cursor = lines_of(service, "7", cursor)
+    assert lines == ["next 1"]
+    with log.open("a") as file:
+        file.write("next 2\n")
+    ask(service)
+    assert lines_of(service, "7", cursor)[0] == ["next 2"]
+
+
 def test_the_controller_is_away(slurm: FakeSlurm) -> None:
     """Without the controller, jobs have their last state, and their logs are read; ends are seen later."""
     row = slurm.add_job("7")
