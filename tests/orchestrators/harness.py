@@ -324,7 +324,8 @@ class Relay:
 
         def are_there() -> bool:
             found = {span.span_id: span for span in self.collector.spans()}
-            return len(results(found)) >= runs and len(by_task(found)) >= attempts
+            of_tasks = sum("tailspan.task.id" in span.attributes for span in found.values())
+            return len(results(found)) >= runs and of_tasks >= attempts
 
         with contextlib.suppress(TimeoutError):
             self.collector.wait_until(are_there, 60)

@@ -69,6 +69,7 @@ class JobTally:
 
     Attributes:
         cut: A last line that ends before its number does, and its number; None if there is no such line.
+        has_stable_times: Whether a line that comes again must have the same time.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class JobTally:
     ) -> None:
         self.job = job
         self.cut: tuple[str, int] | None = None
+        self.has_stable_times = True
         self.records = 0
         self._written = written
         self._copies = {} if copies is None else copies
@@ -142,7 +144,7 @@ class JobTally:
         known = self._nanos[number] if self._uids[number] == uid else self._more.get(number, {}).get(uid)
         if known is not None:
             self._found.repeated += 1
-            self._found.wrong_time += wrong_time or known != nanos
+            self._found.wrong_time += wrong_time or (self.has_stable_times and known != nanos)
             return False
         self._found.wrong_time += wrong_time
         if not self._uids[number]:

@@ -88,6 +88,7 @@ class World:
         self.agent: subprocess.Popen[bytes] | None = None
         self.restarts = 0
         self._services: dict[str, FakeJsonApi] = {}
+        self._sections: dict[str, str] = {}
         self._peak_rss = 0
         self._refused: list[Any] = []
         self._spans: list[Span] = []
@@ -149,6 +150,10 @@ class World:
         self._services[name] = self._stack.enter_context(api)
         return api
 
+    def follow(self, kind: str, section: str) -> None:
+        """Let the agent follow all jobs of a service that has no server: its type, and the keys of its section."""
+        self._sections[kind] = section
+
     @property
     def services(self) -> list[FakeJsonApi]:
         """The job services that were added."""
@@ -177,10 +182,10 @@ class World:
         if settings.served:
             local = f'type = "fused"\nbase_url = "{self._job_api}"\nrequests_per_second = 1000'
         watch = f'discover = true\nsettle = "0.3s"\n{settings.watch}\n'
-        others = "".join(
-            f"[services.{name}]\n{api.section}\nrequests_per_second = 1000\n" for name, api in self._services.items()
-        )
-        watches = "".join(f'[[agent.watch]]\nservice = "{name}"\n{watch}' for name in self._services)
+        sections = {name: f"{api.section}\nrequests_per_second = 1000" for name, api in self._services.items()}
+        sections |= self._sections
+        others = "".join(f"[services.{name}]\n{section}\n" for name, section in sections.items())
+        watches = "".join(f'[[agent.watch]]\nservice = "{name}"\n{watch}' for name in sections)
         return f"""
 [services.local]
 {local}
