@@ -7,7 +7,10 @@ from typing import TypeAlias, overload
 
 from tailspan.errors import ConfigError
 
-__all__ = ["Seconds", "Since", "seconds_of", "since_ms_of", "time_of"]
+__all__ = ["Seconds", "Since", "moment_of", "seconds_of", "since_ms_of", "time_of"]
+
+_LATEST_NS = 253_402_214_400 * 10**9
+"""The last day of the year 9999."""
 
 Since: TypeAlias = int | datetime | timedelta
 """A moment: ms since the epoch, an aware datetime, or how long ago."""
@@ -53,3 +56,8 @@ def time_of(text: object) -> datetime | None:
         return time and (time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC))
     except (ValueError, OverflowError):
         return None
+
+
+def moment_of(nanos: int) -> datetime:
+    """Return the time (aware UTC) of ns since the epoch, or the nearest one that there is: a file may have any time."""
+    return datetime.fromtimestamp(min(max(nanos, 0), _LATEST_NS) / 1e9, UTC)

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Self
 
 from tailspan._direct import beside_loop
+from tailspan._times import moment_of
 from tailspan.config import Settings, validate_options
 from tailspan.errors import AuthError, ConfigError, JobNotFoundError, ServiceUnavailableError, TailspanError
 from tailspan.logs.page import NANOS_PER_MS, LogPage, OpenLine
@@ -161,7 +162,7 @@ class FilesService(JobService):
         name, started_at, attributes = self._name_of(job.path)
         end = self._end_of(job)
         # A file has no beginning, and its last write may be older than the marked start.
-        finished_at = None if end is None else _utc(end.unix_nano)
+        finished_at = None if end is None else moment_of(end.unix_nano)
         if started_at is not None and finished_at is not None:
             finished_at = max(started_at, finished_at)
         return self.make_status(
@@ -201,7 +202,7 @@ class FilesService(JobService):
                 job_name=name,
                 state=JobState.RUNNING if end is None else end.state,
                 created_at=started_at,
-                state_since=None if end is None else _utc(end.unix_nano),
+                state_since=None if end is None else moment_of(end.unix_nano),
                 instance_id=self._host,
                 service=self.name,
             )
@@ -372,7 +373,7 @@ class FilesService(JobService):
         start_file = self._beside(path, self.options.start_file)
         if start_file is not None:
             with contextlib.suppress(OSError):
-                return known[0], _utc(os.lstat(start_file).st_mtime_ns), known[2]
+                return known[0], moment_of(os.lstat(start_file).st_mtime_ns), known[2]
         return known
 
     def _read_name(self, path: str) -> tuple[str, datetime | None, Mapping[str, str]]:
@@ -459,10 +460,6 @@ class FilesService(JobService):
         except OSError as error:
             text = f"services.{self.name}.root: {error.filename or self._root}: {error.strerror}"
             raise ServiceUnavailableError(text, service=self.name, job_id=job_id) from error
-
-
-def _utc(unix_nano: int) -> datetime:
-    return datetime.fromtimestamp(unix_nano / 1e9, UTC)
 
 
 @functools.lru_cache(1000)

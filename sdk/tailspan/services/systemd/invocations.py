@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import NamedTuple
 
+from tailspan._times import moment_of
 from tailspan.models import JobState
 from tailspan.services.systemd.entries import JournalEntry, MessageId, Scope, message_of, number_of
 
@@ -279,7 +280,7 @@ def _text(entry: JournalEntry, unit: str) -> str:
 
 
 def _moment(time_us: int) -> datetime:
-    return datetime.fromtimestamp(time_us / 1e6, UTC)
+    return moment_of(time_us * 1000)
 
 
 def is_random(unit: str) -> bool:

@@ -142,6 +142,27 @@ def test_a_marker_ends_a_run(root: Path, end: str, state: str, code: int | None)
     assert (status.error is None) == (state in ("SUCCEEDED", "RUNNING"))
 
 
+@pytest.mark.parametrize("nanos", [-(10**20), 10**20, 10**22])
+def test_a_file_with_an_impossible_time_hides_no_other(root: Path, nanos: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system may keep any time, such as one after the year 9999."""
+    write(root / "good.log", "x\ndone\n")
+    write(root / "bad.log", "x\ndone\n")
+    lstat = os.lstat
+
+    class Impossible:
+        def __init__(self, real: os.stat_result) -> None:
+            self._real = real
+            self.st_mtime_ns, self.st_mtime = nanos, nanos / 1e9
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._real, name)
+
+    monkeypatch.setattr(os, "lstat", lambda path, **how: Impossible(lstat(path, **how)))
+    service = service_of(root, end_marker="^done$", start_file="{name}")
+    assert set(rows_of(service)) == {"good.log", "bad.log"}
+    assert status_of(service, "bad.log").started_at is not None
+
+
 @pytest.mark.parametrize(
     ("how", "state", "code"),
     [
