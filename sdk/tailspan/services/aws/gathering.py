@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
@@ -17,7 +18,8 @@ __all__ = ["Gathering", "Waiting"]
 Q = TypeVar("Q")
 A = TypeVar("A")
 
-_LATELY_S = 2.0
+# More than one question a second, on average.
+_OFTEN, _LATELY_S = 4, 3.0
 
 
 class Waiting(Generic[Q, A]):
@@ -45,8 +47,8 @@ class Waiting(Generic[Q, A]):
 class Gathering(Generic[Q, A]):
     """The questions of all jobs that wait for the next request of one kind.
 
-    While a request is on its way, questions gather for the next one. A question also waits until the next multiple of
-    `gather_s` of the clock, unless there were no others lately.
+    While a request is on its way, questions gather for the next one. Where questions come often, each also waits until
+    the next multiple of `gather_s` of the clock.
     """
 
     def __init__(
@@ -68,13 +70,13 @@ class Gathering(Generic[Q, A]):
         self._waiting: dict[Waiting[Q, A], None] = {}
         self._turn: anyio.Lock | None = None
         self._loop: object = None
-        self._last = 0
-        self._last_s = float("-inf")
+        self._asked_s: deque[float] = deque(maxlen=_OFTEN)
 
     @property
     def gather_s(self) -> float:
-        """How long a question waits for others at present, in seconds; 0 if there were none lately."""
-        return self._gather_s if self._last > 1 and time.monotonic() - self._last_s < _LATELY_S else 0.0
+        """How long a question waits for others at present, in seconds; 0 if they are rare."""
+        is_often = len(self._asked_s) == _OFTEN and time.monotonic() - self._asked_s[0] < _LATELY_S
+        return self._gather_s if is_often else 0.0
 
     async def ask(self, question: Q) -> A:
         """Return the answer to a question.
@@ -86,6 +88,7 @@ class Gathering(Generic[Q, A]):
         loop = anyio.lowlevel.current_token()
         if self._turn is None or self._loop != loop:
             self._turn, self._loop, self._waiting = anyio.Lock(), loop, {}
+        self._asked_s.append(time.monotonic())
         waiting: Waiting[Q, A] = Waiting(question)
         self._waiting[waiting] = None
         try:
@@ -103,9 +106,7 @@ class Gathering(Generic[Q, A]):
         return waiting.answer
 
     async def _send(self, first: Waiting[Q, A]) -> None:
-        open_ones = [one for one in self._waiting if one is not first and not one.is_over]
-        batch = self._choose(first, open_ones)
-        self._last, self._last_s = 1 + len(open_ones), time.monotonic()
+        batch = self._choose(first, [one for one in self._waiting if one is not first and not one.is_over])
         try:
             await self._answer(batch)
         except ServiceError as error:

@@ -184,7 +184,8 @@ class AwsAccount:
         """Return the URL of an API.
 
         Raises:
-            ConfigError: It is not a URL, or the API is not in this region.
+            ConfigError: It is not a URL.
+            RequestRejectedError: The API is not in this region.
         """
         own = self._options.endpoint_url or self._environ.get(f"AWS_ENDPOINT_URL_{api.variable}")
         own = own or self._environ.get("AWS_ENDPOINT_URL")
@@ -201,8 +202,8 @@ class AwsAccount:
         }
         found = resolver.construct_endpoint(api.name, region, **options)
         if not found:
-            key = f"services.{self._service}.region"
-            raise ConfigError(f"{key}: {region!r} has no endpoint of {api.name}", key=key, service=self._service)
+            text = f"services.{self._service}.region: {region!r} has no endpoint of {api.name}"
+            raise RequestRejectedError(text, service=self._service)
         return f"https://{found['hostname']}"
 
     async def credentials(self) -> Any:

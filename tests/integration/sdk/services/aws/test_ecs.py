@@ -12,6 +12,8 @@ import pytest
 from tailspan import Client, load_settings
 from tailspan.errors import JobNotFoundError
 from tailspan.models import JobState
+from tailspan.services.aws.ecs import EcsOptions, EcsService
+from tailspan.testing import ServiceConformance
 from tests.fakes.aws import REGION, FakeAws, use_credentials
 
 _ARN = f"arn:aws:ecs:{REGION}:123456789012:"
@@ -60,6 +62,22 @@ def add_task(aws: FakeAws, task: str, status: str, *codes: int | None, group: st
         **more,
     }
     return f"batch/{task}"
+
+
+class TestConformance(ServiceConformance):
+    """The promises of every service."""
+
+    @pytest.fixture(autouse=True)
+    def task(self, aws: FakeAws) -> None:
+        """A stopped task with two pages of lines."""
+        self.aws, self.job_id, aws.page_events = aws, add_task(aws, "abc", "STOPPED", 0, 0), 20
+        for number in range(40):
+            aws.log("ecs/main/abc", f"line {number}", aws.start_ms + number // 3, group="/ecs/etl")
+
+    def make_service(self) -> EcsService:
+        """A new service."""
+        options = EcsOptions(endpoint_url=self.aws.url, requests_per_second=10_000)
+        return EcsService("ecs", options, region=REGION, environ={})
 
 
 @pytest.mark.parametrize(
