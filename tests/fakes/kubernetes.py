@@ -13,11 +13,12 @@ import contextlib
 import copy
 import json
 import socket
+import tempfile
 import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -38,7 +39,7 @@ class _Log:
     files: list[list[tuple[int, bytes]]] = field(default_factory=lambda: [[]])
     ended: bool = False
     readable: bool = True
-    waiters: set[asyncio.Event] = field(default_factory=set)
+    waiters: dict[asyncio.Event, asyncio.StreamReader] = field(default_factory=dict)
 
     def lines_from(self, file: int, index: int) -> tuple[list[tuple[int, bytes]], int, int]:
         """Return all lines from a place on, and the place after them."""
@@ -83,6 +84,11 @@ class FakeContainer:
                 text = line if isinstance(line, bytes) else line.encode()
                 log.files[-1].append((time_ns or self.pod.api.tick(), text + (b"\n" if newline else b"")))
         self.pod.api.wake(log.waiters)
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether a client follows the log of its present run."""
+        return any(not reader.at_eof() for reader in tuple(self.logs[-1].waiters.values()))
 
     def rotate(self) -> None:
         """Begin another file: plain reads do not have the lines before it any more."""
@@ -287,11 +293,13 @@ class FakeKubernetes:
         self._last_ns = 0
         self._watchers: set[asyncio.Event] = set()
         self._writers: set[asyncio.StreamWriter] = set()
+        self._readers: dict[asyncio.Task[None], asyncio.StreamReader] = {}
         self._streams: Counter[str] = Counter()
         self._loop = asyncio.new_event_loop()
         self._server: asyncio.Server | None = None
         self._port = 0
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._directory = tempfile.TemporaryDirectory(prefix="kubeconfig-")
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -305,11 +313,29 @@ class FakeKubernetes:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        self._directory.cleanup()
 
     @property
     def url(self) -> str:
         """The URL of the server."""
         return f"http://127.0.0.1:{self._port}"
+
+    @property
+    def section(self) -> str:
+        """The keys by which the configuration finds this server."""
+        return f'kubeconfig = "{self.kubeconfig(Path(self._directory.name))}"'
+
+    @property
+    def away(self) -> bool:
+        """Whether it does not listen."""
+        return self._server is None
+
+    @away.setter
+    def away(self, away: bool) -> None:
+        if away:
+            self.stop()
+        else:
+            self.start()
 
     def start(self) -> None:
         """Listen, on the port of the time before."""
@@ -326,6 +352,7 @@ class FakeKubernetes:
     async def _stop(self) -> None:
         if self._server is not None:
             self._server.close()
+            self._server = None
         self.cut_now()
         me = asyncio.current_task()
         others = [task for task in asyncio.all_tasks() if task is not me]
@@ -404,7 +431,7 @@ class FakeKubernetes:
         """Return the present as the API shows it."""
         return (datetime.now(UTC) + timedelta(seconds=self.offset_s)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
-    def wake(self, waiters: set[asyncio.Event]) -> None:
+    def wake(self, waiters: Collection[asyncio.Event]) -> None:
         """Wake what waits on the server's thread."""
         for event in tuple(waiters):
             self._loop.call_soon_threadsafe(event.set)
@@ -425,6 +452,9 @@ class FakeKubernetes:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
+        task = asyncio.current_task()
+        assert task is not None
+        self._readers[task] = reader
         # What a client does not read waits here, and not in the kernel.
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 << 10)
         try:
@@ -437,6 +467,7 @@ class FakeKubernetes:
         except (asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError):
             pass
         finally:
+            self._readers.pop(task, None)
             self._writers.discard(writer)
             writer.close()
 
@@ -605,7 +636,9 @@ class FakeKubernetes:
 
     async def _follow(self, log: _Log, since_ns: int) -> AsyncIterator[bytes]:
         event = asyncio.Event()
-        log.waiters.add(event)
+        task = asyncio.current_task()
+        assert task is not None
+        log.waiters[event] = self._readers[task]
         file, index = len(log.files) - 1, 0
         try:
             while True:
@@ -621,7 +654,7 @@ class FakeKubernetes:
                 else:
                     await event.wait()
         finally:
-            log.waiters.discard(event)
+            log.waiters.pop(event, None)
 
 
 def _shown(line: tuple[int, bytes], since_ns: int) -> bytes:

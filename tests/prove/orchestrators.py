@@ -13,13 +13,14 @@ from datetime import UTC, datetime, timedelta
 from tailspan._identity import trace_id
 from tests.fakes.airflow import FakeAirflow
 from tests.fakes.aws import REGION, FakeAws, write_credentials
+from tests.fakes.kubernetes import FakeKubernetes
 from tests.fakes.prefect import START, FakePrefect
 from tests.fakes.ray import FakeRay
 from tests.prove.jobs import SPANS
 from tests.prove.scenarios import Scenario
 from tests.prove.table import Row
 from tests.prove.tally import JobTally, line_text
-from tests.prove.world import World
+from tests.prove.world import PATIENCE_S, World
 
 _LINES = 60
 _NANOS_PER_US = 1_000
@@ -207,6 +208,50 @@ class RayJob(TaskJob):
         return None if found is None else (found[0], time.time_ns())
 
 
+class KubernetesJob(TaskJob):
+    """A Job of the fake Kubernetes, which may be deleted in place of its end."""
+
+    def __init__(self, api: FakeKubernetes, name: str, *, is_deleted: bool = False) -> None:
+        super().__init__(name)
+        self.identity = f"kubernetes:{api.url}"
+        self._api = api
+        self._is_deleted = is_deleted
+        self._job = api.add_job(name)
+        self._pod = self._job.add_pod()
+        self.job_id = self._job.job_id
+
+    @property
+    def handed(self) -> bool:
+        """See `TaskJob`."""
+        return self._pod.main.is_followed
+
+    def write_line(self, text: str, at: datetime, after_s: float) -> None:
+        """See `TaskJob`."""
+        self._pod.main.write(text, time_ns=(at - _EPOCH) // timedelta(microseconds=1) * _NANOS_PER_US)
+
+    def rotate(self) -> None:
+        """Rotate the log, if something follows it: else its lines are lost to every reader."""
+        if self._pod.main.is_followed:
+            self._pod.main.rotate()
+
+    def end(self) -> None:
+        """See `TaskJob`."""
+        self.ended = True
+        if not self._is_deleted:
+            self._job.finish()
+            return
+        # What is deleted while no agent runs is lost.
+        deadline_s = time.monotonic() + PATIENCE_S
+        while not self._pod.main.is_followed and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        self._job.delete()
+        self._pod.delete()
+        for _ in range(_LINES):
+            self.line(datetime.now(UTC))
+        self._pod.main.end(143)
+        self._pod.vanish()
+
+
 def _ms(at: datetime) -> int:
     return (at - _EPOCH) // timedelta(milliseconds=1)
 
@@ -306,6 +351,26 @@ def _ray(world: World) -> list[TaskJob]:
     return [RayJob(api, f"ray-{number}") for number in range(3)]
 
 
+def _kubernetes(world: World) -> list[TaskJob]:
+    api = world.add_service("kubernetes", FakeKubernetes())
+    return [KubernetesJob(api, f"pod-{number}") for number in range(3)]
+
+
+def _kubernetes_deleted(world: World) -> list[TaskJob]:
+    api = world.add_service("kubernetes", FakeKubernetes())
+    return [KubernetesJob(api, f"pod-{number}", is_deleted=True) for number in range(3)]
+
+
+def _rotated(random_: random.Random, jobs: Sequence[TaskJob]) -> None:
+    """Write lines that are rotated away at once: a read has only the last of them."""
+    for _ in range(_LINES // 5):
+        for job in jobs:
+            for _ in range(5):
+                job.line(datetime.now(UTC))
+            assert isinstance(job, KubernetesJob)
+            job.rotate()
+
+
 def _in_order(random_: random.Random, jobs: Sequence[TaskJob]) -> None:
     """Write lines that are visible at once."""
     for job in jobs:
@@ -314,6 +379,11 @@ def _in_order(random_: random.Random, jobs: Sequence[TaskJob]) -> None:
 
 
 FAULTS = (
+    OrchestratorFault("Kubernetes: logs rotated every five lines, SIGKILL", _kubernetes, _rotated),
+    OrchestratorFault(
+        "Kubernetes: jobs deleted while their logs are followed, SIGKILL", _kubernetes_deleted, _in_order
+    ),
+    OrchestratorFault("Kubernetes: the API server is away for a minute, SIGKILL", _kubernetes, _in_order, away_s=60.0),
     OrchestratorFault("AWS Batch: late events, a quota of 4 requests a second, SIGKILL", _batch, _late),
     OrchestratorFault("Ray: the server is down for a minute, SIGKILL", _ray, _in_order, away_s=60.0),
     OrchestratorFault("Airflow: late lines, a token that counts, SIGKILL", _airflow, _late),
