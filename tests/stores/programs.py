@@ -276,6 +276,16 @@ class Loki(Program):
         """Return the first lines of the last days that a query finds."""
         return [line for _, line in self._page(text, int((time.time() - 20 * 86400) * 1e9), _FIRST_PAGE)]
 
+    def count(self, text: str) -> float:
+        """Return how many lines of the last hour a query finds, or the sum of a metric's values."""
+        span = {"start": str(int(time.time()) - 3600), "end": str(int(time.time()) + 60), "step": "60", "limit": "1000"}
+        parameters = urllib.parse.urlencode({"query": text, **span})
+        answer = fetch(f"http://{self._address}/loki/api/v1/query_range?{parameters}")
+        assert answer.startswith("{"), f"{text}: {answer}"
+        data = json.loads(answer)["data"]
+        values = [value for one in data["result"] for value in one["values"]]
+        return sum(float(value) for _, value in values) if data["resultType"] == "matrix" else len(values)
+
     def _page(self, text: str, start_ns: int, limit: int) -> list[tuple[int, str]]:
         """Return lines with their times: an answer has to fit into 4 MiB between Loki's parts, too."""
         span = {"start": str(start_ns), "end": str(int(time.time()) + 60)}

@@ -14,7 +14,7 @@ from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsSer
 
 from tailspan.logs.page import TaskRef
 from tailspan.testing import FakeTaskService
-from tests.deploy.queries import ALL, dashboard_queries
+from tests.deploy.queries import ALL, dashboard_queries, datasource_queries
 from tests.fakes import loki as double
 from tests.fakes.agents import Bench
 from tests.fakes.collector import Collector, Reply, Request
@@ -30,6 +30,8 @@ from tests.integration.agent.stores.test_loki import (  # noqa: F401 - the cases
 )
 from tests.stores.jobs import LINES, add_jobs
 from tests.stores.programs import Loki
+
+HOSTILE = """a"b'c\\d(e)+f$g[h]{i}|j.k*l?m^n/o&p=q#r%s t~u!v,w"""
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(300)]
 
@@ -76,6 +78,33 @@ def test_the_dashboard_shows_the_lines_of_a_task(bench: Bench, loki: Loki) -> No
     for name in tasks:
         assert shown(name) == [f"of {name}"]
     assert sorted(shown(*tasks[1:])) == sorted(f"of {name}" for name in tasks[1:])
+
+
+def test_queries_of_the_dashboards(bench: Bench, loki: Loki) -> None:
+    """No query is an error, whatever the names; One job finds its lines, its failure and its receipt, and no other."""
+    lines = {"failed": LINES["failed"], HOSTILE: LINES["levels"], "plain": ["a", "b"]}
+    add_jobs(bench, lines)
+    assert bench.once(timeout_s=60).delivered
+
+    def numbers(run: str) -> dict[str, float]:
+        queries = [one for one in dashboard_queries({"pipeline": run, "run_id": run}) if one.source == "loki"]
+        return {one.panel: loki.count(one.text) for one in queries}
+
+    for name, texts in lines.items():
+        failures = int(name == "failed")
+        found = numbers(name)
+        assert found.pop("job: Lines by level") == found["job: Lines"] == len(texts) + 1 + failures
+        assert found == {
+            "job: Lines": found["job: Lines"],
+            "job: Why it failed": failures,
+            "job: Anomalies": 0,
+            "job: Delivery receipt": 1,
+            "jobs: Failures": 1,
+        }
+    assert {panel: number for panel, number in numbers("").items() if number} == {"jobs: Failures": 1}
+    for query in datasource_queries():
+        if query.source == "loki":
+            loki.count(query.text)
 
 
 HOUR_S, KIB = 3600.0, 1024
