@@ -130,8 +130,9 @@ class LogNames:
         if not self._warned:
             self._warned = True
             _log.warning(
-                "more than %d job names within an hour: logs of further jobs share service.name %s, as stores limit"
-                " their streams (Loki: max_global_streams_per_user); raise agent.max_log_names if yours allows it",
+                "more than %d log streams (of job names, their failures, their old lines) within an hour: logs of"
+                " further jobs share service.name %s, as stores limit their streams (Loki:"
+                " max_global_streams_per_user); raise agent.max_log_names if yours allows it",
                 self._limit,
                 OTHER_PIPELINES,
             )
