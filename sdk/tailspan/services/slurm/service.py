@@ -313,7 +313,7 @@ class SlurmService(TaskService, SubmitService):
                 raise
 
     def _start(self, log: LogFile, known: _ReadFile, job: SlurmJob) -> _ReadFile | None:
-        """Return where reading a file goes on, and of which attempt its next lines are; None while that is not known.
+        """Return where reading a file goes on, with the attempt of its next lines; None while that is not known.
 
         A requeued job truncates its file, or appends to it after ``--open-mode=append``; Slurm does not say which.
         """
