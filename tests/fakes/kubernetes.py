@@ -9,6 +9,7 @@ test says.
 from __future__ import annotations
 
 import asyncio
+import bisect
 import contextlib
 import copy
 import json
@@ -288,6 +289,8 @@ class FakeKubernetes:
         self.cron_jobs: dict[tuple[str, str], dict[str, Any]] = {}
         self._objects: dict[str, dict[str, dict[str, Any]]] = {"jobs": {}, "pods": {}}
         self._history: list[tuple[int, str, str, bytes]] = []
+        # The last list, which is requested in chunks.
+        self._listed: tuple[object, list[dict[str, Any]]] = (None, [])
         self._version = 100
         self._oldest = 100
         self._last_ns = 0
@@ -557,12 +560,17 @@ class FakeKubernetes:
         if "watch" in query:
             return self._watch(resource, namespace, query)
         with self.lock:
-            found = [
-                one
-                for one in self._objects[resource].values()
-                if namespace in (None, one["metadata"]["namespace"]) and _selected(one, query.get("labelSelector", ""))
-            ]
-            found.sort(key=lambda one: (one["metadata"]["namespace"], one["metadata"]["name"]))
+            selector = query.get("labelSelector", "")
+            key = resource, namespace, selector, self._version
+            if self._listed[0] != key:
+                found = [
+                    one
+                    for one in self._objects[resource].values()
+                    if namespace in (None, one["metadata"]["namespace"]) and _selected(one, selector)
+                ]
+                found.sort(key=lambda one: (one["metadata"]["namespace"], one["metadata"]["name"]))
+                self._listed = key, found
+            found = self._listed[1]
             version, start = str(self._version), 0
             if token := query.get("continue"):
                 version, _, offset = token.partition(":")
@@ -586,7 +594,7 @@ class FakeKubernetes:
                         text = f"too old resource version: {version} ({self._oldest})"
                         yield json.dumps({"type": "ERROR", "object": _status(410, text, "Expired")}).encode() + b"\n"
                         return
-                    new = [entry for entry in self._history if entry[0] > version]
+                    new = self._history[bisect.bisect(self._history, version, key=lambda entry: entry[0]) :]
                     event.clear()
                 for number, kind, place, line in new:
                     version = number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Collection, Sequence
@@ -23,6 +24,7 @@ JOBS_OF_PODS = "batch.kubernetes.io/job-name"
 # Lines are gathered for a moment: a read costs more than a line.
 _LINES_EVERY_S = 0.5
 _POLL_S = 3.0
+_FIRST_LIST_S = 120.0
 _SWEEP_S = 30.0
 # How long a log is followed for a job that the agent does not follow: it lists new jobs every few seconds.
 _UNWANTED_S, _UNWANTED_ENDED_S = 60.0, 600.0
@@ -107,6 +109,14 @@ class JobFeed:
     def is_current(self) -> bool:
         """Whether the records are those of the present, give or take some seconds."""
         return self._pods_listed and self._jobs.is_current and self._pods.is_current and self._failure is None
+
+    async def listed(self) -> None:
+        """Wait until jobs and pods were listed for the first time, or could not be: then requests say why."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_FIRST_LIST_S):
+                await self._jobs.tried.wait()
+                if self._jobs.is_current:
+                    await self._pods.tried.wait()
 
     def follow(self, job_id: str) -> bool:
         """Report changes of a job from now on."""

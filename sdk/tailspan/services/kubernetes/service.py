@@ -235,7 +235,7 @@ class KubernetesService(TaskService, SubmitService, ChangeFeedService):
 
     async def list_jobs(self) -> AsyncGenerator[Sequence[ListedJob], None]:
         """Yield the jobs, newest first."""
-        if self._feed is not None and self._feed.is_current:
+        if await self._is_watching():
             records = list(self.records.values())
         else:
             found: dict[str, Job] = {}
@@ -409,16 +409,24 @@ class KubernetesService(TaskService, SubmitService, ChangeFeedService):
             is_final=is_over and (ended_at is None or datetime.now(UTC) - ended_at > _FINAL),
         )
 
+    async def _is_watching(self) -> bool:
+        """Return whether the records are those of the present; waits for the first lists, which are under way."""
+        if self._feed is None:
+            return False
+        await self._feed.listed()
+        return self._feed is not None and self._feed.is_current
+
     async def _record(self, job_id: str, *, fresh: bool = False) -> JobRecord:
         """Return what is known of a job: watched, or requested if that is older than a second."""
         namespace, name, uid = _split(job_id)
         if not name:
             text = f"{job_id!r} is not a job of Kubernetes: its id is NAMESPACE/NAME:UID"
             raise JobNotFoundError(text, service=self.name, job_id=job_id)
+        is_watching = await self._is_watching()
         known = self.records.get(uid)
         if known is not None and (
             known.deleted_at is not None
-            or (self._feed is not None and self._feed.is_current)
+            or is_watching
             or (not fresh and time.monotonic() - self._requested_s.get(uid, -_FRESH_S) < _FRESH_S)
         ):
             return known

@@ -89,6 +89,7 @@ class Reflector(Generic[Item]):
 
     Attributes:
         failure: Why the watch cannot be used: a right is missing.
+        tried: Set once the collection was listed, or could not be.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class Reflector(Generic[Item]):
             on_event: Called with ``ADDED``, ``MODIFIED`` or ``DELETED`` and an item.
         """
         self.failure: ServiceError | None = None
+        self.tried = asyncio.Event()
         self._requests = requests
         self._streams = streams
         self._path = path
@@ -153,10 +155,12 @@ class Reflector(Generic[Item]):
                     self._version = ""
                     continue
                 self.failure = error
+                self.tried.set()
                 return
             except ServiceError as error:
                 _log.debug("watch of %s: %s", self._path, error)
                 self._broken_at_s = self._broken_at_s or begun_s
+                self.tried.set()
                 failures = failures + 1 if time.monotonic() - begun_s < _LONGEST_RETRY_S else 1
             if failures:
                 await asyncio.sleep(retry_s(failures))
@@ -168,6 +172,7 @@ class Reflector(Generic[Item]):
         )
         self._version, self._is_listed, self._broken_at_s = version, True, None
         self._on_list(found)
+        self.tried.set()
 
     async def _follow(self) -> None:
         """Watch until the server ends the reply.
