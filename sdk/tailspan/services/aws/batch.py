@@ -31,6 +31,7 @@ _NO_JOB = "00000000-0000-0000-0000-000000000000"
 _ROWS = 100  # the most with a filter
 _CHILD_ROWS = 1000
 _QUEUES_S = 300.0
+_CHILDREN_S = 30.0
 _MOST_ARRAYS = 1_000
 _MOST_NODES = 1_000
 
@@ -62,6 +63,20 @@ class BatchOptions(AwsOptions):
     name_by: Literal["job", "definition"] = "job"
 
 
+class _Children(NamedTuple):
+    """The children of an array.
+
+    Attributes:
+        shown: What the row of the array showed of them.
+        at_s: When they were listed, by the monotonic clock.
+        rows: Their rows.
+    """
+
+    shown: str
+    at_s: float
+    rows: list[ListedJob]
+
+
 class _BatchAttempt(NamedTuple):
     """An attempt of a container.
 
@@ -91,8 +106,7 @@ class BatchService(AwsService, SubmitService):
     def __init__(self, name: str, options: AwsOptions, *, region: str, environ: Mapping[str, str] = os.environ) -> None:
         super().__init__(name, options, region=region, environ=environ)
         self._queues: tuple[float, tuple[str, ...]] = float("-inf"), ()
-        # By array: what its row showed of its children, and their rows.
-        self._arrays: dict[str, tuple[str, list[ListedJob]]] = {}
+        self._arrays: dict[str, _Children] = {}
 
     @property
     def _batch(self) -> BatchOptions:
@@ -219,14 +233,17 @@ class BatchService(AwsService, SubmitService):
         array = row.get("arrayProperties") or {}
         if not array.get("size"):
             return
-        job_id, shown = row["jobId"], f"{row.get('status')} {array.get('statusSummary')}"
+        job_id, summary = row["jobId"], array.get("statusSummary")
+        shown, now_s = f"{row.get('status')} {summary}", time.monotonic()
         known = self._arrays.get(job_id)
-        if known is None or known[0] != shown or row.get("status") not in ("SUCCEEDED", "FAILED"):
-            known = shown, await self._children(job_id, array.get("statusSummary"))
+        # A child that ends changes the numbers; without numbers, its array has to be listed again now and then.
+        is_counted = summary is not None or row.get("status") in ("SUCCEEDED", "FAILED")
+        if known is None or known.shown != shown or (not is_counted and now_s - known.at_s > _CHILDREN_S):
+            known = _Children(shown, now_s, await self._children(job_id, summary))
             self._arrays.pop(job_id, None)
             self._arrays[job_id] = known
             drop_oldest(self._arrays, _MOST_ARRAYS)
-        for child in known[1]:
+        for child in known.rows:
             yield child
 
     async def _children(self, array_id: str, summary: Mapping[str, int] | None) -> list[ListedJob]:

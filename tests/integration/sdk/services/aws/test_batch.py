@@ -227,6 +227,9 @@ def test_an_array_and_its_children(aws, client):
     assert parent is not None
     assert parent.split("-")[1] == trace_id(f"aws-batch:{REGION}", array)
     assert {body.get("jobStatus") for name, body in aws.calls if name == "listjobs"} == {None, "RUNNING", "FAILED"}
+    aws.calls.clear()
+    assert client.list_jobs() == rows
+    assert [body.get("arrayJobId") for name, body in aws.calls if name == "listjobs"] == [None]
 
 
 def test_nodes_and_containers_are_tasks(aws, client):
