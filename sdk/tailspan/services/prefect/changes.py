@@ -67,7 +67,9 @@ class PrefectChanges(SocketChanges):
         roles = {one.get("prefect.resource.role"): _id(one) for one in event["related"]}
         is_flow_run = event["event"].startswith(_FLOW_RUN)
         run_id = _id(event["resource"]) if is_flow_run else roles.get("flow-run", "")
-        if job_id := self._jobs().get(run_id):
+        # A sub flow is searched for only where the run is none of the jobs.
+        job_id = run_id if run_id in self.followed else self._jobs().get(run_id)
+        if job_id is not None:
             self.changed.add(job_id)
         elif is_flow_run and "task-run" not in roles:
             # A new job. Of a new sub flow, a line of the flow that calls it says so.
