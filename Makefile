@@ -46,7 +46,7 @@ STORES := tests/stores
 ORCHESTRATORS := tests/orchestrators
 SERVERS := airflow aws_batch dagster prefect ray
 # These need no environment, but programs of the system; their tests are skipped where one is missing.
-SYSTEMS := files kubernetes slurm systemd
+SYSTEMS := docker files kubernetes slurm systemd
 airflow_PACKAGES := apache-airflow==3.3.2
 aws_batch_PACKAGES := moto[batch,logs,server]==5.2.5
 dagster_PACKAGES := dagster==1.13.28 dagster-webserver==1.13.28

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 from collections import Counter
@@ -142,9 +143,10 @@ def test_all_lines_states_and_attempts(machine, tmp_path):
         relay.finish()
         entries = entries_of(machine)
         expected = Counter({(at, shown(text)): count for (at, text), count in expected_lines(entries).items()})
-        collector.wait_until(lambda: relayed_lines(collector) == expected, 60)
-        assert not expected - relayed_lines(collector)
-        assert not relayed_lines(collector) - expected
+        with contextlib.suppress(TimeoutError):
+            collector.wait_until(lambda: relayed_lines(collector) == expected, 60)
+        found = relayed_lines(collector)
+        assert (list((expected - found).items())[:10], list((found - expected).items())[:10]) == ([], [])
         spans = run_spans(collector)
     results = {span.name.removeprefix("RUN "): span.attributes["cicd.pipeline.result"] for span in spans.values()}
     assert results == RESULTS

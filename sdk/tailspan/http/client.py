@@ -176,7 +176,7 @@ class HttpClient:
             keepalive_expiry=keep_alive_s,
             uds=None if socket is None else os.fspath(socket),
             network_backend=AsyncioBackend(_STREAM_BYTES) if streams else AsyncioBackend(),
-            socket_options=list(_stream_options()) if streams else None,
+            socket_options=list(_stream_options()) if streams and socket is None else None,
         )
 
     async def send(

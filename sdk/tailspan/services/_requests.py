@@ -212,6 +212,7 @@ class ServiceRequests:
         renew_on: Sequence[int] = (401,),
         server_name: str | None = None,
         streams: bool = False,
+        socket: Path | None = None,
     ) -> None:
         """Open nothing yet.
 
@@ -227,8 +228,10 @@ class ServiceRequests:
             renew_on: Statuses of a refused ``Authorization``.
             server_name: The name in the server's certificate; None: the URL's host.
             streams: Whether replies may be silent for hours; see `HttpClient`.
+            socket: The Unix socket to connect to instead of the URL's host.
         """
         self.tries = tries
+        self._socket = socket
         self._service = service
         self._base_url = base_url
         self._credentials = credentials
@@ -602,6 +605,7 @@ class ServiceRequests:
                 max_idle=_MAX_IDLE,
                 server_name=self._server_name,
                 streams=self._streams,
+                socket=self._socket,
             )
             self._client_loop = loop
         return self._client

@@ -22,6 +22,7 @@ _BUILT_IN: Mapping[str, str] = {
     "aws_batch": "tailspan.services.aws:BatchService",
     "aws_ecs": "tailspan.services.aws:EcsService",
     "dagster": "tailspan.services.dagster:DagsterService",
+    "docker": "tailspan.services.docker:DockerService",
     "files": "tailspan.services.files:FilesService",
     "fused": "tailspan.services.fused:FusedService",
     "kubernetes": "tailspan.services.kubernetes:KubernetesService",

@@ -171,7 +171,7 @@ class SystemdService(ChangeFeedService):
         tail = live.tail(job_id) if live is not None and since_ms is None else None
         kept = None if tail is None else tail.take(position)
         if kept is not None:
-            pages = _Pages(self, job_id, LineJoiner(position))
+            pages = _UnitPages(self, job_id, LineJoiner(position))
             for entry in kept:
                 for page in pages.add(entry, raises=cursor is not None):
                     yield page
@@ -231,7 +231,7 @@ class SystemdService(ChangeFeedService):
     ) -> AsyncGenerator[LogPage, None]:
         """Yield the lines that the journal has, by a program of its own."""
         joiner = LineJoiner(position)
-        pages = _Pages(self, job_id, joiner)
+        pages = _UnitPages(self, job_id, joiner)
         ended = self._is_settled(job_id)
         async with aclosing(self._entries_after(job_id, position, since_ms, joiner)) as found:
             async for entry in found:
@@ -456,7 +456,7 @@ class SystemdService(ChangeFeedService):
         )
 
 
-class _Pages:
+class _UnitPages:
     """Pages of lines as they come."""
 
     def __init__(self, service: SystemdService, job_id: str, joiner: LineJoiner) -> None:
