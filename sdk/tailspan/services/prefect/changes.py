@@ -67,7 +67,7 @@ class PrefectChanges(SocketChanges):
         roles = {one.get("prefect.resource.role"): _id(one) for one in event["related"]}
         is_flow_run = event["event"].startswith(_FLOW_RUN)
         run_id = _id(event["resource"]) if is_flow_run else roles.get("flow-run", "")
-        # A sub flow is searched for only where the run is none of the jobs.
+        # Only an event of another run can be of a sub flow.
         job_id = run_id if run_id in self.followed else self._jobs().get(run_id)
         if job_id is not None:
             self.changed.add(job_id)
