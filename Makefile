@@ -190,7 +190,7 @@ lock: | $(BIN)/python
 	@set -e; write() { file=$$1; shift; { sed -n '/^#/p' $$file; $(VENV)-lock/bin/uv pip compile --quiet --universal \
 	  --python-version 3.11 --generate-hashes --no-header --no-annotate "$$@"; } > $(VENV)-lock/made; mv $(VENV)-lock/made $$file; }; \
 	write requirements.lock --extra dev pyproject.toml; \
-	write deploy/requirements.lock --extra agent --extra zstd --constraint requirements.lock pyproject.toml; \
+	write deploy/requirements.lock --extra agent --extra fleet --extra zstd --constraint requirements.lock pyproject.toml; \
 	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'], 'editables', sep='\n')" \
 	  > $(VENV)-lock/build.in; \
 	write build.lock --constraint requirements.lock $(VENV)-lock/build.in

@@ -26,7 +26,7 @@ BLOCK = re.compile(
 )
 # What an example may start when a test runs it; other commands need the network, Docker or root.
 RUNNABLE = {"tailspan", "cp", "JOB=$(tailspan"}
-CONFIG_TABLES = ("services", "agent", "otlp", "files", "redact", "links")
+CONFIG_TABLES = ("services", "agent", "fleet", "otlp", "files", "redact", "links")
 
 
 def text_of(page: Path) -> str:

@@ -8,12 +8,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import socket
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from tailspan import __version__
 from tailspan._own_token import own_token
 from tailspan._plural import plural
 from tailspan.config import Settings
@@ -30,7 +33,7 @@ from tailspan_agent.exporter.endpoints import SHORT_OUTAGE_S, Endpoints
 from tailspan_agent.job.ledger import JobLedger
 from tailspan_agent.metrics.agent import AgentMetrics, agent_resource
 from tailspan_agent.metrics.push import MetricsPush, export_interval_s
-from tailspan_agent.metrics.snapshot import MetricsReader, exports_exponential_histograms
+from tailspan_agent.metrics.snapshot import FleetTotals, MetricsReader, exports_exponential_histograms
 from tailspan_agent.pipeline.context import PipelineContext
 from tailspan_agent.pipeline.missing_runs import MissingRuns
 from tailspan_agent.pipeline.queue import LogQueue, SpanQueue
@@ -44,6 +47,9 @@ from tailspan_agent.tasks import cancelled
 from tailspan_agent.web.agent_view import AgentView
 
 if TYPE_CHECKING:
+    from tailspan_agent.checkpoint.protocol import CheckpointStore
+    from tailspan_agent.fleet.member import FleetMember
+    from tailspan_agent.fleet.store import PostgresStore
     from tailspan_agent.web.server import ServerAccess, StatusServer
 
 __all__ = ["Agent", "OnceResult"]
@@ -111,6 +117,9 @@ class Agent:
         _check_enabled(settings)
         self._needs_page_token = needs_page_token
         self.settings = settings
+        self._shared: PipelineContext | None = None
+        self._shared_store: PostgresStore | None = None
+        self._member: FleetMember | None = None
         with contextlib.ExitStack() as undo:
             self.store = SqliteStore(settings.agent.state_dir)
             undo.callback(self.store.close)
@@ -118,6 +127,8 @@ class Agent:
                 _log.warning("the checkpoint store was damaged (%s)", self.store.recovered)
             self._make_parts(settings)
             self._receiver = Receiver(self._context, opener)
+            if settings.fleet.is_used:
+                self._make_fleet(settings, opener, undo)
             undo.pop_all()
         self._background: list[asyncio.Task[None]] = []
         self._pushing: asyncio.Task[None] | None = None
@@ -127,44 +138,107 @@ class Agent:
         self._follows = asyncio.Event()
         self._changing = asyncio.Lock()
 
+    def _make_fleet(
+        self, settings: Settings, opener: Callable[[str, Settings], JobService], undo: contextlib.ExitStack
+    ) -> None:
+        """Share the jobs of services that are not read from this machine with other agents.
+
+        Raises:
+            ConfigError: The driver of PostgreSQL is missing, or its connection string is not valid.
+            CheckpointError: The database cannot be used.
+        """
+        # An agent that is alone needs no driver, and pays nothing for it.
+        try:
+            from tailspan_agent.fleet.leases import AgentInfo
+            from tailspan_agent.fleet.member import FleetMember
+            from tailspan_agent.fleet.store import open_store
+        except ImportError as error:
+            raise ConfigError(f"a fleet needs psycopg: pip install 'tailspan[fleet]' ({error})", key="fleet") from error
+        from tailspan_agent.receiver.shard_reader import SharedReader
+
+        dsn, instance_id = settings.fleet.read_dsn(), self.store.instance_id
+        store = self._shared_store = open_store(dsn, settings.fleet.name, instance_id)
+        undo.callback(store.close)
+        # Pipelines have one history, whichever store has counted their runs.
+        for run in store.history.past_runs():
+            self.pipeline_stats.histories.add(run)
+        for pipeline, _, _ in store.totals:
+            self._names.label(pipeline)
+        shared = self._shared = self._make_context(store, settings)
+        self._receiver = Receiver(self._context, opener, shared)
+        page = settings.agent.public_url or ""
+        self._member = FleetMember(
+            dsn,
+            store,
+            AgentInfo(instance_id, socket.gethostname(), os.getpid(), __version__, page),
+            lease_s=settings.fleet.lease,
+            reader=SharedReader(self._receiver, shared),
+            health=self._fleet_health,
+        )
+        undo.callback(self._member.close)
+        shared.owns = self._member.owns
+        member = self._member
+        self.metrics_reader = self._make_metrics_reader(
+            settings,
+            FleetTotals(
+                agent_resource(settings.agent.service_name, store.fleet_id, settings.otlp.resource),
+                store.start_unix_nano,
+                lambda: list(store.counted.values()) if member.has_metrics else None,
+            ),
+        )
+
     def _make_parts(self, settings: Settings) -> None:
         self.metrics = AgentMetrics(
             agent_resource(settings.agent.service_name, self.store.instance_id, settings.otlp.resource)
         )
         self.endpoints = Endpoints(settings, self.metrics)
-        logs, traces = self.endpoints.get("logs"), self.endpoints.get("traces")
-        # Expected pipelines come first, so that they keep their own label however many other names there are.
-        counted = (totals.pipeline for totals in self.store.totals.values())
-        known = [*(expect.name for expect in settings.agent.expect), *counted]
         self.pipeline_stats = PipelineStats(
             histories=Histories(self.store.history.past_runs()), too_fast=self.store.history.too_fast()
         )
-        self._context = PipelineContext(
-            store=self.store,
-            queues=[LogQueue(self.store, logs) for _ in range(_LOG_QUEUES)] if logs else [],
-            spans=SpanQueue(self.store, traces) if traces else None,
+        # Expected pipelines come first, so that they keep their own label however many other names there are.
+        counted = (totals.pipeline for totals in self.store.totals.values())
+        known = [*(expect.name for expect in settings.agent.expect), *counted]
+        self._names = PipelineNames(settings.agent.max_pipeline_names, known)
+        self._context = self._make_context(self.store, settings)
+        self.metrics_reader = self._make_metrics_reader(settings)
+
+    def _make_metrics_reader(self, settings: Settings, fleet: FleetTotals | None = None) -> MetricsReader:
+        return MetricsReader(
+            self.metrics,
+            runs=lambda: list(self.store.totals.values()),
+            tasks=lambda: [total for context in self._contexts for total in context.task_totals.values()],
+            jobs=self._snapshots,
+            names=self._names,
+            start_unix_nano=self.store.start_unix_nano,
+            pipeline_stats=self.pipeline_stats,
+            run_id_on_metrics=settings.agent.run_id_on_metrics,
+            exponential=exports_exponential_histograms(),
+            fleet=fleet,
+        )
+
+    def _make_context(self, store: CheckpointStore, settings: Settings) -> PipelineContext:
+        """Return what the pipelines of the jobs of one store share."""
+        logs, traces = self.endpoints.get("logs"), self.endpoints.get("traces")
+        return PipelineContext(
+            store=store,
+            queues=[LogQueue(store, logs) for _ in range(_LOG_QUEUES)] if logs else [],
+            spans=SpanQueue(store, traces) if traces else None,
             stream_order=StreamOrder(),
-            store_streams=StoreStreams(self.store.newest_by_stream),
+            store_streams=StoreStreams(store.newest_by_stream),
             log_names=LogNames(settings.agent.max_log_names, self.metrics.log_name_shared),
             health=self.metrics,
             redactor=Redactor.from_settings(settings.redact),
             otlp_resource=settings.otlp.resource,
             lines_on_spans=settings.otlp.puts_lines_on_spans,
-            names=PipelineNames(settings.agent.max_pipeline_names, known),
+            names=self._names,
             task_names=PipelineNames(settings.agent.max_task_names),
             pipeline_stats=self.pipeline_stats,
         )
-        self.metrics_reader = MetricsReader(
-            self.metrics,
-            runs=lambda: list(self.store.totals.values()),
-            tasks=lambda: list(self._context.task_totals.values()),
-            jobs=self._snapshots,
-            names=self._context.names,
-            start_unix_nano=self.store.start_unix_nano,
-            pipeline_stats=self.pipeline_stats,
-            run_id_on_metrics=settings.agent.run_id_on_metrics,
-            exponential=exports_exponential_histograms(),
-        )
+
+    @property
+    def _contexts(self) -> list[PipelineContext]:
+        """What the pipelines of this agent's own jobs share, and those of the fleet's jobs."""
+        return [self._context] if self._shared is None else [self._context, self._shared]
 
     @property
     def tailers(self) -> list[Tailer]:
@@ -191,6 +265,8 @@ class Agent:
             if signal not in paused and outage.since_s <= long_ago_s
         ]
         codes += ["checkpoint_store_unwritable"] if self.store.write_failed else []
+        if self._member is not None and self._member.problem is not None:
+            codes.append(self._member.problem)
         return codes + [f"service_{name}_unreachable" for name in self._receiver.unreachable]
 
     def delivery(self, identity: str, job_id: str) -> dict[str, object]:
@@ -200,7 +276,8 @@ class Agent:
             identity: The identity of the job's service.
             job_id: An unknown job is not complete.
         """
-        known = self.store.job(identity, job_id)
+        found = (context.store.job(identity, job_id) for context in self._contexts)
+        known = next((checkpoint for checkpoint in found if checkpoint is not None), None)
         if known is None:
             return {"known": False, "logs_complete": False}
         ledger = JobLedger.from_json(known.ledger)
@@ -253,8 +330,11 @@ class Agent:
         """
         receiver = self._receiver
         scan_failures: list[TailspanError] = []
+        if self._member is not None:
+            await self._close()
+            raise ConfigError("a single pass cannot share jobs with other agents: remove [fleet]", key="fleet")
         try:
-            for queue in self._context.queues:
+            for queue in (queue for context in self._contexts for queue in context.queues):
                 queue.linger = False  # no further lines come that would be worth waiting for
             self._start_queues()
             receiver.watch(await receiver.open(self.settings, {}, once=True), self.settings, once=True)
@@ -309,7 +389,8 @@ class Agent:
         for key in _changes_that_need_restart(self.settings, settings):
             _log.warning("%s changed: restart the agent to apply it", key)
         self.settings = settings
-        self._context.redactor, self._context.otlp_resource = redactor, settings.otlp.resource
+        for context in self._contexts:
+            context.redactor, context.otlp_resource = redactor, settings.otlp.resource
         await self._receiver.apply_configuration(kept, sources, settings)
         _log.info("the configuration was reloaded")
 
@@ -381,9 +462,19 @@ class Agent:
         drained = await self._completes(self._flush(), interrupt=self._skip_drain, timeout_s=timeout_s)
         push = self._make_push()
         if push is not None and not self._skip_drain.is_set():
-            await self._completes(push.export(), interrupt=self._skip_drain, timeout_s=_LAST_PUSH_S)
+            await self._completes(self._push_last(push), interrupt=self._skip_drain, timeout_s=_LAST_PUSH_S)
+        if self._member is not None and not self._skip_drain.is_set():
+            await self._member.leave()
         if not drained:
             _log.warning("stopped before everything was acknowledged; the next start resumes at the last checkpoint")
+
+    async def _push_last(self, push: MetricsPush) -> None:
+        """Export the metrics once more, with the runs that were counted until now."""
+        if self._shared_store is not None:
+            await self._shared_store.written()
+            with contextlib.suppress(CheckpointError):
+                await self._shared_store.refresh()
+        await push.export()
 
     async def _relay_readable(self, failures: list[TailspanError]) -> None:
         """Read every watched job once and send its lines; collect the failures of services."""
@@ -410,12 +501,38 @@ class Agent:
         ]
 
     def _start_queues(self) -> None:
-        self._background += [asyncio.create_task(queue.run()) for queue in self._context.queues]
-        if self._context.spans is not None:
-            self._background.append(asyncio.create_task(self._context.spans.run()))
+        if self._shared_store is not None and self._member is not None:
+            self._member.start()
+            self._background += [
+                asyncio.create_task(self._shared_store.run()),
+                asyncio.create_task(self._learn_from_others(self._shared_store)),
+            ]
+        for context in self._contexts:
+            self._background += [asyncio.create_task(queue.run()) for queue in context.queues]
+            if context.spans is not None:
+                self._background.append(asyncio.create_task(context.spans.run()))
         if self._context.spans is not None and self._context.queues:
             reporting = self._receiver.report_ends_ahead(lambda: self.endpoints.logs_wait)
             self._background.append(asyncio.create_task(reporting))
+
+    def _fleet_health(self) -> dict[str, object]:
+        """Return what the other agents of the fleet, and ``tailspan agent fleet``, see of this one."""
+        lags = self.metrics.lags_s().values()
+        return {
+            "jobs": len(self._receiver.tailers),
+            "lag_s": round(max(lags), 1) if lags else None,
+            "problems": self.problems(),
+        }
+
+    async def _learn_from_others(self, store: PostgresStore) -> None:
+        """Take the runs that other agents have counted into the histories of pipelines, until cancelled."""
+        histories = self.pipeline_stats.histories
+        while True:
+            await asyncio.sleep(self.settings.fleet.lease / 3)
+            with contextlib.suppress(CheckpointError):
+                for run in await store.refresh():
+                    if run not in histories.of(run.pipeline).runs:
+                        histories.add(run)
 
     def _make_push(self) -> MetricsPush | None:
         exporter = self.endpoints.metrics_exporter
@@ -440,24 +557,28 @@ class Agent:
 
     async def _housekeep(self) -> None:
         while True:
-            watches = self.settings.agent.watch
-            lookback = max((watch.lookback for watch in watches), default=0.0)
-            keep = {tailer.job_id for tailer in self.tailers} | {job for watch in watches for job in watch.jobs}
-            sends_spans = self._context.spans is not None
-            older_than_s, forgotten = max(_FORGET_S, 2 * lookback), 0
-            try:
-                if await self.store.may_forget(time.time(), older_than_s):
-                    forgotten = await self.store.forget(older_than_s, keep=keep, keep_unsent=sends_spans)
-            except CheckpointError as error:
-                _log.warning("old jobs were not removed from the checkpoint store: %s", error)
-            else:
-                if forgotten:
-                    _log.info(
-                        "removed %d %s without a change for 30 days from the checkpoint store",
-                        forgotten,
-                        plural(forgotten, "job"),
-                    )
+            for context in self._contexts:
+                await self._forget_old_jobs(context.store)
             await asyncio.sleep(_HOUSEKEEPING_S)
+
+    async def _forget_old_jobs(self, store: CheckpointStore) -> None:
+        watches = self.settings.agent.watch
+        lookback = max((watch.lookback for watch in watches), default=0.0)
+        keep = {tailer.job_id for tailer in self.tailers} | {job for watch in watches for job in watch.jobs}
+        sends_spans = self._context.spans is not None
+        older_than_s, forgotten = max(_FORGET_S, 2 * lookback), 0
+        try:
+            if await store.may_forget(time.time(), older_than_s):
+                forgotten = await store.forget(older_than_s, keep=keep, keep_unsent=sends_spans)
+        except CheckpointError as error:
+            _log.warning("old jobs were not removed from the checkpoint store: %s", error)
+        else:
+            if forgotten:
+                _log.info(
+                    "removed %d %s without a change for 30 days from the checkpoint store",
+                    forgotten,
+                    plural(forgotten, "job"),
+                )
 
     async def _completes(
         self,
@@ -495,13 +616,16 @@ class Agent:
                 await cancelled(unfinished)
 
     async def _flush(self) -> None:
-        await asyncio.gather(*(queue.flush() for queue in self._context.queues))
-        if self._context.spans is not None:
-            await self._context.spans.flush()
+        await asyncio.gather(*(queue.flush() for context in self._contexts for queue in context.queues))
+        await asyncio.gather(*(context.spans.flush() for context in self._contexts if context.spans is not None))
 
     async def _close(self) -> None:
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self.store.close)
+            if self._shared is not None:
+                stack.callback(self._shared.store.close)
+            if self._member is not None:
+                stack.push_async_callback(self._member.aclose)
             stack.push_async_callback(self.endpoints.aclose)
             stack.push_async_callback(self._receiver.aclose)
             await self._receiver.stop_reading()

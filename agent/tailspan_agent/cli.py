@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["agent"]
 
 _ONCE_TIMEOUT_S = 300.0
+_DRAIN_TIMEOUT_S = 60.0
 _GARBAGE_OBJECTS = 20_000
 _REJECTED, _UNDELIVERED = 1, 3
 
@@ -321,3 +322,51 @@ def verify(job: str, service: str | None, config_path: Path | None, as_json: boo
     else:
         write(f"{report.verdict}: {report.text}")
     sys.exit(0 if report.verdict == "verified" else 1)
+
+
+@agent.command()
+@config_option
+@json_option
+def fleet(config_path: Path | None, as_json: bool) -> None:
+    """Show the agents that share jobs through [fleet]: shards, leases, health.
+
+    \b
+    Example:
+      tailspan agent fleet --config config.toml
+    """  # noqa: D301 - click wants the backspace character itself
+    from tailspan_agent.commands.fleet import fleet_report, line_of
+
+    reports = fleet_report(settings_for(config_path))
+    if as_json:
+        click.echo(json.dumps([asdict(report) for report in reports]))
+        return
+    for report in reports:
+        write(line_of(report))
+    if not reports:
+        click.echo("no agent is in the fleet")
+
+
+@agent.command()
+@config_option
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=_DRAIN_TIMEOUT_S,
+    show_default=True,
+    help="Time limit in seconds.",
+)
+def drain(config_path: Path | None, timeout_s: float) -> None:
+    """Let this machine's agent hand over all of its shared jobs to the other agents of [fleet], and wait for it.
+
+    The agent keeps running, without shared jobs, until it is stopped.
+
+    \b
+    Exit codes: 0 everything is handed over, 2 it still has jobs when the time is up.
+
+    Example:
+      tailspan agent drain --config config.toml
+    """  # noqa: D301 - click wants the backspace character itself
+    from tailspan_agent.commands.fleet import drain as hand_over
+
+    hand_over(settings_for(config_path), timeout_s, say=lambda text: click.echo(text, err=True))

@@ -3,6 +3,7 @@
 TailspanError
   AgentError                the agent or a command cannot continue
     CheckpointError         the checkpoint store cannot be opened, read or written
+      LeaseLostError        another agent of the fleet follows the job by now
     ValueRefusedError       the checkpoint store cannot hold a value of one job; the store itself works
     ExportRejectedError     the endpoint rejects a request, or is unavailable for too long
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 from tailspan.errors import TailspanError
 
-__all__ = ["AgentError", "CheckpointError", "ExportRejectedError", "ValueRefusedError"]
+__all__ = ["AgentError", "CheckpointError", "ExportRejectedError", "LeaseLostError", "ValueRefusedError"]
 
 
 class AgentError(TailspanError):
@@ -29,6 +30,10 @@ class AgentError(TailspanError):
 
 class CheckpointError(AgentError):
     """The checkpoint store cannot be opened, read or written."""
+
+
+class LeaseLostError(CheckpointError):
+    """Another agent of the fleet follows the job by now; it continues from the last checkpoint."""
 
 
 class ValueRefusedError(AgentError):

@@ -47,6 +47,11 @@ class PipelineNames:
         return name if name in self._names or len(self._names) < self._limit else OTHER_PIPELINES
 
     @property
+    def limit(self) -> int:
+        """Maximum number of names."""
+        return self._limit
+
+    @property
     def used(self) -> tuple[str, ...]:
         """The labels in use, oldest first; with `OTHER_PIPELINES` after the limit was reached."""
         return tuple(self._names)

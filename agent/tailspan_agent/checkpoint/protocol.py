@@ -67,9 +67,6 @@ class CheckpointStore(Protocol):
         recovered: The damage that was found when the store was opened; None without damage.
         write_failed: Whether the last write failed.
         acked_at_s: When the last ack was stored, in seconds since the epoch.
-        totals: The totals of all ended runs by their key; they grow with `end_job`.
-        history: The last ended runs of each pipeline.
-        ledgers: The ledgers of all jobs.
     """
 
     instance_id: str
@@ -77,7 +74,10 @@ class CheckpointStore(Protocol):
     recovered: str | None
     write_failed: bool
     acked_at_s: float
-    totals: dict[tuple[str, str, str], RunTotals]
+
+    @property
+    def totals(self) -> Mapping[tuple[str, str, str], RunTotals]:
+        """The totals of all ended runs by their key; they grow with `end_job`."""
 
     @property
     def history(self) -> RunHistory:

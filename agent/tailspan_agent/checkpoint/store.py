@@ -42,7 +42,7 @@ from tailspan_agent.checkpoint.rows import Ack, Checkpoint, LedgerReader, Outbox
 from tailspan_agent.errors import CheckpointError, ValueRefusedError
 from tailspan_agent.otlp.wire import UINT64_MAX
 
-__all__ = ["Ack", "Checkpoint", "OutboxSpan", "SqliteStore", "read_checkpoint"]
+__all__ = ["Ack", "Checkpoint", "OutboxSpan", "SqliteStore", "read_checkpoint", "read_instance_id"]
 
 _SMALLEST_BYTES = 512
 _PART = 5000
@@ -86,6 +86,19 @@ def read_checkpoint(state_dir: Path, identity: str, job_id: str) -> Checkpoint |
             return _checkpoint(db.execute(_CHECKPOINT, (identity, job_id)).fetchall())
     except (sqlite3.Error, UnicodeDecodeError) as error:
         raise CheckpointError(f"cannot read the checkpoint store {path}: {error}") from error
+
+
+def read_instance_id(state_dir: Path) -> str | None:
+    """Return the UUID of a state directory from the store of another agent, running or not; None without one."""
+    path = state_dir / "checkpoints.db"
+    if not path.exists():
+        return None
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+            row = db.execute("SELECT value FROM meta WHERE key = 'instance_id'").fetchone()
+    except (sqlite3.Error, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read the checkpoint store {path}: {error}") from error
+    return row[0] if row is not None else None
 
 
 def _checkpoint(rows: list[Any]) -> Checkpoint | None:

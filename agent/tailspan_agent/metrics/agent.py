@@ -242,11 +242,19 @@ class AgentMetrics:
         for service, count in self._followed.items():
             yield Observation(count, {"service": service})
 
-    def _observe_lag(self, _: CallbackOptions) -> Iterator[Observation]:
+    def lags_s(self) -> dict[str, float]:
+        """Return the age of the newest acknowledged record of each service with a followed job, in seconds."""
         now_s = self._clock_s()
-        for service, newest_s in self._newest_acked_s.items():
-            if self._followed.get(service):  # without a followed job, the age of the last record means nothing
-                yield Observation(max(0.0, now_s - newest_s), {"service": service})
+        # Without a followed job, the age of the last record means nothing.
+        return {
+            service: max(0.0, now_s - newest_s)
+            for service, newest_s in self._newest_acked_s.items()
+            if self._followed.get(service)
+        }
+
+    def _observe_lag(self, _: CallbackOptions) -> Iterator[Observation]:
+        for service, lag_s in self.lags_s().items():
+            yield Observation(lag_s, {"service": service})
 
     def _observe_checkpoint(self, _: CallbackOptions) -> Iterator[Observation]:
         yield Observation(max(0.0, self._clock_s() - self._checkpoint_s))

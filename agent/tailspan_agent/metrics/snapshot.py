@@ -21,6 +21,7 @@ from typing import Any, TypeAlias, TypeVar
 from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.sdk.metrics.export import Metric, MetricsData, ResourceMetrics, ScopeMetrics
+from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from tailspan_agent.analysis.assessment import JobSnapshot, PipelineStats
@@ -33,9 +34,11 @@ from tailspan_agent.metrics.pipelines import pipeline_metrics
 from tailspan_agent.metrics.prometheus import prometheus_pieces
 from tailspan_agent.otlp.wire import bytes_field, string_field
 
-__all__ = ["MetricsReader", "exports_exponential_histograms"]
+__all__ = ["FleetTotals", "MetricsReader", "exports_exponential_histograms"]
 
 _MOST_LOGGED = 100
+_JOBS_SCOPE = InstrumentationScope("tailspan.jobs")
+_OF_RUNNING_JOBS = frozenset({"cicd.pipeline.run.active"})
 # Numbers of fields in OTLP's metrics_service.proto and metrics.proto.
 _RESOURCE_METRICS, _RESOURCE, _SCOPE_METRICS, _SCOPE, _METRICS, _SCHEMA_URL = 1, 1, 2, 1, 2, 3
 _AGGREGATION = "OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION"
@@ -45,6 +48,21 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _Steps: TypeAlias = Generator[None, None, _T]
 """Work that pauses between its steps: the metrics of thousands of pipelines take half a second."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FleetTotals:
+    """What all agents of a fleet have counted together, exported by one of them at a time.
+
+    Attributes:
+        resource: The resource of the fleet: the same whichever agent exports.
+        start_unix_nano: When the fleet began to count runs, in ns since the epoch.
+        runs: Returns the totals of all ended runs; None while another agent exports them.
+    """
+
+    resource: Resource
+    start_unix_nano: int
+    runs: Callable[[], Iterable[RunTotals] | None]
 
 
 class MetricsReader:
@@ -60,6 +78,7 @@ class MetricsReader:
         pipeline_stats: The history of pipelines.
         run_id_on_metrics: ``agent.run_id_on_metrics``.
         exponential: Export durations over OTLP as exponential histograms.
+        fleet: What the fleet has counted; None for an agent that is alone.
         clock_ns: Returns the time in ns since the epoch.
     """
 
@@ -75,8 +94,10 @@ class MetricsReader:
         pipeline_stats: PipelineStats | None = None,
         run_id_on_metrics: bool = False,
         exponential: bool = False,
+        fleet: FleetTotals | None = None,
         clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
+        self._fleet = fleet
         self._agent = agent
         self._runs = runs
         self._tasks = tasks
@@ -99,12 +120,15 @@ class MetricsReader:
         """
         return _at_once(self._snapshot(exponential=exponential))
 
-    def _snapshot(self, *, exponential: bool = False) -> _Steps[list[ScopeMetrics]]:
+    def _snapshot(self, *, exponential: bool = False, of_fleet: bool = False) -> _Steps[list[ScopeMetrics]]:
+        counted = list(self._runs())
+        if of_fleet and self._fleet is not None:
+            counted += self._fleet.runs() or ()
         jobs, now_unix_nano = list(self._jobs()), self._clock_ns()
         self._agent.jobs_followed(job.service for job in jobs)
         yield
         of_jobs = job_metrics(
-            runs=self._runs(),
+            runs=counted,
             jobs=jobs,
             names=self._names,
             start_unix_nano=self._start_unix_nano,
@@ -129,7 +153,24 @@ class MetricsReader:
             run_id_on_metrics=self._run_id_on_metrics,
         )
         yield
-        return [*self._agent.collect(), ScopeMetrics(InstrumentationScope("tailspan.jobs"), of_jobs, schema_url="")]
+        return [*self._agent.collect(), ScopeMetrics(_JOBS_SCOPE, of_jobs, schema_url="")]
+
+    def _fleet_scopes(self) -> list[ScopeMetrics]:
+        """Return what the whole fleet has counted; nothing while another agent exports it."""
+        runs = self._fleet.runs() if self._fleet is not None else None
+        if self._fleet is None or runs is None:
+            return []
+        metrics = job_metrics(
+            runs=runs,
+            jobs=(),
+            names=PipelineNames(self._names.limit),
+            start_unix_nano=self._fleet.start_unix_nano,
+            now_unix_nano=self._clock_ns(),
+            exponential=self._exponential,
+        )
+        # Running jobs are those of each agent: it exports their numbers itself.
+        counted = [metric for metric in metrics if metric.name not in _OF_RUNNING_JOBS]
+        return [ScopeMetrics(_JOBS_SCOPE, counted, schema_url="")] if counted else []
 
     def metrics_request(self) -> tuple[bytes, int]:
         """Return an ``ExportMetricsServiceRequest`` of all metrics, and its number of data points.
@@ -146,6 +187,15 @@ class MetricsReader:
         snapshot = yield from self._snapshot(exponential=self._exponential)
         scopes = self._live.with_ends(snapshot, self._clock_ns())
         del snapshot
+        own, count = yield from self._resource_metrics(self._agent.resource, scopes)
+        shared = self._fleet_scopes()
+        if self._fleet is None or not shared:
+            return own, count
+        of_fleet, more = yield from self._resource_metrics(self._fleet.resource, shared)
+        return own + of_fleet, count + more
+
+    def _resource_metrics(self, resource: Resource, scopes: Iterable[ScopeMetrics]) -> _Steps[tuple[bytes, int]]:
+        """Return the field of a resource with its metrics, and their number of points."""
         count = 0
         parts: list[bytes] = []
         for scope in scopes:
@@ -158,7 +208,7 @@ class MetricsReader:
                 yield
             if metrics:
                 parts.append(self._scope_field(scope, metrics))
-        return self._resource_field(parts), count
+        return self._resource_field(resource, parts), count
 
     def _encode_metric(self, scope: ScopeMetrics, metric: Metric) -> tuple[int, bytes]:
         """Return the number of points of a metric, and its field of the scope."""
@@ -180,8 +230,8 @@ class MetricsReader:
         name = bytes_field(_SCOPE, empty.scope.SerializeToString())
         return bytes_field(_SCOPE_METRICS, b"".join([name, *metrics, _url_field(empty.schema_url)]))
 
-    def _resource_field(self, scopes: Sequence[bytes]) -> bytes:
-        (empty,) = self._encode([]).resource_metrics
+    def _resource_field(self, of: Resource, scopes: Sequence[bytes]) -> bytes:
+        (empty,) = encode_metrics(MetricsData([ResourceMetrics(of, [], schema_url="")])).resource_metrics
         resource = bytes_field(_RESOURCE, empty.resource.SerializeToString())
         return bytes_field(_RESOURCE_METRICS, b"".join([resource, *scopes, _url_field(empty.schema_url)]))
 
@@ -211,12 +261,12 @@ class MetricsReader:
         Args:
             accept: The Accept header of the scrape.
         """
-        pieces, content_type = self._prometheus_pieces(self.snapshot(), accept)
+        pieces, content_type = self._prometheus_pieces(_at_once(self._snapshot(of_fleet=True)), accept)
         return b"".join(pieces), content_type
 
     async def prometheus_pieces(self, accept: str = "") -> tuple[Iterator[bytes], str]:
         """Return the same text in pieces, each made when it is taken; let other tasks run in between."""
-        return self._prometheus_pieces(await _in_steps(self._snapshot()), accept)
+        return self._prometheus_pieces(await _in_steps(self._snapshot(of_fleet=True)), accept)
 
     def _prometheus_pieces(self, scopes: Sequence[ScopeMetrics], accept: str) -> tuple[Iterator[bytes], str]:
         metrics = (metric for scope in scopes for metric in scope.metrics)

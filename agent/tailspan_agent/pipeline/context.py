@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 from weakref import WeakValueDictionary
@@ -24,8 +24,8 @@ __all__ = ["InFlight", "PipelineContext"]
 class InFlight(Protocol):
     """A pipeline that may have unacknowledged lines."""
 
-    async def all_acked(self) -> None:
-        """Wait until all that was queued is acknowledged and stored."""
+    async def left_flight(self) -> None:
+        """Wait until nothing is queued any more: it is acknowledged and stored, or left to another agent."""
 
 
 @dataclass(kw_only=True)
@@ -48,6 +48,7 @@ class PipelineContext:
         task_totals: Totals of the attempts of tasks by pipeline, task and result, since the agent started.
         pipeline_stats: The past runs of pipelines, as in the store.
         label_values: Warns of attributes that make a stream for each run.
+        owns: Returns whether this agent follows the job with this service identity and id; None: it follows all.
         in_flight: Pipelines with unacknowledged lines, by (service identity, job id); also without their tailer.
     """
 
@@ -63,6 +64,7 @@ class PipelineContext:
     names: PipelineNames
     task_names: PipelineNames
     lines_on_spans: bool = False
+    owns: Callable[[str, str], bool] | None = None
     task_totals: dict[tuple[str, str, str], RunTotals] = field(default_factory=dict)
     pipeline_stats: PipelineStats = field(default_factory=PipelineStats)
     label_values: LabelValues = field(default_factory=LabelValues)
@@ -82,4 +84,4 @@ class PipelineContext:
         """Wait until the lines of an earlier tailer of the job are acknowledged: then its checkpoint is final."""
         earlier = self.in_flight.get((identity, job_id))
         if earlier is not None:
-            await earlier.all_acked()
+            await earlier.left_flight()

@@ -30,6 +30,7 @@ from tailspan_agent.analysis.failure import Failure
 from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
 from tailspan_agent.analysis.progress import ProgressMeter
 from tailspan_agent.checkpoint.rows import Ack
+from tailspan_agent.errors import LeaseLostError
 from tailspan_agent.exporter.outcome import age_advice
 from tailspan_agent.job.ledger import ChunkResult, JobLedger
 from tailspan_agent.job.line_sums import Seconds, add_seconds, page_seconds
@@ -41,7 +42,7 @@ from tailspan_agent.otlp.log_record import LogRecordData, encode_log_record
 from tailspan_agent.pipeline.context import PipelineContext
 from tailspan_agent.pipeline.job_alerts import JobAlerts
 from tailspan_agent.pipeline.job_spans import JobSpans
-from tailspan_agent.pipeline.queue import Chunk, LogQueue, copied_bytes
+from tailspan_agent.pipeline.queue import Chunk, Fence, LogQueue, copied_bytes
 from tailspan_agent.pipeline.store_streams import may_be_too_old, parts_in_time
 from tailspan_agent.pipeline.tracked_job import TrackedJob
 from tailspan_agent.records.encode import LogContext, encode_lines
@@ -112,6 +113,7 @@ class JobPipeline:
         self._run_reported = self.job.checkpoint.ended
         self._attempts_ended = False
         self._unacked = 0
+        self._is_lost = False
         self._unacked_seconds: Seconds = {}
         self._all_acked = Flag(is_set=True)
         context.in_flight[service.identity, status.job_id] = self
@@ -314,6 +316,7 @@ class JobPipeline:
             page: The next page. Without a logs signal only the ledger changes.
             late: Whether these lines became visible behind the cursor, which then does not move.
         """
+        self._check_not_lost()
         if self._queue is not None:
             await self._queue.room()
         job = self.job
@@ -398,9 +401,23 @@ class JobPipeline:
             job.acked_ledger = msgspec.structs.replace(ledger.with_seen(job.ledger), delivery=delivery)
             return Ack(job.checkpoint.key, cursor, job.acked_ledger.to_json(), seconds)
 
+        has_left = False
+
+        def leave() -> None:
+            nonlocal has_left
+            if not has_left:
+                has_left = True
+                self._leave_flight(seconds)
+
         def on_stored() -> None:
-            self._leave_flight(seconds)
+            leave()
             health.checkpointed()
+
+        def on_void(part: _Records) -> None:
+            # Later lines must not move the cursor over these, even if this agent follows the job again by then.
+            self._is_lost = True
+            leave()
+            health.records_abandoned(name, part.number)
 
         self._unacked += 1
         add_seconds(self._unacked_seconds, seconds)
@@ -411,6 +428,7 @@ class JobPipeline:
                 stored = on_stored if part is parts[-1] else _nothing
                 pieces = deque(part.pieces or [(b"", 0)])
                 chunk = Chunk(resource or job.log_resource, pieces, partial(on_result, part), stored, alone)
+                chunk.fence = self._fence(partial(on_void, part))
                 if number:
                     chunk.on_send = partial(job.store_sent, number, part.newest_ns)
                     chunk.stream, chunk.oldest_ns, chunk.newest_ns = job.stream_key, part.oldest_ns, part.newest_ns
@@ -418,7 +436,7 @@ class JobPipeline:
                 left -= part.number
         except BaseException:
             # Cancelled while the queue was full: the next tailer of this job reads these lines again.
-            self._leave_flight(seconds)
+            leave()
             health.records_abandoned(name, left)
             raise
 
@@ -444,6 +462,18 @@ class JobPipeline:
             self._age_reason,
         )
 
+    def _fence(self, on_void: Callable[[], None]) -> Fence | None:
+        return None if self._context.owns is None else Fence(self._is_void, on_void)
+
+    def _is_void(self) -> bool:
+        owns = self._context.owns
+        return self._is_lost or (owns is not None and not owns(self.job.service.identity, self.job.status.job_id))
+
+    def _check_not_lost(self) -> None:
+        """Raise LeaseLostError if lines were dropped because another agent follows the job."""
+        if self._is_lost:
+            raise LeaseLostError("another agent follows the job")
+
     def _leave_flight(self, seconds: Seconds) -> None:
         self._unacked -= 1
         add_seconds(self._unacked_seconds, seconds, -1)
@@ -453,10 +483,19 @@ class JobPipeline:
     @property
     def nothing_in_flight(self) -> bool:
         """Whether all that was queued is acknowledged and stored."""
-        return not self._unacked
+        return not self._unacked and not self._is_lost
 
     async def all_acked(self) -> None:
-        """Wait until all that was queued is acknowledged and stored."""
+        """Wait until all that was queued is acknowledged and stored.
+
+        Raises:
+            LeaseLostError: Another agent of the fleet follows the job, and sends what is left.
+        """
+        await self._all_acked.wait()
+        self._check_not_lost()
+
+    async def left_flight(self) -> None:
+        """Wait until nothing is queued any more: it is acknowledged and stored, or left to another agent."""
         await self._all_acked.wait()
 
     async def relayed_seconds(self) -> Seconds:

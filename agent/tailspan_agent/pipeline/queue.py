@@ -16,18 +16,19 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from tailspan_agent.checkpoint.protocol import CheckpointStore
 from tailspan_agent.checkpoint.rows import Ack, OutboxSpan
-from tailspan_agent.errors import CheckpointError
+from tailspan_agent.errors import CheckpointError, LeaseLostError
 from tailspan_agent.exporter.endpoints import Endpoint
 from tailspan_agent.exporter.retry import SHORTENED, DeliveryResult, Rejection
 from tailspan_agent.job.ledger import ChunkResult
 from tailspan_agent.otlp.requests import logs_request, traces_request
 from tailspan_agent.pipeline.store_streams import WINDOW_NS
+from tailspan_agent.tasks import Flag
 
-__all__ = ["BATCH_BYTES", "Chunk", "LogQueue", "SpanQueue", "copied_bytes", "until_usable"]
+__all__ = ["BATCH_BYTES", "Chunk", "Fence", "LogQueue", "SpanQueue", "copied_bytes", "until_usable"]
 
 BATCH_BYTES = 3 << 20
 """A collector's gRPC server takes 4 MiB by default; the envelope is small."""
@@ -47,6 +48,18 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+class Fence(NamedTuple):
+    """When another agent follows a job from now on, what was read of it here must not be sent any more.
+
+    Attributes:
+        is_void: Returns whether the chunk must not be sent.
+        on_void: Called once if it was not sent.
+    """
+
+    is_void: Callable[[], bool]
+    on_void: Callable[[], None]
+
+
 @dataclass(slots=True)
 class Chunk:
     """Encoded records of one page of one job.
@@ -63,6 +76,7 @@ class Chunk:
         oldest_ns: The time of its oldest record, in ns since the epoch; only with `stream`.
         newest_ns: The time of its newest record.
         on_send: Called before its first records are sent, which wait until what it stores is on disk.
+        fence: What may make the chunk void before it is sent; None: nothing.
         result: The outcome of the records that were sent.
     """
 
@@ -75,12 +89,23 @@ class Chunk:
     oldest_ns: int = 0
     newest_ns: int = 0
     on_send: Callable[[], None] | None = None
+    fence: Fence | None = None
     result: ChunkResult = field(default_factory=ChunkResult)
 
     @property
     def count(self) -> int:
         """The number of records that are still to be sent."""
         return sum(count for _, count in self.pieces)
+
+    @property
+    def is_void(self) -> bool:
+        """Whether the chunk must not be sent."""
+        return self.fence is not None and self.fence.is_void()
+
+    def on_void(self) -> None:
+        """Note that the chunk was not sent."""
+        if self.fence is not None:
+            self.fence.on_void()
 
     @property
     def size(self) -> int:
@@ -135,6 +160,8 @@ async def _until_stored(use_store: Callable[[], T], what: str) -> T:
     while True:
         try:
             return use_store()
+        except LeaseLostError:
+            raise  # no wait brings the job back
         except CheckpointError as error:
             if not logged:
                 _log.error("%s: waiting until the disk is usable: %s", what, error)
@@ -168,6 +195,8 @@ class LogQueue:
         self._queued_bytes = 0
         self._changed = asyncio.Condition()
         self._busy = False
+        self._sending: asyncio.Task[DeliveryResult] | None = None
+        self._in_flight: list[_Piece] = []
         self.linger = True
 
     @property
@@ -229,6 +258,11 @@ class LogQueue:
         times = _StreamTimes()
         while self._queue:
             chunk = self._queue[0]
+            if chunk.fence is not None and chunk.is_void:
+                self._queue.popleft()
+                self._queued_bytes -= chunk.size
+                chunk.on_void()
+                continue
             alone = alone or chunk.alone
             mixed = mixed or (bool(batch) and chunk.resource != batch[0].chunk.resource)
             if (alone and mixed) or not times.fits(chunk):
@@ -258,8 +292,15 @@ class LogQueue:
             )
             for piece in batch:
                 piece.records = b""  # megabytes that the payload has now
-            await self._store_sent(batch)
-            result = await self._endpoint.deliver(payload, count)
+            with contextlib.suppress(LeaseLostError):
+                await self._store_sent(batch)
+            sent = await self._send(batch, payload, count)
+            if sent is None:
+                for piece in batch:
+                    if piece.is_last:
+                        piece.chunk.on_void()
+                return
+            result = sent
         for piece, outcome in zip(batch, _results(batch, result), strict=True):
             piece.chunk.result += outcome
         done = [piece.chunk for piece in batch if piece.is_last]
@@ -287,6 +328,41 @@ class LogQueue:
                 chunk.on_send = None
         if new:
             await self._store.written()
+
+    async def _send(self, batch: list[_Piece], payload: bytes, count: int) -> DeliveryResult | None:
+        """Send a batch until its outcome is final; None if it is void, or was cut."""
+        if batch[0].chunk.fence is None:
+            return await self._endpoint.deliver(payload, count)
+        if any(piece.chunk.is_void for piece in batch):
+            return None
+        self._in_flight = batch
+        self._sending = asyncio.create_task(self._endpoint.deliver(payload, count))
+        try:
+            await asyncio.wait([self._sending])
+            if not self._sending.cancelled():
+                return self._sending.result()
+        finally:
+            self._sending.cancel()
+            self._sending, self._in_flight = None, []
+        return None
+
+    async def abandon(self, *, cut: bool) -> None:
+        """Drop the chunks that are void.
+
+        Args:
+            cut: Whether to cut the request in flight, too, if all of it is void.
+        """
+        if cut and self._sending is not None and all(piece.chunk.is_void for piece in self._in_flight):
+            self._sending.cancel()
+        async with self._changed:
+            queued, self._queue = self._queue, deque()
+            for chunk in queued:
+                if chunk.is_void:
+                    self._queued_bytes -= chunk.size
+                    chunk.on_void()
+                else:
+                    self._queue.append(chunk)
+            self._changed.notify_all()
 
 
 def _results(batch: Sequence[_Piece], result: DeliveryResult) -> Iterator[ChunkResult]:
@@ -343,6 +419,8 @@ class SpanQueue:
         self._has_spans = asyncio.Event()
         self._idle = asyncio.Event()
         self._hurry = asyncio.Event()
+        self._sending: asyncio.Task[DeliveryResult] | None = None
+        self._settled = Flag(is_set=True)
         self._has_spans.set()
 
     def wake(self) -> None:
@@ -368,11 +446,34 @@ class SpanQueue:
             # Sent before it is written, a span could be made again after a crash, and not be equal.
             await self._store.written()
             while spans := await _until_stored(self._unsent, "reading the spans to send"):
-                payload = traces_request(_by_resource((span.resource, span.span) for span in spans))
-                await self._endpoint.deliver(payload, len(spans))
-                await _until_stored(partial(self._store.ack_spans, spans), "the checkpoint of sent spans")
+                self._settled.clear()
+                try:
+                    await self._send(spans)
+                finally:
+                    self._settled.set()
             if not self._has_spans.is_set():
                 self._idle.set()
+
+    async def _send(self, spans: list[OutboxSpan]) -> None:
+        payload = traces_request(_by_resource((span.resource, span.span) for span in spans))
+        self._sending = asyncio.create_task(self._endpoint.deliver(payload, len(spans)))
+        try:
+            await asyncio.wait([self._sending])
+            if self._sending.cancelled():
+                return
+            self._sending.result()
+        finally:
+            self._sending.cancel()
+        await _until_stored(partial(self._store.ack_spans, spans), "the checkpoint of sent spans")
+
+    async def nothing_in_flight(self) -> None:
+        """Wait until no request is on its way, and the spans of the last one are acknowledged in the store."""
+        await self._settled.wait()
+
+    def abandon(self) -> None:
+        """Cut the request in flight; its spans are sent again by the agent that has their job."""
+        if self._sending is not None:
+            self._sending.cancel()
 
     def _unsent(self) -> list[OutboxSpan]:
         return self._store.unsent_spans(_SPANS_A_REQUEST, BATCH_BYTES)

@@ -44,6 +44,11 @@ class Backlog:
     def __contains__(self, job_id: str) -> bool:
         return job_id in self._jobs
 
+    @property
+    def ids(self) -> list[str]:
+        """The ids of all jobs that wait."""
+        return list(self._jobs)
+
     def get(self, job_id: str) -> WaitingJob | None:
         """Return a job; None if it does not wait."""
         return self._jobs.get(job_id)

@@ -7,7 +7,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from fnmatch import fnmatchcase
 from functools import partial
 
@@ -32,6 +32,7 @@ _SHARE_OF_REQUESTS = 0.25
 _LONGEST_PAUSE_S = 10.0
 _LONGEST_LIST_PAUSE_S = 25.0
 _CHANGES_EVERY_S = 0.05
+_OWNERSHIP_S = 1.0  # how soon an agent of a fleet lists again after it has taken jobs over
 # Ended jobs in their first turn at a time. Each takes some ten KiB until it is relayed, and up to a second: what its
 # endpoint needs to acknowledge its lines and its receipt.
 _FIRST_TURNS = 128
@@ -108,6 +109,7 @@ class JobDiscovery:
         self._stopped = False
         self._clock_ahead_s = time.time() - time.monotonic()
         self._full_scan_at_s = float("-inf")
+        self._relist = asyncio.Event()
         self._changes: ChangeFeed | None = None
         self._lost_feeds = 0
 
@@ -115,6 +117,11 @@ class JobDiscovery:
     def name(self) -> str:
         """The service's configured name."""
         return self._service.name
+
+    @property
+    def identity(self) -> str:
+        """The service's identity."""
+        return self._service.identity
 
     @property
     def has_scanned(self) -> bool:
@@ -197,13 +204,18 @@ class JobDiscovery:
             due_s = max(due_s, self._full_scan_at_s + _FULL_SCAN_S)
         while (left_s := due_s - time.monotonic()) > 0:
             if self._changes is None:
-                await asyncio.sleep(left_s)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(left_s):
+                        await self._relist.wait()
+                        return
                 continue
             try:
-                async with asyncio.timeout(left_s):
+                async with asyncio.timeout(left_s if self._context.owns is None else min(left_s, _OWNERSHIP_S)):
                     jobs = await self._changes.wait()
             except TimeoutError:
-                return
+                if self._relist.is_set():
+                    return
+                continue
             except ServiceError as error:
                 self._lose_changes(error)
                 due_s = begun_s + pause_s
@@ -244,6 +256,10 @@ class JobDiscovery:
             AgentError: The store cannot be used, or the service plugin has a bug.
         """
         now_s = time.monotonic()
+        if self._relist.is_set():
+            self._relist.clear()
+            self._ignored = self._context.store.finished_jobs(self._service.identity)
+            self._full_scan_at_s = float("-inf")
         full = self._full_scan_is_due
         try:
             await self._scan(full)
@@ -275,11 +291,13 @@ class JobDiscovery:
             # However old it is: a job that the store has as unfinished gets its end.
             for jobs in self._context.store.unfinished_jobs(self._service.identity):
                 for job_id, name in jobs:
-                    if job_id not in self.tailers and job_id not in self._ignored and job_id not in self.backlog:
+                    if job_id in self.tailers or job_id in self._ignored or job_id in self.backlog:
+                        continue
+                    if self._owns(job_id):
                         self.backlog.put(WaitingJob(job_id, name, None))
                 await asyncio.sleep(0)
         for job_id in dict.fromkeys(job_id for watch in self.watches for job_id in watch.jobs):
-            if job_id not in self.tailers and job_id not in self._ignored:
+            if job_id not in self.tailers and job_id not in self._ignored and self._owns(job_id):
                 # An earlier watch may match the job by its name.
                 self._follow(job_id, await self._name_of(job_id) if discover else "")
         if discover:
@@ -317,7 +335,7 @@ class JobDiscovery:
         if tailer is not None:
             tailer.on_row(row)
             return False
-        if row.job_id in self._ignored or self._still_waits(row):
+        if row.job_id in self._ignored or not self._owns(row.job_id) or self._still_waits(row):
             return False
         try:
             _check_id(row.job_id)
@@ -340,7 +358,8 @@ class JobDiscovery:
             self.backlog.put(WaitingJob(row.job_id, name, row))
         else:
             self._follow(row.job_id, name)
-            self.tailers[row.job_id].on_row(row)
+            if row.job_id in self.tailers:
+                self.tailers[row.job_id].on_row(row)
         return True
 
     def _still_waits(self, row: ListedJob) -> bool:
@@ -390,7 +409,7 @@ class JobDiscovery:
     def _make_tailer(self, job_id: str, name: str) -> Tailer | None:
         """Return a new tailer of a job; None if no watch matches it."""
         watch = match(self.watches, job_id, name)
-        if watch is None:
+        if watch is None or not self._owns(job_id):
             return None
         tailer = Tailer(
             self._context,
@@ -405,6 +424,32 @@ class JobDiscovery:
         if self._changes is not None:
             self._subscribe(tailer)
         return tailer
+
+    def _owns(self, job_id: str) -> bool:
+        """Return whether this agent follows the job, and no other agent of its fleet."""
+        owns = self._context.owns
+        return owns is None or owns(self._service.identity, job_id)
+
+    def on_gained(self) -> None:
+        """List again at once: this agent follows more jobs from now on."""
+        self._relist.set()
+
+    def drop(self, is_kept: Callable[[str], bool]) -> list[Tailer]:
+        """Forget the jobs that are not kept; return their running tailers, which the caller stops.
+
+        Args:
+            is_kept: Returns whether a job is still followed by this agent.
+        """
+        for job_id in self.backlog.ids:
+            if not is_kept(job_id):
+                self.backlog.remove(job_id)
+        found, self._found = self._found, []
+        for tailer in found:
+            if is_kept(tailer.job_id):
+                self._found.append(tailer)
+            else:
+                del self.tailers[tailer.job_id]
+        return [tailer for job_id, tailer in self.tailers.items() if not is_kept(job_id)]
 
     def _start_found(self) -> None:
         # After the list, which is newest first: the oldest job of a pipeline must be known before any is read.

@@ -13,7 +13,7 @@ from tailspan.config import Settings, Watch
 from tailspan.errors import AuthError, ConfigError, ServiceUnavailableError, TailspanError
 from tailspan.services import JobService
 from tailspan_agent.analysis.assessment import JobSnapshot
-from tailspan_agent.errors import AgentError, CheckpointError
+from tailspan_agent.errors import AgentError, CheckpointError, LeaseLostError
 from tailspan_agent.pipeline.context import PipelineContext
 from tailspan_agent.pipeline.queue import until_usable
 from tailspan_agent.receiver.discovery import JobDiscovery, match
@@ -37,6 +37,8 @@ class Receiver:
     Args:
         context: Shared by all tailers.
         opener: Makes the configured service of a name.
+        shared: Shared by the tailers of jobs that a fleet of agents shares: those of services that are not read from
+            this machine. None: this agent follows all jobs.
 
     Attributes:
         tailers: The running tailers, with their tasks.
@@ -45,13 +47,19 @@ class Receiver:
         failed: The jobs of a single pass that could not be relayed, as (job id, reason).
     """
 
-    def __init__(self, context: PipelineContext, opener: Callable[[str, Settings], JobService]) -> None:
+    def __init__(
+        self,
+        context: PipelineContext,
+        opener: Callable[[str, Settings], JobService],
+        shared: PipelineContext | None = None,
+    ) -> None:
         self.tailers: dict[Tailer, asyncio.Task[None]] = {}
         self.discoveries: dict[str, JobDiscovery] = {}
         self.started = 0
         self.failed: list[tuple[str, TailspanError]] = []
         self._context = context
         self._opener = opener
+        self._shared = shared
         self._sources: dict[str, Source] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
@@ -89,6 +97,33 @@ class Receiver:
             discovery.has_scanned and discovery.failure is None and not discovery.backlog
             for discovery in self.discoveries.values()
         )
+
+    def context_of(self, service: JobService) -> PipelineContext:
+        """Return what the tailers of a service share."""
+        return self._context if self._shared is None or service.polls_are_free else self._shared
+
+    def on_gained(self) -> None:
+        """Find the jobs that this agent follows from now on, and another one of its fleet before."""
+        for discovery in self._shared_discoveries():
+            discovery.on_gained()
+
+    async def keep_only(self, is_kept: Callable[[str, str], bool]) -> None:
+        """Stop to follow the shared jobs that are not kept.
+
+        Args:
+            is_kept: Returns whether the job with this service identity and id is still followed.
+        """
+        dropped: list[Tailer] = []
+        for discovery in self._shared_discoveries():
+            dropped += discovery.drop(partial(is_kept, discovery.identity))
+        await cancelled(*self._tasks_of(dropped))
+
+    def _shared_discoveries(self) -> list[JobDiscovery]:
+        return [
+            self.discoveries[name]
+            for name, source in self._sources.items()
+            if name in self.discoveries and self.context_of(source.service) is self._shared
+        ]
 
     def kept(self, old: Settings, new: Settings) -> dict[str, Source]:
         """Return the services that a changed configuration leaves as they are."""
@@ -133,7 +168,7 @@ class Receiver:
             self._sources[name] = source
             self._context.health.add_service(name)
             discovery = self.discoveries[name] = JobDiscovery(
-                self._context, source, watches[name], once=once, start=self._start
+                self.context_of(source.service), source, watches[name], once=once, start=self._start
             )
             if not once:
                 self._tasks[name] = asyncio.create_task(discovery.run())
@@ -233,6 +268,8 @@ class Receiver:
         try:
             await tailer.run()
             return
+        except LeaseLostError:
+            return  # the agent that has the job now continues
         except TailspanError as error:
             _log.error("job %s: %s", tailer.job_id, error)
             tailer.failure = error

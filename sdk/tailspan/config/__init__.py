@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tailspan._net import read_secret_file
     from tailspan.config.agent import AgentSettings, Expect, Watch
     from tailspan.config.fields import Duration, PositiveDuration, Size, UserPath
+    from tailspan.config.fleet import FleetSettings
     from tailspan.config.options import Options, validate_options
     from tailspan.config.otlp import OtlpKeys, OtlpSettings, SignalSettings
     from tailspan.config.settings import (
@@ -29,6 +30,7 @@ __all__ = [
     "Duration",
     "Expect",
     "FilesSettings",
+    "FleetSettings",
     "LinksSettings",
     "Options",
     "OtlpKeys",
@@ -53,6 +55,7 @@ _MODULES = {
     "tailspan._net": ("read_secret_file",),
     "tailspan.config.agent": ("AgentSettings", "Expect", "Watch"),
     "tailspan.config.fields": ("Duration", "PositiveDuration", "Size", "UserPath"),
+    "tailspan.config.fleet": ("FleetSettings",),
     "tailspan.config.options": ("Options", "validate_options"),
     "tailspan.config.otlp": ("OtlpKeys", "OtlpSettings", "SignalSettings"),
     "tailspan.config.settings": (

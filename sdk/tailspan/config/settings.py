@@ -20,6 +20,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from tailspan.config.agent import AgentSettings, Watch
 from tailspan.config.fields import JsonList, Size, StrList, UserPath
+from tailspan.config.fleet import FleetSettings
 from tailspan.config.layers import Layer, Loc, below, environment_layer, file_layer
 from tailspan.config.options import Options, OptionsTable, config_error
 from tailspan.config.otel_env import otel_layer
@@ -147,6 +148,7 @@ class Settings(BaseSettings):
         default_service: The service that the verbs use if none is named.
         services: Each service's raw options by name; ``local`` is always there. Every table has ``type``.
         agent: The agent's own settings.
+        fleet: The database that several agents share.
         otlp: Where telemetry goes.
         files: Files for signals without an endpoint.
         redact: Secrets that must not leave this machine.
@@ -158,6 +160,7 @@ class Settings(BaseSettings):
     default_service: str = "local"
     services: dict[str, dict[str, Any]] = Field(default={}, repr=False, validate_default=True)
     agent: AgentSettings = Field(default_factory=AgentSettings)
+    fleet: FleetSettings = FleetSettings()
     otlp: OtlpSettings = Field(default_factory=OtlpSettings)
     files: FilesSettings = FilesSettings()
     redact: RedactSettings = RedactSettings()
