@@ -19,6 +19,7 @@ disk.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import sqlite3
@@ -45,7 +46,8 @@ from tailspan_agent.otlp.wire import UINT64_MAX
 __all__ = ["Ack", "Checkpoint", "OutboxSpan", "SqliteStore", "read_checkpoint", "read_instance_id"]
 
 _SMALLEST_BYTES = 512
-_PART = 5000
+# How many jobs are searched, and deleted, before other tasks run: about ten milliseconds of work.
+_PART, _FORGOTTEN_PART = 5000, 1000
 # As much is written again at once: a thread copies the log of writes into the file, because its fsync may take seconds.
 _LOG_BYTES = 4 << 20
 _COMMITS_A_CHECK = 64
@@ -61,6 +63,16 @@ _REFUSED = (
 )
 
 _ADD_SPAN = "INSERT OR IGNORE INTO spans (job, span_id, resource, span) VALUES (?, ?, ?, ?)"
+
+_OLD_JOBS = (
+    "SELECT key, job_id FROM jobs WHERE key > ? AND key <= ? AND updated_s < ?"
+    " AND NOT (? AND EXISTS (SELECT 1 FROM spans WHERE job = jobs.key AND acked = 0))"
+)
+_DELETES = (
+    "DELETE FROM spans WHERE job = ?",
+    "DELETE FROM seconds WHERE job = ?",
+    "DELETE FROM jobs WHERE key = ?",
+)
 
 _log = logging.getLogger(__name__)
 
@@ -138,6 +150,7 @@ class SqliteStore:
             self._db = self._open()
             undo.callback(self._db.close)
             self._file = file_at(self.path)
+            self._index_names()
             self.instance_id = self._meta("instance_id", str(uuid.uuid4()))
             self.start_unix_nano = int(self._meta("start_unix_nano", str(time.time_ns())))
             self.totals = {totals.key: totals for totals in self._runs()}
@@ -160,6 +173,21 @@ class SqliteStore:
             return self._salvaged()
         except (OSError, sqlite3.Error) as error:
             raise CheckpointError(f"cannot set aside the damaged checkpoint store {self.path}: {error}") from error
+
+    def _index_names(self) -> None:
+        """Make an index of the jobs by name: a search through 100,000 jobs for each of them would be quadratic.
+
+        In memory, so that the file stays as earlier versions know it.
+        """
+        with self._reading():
+            self._db.execute("PRAGMA temp_store = MEMORY")
+            self._db.execute(
+                "CREATE TEMP TABLE named (hash INTEGER, job INTEGER, PRIMARY KEY (hash, job)) WITHOUT ROWID"
+            )
+            self._db.execute("BEGIN")
+            names = self._db.execute("SELECT name, key FROM jobs")
+            self._db.executemany("INSERT INTO temp.named VALUES (?, ?)", ((hash(name), key) for name, key in names))
+            self._db.execute("COMMIT")
 
     def _salvaged(self) -> sqlite3.Connection:
         """Set the damaged file aside, and return a new store with the rows that it still has."""
@@ -257,8 +285,9 @@ class SqliteStore:
                 " VALUES (?, ?, ?, ?, ?, ?)",
                 (identity, job_id, utf8_name(name), stream, ledger, time.time()),
             )
-        checkpoint = self.job(identity, job_id)
-        assert checkpoint is not None
+            checkpoint = self.job(identity, job_id)
+            assert checkpoint is not None
+            db.execute("INSERT OR IGNORE INTO temp.named VALUES (?, ?)", (hash(checkpoint.name), checkpoint.key))
         return checkpoint
 
     def finished_jobs(self, identity: str) -> set[str]:
@@ -269,8 +298,7 @@ class SqliteStore:
     def unfinished_jobs(self, identity: str) -> Iterator[list[tuple[str, str]]]:
         """Yield id and name of all other known jobs of a service, oldest first, in parts: each takes milliseconds."""
         after = -1 << 63
-        last = "SELECT max(key) FROM (SELECT key FROM jobs WHERE key > ? ORDER BY key LIMIT ?)"
-        while (until := self._select(last, after, _PART)[0][0]) is not None:
+        while (until := self._next_part(after, _PART)) is not None:
             yield self._select(
                 "SELECT job_id, name FROM jobs WHERE key > ? AND key <= ? AND identity = ?"
                 " AND (ended = 0 OR logs_complete = 0 OR late = 1) ORDER BY key",
@@ -344,9 +372,10 @@ class SqliteStore:
         query = (
             "SELECT CAST(line.key AS INTEGER), max(line.value)"
             " FROM jobs, json_each(iif(json_valid(facts), facts, '{}'), '$.log_streams') AS line"
-            " WHERE name = ? AND line.type = 'integer' GROUP BY 1"
+            " WHERE jobs.key IN (SELECT job FROM temp.named WHERE hash = ?) AND name = ? AND line.type = 'integer'"
+            " GROUP BY 1"
         )
-        return dict(self._select(query, name))
+        return dict(self._select(query, hash(name), name))
 
     def complete_logs(self, key: int, *, late: bool = False) -> None:
         """Store that all lines of an ended job are acknowledged.
@@ -489,25 +518,30 @@ class SqliteStore:
         Returns:
             Number of deleted jobs.
         """
-        latest_s = time.time() + _FUTURE_S
+        now_s, kept, forgotten = time.time(), frozenset(keep), 0
         with self._transaction() as db:
             # Written while the clock was wrong: they age from now on.
-            db.execute("UPDATE jobs SET updated_s = ? WHERE updated_s > ?", (time.time(), latest_s))
-            db.execute("UPDATE names SET asked_s = ? WHERE asked_s > ?", (time.time(), latest_s))
-            db.execute("CREATE TEMP TABLE IF NOT EXISTS forgotten (job INTEGER PRIMARY KEY)")
-            db.execute("DELETE FROM forgotten")
-            db.execute("INSERT INTO forgotten SELECT key FROM jobs WHERE updated_s < ?", (time.time() - older_than_s,))
-            if keep_unsent:
-                db.execute("DELETE FROM forgotten WHERE job IN (SELECT job FROM spans WHERE acked = 0)")
-            db.executemany(
-                "DELETE FROM forgotten WHERE job IN (SELECT key FROM jobs WHERE job_id = ?)",
-                [(job_id,) for job_id in keep],
-            )
+            db.execute("UPDATE jobs SET updated_s = ? WHERE updated_s > ?", (now_s, now_s + _FUTURE_S))
+            db.execute("UPDATE names SET asked_s = ? WHERE asked_s > ?", (now_s, now_s + _FUTURE_S))
             # If such a job is listed again, its name costs one more request.
-            db.execute("DELETE FROM names WHERE asked_s < ?", (time.time() - older_than_s,))
-            for table in ("spans", "seconds"):
-                db.execute(f"DELETE FROM {table} WHERE job IN (SELECT job FROM forgotten)")  # noqa: S608 - constants
-            return db.execute("DELETE FROM jobs WHERE key IN (SELECT job FROM forgotten)").rowcount
+            db.execute("DELETE FROM names WHERE asked_s < ?", (now_s - older_than_s,))
+        after = -1 << 63
+        while (until := self._next_part(after, _FORGOTTEN_PART)) is not None:
+            with self._transaction() as db:
+                old = db.execute(_OLD_JOBS, (after, until, now_s - older_than_s, keep_unsent)).fetchall()
+                keys = [(key,) for key, job_id in old if job_id not in kept]
+                for delete in _DELETES:
+                    db.executemany(delete, keys)
+            forgotten += len(keys)
+            after = until
+            await asyncio.sleep(0)
+        return forgotten
+
+    def _next_part(self, after: int, rows: int) -> int | None:
+        """Return the last number of a part of all jobs that begins after a number; None after the last job."""
+        last = "SELECT max(key) FROM (SELECT key FROM jobs WHERE key > ? ORDER BY key LIMIT ?)"
+        until: int | None = self._select(last, after, rows)[0][0]
+        return until
 
 
 def _number(text: str) -> float | None:

@@ -94,6 +94,37 @@ def test_unfinished_jobs_come_in_parts(store: SqliteStore, monkeypatch: pytest.M
     assert parts == [["j3", "j0"], ["j1", "j2"], ["j4"]]
 
 
+def test_old_jobs_are_forgotten_in_parts(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tasks run in between, however many jobs are old; those of the list are kept."""
+    monkeypatch.setattr(store_module, "_FORGOTTEN_PART", 2)
+    for number in range(7):
+        add(store, f"j{number}")
+
+    async def main() -> tuple[int, int]:
+        forgetting, turns = asyncio.ensure_future(store.forget(-1, keep={"j1", "j6", "unknown"})), 0
+        while not forgetting.done():
+            turns += 1
+            await asyncio.sleep(0)
+        return await forgetting, turns
+
+    forgotten, turns = asyncio.run(main())
+    assert forgotten == 5
+    assert turns >= 4
+    assert [job_id for job_id, _ in unfinished(store)] == ["j1", "j6"]
+
+
+def test_the_newest_lines_of_a_pipeline_are_found_by_its_name(tmp_path: Path) -> None:
+    """Not by a search through all jobs; also of jobs that an earlier process stored."""
+    ledger = '{"first_seen_ns":1,"log_streams":{"2":7}}'
+    with closing(SqliteStore(tmp_path)) as store:
+        store.add_job("id", "old", "etl", stream=0, ledger=ledger)
+    with closing(SqliteStore(tmp_path)) as store:
+        store.add_job("id", "new", "web", stream=0, ledger=ledger)
+        assert [store.newest_by_stream(name) for name in ("etl", "web", "none")] == [{2: 7}, {2: 7}, {}]
+        plan = "EXPLAIN QUERY PLAN SELECT key FROM jobs WHERE key IN (SELECT job FROM temp.named WHERE hash = 1)"
+        assert not any("SCAN" in str(step) for step in store._db.execute(plan))
+
+
 def test_a_long_log_of_writes_is_copied_by_a_thread(tmp_path: Path) -> None:
     """A commit does not wait for the disk; a store that is closed at once has all of it."""
     with closing(SqliteStore(tmp_path)) as store:
