@@ -30,6 +30,7 @@ WINDOW_NS = 30 * 60 * 1_000_000_000
 """Half of Loki's out-of-order window (``max_chunk_age / 2``, one hour by default): room for what is in flight."""
 
 
+_SEARCH_S = 10.0
 _IDLE_S = 3600.0
 """After this time without a line, a store has closed a stream (Loki: ``ingester.chunk_idle_period``, 30 minutes)."""
 
@@ -101,6 +102,7 @@ class LogNames:
         self._folded = folded
         self._clock_s = clock_s
         self._used_s: dict[tuple[str, int], float] = {}
+        self._searched_s = float("-inf")
         self._warned = False
 
     def __len__(self) -> int:
@@ -117,7 +119,10 @@ class LogNames:
         """
         used, now_s = (job_name, stream), self._clock_s()
         if used not in self._used_s and len(self._used_s) >= self._limit:
-            self._used_s = {known: at_s for known, at_s in self._used_s.items() if at_s > now_s - _IDLE_S}
+            # A hundred thousand jobs may each have a name of their own: not for each of them.
+            if now_s - self._searched_s >= _SEARCH_S:
+                self._used_s = {known: at_s for known, at_s in self._used_s.items() if at_s > now_s - _IDLE_S}
+                self._searched_s = now_s
             if len(self._used_s) >= self._limit:
                 if not is_shared:
                     self._fold()
