@@ -177,6 +177,24 @@ def test_a_log_that_was_replaced(ray, tmp_path):
     assert _text(rest) == [b"another log", b"of another job"]
 
 
+def test_a_job_that_ray_deletes_is_read_to_its_end(tmp_path):
+    """The file of a job that had ended stays when its entry is deleted."""
+    with FakeRay(tmp_path) as ray:
+        ray.write(ray.add_job("a-1"), "first\nlast\n")
+        ray.end("a-1")
+        service = service_of(ray, tmp_path)
+
+        async def run() -> None:
+            assert (await service.get_job("a-1")).state is JobState.SUCCEEDED
+            del ray.jobs["a-1"]
+            assert _text([page async for page in service.read_logs("a-1")]) == [b"first", b"last"]
+            with pytest.raises(JobNotFoundError):
+                await service.get_job("a-1")
+            await service.aclose()
+
+        anyio.run(run)
+
+
 def test_bytes_that_are_not_utf8(ray, tmp_path):
     """The file is read as it is; through the API, which breaks off there, the error says why."""
     job_id = ray.add_job("a-1")
