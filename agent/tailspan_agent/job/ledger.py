@@ -122,8 +122,8 @@ class JobLedger(msgspec.Struct, frozen=True, kw_only=True):
         last_line: Its newest line, cleaned, redacted and cut off, to be shown.
         open_line: The uid of the last open line that was sent; unset if there was none.
         attempt: The attempt of the job that its times and states are of; unset for the first.
-        log_streams: The newest line, in ns since the epoch, that was sent to each further log stream of its pipeline,
-            acknowledged or not; unset without one. See `tailspan_agent.pipeline.store_streams`.
+        log_streams: The newest line, in ns since the epoch, that a store may have in each further log stream of its
+            pipeline; unset without one. See `tailspan_agent.pipeline.store_streams`.
     """
 
     first_seen_ns: int

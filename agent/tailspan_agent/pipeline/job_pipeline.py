@@ -430,7 +430,7 @@ class JobPipeline:
                 chunk = Chunk(resource or job.log_resource, pieces, partial(on_result, part), stored, alone)
                 chunk.fence = self._fence(partial(on_void, part))
                 if number:
-                    chunk.on_send = partial(job.store_sent, number, part.newest_ns)
+                    chunk.on_send = job.note_sent(part.newest_ns)
                     chunk.stream, chunk.oldest_ns, chunk.newest_ns = job.stream_key, part.oldest_ns, part.newest_ns
                 await self._queue.put(chunk)
                 left -= part.number

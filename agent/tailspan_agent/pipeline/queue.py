@@ -321,13 +321,19 @@ class LogQueue:
 
     async def _store_sent(self, batch: list[_Piece]) -> None:
         """Store what the endpoint may have from now on, and wait until it is on disk."""
-        new = [piece.chunk for piece in batch if piece.chunk.on_send is not None]
-        for chunk in new:
-            if chunk.on_send is not None:
-                await _until_stored(chunk.on_send, "the newest line of a log stream")
-                chunk.on_send = None
-        if new:
-            await self._store.written()
+        new = [piece.chunk.on_send for piece in batch if piece.chunk.on_send is not None]
+        if not new:
+            return
+
+        def store() -> None:
+            with self._store.together():
+                for on_send in new:
+                    on_send()
+
+        await _until_stored(store, "the newest lines of log streams")
+        await self._store.written()
+        for piece in batch:
+            piece.chunk.on_send = None
 
     async def _send(self, batch: list[_Piece], payload: bytes, count: int) -> DeliveryResult | None:
         """Send a batch until its outcome is final; None if it is void, or was cut."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -71,6 +72,7 @@ class TrackedJob:
         self.resource = self._encode_resource()
         context.label_values.note(status.job_name, status.attributes)
         self.is_log_name_shared = False
+        self._stored_stream = self.checkpoint.stream
         self._log_resource = b""
         self.span_lines: SpanLines | None = None
         self.start_span_lines(whole=self.checkpoint.cursor is None)
@@ -156,22 +158,31 @@ class TrackedJob:
         self.is_log_name_shared = log_name == OTHER_PIPELINES
         if stream == self.checkpoint.stream:
             return
-        self.context.store.update_stream(self.checkpoint.key, stream)
+        if stream == MAIN_STREAM:
+            self._stored_stream = stream
+            self.context.store.update_stream(self.checkpoint.key, stream)
         self.checkpoint = dataclasses.replace(self.checkpoint, stream=stream)
         self.resource, self._log_resource = self._encode_resource(), b""
 
-    def store_sent(self, stream: int, newest_ns: int) -> None:
-        """Store what a store may have, before it is sent: the next process must know it.
+    def note_sent(self, newest_ns: int) -> Callable[[], None] | None:
+        """Note what a store may have from now on; return what must be called before it is sent, if anything.
 
         Args:
-            stream: The log stream.
-            newest_ns: The time of the newest of the lines that are sent, in ns since the epoch.
+            newest_ns: The time of the newest line that goes to the present log stream, in ns since the epoch.
         """
-        ledger = self.ledger.with_stream(stream, newest_ns)
-        if ledger is not self.ledger:
-            acked = msgspec.structs.replace(self.acked_ledger, log_streams=ledger.log_streams)
-            self.context.store.update_ledger(self.checkpoint.key, acked.to_json())
-            self.ledger, self.acked_ledger = ledger, acked
+        # The records of a job's end follow its lines.
+        newest_ns = max(newest_ns, self.ended_ns or 0)
+        ledger = self.ledger.with_stream(self.checkpoint.stream, newest_ns)
+        if ledger is self.ledger and self._stored_stream == self.checkpoint.stream:
+            return None
+        self.ledger = ledger
+        self.acked_ledger = msgspec.structs.replace(self.acked_ledger, log_streams=ledger.log_streams)
+        return partial(self._store_stream, self.checkpoint.stream)
+
+    def _store_stream(self, stream: int) -> None:
+        self._stored_stream = stream
+        self.context.store.update_stream(self.checkpoint.key, stream)
+        self.context.store.update_ledger(self.checkpoint.key, self.acked_ledger.to_json())
 
     def update_tasks(self, tasks: Sequence[TaskRun]) -> None:
         """Take the tasks as they are now, without the configured secrets.
