@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -176,6 +176,7 @@ class Agent:
             health=self._fleet_health,
         )
         undo.callback(self._member.close)
+        self.metrics.add_fleet(self._member)
         shared.owns = self._member.owns
         member = self._member
         self.metrics_reader = self._make_metrics_reader(
@@ -444,10 +445,11 @@ class Agent:
         receiver = self._receiver
         receiver.watch(await receiver.open(self.settings, {}), self.settings)
         missing_runs = MissingRuns(
-            self._context,
+            self._shared or self._context,
             jobs=lambda: receiver.followed,
             settings=lambda: self.settings,
             seen_all=lambda: receiver.has_seen_all,
+            starts_elsewhere=self._starts_elsewhere if self._member is not None else None,
         )
         self._background += [asyncio.create_task(self._housekeep()), asyncio.create_task(missing_runs.run())]
         _log.info("the agent follows %s", ", ".join(sorted(receiver.discoveries)) or "no service")
@@ -523,6 +525,15 @@ class Agent:
             "lag_s": round(max(lags), 1) if lags else None,
             "problems": self.problems(),
         }
+
+    async def _starts_elsewhere(self) -> Mapping[str, int] | None:
+        """Return the starts of running jobs of the whole fleet; None if another agent reports missing runs."""
+        if self._member is None or self._shared_store is None or not self._member.has_metrics:
+            return None
+        try:
+            return await self._shared_store.running_starts([expect.name for expect in self.settings.agent.expect])
+        except CheckpointError:
+            return None
 
     async def _learn_from_others(self, store: PostgresStore) -> None:
         """Take the runs that other agents have counted into the histories of pipelines, until cancelled."""

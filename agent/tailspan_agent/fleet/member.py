@@ -51,6 +51,9 @@ class ShardReader(Protocol):
     def on_gained(self) -> None:
         """Find the jobs of new shards."""
 
+    def use_share(self, share: float) -> None:
+        """Send to services only this part of their ``requests_per_second``, which is the fleet's."""
+
     async def stop_reading(self, is_kept: Callable[[str, str], bool]) -> None:
         """Stop the tailers of all jobs that are not kept.
 
@@ -141,7 +144,9 @@ class FleetMember:
 
     @property
     def lease_age_s(self) -> float:
-        """How long ago the leases were last renewed, in seconds."""
+        """How long ago the leases were last renewed, in seconds; 0 before the first renewal."""
+        if self._read_until_s == float("-inf"):
+            return 0.0
         return self._clock_s() - (self._read_until_s - _READ_UNTIL * self.lease_s)
 
     @property
@@ -249,6 +254,7 @@ class FleetMember:
             back = self._held.keys() - self._handing_over - {METRICS_LEASE} - self._readable
             gained = gained or bool(back)
             self._readable |= back
+        self._reader.use_share(len(self._readable) / SHARDS)
         self.problem = "fleet_schema_newer" if standing.schema > SCHEMA_VERSION else None
         if gained:
             self._reader.on_gained()

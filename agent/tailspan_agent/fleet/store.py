@@ -15,7 +15,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 from uuid import UUID
 
@@ -45,6 +45,10 @@ _MOST_SEEN_RUNS = 10_000
 _INT_32, _INT_64 = 1 << 31, 1 << 63
 
 _log = logging.getLogger(__name__)
+
+
+class _FirstSeen(msgspec.Struct):
+    first_seen_ns: int = 0
 
 
 class _LogStreams(msgspec.Struct):
@@ -321,6 +325,28 @@ class PostgresStore:
             CheckpointError: The database cannot be reached.
         """
         return self._apply_changes(*await self.reader.run(self._read_changes, timeout_s=_READ_TIMEOUT_S))
+
+    async def running_starts(self, names: Collection[str]) -> dict[str, int]:
+        """Return when the last job of a name that has not ended was first seen, by its name, in ns since the epoch.
+
+        Args:
+            names: The names of the jobs.
+
+        Raises:
+            CheckpointError: The database cannot be reached.
+        """
+        rows = await self.reader.run(
+            lambda connection: connection.execute(
+                self.tables.sql("SELECT name, ledger FROM $jobs WHERE NOT ended AND name = ANY(%s)"), (list(names),)
+            ).fetchall(),
+            timeout_s=_READ_TIMEOUT_S,
+        )
+        starts: dict[str, int] = {}
+        for name, ledger in rows:
+            with suppress(msgspec.DecodeError):
+                seen_ns = msgspec.json.decode(ledger, type=_FirstSeen).first_seen_ns
+                starts[name] = max(seen_ns, starts.get(name, 0))
+        return starts
 
     @property
     def totals(self) -> dict[tuple[str, str, str], RunTotals]:

@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from typing import Protocol
 
 from opentelemetry.metrics import CallbackOptions, Observation
 from opentelemetry.sdk.metrics import AlwaysOffExemplarFilter, MeterProvider
@@ -65,6 +66,21 @@ class _Counter:
             yield Observation(count, dict(attributes))
 
 
+class FleetState(Protocol):
+    """An agent's part in a fleet, as its metrics show it."""
+
+    agents: int
+    taken_over: int
+
+    @property
+    def shards(self) -> int:
+        """The number of shards that this agent reads."""
+
+    @property
+    def lease_age_s(self) -> float:
+        """How long ago the leases were last renewed, in seconds."""
+
+
 class AgentMetrics:
     """Counters and gauges ``tailspan.agent.*``. Call the methods once per page or batch, not per line.
 
@@ -93,7 +109,7 @@ class AgentMetrics:
         provider = MeterProvider(
             [self._reader], resource, exemplar_filter=AlwaysOffExemplarFilter(), shutdown_on_exit=False
         )
-        meter = provider.get_meter("tailspan.agent", __version__)
+        meter = self._meter = provider.get_meter("tailspan.agent", __version__)
         counter = partial(_Counter, meter.create_observable_counter)
         self._polls = counter("tailspan.agent.polls", "{poll}", "Requests to job services.")
         self._poll_errors = counter("tailspan.agent.poll.errors", "{error}", "Requests to job services that failed.")
@@ -134,6 +150,23 @@ class AgentMetrics:
         gauge("tailspan.agent.endpoint.up", [self._observe_endpoints], "", "Whether the endpoint accepts this signal.")
         # the reader works only as long as the provider exists
         self._provider = provider
+
+    def add_fleet(self, fleet: FleetState) -> None:
+        """Add the metrics of an agent's part in a fleet."""
+
+        def observe(read: Callable[[], float]) -> Callable[[CallbackOptions], Iterator[Observation]]:
+            return lambda _: iter((Observation(read()),))
+
+        gauge, meter = self._meter.create_observable_gauge, self._meter
+        gauge("tailspan.fleet.agents", [observe(lambda: fleet.agents)], "{agent}", "Agents of the fleet.")
+        gauge("tailspan.fleet.shards", [observe(lambda: fleet.shards)], "{shard}", "Shards that this agent reads.")
+        gauge("tailspan.fleet.lease.age", [observe(lambda: fleet.lease_age_s)], "s", "Time since the last renewal.")
+        meter.create_observable_counter(
+            "tailspan.fleet.takeovers",
+            [observe(lambda: fleet.taken_over)],
+            "{shard}",
+            "Shards taken over from agents that did not renew their leases.",
+        )
 
     def add_service(self, service: str) -> None:
         """Start the counters of a service at 0, so that a rate shows its first count."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 from tailspan.config import Settings
 from tailspan_agent.analysis.assessment import JobSnapshot, last_starts, missing_pipelines
@@ -32,6 +32,8 @@ class MissingRuns:
         settings: Returns the present configuration.
         seen_all: Returns whether every watched service was listed completely and answers. Otherwise a run may have
             started unseen, and the last result stays.
+        starts_elsewhere: Returns when running jobs that other agents of the fleet follow have started, by name, in ns
+            since the epoch; None while another agent reports missing runs.
     """
 
     def __init__(
@@ -41,11 +43,13 @@ class MissingRuns:
         jobs: Callable[[], Iterable[JobSnapshot]],
         settings: Callable[[], Settings],
         seen_all: Callable[[], bool],
+        starts_elsewhere: Callable[[], Awaitable[Mapping[str, int] | None]] | None = None,
     ) -> None:
         self._context = context
         self._jobs = jobs
         self._settings = settings
         self._seen_all = seen_all
+        self._starts_elsewhere = starts_elsewhere
 
     async def run(self) -> None:
         """Check until cancelled."""
@@ -65,9 +69,16 @@ class MissingRuns:
             pipeline_stats.missing.clear()
         if not expects or not self._seen_all():
             return
+        elsewhere = await self._starts_elsewhere() if self._starts_elsewhere is not None else {}
+        if elsewhere is None:
+            pipeline_stats.missing.clear()
+            return
         starts = last_starts(
             pipeline_stats.histories, [(names.label(job.status.job_name), job) for job in self._jobs()]
         )
+        for job_name, start_ns in elsewhere.items():
+            name = names.label(job_name)
+            starts[name] = max(start_ns, starts.get(name, 0))
         before = dict(pipeline_stats.missing)
         pipeline_stats.missing = missing_pipelines(expects, starts, self._context.store.start_unix_nano, now_unix_nano)
         for expect in expects:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection
 
-from tailspan_agent.fleet.shards import shard_of
+from tailspan.services._requests import Pace
+from tailspan_agent.fleet.shards import SHARDS, shard_of
 from tailspan_agent.pipeline.context import PipelineContext
 from tailspan_agent.receiver.receiver import Receiver
 
@@ -29,6 +30,10 @@ class SharedReader:
         self._receiver.on_gained()
         if self._context.spans is not None:
             self._context.spans.wake()
+
+    def use_share(self, share: float) -> None:
+        """Send to services only this part of their ``requests_per_second``, which is the fleet's."""
+        Pace.share = max(share, 1 / SHARDS)
 
     async def stop_reading(self, is_kept: Callable[[str, str], bool]) -> None:
         """Stop the tailers of all jobs that are not kept.

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, M
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
 import anyio
@@ -134,7 +134,13 @@ class Authorizer(Protocol):
 
 
 class Pace:
-    """A token bucket: an average rate per second, with bursts of at most one second's worth."""
+    """A token bucket: an average rate per second, with bursts of at most one second's worth.
+
+    Attributes:
+        share: The part of each rate that this process uses: a fleet of agents shares the rate of a service.
+    """
+
+    share: ClassVar[float] = 1.0
 
     def __init__(self, per_second: float) -> None:
         self._interval_s = 1.0 / per_second
@@ -143,7 +149,7 @@ class Pace:
     async def wait(self) -> None:
         """Wait for the next turn; turns are given in the order of the calls."""
         now = time.monotonic()
-        self._next_s = max(self._next_s, now - 1.0) + self._interval_s
+        self._next_s = max(self._next_s, now - 1.0) + self._interval_s / self.share
         if self._next_s > now:
             await anyio.sleep(self._next_s - now)
 

@@ -29,11 +29,15 @@ class Reader:
 
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.share = 0.0
         self.may_flush = asyncio.Event()
         self.may_flush.set()
 
     def on_gained(self) -> None:
         self.calls.append("gained")
+
+    def use_share(self, share: float) -> None:
+        self.share = share
 
     async def stop_reading(self, is_kept: Callable[[str, str], bool]) -> None:
         self.calls.append("stop reading")
@@ -103,6 +107,7 @@ async def test_agents_share_fairly_and_hand_over_in_order(fleet) -> None:
             a.reader.may_flush.set()
             await until(lambda: b.member.shards == SHARDS // 2)
             assert a.member.shards == SHARDS // 2
+            await until(lambda: a.reader.share == b.reader.share == 0.5)
             owners = [sum(one.member.owns("id", f"j{number}") for one in (a, b)) for number in range(50)]
             assert owners == [1] * 50
             assert (a.member.agents, b.member.agents, b.member.has_metrics, b.member.problem) == (2, 2, False, None)
