@@ -50,7 +50,7 @@ CHECKPOINT_BEFORE_ACK = Mutant(
     "the checkpoint advances before the ack",
     "tailspan_agent/pipeline/queue.py",
     """
-            result = await self._endpoint.deliver(payload, count)
+            sent = await self._send(batch, payload, count)
 """,
     """
             from tailspan_agent.exporter.retry import DeliveryResult as Sent
@@ -60,7 +60,7 @@ CHECKPOINT_BEFORE_ACK = Mutant(
                     await earlier
                 await self._endpoint.deliver(payload, count)
 
-            self._sending = asyncio.create_task(send(getattr(self, "_sending", None)))
-            result = Sent(count)
+            self._early = asyncio.create_task(send(getattr(self, "_early", None)))
+            sent = Sent(count)
 """,
 )
