@@ -14,6 +14,7 @@ import contextlib
 import copy
 import json
 import socket
+import ssl
 import tempfile
 import threading
 import time
@@ -273,9 +274,15 @@ class FakeKubernetes:
         offset_s: What the clocks of the cluster are ahead of this machine's, in seconds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        """Listen nowhere yet.
+
+        Args:
+            tls: Speak TLS with this context. A client with a certificate needs no token.
+        """
         self.lock = threading.RLock()
         self.token = TOKEN
+        self._tls = tls
         self.requests: list[str] = []
         self.sent_bytes = 0
         self.refusals: list[int] = []
@@ -321,7 +328,7 @@ class FakeKubernetes:
     @property
     def url(self) -> str:
         """The URL of the server."""
-        return f"http://127.0.0.1:{self._port}"
+        return f"{'http' if self._tls is None else 'https'}://127.0.0.1:{self._port}"
 
     @property
     def section(self) -> str:
@@ -345,7 +352,7 @@ class FakeKubernetes:
         asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(10)
 
     async def _start(self) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self._port, backlog=1024)
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self._port, backlog=1024, ssl=self._tls)
         self._port = self._server.sockets[0].getsockname()[1]
 
     def stop(self) -> None:
@@ -376,13 +383,13 @@ class FakeKubernetes:
         """Return how many followed logs (or watches) are open."""
         return self._streams[kind]
 
-    def kubeconfig(self, directory: Path, **user: Any) -> Path:
+    def kubeconfig(self, directory: Path, *, cluster: dict[str, Any] | None = None, **user: Any) -> Path:
         """Write a kubeconfig; by default its user has the token."""
         path = directory / "kubeconfig"
         content = {
             "apiVersion": "v1",
             "kind": "Config",
-            "clusters": [{"name": "c", "cluster": {"server": self.url}}],
+            "clusters": [{"name": "c", "cluster": {"server": self.url, **(cluster or {})}}],
             "users": [{"name": "u", "user": user or {"token": self.token}}],
             "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
             "current-context": "x",
@@ -483,7 +490,7 @@ class FakeKubernetes:
         reply: Any
         if self.refusals and (code := self.refusals.pop(0)):
             reply = code, _status(code, "refused")
-        elif headers.get("authorization") != f"Bearer {self.token}":
+        elif headers.get("authorization") != f"Bearer {self.token}" and not writer.get_extra_info("peercert"):
             reply = 401, _status(401, "Unauthorized")
         else:
             reply = self._reply(method, parts.path, query, body)

@@ -131,10 +131,13 @@ class LineCutter:
                 return TimedLine(time_ns, self._number, text)
             if time_ns < self._after.time_ns:
                 return None
-            if time_ns == self._after.time_ns and self._number < self._after.lines:
+            following = self._after.lines - self._number if time_ns == self._after.time_ns else 0
+            if following <= 1:
+                # The last line that was taken, or one after it. What follows is new, also if its time is before: lines
+                # of stdout and stderr can be out of order by microseconds.
+                self._after = None
+            if following > 0:
                 return None
-            # Lines of stdout and stderr can be out of order by microseconds: what follows the position is new.
-            self._after = None
         return TimedLine(time_ns, self._number, text)
 
     def _stamp(self, line: bytes) -> tuple[int, bytes] | None:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from tailspan.errors import AuthError, JobNotFoundError, TailspanError
+from tailspan.errors import AuthError, JobNotFoundError, ProtocolError, TailspanError
 from tailspan.http.client import Reply
 from tailspan.services._json_stream import decode_json
 from tailspan.services._requests import Pace, Params, ServiceRequests
@@ -50,6 +50,7 @@ class KubernetesRequests(ServiceRequests):
             service, cluster.server, credentials, headers=headers, server_name=cluster.server_name, **options
         )
         self._pace = self.pace = pace or self._pace
+        self._cluster = cluster
         self._cluster_credentials = credentials
         self._version = credentials.version
 
@@ -96,6 +97,9 @@ class KubernetesRequests(ServiceRequests):
 
         403 of Kubernetes names the right that is missing: the token is accepted.
         """
+        if status == 401:
+            where = f"the credentials came from {self._cluster.source}"
+            return AuthError(f"{text}; {where}", service=self._service, job_id=job_id)
         if status == 403:
             return AuthError(
                 f"{text}; see the RBAC manifest in deploy/kubernetes", service=self._service, job_id=job_id
@@ -114,6 +118,16 @@ class KubernetesRequests(ServiceRequests):
             self._client = None
         async with super()._reply(*args, **options) as reply:
             yield reply
+
+    def protocol_error(self, text: str, job_id: str | None) -> ProtocolError:
+        """Return the error for a reply that does not match what this API sends."""
+        hint = f"check the server {self._cluster.server} in {self._cluster.source}"
+        return ProtocolError(f"{text}; {hint}", service=self._service, job_id=job_id)
+
+    def _reason(self, error: Exception) -> str:
+        # The keys of other services that have one are in the kubeconfig here.
+        text, _, hint = super()._reason(error).partition(f"set services.{self._service}.")
+        return f"{text}check the certificates in {self._cluster.source}" if hint else text
 
     def _tls(self) -> ssl.SSLContext | None:
         return self._cluster_credentials.tls()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import dataclasses
 import json
+import ssl
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager
@@ -11,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from tailspan.errors import AuthError, ConfigError, JobNotFoundError, ServiceUnavailableError
 from tailspan.logs.page import LogPage
 from tailspan.models import JobState, TaskRun
 from tailspan.services import ChangeFeed
 from tailspan.services.kubernetes import KubernetesService, streams
+from tailspan.services.kubernetes.kubeconfig import find_cluster
 from tailspan.services.kubernetes.options import KubernetesOptions
 from tailspan.services.registry import open_service
 from tailspan.testing import ServiceConformance
@@ -741,7 +746,7 @@ def test_a_token_that_expires_while_logs_are_followed(cluster, tmp_path):
     asyncio.run(run())
 
 
-def test_what_the_configuration_can_get_wrong(cluster, tmp_path):
+def test_what_the_configuration_can_get_wrong(cluster, tmp_path, monkeypatch):
     """Each error names the key or the file."""
     for keys, words in [
         ({"namespace": "a", "all_namespaces": True}, "both set"),
@@ -758,6 +763,7 @@ def test_what_the_configuration_can_get_wrong(cluster, tmp_path):
         service = KubernetesService("k8s", KubernetesOptions(kubeconfig=path), environ={})
         with pytest.raises(ConfigError, match=words):
             _ = service.identity
+    monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ConfigError, match="this is no pod"):
         _ = KubernetesService("k8s", KubernetesOptions(), environ={"KUBECONFIG": ""}).identity
     from tailspan import load_settings
@@ -786,3 +792,89 @@ def test_a_node_that_does_not_answer(cluster, service):
 
     asyncio.run(run())
     assert reading.lines == ["a line", "a line"]
+
+
+def in_base64(blob: Any) -> str:
+    """Return PEM as a kubeconfig has it inline."""
+    return base64.b64encode(blob.bytes()).decode()
+
+
+@pytest.fixture
+def secure() -> Iterator[tuple[FakeKubernetes, trustme.CA]]:
+    """A cluster behind TLS, whose certificate has another name than its address, and the authority of both sides."""
+    authority = trustme.CA()
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("kubernetes.default.svc").configure_cert(context)
+    authority.configure_trust(context)
+    context.verify_mode = ssl.CERT_OPTIONAL
+    with FakeKubernetes(context) as fake:
+        yield fake, authority
+
+
+def test_tls_and_client_certificates(secure, tmp_path):
+    """Certificates inline or in files beside the kubeconfig, a server name; without trust the error says so."""
+    fake, authority = secure
+    job = fake.add_job()
+    job.add_pod().main.write("over TLS")
+    client = authority.issue_cert("me@example.com")
+    trusted = {"certificate-authority-data": in_base64(authority.cert_pem), "tls-server-name": "kubernetes.default.svc"}
+    inline = {
+        "client-certificate-data": in_base64(client.cert_chain_pems[0]),
+        "client-key-data": in_base64(client.private_key_pem),
+    }
+    client.cert_chain_pems[0].write_to_path(tmp_path / "client.pem")
+    client.private_key_pem.write_to_path(tmp_path / "client.key")
+    in_files = {"client-certificate": "client.pem", "client-key": "client.key"}
+    printed = {
+        "status": {
+            "clientCertificateData": client.cert_chain_pems[0].bytes().decode(),
+            "clientKeyData": client.private_key_pem.bytes().decode(),
+        }
+    }
+    plugin = {"command": sys.executable, "args": ["-c", f"print({json.dumps(printed)!r})"]}
+    for user in (inline, in_files, {"token": fake.token}, {"exec": plugin}):
+        path = fake.kubeconfig(tmp_path, cluster=trusted, **user)
+        service = KubernetesService("k8s", KubernetesOptions(kubeconfig=path), environ={})
+
+        async def run(service: KubernetesService = service) -> list[str]:
+            reading = Reading(service, job.job_id)
+            async with following(service, job.job_id):
+                await reading.until(1)
+            return reading.lines
+
+        assert asyncio.run(run()) == ["over TLS"]
+    untrusted = KubernetesService("k8s", KubernetesOptions(kubeconfig=fake.kubeconfig(tmp_path)), environ={})
+    untrusted.tries = 1
+    with pytest.raises(ServiceUnavailableError, match=r"CERTIFICATE_VERIFY_FAILED.*check the certificates in"):
+        asyncio.run(get(untrusted, job.job_id))
+    path = fake.kubeconfig(tmp_path, cluster={"insecure-skip-tls-verify": True})
+    careless = KubernetesService("k8s", KubernetesOptions(kubeconfig=path), environ={})
+    assert asyncio.run(get(careless, job.job_id)).job_name == "etl"
+    broken = {**trusted, "certificate-authority-data": base64.b64encode(b"no PEM").decode()}
+    path = fake.kubeconfig(tmp_path, cluster=broken)
+    with pytest.raises(ConfigError, match="is not usable"):
+        asyncio.run(get(KubernetesService("k8s", KubernetesOptions(kubeconfig=path), environ={}), job.job_id))
+
+
+def test_the_account_of_a_pod(secure, tmp_path, monkeypatch):
+    """Without a kubeconfig, a pod finds server, authority, namespace and token; the token is read each time."""
+    fake, authority = secure
+    monkeypatch.setenv("HOME", str(tmp_path))
+    account = tmp_path / "account"
+    account.mkdir()
+    authority.cert_pem.write_to_path(account / "ca.crt")
+    (account / "namespace").write_text("etl\n")
+    (account / "token").write_text("expired-token-of-the-pod")
+    host, _, port = fake.url.removeprefix("https://").partition(":")
+    environ = {"KUBERNETES_SERVICE_HOST": host, "KUBERNETES_SERVICE_PORT": port}
+    found = find_cluster(None, None, environ=environ, account=account)
+    assert (found.server, found.namespace) == (fake.url, "etl")
+    service = KubernetesService("k8s", KubernetesOptions(), environ=environ)
+    # The certificate of the fake has the name of the service, not its address.
+    service._known = dataclasses.replace(found, server_name="kubernetes.default.svc")
+    service.tries = 1
+    job = fake.add_job(namespace="etl")
+    with pytest.raises(AuthError):
+        asyncio.run(get(service, job.job_id))
+    (account / "token").write_text(fake.token)
+    assert [row.job_id for row in asyncio.run(rows_of(service))] == [job.job_id]
