@@ -19,6 +19,7 @@ END_GROUPS = ("exit_code", "signal", "succeeded", "failed", "canceled", "timed_o
 
 _HOUR_S, _DAY_S = 3600.0, 86400.0
 
+_NOT_STARTED = r"(?:(?:Missing(?:Input|Rule)|IncompleteFiles|AmbiguousRule|CyclicGraph|Lock)Exception|WorkflowError)\b"
 # Sources: Nextflow's wrapper script (command-run.txt); Snakemake's logger, versions 7 to 9; LSF, `bsub -o`.
 _PRESETS: Mapping[str, Mapping[str, Any]] = {
     "nextflow": {
@@ -31,10 +32,11 @@ _PRESETS: Mapping[str, Mapping[str, Any]] = {
     "snakemake": {
         "glob": ["**/.snakemake/log/*.snakemake.log"],
         "name": r"(?P<name>[^/]*)/?\.snakemake/log/(?P<started>[-0-9T.]+)\.snakemake\.log$",
-        "end_marker": r"(?P<end>^Complete log(?:\(s\))?: )"
-        r"|(?P<failed>^Exiting because a job execution failed|^WorkflowError|^Error: )"
-        r"|(?P<canceled>^Terminating processes on user request|^Will exit after finishing currently running jobs)"
-        r"|(?P<succeeded>\(100%\) done|^Nothing to be done)",
+        # What keeps a run from starting is the last that its log has; other exceptions are those of one rule.
+        "end_marker": rf"(?P<end>^Complete log(?:\(s\))?: |^Nothing to be done|^(?={_NOT_STARTED}))"
+        rf"|(?P<failed>^Exiting because a job execution failed|^{_NOT_STARTED})"
+        r"|(?P<canceled>^Terminating processes on user request)"
+        r"|(?P<succeeded>\(100%\) done)",
     },
     "lsf": {
         "glob": ["**/*.out", "**/*.lsf"],

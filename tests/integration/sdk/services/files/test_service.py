@@ -219,9 +219,17 @@ def test_nextflow(root: Path) -> None:
     ("text", "state"),
     [
         ("[Sun] Finished job 0.\n1 of 1 steps (100%) done\nComplete log: .snakemake/log/x\n", "SUCCEEDED"),
-        ("Nothing to be done (all present).\nComplete log(s): /w/x\n", "SUCCEEDED"),
+        ("Nothing to be done (all requested files are present and up to date).\n", "SUCCEEDED"),
+        (
+            'MissingInputException in rule all in file "Snakefile", line 1:\nMissing input files for rule all:\n',
+            "FAILED",
+        ),
+        ("MissingOutputException in rule a:\n1 of 1 steps (100%) done\nComplete log(s): /w/x\n", "SUCCEEDED"),
         ("Exiting because a job execution failed. Look below\nComplete log: .snakemake/log/x\n", "FAILED"),
-        ("Terminating processes on user request\nComplete log: .snakemake/log/x\n", "CANCELED"),
+        (
+            "Terminating processes on user request, x\nComplete log(s): /w/x\nWorkflowError:\nAt least one job\n",
+            "CANCELED",
+        ),
         ("1 of 1 steps (100%) done\n", "RUNNING"),
     ],
 )
