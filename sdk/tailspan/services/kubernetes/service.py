@@ -34,7 +34,7 @@ from tailspan.services.kubernetes.options import KubernetesOptions
 from tailspan.services.kubernetes.reader import Cursor, InstanceReader, PageBuilder, key_of, merged
 from tailspan.services.kubernetes.record import Instance, JobRecord, attributes_of, pending_reason
 from tailspan.services.kubernetes.requests import KubernetesRequests
-from tailspan.services.kubernetes.streams import FollowedLogs
+from tailspan.services.kubernetes.streams import FollowedLogs, streams_allowed
 from tailspan.services.kubernetes.submission import job_manifest
 from tailspan.services.kubernetes.watch import list_pages
 
@@ -152,7 +152,7 @@ class KubernetesService(TaskService, SubmitService, ChangeFeedService):
         """The logs that are followed on this event loop."""
         loop = asyncio.get_running_loop()
         if self._streams is None or self._streams_loop is not loop:
-            self._streams = FollowedLogs(self.long_http, self.options.max_streams, self._on_lines)
+            self._streams = FollowedLogs(self.long_http, streams_allowed(self.options.max_streams), self._on_lines)
             self._streams_loop = loop
         return self._streams
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import sys
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -41,6 +42,8 @@ _FIRST_RETRY_S, _LONGEST_RETRY_S = 0.2, 15.0
 _STATUS_LAG_S = 5.0
 _NOT_YET = 400
 _MISSING_S = 60.0
+# Files and connections of the rest of the process.
+_OTHER_FILES = 256
 
 _log = logging.getLogger(__name__)
 
@@ -61,6 +64,29 @@ def log_request(instance: Instance, after: LinePosition, *, follow: bool, previo
     since = since_time(after)
     query |= {"sinceTime": since} if since else {}
     return f"/api/v1/namespaces/{path_segment(meta.namespace)}/pods/{path_segment(meta.name)}/log", query
+
+
+def streams_allowed(wanted: int) -> int:
+    """Return how many connections this process can hold, and raise its limit of open files for them if it may.
+
+    Args:
+        wanted: How many connections are wanted.
+    """
+    if sys.platform == "win32":
+        return wanted
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted + _OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return wanted
+    most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    # The usual soft limit of 1,024 is for programs that use select(); this one does not.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if most < needed:
+        text = "the limit of open files (%d) allows %d followed logs at a time: raise it, for example by LimitNOFILE"
+        _log.warning(text, hard, max(0, most - _OTHER_FILES))
+    return max(0, most - _OTHER_FILES)
 
 
 def retry_s(failures: int) -> float:

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import dataclasses
 import json
+import resource
 import ssl
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -452,6 +453,18 @@ def test_a_reader_that_stops_stops_the_server(cluster, service, monkeypatch):
 async def held(service: KubernetesService, size: int) -> bool:
     """Return whether the buffers hold at least this many bytes."""
     return service.streams.held_bytes >= size
+
+
+def test_the_limit_of_open_files(monkeypatch, caplog):
+    """The soft limit is raised as far as it may be; what does not fit is said."""
+    limits = [[1024, 4096]]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limits[-1]))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, found: limits.append(found))
+    assert streams.streams_allowed(1000) == 1000
+    assert limits[-1] == (1256, 4096)
+    assert not caplog.records
+    assert streams.streams_allowed(5000) == 4096 - 256
+    assert "allows 3840 followed logs" in caplog.text
 
 
 def test_hostile_output(cluster, service):
