@@ -116,9 +116,6 @@ class KubernetesService(TaskService, SubmitService, ChangeFeedService):
         """
         if self._known is None:
             self._known = find_cluster(self.options.kubeconfig, self.options.context, environ=self._environ)
-            if not self._known.verifies:
-                text = "service %s: the kubeconfig turns off the verification of the API server's certificate"
-                _log.warning(text, self.name)
         return self._known
 
     @property
@@ -343,6 +340,9 @@ class KubernetesService(TaskService, SubmitService, ChangeFeedService):
         """Begin to watch jobs and pods."""
         if self._feed is not None:
             self._feed.close()
+        if not self.cluster.verifies:
+            text = "service %s: the kubeconfig turns off the verification of the API server's certificate"
+            _log.warning(text, self.name)
         self._feed = JobFeed(self)
         return self._feed
 
