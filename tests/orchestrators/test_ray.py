@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,10 @@ RESULTS = {"SUCCEEDED": "success", "FAILED": "failure", "STOPPED": "cancellation
 
 
 class Ray(Orchestrator):
-    """A real head node, with token authentication."""
+    """A real head node, with token authentication, in a network of its own."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, outer_network: str) -> None:
+        self._outer_network = outer_network
         # Its sockets are in the temporary directory, and their paths have little room.
         self.temp = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
         env = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
@@ -60,7 +61,17 @@ class Ray(Orchestrator):
         self.api.close()
         subprocess.run(["ray", "stop", "--force"], env=self.env, check=False, capture_output=True)
         super().__exit__(*error)
+        self._end_all()
         shutil.rmtree(self.temp, ignore_errors=True)
+
+    def _end_all(self) -> None:
+        """End what jobs left behind: Ray can leave a child of a stopped job running. Only they are in this network."""
+        network = os.readlink("/proc/thread-self/ns/net")
+        assert network != self._outer_network
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if os.readlink(process / "ns" / "net") == network and int(process.name) != os.getpid():
+                    os.kill(int(process.name), signal.SIGKILL)
 
     def run(self) -> None:
         """Start the head node, and wait until it answers."""
@@ -95,17 +106,22 @@ class Ray(Orchestrator):
 
 
 @contextmanager
-def isolated() -> Iterator[None]:
-    """Move this thread, and what it starts, to a network of its own; skip the test where that is not possible."""
+def isolated() -> Iterator[str]:
+    """Move this thread, and what it starts, to a network of its own; skip the test where that is not possible.
+
+    Yields:
+        The network of all others.
+    """
     if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("Ray listens on all interfaces: this test needs root, Linux and iproute2 for a network of its own")
+    outer = os.readlink("/proc/thread-self/ns/net")
     libc, own = ctypes.CDLL(None, use_errno=True), os.open("/proc/self/ns/net", os.O_RDONLY)
     try:
         if libc.unshare(CLONE_NEWNET):
             pytest.skip(f"no network of its own for this test: {os.strerror(ctypes.get_errno())}")
         try:
             subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-            yield
+            yield outer
         finally:
             assert libc.setns(own, CLONE_NEWNET) == 0
     finally:
@@ -115,7 +131,7 @@ def isolated() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ray]:
     """A head node for all tests of this module."""
-    with isolated(), Ray(tmp_path_factory.mktemp("ray")) as server:
+    with isolated() as outer, Ray(tmp_path_factory.mktemp("ray"), outer) as server:
         server.run()
         yield server
 
