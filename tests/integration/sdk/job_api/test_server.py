@@ -83,6 +83,7 @@ def test_status_has_the_twelve_fields_and_ours(api):
         "url": None,
         "identity": "scripted-identity",
         "attempt": 1,
+        "retry_of": None,
         "trace_id": reply["trace_id"],
         "logs_complete": True,
         "stale": False,
