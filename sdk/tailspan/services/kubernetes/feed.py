@@ -79,6 +79,7 @@ class JobFeed:
         self._pods_listed = False
         self._jobs_listed = asyncio.Event()
         self._lines_timer: asyncio.TimerHandle | None = None
+        self._others = 0
         self._said_full = False
         self._failure: ServiceError | None = None
         http, streams = service.http, service.long_http
@@ -156,6 +157,16 @@ class JobFeed:
             await self._event.wait()
             self._event.clear()
 
+    def make_room(self, record: JobRecord) -> bool:
+        """Stop following the log of a job that the agent does not follow, for one that it does; return whether so."""
+        if record.job.metadata.uid not in self._followed:
+            return False
+        for stream in self._service.streams:
+            if not stream.is_over and stream.job.job.metadata.uid not in self._followed:
+                self._service.streams.close(stream)
+                return True
+        return False
+
     def close(self) -> None:
         """Stop watching; logs that are followed stay so."""
         for task in self._tasks:
@@ -200,7 +211,7 @@ class JobFeed:
         swept_s = time.monotonic()
         while True:
             await asyncio.sleep(_POLL_S)
-            if self._service.streams.has_room is False:
+            if self._others or not self._service.streams.has_room:
                 self._poll_others()
             if time.monotonic() - swept_s > _SWEEP_S:
                 swept_s = time.monotonic()
@@ -216,9 +227,11 @@ class JobFeed:
                 if instance.terminated is None and not instance.pod.is_over and streams.get(instance) is None:
                     found += 1
                     self._changed.add(record.job_id)
+        # Those that wait get a stream with their next read, once there is room.
+        self._others = found
         if found:
             self._event.set()
-            if not self._said_full:
+            if not self._said_full and not streams.has_room:
                 self._said_full = True
                 name = self._service.name
                 text = (

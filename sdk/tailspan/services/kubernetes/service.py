@@ -366,7 +366,7 @@ class KubernetesService(TaskService, SubmitService, ChangeFeedService):
         """Follow the log of a run of a container if it is not followed; return whether it is."""
         streams = self.streams
         if streams.get(instance) is None:
-            if not streams.has_room:
+            if not streams.has_room and not (self._feed is not None and self._feed.make_room(record)):
                 return False
             streams.open(record, instance, after)
         return True

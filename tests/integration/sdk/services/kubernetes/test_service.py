@@ -426,6 +426,33 @@ def test_more_containers_than_streams(cluster, tmp_path, caplog):
     asyncio.run(run())
 
 
+def test_jobs_that_are_followed_come_first(cluster, tmp_path):
+    """The logs of new jobs are followed at once; one that the agent follows displaces one that it does not."""
+    service = service_of(cluster, tmp_path, max_streams=2)
+
+    async def run() -> None:
+        async with following(service) as feed:
+            others = [cluster.add_job(f"other-{number}") for number in range(2)]
+            for job in others:
+                job.add_pod().main.write("of another team")
+            await eventually(lambda: are_open(cluster, 2))
+            job = cluster.add_job("mine")
+            feed.follow(job.job_id)
+            job.add_pod().main.write("mine")
+            reading = Reading(service, job.job_id)
+            await reading.until(1)
+            followed = {stream.job.job_id for stream in service.streams}
+            assert job.job_id in followed
+            assert len(followed) == 2
+
+    asyncio.run(run())
+
+
+async def are_open(cluster: FakeKubernetes, count: int) -> bool:
+    """Return whether this many logs are followed."""
+    return cluster.open_streams() == count
+
+
 def test_a_reader_that_stops_stops_the_server(cluster, service, monkeypatch):
     """A buffer that is full is not filled further, and the socket is not read; nothing is lost of what follows."""
     monkeypatch.setattr(streams, "_MAX_BYTES", 50_000)
