@@ -15,6 +15,7 @@ from uuid import UUID
 
 import psycopg
 
+from tailspan._plural import plural
 from tailspan_agent.analysis.baseline import KEPT_RUNS, PastRun
 from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
 from tailspan_agent.analysis.run_totals import RunTotals
@@ -243,7 +244,8 @@ def _write(connection: Connection, tables: Tables, batch: Batch) -> tuple[list[R
             _columns(batch.jobs.values(), len(StoredRow._fields)),
         )
         if cursor.rowcount != len(batch.jobs):
-            raise DivergedError(f"the fleet's database lacks {len(batch.jobs) - cursor.rowcount} jobs of this agent")
+            lacking = len(batch.jobs) - cursor.rowcount
+            raise DivergedError(f"the fleet's database lacks {lacking} {plural(lacking, 'job')} of this agent")
     if batch.cleared:
         connection.execute(tables.sql("DELETE FROM $seconds WHERE job = ANY(%s)"), (list(batch.cleared),))
     _write_seconds(connection, tables, batch)

@@ -904,4 +904,4 @@ def _check(*texts: str, stream: int = 0, seconds: Mapping[int, tuple[int, int]] 
         raise ValueRefusedError(f"the fleet's database cannot hold the stream {stream}")
     for second, (lines, _) in (seconds or {}).items():
         if not (-_INT_64 <= second < _INT_64 and -_INT_64 <= lines < _INT_64):
-            raise ValueRefusedError(f"the fleet's database cannot hold {lines} lines of second {second}")
+            raise ValueRefusedError(f"the fleet's database cannot hold the number of lines of second {second}: {lines}")
