@@ -1,8 +1,8 @@
 """``python -m tests.bench`` measures, prints one table, and says what became worse: ``make bench``.
 
 The workloads and their goals: W1 relay of local jobs, W2 relay over the job API, W3 silence, W4 latency, W5 the SDK,
-W6 capture, W7 growth, W8 start, W9 typing, W14 orchestrators, W15 ended jobs, W16 pods, W18 log files. What is guarded
-are ratios within one run (``expected.json``), not times.
+W6 capture, W7 growth, W8 start, W9 typing, W14 orchestrators, W15 ended jobs, W16 pods, W18 log files, W19 units. What
+is guarded are ratios within one run (``expected.json``), not times.
 """
 
 from __future__ import annotations
@@ -21,7 +21,18 @@ from pathlib import Path
 
 import tailspan
 import tailspan_agent
-from tests.bench import capture, ended_jobs, kubernetes, log_files, orchestrators, relay, sdk, standing, typing_cost
+from tests.bench import (
+    capture,
+    ended_jobs,
+    kubernetes,
+    log_files,
+    orchestrators,
+    relay,
+    sdk,
+    standing,
+    typing_cost,
+    units,
+)
 from tests.bench.docs_table import write
 from tests.bench.scale import Scale
 from tests.bench.table import Row, ratios, render, worse
@@ -40,6 +51,7 @@ WORKLOADS: dict[str, Callable[[Scale, Path], Iterator[Row]]] = {
     "W15": ended_jobs.ended_jobs,
     "W16": kubernetes.followed_pods,
     "W18": log_files.log_files,
+    "W19": units.silent_units,
 }
 EXPECTED = Path(__file__).with_name("expected.json")
 

@@ -14,7 +14,7 @@ from tests.bench.scale import Scale
 from tests.bench.table import MIB, Goal, Row
 from tests.fakes.slurm import FakeSlurm
 
-__all__ = ["log_files"]
+__all__ = ["cpu_with_children", "log_files"]
 
 _SETTLED_S = 120.0
 _WATCHED_S = 120.0
@@ -39,15 +39,15 @@ def log_files(scale: Scale, directory: Path) -> Iterator[Row]:
             with started(tailspan("agent", "run", "--config", str(config)), log=home / "agent.log") as (pid, _):
                 # Until the ended jobs were listed, and the others have become silent.
                 time.sleep(_SETTLED_S * max(scale.factor, 0.5))
-                begun_s, before_s = time.perf_counter(), _cpu_with_children(pid)
+                begun_s, before_s = time.perf_counter(), cpu_with_children(pid)
                 time.sleep(_WATCHED_S * min(scale.factor, 1.0))
-                share = (_cpu_with_children(pid) - before_s) / (time.perf_counter() - begun_s) * 100
+                share = (cpu_with_children(pid) - before_s) / (time.perf_counter() - begun_s) * 100
                 memory = peak_rss(pid)
             yield Row(case=f"W18 {kind}", figure=share, unit="% of a core", goal=Goal(10))
             yield Row(case=f"W18 {kind}, memory", figure=memory / MIB, unit="MiB")
 
 
-def _cpu_with_children(pid: int) -> float:
+def cpu_with_children(pid: int) -> float:
     """Return the CPU time in seconds of a process and of its children that have ended."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -82,6 +83,10 @@ class FakeEngine:
 
             def log_message(self, *_: object) -> None:
                 pass
+
+            def handle(self) -> None:
+                with contextlib.suppress(OSError):  # its client was killed
+                    super().handle()
 
             def do_GET(self) -> None:
                 fake._answer(self, "GET")

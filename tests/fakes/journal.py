@@ -53,7 +53,10 @@ class FakeJournal:
         now_us: The time of the next entry, in us since the epoch; None: the present.
         boot: The id of the boot.
         directory: Where its files are.
+        machine_id: The id of the machine.
     """
+
+    machine_id = "0123456789abcdef0123456789abcdef"
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -114,11 +117,31 @@ class FakeJournal:
         """Start a unit and return the id of the invocation."""
         self._invocations += 1
         invocation_id = f"{self._invocations:032x}"
-        self.unit(unit, Type=kind, InvocationID=invocation_id, ActiveState="activating", **properties)
+        started = {"ActiveState": "activating", "ExecMainStartTimestamp": f"@{int(time.time())}"}
+        self.unit(unit, Type=kind, InvocationID=invocation_id, **{**started, **properties})
         message_id = MessageId.STARTING if kind == "oneshot" else MessageId.STARTED
         verb = "Starting" if kind == "oneshot" else "Started"
         self.report(unit, invocation_id, message_id, f"{verb} {unit} - Some work", JOB_TYPE="start")
         return invocation_id
+
+    def start_silent(self, count: int) -> None:
+        """Start oneshot units that have written one line each and run on."""
+        now_s = int(time.time())
+        entries = []
+        for number in range(count):
+            unit, invocation_id = f"unit-{number}.service", f"{number + 1:032x}"
+            self._units[unit] = {
+                "Type": "oneshot",
+                "LoadState": "loaded",
+                "ActiveState": "activating",
+                "InvocationID": invocation_id,
+                "ExecMainStartTimestamp": f"@{now_s}",
+            }
+            about = {"UNIT": unit, "INVOCATION_ID": invocation_id, "_SYSTEMD_UNIT": "init.scope"}
+            entries.append({**about, "MESSAGE_ID": MessageId.STARTING, "MESSAGE": f"Starting {unit} - Work..."})
+            entries.append(self.line_of(unit, invocation_id, "waiting"))
+        self.add_all(entries)
+        self._write("units.json", json.dumps(self._units))
 
     def line_of(self, unit: str, invocation_id: str, text: Any, **fields: Any) -> dict[str, Any]:
         """Return the entry of a line."""
@@ -168,10 +191,9 @@ class FakeJournal:
     def vacuum(self, *, keep: int) -> None:
         """Drop all entries but the last ones; a program that follows loses none that it has printed."""
         lines = self._file.read_text().splitlines(keepends=True)
-        kept = "".join(lines[len(lines) - keep :]) if keep else ""
+        kept = "".join(lines[-keep:]) if keep else ""
         replaced = self._file.with_name("next")
         replaced.write_text(kept)
-        self._write("vacuumed", str(len(kept.encode())))
         replaced.replace(self._file)
 
     def set_problem(self, program: str, code: int, text: str) -> None:

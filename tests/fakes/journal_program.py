@@ -86,21 +86,24 @@ def _parts(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
 
 def follow(file: Path, options: dict[str, str], matches: list[str]) -> None:
     """Print entries as they come, until the reader goes."""
-    vacuumed = file.with_name("vacuumed")
-    size, reader = 0, os.getppid()
+    size, inode, last, reader = 0, 0, 0, os.getppid()
     while os.getppid() == reader and not file.with_name("hangs").exists():
-        now = file.stat().st_size
-        if vacuumed.exists():
-            size = min(size, int(vacuumed.read_text()))
-        if now > size:
+        now = file.stat()
+        if now.st_ino != inode:
+            # A vacuum has replaced the file: what is left of it may be new.
+            size, inode = 0, now.st_ino
+        if now.st_size > size:
             with file.open("rb") as opened:
                 opened.seek(size)
-                text = opened.read(now - size)
+                text = opened.read(now.st_size - size)
             whole, _, _ = text.rpartition(b"\n")
             size += len(whole) + 1 if whole else 0
-            for line in select(whole.splitlines(), options, matches):
+            lines = [line for line in whole.splitlines() if _number_in(line) > last]
+            for line in select(lines, options, matches):
                 sys.stdout.buffer.write(line + b"\n")
             sys.stdout.buffer.flush()
+            if lines:
+                last = _number_in(lines[-1])
             options.pop("cursor", None)
         time.sleep(_POLL_S)
     file.with_name("hanging").touch()
@@ -131,6 +134,11 @@ def select(lines: list[bytes], options: dict[str, str], matches: list[str]) -> l
                 continue
         found.append(line)
     return found[-int(options["lines"]) :] if "lines" in options else found
+
+
+def _number_in(line: bytes) -> int:
+    start = line.index(b";i=") + 3
+    return int(line[start : line.index(b";", start)], 16)
 
 
 def _number(cursor: str) -> int:

@@ -17,6 +17,7 @@ from tests.prove import (
     jobservice,
     load,
     log_files,
+    machine_jobs,
     orchestrators,
     process,
     wrong_builds,
@@ -43,7 +44,10 @@ def grouped(kills: int) -> dict[str, list[Scenario]]:
         ],
         "OTLP endpoint": [fault.scenario() for fault in endpoint.FAULTS],
         "stores": faults_stores.scenarios(),
-        "job service": [fault.scenario() for fault in (*jobservice.FAULTS, *orchestrators.FAULTS, *log_files.FAULTS)],
+        "job service": [
+            fault.scenario()
+            for fault in (*jobservice.FAULTS, *orchestrators.FAULTS, *log_files.FAULTS, *machine_jobs.FAULTS)
+        ],
         "disk": faults_disk.scenarios(),
         "local jobs": faults_local.scenarios(),
         "agent process": [change.scenario() for change in process.FAULTS],

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 
-LINE = re.compile(r"(?P<job>[\w-]+) #(?P<number>\d{7})(?: .*)?", re.DOTALL)
+LINE = re.compile(r"(?P<job>[\w.-]+) #(?P<number>\d{7})(?: .*)?", re.DOTALL)
 LATEST_NS = (1 << 63) - 1
 
 

@@ -42,6 +42,7 @@ _HIGH_WATER = re.compile(r"^VmHWM:\s*(\d+) kB$", re.MULTILINE)
 _RUN_DURATION = "cicd.pipeline.run.duration"
 
 Service = TypeVar("Service", bound=FakeJsonApi)
+Part = TypeVar("Part", bound=contextlib.AbstractContextManager[Any])
 
 
 @dataclass
@@ -149,6 +150,11 @@ class World:
         """Start another job service, whose type is its name, and return it; the agent follows all of its jobs."""
         self._services[name] = self._stack.enter_context(api)
         return api
+
+    def enter(self, part: Part) -> Part:
+        """Start a context manager that ends with the world, and return it."""
+        self._stack.enter_context(part)
+        return part
 
     def follow(self, kind: str, section: str) -> None:
         """Let the agent follow all jobs of a service that has no server: its type, and the keys of its section."""
