@@ -28,6 +28,8 @@ _MAX_BYTES = 32 << 20
 _ENTRY_BYTES = 600
 _KEPT_AFTER_END_S = 120.0
 _GRACE_S = 5.0
+_JOBS_A_COMMAND = 500
+_MOST_FILLED = 20_000
 
 _log = logging.getLogger(__name__)
 
@@ -82,6 +84,9 @@ class Tail:
             return None
         if position.cursor != self.base:
             if not position.cursor or (self.base and not is_after(position.cursor, self.base)):
+                return None
+            if not self.base and all(one.cursor != position.cursor for one in self._entries):
+                # The journal has dropped it: the reader has to be informed of a gap.
                 return None
             while self._entries and not is_after(self._entries[0].cursor, position.cursor):
                 self._entries.popleft()
@@ -216,6 +221,7 @@ class LiveJournal(ChangeFeed):
             self._restart = asyncio.Event()
             self.invocations, self._cursor = await self._load()
             await self._learn({one.unit for one in self.invocations.found.values()})
+            await self._fill_tails()
             self._loaded.set()
             failures = 0
             while True:
@@ -235,6 +241,27 @@ class LiveJournal(ChangeFeed):
             self._failure = ServiceUnavailableError(f"the journal cannot be followed: {error!r}", service=self._service)
         finally:
             self._news.set()
+
+    async def _fill_tails(self) -> None:
+        """Read the logs of running jobs, of many with one program each, where they are short."""
+        found = self.invocations.found.values()
+        running = [one.invocation_id for one in found if not one.state.is_terminal and self.is_job(one.unit)]
+        for start in range(0, len(running), _JOBS_A_COMMAND):
+            chunk = running[start : start + _JOBS_A_COMMAND]
+            matches = (f"_SYSTEMD_INVOCATION_ID={one}" for one in chunk)
+            entries: list[JournalEntry] = []
+            async with aclosing(self._commands.entries(f"--lines={_MOST_FILLED}", *matches)) as pieces:
+                async for piece in pieces:
+                    entries += piece
+            if len(entries) >= _MOST_FILLED:
+                # Longer logs are read one by one, from where their readers are.
+                continue
+            self.tails |= {one: Tail(complete=True) for one in chunk}
+            for entry in entries:
+                written = self._scope.written(entry)
+                if written is not None and written[1] in self.tails and not is_after(entry.cursor, self._cursor):
+                    self._size += self.tails[written[1]].add(entry)
+        self._limit()
 
     async def _follow(self) -> None:
         """Apply entries until journalctl ends, or is to be started again."""
