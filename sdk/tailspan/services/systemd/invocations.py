@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 from tailspan._times import moment_of
 from tailspan.models import JobState
+from tailspan.services._http_service import drop_oldest
 from tailspan.services.systemd.entries import JournalEntry, MessageId, Scope, message_of, number_of
 
-__all__ = ["LIFE_IDS", "Invocation", "Invocations", "is_random", "job_name"]
+__all__ = ["EARLY_US", "LIFE_IDS", "Invocation", "Invocations", "is_random", "job_name"]
 
 LIFE_IDS = (
     MessageId.STARTING,
@@ -34,6 +35,9 @@ _FIRST = (
     MessageId.DEACTIVATED,
     MessageId.SKIPPED,
 )
+EARLY_US = 2_000_000
+"""How long before the report of its start lines of an invocation may be stored, in µs."""
+_MOST_EARLY = 1000
 _SERVICE = ".service"
 _HEX = frozenset("0123456789abcdef")
 _REBOOTED = "the machine was restarted before the unit ended"
@@ -67,6 +71,7 @@ class Invocation:
         attempt: 1, or one more for each automatic restart.
         before: The invocation that was restarted; empty: none.
         suppressed: Number of lines that the journal reported to have dropped.
+        early: Entries of its lines that were stored before anything that names it; the reader takes them.
     """
 
     unit: str
@@ -85,6 +90,7 @@ class Invocation:
     attempt: int = 1
     before: str = ""
     suppressed: int = 0
+    early: list[JournalEntry] = field(default_factory=list)
 
     @property
     def started_at(self) -> datetime:
@@ -104,6 +110,11 @@ class Invocation:
         if self.state is JobState.CANCELED:
             return "the unit was stopped"
         return "; ".join([*self.reasons, f"result: {self.result}"] if self.result else self.reasons) or None
+
+    def take_log(self, entry: JournalEntry, scope: Scope) -> list[JournalEntry]:
+        """Return the entries of its log that an entry brings: early ones, and the entry itself if it is one."""
+        early, self.early = self.early, []
+        return [*early, entry] if scope.is_log(entry) else early
 
     def end(self, state: JobState, at_us: int, *, result: str = "", reason: str = "") -> None:
         """Note its end; a later report of an end changes nothing, for example that of a restart that was refused."""
@@ -134,6 +145,7 @@ class Invocations:
         self._scope = scope
         self._restarts: dict[str, _Restart] = {}
         self._current: dict[str, str] = {}
+        self._early: dict[str, list[JournalEntry]] = {}
 
     def add(self, entry: JournalEntry) -> Invocation | None:
         """Apply an entry; return the invocation that it is about, None for an entry without one."""
@@ -152,8 +164,22 @@ class Invocations:
         if about is None:
             return None
         unit, invocation_id = about
-        # A line of a unit that had ended before the journal asked for the invocation belongs to the last one.
-        return self._of(entry, unit, invocation_id or self._current.get(unit, ""))
+        return self._of(entry, unit, invocation_id or self._last_of(entry, unit))
+
+    def _last_of(self, entry: JournalEntry, unit: str) -> str:
+        """Return the invocation of a line of a unit that had ended before the journal asked for the invocation.
+
+        It is the last one, or the next one if that ended some time before: then the line is kept for it.
+        """
+        current = self._current.get(unit, "")
+        known = self.found.get(current)
+        if not current or (known is not None and 0 < known.ended_us < entry.time_us - EARLY_US):
+            if unit.endswith(_SERVICE):
+                self._early.setdefault(unit, []).append(entry)
+                drop_oldest(self._early, _MOST_EARLY)
+                del self._early[unit][:-_MOST_EARLY]
+            return ""
+        return current
 
     def start_with(self, unit: str, invocation_id: str) -> None:
         """Note which invocation of a unit is the last one before the next entry."""
@@ -206,6 +232,7 @@ class Invocations:
             restart = self._restarts.pop(unit, None)
             if restart is not None:
                 found.attempt, found.before = restart.number + 1, restart.before
+            found.early = [one for one in self._early.pop(unit, ()) if one.time_us >= entry.time_us - EARLY_US]
             self.found[invocation_id] = found
         found.last_us = max(found.last_us, entry.time_us)
         self._current[unit] = invocation_id

@@ -315,8 +315,9 @@ class LiveJournal(ChangeFeed):
                 if self._jobs.get(invocation.unit, True):
                     self.tails[job_id] = Tail(complete=True)
             tail = self.tails.get(job_id)
-            if tail is not None and self._scope.is_log(entry):
-                self._size += tail.add(entry)
+            written = invocation.take_log(entry, self._scope)
+            if tail is not None:
+                self._size += sum(tail.add(one) for one in written)
             self._changed.add(job_id)
         if new_units:
             await self._learn(new_units)

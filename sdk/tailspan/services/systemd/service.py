@@ -25,7 +25,7 @@ from tailspan.models import JobState, JobStatus, ListedJob
 from tailspan.services import LATE_WINDOW_S, ChangeFeed, ChangeFeedService, Problem
 from tailspan.services.systemd.commands import Commands
 from tailspan.services.systemd.entries import JournalEntry, MessageId, Scope, is_after, number_of
-from tailspan.services.systemd.invocations import LIFE_IDS, Invocation, Invocations, is_random, job_name
+from tailspan.services.systemd.invocations import EARLY_US, LIFE_IDS, Invocation, Invocations, is_random, job_name
 from tailspan.services.systemd.lines import JournalPosition, LineJoiner
 from tailspan.services.systemd.live import LiveJournal, Tail
 
@@ -39,7 +39,6 @@ _LIST_PAGE = 500
 _MOST_KNOWN = 20_000
 _SETTLE_S = 5.0
 # Around start and end of an invocation, lines may be stored before and after what the manager reports.
-_EARLY_US = 2_000_000
 _LATE_S = 60
 _UNITS_A_COMMAND = 200
 _CANCEL_WAIT_S = 5.0
@@ -257,13 +256,12 @@ class SystemdService(ChangeFeedService):
         of_unit = Invocations(self._scope)
         if position.cursor:
             of_unit.start_with(invocation.unit, job_id)
-        since_us = max(invocation.started_us - _EARLY_US, (since_ms or 0) * 1000)
+        since_us = max(invocation.started_us - EARLY_US, (since_ms or 0) * 1000)
         options = [f"--cursor={position.first_cursor}"] if position.cursor else [f"--since=@{since_us // 1_000_000}"]
         if invocation.ended_us:
             options.append(f"--until=@{invocation.ended_us // 1_000_000 + _LATE_S}")
         # Inclusive: after a vacuum, journalctl would take the next entry for the one that is gone.
         expected = "" if position.is_gone else position.first_cursor
-        before = bool(position.cursor)
         async with aclosing(self._commands.entries(*options, *self._scope.matches(invocation.unit))) as found:
             async for entries in found:
                 for entry in entries:
@@ -271,15 +269,13 @@ class SystemdService(ChangeFeedService):
                         raise self._expired(job_id, position)
                     expected = ""
                     found_in = of_unit.add(entry)
-                    if found_in is None or found_in.invocation_id != job_id or not self._scope.is_log(entry):
+                    if found_in is None or found_in.invocation_id != job_id:
                         continue
-                    if before and not is_after(entry.cursor, position.cursor):
-                        if position.parts_from:
-                            joiner.replay(entry)
-                        continue
-                    before = False
-                    if since_ms is None or entry.time_us >= since_ms * 1000:
-                        yield entry
+                    for one in found_in.take_log(entry, self._scope):
+                        if position.cursor and not is_after(one.cursor, position.cursor):
+                            joiner.replay(one)
+                        elif since_ms is None or one.time_us >= since_ms * 1000:
+                            yield one
         if expected:
             raise self._expired(job_id, position)
 

@@ -187,6 +187,7 @@ def test_lines_without_invocation_belong_to_the_last_one(journal):
     journal.now_us = LONG_AGO_US
     service = service_of(journal)
     journal.line(UNIT, "", "of a run that is not known")
+    journal.now_us += 10_000_000
     ids = []
     for number in range(2):
         ids.append(journal.start(UNIT))
@@ -194,6 +195,23 @@ def test_lines_without_invocation_belong_to_the_last_one(journal):
         journal.finish(UNIT, ids[-1])
         journal.line(UNIT, "", f"orphan {number}")
     assert [texts(service, one) for one in ids] == [["known 0", "orphan 0"], ["known 1", "orphan 1"]]
+
+
+def test_lines_without_invocation_before_the_start(journal):
+    """The line of a short command may be stored first, without its invocation: it belongs to the next one."""
+    journal.now_us = LONG_AGO_US - 60_000_000
+    first = journal.start(UNIT)
+    journal.finish(UNIT, first)
+    journal.now_us = LONG_AGO_US
+    journal.line(UNIT, "", "early 0")
+    journal.line(UNIT, "", "early 1")
+    second = journal.start(UNIT)
+    journal.line(UNIT, second, "known")
+    journal.finish(UNIT, second)
+    service = service_of(journal)
+    assert [texts(service, one) for one in (first, second)] == [[], ["early 0", "early 1", "known"]]
+    pages = pages_of(service, second)
+    assert texts(service, second, pages[-1].cursor) == []
 
 
 def test_lines_before_start_and_after_end(journal):
@@ -440,13 +458,17 @@ def test_one_program_follows_all_jobs(journal):
         journal.line("early.service", early, "early 1")
         await changed(feed, early)
         assert (await read_rest(service, early, early_cursor))[0] == ["early 1"]
+        journal.line("short.service", "", "short")
+        short = journal.start("short.service")
+        await changed(feed, short)
+        assert (await read_rest(service, short, None))[0] == ["short"]
         journal.finish("u0.service", ids[0])
         await changed(feed, ids[0])
         while not (await service.get_job(ids[0])).state.is_terminal:
             await changed(feed, ids[0])
         assert len(journal.calls("journalctl")) == before
         rows = {row.job_id: row async for page in service.list_jobs() for row in page}
-        assert [rows[one].lines for one in (early, *ids)] == [2, 3, 3, 3, 3, 3]
+        assert [rows[one].lines for one in (early, *ids, short)] == [2, 3, 3, 3, 3, 3, 1]
 
     following(journal, steps)
 
