@@ -8,6 +8,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -74,6 +75,26 @@ class Postgres:
     def tcp_dsn(self) -> str:
         """The connection string for TCP."""
         return f"host=127.0.0.1 port={self._port} user=postgres dbname=postgres"
+
+    @property
+    def socket(self) -> Path:
+        """The Unix socket."""
+        return self.home / f".s.PGSQL.{self._port or 5432}"
+
+    def go_back(self, meanwhile: Callable[[], object]) -> None:
+        """Copy the data, let something happen, and continue with the copy: as a failover that lost the last moments."""
+        self.stop(signal.SIGINT)
+        copy = self.home / "copy"
+        shutil.copytree(self.home / "data", copy)
+        if self._user:
+            for path in (copy, *copy.rglob("*")):
+                os.chown(path, _NOBODY, _NOBODY)
+        self.start()
+        meanwhile()
+        self.stop()
+        shutil.rmtree(self.home / "data")
+        copy.rename(self.home / "data")
+        self.start()
 
     @property
     def pid(self) -> int:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,11 @@ import psycopg
 
 from tailspan_agent.fleet.shards import METRICS_LEASE, SHARDS, job_uuid
 from tests.fakes.postgres import Postgres
+from tests.fakes.tcp_proxy import TcpProxy
 from tests.patience import Patience
 from tests.prove.found import Found
 from tests.prove.jobs import Job
-from tests.prove.world import PATIENCE_S, TAILSPAN, Settings, World
+from tests.prove.world import PATIENCE_S, TAILSPAN, Settings, World, lines_in
 
 LEASE_S = 3.0
 
@@ -32,13 +34,13 @@ class FleetAgent:
     Attributes:
         name: Its name, and that of its directory.
         dsn: How it reaches the database; None: directly.
-        endpoint: Where it sends; None: to the receiver.
+        proxy: What is between it and the database; None: nothing.
         process: Its process; None while it does not run.
     """
 
     name: str
     dsn: str | None = None
-    endpoint: str | None = None
+    proxy: TcpProxy | None = None
     process: subprocess.Popen[bytes] | None = None
 
 
@@ -65,6 +67,7 @@ class FleetWorld(World):
         super().__init__(seed, settings)
         self.agents = [FleetAgent(f"agent-{number}") for number in range(agents)]
         self.lease_s = lease_s
+        self.senders: defaultdict[str, list[str]] = defaultdict(list)
         self._durable = durable
 
     def __enter__(self) -> FleetWorld:
@@ -108,7 +111,8 @@ discover = true
 settle = "0.3s"
 {settings.watch}
 [otlp]
-endpoint = "{agent.endpoint or self.collector.http_url}"
+endpoint = "{self.collector.http_url}"
+headers = {{ X-Agent = "{agent.name}" }}
 {settings.otlp}
 """)
         env = {key: value for key, value in os.environ.items() if not key.startswith(("TAILSPAN_", "OTEL_"))}
@@ -120,6 +124,11 @@ endpoint = "{agent.endpoint or self.collector.http_url}"
                 [TAILSPAN, "agent", "run", "--no-token", "--config", str(config)],
                 env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.home,
             )  # fmt: skip
+
+    def put_proxy_before(self, agent: FleetAgent) -> None:
+        """Let an agent reach the database only through a proxy."""
+        agent.proxy = self._stack.enter_context(TcpProxy(self.postgres.socket))
+        agent.dsn = f"host=127.0.0.1 port={agent.proxy.port} user=postgres dbname=postgres"
 
     def start_all(self) -> None:
         """Start every agent that does not run, and wait until all shards are owned fairly."""
@@ -148,6 +157,15 @@ endpoint = "{agent.endpoint or self.collector.http_url}"
         agent.process.kill()
         agent.process.wait()
         agent.process = None
+
+    def fold(self) -> None:
+        """Count what has arrived since the last call, and note which agent sent lines of which job."""
+        for request in self.collector.requests:
+            if request.signal == "logs":
+                sender = request.headers.get("x-agent", "")
+                for name in {name for name, _, _, _ in lines_in(request.message)}:
+                    self.senders[name].append(sender)
+        super().fold()
 
     def note_acked(self) -> None:
         """Note what the database has as acknowledged: from now on, those lines must not come again."""

@@ -10,6 +10,7 @@ from tests.prove import (
     configuration,
     endpoint,
     faults_disk,
+    faults_fleet,
     faults_local,
     faults_stores,
     fuzz,
@@ -56,7 +57,8 @@ def grouped(kills: int) -> dict[str, list[Scenario]]:
         "load": [row.scenario() for row in load.FAULTS],
         "hostile jobs": [row.scenario() for row in hostile_jobs.FAULTS],
         "attacks": [row.scenario() for row in attacks.ATTACKS],
-        "wrong builds": [build.scenario() for build in wrong_builds.BUILDS],
+        "fleet": [fault.scenario() for fault in faults_fleet.FAULTS],
+        "wrong builds": [build.scenario() for build in (*wrong_builds.BUILDS, *faults_fleet.BUILDS)],
         "input (fuzzed)": fuzz.scenarios(),
     }
 

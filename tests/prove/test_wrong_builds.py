@@ -6,13 +6,14 @@ import ast
 
 import pytest
 
+from tests.prove import faults_fleet
 from tests.prove.mutant import CHECKPOINT_BEFORE_ACK
 from tests.prove.rows import run
 from tests.prove.wrong_builds import BUILDS
 
 pytestmark = pytest.mark.timeout(600)  # a proof takes minutes on a loaded machine
 
-MUTANTS = [CHECKPOINT_BEFORE_ACK, *(build.mutant for build in BUILDS)]
+MUTANTS = [CHECKPOINT_BEFORE_ACK, *(build.mutant for build in (*BUILDS, *faults_fleet.BUILDS))]
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)

@@ -22,7 +22,7 @@ from tailspan_agent.analysis.run_totals import RunTotals
 from tailspan_agent.checkpoint.history import KEPT_FAILURES
 from tailspan_agent.checkpoint.rows import OutboxSpan
 from tailspan_agent.errors import AgentError
-from tailspan_agent.fleet.database import Connection, Tables
+from tailspan_agent.fleet.database import Connection, Tables, transaction
 
 __all__ = ["Batch", "DivergedError", "EndedRun", "StoredRow", "Written", "write_batch"]
 
@@ -168,13 +168,13 @@ def write_batch(connection: Connection, tables: Tables, agent: int, writes: int,
     lost: frozenset[int] = frozenset()
     totals: list[RunTotals] = []
     runs: list[int] = []
-    with connection.transaction() as transaction:
+    with transaction(connection) as begun:
         # The agent's row first, as everywhere, so that no two transactions wait for each other.
         row = connection.execute(
             tables.sql("UPDATE $agents SET writes = writes + 1 WHERE id = %s RETURNING writes"), (agent,)
         ).fetchone()
         if batch.attempted and row == (writes + 2,):
-            raise psycopg.Rollback(transaction)  # the earlier attempt was committed
+            raise psycopg.Rollback(begun)  # the earlier attempt was committed
         if row != (writes + 1,):
             raise DivergedError(
                 f"the fleet's database has {row[0] - 1 if row else 'no'} of {writes} transactions of this agent:"

@@ -7,8 +7,9 @@ import contextlib
 import logging
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, LiteralString, TypeAlias, TypeVar, cast
 
 import psycopg
@@ -29,6 +30,7 @@ __all__ = [
     "newer_schema",
     "query",
     "schema_version",
+    "transaction",
 ]
 
 Connection: TypeAlias = psycopg.Connection[TupleRow]
@@ -36,6 +38,7 @@ T = TypeVar("T")
 
 _CONNECT_S = 5
 _LEAST_SERVER = 140000
+_LONGEST_PAUSE_MS = "4000"
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 # Any number: all migrations of Tailspan in one database wait for each other.
 _MIGRATION_LOCK = 0x7461696C
@@ -260,6 +263,14 @@ def connect(dsn: str, purpose: str) -> Connection:
         application_name=f"tailspan {purpose}",
         **cast(dict[str, Any], options),
     )
+
+
+@contextmanager
+def transaction(connection: Connection) -> Iterator[psycopg.Transaction]:
+    """Make a transaction, which the server ends if this process stops in it: its locks would stop the other agents."""
+    with connection.transaction() as begun:
+        connection.execute("SELECT set_config('idle_in_transaction_session_timeout', %s, true)", (_LONGEST_PAUSE_MS,))
+        yield begun
 
 
 def migrate(connection: Connection, tables: Tables) -> None:

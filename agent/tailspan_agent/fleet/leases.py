@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tailspan_agent.fleet.batch import DivergedError
-from tailspan_agent.fleet.database import Connection, Tables, schema_version
+from tailspan_agent.fleet.database import Connection, Tables, schema_version, transaction
 from tailspan_agent.fleet.shards import METRICS_LEASE, fair_share
 
 __all__ = [
@@ -101,7 +101,7 @@ def _notify(connection: Connection, tables: Tables) -> None:
 
 def join(connection: Connection, tables: Tables, info: AgentInfo, lease_s: float) -> int:
     """Add an agent; return its number. What an earlier process of the same state directory has becomes free."""
-    with connection.transaction():
+    with transaction(connection):
         earlier = connection.execute(
             tables.sql("DELETE FROM $agents WHERE instance = %s RETURNING id"), (info.instance,)
         ).fetchall()
@@ -146,7 +146,7 @@ def renew(
     Raises:
         DivergedError: The database does not know the agent.
     """
-    with connection.transaction():
+    with transaction(connection):
         row = connection.execute(
             tables.sql(
                 "UPDATE $agents SET expires_at = clock_timestamp() + make_interval(secs => %s), "
@@ -220,7 +220,7 @@ def _take(
 
 def release(connection: Connection, tables: Tables, agent: int, epochs: Mapping[int, int]) -> None:
     """Make leases free, and wake the other agents."""
-    with connection.transaction():
+    with transaction(connection):
         connection.execute(
             tables.sql(
                 "UPDATE $leases SET owner = NULL, expires_at = NULL WHERE owner = %s AND (shard, epoch) IN"
@@ -233,7 +233,7 @@ def release(connection: Connection, tables: Tables, agent: int, epochs: Mapping[
 
 def leave(connection: Connection, tables: Tables, agent: int) -> None:
     """Remove an agent, make its leases free, and wake the other agents."""
-    with connection.transaction():
+    with transaction(connection):
         connection.execute(tables.sql("DELETE FROM $agents WHERE id = %s"), (agent,))
         connection.execute(tables.sql("UPDATE $leases SET owner = NULL, expires_at = NULL WHERE owner = %s"), (agent,))
         _notify(connection, tables)
@@ -241,7 +241,7 @@ def leave(connection: Connection, tables: Tables, agent: int) -> None:
 
 def request_drain(connection: Connection, tables: Tables, instance: str) -> int | None:
     """Ask the agent of a state directory to hand over everything; return its number, None without such an agent."""
-    with connection.transaction():
+    with transaction(connection):
         row = connection.execute(
             tables.sql("UPDATE $agents SET draining = true WHERE instance = %s RETURNING id"), (instance,)
         ).fetchone()

@@ -28,7 +28,7 @@ from tailspan_agent.analysis.run_totals import RunTotals
 from tailspan_agent.checkpoint.rows import Ack, Checkpoint, LedgerRow, OutboxSpan
 from tailspan_agent.errors import CheckpointError, LeaseLostError, ValueRefusedError
 from tailspan_agent.fleet.batch import Batch, DivergedError, EndedRun, StoredRow, Written, write_batch
-from tailspan_agent.fleet.database import Connection, DatabaseThread, Tables, migrate
+from tailspan_agent.fleet.database import Connection, DatabaseThread, Tables, migrate, transaction
 from tailspan_agent.fleet.shards import job_uuid
 
 __all__ = ["PostgresStore", "ShardRows", "open_store", "read_shards"]
@@ -846,7 +846,7 @@ def _delete_old(
         "limit": _DELETED_AT_ONCE,
     }
     unsent = "AND NOT EXISTS (SELECT FROM $spans WHERE job = jobs.id AND NOT acked)" if keep_unsent else ""
-    with connection.transaction():
+    with transaction(connection):
         held = connection.execute(
             tables.sql(
                 "SELECT shard FROM $leases WHERE owner = %(agent)s AND (shard, epoch) IN"
