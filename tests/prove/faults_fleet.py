@@ -67,11 +67,9 @@ def stopped(world: FleetWorld) -> list[str]:
     """One agent is stopped for three leases; the others have its shards within two; then it goes on."""
     agent = world.agents[0]
     speak_for(world, 1.0)
-    for job in world.jobs:
-        if not job.ended:
-            job.write(50, world.random)
-    world.until(lambda: sum(world.all_acked().values()) > 5 * len(world.jobs), "acks")
-    world.signal_agent(agent, signal.SIGSTOP)
+    with world.checkpoints_held():
+        speak_for(world, 1.5)
+        world.signal_agent(agent, signal.SIGSTOP)
     begun_s = time.monotonic()
     while sum(world.shares().values()) < 256 or len(world.shares()) > 2:
         speak(world, 0.1)
@@ -157,8 +155,10 @@ def join_and_leave(world: FleetWorld) -> list[str]:
         world.stop_agent(agent)
     world.until(world.is_balanced, "one agent")
     before = repeated(world)
-    for agent in world.agents[1:]:
-        world.start_agent(agent)
+    with world.checkpoints_held():
+        for agent in world.agents[1:]:
+            world.start_agent(agent)
+        speak_for(world, 1.5 * world.lease_s)
     speak_for(world, 2 * world.lease_s)
     world.until(world.is_balanced, "four agents")
     for agent in world.agents[2:]:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,6 +180,14 @@ headers = {{ X-Agent = "{agent.name}" }}
             return self.postgres.execute(text.replace("$", "tailspan_default."), *values)
         except psycopg.errors.UndefinedTable:
             return []  # no agent has been there
+
+    @contextlib.contextmanager
+    def checkpoints_held(self) -> Iterator[None]:
+        """Let no agent commit a checkpoint until the block ends: what is acknowledged meanwhile waits in its memory."""
+        with psycopg.connect(self.postgres.dsn) as connection:
+            connection.execute("LOCK TABLE tailspan_default.jobs IN SHARE ROW EXCLUSIVE MODE")
+            yield
+            connection.rollback()
 
     def all_acked(self) -> dict[str, int]:
         """Return the number of acknowledged lines of each job that the database has."""

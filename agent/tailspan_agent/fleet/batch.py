@@ -1,7 +1,7 @@
 """`Batch`: the writes of a moment, gathered by job, and how they go into the fleet's database in one transaction.
 
 Each write has the epoch of its shard. The transaction locks the leases against a takeover; a write whose epoch has
-moved on has no effect. The agent's own row counts its transactions, so a commit whose answer was lost is not repeated,
+moved on has no effect. A row of the agent counts its transactions, so a commit whose answer was lost is not repeated,
 and a server that has lost the last transactions (a failover to a copy that lags) is noticed.
 """
 
@@ -169,9 +169,9 @@ def write_batch(connection: Connection, tables: Tables, agent: int, writes: int,
     totals: list[RunTotals] = []
     runs: list[int] = []
     with transaction(connection) as begun:
-        # The agent's row first, as everywhere, so that no two transactions wait for each other.
+        # Not in the agent's other row: a write that waits must not hold up the renewal of the leases.
         row = connection.execute(
-            tables.sql("UPDATE $agents SET writes = writes + 1 WHERE id = %s RETURNING writes"), (agent,)
+            tables.sql("UPDATE $writers SET writes = writes + 1 WHERE agent = %s RETURNING writes"), (agent,)
         ).fetchone()
         if batch.attempted and row == (writes + 2,):
             raise psycopg.Rollback(begun)  # the earlier attempt was committed

@@ -48,8 +48,9 @@ CREATE TABLE agents (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     instance text NOT NULL, host text NOT NULL, pid integer NOT NULL, version text NOT NULL, page text NOT NULL,
     joined_at timestamptz NOT NULL DEFAULT clock_timestamp(), expires_at timestamptz NOT NULL,
-    draining boolean NOT NULL DEFAULT false, writes bigint NOT NULL DEFAULT 0, health text NOT NULL DEFAULT '{{}}'
+    draining boolean NOT NULL DEFAULT false, health text NOT NULL DEFAULT '{{}}'
 ) WITH (fillfactor = 50);
+CREATE TABLE writers (agent bigint PRIMARY KEY, writes bigint NOT NULL DEFAULT 0) WITH (fillfactor = 50);
 CREATE TABLE leases (
     shard smallint PRIMARY KEY, owner bigint, epoch bigint NOT NULL DEFAULT 0, expires_at timestamptz,
     takeovers bigint NOT NULL DEFAULT 0

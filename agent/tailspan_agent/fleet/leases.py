@@ -105,10 +105,11 @@ def join(connection: Connection, tables: Tables, info: AgentInfo, lease_s: float
         earlier = connection.execute(
             tables.sql("DELETE FROM $agents WHERE instance = %s RETURNING id"), (info.instance,)
         ).fetchall()
+        ids = [agent for (agent,) in earlier]
         connection.execute(
-            tables.sql("UPDATE $leases SET owner = NULL, expires_at = NULL WHERE owner = ANY(%s)"),
-            ([agent for (agent,) in earlier],),
+            tables.sql("UPDATE $leases SET owner = NULL, expires_at = NULL WHERE owner = ANY(%s)"), (ids,)
         )
+        connection.execute(tables.sql("DELETE FROM $writers WHERE agent = ANY(%s)"), (ids,))
         row = connection.execute(
             tables.sql(
                 "INSERT INTO $agents (instance, host, pid, version, page, expires_at)"
@@ -116,9 +117,10 @@ def join(connection: Connection, tables: Tables, info: AgentInfo, lease_s: float
             ),
             (*info, lease_s),
         ).fetchone()
+        assert row is not None
+        agent: int = row[0]
+        connection.execute(tables.sql("INSERT INTO $writers VALUES (%s)"), (agent,))
         _notify(connection, tables)
-    assert row is not None
-    agent: int = row[0]
     return agent
 
 
@@ -149,12 +151,13 @@ def renew(
     with transaction(connection):
         row = connection.execute(
             tables.sql(
-                "UPDATE $agents SET expires_at = clock_timestamp() + make_interval(secs => %s), "
-                " draining = draining OR %s, health = %s WHERE id = %s RETURNING writes, draining"
+                "UPDATE $agents AS agents SET expires_at = clock_timestamp() + make_interval(secs => %s), "
+                " draining = draining OR %s, health = %s WHERE id = %s RETURNING draining,"
+                " (SELECT writes FROM $writers WHERE agent = agents.id)"
             ),
             (lease_s, draining, json.dumps(health), agent),
         ).fetchone()
-        if row is None:
+        if row is None or row[1] is None:
             raise DivergedError("the fleet's database does not know this agent any more")
         renewed = connection.execute(
             tables.sql(
@@ -167,15 +170,22 @@ def renew(
         ).fetchall()
         kept: dict[int, int] = dict(renewed)
         agents = _taking_agents(connection, tables)
-        connection.execute(
-            tables.sql("DELETE FROM $agents WHERE expires_at < clock_timestamp() - make_interval(secs => %s)"),
-            (_KEPT_LEASES * lease_s,),
-        )
+        _remove_silent_agents(connection, tables, lease_s)
         share = fair_share(agent, agents)
         shards = len(kept.keys() - {METRICS_LEASE})
         taken, taken_over = _take(connection, tables, agent, kept, share - shards, lease_s) if share else ({}, 0)
         version = schema_version(connection, tables)
-        return Standing(kept, taken, taken_over, share, len(agents), row[0], version, row[1])
+        return Standing(kept, taken, taken_over, share, len(agents), row[1], version, row[0])
+
+
+def _remove_silent_agents(connection: Connection, tables: Tables, lease_s: float) -> None:
+    connection.execute(
+        tables.sql(
+            "WITH silent AS (DELETE FROM $agents WHERE expires_at < clock_timestamp() - make_interval(secs => %s)"
+            " RETURNING id) DELETE FROM $writers WHERE agent IN (SELECT id FROM silent)"
+        ),
+        (_KEPT_LEASES * lease_s,),
+    )
 
 
 def _taking_agents(connection: Connection, tables: Tables) -> list[int]:
@@ -235,6 +245,7 @@ def leave(connection: Connection, tables: Tables, agent: int) -> None:
     """Remove an agent, make its leases free, and wake the other agents."""
     with transaction(connection):
         connection.execute(tables.sql("DELETE FROM $agents WHERE id = %s"), (agent,))
+        connection.execute(tables.sql("DELETE FROM $writers WHERE agent = %s"), (agent,))
         connection.execute(tables.sql("UPDATE $leases SET owner = NULL, expires_at = NULL WHERE owner = %s"), (agent,))
         _notify(connection, tables)
 

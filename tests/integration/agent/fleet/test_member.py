@@ -216,7 +216,7 @@ async def test_a_database_that_lost_transactions_is_noticed(fleet) -> None:
         await a.store.written()
         a.store.reader.run_now(
             lambda connection: connection.execute(
-                a.store.tables.sql("UPDATE $agents SET writes = writes - 1; DELETE FROM $jobs")
+                a.store.tables.sql("UPDATE $writers SET writes = writes - 1; DELETE FROM $jobs")
             )
         )
         a.store.ack([Ack(a.store.job("id", "j0").key, b"2", "{}")])
