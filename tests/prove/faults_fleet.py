@@ -7,7 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.prove.fleet_world import LEASE_S, FleetWorld
@@ -158,12 +158,12 @@ def join_and_leave(world: FleetWorld) -> list[str]:
     with world.checkpoints_held():
         for agent in world.agents[1:]:
             world.start_agent(agent)
-        speak_for(world, 1.5 * world.lease_s)
-    speak_for(world, 2 * world.lease_s)
+        speak_for(world, 5.0)
+    speak_for(world, 5.0)
     world.until(world.is_balanced, "four agents")
     for agent in world.agents[2:]:
         world.stop_agent(agent)
-    speak_for(world, 2 * world.lease_s)
+    speak_for(world, 5.0)
     world.until(world.is_balanced, "two agents")
     again = repeated(world) - before
     return [f"{again} lines were repeated by hand-overs"] if again else []
@@ -205,6 +205,7 @@ class FleetFault:
         cut: Whether the first agent reaches the database through a proxy.
         durable: Whether a killed server keeps what it has committed.
         timeout_s: How long it may take to relay what is left.
+        lease_s: ``fleet.lease``; longer than any wait for a processor where no lease may end.
         path: A directory with another ``tailspan_agent``.
     """
 
@@ -215,6 +216,7 @@ class FleetFault:
     cut: bool = False
     durable: bool = False
     timeout_s: float = 240.0
+    lease_s: float = LEASE_S
     path: Path | None = None
 
     def scenario(self) -> Scenario:
@@ -223,7 +225,7 @@ class FleetFault:
 
     def _run(self, seed: str) -> Row:
         settings = Settings(path=self.path)
-        with FleetWorld(seed, self.agents, settings, lease_s=LEASE_S, durable=self.durable) as world:
+        with FleetWorld(seed, self.agents, settings, lease_s=self.lease_s, durable=self.durable) as world:
             if self.cut:
                 world.put_proxy_before(world.agents[0])
             for number in range(self.jobs):
@@ -240,7 +242,7 @@ FAULTS = (
     FleetFault("fleet: an agent cut off from the database", cut_off, cut=True),
     FleetFault("fleet: database restarted, then away", database_away, durable=True),
     FleetFault("fleet: failover to a copy that lags", copy_that_lags, durable=True),
-    FleetFault("fleet: 1, 4, 2 agents under load", join_and_leave, agents=4),
+    FleetFault("fleet: 1, 4, 2 agents under load", join_and_leave, agents=4, lease_s=20.0),
     FleetFault("fleet: an older agent beside newer tables", newer_schema),
 )
 
@@ -269,7 +271,7 @@ class WrongFleet:
         fault = _UNDER[self.fault]
         with tempfile.TemporaryDirectory(prefix="prove-mutant-") as directory:
             path = self.mutant.build(Path(directory, "build"))
-            wrong = FleetFault(fault.name, fault.act, fault.agents, fault.jobs, fault.cut, fault.durable, 30.0, path)
+            wrong = replace(fault, timeout_s=30.0, path=path)
             row = wrong.scenario().row_of(seed)
         if any(words in row.verdict for words in self.found_by):
             return Row("", notes=[f"found by {self.fault!r}: {row.verdict[:120]}"])

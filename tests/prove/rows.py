@@ -10,7 +10,6 @@ from tests.prove import (
     configuration,
     endpoint,
     faults_disk,
-    faults_fleet,
     faults_local,
     faults_stores,
     fuzz,
@@ -57,8 +56,7 @@ def grouped(kills: int) -> dict[str, list[Scenario]]:
         "load": [row.scenario() for row in load.FAULTS],
         "hostile jobs": [row.scenario() for row in hostile_jobs.FAULTS],
         "attacks": [row.scenario() for row in attacks.ATTACKS],
-        "fleet": [fault.scenario() for fault in faults_fleet.FAULTS],
-        "wrong builds": [build.scenario() for build in (*wrong_builds.BUILDS, *faults_fleet.BUILDS)],
+        "wrong builds": [build.scenario() for build in wrong_builds.BUILDS],
         "input (fuzzed)": fuzz.scenarios(),
     }
 
