@@ -90,6 +90,28 @@ def test_the_agent_that_follows_jobs_has_the_rights_for_it() -> None:
     assert {verb for _, _, verb in given} == {"get", "list", "watch"}
 
 
+def test_the_fleet_shares_jobs_and_drains() -> None:
+    """Three agents with the connection string from a secret; the pod has time for the drain before its stop."""
+    found = yaml.safe_load((KUBERNETES / "fleet" / "kustomization.yaml").read_text())
+    patches = {one["target"]["kind"]: yaml.safe_load(one["patch"]) for one in found["patches"]}
+    changes = {one["path"]: one["value"] for one in patches["StatefulSet"]}
+    assert (changes["/spec/replicas"], changes["/spec/podManagementPolicy"]) == (3, "Parallel")
+    (variable,) = changes["/spec/template/spec/containers/0/env"]
+    fleet = settings_of({variable["name"]: variable["value"]}).fleet
+    mount = changes["/spec/template/spec/containers/0/volumeMounts/-"]
+    assert (fleet.is_used, str(fleet.dsn_file)) == (True, f"{mount['mountPath']}/dsn")
+    assert changes["/spec/template/spec/volumes/-"]["name"] == mount["name"]
+    program, *words = changes["/spec/template/spec/containers/0/lifecycle"]["preStop"]["exec"]["command"]
+    assert program == "tailspan"
+    understood(words)
+    base = read("base/statefulset.yaml")["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert changes["/spec/template/spec/terminationGracePeriodSeconds"] >= base + float(words[-1])
+    budget = read("fleet/poddisruptionbudget.yaml")["spec"]
+    assert budget == {"maxUnavailable": 1, "selector": read("base/statefulset.yaml")["spec"]["selector"]}
+    (port,) = patches["NetworkPolicy"][0]["value"]["ports"]
+    assert port == {"port": 5432}
+
+
 def test_pods_fit_the_restricted_profile() -> None:
     """Pod Security Standards, "restricted", and a root that is read-only."""
     for pod, containers in pods():
