@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import re
 import socket
 from collections.abc import Callable, Iterator
@@ -154,6 +155,17 @@ class DatabaseThread:
     def connection(self) -> Connection | None:
         """The open connection; None without one. Only for its socket and its notifications."""
         return self._connection
+
+    def copied_socket(self) -> int | None:
+        """Return a copy of the connection's socket, to wait for notifications; None without a connection.
+
+        The copy belongs to the caller: the thread may close the connection at any time.
+        """
+        connection = self._connection
+        if connection is not None:
+            with contextlib.suppress(OSError, psycopg.Error):
+                return os.dup(connection.fileno())
+        return None
 
     async def run(self, work: Callable[[Connection], T], *, timeout_s: float) -> T:
         """Do work in the thread, in order with all other work.

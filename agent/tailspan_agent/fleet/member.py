@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from functools import partial
@@ -172,16 +173,17 @@ class FleetMember:
             self._wake.clear()
             try:
                 await self._renew()
+                await self._pause()
             except Exception:
+                # Without this task no lease is renewed, so no error may end it.
                 _log.exception("unexpected error in the fleet (a bug in the agent); the leases are renewed again")
-            await self._pause()
+                await asyncio.sleep(self.lease_s / _RETRY_PER_LEASE)
 
     async def _pause(self) -> None:
         """Wait until the next renewal is due, another agent has released shards, or a write has failed."""
         failed = self._leases.failure is not None
         pause_s = self.lease_s / (_RETRY_PER_LEASE if failed else _RENEWALS_PER_LEASE)
-        connection, loop = self._leases.connection, asyncio.get_running_loop()
-        fd = connection.fileno() if connection is not None else None
+        fd, loop = None if failed else self._leases.copied_socket(), asyncio.get_running_loop()
         if fd is not None:
             loop.add_reader(fd, self._wake.set)
         try:
@@ -191,6 +193,7 @@ class FleetMember:
         finally:
             if fd is not None:
                 loop.remove_reader(fd)
+                os.close(fd)
 
     async def _renew(self) -> None:
         """Renew the leases once, and follow what came of it."""

@@ -165,6 +165,20 @@ async def test_reading_stops_before_the_leases_end(fleet) -> None:
 
 
 @looped
+async def test_a_connection_that_breaks_at_any_time_ends_nothing(fleet) -> None:
+    """The leases are renewed over the next connection, also when the broken one was waited on."""
+    async with fleet("a", lease_s=2) as a:
+        await until(lambda: a.member.shards == SHARDS)
+        for _ in range(3):
+            connection = a.member._leases.connection
+            assert connection is not None
+            connection.close()
+            a.member._wake.set()
+            await until(lambda broken=connection: a.member._leases.connection not in (None, broken))
+            await until(lambda: a.member.shards == SHARDS)
+
+
+@looped
 async def test_writes_of_an_earlier_owner_have_no_effect(fleet) -> None:
     """A stopped process that wakes up writes with its old epochs: nothing changes, and it drops the shards."""
     async with fleet("a", kill=True) as a:
