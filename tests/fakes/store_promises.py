@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 
 from tailspan_agent.analysis.baseline import KEPT_RUNS, PastRun
@@ -24,7 +23,6 @@ from tailspan_agent.checkpoint.protocol import CheckpointStore
 from tailspan_agent.checkpoint.rows import Ack, Checkpoint, OutboxSpan
 from tailspan_agent.errors import ValueRefusedError
 from tests.fakes.agents import looped
-from tests.property.effort import fuzz
 
 LEDGER = '{"first_seen_ns":1}'
 _MOD = 1 << 64
@@ -151,7 +149,7 @@ class _Model:
                     job.spans[one.span_id] = one.span, True
 
 
-_STEPS = st.tuples(
+STEPS = st.tuples(
     st.sampled_from(("ack", "ack", "ack", "ledger", "stream", "complete", "span", "span", "end", "sent")),
     st.sampled_from("abc"),
     st.integers(1, 30),
@@ -463,9 +461,7 @@ class StorePromises:
             assert [row.job_id for row in await store.ledgers.by_key([rows[2].key, 10**9])] == ["c"]
             assert (rows[0].identity, rows[0].name, rows[0].ledger) == ("id", "etl", '{"first_seen_ns":97}')
 
-    @fuzz(60)
-    @given(steps=st.lists(_STEPS, max_size=25), written_after=st.integers(0, 25), crash=st.booleans())
-    def test_a_store_is_what_was_done(self, steps: Sequence[tuple[Any, ...]], written_after: int, crash: bool) -> None:
+    def check_steps(self, steps: Sequence[tuple[Any, ...]], written_after: int, crash: bool) -> None:
         """After any writes and a restart the store is the same; after a kill it is as it was at one moment before."""
 
         @looped

@@ -10,6 +10,7 @@ from tests.prove import (
     configuration,
     endpoint,
     faults_disk,
+    faults_fleet,
     faults_local,
     faults_stores,
     fuzz,
@@ -17,7 +18,6 @@ from tests.prove import (
     jobservice,
     load,
     log_files,
-    machine_jobs,
     orchestrators,
     process,
     wrong_builds,
@@ -44,10 +44,7 @@ def grouped(kills: int) -> dict[str, list[Scenario]]:
         ],
         "OTLP endpoint": [fault.scenario() for fault in endpoint.FAULTS],
         "stores": faults_stores.scenarios(),
-        "job service": [
-            fault.scenario()
-            for fault in (*jobservice.FAULTS, *orchestrators.FAULTS, *log_files.FAULTS, *machine_jobs.FAULTS)
-        ],
+        "job service": [fault.scenario() for fault in (*jobservice.FAULTS, *orchestrators.FAULTS, *log_files.FAULTS)],
         "disk": faults_disk.scenarios(),
         "local jobs": faults_local.scenarios(),
         "agent process": [change.scenario() for change in process.FAULTS],
@@ -56,7 +53,8 @@ def grouped(kills: int) -> dict[str, list[Scenario]]:
         "load": [row.scenario() for row in load.FAULTS],
         "hostile jobs": [row.scenario() for row in hostile_jobs.FAULTS],
         "attacks": [row.scenario() for row in attacks.ATTACKS],
-        "wrong builds": [build.scenario() for build in wrong_builds.BUILDS],
+        "fleet": [fault.scenario() for fault in faults_fleet.FAULTS],
+        "wrong builds": [build.scenario() for build in (*wrong_builds.BUILDS, *faults_fleet.BUILDS)],
         "input (fuzzed)": fuzz.scenarios(),
     }
 

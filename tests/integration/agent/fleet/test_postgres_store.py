@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tailspan_agent.checkpoint.protocol import CheckpointStore
 from tailspan_agent.fleet.database import DatabaseThread, Tables, migrate
@@ -16,7 +19,8 @@ from tailspan_agent.fleet.leases import AgentInfo, join, leave, renew
 from tailspan_agent.fleet.store import PostgresStore, read_shards
 from tailspan_agent.tasks import cancelled
 from tests.fakes.postgres import Postgres
-from tests.fakes.store_promises import StorePromises
+from tests.fakes.store_promises import STEPS, StorePromises
+from tests.property.effort import fuzz
 
 LEASE_S = 60.0
 
@@ -58,3 +62,9 @@ class TestPostgresStore(StorePromises):
         """Open the store with all shards."""
         async with owner(self.dsn, "p" + sha256(str(home).encode()).hexdigest()[:30], crash=crash) as store:
             yield store
+
+    @fuzz(12)
+    @given(steps=st.lists(STEPS, max_size=25), written_after=st.integers(0, 25), crash=st.booleans())
+    def test_a_store_is_what_was_done(self, steps: Sequence[tuple[Any, ...]], written_after: int, crash: bool) -> None:
+        """After any writes and a restart the store is the same; after a kill it is as it was at one moment before."""
+        self.check_steps(steps, written_after, crash)
