@@ -134,7 +134,7 @@ class JobDiscovery:
         self._stopped = False
         try:
             while True:
-                begun_s, cpu_s = time.monotonic(), time.thread_time()
+                is_first, begun_s, cpu_s = not self.has_scanned, time.monotonic(), time.thread_time()
                 try:
                     self._open_changes()
                     await self.scan()
@@ -149,7 +149,9 @@ class JobDiscovery:
                     if self.failure is not None:
                         _log.info("service %s answers again", self.name)
                     self.failure, errors = None, 0
-                    pause_s = self._pause_s(time.monotonic() - begun_s, time.thread_time() - cpu_s)
+                    # The first list may load modules, which no later one does: it says nothing of their cost.
+                    cost_s = (time.monotonic() - begun_s, time.thread_time() - cpu_s) if not is_first else (0.0, 0.0)
+                    pause_s = self._pause_s(*cost_s)
                     await self._wait(pause_s * random.uniform(0.9, 1.1))
         finally:
             self._close_changes()
