@@ -176,7 +176,7 @@ def test_dashboards_and_rules_query_only_what_is_sent(tmp_path: Path) -> None:
         (name, label) for name, labels in asked for label in labels - sent.get(name, set()) - BY_PROMETHEUS - {"le"}
     }
     assert unknown == set()
-    # The metrics of an agent that shares jobs through a database; tests/prove/fleet.py has such agents.
+    # The metrics of an agent that shares jobs through a database; tests/prove/fleet_world.py has such agents.
     of_a_fleet = {"tailspan_fleet_takeovers_total", "tailspan_fleet_lease_age_seconds"}
     assert {name for name, _ in asked} <= set(sent) | of_a_fleet
 
