@@ -106,6 +106,9 @@ static const char *const levels[] = {"TRACE", "DEBUG", "INFO", "NOTICE", "SUCCES
                                      "SEVERE", "CRITICAL", "FATAL", "PANIC", "ALERT", "EMERGENCY"};
 #define LEVELS (Py_ssize_t)(sizeof levels / sizeof *levels)
 #define LONGEST_LEVEL 9
+#define LETTER(c) (UINT32_C(1) << ((c) - 'a'))
+static const uint32_t first_letters = LETTER('t') | LETTER('d') | LETTER('i') | LETTER('n') | LETTER('s') | LETTER('w') |
+                                      LETTER('e') | LETTER('c') | LETTER('f') | LETTER('p') | LETTER('a');
 #define UNSPECIFIED 0
 #define INFO 7
 #define WARNING 19
@@ -122,12 +125,18 @@ static int is_lower(char c) { return (unsigned char)(c - 'a') < 26; }
 static int is_alnum(char c) { return (unsigned char)((c | 0x20) - 'a') < 26 || is_digit(c); }
 static int is_word(char c) { return is_alnum(c) || c == '_'; }
 static int is_space(char c) { return c == ' ' || (unsigned char)(c - '\t') < 5; }
-static int is_one_of(char c, const char *set) { return c != '\0' && strchr(set, c) != NULL; }
+static inline int is_one_of(char c, const char *set)
+{
+    while (*set != '\0' && *set != c) set++;
+    return *set != '\0';
+}
 
 /* Return the place of a word in the table of severities, or UNSPECIFIED. */
 static int level_of(const char *word, Py_ssize_t length)
 {
-    if (length < 3 || length > LONGEST_LEVEL || !is_one_of(word[0] & ~0x20, "TDINSWECFPA")) return UNSPECIFIED;
+    if (length < 3 || length > LONGEST_LEVEL) return UNSPECIFIED;
+    unsigned letter = (unsigned char)((word[0] | 0x20) - 'a');
+    if (letter >= 26 || !(first_letters >> letter & 1)) return UNSPECIFIED;
     int capitals = 0;
     for (Py_ssize_t i = 0; i < length; i++) {
         if (is_upper(word[i])) capitals++;
