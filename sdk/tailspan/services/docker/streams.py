@@ -19,6 +19,7 @@ from tailspan._backoff import backoff_s
 from tailspan.errors import JobNotFoundError, ServiceError, ServiceUnavailableError
 from tailspan.services import ChangeFeed
 from tailspan.services._http_service import drop_oldest
+from tailspan.services._noticed_changes import NoticedChanges
 from tailspan.services.docker.wire import ContainerLine, ContainerPosition, EngineContainer, container_of_event
 
 __all__ = ["ContainerStream", "Engine", "LiveContainers"]
@@ -140,10 +141,7 @@ class LiveContainers(ChangeFeed):
         self._inspections: set[asyncio.Task[None]] = set()
         self._followed: set[str] = set()
         self._gone_at_s: dict[str, float] = {}
-        self._changed: set[str] = set()
-        self._lost = False
-        self._failure: ServiceError | None = None
-        self._news = asyncio.Event()
+        self._changes = NoticedChanges()
         # The engine's clock may be another one, and an event that comes twice does no harm.
         self._since_ns = time.time_ns() - _CLOCK_NS
         self._task = asyncio.get_running_loop().create_task(self._run())
@@ -151,7 +149,7 @@ class LiveContainers(ChangeFeed):
     def follow(self, job_id: str) -> bool:
         """Begin to report changes of a container; False for one that has no stream, so that it must be polled."""
         self._followed.add(job_id)
-        return self._failure is None and len(self.streams) < self._max_streams
+        return self._changes.failure is None and len(self.streams) < self._max_streams
 
     def leave(self, job_id: str) -> None:
         """Stop reporting changes of a container, and forget what was not read of it."""
@@ -164,13 +162,7 @@ class LiveContainers(ChangeFeed):
         Raises:
             ServiceError: The engine cannot be followed.
         """
-        await self._news.wait()
-        self._news.clear()
-        if self._failure is not None:
-            raise self._failure
-        changed, self._changed = self._changed, set()
-        lost, self._lost = self._lost, False
-        return None if lost else changed
+        return await self._changes.take()
 
     def close(self) -> None:
         """End all streams; what they have is read by requests from now on."""
@@ -234,7 +226,7 @@ class LiveContainers(ChangeFeed):
                         failures = 0
                         for line in lines:
                             await stream.add(line)
-                        self._report(container_id)
+                        self._changes.add({container_id})
                 if is_over:
                     break
                 # Podman reports a start before it counts the container as running, and ends the stream then. After
@@ -255,7 +247,7 @@ class LiveContainers(ChangeFeed):
                     return
                 await asyncio.sleep(backoff_s(failures - 1, 0.5))
         stream.has_ended = True
-        self._report(container_id)
+        self._changes.add({container_id})
 
     def _name_of(self, container_id: str) -> str:
         known = self._containers.get(container_id)
@@ -279,16 +271,14 @@ class LiveContainers(ChangeFeed):
                     if failures > _FAILURES:
                         raise
                     _log.warning("service %s: the engine cannot be followed (%s); trying again", self._service, error)
-                self._lost = True
-                self._news.set()
+                self._changes.add_all()
                 await asyncio.sleep(backoff_s(failures, 0.5))
         except ServiceError as error:
-            self._failure = error
+            self._changes.fail(error)
         except Exception as error:
             _log.exception("service %s: unexpected error while containers are followed", self._service)
-            self._failure = ServiceUnavailableError(f"containers cannot be followed: {error!r}", service=self._service)
-        finally:
-            self._news.set()
+            text = f"containers cannot be followed: {error!r}"
+            self._changes.fail(ServiceUnavailableError(text, service=self._service))
 
     async def _inspect(self, container_id: str, *, follows_removed: bool = False) -> None:
         """Read what a container is.
@@ -306,7 +296,7 @@ class LiveContainers(ChangeFeed):
         if follows_removed and container.auto_remove:
             # A reader that has a later position skips what it has.
             self.open(container_id, ContainerPosition())
-        self._report(container_id)
+        self._changes.add({container_id})
 
     def _start_inspection(self, container_id: str) -> None:
         task = asyncio.get_running_loop().create_task(self._inspect(container_id))
@@ -339,7 +329,7 @@ class LiveContainers(ChangeFeed):
                 self.exits[container_id] = int(code) if code.lstrip("-").isdigit() else 1, time_ns
             case "destroy" | "remove":
                 self._remove(container_id)
-        self._report(container_id)
+        self._changes.add({container_id})
         self._limit()
 
     def _remove(self, container_id: str) -> None:
@@ -347,10 +337,6 @@ class LiveContainers(ChangeFeed):
         if container is not None:
             self.gone[container_id] = container
             self._gone_at_s[container_id] = time.monotonic()
-
-    def _report(self, container_id: str) -> None:
-        self._changed.add(container_id)
-        self._news.set()
 
     def _limit(self) -> None:
         """Forget removed containers, and streams, that nothing follows."""

@@ -10,8 +10,9 @@ from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from typing import Protocol
 
-from tailspan.errors import ServiceError, ServiceUnavailableError
+from tailspan.errors import ServiceUnavailableError
 from tailspan.services._http_service import drop_oldest
+from tailspan.services._noticed_changes import NoticedChanges
 from tailspan.services.kubernetes.objects import Job, JobList, Pod, PodList
 from tailspan.services.kubernetes.record import Instance, JobRecord
 from tailspan.services.kubernetes.requests import KubernetesRequests
@@ -70,10 +71,8 @@ class JobFeed:
         self._service = service
         self._followed: set[str] = set()
         self._unwanted: set[str] = set()
-        self._changed: set[str] = set()
+        self._changes = NoticedChanges()
         self._with_lines: set[str] = set()
-        self._all_changed = False
-        self._event = asyncio.Event()
         # By uid of the job: pods that came before it.
         self._strays: dict[str, dict[str, Pod]] = {}
         self._pods_listed = False
@@ -81,7 +80,6 @@ class JobFeed:
         self._lines_timer: asyncio.TimerHandle | None = None
         self._others = 0
         self._said_full = False
-        self._failure: ServiceError | None = None
         http, streams = service.http, service.long_http
         self._jobs = Reflector(
             http,
@@ -109,7 +107,7 @@ class JobFeed:
     @property
     def is_current(self) -> bool:
         """Whether the records are those of the present, give or take some seconds."""
-        return self._pods_listed and self._jobs.is_current and self._pods.is_current and self._failure is None
+        return self._pods_listed and self._jobs.is_current and self._pods.is_current and self._changes.failure is None
 
     async def listed(self) -> None:
         """Wait until jobs and pods were listed for the first time, or could not be: then requests say why."""
@@ -127,7 +125,7 @@ class JobFeed:
         if record is not None:
             self._unwanted.discard(record.job.pipeline)
         # A job that is named without its uid is polled.
-        return ":" in job_id and self._failure is None
+        return ":" in job_id and self._changes.failure is None
 
     def leave(self, job_id: str) -> None:
         """Stop following the logs of a job."""
@@ -144,18 +142,7 @@ class JobFeed:
 
     async def wait(self) -> Collection[str] | None:
         """Wait for changes; see `tailspan.services.ChangeFeed`."""
-        while True:
-            if self._failure is not None:
-                raise self._failure
-            if self._all_changed:
-                self._all_changed = False
-                self._changed.clear()
-                return None
-            if self._changed:
-                changed, self._changed = self._changed, set()
-                return changed
-            await self._event.wait()
-            self._event.clear()
+        return await self._changes.take()
 
     def make_room(self, record: JobRecord) -> bool:
         """Stop following the log of a job that the agent does not follow, for one that it does; return whether so."""
@@ -183,13 +170,11 @@ class JobFeed:
 
     def _report_lines(self) -> None:
         self._lines_timer = None
-        self._changed |= self._with_lines
+        self._changes.add(self._with_lines)
         self._with_lines.clear()
-        self._event.set()
 
     def _on_change(self, record: JobRecord) -> None:
-        self._changed.add(record.job_id)
-        self._event.set()
+        self._changes.add({record.job_id})
 
     def _on_end(self, task: asyncio.Task[None]) -> None:
         if task.cancelled():
@@ -198,8 +183,7 @@ class JobFeed:
         found = self._jobs.failure or self._pods.failure
         if error is not None:
             _log.error("service %s: unexpected error in a watch", self._service.name, exc_info=error)
-        self._failure = found or ServiceUnavailableError(f"a watch ended: {error!r}", service=self._service.name)
-        self._event.set()
+        self._changes.fail(found or ServiceUnavailableError(f"a watch ended: {error!r}", service=self._service.name))
 
     async def _run_pods(self) -> None:
         # A pod is known by its job.
@@ -226,20 +210,18 @@ class JobFeed:
             for instance in record.instances():
                 if instance.terminated is None and not instance.pod.is_over and streams.get(instance) is None:
                     found += 1
-                    self._changed.add(record.job_id)
+                    self._changes.add({record.job_id})
         # Those that wait get a stream with their next read, once there is room.
         self._others = found
-        if found:
-            self._event.set()
-            if not self._said_full and not streams.has_room:
-                self._said_full = True
-                name = self._service.name
-                text = (
-                    "service %s: %d logs are followed, which is the limit; those of %d further containers are read "
-                    "every %g s and can lose lines when they are rotated or their pods deleted: raise "
-                    "services.%s.max_streams"
-                )
-                _log.warning(text, name, streams.most, found, _POLL_S, name)
+        if found and not self._said_full and not streams.has_room:
+            self._said_full = True
+            name = self._service.name
+            text = (
+                "service %s: %d logs are followed, which is the limit; those of %d further containers are read "
+                "every %g s and can lose lines when they are rotated or their pods deleted: raise "
+                "services.%s.max_streams"
+            )
+            _log.warning(text, name, streams.most, found, _POLL_S, name)
 
     def _sweep(self) -> None:
         now_s, now = time.monotonic(), datetime.now(UTC)
@@ -264,9 +246,8 @@ class JobFeed:
             if record.is_watched and uid not in found and record.deleted_at is None:
                 record.delete(now, was_missed=record.may_have_ended)
         if self._jobs_listed.is_set():
-            self._all_changed = True
+            self._changes.add_all()
         self._jobs_listed.set()
-        self._event.set()
 
     def _on_job(self, kind: str, job: Job) -> None:
         record = self._apply_job(job)
@@ -313,8 +294,7 @@ class JobFeed:
                     record.lose_pod(uid, now)
                     self._follow_pod(record, uid)
         # What has begun since the agent's own list, or while nothing was watched.
-        self._all_changed = True
-        self._event.set()
+        self._changes.add_all()
 
     def _on_pod(self, kind: str, pod: Pod) -> None:
         job_uid = pod.job_uid

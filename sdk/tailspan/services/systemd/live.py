@@ -17,6 +17,7 @@ from contextlib import aclosing
 from tailspan._backoff import backoff_s
 from tailspan.errors import ServiceError, ServiceUnavailableError
 from tailspan.services import ChangeFeed
+from tailspan.services._noticed_changes import NoticedChanges
 from tailspan.services.systemd.commands import Commands
 from tailspan.services.systemd.entries import JournalEntry, Scope, is_after
 from tailspan.services.systemd.invocations import Invocations
@@ -132,11 +133,8 @@ class LiveJournal(ChangeFeed):
         self._selects = selects
         self._jobs: dict[str, bool] = {}
         self._followed: set[str] = set()
-        self._changed: set[str] = set()
-        self._lost = False
-        self._failure: ServiceError | None = None
+        self._changes = NoticedChanges()
         self._loaded = asyncio.Event()
-        self._news = asyncio.Event()
         self._cursor = ""
         self._size = 0
         self._task = asyncio.get_running_loop().create_task(self._run())
@@ -157,8 +155,8 @@ class LiveJournal(ChangeFeed):
             await asyncio.wait({loaded, self._task}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             loaded.cancel()
-        if self._failure is not None:
-            raise self._failure
+        if self._changes.failure is not None:
+            raise self._changes.failure
 
     def is_job(self, unit: str) -> bool:
         """Return whether the invocations of a unit are jobs."""
@@ -171,7 +169,7 @@ class LiveJournal(ChangeFeed):
     def follow(self, job_id: str) -> bool:
         """Begin to report changes of a job."""
         self._followed.add(job_id)
-        return self._failure is None
+        return self._changes.failure is None
 
     def leave(self, job_id: str) -> None:
         """Stop reporting changes of a job, and forget what was not read of it."""
@@ -186,13 +184,7 @@ class LiveJournal(ChangeFeed):
         Raises:
             ServiceError: The journal cannot be followed.
         """
-        await self._news.wait()
-        self._news.clear()
-        if self._failure is not None:
-            raise self._failure
-        changed, self._changed = self._changed, set()
-        lost, self._lost = self._lost, False
-        return None if lost else changed
+        return await self._changes.take()
 
     def close(self) -> None:
         """End the program that follows the journal."""
@@ -235,12 +227,11 @@ class LiveJournal(ChangeFeed):
                     _log.warning("service %s: journalctl failed (%s); starting it again", self._service, error)
                 await asyncio.sleep(backoff_s(max(0, failures - 1), 0.5))
         except ServiceError as error:
-            self._failure = error
+            self._changes.fail(error)
         except Exception as error:
             _log.exception("service %s: unexpected error while the journal is followed", self._service)
-            self._failure = ServiceUnavailableError(f"the journal cannot be followed: {error!r}", service=self._service)
-        finally:
-            self._news.set()
+            text = f"the journal cannot be followed: {error!r}"
+            self._changes.fail(ServiceUnavailableError(text, service=self._service))
 
     async def _fill_tails(self) -> None:
         """Read the logs of running jobs, of many with one program each, where they are short."""
@@ -297,11 +288,13 @@ class LiveJournal(ChangeFeed):
         _log.warning("service %s: the journal has dropped entries that were not read", self._service)
         for tail in self.tails.values():
             tail.drop()
-        self._size, self._lost = 0, True
+        self._size = 0
+        self._changes.add_all()
         return entries
 
     async def _apply(self, entries: list[JournalEntry]) -> None:
         new_units: set[str] = set()
+        changed: set[str] = set()
         for entry in entries:
             self._cursor = entry.cursor
             before = len(self.invocations.found)
@@ -318,15 +311,12 @@ class LiveJournal(ChangeFeed):
             written = invocation.take_log(entry, self._scope)
             if tail is not None:
                 self._size += sum(tail.add(one) for one in written)
-            self._changed.add(job_id)
+            changed.add(job_id)
         if new_units:
             await self._learn(new_units)
-        self._changed = {
-            one for one in self._changed if (found := self.invocations.found.get(one)) and self.is_job(found.unit)
-        }
         self._limit()
-        if self._changed or self._lost:
-            self._news.set()
+        found = self.invocations.found
+        self._changes.add({one for one in changed if one in found and self.is_job(found[one].unit)})
 
     async def _learn(self, units: Collection[str]) -> None:
         """Find which units have jobs; drop what was kept of the others."""
