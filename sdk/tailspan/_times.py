@@ -7,7 +7,7 @@ from typing import TypeAlias, overload
 
 from tailspan.errors import ConfigError
 
-__all__ = ["Seconds", "Since", "moment_of", "seconds_of", "since_ms_of", "time_of"]
+__all__ = ["Seconds", "Since", "moment_of", "seconds_of", "since_ms_of", "time_of", "time_of_ms"]
 
 _LATEST_NS = 253_402_214_400 * 10**9
 """The last day of the year 9999."""
@@ -61,3 +61,11 @@ def time_of(text: object) -> datetime | None:
 def moment_of(nanos: int) -> datetime:
     """Return the time (aware UTC) of ns since the epoch, or the nearest one that there is: a file may have any time."""
     return datetime.fromtimestamp(min(max(nanos, 0), _LATEST_NS) / 1e9, UTC)
+
+
+def time_of_ms(ms: object) -> datetime | None:
+    """Return the time (aware UTC) of ms since the epoch; None for what is not a time after it."""
+    try:
+        return datetime.fromtimestamp(ms / 1000, UTC) if isinstance(ms, int | float) and ms > 0 else None
+    except (ValueError, OverflowError, OSError):
+        return None

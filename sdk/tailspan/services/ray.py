@@ -26,6 +26,7 @@ import anyio.lowlevel
 import msgspec
 
 from tailspan._identity import job_hash
+from tailspan._times import time_of_ms
 from tailspan.config import UserPath
 from tailspan.errors import ConfigError, CursorExpiredError, JobNotFoundError, ServiceUnavailableError
 from tailspan.local.job_name import default_name
@@ -348,7 +349,7 @@ class RayService(HttpService, SubmitService):
     def _status(self, job: Mapping[str, Any]) -> JobStatus:
         job_id, state = job["submission_id"], _state(job.get("status"), job.get("error_type"))
         metadata = {str(key): str(value) for key, value in _table(job.get("metadata")).items()}
-        submitted = _moment(job.get("start_time"))
+        submitted = time_of_ms(job.get("start_time"))
         code = job.get("driver_exit_code")
         details = {
             "process.command": job.get("entrypoint"),
@@ -363,7 +364,7 @@ class RayService(HttpService, SubmitService):
             instance_id=job.get("driver_node_id"),
             submitted_at=submitted,
             started_at=self._start(job_id, state, submitted),
-            finished_at=_moment(job.get("end_time")) if state.is_terminal else None,
+            finished_at=time_of_ms(job.get("end_time")) if state.is_terminal else None,
             job_status=job.get("status"),
             exit_code=None if not isinstance(code, int) else 128 - code if code < 0 else code,
             error=_error(job) if state in (JobState.FAILED, JobState.LOST) else None,
@@ -390,13 +391,13 @@ class RayService(HttpService, SubmitService):
         known = self._rows.get(job.submission_id)
         if known is not None and known[0] == job:
             return known[1]
-        created = _moment(job.start_time)
+        created = time_of_ms(job.start_time)
         row = ListedJob(
             job_id=job.submission_id,
             job_name=_name(job.submission_id, job.entrypoint, job.metadata),
             state=_state(job.status, job.error_type),
             created_at=created,
-            state_since=_moment(job.end_time) or created,
+            state_since=time_of_ms(job.end_time) or created,
             instance_id=job.driver_node_id,
             service=self.name,
         )
@@ -621,10 +622,3 @@ def _error(job: Mapping[str, Any]) -> str | None:
     """Return why a job failed; Ray's message goes on with the end of the log, up to 20,000 characters."""
     message = str(job.get("message") or "").partition(_AFTER_ERROR)[0].strip()
     return message[:_ERROR_CHARS] or None
-
-
-def _moment(ms: object) -> datetime | None:
-    try:
-        return datetime.fromtimestamp(ms / 1000, UTC) if isinstance(ms, int | float) and ms > 0 else None
-    except (ValueError, OverflowError, OSError):
-        return None

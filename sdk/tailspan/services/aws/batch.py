@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from tailspan._identity import span_id, trace_id
+from tailspan._times import time_of_ms
 from tailspan.errors import AuthError, ConfigError, JobNotFoundError
 from tailspan.logs.page import TaskRef
 from tailspan.models import JobState, JobStatus, ListedJob, TaskRun
@@ -22,7 +23,7 @@ from tailspan.services import Problem, SubmitService
 from tailspan.services._http_service import drop_oldest
 from tailspan.services.aws.logs import LogStream
 from tailspan.services.aws.requests import BATCH, Api, AwsOptions, account_of, console_of
-from tailspan.services.aws.service import AwsService, Described, moment_of, stream_url
+from tailspan.services.aws.service import AwsService, Described, stream_url
 
 __all__ = ["BatchOptions", "BatchService"]
 
@@ -270,8 +271,8 @@ class BatchService(AwsService, SubmitService):
             job_id=row["jobId"],
             job_name=self._name(row),
             state=_state(row),
-            created_at=moment_of(row.get("createdAt")),
-            state_since=moment_of(since),
+            created_at=time_of_ms(row.get("createdAt")),
+            state_since=time_of_ms(since),
             service=self.name,
         )
 
@@ -330,9 +331,9 @@ class BatchService(AwsService, SubmitService):
             name=attempt.name,
             attempt=attempt.number,
             result=result,
-            submitted_at=moment_of(job.get("createdAt")) if attempt.number == 1 else None,
-            started_at=moment_of(owner.get("startedAt")),
-            finished_at=moment_of(stopped) if result else None,
+            submitted_at=time_of_ms(job.get("createdAt")) if attempt.number == 1 else None,
+            started_at=time_of_ms(owner.get("startedAt")),
+            finished_at=time_of_ms(stopped) if result else None,
             exit_code=container.get("exitCode"),
             error=_reason(container, owner) if result not in (None, "success") else None,
             url=stream_url(stream.region, stream.group, stream.name) if stream else None,
@@ -364,9 +365,9 @@ class BatchService(AwsService, SubmitService):
             state,
             job_name=self._name(job),
             instance_id=_last_part(container.get("containerInstanceArn")),
-            submitted_at=moment_of(job.get("createdAt")),
-            started_at=min(started, default=moment_of(job.get("startedAt"))),
-            finished_at=moment_of(job.get("stoppedAt")) if state.is_terminal else None,
+            submitted_at=time_of_ms(job.get("createdAt")),
+            started_at=min(started, default=time_of_ms(job.get("startedAt"))),
+            finished_at=time_of_ms(job.get("stoppedAt")) if state.is_terminal else None,
             job_status=job.get("status"),
             exit_code=container.get("exitCode") if state.is_terminal else None,
             error=reason if state not in (JobState.RUNNING, JobState.SUCCEEDED) else None,

@@ -12,13 +12,14 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, ClassVar
 
+from tailspan._times import time_of_ms
 from tailspan.errors import JobNotFoundError
 from tailspan.logs.page import TaskRef
 from tailspan.models import JobState, JobStatus, ListedJob, TaskRun
 from tailspan.services._http_service import drop_oldest
 from tailspan.services.aws.logs import LogStream
 from tailspan.services.aws.requests import ECS, Api, AwsOptions, account_of, console_of
-from tailspan.services.aws.service import AwsService, Described, moment_of, stream_url
+from tailspan.services.aws.service import AwsService, Described, stream_url
 
 __all__ = ["EcsOptions", "EcsService"]
 
@@ -260,4 +261,4 @@ def _family(task: Mapping[str, Any]) -> str:
 
 
 def _time(seconds: object) -> Any:
-    return moment_of(seconds * 1000) if isinstance(seconds, int | float) else None
+    return time_of_ms(seconds * 1000) if isinstance(seconds, int | float) else None

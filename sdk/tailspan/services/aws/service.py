@@ -7,7 +7,6 @@ import time
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
-from datetime import UTC, datetime
 from typing import Any, ClassVar, NamedTuple, Self
 from urllib.parse import quote
 
@@ -22,7 +21,7 @@ from tailspan.services.aws.gathering import Gathering, Waiting
 from tailspan.services.aws.logs import CloudWatchReader, LogStream
 from tailspan.services.aws.requests import LOGS, Api, AwsAccount, AwsOptions, AwsRequests, console_of, region_of
 
-__all__ = ["AwsService", "Described", "moment_of", "stream_url"]
+__all__ = ["AwsService", "Described", "stream_url"]
 
 _TRIES = 3
 _GATHER_S = 0.5
@@ -199,14 +198,6 @@ class AwsService(MergingService, TaskService):
 
     async def _logs_of(self, region: str) -> AwsRequests:
         return await self._open(LOGS, region)
-
-
-def moment_of(ms: object) -> datetime | None:
-    """Return the time (aware UTC) of ms since the epoch; None for anything else."""
-    try:
-        return datetime.fromtimestamp(ms / 1000, UTC) if isinstance(ms, int | float) and ms > 0 else None
-    except (ValueError, OverflowError, OSError):
-        return None
 
 
 def stream_url(region: str, group: str, stream: str) -> str:
