@@ -106,9 +106,6 @@ static const char *const levels[] = {"TRACE", "DEBUG", "INFO", "NOTICE", "SUCCES
                                      "SEVERE", "CRITICAL", "FATAL", "PANIC", "ALERT", "EMERGENCY"};
 #define LEVELS (Py_ssize_t)(sizeof levels / sizeof *levels)
 #define LONGEST_LEVEL 9
-#define LETTER(c) (UINT32_C(1) << ((c) - 'a'))
-static const uint32_t first_letters = LETTER('t') | LETTER('d') | LETTER('i') | LETTER('n') | LETTER('s') | LETTER('w') |
-                                      LETTER('e') | LETTER('c') | LETTER('f') | LETTER('p') | LETTER('a');
 #define UNSPECIFIED 0
 #define INFO 7
 #define WARNING 19
@@ -119,13 +116,34 @@ static const uint32_t first_letters = LETTER('t') | LETTER('d') | LETTER('i') | 
 #define KEY_BYTES 24
 #define MOST_INDENT 40
 
-static int is_digit(char c) { return (unsigned char)(c - '0') < 10; }
+/* The classes of ASCII characters: one look-up for each byte of a line. */
+enum { DIGIT = 1, ALNUM = 2, WORD = 4, SPACE = 8, OF_TIME = 16, OF_NAME = 32, CLOSER = 64, OF_LEVEL = 128 };
+static unsigned char classes[256];
+
+static void add_class(const char *characters, unsigned char class)
+{
+    for (; *characters != '\0'; characters++) classes[(unsigned char)*characters] |= class;
+}
+
+static void fill_classes(void)
+{
+    add_class("0123456789", DIGIT | ALNUM | WORD | OF_TIME | OF_NAME);
+    add_class("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz", ALNUM | WORD | OF_NAME);
+    add_class("_", WORD | OF_NAME);
+    add_class(" \t\n\v\f\r", SPACE);
+    add_class(".,:+Z-", OF_TIME);
+    add_class(".:$/@-", OF_NAME);
+    add_class("]})|", CLOSER);
+    for (Py_ssize_t level = 0; level < LEVELS; level++) {
+        const char first[] = {levels[level][0], (char)(levels[level][0] | 0x20), '\0'};
+        add_class(first, OF_LEVEL);
+    }
+}
+
+static int is(char c, unsigned char class) { return classes[(unsigned char)c] & class; }
 static int is_upper(char c) { return (unsigned char)(c - 'A') < 26; }
 static int is_lower(char c) { return (unsigned char)(c - 'a') < 26; }
-static int is_alnum(char c) { return (unsigned char)((c | 0x20) - 'a') < 26 || is_digit(c); }
-static int is_word(char c) { return is_alnum(c) || c == '_'; }
-static int is_space(char c) { return c == ' ' || (unsigned char)(c - '\t') < 5; }
-static inline int is_one_of(char c, const char *set)
+static int is_one_of(char c, const char *set)
 {
     while (*set != '\0' && *set != c) set++;
     return *set != '\0';
@@ -134,9 +152,7 @@ static inline int is_one_of(char c, const char *set)
 /* Return the place of a word in the table of severities, or UNSPECIFIED. */
 static int level_of(const char *word, Py_ssize_t length)
 {
-    if (length < 3 || length > LONGEST_LEVEL) return UNSPECIFIED;
-    unsigned letter = (unsigned char)((word[0] | 0x20) - 'a');
-    if (letter >= 26 || !(first_letters >> letter & 1)) return UNSPECIFIED;
+    if (length < 3 || length > LONGEST_LEVEL || !is(word[0], OF_LEVEL)) return UNSPECIFIED;
     int capitals = 0;
     for (Py_ssize_t i = 0; i < length; i++) {
         if (is_upper(word[i])) capitals++;
@@ -158,14 +174,14 @@ static int start_of(Piece line)
 {
     const char *at = line.bytes;
     static const char glog[] = "?0000 00:00:00";
-    if (line.length >= (Py_ssize_t)sizeof glog - 1 && is_one_of(*at, "IWEF")) {
+    if (line.length >= (Py_ssize_t)sizeof glog - 1 && is(at[1], DIGIT) && is_one_of(*at, "IWEF")) {
         int i = 1;
-        while (glog[i] != '\0' && (glog[i] == '0' ? is_digit(at[i]) : at[i] == glog[i])) i++;
+        while (glog[i] != '\0' && (glog[i] == '0' ? is(at[i], DIGIT) : at[i] == glog[i])) i++;
         if (glog[i] == '\0') return *at == 'I' ? INFO : *at == 'W' ? WARNING : *at == 'E' ? ERROR : FATAL;
     }
     Py_ssize_t start = 0, end;
-    while (start < MOST_INDENT && start < line.length && is_space(at[start])) start++;
-    for (end = start; end < line.length && end - start <= LONGEST_LEVEL && is_alnum(at[end]);) end++;
+    while (start < MOST_INDENT && start < line.length && is(at[start], SPACE)) start++;
+    for (end = start; end < line.length && end - start <= LONGEST_LEVEL && is(at[end], ALNUM);) end++;
     return end < line.length && at[end] == ':' ? level_of(at + start, end - start) : UNSPECIFIED;
 }
 
@@ -181,9 +197,9 @@ static int is_after_json_key(const char *head, Py_ssize_t start)
                                        "\"log_level\""};
     Py_ssize_t least = start > KEY_BYTES ? start - KEY_BYTES : 0, at = start;
     if (at == least || head[--at] != '"') return 0;
-    for (int i = 0; i < 4 && at > least && is_space(head[at - 1]); i++) at--;
+    for (int i = 0; i < 4 && at > least && is(head[at - 1], SPACE); i++) at--;
     if (at == least || head[--at] != ':') return 0;
-    for (int i = 0; i < 4 && at > least && is_space(head[at - 1]); i++) at--;
+    for (int i = 0; i < 4 && at > least && is(head[at - 1], SPACE); i++) at--;
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
         if (ends_with(head + least, at - least, keys[i])) return 1;
     return 0;
@@ -197,7 +213,7 @@ static int is_after_key(const char *head, Py_ssize_t start)
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
         if (!ends_with(head + least, at - least, keys[i])) continue;
         Py_ssize_t key = at - (Py_ssize_t)strlen(keys[i]);
-        if (key == 0 || (key > least && is_space(head[key - 1]))) return 1;
+        if (key == 0 || (key > least && is(head[key - 1], SPACE))) return 1;
     }
     return 0;
 }
@@ -206,16 +222,16 @@ static int is_after_time(const char *left, Py_ssize_t length)
 {
     for (int token = 0; token < 2; token++) {
         Py_ssize_t end = length;
-        while (end > 0 && is_space(left[end - 1])) end--;
+        while (end > 0 && is(left[end - 1], SPACE)) end--;
         if (end == length) return 0;
         Py_ssize_t at = end;
-        while (at > 0 && (is_digit(left[at - 1]) || is_one_of(left[at - 1], ".,:+Z-"))) at--;
+        while (at > 0 && is(left[at - 1], OF_TIME)) at--;
         for (; at + 5 <= end; at++)
-            if (is_digit(left[at]) && is_digit(left[at + 1]) && left[at + 2] == ':' && is_digit(left[at + 3]) &&
-                is_digit(left[at + 4]))
+            if (is(left[at], DIGIT) && is(left[at + 1], DIGIT) && left[at + 2] == ':' && is(left[at + 3], DIGIT) &&
+                is(left[at + 4], DIGIT))
                 return 1;
         length = end;
-        while (length > 0 && (is_word(left[length - 1]) || is_one_of(left[length - 1], ".:$/@-"))) length--;
+        while (length > 0 && is(left[length - 1], OF_NAME)) length--;
         if (length == end) return 0;
     }
     return 0;
@@ -224,32 +240,43 @@ static int is_after_time(const char *left, Py_ssize_t length)
 static int is_before_structure(const char *head, Py_ssize_t at, Py_ssize_t length)
 {
     Py_ssize_t spaces = 0;
-    while (at + spaces < length && is_space(head[at + spaces])) spaces++;
+    while (at + spaces < length && is(head[at + spaces], SPACE)) spaces++;
     at += spaces;
     if (at == length) return 0;
     if (is_one_of(head[at], ":]|")) return 1;
-    if (spaces) return head[at] == '-' && at + 1 < length && is_space(head[at + 1]);
+    if (spaces) return head[at] == '-' && at + 1 < length && is(head[at + 1], SPACE);
     return head[at] == '/';
+}
+
+static int is_after_structure(const char *head, Py_ssize_t before)
+{
+    char last = before > 0 ? head[before - 1] : '\0', other = before > 1 ? head[before - 2] : '\0';
+    return is(last, CLOSER) || (last == ':' && is(other, CLOSER)) || (last == '-' && other == ' ');
+}
+
+/* Return whether the text before a word in capitals makes it a level, whatever follows. */
+static int is_level_by_start(const char *head, Py_ssize_t start)
+{
+    Py_ssize_t before = start;
+    while (before > 0 && is(head[before - 1], SPACE)) before--;
+    if (start == 0 || !(before < start || is_one_of(head[start - 1], "[|:"))) return 0;
+    return is_after_structure(head, before) || is_after_time(head, start);
 }
 
 static int is_level_of_text(const char *head, Py_ssize_t length, Py_ssize_t start, Py_ssize_t end, int is_capital)
 {
-    static const char *const structure_ends[] = {"]", "}", ")", "|", "]:", "}:", "):", "|:", " -"};
     Py_ssize_t before = start, inner = end;
-    while (before > 0 && is_space(head[before - 1])) before--;
+    while (before > 0 && is(head[before - 1], SPACE)) before--;
     char opener = before ? head[before - 1] : '\0';
-    int is_code = opener == '[' && before > 1 && is_alnum(head[before - 2]);
+    int is_code = opener == '[' && before > 1 && is(head[before - 2], ALNUM);
     char closer = opener == '[' && !is_code ? ']' : opener == '|' && is_capital ? '|' : '\0';
     while (inner < length && head[inner] == ' ') inner++;
     if (closer && inner < length && head[inner] == closer) return 1;
     if (is_one_of(opener, "=\"'") && is_after_key(head, start)) return 1;
     if (!is_capital) return 0;
-    if (before == 0 && (end == length || is_space(head[end]))) return 1;
-    if (start == 0 || !(is_space(head[start - 1]) || is_one_of(head[start - 1], "[|:"))) return 0;
-    if (is_before_structure(head, end, length)) return 1;
-    for (size_t i = 0; i < sizeof structure_ends / sizeof *structure_ends; i++)
-        if (ends_with(head, before, structure_ends[i])) return 1;
-    return is_after_time(head, start);
+    if (before == 0 && (end == length || is(head[end], SPACE))) return 1;
+    if (start == 0 || !(is(head[start - 1], SPACE) || is_one_of(head[start - 1], "[|:"))) return 0;
+    return is_before_structure(head, end, length) || is_level_by_start(head, start);
 }
 
 static int is_after_opener(const char *head, Py_ssize_t start)
@@ -258,7 +285,27 @@ static int is_after_opener(const char *head, Py_ssize_t start)
     return start > 0 && is_one_of(head[start - 1], "[=\"'");
 }
 
-static int find_severity(Piece line)
+/* Return whether two texts differ in digits only. */
+static int is_alike(const char *text, const char *other, Py_ssize_t length)
+{
+    Py_ssize_t at = 0;
+    while (at < length) {
+        if (at + 8 <= length && memcmp(text + at, other + at, 8) == 0) at += 8;
+        else if (text[at] == other[at] || (is(text[at], DIGIT) && is(other[at], DIGIT))) at++;
+        else return 0;
+    }
+    return 1;
+}
+
+/* The text before the level of an earlier line, without another word of the table. A line that starts alike has none
+ * there either, so the search starts behind it. */
+typedef struct {
+    const char *head;
+    Py_ssize_t length;
+    int is_level; /* whether a word in capitals that follows is a level */
+} Known;
+
+static int find_severity(Piece line, Known *known)
 {
     int started = start_of(line);
     if (started) return started;
@@ -267,17 +314,25 @@ static int find_severity(Piece line)
     int is_json = length > 1 && *head == '{' && (head[1] == '"' || (length > 2 && head[1] == ' ' && head[2] == '"'));
     Py_ssize_t most = is_json ? JSON_HEAD_BYTES : HEAD_BYTES;
     if (length > most) length = most;
+    int is_known = known->length < length && is_alike(head, known->head, known->length), is_first = 1;
+    if (is_known) at = known->length;
     while (at < length) {
-        while (at < length && !is_word(head[at])) at++;
+        while (at < length && !is(head[at], WORD)) at++;
         Py_ssize_t start = at;
-        while (at < length && is_word(head[at])) at++;
+        while (at < length && is(head[at], WORD)) at++;
         int level = level_of(head + start, at - start);
         if (level == UNSPECIFIED) continue;
         int is_capital = level % 3 == 1;
-        if (!is_capital && !is_after_opener(head, start)) continue;
-        int is_level = is_json ? at < length && head[at] == '"' && is_after_json_key(head, start)
-                               : is_level_of_text(head, length, start, at, is_capital);
+        int is_level = is_known && known->is_level && is_capital && start == known->length;
         if (is_level) return level;
+        if (is_capital || is_after_opener(head, start))
+            is_level = is_json ? at < length && head[at] == '"' && is_after_json_key(head, start)
+                               : is_level_of_text(head, length, start, at, is_capital);
+        if (is_level) {
+            if (is_first) *known = (Known){head, start, !is_json && is_level_by_start(head, start)};
+            return level;
+        }
+        is_first = 0;
     }
     return UNSPECIFIED;
 }
@@ -290,13 +345,14 @@ static PyObject *find_severities(PyObject *Py_UNUSED(module), PyObject *object)
 {
     Cursor lines;
     if (lines_of(object, &lines) < 0) return NULL;
+    Known known = {NULL, 0, 0};
     Py_ssize_t count = count_of(&lines);
     PyObject *found = PyBytes_FromStringAndSize(NULL, count);
     char *places = found != NULL ? PyBytes_AsString(found) : NULL;
     for (Py_ssize_t i = 0; found != NULL && i < count; i++) {
         Piece line;
         if (next_line(&lines, &line) < 0) Py_CLEAR(found);
-        else places[i] = (char)find_severity(line);
+        else places[i] = (char)find_severity(line, &known);
     }
     return found;
 }
@@ -575,5 +631,6 @@ static struct PyModuleDef definition = {
 
 PyMODINIT_FUNC PyInit__compiled(void)
 {
+    fill_classes();
     return PyModuleDef_Init(&definition);
 }
