@@ -15,7 +15,7 @@ from tests.prove.world import World
 
 _LINES = 300
 _FOLLOWS = "the agent follows"
-_REFUSED = "logs: retrying after"
+_REFUSED = "logs: retrying since"
 _WATCH_FUSED = re.compile(r'\[\[agent\.watch\]\]\nservice = "fused"\n(?:.+\n)*')
 
 

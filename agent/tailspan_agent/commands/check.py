@@ -22,7 +22,10 @@ from tailspan_agent.exporter.factory import make_exporter
 from tailspan_agent.exporter.outcome import Delivered, EndpointFault, Outcome, Rejected
 from tailspan_agent.records.redact import Redactor
 
-__all__ = ["Finding", "check"]
+__all__ = ["RUNNING_AGENT", "Finding", "check"]
+
+RUNNING_AGENT = "running agent"
+"""The subject of what the running agent reports of itself."""
 
 _TIMEOUT_S = 15.0
 _AGENT_TIMEOUT_S = 5.0
@@ -89,18 +92,25 @@ async def check(
 
 async def _check_running_agent(settings: Settings) -> AsyncIterator[Finding]:
     """Yield what keeps the running agent from relaying, from its ``/readyz``; nothing if no agent answers."""
-    address = settings.agent.listen_address
-    if address is None or lock_holder(settings.agent.state_dir) is None:
+    address, socket = settings.agent.listen_address, settings.agent.listen_socket
+    if (address is None and socket is None) or lock_holder(settings.agent.state_dir) is None:
         return
-    url = f"http://{host_port(*address)}/readyz"
+    url = f"http://{host_port(*address) if address else 'localhost'}/readyz"
     client = HttpClient(
-        url, key="agent.listen", headers={}, timeout_s=_AGENT_TIMEOUT_S, keep_alive_s=0.0, max_idle=1, uses_proxy=False
+        url,
+        key="agent.listen",
+        headers={},
+        timeout_s=_AGENT_TIMEOUT_S,
+        keep_alive_s=0.0,
+        max_idle=1,
+        uses_proxy=False,
+        socket=socket,
     )
     try:
         reply, body = await client.fetch("GET", max_bytes=_AGENT_ANSWER_BYTES)
     except (*BROKEN, zlib.error) as error:
         reason = str(error) or type(error).__name__
-        yield Finding("running agent", f"{url} does not answer: {reason}", warning=True)
+        yield Finding(RUNNING_AGENT, f"{url} does not answer: {reason}", warning=True)
         return
     finally:
         await client.aclose()
@@ -108,11 +118,11 @@ async def _check_running_agent(settings: Settings) -> AsyncIterator[Finding]:
     if reply.status == _NOT_READY:
         for problem in problems:
             code, _, rest = problem.partition(" ")
-            yield Finding("running agent", f"{code.replace('_', ' ')} {rest}".rstrip(), warning=True)
+            yield Finding(RUNNING_AGENT, f"{code.replace('_', ' ')} {rest}".rstrip(), warning=True)
     elif problems == ["ready"]:
-        yield Finding("running agent", "ready")
+        yield Finding(RUNNING_AGENT, "ready")
     else:
-        yield Finding("running agent", f"{url} answers HTTP {reply.status}: correct agent.listen", warning=True)
+        yield Finding(RUNNING_AGENT, f"{url} answers HTTP {reply.status}: correct agent.listen", warning=True)
 
 
 def _check_settings(settings: Settings) -> Iterator[Finding]:

@@ -33,6 +33,7 @@ class ExportHealth(Protocol):
 
     metrics_fault: bool
     metrics_outage: Outage | None
+    logs_outage: Outage | None
 
     def endpoint(self, signal: str, up: bool) -> None:
         """Report whether the endpoint of a signal accepts requests."""
@@ -158,6 +159,7 @@ class Endpoints:
         for signal, endpoint in self._endpoints.items():
             # An unavailable endpoint needs no operator, so it does not pause its signal; but it is not up.
             self._health.endpoint(signal, endpoint.exporter.last_error is None)
+        self._health.logs_outage = self._endpoints["logs"].exporter.outage if "logs" in self._endpoints else None
         if self.metrics_exporter is not None and self._health.metrics_fault:
             paused.append("metrics")
         return paused
@@ -169,6 +171,11 @@ class Endpoints:
         if self.metrics_exporter is not None:
             found["metrics"] = self._health.metrics_outage
         return {signal: outage for signal, outage in found.items() if outage is not None}
+
+    @property
+    def last_errors(self) -> dict[Signal, str | None]:
+        """The last error of each signal whose records are retried; None after a success."""
+        return {signal: endpoint.exporter.last_error for signal, endpoint in self._endpoints.items()}
 
     @property
     def logs_wait(self) -> bool:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import logging
 import random
 import re
@@ -36,7 +37,16 @@ from tailspan_agent.errors import AgentError, ExportRejectedError
 from tailspan_agent.exporter.outcome import Delivered, EndpointFault, Rejected, Retry, TooLarge
 from tailspan_agent.exporter.protocol import Exporter
 
-__all__ = ["FAULT_PAUSE_S", "SHORTENED", "DeliveryResult", "Outage", "RejectSink", "Rejection", "RetryingExporter"]
+__all__ = [
+    "FAULT_PAUSE_S",
+    "SHORTENED",
+    "DeliveryResult",
+    "Outage",
+    "RejectSink",
+    "Rejection",
+    "RetryingExporter",
+    "is_rare",
+]
 
 FAULT_PAUSE_S = (30.0, 60.0)
 """Shortest and longest pause after an endpoint fault, or while the dead letter is full."""
@@ -51,6 +61,11 @@ SHORTENED = "shortened"
 """The kind of a record that was delivered shortened; the whole one is in the dead letter."""
 _NUMBER = re.compile(r"\d+")
 _ANSWER = re.compile(r"HTTP \d+|gRPC [A-Z_]+|no answer within [\d.]+ s")
+_BROKEN = re.compile(
+    "connection refused|connection reset by peer|connection timed out|no route to host|network is unreachable"
+    "|name or service not known|temporary failure in name resolution|certificate verify failed",
+    re.IGNORECASE,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -80,12 +95,28 @@ class Outage:
         """
         return cls(known.since_s, known.tries + 1, reason) if known is not None else cls(now_s, 1, reason)
 
+    @property
+    def is_to_be_logged(self) -> bool:
+        """Whether the last attempt deserves a line: the first one, then attempts 4, 16, 64, and ever more rarely."""
+        return is_rare(self.tries)
+
+    @property
+    def extent(self) -> str:
+        """Since when, and how many attempts: ``since 2026-11-29T00:38:10Z, 11 tries``."""
+        since = datetime.fromtimestamp(self.since_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return f"since {since}, {self.tries} {plural(self.tries, 'try', 'tries')}"
+
     def __str__(self) -> str:
         """Return it for a probe, without addresses and the endpoint's own text, which may be private."""
-        since = datetime.fromtimestamp(self.since_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        tries = plural(self.tries, "try", "tries")
-        answer = _ANSWER.search(self.reason)
-        return f"since {since}, {self.tries} {tries}: {answer[0] if answer else 'no connection'}"
+        if answer := _ANSWER.search(self.reason):
+            return f"{self.extent}: {answer[0]}"
+        broken = _BROKEN.search(self.reason)
+        return f"{self.extent}: {broken[0].lower() if broken else 'no connection'}"
+
+
+def is_rare(number: int) -> bool:
+    """Return whether a number is a power of four: what repeats is logged at these numbers only."""
+    return number > 0 and number & (number - 1) == 0 and number.bit_length() % 2 == 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,7 +358,7 @@ class RetryingExporter:
                         times = f"{batch.server_errors} {plural(batch.server_errors, 'time')} in a row"
                         rejected = Rejected(None, f"{reason} ({times})", "server_error")
                         return result + await self._isolate(payload, count, rejected, batch, start)
-                    self._record_failure(reason, failures)
+                    self._record_failure(reason)
                     delay_s = backoff_s(failures, self._jitter(), retry_after_s=after_s)
                     waited_s = self._clock.monotonic_s() + delay_s - started_s
                     if self._patience_s is not None and waited_s > self._patience_s:
@@ -417,7 +448,7 @@ class RetryingExporter:
         """Store a batch in the dead letter; wait while that is full."""
         self._on_failure(outcome.kind)
         # No retry: after a partial success, a retry would send the accepted records again.
-        while True:
+        for attempt in itertools.count(1):
             try:
                 await self._dead_letter.add(
                     self.signal,
@@ -431,7 +462,8 @@ class RetryingExporter:
             except AgentError as error:
                 if not self._dead_letter_full:
                     self._set_state(dead_letter_full=True)
-                _log.error("export of %s paused: %s", self.signal, error)
+                if is_rare(attempt):
+                    _log.error("export of %s paused: %s", self.signal, error)
                 self.last_error = str(error)
                 await self._pause()
         if self._dead_letter_full:
@@ -456,33 +488,33 @@ class RetryingExporter:
 
     def _record_fault(self, reason: str, advice: str | None) -> None:
         self._on_failure("endpoint_fault")
-        self._extend_outage(reason)
+        outage = self._extend_outage(reason)
         if self._patience_s is not None:
             raise ExportRejectedError(f"{self.endpoint} does not accept {self.signal}: {reason}")
         self.last_error = f"{reason}; {advice}" if advice else reason
         if not self._endpoint_faults:
             self._set_state(endpoint_faults=True)
-        if advice is not None:
+        if advice is not None or not outage.is_to_be_logged:
             return
         _log.error(
-            "export of %s paused: endpoint %s rejects it; check otlp.endpoint, credentials or otlp.signals: %s",
+            "export of %s paused %s: endpoint %s rejects it; check otlp.endpoint, credentials or otlp.signals: %s",
             self.signal,
+            outage.extent,
             self.endpoint,
             reason,
         )
 
-    def _record_failure(self, reason: str, failures: int) -> None:
+    def _record_failure(self, reason: str) -> None:
         self._on_failure("unavailable")
-        self._extend_outage(reason)
+        outage = self._extend_outage(reason)
         if not self._endpoint_faults and not self._dead_letter_full:
             self.last_error = reason
-        # One line at the first failure, then about one every five minutes.
-        if failures % 10 == 0:
-            attempts = plural(failures + 1, "attempt")
-            _log.warning("%s: retrying after %d failed %s: %s", self.signal, failures + 1, attempts, reason)
+        if outage.is_to_be_logged:
+            _log.warning("%s: retrying %s: %s", self.signal, outage.extent, reason)
 
-    def _extend_outage(self, reason: str) -> None:
+    def _extend_outage(self, reason: str) -> Outage:
         self.outage = Outage.extend(self.outage, reason, self._clock.wall_s())
+        return self.outage
 
     def _set_state(self, *, endpoint_faults: bool | None = None, dead_letter_full: bool | None = None) -> None:
         before = self.state

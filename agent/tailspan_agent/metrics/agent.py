@@ -91,6 +91,7 @@ class AgentMetrics:
     Attributes:
         metrics_fault: Whether the last export of metrics ended with an endpoint fault.
         metrics_outage: The failed exports of metrics since the endpoint last answered; None if it answered.
+        logs_outage: The same of log records.
         run_changes: Set when a run begins, changes its state or is counted; an export of metrics clears it.
     """
 
@@ -98,6 +99,7 @@ class AgentMetrics:
         self.resource = resource
         self.metrics_fault = False
         self.metrics_outage: Outage | None = None
+        self.logs_outage: Outage | None = None
         self.run_changes = asyncio.Event()
         self._clock_s = clock_s
         self._followed: dict[str, int] = {}
@@ -144,7 +146,12 @@ class AgentMetrics:
         gauge = meter.create_observable_gauge
         gauge("tailspan.agent.uptime", [self._observe_uptime], "s", "Time since the agent started.")
         gauge("tailspan.agent.jobs.followed", [self._observe_followed], "{job}", "Followed jobs.")
-        gauge("tailspan.agent.lag", [self._observe_lag], "s", "Age of the newest acknowledged record of followed jobs.")
+        gauge(
+            "tailspan.agent.lag",
+            [self._observe_lag],
+            "s",
+            "Age of the newest acknowledged record of followed jobs; in an outage, at most its age.",
+        )
         gauge("tailspan.agent.checkpoint.age", [self._observe_checkpoint], "s", "Time since the last checkpoint.")
         # no unit: with unit 1 Prometheus would call it a ratio
         gauge("tailspan.agent.endpoint.up", [self._observe_endpoints], "", "Whether the endpoint accepts this signal.")
@@ -276,14 +283,17 @@ class AgentMetrics:
             yield Observation(count, {"service": service})
 
     def lags_s(self) -> dict[str, float]:
-        """Return the age of the newest acknowledged record of each service with a followed job, in seconds."""
+        """Return the age of the newest acknowledged record of each service with a followed job, in seconds.
+
+        While the endpoint is down, the lag counts from the outage: of a job that was silent before it, nothing waits
+        from that time, and an agent that has delivered nothing yet has a lag, too.
+        """
         now_s = self._clock_s()
         # Without a followed job, the age of the last record means nothing.
-        return {
-            service: max(0.0, now_s - newest_s)
-            for service, newest_s in self._newest_acked_s.items()
-            if self._followed.get(service)
-        }
+        followed = [service for service, jobs in self._followed.items() if jobs]
+        outage_s = self.logs_outage.since_s if self.logs_outage is not None else 0.0
+        newest_s = {service: max(self._newest_acked_s.get(service, 0.0), outage_s) for service in followed}
+        return {service: max(0.0, now_s - second) for service, second in newest_s.items() if second}
 
     def _observe_lag(self, _: CallbackOptions) -> Iterator[Observation]:
         for service, lag_s in self.lags_s().items():

@@ -74,9 +74,10 @@ class MetricsPush:
         kind, reason = _kind(outcome), outcome.warning if isinstance(outcome, Delivered) else outcome.reason
         down = isinstance(outcome, Retry | EndpointFault)
         self._agent.endpoint("metrics", not down)
-        self._agent.metrics_outage = (
+        outage = self._agent.metrics_outage = (
             Outage.extend(self._agent.metrics_outage, reason or "", time.time()) if down else None
         )
+        was_fault = self._agent.metrics_fault
         fault = self._agent.metrics_fault = isinstance(outcome, EndpointFault)
         if isinstance(outcome, Delivered):
             self._reader.accepted()
@@ -86,16 +87,18 @@ class MetricsPush:
         unsupported = isinstance(outcome, EndpointFault) and outcome.unsupported
         if unsupported and self._on_unsupported() is not None:
             pass  # one message for all signals
-        elif problem != self._problem:
-            if problem:
-                level = logging.ERROR if fault else logging.WARNING
-                _log.log(level, "export of metrics failed; the next export has the current values: %s", problem)
-            else:
-                _log.info("export of metrics works again")
+        elif self._is_news(problem, outage, is_same_kind=fault == was_fault):
+            _log_change(problem, outage, fault=fault)
         elif reason and not kind:
             _log.debug("metrics: warning of the endpoint: %s", reason)
         self._problem = problem
         return kind is None
+
+    def _is_news(self, problem: str | None, outage: Outage | None, *, is_same_kind: bool) -> bool:
+        """Return whether a result is logged: each change, but of an outage only some tries."""
+        if outage is None or self._problem is None or not is_same_kind:
+            return problem != self._problem
+        return outage.is_to_be_logged
 
     async def run(self, stop: asyncio.Event) -> None:
         """Export now, at each interval and when runs change until `stop` is set, then once more."""
@@ -112,6 +115,15 @@ class MetricsPush:
             else:
                 await _any_set(stop, timeout_s=exported_s + self._interval_s - clock_s())
         await self.export()
+
+
+def _log_change(problem: str | None, outage: Outage | None, *, fault: bool) -> None:
+    if not problem:
+        _log.info("export of metrics works again")
+        return
+    extent = f" {outage.extent}" if outage is not None else ""
+    level = logging.ERROR if fault else logging.WARNING
+    _log.log(level, "export of metrics fails%s; the next export has the current values: %s", extent, problem)
 
 
 async def _any_set(*events: asyncio.Event, timeout_s: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tailspan.config import Settings
 from tailspan.models import JobStatus, TaskRun
@@ -15,6 +15,7 @@ from tailspan_agent.checkpoint.protocol import CheckpointStore
 from tailspan_agent.exporter.endpoints import Endpoints
 from tailspan_agent.pipeline.context import PipelineContext
 from tailspan_agent.receiver.receiver import Receiver
+from tailspan_agent.web.troubles import Trouble, troubles_of
 
 __all__ = ["AgentView"]
 
@@ -61,6 +62,12 @@ class AgentView:
     def totals(self) -> Sequence[RunTotals]:
         """The run totals of all ended runs."""
         return list(self.store.totals.values())
+
+    @property
+    def troubles(self) -> Sequence[Trouble]:
+        """What keeps the agent from relaying, without secrets."""
+        found = troubles_of(self.problems(), self.endpoints.outages, self.endpoints.last_errors)
+        return [replace(one, reason=self.redact(one.reason)) for one in found]
 
     def label(self, job_name: str) -> str:
         """Return the pipeline label of jobs with this name."""

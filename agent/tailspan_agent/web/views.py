@@ -305,7 +305,6 @@ class PageRoutes:
             health=health_of(self._view.context.health.collect()),
             failures=self._view.receiver.failures,
             targets=self._view.endpoints.targets,
-            outages=self._view.endpoints.outages,
             services=sorted(self._view.services),
             checkpoint_ns=int(self._view.store.acked_at_s * 1e9),
             instance_id=self._view.store.instance_id,
@@ -350,9 +349,12 @@ class PageRoutes:
         return self._templates.get_template(template).render(now=time.time_ns(), **values)
 
     def _html(self, template: str, status: int = 200, **values: Any) -> Response:
-        problems, store = self._view.problems(), self._view.store
         text = self._render(
-            template, problems=problems, recovered=store.recovered, token=self._session.needs_token, **values
+            template,
+            troubles=self._view.troubles,
+            recovered=self._view.store.recovered,
+            token=self._session.needs_token,
+            **values,
         )
         # Tags, commands and errors may contain lone surrogates, which strict encoding rejects.
         return HTMLResponse(text.encode(errors="replace"), status, headers=_HEADERS)

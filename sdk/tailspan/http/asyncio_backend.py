@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import os
+import re
 import select
 import socket
 import ssl
@@ -20,7 +22,7 @@ from typing import Any, cast
 
 import httpcore
 
-__all__ = ["AsyncioBackend"]
+__all__ = ["AsyncioBackend", "connect_reason"]
 
 # The most that asyncio reads at once: reading pauses while this much is unread.
 _MAX_WAITING_BYTES = 256 << 10
@@ -28,6 +30,7 @@ _TLS_BUFFER_BYTES = 16 << 10
 # RFC 8305: how long to wait for one address before also trying the next.
 _NEXT_ADDRESS_S = 0.25
 _LONGER_S = 1.0
+_ERRNO = re.compile(r"\[Errno (-?\d+)\]")
 
 
 class AsyncioBackend(httpcore.AsyncNetworkBackend):
@@ -57,7 +60,7 @@ class AsyncioBackend(httpcore.AsyncNetworkBackend):
         except TimeoutError as error:
             raise httpcore.ConnectTimeout(str(error)) from error
         except OSError as error:
-            raise httpcore.ConnectError(str(error)) from error
+            raise httpcore.ConnectError(connect_reason(error)) from error
         for option in socket_options or ():
             stream.get_extra_info("socket").setsockopt(*option)
         return stream
@@ -72,7 +75,7 @@ class AsyncioBackend(httpcore.AsyncNetworkBackend):
         except TimeoutError as error:
             raise httpcore.ConnectTimeout(str(error)) from error
         except OSError as error:
-            raise httpcore.ConnectError(str(error)) from error
+            raise httpcore.ConnectError(connect_reason(error)) from error
         return stream
 
     async def sleep(self, seconds: float) -> None:
@@ -166,7 +169,7 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
             if isinstance(error, TimeoutError):
                 raise httpcore.ConnectTimeout(str(error)) from error
             if isinstance(error, OSError):
-                raise httpcore.ConnectError(str(error)) from error
+                raise httpcore.ConnectError(connect_reason(error)) from error
             raise
         self._transport = secured
         if self.max_waiting_bytes < _MAX_WAITING_BYTES:
@@ -262,6 +265,19 @@ def _give_up(waiter: asyncio.Future[None], too_slow: type[Exception]) -> None:
 def _wake(waiter: asyncio.Future[None] | None) -> None:
     if waiter is not None and not waiter.done():
         waiter.set_result(None)
+
+
+def connect_reason(error: OSError) -> str:
+    """Return why a connection failed in the system's own words, such as ``connection refused``.
+
+    asyncio says "[Errno 111] Connect call failed ('127.0.0.1', 4318)", and names each address of a host.
+    """
+    numbers = {int(number) for number in _ERRNO.findall(str(error))}
+    if len(numbers) != 1:
+        return str(error)
+    (number,) = numbers
+    text = os.strerror(number) if number > 0 else _ERRNO.sub("", str(error)).strip()
+    return text[:1].lower() + text[1:]
 
 
 async def _connect(host: str, port: int, local: tuple[str, int] | None) -> _Stream:

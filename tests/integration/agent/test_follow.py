@@ -662,9 +662,12 @@ async def test_readyz_page_and_check_report_an_outage_alike(bench: Bench, monkey
         assert agent.server is not None
         async with httpx.AsyncClient(base_url=agent.server.url, trust_env=False) as client:
             ready, page = await client.get("/readyz"), await client.get("/agent")
+            others = [await client.get(path) for path in ("/", "/pipelines", "/job?service=fake&id=j1")]
         found = [one.text async for one in check(agent.settings, bench.open) if one.subject == "running agent"]
         for signal in ("logs", "traces", "metrics"):
             assert re.search(rf"endpoint_{signal}_retrying since 20\S+Z, \d+ (try|tries): HTTP 503\n", ready.text)
+            for other in others:
+                assert re.search(rf"{signal.title()}</strong>: retrying since 20[^<]*, \d+ tr\w+: HTTP 503", other.text)
             assert re.search(rf"<td>{signal}</td><td>.*retrying since 20[^<]*, \d+ (try|tries): HTTP 503", page.text)
             assert any(re.match(rf"endpoint {signal} retrying since 20\S+Z, \d+ .*: HTTP 503$", text) for text in found)
         assert "private" not in ready.text

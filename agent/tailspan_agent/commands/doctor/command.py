@@ -38,7 +38,7 @@ __all__ = ["DiagnosticsReport", "diagnose", "doctor"]
 
 _PROBE_TIMEOUT_S = 3.0
 _MAX_HEALTH_BYTES = 64 << 10
-_CONFIG, _ERROR = 2, 1
+_UNREACHABLE, _CONFIG, _ERROR = 3, 2, 1
 _ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - replaced, not listened on
 
 
@@ -167,13 +167,16 @@ def _local_dirs(settings: Settings | None) -> list[Path]:
 
 
 async def _reach(settings: Settings, report: DiagnosticsReport) -> dict[str, str]:
-    from tailspan_agent.commands.check import check
+    from tailspan_agent.commands.check import RUNNING_AGENT, check
 
-    found = {}
+    found: dict[str, str] = {}
     async for finding in check(settings):
-        found[finding.subject] = finding.text
+        earlier = f"{found[finding.subject]}; " if finding.subject in found else ""
+        found[finding.subject] = f"{earlier}{finding.text}"
         if finding.exit_code:
             report.add_problem(f"{finding.subject}: {finding.text}", finding.exit_code)
+        elif finding.warning and finding.subject == RUNNING_AGENT:
+            report.add_problem(f"{finding.subject}: {finding.text}", _UNREACHABLE)
     return found
 
 

@@ -8,6 +8,7 @@ import gzip
 import html
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -262,6 +263,7 @@ def test_an_outage_is_known_until_the_endpoint_answers() -> None:
     assert seen == [None, *(Outage(1000.0, tries, "HTTP 503: private words") for tries in (1, 2, 3))]
     for reason in ("http://store:4318/v1/logs: All connection attempts failed", "http://store/: HTTP private words"):
         assert str(Outage(1000.0, 2, reason)) == "since 1970-01-01T00:16:40Z, 2 tries: no connection"
+    assert str(Outage(1000.0, 2, "http://store/: Connection refused")).endswith(", 2 tries: connection refused")
     assert str(Outage(1000.0, 2, "gRPC UNAVAILABLE: x")).endswith(", 2 tries: gRPC UNAVAILABLE")
     assert str(seen[1]) == "since 1970-01-01T00:16:40Z, 1 try: HTTP 503"
     assert str(seen[3]) == "since 1970-01-01T00:16:40Z, 3 tries: HTTP 503"
@@ -324,6 +326,20 @@ def test_a_long_outage_loses_nothing_and_costs_few_requests_afterwards() -> None
         logs_payload(4_000)
     )
     assert len(bench.exporter.payloads) <= 120 + 15
+
+
+@pytest.mark.parametrize("outcome", [Retry("connection refused"), EndpointFault("HTTP 401")])
+def test_a_long_outage_is_logged_at_its_start_and_then_ever_more_rarely(
+    outcome: Outcome, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Attempts 1, 4, 16, 64 and 256 have a line, each with the start of the outage; several requests share them."""
+    bench = Bench(*[outcome] * 300)
+    bench.send()
+    lines = [record.getMessage() for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+    tries = [
+        re.search(r"since 1970-01-01T00:16:40Z, (\d+) (?:try|tries): .*(?:refused|401)", line)[1] for line in lines
+    ]
+    assert tries == ["1", "4", "16", "64", "256"]
 
 
 def test_a_record_that_is_too_large_is_sent_shortened_and_kept_whole() -> None:

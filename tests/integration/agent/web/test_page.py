@@ -450,7 +450,9 @@ async def test_problems_of_the_agent_are_on_every_page(bench):
     bench.collector.always("logs", Reply(401))
     async with browsing(bench) as (agent, client):
         await until(agent.problems)
-        assert "endpoint logs paused" in (await client.get("/")).text
+        for path in ("/", "/pipelines", "/agent", "/job?service=fake&id=busy"):
+            text = (await client.get(path)).text
+            assert re.search(r"Logs</strong>: paused since 20[^<]+, 1 try: HTTP 401; check otlp.endpoint", text)
 
 
 @looped

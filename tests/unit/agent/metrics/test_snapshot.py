@@ -15,6 +15,7 @@ from tailspan.models import JobState, JobStatus
 from tailspan_agent.analysis.assessment import JobSnapshot
 from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
 from tailspan_agent.analysis.run_totals import BOUNDS_S, RunTotals, bucket_index
+from tailspan_agent.exporter.retry import Outage
 from tailspan_agent.metrics import prometheus
 from tailspan_agent.metrics.snapshot import exports_exponential_histograms
 from tests.unit.agent.metrics.world import NOW_NS, NOW_S, OPENMETRICS, SPAN, START_NS, TRACE, World
@@ -373,6 +374,10 @@ def test_lag_and_checkpoint_age_grow_with_the_clock():
     assert world.values("tailspan.agent.lag") == {("local",): 1.0}
     world.now_s += 60
     assert world.values("tailspan.agent.lag") == {("local",): 61.0}
+    # In an outage the lag counts from its start, also of a service that has delivered nothing yet.
+    world.agent.logs_outage = Outage(world.now_s - 20, 3, "connection refused")
+    world.jobs = [job(), job(service="fused")]
+    assert world.values("tailspan.agent.lag") == {("local",): 20.0, ("fused",): 20.0}
     assert world.values("tailspan.agent.checkpoint.age") == {(): 60.0}
     world.agent.checkpointed()
     assert world.values("tailspan.agent.checkpoint.age") == {(): 0.0}
