@@ -54,6 +54,7 @@ class FakeAws(FakeJsonApi):
         start_ms: When it began; jobs are created then.
         session_token: The token that is valid.
         quota: Requests a second of each API; more are throttled. 0: no limit.
+        throttle_next: By API (``batch``, ``logs``, ``ecs``): how many of its next requests are throttled.
         throttled: How many requests were throttled.
         page_events: The most events of a page.
         calls: The operation of each request so far, and its parameters.
@@ -67,6 +68,7 @@ class FakeAws(FakeJsonApi):
         self.start_ms = int(time.time() * 1000)
         self.session_token = "token-1"
         self.quota = 0
+        self.throttle_next: dict[str, int] = {}
         self.throttled = 0
         self.page_events = 1000
         self.calls: list[tuple[str, dict[str, Any]]] = []
@@ -168,14 +170,20 @@ class FakeAws(FakeJsonApi):
             return 403, {"__type": "ExpiredTokenException", "message": text}
         if parts.get("Signature") != self._signature(path, parts, scope):
             return 403, {"__type": "InvalidSignatureException", "message": "The request signature does not match"}
+        if self.throttle_next.get(scope[3]):
+            self.throttle_next[scope[3]] -= 1
+            return self._throttle()
         recent, now_s = self._recent.setdefault(scope[3], deque()), time.monotonic()
         while recent and recent[0] < now_s - 1.0:
             recent.popleft()
         if self.quota and len(recent) >= self.quota:
-            self.throttled += 1
-            return 400, {"__type": "com.amazonaws#ThrottlingException", "message": "Rate exceeded"}
+            return self._throttle()
         recent.append(now_s)
         return None
+
+    def _throttle(self) -> tuple[int, object]:
+        self.throttled += 1
+        return 400, {"__type": "com.amazonaws#ThrottlingException", "message": "Rate exceeded"}
 
     def _signature(self, path: str, parts: dict[str, str], scope: list[str]) -> str:
         from botocore.auth import SigV4Auth
