@@ -11,14 +11,16 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 
 from tailspan._identity import trace_id
-from tailspan.errors import ConfigError, RequestRejectedError
+from tailspan.errors import ConfigError, RequestRejectedError, ServiceError
 from tailspan.logs.page import NANOS_PER_MS, Line, LogPage, Message, OpenLine, numbered_pages
 from tailspan.models import JobState, JobStatus, ListedJob, TaskRun
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from tailspan.config import Settings
 
 __all__ = [
@@ -57,6 +59,8 @@ class JobService(ABC):
         name: The configured name (``services.NAME``).
         identity: What checkpoints, trace ids and uids are computed from: the same for every configuration of the same
             service. A property may read it at first use.
+        Options: The pydantic model of the section's keys, best a subclass of `tailspan.config.Options`; None: they are
+            arguments of the constructor.
         poll_min_s: Shortest delay between two polls of a busy job, in seconds.
         poll_max_s: Longest delay between two polls of a silent job, in seconds.
         polls_are_free: Whether a poll costs no request: the agent then polls and lists as often as it likes.
@@ -70,6 +74,7 @@ class JobService(ABC):
 
     name: str
     identity: str
+    Options: ClassVar[type[BaseModel] | None] = None
     poll_min_s: float = 1.0
     poll_max_s: float = 30.0
     polls_are_free: bool = False
@@ -81,7 +86,8 @@ class JobService(ABC):
     def from_options(cls, name: str, options: Mapping[str, Any], settings: Settings) -> Self:
         """Make the service of a configured section.
 
-        By default the keys of the section are the keyword arguments of the constructor.
+        By default the constructor takes the section as an object of `Options`, or, without that, its keys as keyword
+        arguments.
 
         Args:
             name: The part after ``services.`` in the configuration.
@@ -91,6 +97,8 @@ class JobService(ABC):
         Raises:
             ConfigError: A key is unknown, missing or wrong; names the key.
         """
+        if cls.Options is not None:
+            return cls._from_model(name, cls.Options, options)
         given = {key: value for key, value in options.items() if key != "type"}
         _, *parameters = inspect.signature(cls).parameters.values()
         known = [one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
@@ -103,6 +111,17 @@ class JobService(ABC):
             if key not in given:
                 raise ConfigError(f"services.{name}.{key}: is missing", key=f"services.{name}.{key}", service=name)
         return cls(name, **given)  # type: ignore[call-arg]  # the subclass's constructor takes the name first
+
+    @classmethod
+    def _from_model(cls, name: str, model: type[BaseModel], options: Mapping[str, Any]) -> Self:
+        from tailspan.config import validate_options
+
+        found = validate_options(model, f"services.{name}", options)
+        try:
+            return cls(name, found)  # type: ignore[call-arg]  # the subclass's constructor takes both
+        except ConfigError as error:
+            key = f"services.{name}.{error.key}" if error.key else f"services.{name}"
+            raise ConfigError(f"{key}: {error}", key=key, service=name) from None
 
     @abstractmethod
     async def get_job(self, job_id: str) -> JobStatus:
@@ -247,6 +266,20 @@ class SubmitService(JobService):
         env: Mapping[str, str] | None = None,
     ) -> JobStatus:
         """Start a command as a job and return its first status; see `tailspan.job_submit`."""
+
+    async def status_after_submit(self, job_id: str, **fields: Any) -> JobStatus:
+        """Return the status of a job that was just submitted: pending if the service does not have it yet.
+
+        An error here would make callers submit it a second time.
+
+        Args:
+            job_id: The job.
+            **fields: Further fields of the pending status, for example ``job_name``.
+        """
+        try:
+            return await self.get_job(job_id)
+        except ServiceError:
+            return self.make_status(job_id, JobState.PENDING, **fields)
 
 
 class TaskService(JobService):

@@ -6,14 +6,13 @@ import base64
 import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar
 
 import anyio
 import msgspec
 
 from tailspan._net import read_secret_file
 from tailspan._secrets import add_secret
-from tailspan.config import Settings, validate_options
 from tailspan.errors import AuthError, ConfigError
 from tailspan.services import JobService
 from tailspan.services._http_options import LoginOptions
@@ -167,7 +166,7 @@ class HttpService(JobService):
         options: The section's keys.
     """
 
-    Options: type[LoginOptions] = LoginOptions
+    Options: ClassVar[type[LoginOptions]] = LoginOptions
     renew_on: Sequence[int] = (401,)
 
     def __init__(self, name: str, options: LoginOptions, *, environ: Mapping[str, str] = os.environ) -> None:
@@ -194,20 +193,6 @@ class HttpService(JobService):
             tries=_TRIES,
             renew_on=self.renew_on,
         )
-
-    @classmethod
-    def from_options(cls, name: str, options: Mapping[str, Any], settings: Settings) -> Self:
-        """Make the service of a section ``services.NAME``.
-
-        Raises:
-            ConfigError: An option is unknown or not valid; names the key.
-        """
-        found = validate_options(cls.Options, f"services.{name}", options)
-        try:
-            return cls(name, found)
-        except ConfigError as error:
-            key = f"services.{name}.{error.key}"
-            raise ConfigError(f"{key}: {error}", key=key, service=name) from None
 
     def make_credentials(self, environ: Mapping[str, str]) -> Authorizer:
         """Return the credentials: user and password as they are, else a bearer token."""

@@ -56,7 +56,7 @@ class AwsService(MergingService, TaskService):
         region: The region.
     """
 
-    Options: type[AwsOptions] = AwsOptions
+    Options: ClassVar[type[AwsOptions]] = AwsOptions
     api: ClassVar[Api]
     final_read = True  # events become visible seconds late, in any order
     merged_late = True

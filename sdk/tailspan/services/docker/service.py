@@ -10,13 +10,13 @@ from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import msgspec
 from pydantic import Field, field_validator
 
 from tailspan._identity import trace_id
-from tailspan.config import Options, PositiveDuration, Settings, UserPath, validate_options
+from tailspan.config import Options, PositiveDuration, UserPath
 from tailspan.config.fields import StrList
 from tailspan.errors import ConfigError, CursorExpiredError, JobNotFoundError, RequestRejectedError, TailspanError
 from tailspan.logs.page import MAX_PAGE_BYTES, MAX_PAGE_LINES, Line, LogPage
@@ -126,6 +126,7 @@ class _EngineRequests(ServiceRequests):
 class DockerService(ChangeFeedService):
     """The containers of one engine; see the module."""
 
+    Options = DockerOptions
     has_offsets = True
     # Podman 4.3 loses lines of a log that is followed while much is written.
     final_read = True
@@ -165,15 +166,6 @@ class DockerService(ChangeFeedService):
         self._http = requests(streams=False)
         # The stream of a silent container sends nothing for as long as it is silent.
         self._streams = requests(streams=True)
-
-    @classmethod
-    def from_options(cls, name: str, options: Mapping[str, Any], settings: Settings) -> Self:
-        """Make the service of a section ``services.NAME``.
-
-        Raises:
-            ConfigError: An option is unknown or not valid; names the key.
-        """
-        return cls(name, validate_options(DockerOptions, f"services.{name}", options))
 
     @property
     def tries(self) -> int:

@@ -15,11 +15,10 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
-from typing import Any, Self
+from typing import Any
 
 import msgspec
 
-from tailspan.config import Settings, validate_options
 from tailspan.errors import AuthError, JobNotFoundError, ProtocolError, RequestRejectedError, ServiceError
 from tailspan.logs.page import NANOS_PER_MS, LogPage
 from tailspan.models import JobState, JobStatus, ListedJob, TaskRun
@@ -66,6 +65,8 @@ _log = logging.getLogger(__name__)
 class KubernetesService(TaskService, SubmitService, ChangeFeedService):
     """The Jobs of a cluster. A job's id is ``NAMESPACE/NAME:UID``; ``NAMESPACE/NAME`` is the last one."""
 
+    Options = KubernetesOptions
+
     def __init__(self, name: str, options: KubernetesOptions, *, environ: Mapping[str, str] = os.environ) -> None:
         """Read and open nothing yet.
 
@@ -92,15 +93,6 @@ class KubernetesService(TaskService, SubmitService, ChangeFeedService):
         self._reasons: dict[str, tuple[object, float, str | None]] = {}
         # By key of a run of a container: the end of a log that was read to its end.
         self._whole: dict[bytes, LinePosition] = {}
-
-    @classmethod
-    def from_options(cls, name: str, options: Mapping[str, Any], settings: Settings) -> Self:
-        """Make the service of a section ``services.NAME``.
-
-        Raises:
-            ConfigError: An option is unknown or not valid; names the key.
-        """
-        return cls(name, validate_options(KubernetesOptions, f"services.{name}", options))
 
     @property
     def identity(self) -> str:  # type: ignore[override]  # needs the kubeconfig, which a constructor does not read

@@ -10,14 +10,14 @@ import time
 from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from fnmatch import fnmatchcase
-from typing import Any, Literal, Self
+from typing import Literal
 
 import anyio
 from pydantic import Field
 
 from tailspan._identity import trace_id
 from tailspan._plural import plural
-from tailspan.config import Options, PositiveDuration, Settings, validate_options
+from tailspan.config import Options, PositiveDuration
 from tailspan.config.fields import StrList
 from tailspan.errors import CursorExpiredError, JobNotFoundError, RequestRejectedError
 from tailspan.logs.page import MAX_PAGE_BYTES, MAX_PAGE_LINES, Line, LogPage
@@ -67,6 +67,7 @@ class SystemdOptions(Options):
 class SystemdService(ChangeFeedService):
     """The units of one manager; see the module."""
 
+    Options = SystemdOptions
     has_offsets = True
 
     def __init__(self, name: str, options: SystemdOptions, commands: Commands | None = None) -> None:
@@ -84,15 +85,6 @@ class SystemdService(ChangeFeedService):
         self._live: LiveJournal | None = None
         self._checked_at_s = float("-inf")
         self._suspects: set[str] = set()
-
-    @classmethod
-    def from_options(cls, name: str, options: Mapping[str, Any], settings: Settings) -> Self:
-        """Make the service of a section ``services.NAME``.
-
-        Raises:
-            ConfigError: An option is unknown or not valid; names the key.
-        """
-        return cls(name, validate_options(SystemdOptions, f"services.{name}", options))
 
     @property
     def identity(self) -> str:  # type: ignore[override]  # read at first use

@@ -9,7 +9,7 @@ import anyio
 import pytest
 
 from tailspan import job_get_status
-from tailspan.config import load_settings
+from tailspan.config import Options, load_settings
 from tailspan.errors import ConfigError, JobNotFoundError, RequestRejectedError
 from tailspan.logs.page import MAX_PAGE_BYTES, MAX_PAGE_LINES, Line, numbered_pages
 from tailspan.models import JobState, ListedJob
@@ -185,3 +185,37 @@ def test_numbered_pages_are_the_same_from_every_cursor():
     assert [uid for page in since for uid in page.uids()] == [uid for uid, _, _ in rows[7000:]]
     with pytest.raises(ConfigError, match="is not a cursor of this service"):
         list(numbered_pages(lines, b"@x", identity="i", job_id="j"))
+
+
+def test_the_model_of_a_section_is_the_second_argument_of_the_constructor():
+    """With `Options`, errors name the key; one that the constructor raises has its key below the section."""
+
+    class Keys(Options):
+        lines: int = 3
+
+    class Modelled(Minimal):
+        Options = Keys
+
+        def __init__(self, name: str, options: Keys) -> None:
+            if not options.lines:
+                raise ConfigError("has no lines", key="lines")
+            super().__init__(name, lines=options.lines)
+
+    assert len(Modelled.from_options("m", {"type": "x", "lines": 5}, load_settings())._lines) == 5
+    for wrong in ({"lines": 0}, {"lines": "many"}):
+        with pytest.raises(ConfigError, match=r"services\.m\.lines: ") as caught:
+            Modelled.from_options("m", wrong, load_settings())
+        assert caught.value.key == "services.m.lines"
+
+
+def test_a_submitted_job_has_a_status_whatever_the_service_answers():
+    """A caller that gets an error would submit the job again."""
+
+    class Submits(SubmitService, Minimal):
+        async def submit(self, command, **options):
+            return await self.status_after_submit(command[0], job_name="etl")
+
+    submits = Submits("m")
+    assert anyio.run(submits.submit, ["j"]).state is JobState.SUCCEEDED
+    status = anyio.run(submits.submit, ["new"])
+    assert (status.job_id, status.state, status.job_name) == ("new", JobState.PENDING, "etl")
