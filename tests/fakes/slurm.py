@@ -26,6 +26,8 @@ _SCRIPTS = {
     'cat "$file"',
     "scancel": 'grep -qx "$1" "$D/foreign" && '
     'fail "scancel: error: Kill job error on job id $1: Access/permission denied"\n'
+    'grep -q "@@$1@@.*@@COMPLETED@@" "$D/squeue.txt" && '
+    'fail "scancel: error: Kill job error on job id $1: Invalid job id specified"\n'
     'sed -i "/@@$1@@/s/@@RUNNING@@/@@CANCELLED@@/" "$D/squeue.txt" "$D/sacct.txt"',
     "sbatch": 'cat >"$D/script"\ngrep -q fail "$D/script" && '
     'fail "sbatch: error: Batch job submission failed: Invalid account"\necho "77;tail"',

@@ -316,7 +316,7 @@ class RayService(HttpService, SubmitService):
                 return await self.get_job(job_id)
             except JobNotFoundError:
                 raise error from None
-        return await self.get_job(job_id)
+        return await self.status_after_submit(job_id, job_name=name or default_name(command))
 
     async def find_problems(self) -> Sequence[Problem]:
         """Return whether log files are there and may not be read."""

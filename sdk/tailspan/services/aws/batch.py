@@ -185,7 +185,8 @@ class BatchService(AwsService, SubmitService):
         body |= {"tags": dict(attributes)} if attributes else {}
         body |= {"timeout": {"attemptDurationSeconds": round(timeout_s)}} if timeout_s is not None else {}
         reply = await (await self._open()).call("SubmitJob", body, reads=False)
-        return await self.get_job(reply.body["jobId"])
+        # The next request may reach a server that does not have the job yet.
+        return await self.status_after_submit(reply.body["jobId"], job_name=body["jobName"])
 
     async def find_problems(self) -> Sequence[Problem]:
         """Return the rights that are missing to describe jobs and to read their lines."""

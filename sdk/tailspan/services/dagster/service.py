@@ -285,7 +285,7 @@ class DagsterService(HttpService, TaskService, SubmitService):
         if reply.run is None:
             why = "; ".join(one.message or "" for one in reply.errors) or reply.message or reply.typename
             raise RequestRejectedError(f"Dagster did not launch {target}: {why}", service=self.name)
-        return await self.get_job(reply.run.run_id)
+        return await self.status_after_submit(reply.run.run_id, job_name=target.rpartition("/")[2])
 
     async def _selector(self, target: str) -> Mapping[str, str]:
         """Return where a job is defined.

@@ -25,7 +25,7 @@ from tailspan.services.slurm.programs import AccountingDisabledError, SlurmProgr
 
 __all__ = ["JobBook"]
 
-# Accounting learns of an end some seconds after the controller, and a change to summer time repeats an hour.
+# Accounting learns of an end some seconds after the controller.
 _OVERLAP_S = 600.0
 _NO_ACCOUNTING_S = 600.0
 _FEW = 8
@@ -153,7 +153,7 @@ class JobBook:
         ):
             return {}
         since_s = max(now_s - self._options.history, self._accounted_until_s - _OVERLAP_S)
-        since = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(since_s))
+        since = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(since_s))
         delimiter = new_delimiter()
         arguments = ["-P", "-D", "-n", "-S", since, f"--delimiter={delimiter}", *self._filters("-u", "-r")]
         if not self._options.users:
@@ -168,8 +168,11 @@ class JobBook:
             # The database is away: what it knows comes later.
             self.accounting_problem = str(error)
             return {}
-        self.keeps_accounting, self.accounting_problem, self._accounted_until_s = True, "", now_s
+        self.keeps_accounting, self.accounting_problem = True, ""
         jobs, tasks = read_accounting(read_table(text, delimiter, list(SACCT_FIELDS)))
+        # By Slurm's clock: an end that this machine's clock has already passed would be missed.
+        newest_s = max((job.newest_s for job in jobs.values()), default=0)
+        self._accounted_until_s = min(now_s, max(self._accounted_until_s, newest_s))
         self.tasks |= tasks
         for job_id, job in jobs.items():
             # Attempts that ended before this question began are not in its answer.

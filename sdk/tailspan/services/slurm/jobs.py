@@ -140,6 +140,11 @@ class SlurmJob:
     comment: str = ""
 
     @property
+    def newest_s(self) -> int:
+        """The time of the last change, in seconds since the epoch."""
+        return max(self.submitted_s or 0, self.started_s or 0, self.ended_s or 0)
+
+    @property
     def error(self) -> str | None:
         """Why it did not succeed, or never will."""
         if self.state is JobState.PENDING:
@@ -183,7 +188,7 @@ class JobDetails(NamedTuple):
 def listed_job(row: Mapping[str, str]) -> SlurmJob | None:
     """Return the job of a row of squeue; None for elements of an array that have no id yet."""
     element = _known(row["element"])
-    if element and not element.isdigit():
+    if (element and not element.isdigit()) or not row["id"].isdigit():
         return None
     return _job(row, (row["array"], element) if element else None)
 

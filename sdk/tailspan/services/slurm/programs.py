@@ -78,7 +78,8 @@ class SlurmPrograms:
         kept = {
             key: value for key, value in os.environ.items() if not key.startswith(("SQUEUE_", "SACCT_", "SCONTROL_"))
         }
-        own = {"SLURM_TIME_FORMAT": "%s", "LC_ALL": "C"} if more is None else more
+        # UTC, because an hour that local time has twice is ambiguous.
+        own = {"SLURM_TIME_FORMAT": "%s", "LC_ALL": "C", "TZ": "UTC0"} if more is None else more
         conf = self._options.slurm_conf
         return {**kept, **own, **({"SLURM_CONF": str(conf)} if conf is not None else {})}
 
@@ -117,7 +118,7 @@ def read_table(text: str, delimiter: str, fields: Sequence[str]) -> Iterator[dic
     """Yield the rows of a table.
 
     A row ends with a newline, but a job's name can have newlines, too: only the delimiters count. So the first and the
-    last field must not be free text.
+    last field must not be free text. Lines before the table, such as those of a wrapper script, are not read.
 
     Args:
         text: The table.
@@ -125,7 +126,9 @@ def read_table(text: str, delimiter: str, fields: Sequence[str]) -> Iterator[dic
         fields: The names of the fields.
     """
     row: list[str] = []
-    for part in text.split(delimiter):
+    parts = text.split(delimiter)
+    parts[0] = parts[0].rpartition("\n")[2]
+    for part in parts:
         if len(row) < len(fields) - 1:
             row.append(part)
             continue

@@ -11,12 +11,19 @@ import shlex
 from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple
 
 from tailspan._direct import beside_loop
 from tailspan._identity import trace_id
-from tailspan.config import Settings, validate_options
-from tailspan.errors import AuthError, ConfigError, ServiceUnavailableError, TailspanError
+from tailspan.errors import (
+    AuthError,
+    ConfigError,
+    JobNotFoundError,
+    RequestRejectedError,
+    ServiceError,
+    ServiceUnavailableError,
+    TailspanError,
+)
 from tailspan.logs.page import NANOS_PER_MS, LogPage, OpenLine, Stream
 from tailspan.models import JobState, JobStatus, ListedJob, TaskRun
 from tailspan.services import LATE_WINDOW_S, Problem, SubmitService, TaskService
@@ -48,6 +55,8 @@ _PURPOSES = {
 class SlurmService(TaskService, SubmitService):
     """Jobs of a Slurm cluster. See ``docs/services/slurm.md``."""
 
+    Options = SlurmOptions
+
     def __init__(self, name: str, options: SlurmOptions) -> None:
         """Run nothing yet.
 
@@ -61,15 +70,6 @@ class SlurmService(TaskService, SubmitService):
         self._book = JobBook(self._programs, options)
         self._seen: dict[tuple[str, str], SeenTimes] = {}
         self._truncated: dict[tuple[str, str], int] = {}
-
-    @classmethod
-    def from_options(cls, name: str, options: Mapping[str, Any], settings: Settings) -> Self:
-        """Make the service of a section ``services.NAME``.
-
-        Raises:
-            ConfigError: An option is unknown or not valid; names the key.
-        """
-        return cls(name, validate_options(SlurmOptions, f"services.{name}", options))
 
     @functools.cached_property
     def identity(self) -> str:  # type: ignore[override]  # read from Slurm's configuration at first use
@@ -137,10 +137,16 @@ class SlurmService(TaskService, SubmitService):
         with self._translated(job_id):
             job = await self._book.find(job_id)
             if not job.state.is_terminal:
-                # An element of an array may still have the id of the array's other elements.
-                await self._programs.run("scancel", job.shown_id)
+                refusal: TailspanError | None = None
+                try:
+                    # An element of an array may still have the id of the array's other elements.
+                    await self._programs.run("scancel", job.shown_id)
+                except (JobNotFoundError, RequestRejectedError) as error:
+                    refusal = error
                 await self._book.refresh(now=True)
                 job = await self._book.find(job.job_id)
+                if refusal is not None and not job.state.is_terminal:
+                    raise refusal  # it has not just ended
             return self._status(job)
 
     async def submit(
@@ -163,7 +169,8 @@ class SlurmService(TaskService, SubmitService):
         """
         if not command:
             raise ConfigError("a job needs a command", service=self.name)
-        arguments = ["--parsable", "--job-name", name or os.path.basename(command[0]) or command[0]]
+        job_name = name or os.path.basename(command[0]) or command[0]
+        arguments = ["--parsable", "--job-name", job_name]
         if attributes:
             comment = ",".join(f"{key}={value}" for key, value in attributes.items())
             if attributes_of(comment) != dict(attributes) or len(comment) > _MAX_COMMENT:
@@ -173,14 +180,21 @@ class SlurmService(TaskService, SubmitService):
             arguments += ["--time", str(math.ceil(timeout_s / 60))]
         if cwd is not None:
             arguments += ["--chdir", cwd]
-        script = f"#!/bin/sh\nexec {shlex.join(command)}\n".encode()
         with self._translated():
-            said = await self._programs.run("sbatch", *arguments, text=script, env=dict(env or {}))
+            try:
+                script = os.fsencode(f"#!/bin/sh\nexec {shlex.join(command)}\n")
+                if b"\0" in script:
+                    raise ValueError("embedded null byte")
+                said = await self._programs.run("sbatch", *arguments, text=script, env=dict(env or {}))
+            except ValueError as error:
+                # A script would end at a NUL, and no program can be started with it.
+                raise ConfigError(f"the job cannot be passed to sbatch: {error}", service=self.name) from None
             found = re.match(r"\s*(\d+)", said)
             if found is None:
                 raise ServiceUnavailableError(f"sbatch printed no job id: {said[:200]!r}", service=self.name)
+        with contextlib.suppress(ServiceError):
             await self._book.refresh(now=True)
-        return await self.get_job(found[1])
+        return await self.status_after_submit(found[1], job_name=job_name, attributes=dict(attributes or {}))
 
     async def find_problems(self) -> Sequence[Problem]:
         """Return programs, rights and accounting that are missing; see `tailspan.services.JobService`."""

@@ -302,6 +302,11 @@ def test_cancel(slurm: FakeSlurm) -> None:
         anyio.run(service.cancel, "9")
     with pytest.raises(JobNotFoundError):
         anyio.run(service.cancel, "10")
+    row = slurm.add_job("11")
+    slurm.save()
+    ask(service)
+    slurm.end(row)
+    assert anyio.run(service.cancel, "11").state is JobState.SUCCEEDED  # it ended since Slurm was asked
 
 
 def test_submit(slurm: FakeSlurm) -> None:
@@ -319,8 +324,18 @@ def test_submit(slurm: FakeSlurm) -> None:
     assert (slurm.programs / "script").read_text() == "#!/bin/sh\nexec python 'a b.py' '$x'\n"
     sent = next(call for call in slurm.calls() if call.startswith("sbatch"))
     assert sent == "sbatch --parsable --job-name etl --comment team=geo --time 2 --chdir /w"
+    # The controller goes away behind the submission, or the section has jobs of another partition only.
+    slurm.jobs.clear()
+    for slurm.controller in (True, False):
+        slurm.save()
+        service = service_of(slurm)
+        status = anyio.run(lambda: submit("python"))
+        assert (status.job_id, status.state, status.job_name) == ("77", JobState.PENDING, "python")
     with pytest.raises(RequestRejectedError, match="Invalid account"):
         anyio.run(lambda: submit("fail"))
+    for hostile in (("true", "a\0b"), ("true", "\ud800"), ("a\0b",)):
+        with pytest.raises(ConfigError, match="cannot be passed to sbatch"):
+            anyio.run(submit, *hostile)
     with pytest.raises(ConfigError, match="words without commas"):
         anyio.run(lambda: submit("true", attributes={"a": "b,c"}))
 
@@ -352,3 +367,23 @@ def test_strange_cursors(slurm: FakeSlurm) -> None:
     for cursor in (b"", b"12", b"\x80", b"\x81\xa1f\x91\x91\xa1x", b"\x81\xa1f\x05"):
         with pytest.raises(ConfigError, match="is not a cursor"):
             pages_of(service, "7", cursor)
+
+
+def test_accounting_is_asked_by_its_own_clock(slurm: FakeSlurm) -> None:
+    """Since the last change that it has, in UTC: the clock and the summer time of this machine move nothing."""
+    slurm.start_s = 1_795_000_000  # 2026-11-18T11:06:40 UTC
+    slurm.add_job("7", state="COMPLETED")
+    slurm.save()
+    service = service_of(slurm, history="10000d")
+    ask(service)
+    slurm.calls()
+    ask(service)
+    (call,) = [call for call in slurm.calls() if call.startswith("sacct")]
+    assert "-S 2026-11-18T10:57:20 " in call  # ten minutes before the end
+    wrapper = slurm.programs / "squeue"
+    wrapper.write_text(wrapper.read_text().replace("#!/bin/sh\n", "#!/bin/sh\necho cached at $(date +%Z)\n"))
+    slurm.add_job("8")
+    slurm.save()
+    status = ask(service, "8")
+    assert status is not None
+    assert status.state is JobState.RUNNING
