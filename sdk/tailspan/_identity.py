@@ -80,13 +80,18 @@ def job_hash(identity: str, job_id: str) -> str:
     return _digest(identity, job_id, "log")[:8].hex()
 
 
+def _is_no_text(char: str) -> bool:
+    return char < " " or char == "\x7f" or "\ud800" <= char <= "\udfff"
+
+
 def check_job_id(job_id: str) -> str:
     """Return the id if it can be one; services escape it, so any printable text is allowed.
 
     Raises:
-        ConfigError: The id is empty, too long or has control characters.
+        ConfigError: The id is empty, too long, or has control characters or half of a surrogate pair, as an argument
+            of a command has that is not UTF-8.
     """
-    if not job_id or len(job_id) > _MAX_JOB_ID_CHARS or any(char < " " or char == "\x7f" for char in job_id):
+    if not job_id or len(job_id) > _MAX_JOB_ID_CHARS or any(map(_is_no_text, job_id)):
         shown = repr(job_id[:60])
         raise ConfigError(
             f"{shown} is not a job id: expected 1 to {_MAX_JOB_ID_CHARS} printable characters", job_id=job_id

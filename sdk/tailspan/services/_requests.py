@@ -48,6 +48,7 @@ __all__ = [
     "Retries",
     "ServiceRequests",
     "Tls",
+    "encode_json",
     "error_text",
     "is_confidential",
     "is_local",
@@ -290,7 +291,7 @@ class ServiceRequests:
         Raises:
             ServiceError: See the tree in `tailspan.errors`.
         """
-        content = msgspec.json.encode(body)
+        content = encode_json(body)
         reply = await self._retried(method, path, None, job_id, reads=reads, content=content)
         return self._json(method, path, reply, job_id) if reply else None
 
@@ -688,8 +689,27 @@ def is_confidential(base_url: str) -> bool:
 
 
 def path_segment(job_id: str) -> str:
-    """Return an id as one segment of a URL path, escaped."""
+    """Return an id as one segment of a URL path, escaped.
+
+    Raises:
+        ConfigError: It has half of a surrogate pair, which no URL can have.
+    """
     if job_id in (".", ".."):
         # Unescaped, clients and proxies resolve them as steps in the path.
         return job_id.replace(".", "%2E")
-    return quote(job_id, safe="")
+    try:
+        return quote(job_id, safe="")
+    except UnicodeEncodeError:
+        raise ConfigError(f"{job_id[:60]!r} is not valid Unicode", job_id=job_id) from None
+
+
+def encode_json(body: Any) -> bytes:
+    """Return a value as JSON.
+
+    Raises:
+        ConfigError: A text in it has half of a surrogate pair, as an argument of a command has that is not UTF-8.
+    """
+    try:
+        return msgspec.json.encode(body)
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{error.object[:60]!r} is not valid Unicode") from None

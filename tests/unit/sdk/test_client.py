@@ -458,6 +458,7 @@ def test_bad_arguments_are_named(do, service):
         (AsyncJobClient.job_get_status, (5,), "not int"),
         (AsyncJobClient.job_get_status, ("",), "is not a job id"),
         (AsyncJobClient.job_get_status, ("a\nb",), "is not a job id"),
+        (AsyncJobClient.job_get_status, ("a\udc80",), "is not a job id"),
     ):
         with pytest.raises(ConfigError, match=words):
             do(verb, *args)

@@ -38,6 +38,7 @@ from tailspan.services._requests import (
     Retries,
     ServiceRequests,
     Tls,
+    encode_json,
     error_text,
     normalise_base_url,
 )
@@ -330,7 +331,7 @@ class AwsRequests(ServiceRequests):
             JobNotFoundError: The API does not know what the request names.
             ServiceError: See the tree in `tailspan.errors`.
         """
-        content = msgspec.json.encode(body)
+        content = encode_json(body)
         retries, throttled = Retries(self.tries), Retries(_THROTTLED_TRIES)
         while True:
             try:

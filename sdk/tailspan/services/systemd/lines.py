@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ __all__ = ["JournalPosition", "LineJoiner"]
 
 _LINE_MAX = "line-max"
 _MAX_ORDINAL = 999
+_CURSOR = re.compile(r"(?:[a-z]+=[0-9a-f]*(?:;|$))*")
 
 
 class JournalPosition(NamedTuple):
@@ -52,7 +54,8 @@ class JournalPosition(NamedTuple):
             bool(parts.get("g")),
         )
         texts, numbers = found[:2], (found.lines or 0, *found[3:5])
-        if not all(isinstance(one, str) for one in texts) or not all(isinstance(one, int) for one in numbers):
+        are_cursors = all(isinstance(one, str) and _CURSOR.fullmatch(one) for one in texts)
+        if not are_cursors or not all(isinstance(one, int) for one in numbers):
             shown = (cursor or b"")[:40]
             raise ConfigError(f"{shown!r} is not a cursor of this service", service=service, job_id=job_id)
         return found

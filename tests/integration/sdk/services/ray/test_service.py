@@ -296,6 +296,8 @@ def test_submit_and_cancel(remote, client):
     assert client.cancel(job.job_id).state is JobState.CANCELED
     with pytest.raises(ConfigError, match="neither timeout nor cwd"):
         client.submit(["true"], timeout=60)
+    with pytest.raises(ConfigError, match="not valid Unicode"):
+        client.submit(["cat", "\udce4.txt"])  # the name of a file that is not UTF-8
     with pytest.raises(JobNotFoundError):
         client.cancel("none")
 

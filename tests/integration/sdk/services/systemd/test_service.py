@@ -402,8 +402,9 @@ def test_unknown_ids_and_cursors(journal):
             asyncio.run(service.get_job(job_id))
         with pytest.raises(JobNotFoundError):
             texts(service, job_id)
-    with pytest.raises(ConfigError):
-        texts(service, "0" * 32, b"12")
+    for cursor in (b"12", b"\x81\xa1c\xa1x", b"\x81\xa1c\xab--directory"):
+        with pytest.raises(ConfigError, match="is not a cursor"):
+            texts(service, "0" * 32, cursor)
 
 
 def following(journal: FakeJournal, steps: Callable[[SystemdService, Any], Coroutine[Any, Any, None]]) -> None:
