@@ -24,7 +24,7 @@ from tailspan_agent.fleet.batch import DivergedError
 from tailspan_agent.fleet.database import SCHEMA_VERSION, Connection, DatabaseThread, Tables, newer_schema
 from tailspan_agent.fleet.leases import AgentInfo, FleetAgent, Standing, join, leave, read_agents, release, renew
 from tailspan_agent.fleet.shards import METRICS_LEASE, SHARDS, shard_of, surplus
-from tailspan_agent.fleet.store import PostgresStore, read_shards
+from tailspan_agent.fleet.store import Changes, PostgresStore, ShardRows, read_shards
 from tailspan_agent.tasks import cancelled
 
 __all__ = ["FleetMember", "ShardReader"]
@@ -90,6 +90,7 @@ class FleetMember:
         draining: Whether the agent takes no more shards, and hands over all it has.
         taken_over: The number of shards that it took from agents that did not renew them.
         agents: The number of agents at the last renewal.
+        hand_over_s: How long the last hand-over took, in seconds; None before the first.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class FleetMember:
         self.draining = False
         self.taken_over = 0
         self.agents = 0
+        self.hand_over_s: float | None = None
         self.lease_s = lease_s
         self._store = store
         self._tables: Tables = store.tables
@@ -276,13 +278,19 @@ class FleetMember:
         if not taken:
             return False
         shards = sorted(taken.keys() - {METRICS_LEASE})
+
+        def read(connection: Connection) -> tuple[ShardRows, Changes | None]:
+            changes = self._store.read_changes(connection) if METRICS_LEASE in taken else None
+            return read_shards(connection, self._tables, shards), changes
+
         try:
-            rows = await self._leases.run(
-                partial(read_shards, tables=self._tables, shards=shards), timeout_s=_LOAD_TIMEOUT_S
-            )
+            rows, changes = await self._leases.run(read, timeout_s=_LOAD_TIMEOUT_S)
         except CheckpointError as error:
             _log.warning("shards were not read, and are taken again: %s", error)
             return False
+        if changes is not None:
+            # What the last holder has exported last: a counter that goes back would be taken for a new one.
+            self._store.apply_changes(changes)
         self._held.update(taken)
         self._store.adopt({shard: taken[shard] for shard in shards}, rows)
         self._readable.update(shards)
@@ -354,7 +362,7 @@ class FleetMember:
     async def _hand_over(self, shards: Sequence[int]) -> None:
         """Hand over shards in order: stop reading, drop what is queued, await acknowledgements, commit, release."""
         self._handing_over = set(shards)
-        agent = self._agent
+        agent, begun_s = self._agent, self._clock_s()
         try:
             self._readable -= self._handing_over
             await self._reader.stop_reading(self.owns)
@@ -378,6 +386,7 @@ class FleetMember:
             for shard in epochs:
                 del self._held[shard]
             self._store.drop(epochs)
+            self.hand_over_s = self._clock_s() - begun_s
             _log.info("handed over %d %s", len(epochs), plural(len(epochs), "shard"))
         except (TimeoutError, CheckpointError) as error:
             # They stay with this agent until its leases end, or the next attempt.

@@ -16,7 +16,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import msgspec
@@ -45,6 +45,24 @@ _MOST_SEEN_RUNS = 10_000
 _INT_32, _INT_64 = 1 << 31, 1 << 63
 
 _log = logging.getLogger(__name__)
+
+
+class Changes(NamedTuple):
+    """What agents have counted, as rows of the database.
+
+    Attributes:
+        read_at: When it was read, by the clock of the database.
+        runs: Changed rows of ``runs``.
+        failures: Changed rows of ``failures``.
+        too_fast: All rows of ``too_fast``.
+        history: New rows of ``history``.
+    """
+
+    read_at: str
+    runs: list[Any]
+    failures: list[Any]
+    too_fast: list[Any]
+    history: list[Any]
 
 
 class _FirstSeen(msgspec.Struct):
@@ -249,18 +267,20 @@ class PostgresStore:
         self.may_send: Callable[[int], bool] = lambda _: True
         self._newest_run = 0
         self._seen_runs: dict[int, None] = {}
+        self._new_runs: list[PastRun] = []
         self._read_at = ""
         self.fleet_id, self.start_unix_nano = self.reader.run_now(self._read_meta)
 
     def _read_meta(self, connection: Connection) -> tuple[str, int]:
         meta: dict[str, str] = dict(connection.execute(self.tables.sql("SELECT key, value FROM $meta")).fetchall())
-        self._apply_changes(*self._read_changes(connection))
+        self.apply_changes(self.read_changes(connection))
+        self._history.runs = self.take_new_runs()
         return meta["instance_id"], int(meta["start_unix_nano"])
 
     # -- what all agents have counted
 
-    def _read_changes(self, connection: Connection) -> tuple[Any, ...]:
-        """Read what has changed since the last call; a little more, because transactions end in any order."""
+    def read_changes(self, connection: Connection) -> Changes:
+        """Read what agents have counted since the last call; a little more, because transactions end in any order."""
         tables, since = self.tables, self._read_at or "-infinity"
         now = connection.execute("SELECT (clock_timestamp() - interval '30 s')::text").fetchone()
         runs = connection.execute(
@@ -281,12 +301,11 @@ class PostgresStore:
             tables.sql("SELECT run, facts FROM $history WHERE run > %s ORDER BY run"),
             (self._newest_run - _MOST_SEEN_RUNS // 10,),
         ).fetchall()
-        return (now[0] if now else ""), runs, failures, too_fast, history
+        return Changes(now[0] if now else "", runs, failures, too_fast, history)
 
-    def _apply_changes(
-        self, now: str, runs: list[Any], failures: list[Any], too_fast: list[Any], history: list[Any]
-    ) -> list[PastRun]:
-        self._read_at = now
+    def apply_changes(self, changes: Changes) -> None:
+        """Add what `read_changes` has read."""
+        self._read_at, runs, failures, too_fast, history = changes
         for row in runs:
             try:
                 self._count_stored(RunTotals.from_row(row))
@@ -294,18 +313,17 @@ class PostgresStore:
                 _log.warning("the fleet's database: skipping damaged run totals: %s", error)
         for pipeline, fingerprint, count, first_ns in failures:
             self._history.failures[pipeline, fingerprint] = count, first_ns
-        self._history.too_fast_runs.update(too_fast)
-        new = []
+        for pipeline, count in too_fast:
+            # A counter: what this agent has added and not written yet must not go away again.
+            self._history.too_fast_runs[pipeline] = max(count, self._history.too_fast_runs.get(pipeline, 0))
         for number, facts in history:
             if number in self._seen_runs:
                 continue
             self._see_run(number)
             try:
-                new.append(PastRun.from_json(facts))
+                self._new_runs.append(PastRun.from_json(facts))
             except ValueError as error:
                 _log.warning("the fleet's database: skipping a damaged run in the history: %s", error)
-        self._history.runs += new
-        return new
 
     def _see_run(self, number: int) -> None:
         self._seen_runs[number] = None
@@ -318,13 +336,18 @@ class PostgresStore:
         if known is None or known.count <= totals.count:
             self.counted[totals.key] = totals
 
-    async def refresh(self) -> list[PastRun]:
-        """Read what other agents have counted; return the runs that ended since the last call.
+    async def refresh(self) -> None:
+        """Read what other agents have counted.
 
         Raises:
             CheckpointError: The database cannot be reached.
         """
-        return self._apply_changes(*await self.reader.run(self._read_changes, timeout_s=_READ_TIMEOUT_S))
+        self.apply_changes(await self.reader.run(self.read_changes, timeout_s=_READ_TIMEOUT_S))
+
+    def take_new_runs(self) -> list[PastRun]:
+        """Return the runs of other agents that were read since the last call."""
+        new, self._new_runs = self._new_runs, []
+        return new
 
     async def running_starts(self, names: Collection[str]) -> dict[str, int]:
         """Return when the last job of a name that has not ended was first seen, by its name, in ns since the epoch.

@@ -71,6 +71,7 @@ class FleetState(Protocol):
 
     agents: int
     taken_over: int
+    hand_over_s: float | None
 
     @property
     def shards(self) -> int:
@@ -168,6 +169,12 @@ class AgentMetrics:
         gauge("tailspan.fleet.agents", [observe(lambda: fleet.agents)], "{agent}", "Agents of the fleet.")
         gauge("tailspan.fleet.shards", [observe(lambda: fleet.shards)], "{shard}", "Shards that this agent reads.")
         gauge("tailspan.fleet.lease.age", [observe(lambda: fleet.lease_age_s)], "s", "Time since the last renewal.")
+        gauge(
+            "tailspan.fleet.handover.duration",
+            [lambda _: iter(() if fleet.hand_over_s is None else (Observation(fleet.hand_over_s),))],
+            "s",
+            "Duration of the last hand-over of shards by this agent.",
+        )
         meter.create_observable_counter(
             "tailspan.fleet.takeovers",
             [observe(lambda: fleet.taken_over)],

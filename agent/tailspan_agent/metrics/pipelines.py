@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from opentelemetry.sdk.metrics.export import AggregationTemporality, Metric, NumberDataPoint, Sum
 
@@ -18,7 +18,7 @@ from tailspan_agent.analysis.assessment import (
 from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES, PipelineNames
 from tailspan_agent.metrics.gauges import Attributes, GaugeDefinition, GaugeValues, age_s
 
-__all__ = ["pipeline_metrics"]
+__all__ = ["pipeline_metrics", "too_fast_metric"]
 
 
 def pipeline_metrics(
@@ -58,15 +58,30 @@ def pipeline_metrics(
     for name, start_ns in last_starts(pipeline_stats.histories, labelled).items():
         if name != OTHER_PIPELINES:
             gauges.put("tailspan.pipeline.last_start.age", _series(name), age_s(start_ns, now_unix_nano))
-    metrics = list(gauges.metrics())
-    if names.used:
-        points = [
-            NumberDataPoint(dict(_series(name)), start_unix_nano, now_unix_nano, pipeline_stats.too_fast.get(name, 0))
-            for name in names.used
-        ]
-        total = Sum(points, AggregationTemporality.CUMULATIVE, is_monotonic=True)
-        metrics.append(Metric("tailspan.job.too_fast", "Runs that succeeded suspiciously fast.", "{run}", total))
-    return metrics
+    return [
+        *gauges.metrics(),
+        *too_fast_metric(names.used, pipeline_stats.too_fast, start_unix_nano, now_unix_nano),
+    ]
+
+
+def too_fast_metric(
+    names: Collection[str], too_fast: Mapping[str, int], start_unix_nano: int, now_unix_nano: int
+) -> list[Metric]:
+    """Return the counter of suspiciously fast runs; nothing without pipelines.
+
+    Args:
+        names: The pipelines with series of their own.
+        too_fast: The number of such runs by pipeline.
+        start_unix_nano: When they began to be counted, in ns since the epoch.
+        now_unix_nano: The time of the values, in ns since the epoch.
+    """
+    points = [
+        NumberDataPoint(dict(_series(name)), start_unix_nano, now_unix_nano, too_fast.get(name, 0)) for name in names
+    ]
+    if not points:
+        return []
+    total = Sum(points, AggregationTemporality.CUMULATIVE, is_monotonic=True)
+    return [Metric("tailspan.job.too_fast", "Runs that succeeded suspiciously fast.", "{run}", total)]
 
 
 def _series(pipeline: str, run_id: str = "") -> Attributes:

@@ -30,7 +30,7 @@ from tailspan_agent.analysis.run_totals import RunTotals
 from tailspan_agent.metrics.agent import AgentMetrics
 from tailspan_agent.metrics.jobs import job_metrics, task_metrics
 from tailspan_agent.metrics.live_series import LiveSeries, flag_ends
-from tailspan_agent.metrics.pipelines import pipeline_metrics
+from tailspan_agent.metrics.pipelines import pipeline_metrics, too_fast_metric
 from tailspan_agent.metrics.prometheus import prometheus_pieces
 from tailspan_agent.otlp.wire import bytes_field, string_field
 
@@ -58,11 +58,13 @@ class FleetTotals:
         resource: The resource of the fleet: the same whichever agent exports.
         start_unix_nano: When the fleet began to count runs, in ns since the epoch.
         runs: Returns the totals of all ended runs; None while another agent exports them.
+        too_fast: Returns the number of suspiciously fast runs by pipeline.
     """
 
     resource: Resource
     start_unix_nano: int
     runs: Callable[[], Iterable[RunTotals] | None]
+    too_fast: Callable[[], Mapping[str, int]] = dict
 
 
 class MetricsReader:
@@ -120,10 +122,8 @@ class MetricsReader:
         """
         return _at_once(self._snapshot(exponential=exponential))
 
-    def _snapshot(self, *, exponential: bool = False, of_fleet: bool = False) -> _Steps[list[ScopeMetrics]]:
+    def _snapshot(self, *, exponential: bool = False) -> _Steps[list[ScopeMetrics]]:
         counted = list(self._runs())
-        if of_fleet and self._fleet is not None:
-            counted += self._fleet.runs() or ()
         jobs, now_unix_nano = list(self._jobs()), self._clock_ns()
         self._agent.jobs_followed(job.service for job in jobs)
         yield
@@ -155,22 +155,42 @@ class MetricsReader:
         yield
         return [*self._agent.collect(), ScopeMetrics(_JOBS_SCOPE, of_jobs, schema_url="")]
 
-    def _fleet_scopes(self) -> list[ScopeMetrics]:
+    def _fleet_metrics(self, *, exponential: bool = False) -> list[Metric]:
         """Return what the whole fleet has counted; nothing while another agent exports it."""
         runs = self._fleet.runs() if self._fleet is not None else None
         if self._fleet is None or runs is None:
             return []
+        names, now_unix_nano = PipelineNames(self._names.limit), self._clock_ns()
         metrics = job_metrics(
             runs=runs,
             jobs=(),
-            names=PipelineNames(self._names.limit),
+            names=names,
             start_unix_nano=self._fleet.start_unix_nano,
-            now_unix_nano=self._clock_ns(),
-            exponential=self._exponential,
+            now_unix_nano=now_unix_nano,
+            exponential=exponential,
         )
         # Running jobs are those of each agent: it exports their numbers itself.
         counted = [metric for metric in metrics if metric.name not in _OF_RUNNING_JOBS]
-        return [ScopeMetrics(_JOBS_SCOPE, counted, schema_url="")] if counted else []
+        too_fast = too_fast_metric(names.used, self._fleet.too_fast(), self._fleet.start_unix_nano, now_unix_nano)
+        return [*counted, *too_fast]
+
+    def _scrape(self) -> _Steps[list[Metric]]:
+        """Return all metrics for one text; those of the fleet have its ``instance``, as if they were pushed.
+
+        A scraper with ``honor_labels`` then stores the same series whichever agent exports them, so that their counts
+        do not seem to grow at once when another agent goes on with them.
+        """
+        scopes = yield from self._snapshot()
+        own = [metric for scope in scopes for metric in scope.metrics]
+        if self._fleet is None:
+            return own
+        of_fleet = {metric.name: metric for metric in self._fleet_metrics()}
+        instance = {"instance": str(self._fleet.resource.attributes["service.instance.id"])}
+        merged = []
+        for metric in own:
+            shared = of_fleet.pop(metric.name, None)
+            merged.append(metric if shared is None else _with_more_points(metric, shared, instance))
+        return [*merged, *(_with_more_points(_with_points(one, []), one, instance) for one in of_fleet.values())]
 
     def metrics_request(self) -> tuple[bytes, int]:
         """Return an ``ExportMetricsServiceRequest`` of all metrics, and its number of data points.
@@ -188,10 +208,11 @@ class MetricsReader:
         scopes = self._live.with_ends(snapshot, self._clock_ns())
         del snapshot
         own, count = yield from self._resource_metrics(self._agent.resource, scopes)
-        shared = self._fleet_scopes()
+        shared = self._fleet_metrics(exponential=self._exponential)
         if self._fleet is None or not shared:
             return own, count
-        of_fleet, more = yield from self._resource_metrics(self._fleet.resource, shared)
+        shared_scope = ScopeMetrics(_JOBS_SCOPE, shared, schema_url="")
+        of_fleet, more = yield from self._resource_metrics(self._fleet.resource, [shared_scope])
         return own + of_fleet, count + more
 
     def _resource_metrics(self, resource: Resource, scopes: Iterable[ScopeMetrics]) -> _Steps[tuple[bytes, int]]:
@@ -261,15 +282,14 @@ class MetricsReader:
         Args:
             accept: The Accept header of the scrape.
         """
-        pieces, content_type = self._prometheus_pieces(_at_once(self._snapshot(of_fleet=True)), accept)
+        pieces, content_type = self._prometheus_pieces(_at_once(self._scrape()), accept)
         return b"".join(pieces), content_type
 
     async def prometheus_pieces(self, accept: str = "") -> tuple[Iterator[bytes], str]:
         """Return the same text in pieces, each made when it is taken; let other tasks run in between."""
-        return self._prometheus_pieces(await _in_steps(self._snapshot(of_fleet=True)), accept)
+        return self._prometheus_pieces(await _in_steps(self._scrape()), accept)
 
-    def _prometheus_pieces(self, scopes: Sequence[ScopeMetrics], accept: str) -> tuple[Iterator[bytes], str]:
-        metrics = (metric for scope in scopes for metric in scope.metrics)
+    def _prometheus_pieces(self, metrics: Sequence[Metric], accept: str) -> tuple[Iterator[bytes], str]:
         return prometheus_pieces(metrics, self._agent.resource.attributes, accept)
 
 
@@ -301,6 +321,16 @@ def _url_field(schema_url: str) -> bytes:
 def _with_points(metric: Metric, points: Sequence[Any]) -> Metric:
     data: Any = metric.data  # each kind has points of its own type
     return dataclasses.replace(metric, data=dataclasses.replace(data, data_points=list(points)))
+
+
+def _with_more_points(metric: Metric, other: Metric, attributes: Mapping[str, str]) -> Metric:
+    """Return a metric with the points of another one, to which attributes are added."""
+    more = [dataclasses.replace(point, attributes={**point.attributes, **attributes}) for point in _points(other)]
+    return _with_points(metric, [*_points(metric), *more])
+
+
+def _points(metric: Metric) -> Sequence[Any]:
+    return metric.data.data_points
 
 
 def exports_exponential_histograms(environ: Mapping[str, str] = os.environ) -> bool:

@@ -57,7 +57,8 @@ class JobAlerts:
             history: The past runs of its pipeline, without this one.
         """
         job, too_fast = self._job, self._job.context.pipeline_stats.too_fast
-        too_fast[run.pipeline] = too_fast.get(run.pipeline, 0) + 1
+        if job.context.owns is None:  # the runs of shared jobs are counted by their store, for all agents
+            too_fast[run.pipeline] = too_fast.get(run.pipeline, 0) + 1
         self._too_fast = alert_text("too_fast", job.redacted_status, history, duration_s=run.duration_s, quiet_s=0.0)
         _log.warning("job %s of service %s: %s", job.status.job_id, job.service.name, self._too_fast)
 

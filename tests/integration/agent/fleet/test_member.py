@@ -295,6 +295,22 @@ async def test_runs_of_all_agents_are_counted_together(fleet) -> None:
             assert [totals.count for totals in one.store.counted.values()] == [2]
 
 
+@looped
+async def test_who_exports_the_totals_has_read_them(fleet) -> None:
+    """An agent that goes on with the fleet's metrics exports no smaller counts than the last one did."""
+    async with fleet("a") as a, fleet("b") as b:
+        await until(lambda: a.member.shards == b.member.shards == SHARDS // 2)
+        before, after = (a, b) if a.member.has_metrics else (b, a)
+        number = next(number for number in range(100) if before.member.owns("id", f"j{number}"))
+        assert before.store.end_job(before.add(number), [], RunTotals("etl", "success").add(1.0))
+        await before.store.written()
+        assert after.store.counted == {}
+        await before.member.drained()
+        await until(lambda: after.member.has_metrics)
+        assert [totals.count for totals in after.store.counted.values()] == [1]
+        assert before.member.hand_over_s is not None
+
+
 def test_a_newer_schema_is_refused(postgres: Postgres, fleet_name: str) -> None:
     """An older agent beside a newer schema does not start, and says which one to upgrade."""
     open_store(postgres.dsn, fleet_name, "a").close()
