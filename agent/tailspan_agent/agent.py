@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tailspan import __version__
 from tailspan._own_token import own_token
 from tailspan._plural import plural
+from tailspan._secrets import mask
 from tailspan.config import Settings
 from tailspan.config.signals import SIGNALS
 from tailspan.errors import ConfigError, JobNotFoundError, TailspanError
@@ -49,6 +50,7 @@ from tailspan_agent.web.agent_view import AgentView
 if TYPE_CHECKING:
     from tailspan_agent.checkpoint.protocol import CheckpointStore
     from tailspan_agent.fleet.member import FleetMember
+    from tailspan_agent.fleet.overview import FleetOverview
     from tailspan_agent.fleet.store import PostgresStore
     from tailspan_agent.web.server import ServerAccess, StatusServer
 
@@ -58,6 +60,7 @@ _LOG_QUEUES = 2
 _FORGET_S = 30 * 86400.0
 _HOUSEKEEPING_S = 3600.0
 _LAST_PUSH_S = 5.0
+_MAX_ERROR_CHARS = 300
 
 _RESTART_KEYS = (
     "state_dir",
@@ -120,6 +123,7 @@ class Agent:
         self._shared: PipelineContext | None = None
         self._shared_store: PostgresStore | None = None
         self._member: FleetMember | None = None
+        self._overview: FleetOverview | None = None
         with contextlib.ExitStack() as undo:
             self.store = SqliteStore(settings.agent.state_dir)
             undo.callback(self.store.close)
@@ -151,6 +155,7 @@ class Agent:
         try:
             from tailspan_agent.fleet.leases import AgentInfo
             from tailspan_agent.fleet.member import FleetMember
+            from tailspan_agent.fleet.overview import FleetOverview
             from tailspan_agent.fleet.store import open_store
         except ImportError as error:
             raise ConfigError(f"a fleet needs psycopg: pip install 'tailspan[fleet]' ({error})", key="fleet") from error
@@ -176,6 +181,7 @@ class Agent:
             health=self._fleet_health,
         )
         undo.callback(self._member.close)
+        self._overview = FleetOverview(store, lease_s=settings.fleet.lease)
         self.metrics.add_fleet(self._member)
         shared.owns = self._member.owns
         member = self._member
@@ -185,6 +191,7 @@ class Agent:
                 agent_resource(settings.agent.service_name, store.fleet_id, settings.otlp.resource),
                 store.start_unix_nano,
                 lambda: list(store.counted.values()) if member.has_metrics else None,
+                store.history.too_fast,
             ),
         )
 
@@ -270,8 +277,10 @@ class Agent:
             codes.append(self._member.problem)
         return codes + [f"service_{name}_unreachable" for name in self._receiver.unreachable]
 
-    def delivery(self, identity: str, job_id: str) -> dict[str, object]:
+    async def delivery(self, identity: str, job_id: str) -> dict[str, object]:
         """Return the delivery state of a job's lines, for ``tailspan wait --delivered``.
+
+        In a fleet, of a job of another agent as well.
 
         Args:
             identity: The identity of the job's service.
@@ -279,6 +288,10 @@ class Agent:
         """
         found = (context.store.job(identity, job_id) for context in self._contexts)
         known = next((checkpoint for checkpoint in found if checkpoint is not None), None)
+        if known is None and self._overview is not None:
+            with contextlib.suppress(CheckpointError):
+                stored = await self._overview.find(identity, job_id)
+                known = stored.checkpoint if stored is not None else None
         if known is None:
             return {"known": False, "logs_complete": False}
         ledger = JobLedger.from_json(known.ledger)
@@ -412,6 +425,8 @@ class Agent:
             settings=lambda: self.settings,
             endpoints=self.endpoints,
             problems=self.problems,
+            shared=self._shared,
+            fleet=self._overview,
         )
         return StatusServer(
             address,
@@ -520,10 +535,13 @@ class Agent:
     def _fleet_health(self) -> dict[str, object]:
         """Return what the other agents of the fleet, and ``tailspan agent fleet``, see of this one."""
         lags = self.metrics.lags_s().values()
+        errors = [f"{signal}: {outage.reason}" for signal, outage in self.endpoints.outages.items()]
+        errors += [f"{service}: {failure}" for service, failure in self._receiver.failures.items()]
         return {
             "jobs": len(self._receiver.tailers),
             "lag_s": round(max(lags), 1) if lags else None,
             "problems": self.problems(),
+            "errors": [mask(error)[:_MAX_ERROR_CHARS] for error in errors],
         }
 
     async def _starts_elsewhere(self) -> Mapping[str, int] | None:
@@ -541,7 +559,8 @@ class Agent:
         while True:
             await asyncio.sleep(self.settings.fleet.lease / 3)
             with contextlib.suppress(CheckpointError):
-                for run in await store.refresh():
+                await store.refresh()
+                for run in store.take_new_runs():
                     if run not in histories.of(run.pipeline).runs:
                         histories.add(run)
 

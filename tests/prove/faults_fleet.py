@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tailspan_agent.fleet.database import SCHEMA_VERSION
 from tests.prove.fleet_world import LEASE_S, FleetWorld
 from tests.prove.jobs import NumberedJob
 from tests.prove.mutant import Mutant
@@ -186,7 +187,7 @@ def newer_schema(world: FleetWorld) -> list[str]:
     code = process.wait(60)
     world.agents[0].process = None
     said = "upgrade this agent" in world.log_of(world.agents[0])
-    world.query("UPDATE $meta SET value = '1' WHERE key = 'schema_version' RETURNING 1")
+    world.query("UPDATE $meta SET value = %s WHERE key = 'schema_version' RETURNING 1", str(SCHEMA_VERSION))
     for agent in world.agents[1:]:
         world.stop_agent(agent)
     world.start_all()

@@ -38,12 +38,16 @@ async def scraped(_: str) -> tuple[Iterator[bytes], str]:
     return iter([b"x" * 100_000] * 200), "text/plain"
 
 
+async def no_delivery(identity: str, job_id: str) -> dict[str, object]:
+    return {}
+
+
 async def with_status_page(use: Callable[[int], Awaitable[None]]) -> None:
     async with StatusServer(
         ("127.0.0.1", 0),
         metrics=scraped,
         readiness=lambda: ["endpoint_logs_paused"],
-        delivery=lambda identity, job_id: {},
+        delivery=no_delivery,
     ) as server:
         await use(server.address[1])
 

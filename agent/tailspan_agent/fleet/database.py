@@ -95,8 +95,10 @@ CREATE TABLE names (
 );
 CREATE INDEX names_of_shard ON names (shard);
 """
+# For the page of any agent, which reads the jobs that others follow.
+_VERSION_2 = "CREATE INDEX open_jobs ON jobs (number) WHERE NOT ended;"
 # The changes of each version. A change only adds: agents of the version before write until they have handed over.
-VERSIONS = (_VERSION_1,)
+VERSIONS = (_VERSION_1, _VERSION_2)
 SCHEMA_VERSION = len(VERSIONS)
 
 _log = logging.getLogger(__name__)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from tailspan.config import Settings
 from tailspan.models import JobStatus, TaskRun
@@ -12,10 +14,15 @@ from tailspan_agent.analysis.assessment import JobSnapshot
 from tailspan_agent.analysis.baseline import Histories, PipelineHistory
 from tailspan_agent.analysis.run_totals import RunTotals
 from tailspan_agent.checkpoint.protocol import CheckpointStore
+from tailspan_agent.checkpoint.rows import Checkpoint
+from tailspan_agent.errors import CheckpointError
 from tailspan_agent.exporter.endpoints import Endpoints
 from tailspan_agent.pipeline.context import PipelineContext
 from tailspan_agent.receiver.receiver import Receiver
 from tailspan_agent.web.troubles import Trouble, troubles_of
+
+if TYPE_CHECKING:
+    from tailspan_agent.fleet.overview import FleetOverview
 
 __all__ = ["AgentView"]
 
@@ -30,6 +37,8 @@ class AgentView:
         settings: Returns the configuration in force.
         problems: Returns codes of what keeps the agent from relaying.
         endpoints: The endpoint of each signal.
+        shared: What the pipelines of the fleet's jobs share; None for an agent that is alone.
+        fleet: The other agents and their jobs; None for an agent that is alone.
     """
 
     context: PipelineContext
@@ -37,6 +46,8 @@ class AgentView:
     settings: Callable[[], Settings]
     problems: Callable[[], Sequence[str]]
     endpoints: Endpoints
+    shared: PipelineContext | None = None
+    fleet: FleetOverview | None = None
 
     @property
     def store(self) -> CheckpointStore:
@@ -47,6 +58,11 @@ class AgentView:
     def services(self) -> Mapping[str, JobService]:
         """The watched services by their configured name."""
         return self.receiver.services
+
+    @property
+    def service_names(self) -> Mapping[str, str]:
+        """The configured names of the watched services by their identity."""
+        return {service.identity: name for name, service in self.services.items()}
 
     @property
     def followed(self) -> Sequence[JobSnapshot]:
@@ -60,8 +76,32 @@ class AgentView:
 
     @property
     def totals(self) -> Sequence[RunTotals]:
-        """The run totals of all ended runs."""
-        return list(self.store.totals.values())
+        """The run totals of all ended runs, those of the whole fleet included."""
+        contexts = [self.context] if self.shared is None else [self.context, self.shared]
+        return [totals for context in contexts for totals in context.store.totals.values()]
+
+    async def find_job(self, identity: str, job_id: str) -> tuple[Checkpoint | None, int | None]:
+        """Return a job's checkpoint, whichever agent follows the job, and the number of that agent.
+
+        Args:
+            identity: The identity of its service.
+            job_id: The job.
+
+        Returns:
+            No checkpoint for an unknown job, or while the fleet's database does not answer; no number for a job of
+            this machine, and while no agent has the job.
+        """
+        found = self.store.job(identity, job_id)
+        if found is not None or self.fleet is None or self.shared is None:
+            return found, None
+        own = self.shared.store.job(identity, job_id)
+        if own is not None:
+            return own, self.fleet.agent
+        with contextlib.suppress(CheckpointError):
+            stored = await self.fleet.find(identity, job_id)
+            if stored is not None:
+                return stored.checkpoint, stored.agent
+        return None, None
 
     @property
     def troubles(self) -> Sequence[Trouble]:

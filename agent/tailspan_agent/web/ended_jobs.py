@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Set
+from collections.abc import Collection, Set
 from dataclasses import dataclass
 
 from tailspan.models import JobState
@@ -74,28 +74,38 @@ class EndedJobs:
 
     Args:
         stored: The jobs of the checkpoint store.
+        late_keys: How far behind the newest key one may become visible: several agents write into one database.
     """
 
-    def __init__(self, stored: StoredLedgers) -> None:
+    def __init__(self, stored: StoredLedgers, *, late_keys: int = 0) -> None:
         self._stored = stored
+        self._late_keys = late_keys
         self._jobs: dict[int, EndedJob] = {}
         self._open: dict[int, tuple[str, str]] = {}
         self._newest: int | None = None
 
-    async def refresh(self, followed: Set[tuple[str, str]]) -> list[EndedJob]:
+    @property
+    def newest(self) -> Collection[EndedJob]:
+        """The newest ended jobs at the last `refresh`, unordered."""
+        return self._jobs.values()
+
+    async def refresh(self, followed: Set[tuple[str, str]]) -> None:
         """Read the jobs that have ended since the last call.
 
         Args:
             followed: Identity and id of the followed jobs, which have not ended.
 
-        Returns:
-            The newest ended jobs, unordered.
+        Raises:
+            CheckpointError: The store cannot be read now.
         """
         if self._newest is None:
             self._newest = await self._stored.newest_key() - MAX_ENDED_JOBS
-        while rows := await self._stored.after(self._newest, _CHUNK_ROWS):
-            self._newest = rows[-1].key
-            self._take(rows)
+        after = self._newest - self._late_keys
+        while rows := await self._stored.after(after, _CHUNK_ROWS):
+            after = self._newest = rows[-1].key
+            self._take([row for row in rows if row.key not in self._jobs and row.key not in self._open])
+            if len(rows) < _CHUNK_ROWS:
+                break
             await asyncio.sleep(0)  # let the relay work between two chunks
         gone = [key for key, job in self._open.items() if job not in followed]
         for start in range(0, len(gone), _CHUNK_ROWS):
@@ -103,7 +113,6 @@ class EndedJobs:
             await asyncio.sleep(0)
         for key in sorted(self._jobs)[: max(0, len(self._jobs) - MAX_ENDED_JOBS)]:
             del self._jobs[key]
-        return list(self._jobs.values())
 
     def _take(self, rows: list[LedgerRow]) -> None:
         for stored in rows:

@@ -40,6 +40,7 @@ class JobEntry(NamedTuple):
         state: Its state.
         when_ns: Its end, or else its start, or else its submission, in ns since the epoch.
         job: The job with all fields.
+        agent: The number of the agent of the fleet that follows it; None without one.
     """
 
     service: str
@@ -48,6 +49,7 @@ class JobEntry(NamedTuple):
     state: JobState
     when_ns: int
     job: JobSnapshot | EndedJob
+    agent: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

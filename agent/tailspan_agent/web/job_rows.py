@@ -43,6 +43,8 @@ class JobRow:
         lag_s: Age of its newest delivered line while others are waiting, in seconds; None if all are delivered.
         alerts: The kinds of its anomalies.
         stale: True if its service does not answer.
+        agent: The host of the agent of the fleet that follows it; empty without one.
+        agent_path: The URL of the job on that agent's page; empty if it is not known, or if it is this page.
     """
 
     key: str
@@ -64,6 +66,8 @@ class JobRow:
     lag_s: float | None
     alerts: tuple[str, ...]
     stale: bool
+    agent: str = ""
+    agent_path: str = ""
 
 
 def job_path(service: str, job_id: str, **query: object) -> str:
@@ -76,12 +80,17 @@ def display_name(job_name: str, job_id: str) -> str:
     return job_name if job_name.strip() else job_id
 
 
-def followed_entry(job: JobSnapshot) -> JobEntry:
-    """Return the entry of a followed job."""
+def followed_entry(job: JobSnapshot, agent: int | None = None) -> JobEntry:
+    """Return the entry of a followed job.
+
+    Args:
+        job: The job.
+        agent: The number of the agent of the fleet that follows it; None without a fleet.
+    """
     status = job.status
     when = unix_nano(status.finished_at) or job.started_unix_nano or unix_nano(status.submitted_at) or 0
     # The form of the name in the store, and in the query that a browser sends to search for it.
-    return JobEntry(job.service, status.job_id, utf8_name(status.job_name), status.state, when, job)
+    return JobEntry(job.service, status.job_id, utf8_name(status.job_name), status.state, when, job, agent)
 
 
 def ended_entry(job: EndedJob, service: str) -> JobEntry:

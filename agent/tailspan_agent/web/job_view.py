@@ -8,8 +8,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
-from tailspan._identity import trace_id
 from tailspan.errors import JobNotFoundError, ServiceError, ServiceUnavailableError
 from tailspan.models import JobState, JobStatus, TaskRun
 from tailspan.services import JobService, TaskService
@@ -22,8 +22,13 @@ from tailspan_agent.job.ledger import JobLedger
 from tailspan_agent.job.mapping import failure_text
 from tailspan_agent.job.times import JobTimes, run_duration_s, unix_nano
 from tailspan_agent.web.agent_view import AgentView
-from tailspan_agent.web.job_rows import display_name
+from tailspan_agent.web.fleet_members import follower_of, page_of
+from tailspan_agent.web.job_rows import display_name, job_path
+from tailspan_agent.web.shared_jobs import stored_snapshot, stored_status
 from tailspan_agent.web.task_chart import TaskChart, task_chart
+
+if TYPE_CHECKING:
+    from tailspan_agent.fleet.leases import FleetAgent
 
 __all__ = ["JobView", "Phase", "load_job_view"]
 
@@ -62,9 +67,10 @@ class JobView:
         reason: What ended it (a signal's name, out of memory, ...), if known.
         complete: True if all its lines are delivered.
         problem: Why its service did not answer; empty otherwise.
-        followed: Whether the agent follows it now.
+        followed: Whether the agent, or another one of its fleet, follows it now.
         links: Links to other tools: (label, URL).
         tasks: Every attempt of its tasks, without secrets; empty if they are not known.
+        agent: The other agent of the fleet that follows it; None without one.
     """
 
     service: JobService
@@ -82,6 +88,7 @@ class JobView:
     followed: bool = False
     links: Sequence[tuple[str, str]] = field(default_factory=tuple)
     tasks: Sequence[TaskRun] = ()
+    agent: FleetAgent | None = None
 
     @property
     def name(self) -> str:
@@ -102,6 +109,12 @@ class JobView:
     def finished_ns(self) -> int | None:
         """End, or the last sign of life, in ns since the epoch, by the same rule."""
         return self.times.finished_ns if self.times else unix_nano(self.status.finished_at)
+
+    @property
+    def agent_path(self) -> str:
+        """The URL of the job on the page of the other agent that follows it; empty if it is not known."""
+        page = page_of(self.agent) if self.agent is not None else ""
+        return page + job_path(self.service.name, self.status.job_id) if page else ""
 
     def task_chart(self, selected: str = "") -> TaskChart | None:
         """Return the chart of its tasks; None for a job without tasks.
@@ -144,21 +157,30 @@ async def load_job_view(
         ServiceError: The service does not answer, and the store does not have the job.
     """
     followed = next((job for job in view.followed if job.status.job_id == job_id and job.service == service.name), None)
-    stored = view.store.job(service.identity, job_id)
+    stored, number = await view.find_job(service.identity, job_id)
+    agent = None
+    if view.fleet is not None and stored is not None and not (stored.ended and stored.logs_complete):
+        await view.fleet.refresh()
+        agent = follower_of(view.fleet, number) if number != view.fleet.agent else None
     ledger = _ledger_of(stored)
-    stored_status = (
-        _stored_status(service, job_id, stored.name, ledger) if stored is not None and ledger is not None else None
+    known_status = (
+        stored_status(service.name, service.identity, job_id, stored.name, ledger, stale=True)
+        if stored is not None and ledger is not None
+        else None
     )
     status, problem = (
-        (followed.status, "") if followed else await _request_status(service, job_id, stored_status, timeout_s)
+        (followed.status, "") if followed else await _request_status(service, job_id, known_status, timeout_s)
     )
     tasks = followed.tasks if followed else ()
     if requests_tasks and not tasks and not problem:
         tasks = await _request_tasks(view, service, job_id, timeout_s)
     status, history = view.redact_job(status), view.history(status.job_name)
     now_ns = time.time_ns()
-    assessment = assess(followed or JobSnapshot(service=service.name, status=status), history, now_ns)
-    if followed is None:
+    snapshot = followed or JobSnapshot(service=service.name, status=status)
+    if agent is not None and ledger is not None:
+        snapshot = stored_snapshot(status, ledger)
+    assessment = assess(snapshot, history, now_ns)
+    if followed is None and agent is None:
         assessment = assessment._replace(silent=False)  # its lines are not read, so silence means nothing
     times = JobTimes.of(status, ledger) if ledger is not None else None
     ended = status.state.is_terminal
@@ -179,9 +201,10 @@ async def load_job_view(
         reason=(exit_reason(status, ledger.failure if ledger else None) or "") if failed else "",
         complete=stored is not None and stored.logs_complete,
         problem=problem,
-        followed=followed is not None,
+        followed=followed is not None or agent is not None,
         links=_links(view, status),
         tasks=tasks,
+        agent=agent,
     )
 
 
@@ -219,18 +242,6 @@ async def _request_tasks(view: AgentView, service: JobService, job_id: str, time
             tasks = bounded_tasks(await service.list_tasks(job_id), now=datetime.now(UTC))
             return [view.redact_task(task) for task in tasks]
     return ()
-
-
-def _stored_status(service: JobService, job_id: str, name: str, ledger: JobLedger) -> JobStatus:
-    return JobStatus.from_state(
-        ledger.states[-1][1] if ledger.states else JobState.UNKNOWN,
-        job_id=job_id,
-        job_name=name,
-        service=service.name,
-        identity=service.identity,
-        trace_id=trace_id(service.identity, job_id),
-        stale=True,
-    )
 
 
 def _links(view: AgentView, status: JobStatus) -> list[tuple[str, str]]:

@@ -76,7 +76,7 @@ class StatusServer:
         *,
         metrics: Callable[[str], Awaitable[tuple[Iterator[bytes], str]]],
         readiness: Callable[[], Sequence[str]],
-        delivery: Callable[[str, str], Mapping[str, object]],
+        delivery: Callable[[str, str], Awaitable[Mapping[str, object]]],
         view: AgentView | None = None,
         access: ServerAccess = ServerAccess(),
     ) -> None:
@@ -178,7 +178,7 @@ class StatusServer:
 
     async def _get_delivery(self, request: Request) -> Response:
         query = request.query_params
-        return JSONResponse(self._delivery(query.get("identity", ""), query.get("job_id", "")))
+        return JSONResponse(await self._delivery(query.get("identity", ""), query.get("job_id", "")))
 
 
 async def _with_pauses(pieces: Iterator[bytes]) -> AsyncIterator[bytes]:

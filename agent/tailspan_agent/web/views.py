@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,23 +22,29 @@ from starlette.staticfiles import StaticFiles
 from tailspan._plural import plural
 from tailspan.errors import CursorExpiredError, JobNotFoundError, ServiceError, TailspanError
 from tailspan.services import TaskService
+from tailspan_agent.analysis.assessment import JobSnapshot
 from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
+from tailspan_agent.errors import CheckpointError
 from tailspan_agent.web import formatting
 from tailspan_agent.web.access import AccessControl
 from tailspan_agent.web.agent_health import health_of
 from tailspan_agent.web.agent_view import AgentView
 from tailspan_agent.web.ended_jobs import EndedJobs
 from tailspan_agent.web.event_stream import KEEP_ALIVE, REFRESH_S, EventStreams, format_event
+from tailspan_agent.web.fleet_members import members_of, page_of
 from tailspan_agent.web.job_events import job_events, job_paths, read_tail
 from tailspan_agent.web.job_filter import PAGE_ROWS, STATE_GROUPS, JobEntry, JobFilter, JobListing, list_jobs
 from tailspan_agent.web.job_rows import JobRow, ended_entry, followed_entry, job_path, job_row
 from tailspan_agent.web.job_view import JobView, load_job_view
 from tailspan_agent.web.log_window import WINDOW_LINES, LogLine, LogWindow, LogWindowReader
 from tailspan_agent.web.session import Session, local_path
+from tailspan_agent.web.shared_jobs import SharedJobs
 
 __all__ = ["PageRoutes"]
 
 _LISTING_S = 0.8
+# Transactions of several agents end in any order, so a job may become visible behind newer ones.
+_LATE_KEYS = 100
 _SERVICE_TIMEOUT_S = 10.0
 _WRONG_TOKEN_S = 0.5
 _MAX_FORM_BYTES = 4096
@@ -65,7 +73,10 @@ class PageRoutes:
     def __init__(self, view: AgentView, session: Session) -> None:
         self._view = view
         self._session = session
-        self._ended = EndedJobs(view.store.ledgers)
+        self._ended = [EndedJobs(view.store.ledgers)]
+        if view.shared is not None:
+            self._ended.append(EndedJobs(view.shared.store.ledgers, late_keys=_LATE_KEYS))
+        self._shared = SharedJobs(view.fleet) if view.fleet is not None else None
         self._logs = LogWindowReader(view.redact, view.redact_open)
         self._streams = EventStreams()
         self._entries: list[JobEntry] = []
@@ -93,22 +104,56 @@ class PageRoutes:
         async with self._refreshing:
             # All browsers share one refresh.
             if time.monotonic() - self._entries_at_s > _LISTING_S:
-                followed = self._view.followed
-                known = {(job.identity, job.status.job_id) for job in followed}
-                names = {service.identity: name for name, service in self._view.services.items()}
-                ended = await self._ended.refresh(known)
-                self._entries = [followed_entry(job) for job in followed]
-                self._entries += [
-                    ended_entry(job, names[job.identity])
-                    for job in ended
-                    if job.identity in names and (job.identity, job.job_id) not in known
-                ]
+                self._entries = await self._read_entries()
                 self._entries_at_s = time.monotonic()
         return list_jobs(self._entries, job_filter)
 
+    async def _read_entries(self) -> list[JobEntry]:
+        names = self._view.service_names
+        elsewhere = await self._followed_elsewhere(names)
+        # Afterwards, so that a job that has just come from another agent is shown once, as followed by this one.
+        followed = self._view.followed
+        known = {(job.identity, job.status.job_id) for job in followed}
+        entries = [followed_entry(job, self._follower(job)) for job in followed]
+        for job, agent in elsewhere:
+            if (job.identity, job.status.job_id) not in known:
+                known.add((job.identity, job.status.job_id))
+                entries.append(followed_entry(job, agent))
+        for ended in self._ended:
+            with contextlib.suppress(CheckpointError):
+                await ended.refresh(known)
+            entries += [
+                ended_entry(job, names[job.identity])
+                for job in ended.newest
+                if job.identity in names and (job.identity, job.job_id) not in known
+            ]
+        return entries
+
+    async def _followed_elsewhere(self, names: Mapping[str, str]) -> list[tuple[JobSnapshot, int | None]]:
+        if self._view.fleet is None or self._shared is None:
+            return []
+        await self._view.fleet.refresh()
+        return await self._shared.snapshots(names)
+
+    def _follower(self, job: JobSnapshot) -> int | None:
+        """Return the number of this agent, for a job of its fleet."""
+        fleet, service = self._view.fleet, self._view.services.get(job.service)
+        return None if fleet is None or service is None or service.polls_are_free else fleet.agent
+
     def _rows(self, listing: JobListing) -> list[JobRow]:
         now_ns = time.time_ns()
-        return [job_row(entry, self._view.history(entry.name), now_ns) for entry in listing.entries]
+        return [
+            self._with_agent(job_row(entry, self._view.history(entry.name), now_ns), entry.agent)
+            for entry in listing.entries
+        ]
+
+    def _with_agent(self, row: JobRow, number: int | None) -> JobRow:
+        fleet = self._view.fleet
+        agent = fleet.agents.get(number) if fleet is not None and number is not None else None
+        if fleet is None or agent is None:
+            return row
+        page = page_of(agent) if agent.id != fleet.agent else ""
+        return replace(row, agent=agent.info.host, agent_path=f"{page}{row.path}" if page else "")
 
     async def _jobs(self, request: Request) -> Response:
         job_filter = JobFilter.from_query(request.query_params)
@@ -281,7 +326,10 @@ class PageRoutes:
         for total in self._view.totals:
             runs[total.pipeline] = runs.get(total.pipeline, 0) + total.count
         active: dict[str, int] = {}
-        for job in self._view.followed:
+        elsewhere = await self._followed_elsewhere(self._view.service_names)
+        followed = {(job.identity, job.status.job_id): job for job, _ in elsewhere}
+        followed |= {(job.identity, job.status.job_id): job for job in self._view.followed}
+        for job in followed.values():
             if not job.status.state.is_terminal:
                 name = self._view.label(job.status.job_name)
                 active[name] = active.get(name, 0) + 1
@@ -299,6 +347,9 @@ class PageRoutes:
         )
 
     async def _agent(self, _: Request) -> Response:
+        fleet = self._view.fleet
+        if fleet is not None:
+            await fleet.refresh()
         return self._html(
             "agent.html",
             tab="agent",
@@ -309,6 +360,7 @@ class PageRoutes:
             checkpoint_ns=int(self._view.store.acked_at_s * 1e9),
             instance_id=self._view.store.instance_id,
             since_ns=self._view.store.start_unix_nano,
+            members=members_of(fleet) if fleet is not None else None,
         )
 
     async def _login(self, request: Request) -> Response:
@@ -346,7 +398,7 @@ class PageRoutes:
         return RedirectResponse(f"/login?{urlencode({'next': target})}", 303)
 
     def _render(self, template: str, **values: Any) -> str:
-        return self._templates.get_template(template).render(now=time.time_ns(), **values)
+        return self._templates.get_template(template).render(now=time.time_ns(), fleet=self._view.fleet, **values)
 
     def _html(self, template: str, status: int = 200, **values: Any) -> Response:
         text = self._render(

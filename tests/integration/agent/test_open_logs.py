@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tailspan import AsyncJobClient
-from tests.fakes.agents import Bench, looped, until
+from tests.fakes.agents import Bench, looped
 from tests.fakes.local_jobs import LocalJobs
 
 WATCH = {"service": "local", "discover": True}
@@ -57,7 +58,8 @@ async def follow(tmp_path: Path, bench: Bench, job_id: str) -> None:
         await bench.received(lambda: job_id in bench.receipts())
         check_end(bench)
         # What `wait --delivered` asks for.
-        await until(lambda: agent.delivery(bench.services["local"].identity, job_id)["logs_complete"])
+        while not (await agent.delivery(bench.services["local"].identity, job_id))["logs_complete"]:
+            await asyncio.sleep(0.005)
         (tmp_path / "go").touch()
         await bench.received(lambda: bench.receipts()[job_id].attributes["tailspan.logs.complete"])
 

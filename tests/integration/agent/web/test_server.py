@@ -37,7 +37,7 @@ def served(
         server = StatusServer(
             ("127.0.0.1", 0),
             metrics=scraped,
-            delivery=lambda identity, job_id: {"identity": identity, "job_id": job_id},
+            delivery=echoed,
             readiness=lambda: problems or [],
             access=ServerAccess(**access),
         )
@@ -47,7 +47,12 @@ def served(
     return asyncio.run(main())
 
 
-def no_delivery(identity: str, job_id: str) -> dict[str, object]:
+async def echoed(identity: str, job_id: str) -> dict[str, object]:
+    """Return the query as the delivery state."""
+    return {"identity": identity, "job_id": job_id}
+
+
+async def no_delivery(identity: str, job_id: str) -> dict[str, object]:
     """Return the delivery state of a server without jobs."""
     return {}
 

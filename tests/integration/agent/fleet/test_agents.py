@@ -1,0 +1,186 @@
+"""Whole agents of one fleet in one process: what any page shows, and what all scrapes together count."""
+
+from __future__ import annotations
+
+import asyncio
+import html
+import re
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tailspan.models import JobState
+from tailspan.testing import FakeService
+from tailspan_agent.agent import Agent
+from tailspan_agent.errors import CheckpointError
+from tailspan_agent.fleet.shards import SHARDS
+from tests.fakes.agents import Bench, looped, until
+from tests.fakes.collector import Collector
+from tests.fakes.postgres import Postgres
+
+JOBS = [f"job-{number}" for number in range(12)]
+ENDED = 4
+
+
+class World:
+    """Two agents, one service, one collector, one database.
+
+    Attributes:
+        service: The service that both agents watch.
+        agents: The agents by host.
+        clients: A browser at the page of each agent.
+    """
+
+    def __init__(self, directory: Path, collector: Collector, postgres: Postgres, fleet: str) -> None:
+        self.service = FakeService("fake", polls_are_free=False)
+        self.agents: dict[str, Agent] = {}
+        self.clients: dict[str, httpx.AsyncClient] = {}
+        self._directory = directory
+        self._collector = collector
+        self._fleet = f'[fleet]\ndsn = "{postgres.dsn}"\nname = "{fleet}"\nlease = 2\n'
+        self._stacks: dict[str, AsyncExitStack] = {}
+
+    async def start(self, host: str) -> None:
+        """Start an agent; the URL of its page has its name."""
+        bench = Bench(self._directory / host, self._collector)
+        bench.directory.mkdir(exist_ok=True)
+        bench.services["fake"] = self.service
+        stack = self._stacks[host] = AsyncExitStack()
+        agent = await stack.enter_async_context(
+            bench.running(listen="127.0.0.1:0", public_url=f"https://{host}.example", more=self._fleet)
+        )
+        assert agent.server is not None
+        self.agents[host] = agent
+        self.clients[host] = await stack.enter_async_context(
+            httpx.AsyncClient(base_url=agent.server.url, trust_env=False, headers={"accept": "text/html"}, timeout=20)
+        )
+
+    async def stop(self, host: str) -> None:
+        """Stop an agent with its drain."""
+        del self.agents[host], self.clients[host]
+        await self._stacks.pop(host).aclose()
+
+    async def balanced(self) -> None:
+        """Wait until each agent has its share of the shards."""
+        share = SHARDS // len(self.agents)
+        await until(lambda: all(agent._member and agent._member.shards == share for agent in self.agents.values()))
+
+    def follower(self, job_id: str) -> str:
+        """Return the host of the agent that follows a job."""
+        (host,) = (host for host, one in self.agents.items() if one._member and one._member.owns("fake", job_id))
+        return host
+
+    def end(self, job_id: str) -> None:
+        """Let a job end, with a line more."""
+        self.service.add_lines(job_id, "the end")
+        self.service.set_state(job_id, JobState.SUCCEEDED)
+
+    async def scrape(self) -> tuple[Counter[str], Counter[str]]:
+        """Scrape all agents; return sums by name of the sample, and how many agents had the fleet's totals."""
+        sums: Counter[str] = Counter()
+        exporters: Counter[str] = Counter()
+        for host, client in self.clients.items():
+            text = (await client.get("/metrics")).text
+            for family in text_string_to_metric_families(text):
+                for sample in family.samples:
+                    sums[sample.name] += sample.value
+                    if sample.labels.get("instance"):
+                        exporters[host] = 1
+        return sums, exporters
+
+
+@pytest.fixture
+def world(tmp_path: Path, collector: Collector, postgres: Postgres, fleet_name: str) -> World:
+    """No agent runs yet."""
+    return World(tmp_path, collector, postgres, fleet_name)
+
+
+@asynccontextmanager
+async def two_agents(world: World) -> AsyncIterator[None]:
+    """Run the agents a and b with their shares of the jobs."""
+    try:
+        await world.start("a")
+        await world.start("b")
+        await world.balanced()
+        yield
+    finally:
+        for host in list(world.agents):
+            await world.stop(host)
+
+
+async def database_away(*_: object, **__: object) -> None:
+    """Fail as a connection to a server that is away."""
+    raise CheckpointError("the fleet's database: away")
+
+
+def table_of(text: str) -> dict[str, str]:
+    """Return the cell with the agent of each job in a table of jobs."""
+    rows = re.findall(r'<tr data-key.*?class="id" title="([^"]*)".*?<td class="agent">(.*?)</td>', text, re.DOTALL)
+    return {html.unescape(job_id): cell for job_id, cell in rows}
+
+
+@looped
+async def test_any_page_shows_the_whole_fleet_and_scrapes_add_up(world: World, collector: Collector) -> None:
+    """Jobs of the other agent are listed with a link to its page; counts of runs are exported once."""
+    for job_id in JOBS:
+        world.service.add_job(job_id, job_name="etl")
+        world.service.add_lines(job_id, f"a line of {job_id}")
+    async with two_agents(world):
+        for job_id in JOBS[:ENDED]:
+            world.end(job_id)
+        while (await world.scrape())[0]["cicd_pipeline_run_duration_seconds_count"] < ENDED:
+            await asyncio.sleep(0.05)
+        others = {host: [job for job in JOBS[ENDED:] if world.follower(job) != host] for host in "ab"}
+        assert all(others.values())
+        for host, other in (("a", "b"), ("b", "a")):
+            client = world.clients[host]
+            while set(cells := table_of((await client.get("/")).text)) != set(JOBS):
+                await asyncio.sleep(0.1)
+            linked = {job for job, cell in cells.items() if f'href="https://{other}.example/job?' in cell}
+            assert linked == set(others[host])
+            page = (await client.get("/job", params={"service": "fake", "id": others[host][0]})).text
+            assert f"https://{other}.example/job?" in page
+            assert f"a line of {others[host][0]}" in page
+            agent_page = (await client.get("/agent")).text
+            assert f'href="https://{other}.example/agent"' in agent_page
+            assert agent_page.count("this one") == 1
+            assert agent_page.count(f'<td class="num">{SHARDS // 2}</td>') == 2
+            pipelines = (await client.get("/pipelines")).text
+            assert '<td class="num">4</td>\n<td class="num">8</td>' in pipelines
+            delivered = await client.get("/delivery", params={"identity": "fake", "job_id": others[host][0]})
+            assert delivered.json()["known"] is True
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(world.agents["a"]._overview._store.reader, "run", database_away)
+            while "fleet's database does not answer" not in (text := (await world.clients["a"].get("/")).text):
+                await asyncio.sleep(0.1)
+            assert set(table_of(text)) == set(JOBS)
+        sums, exporters = await world.scrape()
+        assert sums["cicd_pipeline_run_duration_seconds_count"] == ENDED
+        assert sums["cicd_pipeline_run_active"] == len(JOBS) - ENDED
+        assert sums["tailspan_fleet_shards"] == SHARDS
+        assert sums["tailspan_agent_jobs_followed"] == len(JOBS) - ENDED
+        (exporter,) = exporters
+        before = await fleet_series(world.clients[exporter])
+        await world.stop(exporter)
+        await world.balanced()
+        (left,) = world.clients
+        assert await fleet_series(world.clients[left]) == before
+        world.end(JOBS[ENDED])
+        while (await world.scrape())[0]["cicd_pipeline_run_duration_seconds_count"] < ENDED + 1:
+            await asyncio.sleep(0.05)
+
+
+async def fleet_series(client: httpx.AsyncClient) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """Return the series that the fleet has counted, by their name and labels."""
+    text = (await client.get("/metrics")).text
+    return {
+        (sample.name, tuple(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if "instance" in sample.labels and not sample.name.endswith("_age_seconds")
+    }
