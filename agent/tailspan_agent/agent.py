@@ -535,13 +535,15 @@ class Agent:
     def _fleet_health(self) -> dict[str, object]:
         """Return what the other agents of the fleet, and ``tailspan agent fleet``, see of this one."""
         lags = self.metrics.lags_s().values()
+        redactor = self._context.redactor
+        redact: Callable[[str], str] = (lambda text: redactor.redact(text)[0]) if redactor is not None else str
         errors = [f"{signal}: {outage.reason}" for signal, outage in self.endpoints.outages.items()]
         errors += [f"{service}: {failure}" for service, failure in self._receiver.failures.items()]
         return {
             "jobs": len(self._receiver.tailers),
             "lag_s": round(max(lags), 1) if lags else None,
             "problems": self.problems(),
-            "errors": [mask(error)[:_MAX_ERROR_CHARS] for error in errors],
+            "errors": [redact(mask(error))[:_MAX_ERROR_CHARS] for error in errors],
         }
 
     async def _starts_elsewhere(self) -> Mapping[str, int] | None:
