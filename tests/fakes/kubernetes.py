@@ -269,6 +269,7 @@ class FakeKubernetes:
         sent_bytes: Bytes of bodies sent so far.
         refusals: Statuses of the next replies; 0: the right one.
         denied: ``VERB RESOURCE`` for which an access review says no.
+        minor: The minor version.
         broken_previous: Whether ``previous`` answers with a sentence.
         watch_s: The longest time of a watch.
         offset_s: What the clocks of the cluster are ahead of this machine's, in seconds.
@@ -287,6 +288,7 @@ class FakeKubernetes:
         self.sent_bytes = 0
         self.refusals: list[int] = []
         self.denied: set[str] = set()
+        self.minor = "36"
         self.broken_previous = False
         self.watch_s = 600.0
         self.offset_s = 0.0
@@ -538,6 +540,8 @@ class FakeKubernetes:
                 wanted = dict(one.split("=") for one in query.get("fieldSelector", "").split(",") if one)
                 uid = wanted.get("involvedObject.uid")
                 return 200, {"items": [one for one in self.events if one["involvedObject"]["uid"] == uid]}
+            case ["version"]:
+                return 200, {"major": "1", "minor": self.minor, "gitVersion": f"v1.{self.minor}.0"}
             case ["apis", "authorization.k8s.io", "v1", "selfsubjectaccessreviews"]:
                 wanted = body["spec"]["resourceAttributes"]
                 named = "/".join(one for one in (wanted["resource"], wanted["subresource"]) if one)

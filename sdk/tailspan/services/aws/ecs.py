@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any, ClassVar
 
 from tailspan._times import time_of_ms
-from tailspan.errors import JobNotFoundError
+from tailspan.errors import AuthError, JobNotFoundError
 from tailspan.logs.page import TaskRef
 from tailspan.models import JobState, JobStatus, ListedJob, TaskRun
+from tailspan.services import Problem
 from tailspan.services._http_service import drop_oldest
 from tailspan.services.aws.logs import LogStream
 from tailspan.services.aws.requests import ECS, Api, AwsOptions, account_of, console_of
@@ -104,6 +106,26 @@ class EcsService(AwsService):
         body = {"cluster": cluster, "task": task, "reason": "canceled by tailspan"}
         await requests.call("StopTask", body, job_id=job_id, reads=False)
         return await self.get_job(job_id)
+
+    async def find_problems(self) -> Sequence[Problem]:
+        """Return whether the lines of the newest task can be read: each task has log groups of its own."""
+        async with aclosing(self.list_jobs()) as found:
+            rows = await anext(found, None)
+        if not rows:
+            return []
+        job_id = rows[0].job_id
+        streams = (await self._describe(job_id)).streams
+        if not streams:
+            text = "it needs the log driver awslogs with awslogs-group and awslogs-stream-prefix"
+            return [Problem(f"the lines of {job_id} are not in CloudWatch: {text}", is_fatal=False)]
+        body = {"logGroupName": streams[0].group, "logStreamNames": [streams[0].name], "startTime": 0, "limit": 1}
+        try:
+            await (await self._logs_of(streams[0].region)).call("FilterLogEvents", body)
+        except AuthError as error:
+            return [Problem(f"log group {streams[0].group}: {error}")]
+        except JobNotFoundError:
+            pass  # it has no line yet
+        return []
 
     async def _call(self, operation: str, **parameters: Any) -> dict[str, Any]:
         return (await (await self._open()).call(operation, parameters)).body

@@ -184,6 +184,9 @@ class EngineLogSplitter:
         stamp, _, rest = text.partition(b" ")
         time_ns = _nanos(stamp)
         if time_ns is None:
+            if not self._last_ns and stream not in self._times:
+                # Such as the page of a proxy.
+                raise ReplyError("it has no times")
             # A terminal's line may have a newline without a time after it.
             time_ns, rest = self._times.get(stream) or self._last_ns, text
         if stream not in self._parts:
@@ -365,18 +368,16 @@ _seconds: dict[bytes, int] = {}
 
 def _nanos(stamp: bytes) -> int | None:
     """Return the time of an RFC 3339 text, in ns since the epoch; None for another text."""
-    if not stamp.endswith(b"Z") and stamp[-6:-5] not in (b"+", b"-"):
+    zone = b"Z" if stamp.endswith(b"Z") else stamp[-6:]
+    if zone[:1] not in (b"Z", b"+", b"-"):
         return None
-    head, _, fraction = stamp[:-1].partition(b".")
-    seconds = _seconds.get(head)
+    head, _, fraction = stamp.removesuffix(zone).partition(b".")
+    seconds = _seconds.get(head + zone)
     if seconds is None:
-        moment = time_of(stamp.decode("ascii", "replace"))
+        moment = time_of((head + zone).decode("ascii", "replace"))
         if moment is None:
             return None
-        seconds = int((moment - _EPOCH).total_seconds())
-        if not stamp.endswith(b"Z"):
-            return int(seconds) * _NANOS + moment.microsecond * 1000
         if len(_seconds) > 1000:
             _seconds.clear()
-        _seconds[head] = seconds
+        seconds = _seconds[head + zone] = int((moment - _EPOCH).total_seconds())
     return seconds * _NANOS + (int(fraction.ljust(9, b"0")[:9]) if fraction.isdigit() else 0)

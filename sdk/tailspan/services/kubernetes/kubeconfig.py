@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 from urllib.parse import urlsplit
 
 import anyio
@@ -33,21 +33,105 @@ __all__ = ["Cluster", "ClusterCredentials", "find_cluster", "read_manifest"]
 
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _PLUGIN_S = 60.0
+_PLUGIN_API = "client.authentication.k8s.io/v1"
 _EARLY_S = 10.0
 _MAX_ERROR_CHARS = 300
 # An expired certificate of a plugin ends no connection that is open.
 _NO_TOKEN = Authorization("", "nowhere")
+
+T = TypeVar("T")
 
 
 class Plugin(msgspec.Struct, rename="camel"):
     """The ``exec`` section of a kubeconfig's user: a command that prints credentials."""
 
     command: str
-    api_version: str = "client.authentication.k8s.io/v1"
+    api_version: str | None = None
     args: list[str] | None = None
     env: list[dict[str, str]] | None = None
-    install_hint: str = ""
-    provide_cluster_info: bool = False
+    install_hint: str | None = None
+    provide_cluster_info: bool | None = None
+
+
+# What is used of a kubeconfig. As in Go's JSON, null stands for a key that is missing.
+_ClusterKeys = TypedDict(
+    "_ClusterKeys",
+    {
+        "server": str | None,
+        "certificate-authority": str | None,
+        "certificate-authority-data": str | None,
+        "insecure-skip-tls-verify": bool | None,
+        "tls-server-name": str | None,
+        "proxy-url": str | None,
+    },
+    total=False,
+)
+_UserKeys = TypedDict(
+    "_UserKeys",
+    {
+        "token": str | None,
+        "tokenFile": str | None,
+        "username": str | None,
+        "password": str | None,
+        "client-certificate": str | None,
+        "client-certificate-data": str | None,
+        "client-key": str | None,
+        "client-key-data": str | None,
+        "exec": Plugin | None,
+        "as": str | None,
+        "as-groups": Any,
+        "as-uid": Any,
+        "as-user-extra": Any,
+        "auth-provider": Any,
+    },
+    total=False,
+)
+
+
+class _ContextKeys(TypedDict, total=False):
+    cluster: str | None
+    user: str | None
+    namespace: str | None
+
+
+class _Clusters(msgspec.Struct):
+    name: str
+    cluster: _ClusterKeys | None = None
+
+
+class _Users(msgspec.Struct):
+    name: str
+    user: _UserKeys | None = None
+
+
+class _Contexts(msgspec.Struct):
+    name: str
+    context: _ContextKeys | None = None
+
+
+class _Kubeconfig(msgspec.Struct, rename="kebab"):
+    clusters: list[_Clusters] | None = None
+    users: list[_Users] | None = None
+    contexts: list[_Contexts] | None = None
+    current_context: str | None = None
+
+
+class _Merged:
+    """The entries of several kubeconfigs by name, each with its directory: the first one of a name counts."""
+
+    def __init__(self) -> None:
+        self.clusters: dict[str, tuple[_ClusterKeys, Path]] = {}
+        self.users: dict[str, tuple[_UserKeys, Path]] = {}
+        self.contexts: dict[str, tuple[_ContextKeys, Path]] = {}
+
+    def add(self, found: _Kubeconfig, directory: Path) -> None:
+        """Add a kubeconfig."""
+        for cluster in found.clusters or ():
+            self.clusters.setdefault(cluster.name, (cluster.cluster or {}, directory))
+        for user in found.users or ():
+            self.users.setdefault(user.name, (user.user or {}, directory))
+        for context in found.contexts or ():
+            self.contexts.setdefault(context.name, (context.context or {}, directory))
 
 
 class _PluginStatus(msgspec.Struct, rename="camel"):
@@ -111,14 +195,14 @@ def find_cluster(
         ConfigError: There is no such file, or it is not usable.
     """
     paths = [kubeconfig] if kubeconfig is not None else _usual_paths(environ)
-    merged: dict[str, dict[str, Any]] = {"clusters": {}, "users": {}, "contexts": {}}
-    current = context
+    merged, current = _Merged(), context
     for path in paths:
-        found = read_manifest(path, "kubeconfig")
-        current = current or found.get("current-context") or None
-        for kind, known in merged.items():
-            for entry in found.get(kind) or ():
-                known.setdefault(entry.get("name"), (entry.get(kind[:-1]) or {}, path.parent))
+        try:
+            found = msgspec.convert(read_manifest(path, "kubeconfig"), _Kubeconfig)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"kubeconfig: {path}: {error}", key="kubeconfig") from None
+        current = current or found.current_context or None
+        merged.add(found, path.parent)
     if paths:
         return _cluster_of(merged, current, str(paths[0]))
     host = environ.get("KUBERNETES_SERVICE_HOST")
@@ -168,59 +252,69 @@ def read_manifest(path: Path, key: str) -> dict[str, Any]:
 
 def _usual_paths(environ: Mapping[str, str]) -> list[Path]:
     if named := environ.get("KUBECONFIG"):
-        return [Path(one).expanduser() for one in named.split(os.pathsep) if one]
+        paths = [_home(Path(one)) for one in named.split(os.pathsep) if one]
+        # As kubectl does: files that are missing do not count, unless all are.
+        return [path for path in paths if path.exists()] or paths
     usual = Path("~/.kube/config").expanduser()
     return [usual] if usual.exists() else []
 
 
-def _cluster_of(merged: Mapping[str, Mapping[str, Any]], context: str | None, source: str) -> Cluster:
-    def entry(kind: str, name: Any) -> tuple[dict[str, Any], Path]:
-        if name not in merged[kind]:
-            known = ", ".join(sorted(map(str, merged[kind]))) or "none"
-            raise ConfigError(f"kubeconfig: {source} has no {kind[:-1]} {name!r}; there is: {known}", key="kubeconfig")
-        found: tuple[dict[str, Any], Path] = merged[kind][name]
-        return found
+def _cluster_of(merged: _Merged, context: str | None, source: str) -> Cluster:
+    def entry(kind: str, name: str | None, known: Mapping[str, tuple[T, Path]]) -> tuple[T, Path]:
+        if name is None or name not in known:
+            shown = ", ".join(sorted(known)) or "none"
+            raise ConfigError(f"kubeconfig: {source} has no {kind} {name!r}; there is: {shown}", key="kubeconfig")
+        return known[name]
 
-    chosen, _ = entry("contexts", context)
-    cluster, cluster_dir = entry("clusters", chosen.get("cluster"))
-    user, user_dir = entry("users", chosen["user"]) if chosen.get("user") else ({}, Path())
-    for key in ("proxy-url",):
-        if cluster.get(key):
-            raise ConfigError(f"kubeconfig: {source} sets {key}, which is not supported: set HTTPS_PROXY instead")
+    chosen, _ = entry("context", context, merged.contexts)
+    cluster, cluster_dir = entry("cluster", chosen.get("cluster"), merged.clusters)
+    user, user_dir = entry("user", chosen["user"], merged.users) if chosen.get("user") else (_UserKeys(), Path())
+    if cluster.get("proxy-url"):
+        raise ConfigError(f"kubeconfig: {source} sets proxy-url, which is not supported: set HTTPS_PROXY instead")
     for key in ("auth-provider", "as-groups", "as-uid", "as-user-extra"):
         if user.get(key):
             raise ConfigError(f"kubeconfig: {source} sets {key}, which is not supported: use an exec plugin or a token")
     pair = _pem(user, "client-certificate", user_dir), _pem(user, "client-key", user_dir)
-    token_file = user.get("tokenFile")
-    plugin = user.get("exec")
+    token_file, name = user.get("tokenFile"), user.get("username")
+    server = cluster.get("server") or "http://localhost:8080"
     try:
-        return Cluster(
-            server=normalise_base_url(str(cluster.get("server") or "http://localhost:8080")),
-            source=source,
-            namespace=chosen.get("namespace") or "default",
-            ca=_pem(cluster, "certificate-authority", cluster_dir),
-            verifies=not cluster.get("insecure-skip-tls-verify"),
-            server_name=cluster.get("tls-server-name") or None,
-            token=user.get("token") or None,
-            token_file=user_dir / Path(token_file).expanduser() if token_file else None,
-            basic=f"{user['username']}:{user.get('password', '')}" if user.get("username") else None,
-            certificate=(pair[0], pair[1] or pair[0]) if pair[0] else None,
-            plugin=msgspec.convert(plugin, Plugin) if plugin else None,
-            acts_as=user.get("as") or None,
-            directory=user_dir,
-        )
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"kubeconfig: {source}: exec: {error}", key="kubeconfig") from None
+        server = normalise_base_url(server)
+    except ConfigError:
+        text = f"kubeconfig: {source}: the server {server[:200]!r} is not a URL such as https://HOST:6443"
+        raise ConfigError(text, key="kubeconfig") from None
+    return Cluster(
+        server=server,
+        source=source,
+        namespace=chosen.get("namespace") or "default",
+        ca=_pem(cluster, "certificate-authority", cluster_dir),
+        verifies=not cluster.get("insecure-skip-tls-verify"),
+        server_name=cluster.get("tls-server-name") or None,
+        token=user.get("token") or None,
+        token_file=user_dir / _home(Path(token_file)) if token_file else None,
+        basic=f"{name}:{user.get('password') or ''}" if name else None,
+        certificate=(pair[0], pair[1] or pair[0]) if pair[0] else None,
+        plugin=user.get("exec"),
+        acts_as=user.get("as") or None,
+        directory=user_dir,
+    )
 
 
 def _pem(section: Mapping[str, Any], key: str, directory: Path) -> str | None:
     """Return a certificate or key of a section: inline, or from a file beside the kubeconfig."""
     if data := section.get(f"{key}-data"):
         try:
-            return base64.b64decode(str(data)).decode()
+            return base64.b64decode(data).decode()
         except (binascii.Error, ValueError):
             raise ConfigError(f"kubeconfig: {key}-data is not base64 of PEM", key="kubeconfig") from None
-    return _text(directory / Path(section[key]).expanduser()) if section.get(key) else None
+    return _text(directory / _home(Path(section[key]))) if section.get(key) else None
+
+
+def _home(path: Path) -> Path:
+    """Return the path with the user's directory in place of ``~``, where there is such a user."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
 
 
 def _text(path: Path) -> str:
@@ -343,7 +437,7 @@ class ClusterCredentials(Authorizer):
         if plugin.provide_cluster_info:
             ca = self._cluster.ca and base64.b64encode(self._cluster.ca.encode()).decode()
             spec["cluster"] = {"server": self._cluster.server, "certificate-authority-data": ca}
-        info = {"apiVersion": plugin.api_version, "kind": "ExecCredential", "spec": spec}
+        info = {"apiVersion": plugin.api_version or _PLUGIN_API, "kind": "ExecCredential", "spec": spec}
         own = {one.get("name", ""): one.get("value", "") for one in plugin.env or ()}
         env = {**os.environ, **own, "KUBERNETES_EXEC_INFO": json.dumps(info)}
         hint = f"; {plugin.install_hint}" if plugin.install_hint else ""

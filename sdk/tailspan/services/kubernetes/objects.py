@@ -21,6 +21,7 @@ __all__ = [
     "PodList",
     "Review",
     "Terminated",
+    "Version",
     "WatchEvent",
     "WatchObject",
 ]
@@ -350,3 +351,17 @@ class Review(msgspec.Struct):
     """A SelfSubjectAccessReview."""
 
     status: ReviewStatus = msgspec.field(default_factory=ReviewStatus)
+
+
+class Version(msgspec.Struct, rename="camel"):
+    """The version of the API server."""
+
+    major: str = ""
+    minor: str = ""
+    git_version: str = ""
+
+    @property
+    def number(self) -> tuple[int, int] | None:
+        """Major and minor version, to which some vendors add a plus; None if they are no numbers."""
+        major, minor = self.major, self.minor.rstrip("+")
+        return (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else None

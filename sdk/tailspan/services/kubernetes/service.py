@@ -28,7 +28,7 @@ from tailspan.services._requests import path_segment
 from tailspan.services.kubernetes.feed import JobFeed
 from tailspan.services.kubernetes.kubeconfig import Cluster, ClusterCredentials, find_cluster
 from tailspan.services.kubernetes.log import START, LinePosition
-from tailspan.services.kubernetes.objects import ClusterEvent, ClusterEvents, Job, JobList, PodList, Review
+from tailspan.services.kubernetes.objects import ClusterEvent, ClusterEvents, Job, JobList, PodList, Review, Version
 from tailspan.services.kubernetes.options import KubernetesOptions
 from tailspan.services.kubernetes.reader import Cursor, InstanceReader, PageBuilder, key_of, merged
 from tailspan.services.kubernetes.record import Instance, JobRecord, attributes_of, pending_reason
@@ -55,6 +55,8 @@ RIGHTS = (
     ("batch", "jobs", "", ("delete",), False, "jobs cannot be canceled"),
     ("batch", "jobs", "", ("create",), False, "jobs cannot be submitted"),
 )
+# The label batch.kubernetes.io/job-name of pods.
+_OLDEST = (1, 27)
 # They come with pods that run well.
 _USUAL_WARNINGS = ("MissingClusterDNS", "DNSConfigForming")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -304,7 +306,7 @@ class KubernetesService(TaskService, SubmitService, ChangeFeedService):
         return self._status(job.job_id, record, record.state(datetime.now(UTC)), None, logs_complete=None)
 
     async def find_problems(self) -> Sequence[Problem]:
-        """Return the rights that are missing."""
+        """Return the rights that are missing, and whether the cluster is too old."""
         missing: dict[tuple[str, bool], list[str]] = {}
         for group, resource, part, verbs, is_fatal, effect in RIGHTS:
             for verb in verbs:
@@ -323,10 +325,21 @@ class KubernetesService(TaskService, SubmitService, ChangeFeedService):
             Problem(f"may not {', '.join(rights)} {where}: {effect}; see deploy/kubernetes/jobs/rbac.yaml", is_fatal)
             for (effect, is_fatal), rights in missing.items()
         ]
+        version = await self._version()
+        if version.number is not None and version.number < _OLDEST:
+            needed = ".".join(map(str, _OLDEST))
+            text = f"Kubernetes {version.git_version} does not label the pods of jobs as {needed} does"
+            found.append(Problem(f"{text}: lines and tasks are not seen"))
         if not self.cluster.verifies:
             text = f"{self.cluster.source} turns off the verification of the API server's certificate"
             found.append(Problem(f"{text}: anybody between can read the token", is_fatal=False))
         return found
+
+    async def _version(self) -> Version:
+        try:
+            return await self.http.decoded("/version", Version)
+        except (AuthError, ProtocolError):
+            return Version()  # a cluster may keep its version secret
 
     def open_changes(self) -> ChangeFeed | None:
         """Begin to watch jobs and pods."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 from tailspan import Client, load_settings
@@ -116,3 +117,23 @@ def test_lines_cancel_and_unknown_tasks(aws, client):
     assert (client.get_status(job_id).url or "").endswith(f"/clusters/batch/tasks/abc?region={REGION}")
     with pytest.raises(JobNotFoundError):
         client.get_status("batch/none")
+
+
+def test_the_check_says_whether_lines_can_be_read(aws):
+    """Without the right to read the group of the newest task, and where its log driver has no stream that is known."""
+    service = EcsService("ecs", EcsOptions(endpoint_url=aws.url, requests_per_second=10_000), region=REGION, environ={})
+
+    async def run() -> list[tuple[str, bool]]:
+        add_task(aws, "abc", "RUNNING")
+        found = [*await service.find_problems()]
+        aws.denied = {"FilterLogEvents"}
+        found += await service.find_problems()
+        aws.definitions["other:1"] = {"containerDefinitions": [{"name": "main"}]}
+        add_task(aws, "new", "RUNNING", taskDefinitionArn="other:1", createdAt=2e9)
+        found += await service.find_problems()
+        await service.aclose()
+        return [(one.text, one.is_fatal) for one in found]
+
+    (denied, is_fatal), (unknown, _) = anyio.run(run)
+    assert (is_fatal, denied.startswith("log group /ecs/etl: "), "logs:FilterLogEvents" in denied) == (True, True, True)
+    assert unknown.startswith("the lines of batch/new are not in CloudWatch: it needs the log driver awslogs")

@@ -271,6 +271,16 @@ def test_frames_may_be_cut_anywhere():
     assert [(line.text, line.ordinal) for line in expected] == [(b"one", 0), (b"two", 0), (b"end", 1)]
     with pytest.raises(ReplyError):
         EngineLogSplitter().feed(bytes((2, 9, 9, 9, 0, 0, 0, 1, 65)))
+    with pytest.raises(ReplyError, match="no times"):
+        EngineLogSplitter().feed(b"<html>\n<h1>It works!</h1>\n")
+
+
+def test_times_of_any_zone():
+    """Podman gives its machine's zone: a time is the same in each, and keeps its nanoseconds."""
+    stamps = (b"00:00:00.5Z", b"01:00:00.500000001+01:00", b"00:00:01Z", b"00:00:00.000000002-00:01")
+    text = b"".join(b"2026-11-29T" + stamp + b" x\n" for stamp in stamps)
+    times = [line.time_ns - 1_795_910_400_000_000_000 for line in EngineLogSplitter().feed(text)]
+    assert times == [500_000_000, 500_000_001, 1_000_000_000, 60_000_000_002]
 
 
 def following(engine: FakeEngine, steps: Callable[[DockerService, Any], Coroutine[Any, Any, None]]) -> None:

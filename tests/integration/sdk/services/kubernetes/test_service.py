@@ -6,6 +6,7 @@ import asyncio
 import base64
 import dataclasses
 import json
+import os
 import resource
 import ssl
 import sys
@@ -714,7 +715,8 @@ def test_cancel_and_submit(cluster, service, tmp_path):
 
 
 def test_rights_that_are_missing(cluster, service):
-    """Each is named with what does not work without it."""
+    """Each is named with what does not work without it; so is a version that does not label pods."""
+    cluster.minor = "26+"
     cluster.denied = {"get pods/log", "watch pods", "delete jobs"}
 
     async def run() -> list[tuple[str, bool]]:
@@ -725,6 +727,7 @@ def test_rights_that_are_missing(cluster, service):
         ("may not watch pods in namespace default: lines and tasks are not seen", True),
         ("may not get pods/log in namespace default: lines are not seen", True),
         ("may not delete jobs in namespace default: jobs cannot be canceled", False),
+        ("Kubernetes v1.26+.0 does not label the pods of jobs as 1.27 does: lines and tasks are not seen", True),
     ]
 
 
@@ -786,6 +789,19 @@ def test_a_token_that_expires_while_logs_are_followed(cluster, tmp_path):
     asyncio.run(run())
 
 
+def kubeconfig_of(*, server: str = "http://127.0.0.1:1", token: Any = "t") -> str:
+    """A kubeconfig as JSON; null stands for a key that is missing."""
+    cluster, user = {"server": server, "certificate-authority-data": None}, {"token": token, "exec": None}
+    return json.dumps(
+        {
+            "clusters": [{"name": "c", "cluster": cluster}],
+            "users": [{"name": "u", "user": user}],
+            "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u", "namespace": None}}],
+            "current-context": "x",
+        }
+    )
+
+
 def test_what_the_configuration_can_get_wrong(cluster, tmp_path, monkeypatch):
     """Each error names the key or the file."""
     for keys, words in [
@@ -797,12 +813,18 @@ def test_what_the_configuration_can_get_wrong(cluster, tmp_path, monkeypatch):
     for content, words in [
         ("[1]", "has no mapping"),
         (json.dumps({"current-context": "x"}), "no context 'x'; there is: none"),
+        (json.dumps({"clusters": ["c"]}), r"bad: Expected `object`, got `str` - at `\$\.clusters\[0\]`"),
+        (kubeconfig_of(server="localhost:6443"), "the server 'localhost:6443' is not a URL"),
+        (kubeconfig_of(token=5), r"Expected `str | null`, got `int` - at `\$\.users\[0\]\.user\.token`"),
     ]:
         path = tmp_path / "bad"
         path.write_text(content)
         service = KubernetesService("k8s", KubernetesOptions(kubeconfig=path), environ={})
         with pytest.raises(ConfigError, match=words):
             _ = service.identity
+    path.write_text(kubeconfig_of())
+    listed = {"KUBECONFIG": os.pathsep.join([str(tmp_path / "missing"), "~nobody-of-this-name/config", str(path)])}
+    assert KubernetesService("k8s", KubernetesOptions(), environ=listed).identity == "kubernetes:http://127.0.0.1:1"
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ConfigError, match="this is no pod"):
         _ = KubernetesService("k8s", KubernetesOptions(), environ={"KUBECONFIG": ""}).identity
