@@ -17,8 +17,17 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tailspan._durations import duration_text
 from tailspan._plural import plural
-from tailspan.cli.options import config_option, job_argument, json_option, service_option, settings_for
+from tailspan.cli.group import SuggestingGroup
+from tailspan.cli.options import (
+    POSITIVE_DURATION,
+    config_option,
+    job_argument,
+    json_option,
+    service_option,
+    settings_for,
+)
 from tailspan.cli.show import write
 from tailspan.cli.watch import say
 from tailspan.errors import ConfigError
@@ -29,13 +38,11 @@ if TYPE_CHECKING:
 
 __all__ = ["agent"]
 
-_ONCE_TIMEOUT_S = 300.0
-_DRAIN_TIMEOUT_S = 60.0
 _GARBAGE_OBJECTS = 20_000
 _REJECTED, _UNDELIVERED = 1, 3
 
 
-@click.group()
+@click.group(cls=SuggestingGroup)
 def agent() -> None:
     """Relay jobs' logs, status and run time as OTLP.
 
@@ -52,10 +59,11 @@ def agent() -> None:
 @click.option(
     "--timeout",
     "timeout_s",
-    type=click.FloatRange(min=0, min_open=True),
-    default=_ONCE_TIMEOUT_S,
+    type=POSITIVE_DURATION,
+    default="5m",
     show_default=True,
-    help="With --once: time limit in seconds.",
+    metavar="D",
+    help="With --once: time limit, such as 90s or 5m.",
 )
 @click.option(
     "--log-level",
@@ -147,7 +155,7 @@ async def _run_once(settings: Settings, timeout_s: float, release: Callable[[], 
         err=True,
     )
     if not result.delivered:
-        when = "before the agent was stopped" if agent.stopping else f"within {timeout_s:g} s"
+        when = "before the agent was stopped" if agent.stopping else f"within {duration_text(timeout_s)}"
         click.echo(
             f"tailspan: not everything was acknowledged {when}; the next run resumes after the last acknowledged line",
             err=True,
@@ -304,7 +312,7 @@ def dead_letter(config_path: Path | None, as_json: bool) -> None:
 @service_option
 @config_option
 @json_option
-def verify(job: str, service: str | None, config_path: Path | None, as_json: bool) -> None:
+def verify(job: str | None, service: str | None, config_path: Path | None, as_json: bool) -> None:
     """Read a job's log again and compare it with what the agent relayed.
 
     \b
@@ -351,10 +359,11 @@ def fleet(config_path: Path | None, as_json: bool) -> None:
 @click.option(
     "--timeout",
     "timeout_s",
-    type=click.FloatRange(min=0, min_open=True),
-    default=_DRAIN_TIMEOUT_S,
+    type=POSITIVE_DURATION,
+    default="1m",
     show_default=True,
-    help="Time limit in seconds.",
+    metavar="D",
+    help="Time limit, such as 90s or 5m.",
 )
 def drain(config_path: Path | None, timeout_s: float) -> None:
     """Let this machine's agent hand over all of its shared jobs to the other agents of [fleet], and wait for it.

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from tailspan._backoff import backoff_s
 from tailspan._clock import Clock
+from tailspan._durations import duration_text
 from tailspan.errors import (
     CursorExpiredError,
     ProtocolError,
@@ -85,7 +86,7 @@ class StatusPoll:
         seen = f"it is {self.last.state}" if self.last else "its status was not answered"
         fault = f"; the last request failed: {self.last_error}" if self.last_error else ""
         return WaitTimeoutError(
-            f"job {self._job_id} had not ended after {timeout_s:g} s: {seen}{fault}",
+            f"job {self._job_id} had not ended after {duration_text(timeout_s)}: {seen}{fault}",
             last_status=self.last,
             service=self._service.name,
             job_id=self._job_id,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 import math
 import operator
@@ -11,11 +10,12 @@ import sys
 import warnings
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
-from datetime import timedelta
+from datetime import datetime, timedelta
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Generic, Self, TypeVar
 
 from tailspan._clock import Clock
+from tailspan._job_search import find_job, statuses_of, with_names
 from tailspan._polling import LogPoll, StatusPoll, newer, newest_of, stamped
 from tailspan.errors import ConfigError, InProgressWarning, RequestRejectedError, ServiceError
 from tailspan.logs.clean import printable
@@ -32,9 +32,8 @@ __all__ = ["AsyncVerbs", "in_progress_text"]
 
 StatusT = TypeVar("StatusT", bound=JobStatus)
 
+_STATUS_ROWS = 50
 _LAST_REQUEST_S = 0.5  # a request in flight at the deadline may still be answered for this long
-
-_NAME_REQUESTS = 8
 
 
 class AsyncVerbs(Generic[StatusT]):
@@ -165,6 +164,20 @@ class AsyncVerbs(Generic[StatusT]):
         """Return the job's status; see `tailspan.job_get_status`."""
         chosen, job_id = self._opened.find(job, service)
         return self._answer(stamped(await chosen.get_job(job_id), chosen))
+
+    async def find_job(self, text: str | None, *, service: str | JobService | None = None) -> StatusT:
+        """Return the status of the job that a user names: by id, by name (the newest run), or by an id's beginning.
+
+        Args:
+            text: What names the job; None: the newest job.
+            service: The service's name, or the service; None: the default one.
+
+        Raises:
+            ConfigError: The text is the beginning of several ids; names them.
+            JobNotFoundError: No job matches.
+            ServiceError: The service failed.
+        """
+        return self._answer(await find_job(self.service(service), text))
 
     async def cancel(self, job: CoerceableToJobId, *, service: str | JobService | None = None) -> StatusT:
         """Cancel the job; see `tailspan.job_cancel`."""
@@ -364,20 +377,79 @@ class AsyncVerbs(Generic[StatusT]):
         service: str | JobService | None = None,
     ) -> list[ListedJob]:
         """Return the service's jobs, newest first; see `tailspan.job_list`."""
-        chosen = self.service(service)
-        wanted = None if state is None else _state(state)
         rows: list[ListedJob] = []
-        async with aclosing(chosen.list_jobs()) as pages:
+        async with aclosing(self._listed(name=name, state=state, service=service)) as pages:
             async for page in pages:
-                found = [row for row in page if wanted is None or row.state is wanted]
-                if name is not None:
-                    found = [
-                        row for row in await _named(found, chosen) if fnmatch.fnmatchcase(row.job_name or "", name)
-                    ]
-                rows.extend(stamped(row, chosen) for row in found)
+                rows.extend(page)
                 if limit is not None and len(rows) >= limit:
                     break
         return rows[:limit]
+
+    async def list_with_status(
+        self,
+        limit: int | None = 50,
+        *,
+        name: str | None = None,
+        state: JobState | str | None = None,
+        since: datetime | None = None,
+        attributes: Mapping[str, str] | None = None,
+        service: str | JobService | None = None,
+    ) -> list[tuple[ListedJob, StatusT | None]]:
+        """Return the service's jobs, newest first, each with its status: one request for each job.
+
+        Args:
+            limit: Maximum number of jobs; None: all.
+            name: Only jobs whose name matches this pattern, such as ``etl-*``.
+            state: Only jobs in this state.
+            since: Only jobs that were submitted, or started, at or after this time (aware).
+            attributes: Only jobs that have all of these attributes.
+            service: The service's name, or the service; None: the default one.
+
+        Returns:
+            Rows and statuses; the status is None where this user may not read it.
+
+        Raises:
+            ConfigError: There is no such state or service.
+            ServiceError: The service failed.
+        """
+        chosen = self.service(service)
+        found: list[tuple[ListedJob, StatusT | None]] = []
+        async with aclosing(self._listed(name=name, state=state, since=since, service=service)) as pages:
+            async for page in pages:
+                position = 0
+                while position < len(page):
+                    # With a filter, more rows than are missing are requested at once.
+                    missing = _STATUS_ROWS if limit is None or attributes else limit - len(found)
+                    rows = page[position : position + min(_STATUS_ROWS, missing)]
+                    position += len(rows)
+                    for row, status in await statuses_of(rows, chosen):
+                        if _has(status, since, attributes or {}):
+                            found.append((row, None if status is None else self._answer(status)))
+                    if limit is not None and len(found) >= limit:
+                        return found[:limit]
+        return found
+
+    async def _listed(
+        self,
+        *,
+        name: str | None,
+        state: JobState | str | None,
+        since: datetime | None = None,
+        service: str | JobService | None,
+    ) -> AsyncGenerator[Sequence[ListedJob], None]:
+        """Yield the rows of the service's jobs with this name, state and age, newest first, page by page."""
+        chosen = self.service(service)
+        wanted = None if state is None else _state(state)
+        async with aclosing(chosen.list_jobs()) as pages:
+            async for page in pages:
+                found = [row for row in page if (wanted is None or row.state is wanted) and not _is_before(row, since)]
+                if name is not None:
+                    found = [
+                        row for row in await with_names(found, chosen) if fnmatch.fnmatchcase(row.job_name or "", name)
+                    ]
+                yield [stamped(row, chosen) for row in found]
+                if page and _is_before(page[-1], since):
+                    return  # newest first: all others are older
 
     async def submit(
         self,
@@ -439,6 +511,20 @@ def in_progress_text(status: JobStatus) -> str:
     return f"job {printable(status.job_id, colours=False)} is {status.state}: this is its execution time so far"
 
 
+def _is_before(row: ListedJob, since: datetime | None) -> bool:
+    return since is not None and row.created_at is not None and row.created_at < since
+
+
+def _has(status: JobStatus | None, since: datetime | None, attributes: Mapping[str, str]) -> bool:
+    """Return whether a job has these attributes and is not older; what is not known does not exclude it by its age."""
+    if status is None:
+        return not attributes
+    began = status.submitted_at or status.started_at
+    if since is not None and began is not None and began < since:
+        return False
+    return all(status.attributes.get(key) == value for key, value in attributes.items())
+
+
 def _state(state: JobState | str) -> JobState:
     try:
         return JobState(state.upper())
@@ -450,24 +536,3 @@ def _state(state: JobState | str) -> JobState:
 def _check_seconds(name: str, seconds: float, *, minimum: float) -> None:
     if not seconds >= minimum:
         raise ConfigError(f"{name} is {seconds!r}: expected seconds, {minimum:g} or more", key=name)
-
-
-async def _named(rows: Sequence[ListedJob], service: JobService) -> list[ListedJob]:
-    """Return the rows with their names; of each row without one, request the status."""
-    named = list(rows)
-    if all(row.job_name is not None for row in rows):
-        return named
-    import anyio
-
-    limit = anyio.CapacityLimiter(_NAME_REQUESTS)
-
-    async def request_name(position: int) -> None:
-        async with limit:
-            status = await service.get_job(rows[position].job_id)
-        named[position] = dataclasses.replace(rows[position], job_name=status.job_name)
-
-    async with anyio.create_task_group() as group:
-        for position, row in enumerate(rows):
-            if row.job_name is None:
-                group.start_soon(request_name, position)
-    return named

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tailspan._durations import duration_text
 from tailspan._private_dirs import make_private
+from tailspan.cli.options import DURATION, DurationType
 from tailspan.errors import ConfigError, ServiceUnavailableError
 
 if TYPE_CHECKING:
@@ -64,17 +66,18 @@ _LISTEN = ("127.0.0.1", 8797)
 @click.option(
     "--timeout",
     "timeout_s",
-    type=click.FloatRange(min=1),
-    default=60.0,
+    type=DurationType(minimum_s=1.0),
+    default="1m",
     show_default=True,
-    help="Time limit in seconds.",
+    metavar="D",
+    help="Time limit, such as 90s or 5m.",
 )
 @click.option(
     "--stay",
     "stay_s",
-    metavar="S",
-    type=click.FloatRange(min=0),
-    help="Seconds that the page stays available afterwards. [default: 600 in a terminal, otherwise 0]",
+    metavar="D",
+    type=DURATION,
+    help="How long the page stays available afterwards. [default: 10m in a terminal, otherwise 0]",
 )
 def demo(directory: Path | None, timeout_s: float, stay_s: float | None) -> None:
     """Run sample pipelines and the agent, and show what it sends. Needs no set-up.
@@ -175,7 +178,8 @@ async def _demo(settings: Settings, home: Path, timeout_s: float, stay_s: float)
         console.print(_summary(settings, home, agent, samples), soft_wrap=True, markup=False)
         if stay_s and agent.server is not None and not running.done():
             console.print(
-                f"\nThe page stays available for {stay_s:g} s at {agent.server.link} ; Ctrl-C ends it.", soft_wrap=True
+                f"\nThe page stays available for {duration_text(stay_s)} at {agent.server.link} ; Ctrl-C ends it.",
+                soft_wrap=True,
             )
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait([running], timeout=stay_s)
@@ -185,7 +189,8 @@ async def _demo(settings: Settings, home: Path, timeout_s: float, stay_s: float)
     if late:
         target = ", ".join(sorted(set(agent.endpoints.targets.values())))
         raise ServiceUnavailableError(
-            f"{target} did not accept all telemetry of {', '.join(late)} within {timeout_s:g} s; nothing is lost."
+            f"{target} did not accept all telemetry of {', '.join(late)} within {duration_text(timeout_s)};"
+            " nothing is lost."
             f" To send the rest: tailspan agent run --config {shlex.quote(str(home / 'config.toml'))} --once"
         )
 
@@ -274,14 +279,12 @@ def _others_ended(samples: Mapping[str, _Sample]) -> bool:
 def _table(samples: Mapping[str, _Sample]) -> Table:
     from rich.table import Table
 
-    from tailspan.cli.show import seconds_text
-
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("PIPELINE", "STATE", "TIME", "LINES", "TRACE"):
         table.add_column(heading, justify="right" if heading == "LINES" else "left", no_wrap=True)
     for name, sample in samples.items():
         job = sample.job
-        took = seconds_text(job.duration) if job.duration is not None else ""
+        took = duration_text(job.duration.total_seconds()) if job.duration is not None else ""
         state = f"[{_COLOURS[job.state.result]}]{job.state}[/]"
         table.add_row(name, state, took, f"{sample.lines:,}", job.trace_id)
     return table

@@ -7,6 +7,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Literal
 
+from tailspan._job_search import find_job
 from tailspan._plural import plural
 from tailspan.config import Settings
 from tailspan.errors import CursorExpiredError
@@ -42,7 +43,7 @@ class VerifyReport:
 async def verify(
     settings: Settings,
     service_name: str,
-    job_id: str,
+    job: str | None,
     opener: Callable[[str, Settings], JobService] = open_service,
 ) -> VerifyReport:
     """Read a job's log again and compare count and hash of its lines with the checkpoint.
@@ -52,7 +53,7 @@ async def verify(
     Args:
         settings: The agent's configuration.
         service_name: The configured service of the job.
-        job_id: The job.
+        job: Names the job; see `tailspan._job_search.find_job`.
         opener: Opens the configured service of a name.
 
     Raises:
@@ -60,7 +61,7 @@ async def verify(
         CheckpointError: The store cannot be read.
     """
     async with aclosing(opener(service_name, settings)) as service:
-        await service.get_job(job_id)
+        job_id = (await find_job(service, job)).job_id
         checkpoint = read_checkpoint(settings.agent.state_dir, service.identity, job_id)
         if checkpoint is None:
             return VerifyReport(

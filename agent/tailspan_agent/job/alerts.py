@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from tailspan._durations import age_text, duration_text
 from tailspan._identity import job_hash
 from tailspan._plural import plural
 from tailspan.config import Expect
@@ -55,13 +56,12 @@ def alert_text(alert: str, job: JobStatus, history: PipelineHistory, *, duration
     runs = len(history.succeeded)
     past = f"by its last {runs} successful {plural(runs, 'run')}"
     if alert == "silent":
-        return (
-            f"{job.job_name}: no line for {quiet_s:.0f} s; {past} over {history.silent_after_s or 0:.0f} s is unusual"
-        )
-    usual = f"{past} it takes {history.p50_s or 0:.1f} s, and rarely over {history.p95_s or 0:.1f} s"
+        unusual = duration_text(history.silent_after_s or 0)
+        return f"{job.job_name}: no line for {duration_text(quiet_s)}; {past} over {unusual} is unusual"
+    usual = f"{past} it takes {duration_text(history.p50_s or 0)}, and rarely over {duration_text(history.p95_s or 0)}"
     if alert == "slow":
-        return f"{job.job_name}: running for {duration_s:.1f} s; {usual}"
-    return f"{job.job_name}: succeeded after only {duration_s:.1f} s; {usual}"
+        return f"{job.job_name}: running for {duration_text(duration_s)}; {usual}"
+    return f"{job.job_name}: succeeded after only {duration_text(duration_s)}; {usual}"
 
 
 def alert_record(alert: str, text: str, job: JobStatus, ledger: JobLedger, *, time_unix_nano: int) -> LogRecordData:
@@ -96,14 +96,12 @@ def missing_record(expect: Expect, last_start_unix_nano: int | None, now_unix_na
         last_start_unix_nano: When it last started, in ns since the epoch; None if it was never seen to start.
         now_unix_nano: The time, in ns since the epoch.
     """
-    ago = (
-        f"{(now_unix_nano - last_start_unix_nano) / 1e9:.0f} s ago" if last_start_unix_nano else "never, as far as seen"
-    )
+    ago = age_text((now_unix_nano - last_start_unix_nano) / 1e9) if last_start_unix_nano else "never, as far as seen"
     return LogRecordData(
         time_unix_nano=now_unix_nano,
         severity=_WARN,
-        body=f"{expect.name}: did not start in time: expected every {expect.every:g} s"
-        f" with {expect.grace:g} s of grace, last started {ago}",
+        body=f"{expect.name}: did not start in time: expected every {duration_text(expect.every)}"
+        f" with {duration_text(expect.grace)} of grace, last started {ago}",
         attributes={"tailspan.alert": "missing"},
         event_name="tailspan.pipeline.missing",
     )

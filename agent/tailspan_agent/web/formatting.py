@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from tailspan._durations import age_text, duration_text
 from tailspan_agent.analysis.baseline import PastRun, PipelineHistory
 
 __all__ = ["Bar", "ago", "bars", "count", "duration", "exact", "visible", "visible_block"]
 
-_UNITS = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
 _PICTURES = {code: 0x2400 + code for code in range(0x20) if code != 0x09} | {0x7F: 0x2421}
 # Characters that reorder or hide text: a line must not look different from what it is.
 _PICTURES |= dict.fromkeys(
@@ -19,31 +19,13 @@ _PICTURES |= dict.fromkeys(
 
 
 def duration(seconds: float | None) -> str:
-    """Return a duration in at most two units: ``850 ms``, ``12.3 s``, ``4m 05s``, ``3h 20m``, ``2d 04h``."""
-    if seconds is None:
-        return ""
-    if (whole_ms := round(seconds * 1000)) < 1000:
-        return f"{whole_ms} ms"
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02}s"
-    if whole < 86400:
-        return f"{whole // 3600}h {whole % 3600 // 60:02}m"
-    return f"{whole // 86400}d {whole % 86400 // 3600:02}h"
+    """Return a duration as `tailspan._durations.duration_text` writes it; None as nothing."""
+    return "" if seconds is None else duration_text(seconds)
 
 
 def ago(unix_nano: int | None, now_unix_nano: int) -> str:
     """Return the age of a time in one unit: ``now``, ``12s ago``, ``3h ago``; ``in 5m`` for the future."""
-    if unix_nano is None:
-        return ""
-    seconds = (now_unix_nano - unix_nano) / 1e9
-    size = abs(seconds)
-    if size < 1:
-        return "now"
-    text = next(f"{size // unit:.0f}{name}" for unit, name in _UNITS if size >= unit)
-    return f"{text} ago" if seconds > 0 else f"in {text}"
+    return "" if unix_nano is None else age_text((now_unix_nano - unix_nano) / 1e9)
 
 
 def exact(unix_nano: int | None) -> str:

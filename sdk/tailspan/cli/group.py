@@ -25,7 +25,7 @@ from tailspan.errors import (
     WaitTimeoutError,
 )
 
-__all__ = ["EXIT_INTERRUPTED", "EXIT_TIMEOUT", "exit_code_of", "main", "report"]
+__all__ = ["EXIT_INTERRUPTED", "EXIT_TIMEOUT", "SuggestingGroup", "exit_code_of", "main", "report"]
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
@@ -62,7 +62,27 @@ _COMMANDS = {
 _AGENT_HINT = "it needs the agent's packages ({missing} is missing): pip install 'tailspan[agent]'"
 
 
-class LazyGroup(click.Group):
+class SuggestingGroup(click.Group):
+    """Suggests the commands that a wrong one resembles."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command.
+
+        Raises:
+            UsageError: There is no such command; names similar ones.
+        """
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            import difflib
+
+            close = difflib.get_close_matches(args[0], self.list_commands(ctx), n=3)
+            hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+            ctx.fail(f"No such command {args[0]!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
+
+class LazyGroup(SuggestingGroup):
     """Imports a command's module when the command is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:

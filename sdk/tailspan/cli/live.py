@@ -7,11 +7,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
-from tailspan.cli.show import seconds_text
+from tailspan._durations import duration_text
+from tailspan.cli.show import progress_text
 from tailspan.logs.clean import printable
 from tailspan.logs.printing import is_terminal
 from tailspan.models import JobStatus
@@ -30,11 +30,10 @@ def state_text(status: JobStatus, seen_s: float) -> str:
         seen_s: Seconds since the command began; shown where the job reports no start.
     """
     parts = [str(status.state)]
-    if status.total_tasks:
-        share = 100 * status.finished_tasks // status.total_tasks
-        parts.append(f"{share}% ({status.finished_tasks} of {status.total_tasks})")
+    if progress := progress_text(status):
+        parts.append(progress)
     duration = status.duration
-    parts.append(seconds_text(duration if duration is not None else timedelta(seconds=seen_s)))
+    parts.append(duration_text(seen_s if duration is None else duration.total_seconds()))
     parts.append(status.job_name)
     if status.stale:
         parts.append("(the service does not answer)")

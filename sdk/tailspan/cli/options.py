@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -10,14 +11,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from tailspan._durations import parse_duration_s
+from tailspan.errors import ConfigError
 from tailspan.local.run_settings import is_plain
 
 if TYPE_CHECKING:
     from tailspan.client import AsyncJobClient
     from tailspan.config import Settings
-    from tailspan.models import JobStatus
+    from tailspan.models import JobStatus, ListedJob
 
 __all__ = [
+    "DURATION",
+    "POSITIVE_DURATION",
+    "DurationType",
+    "attributes_of",
     "config_option",
     "job_argument",
     "json_option",
@@ -32,6 +39,50 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 _COMPLETED_JOBS = 50
 _COMPLETION_S = 2.0
+
+
+if TYPE_CHECKING:
+    _ParamType = click.ParamType[float]
+else:
+    _ParamType = click.ParamType  # takes no argument in click 8.1
+
+
+class DurationType(_ParamType):
+    """A duration as the configuration has them, such as ``30m`` or ``1h30m``; a number is in seconds."""
+
+    name = "duration"
+
+    def __init__(self, *, minimum_s: float | None = None, exclusive: bool = False) -> None:
+        """Accept durations.
+
+        Args:
+            minimum_s: The shortest one in seconds; None: any number, as `tailspan run` passes it on.
+            exclusive: Whether the shortest one itself is too short.
+        """
+        self._minimum_s = minimum_s
+        self._exclusive = exclusive
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the duration in seconds."""
+        try:
+            seconds = float(value)
+        except ValueError:
+            try:
+                seconds = parse_duration_s(value)
+            except ConfigError as error:
+                self.fail(f"{value!r}: {error}", param, ctx)
+        least = self._minimum_s
+        if least is not None and not (seconds > least or (seconds == least and not self._exclusive)):
+            self.fail(
+                f"{value!r} is too short: expected {'more than' if self._exclusive else 'at least'} {least:g} s",
+                param,
+                ctx,
+            )
+        return seconds
+
+
+DURATION = DurationType(minimum_s=0.0)
+POSITIVE_DURATION = DurationType(minimum_s=0.0, exclusive=True)
 
 
 def settings_for(config_path: Path | None, *, telemetry: bool = False) -> Settings:
@@ -83,25 +134,34 @@ def with_client(
 
 
 def _complete_job(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    async def ids(client: AsyncJobClient) -> list[CompletionItem]:
+    async def items(client: AsyncJobClient) -> list[CompletionItem]:
         import anyio
 
-        from tailspan.logs.clean import printable
-
         with anyio.move_on_after(_COMPLETION_S):
-            rows = await client.job_list(_COMPLETED_JOBS)
-            return [
-                CompletionItem(row.job_id, help=printable(f"{row.state} {row.job_name or ''}".strip(), colours=False))
-                for row in rows
-                if row.job_id.startswith(incomplete) and row.job_id.isprintable()
-            ]
+            return _job_items(await client.job_list(_COMPLETED_JOBS), incomplete)
         return []
 
     try:
-        return with_client(ctx.params.get("config_path"), ctx.params.get("service"), ids)
+        return with_client(ctx.params.get("config_path"), ctx.params.get("service"), items)
     except Exception:
         # A completion must not print an error into a half-typed command line.
         return []
+
+
+def _job_items(rows: list[ListedJob], incomplete: str) -> list[CompletionItem]:
+    """Return the ids that begin like this, newest first, then the names."""
+    from tailspan.logs.clean import printable
+
+    found: dict[str, str] = {}
+    for row in rows:
+        if row.job_id.startswith(incomplete):
+            found[row.job_id] = f"{row.state} {row.job_name or ''}".strip()
+    for row in rows:
+        if row.job_name and row.job_name.startswith(incomplete):
+            found.setdefault(row.job_name, f"newest run: {row.job_id}")
+    return [
+        CompletionItem(text, help=printable(note, colours=False)) for text, note in found.items() if text.isprintable()
+    ]
 
 
 def _complete_service(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -113,8 +173,32 @@ def _complete_service(ctx: click.Context, param: click.Parameter, incomplete: st
 
 
 def job_argument(command: Command) -> Command:
-    """Add the argument JOB."""
-    return click.argument("job", shell_complete=_complete_job)(command)
+    """Add the argument JOB and ``--last``; the command's parameter ``job`` is None for the newest job.
+
+    `tailspan.AsyncJobClient.find_job` makes a job of it.
+    """
+
+    @functools.wraps(command)
+    def checked(*args: Any, job: str | None, last: bool, **kwargs: Any) -> Any:
+        if job is None and not last:
+            raise click.UsageError("Missing argument 'JOB': an id, its beginning, a name, or -1 for the newest job.")
+        if job is not None and last:
+            raise click.UsageError(f"-1 and JOB ({job!r}) exclude each other.")
+        return command(*args, job=job, **kwargs)
+
+    last = click.option("-1", "--last", "last", is_flag=True, help="The newest job, instead of JOB.")
+    return click.argument("job", required=False, shell_complete=_complete_job)(last(checked))  # type: ignore[return-value]
+
+
+def attributes_of(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
+    """Return the attributes of options such as ``--attr team=geo``; a callback of click."""
+    attributes = {}
+    for one in given:
+        key, equals, value = one.partition("=")
+        if not key or not equals:
+            raise click.BadParameter(f"{one!r} is not KEY=VALUE", ctx=ctx, param=param)
+        attributes[key] = value
+    return attributes
 
 
 def service_option(command: Command) -> Command:

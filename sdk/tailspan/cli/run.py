@@ -8,23 +8,21 @@ from pathlib import Path
 import click
 
 from tailspan.cli.group import exit_code_of, report
-from tailspan.cli.options import config_option, json_option, service_option, settings_for, with_client
+from tailspan.cli.options import (
+    DurationType,
+    attributes_of,
+    config_option,
+    json_option,
+    service_option,
+    settings_for,
+    with_client,
+)
 from tailspan.cli.run_job import RunOptions, run_command
 from tailspan.errors import ConfigError, TailspanError
 
 __all__ = ["report_failure", "run"]
 
 EXIT_OUR_ERROR = 125
-
-
-def _attributes(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
-    attributes = {}
-    for one in given:
-        key, equals, value = one.partition("=")
-        if not key or not equals:
-            raise click.BadParameter(f"{one!r} is not KEY=VALUE", ctx=ctx, param=param)
-        attributes[key] = value
-    return attributes
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
@@ -34,10 +32,15 @@ def _attributes(ctx: click.Context, param: click.Parameter, given: tuple[str, ..
     "attributes",
     metavar="K=V",
     multiple=True,
-    callback=_attributes,
+    callback=attributes_of,
     help="Put a text on the job's logs and spans; repeatable.",
 )
-@click.option("--timeout", type=float, metavar="S", help="End the command after S seconds, with exit code 124.")
+@click.option(
+    "--timeout",
+    type=DurationType(),
+    metavar="D",
+    help="End the command after this time, such as 90s or 30m, with exit code 124.",
+)
 @click.option("--detach", is_flag=True, help="Print the job's id and return; the job runs on.")
 @click.option("--strict", is_flag=True, help="Do not run the command if it cannot be captured; exit with 125 or 2.")
 @click.option("--no-tty", is_flag=True, help="Give the command pipes also at a terminal.")

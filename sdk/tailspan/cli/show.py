@@ -6,21 +6,27 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
+from tailspan._durations import duration_text
+from tailspan.cli.moments import clock_text, moment_text, with_age, zone_name
 from tailspan.logs.clean import printable
 from tailspan.logs.printing import LinePrinter, end_text, is_terminal
 from tailspan.models import JobState, JobStatus, ListedJob, TaskRun
 
 __all__ = [
     "ended",
+    "job_row",
     "jobs_table",
     "json_line",
     "json_lines",
     "json_of",
-    "seconds_text",
+    "progress_text",
+    "result_text",
+    "show",
     "status_fields",
+    "table",
     "tasks_table",
     "write",
 ]
@@ -72,21 +78,19 @@ def json_lines(values: Iterable[Any]) -> None:
         LinePrinter(sys.stdout).write(text)
 
 
+def job_row(row: ListedJob, status: JobStatus | None) -> dict[str, Any]:
+    """Return every field of a row and of its job's status, for JSON; the status's where both have it."""
+    fields = json_of(row)
+    if status is not None:
+        fields |= json_of(status)
+        fields["progress"] = status.finished_tasks / status.total_tasks if status.total_tasks else None
+    return fields
+
+
 def ended(status: JobStatus) -> None:
     """Print how a job ended."""
-    took = f", after {seconds_text(status.duration)}" if status.duration is not None else ""
+    took = f", after {_took_text(status)}" if status.duration is not None else ""
     write(_safe(end_text(status)) + took)
-
-
-def seconds_text(duration: timedelta) -> str:
-    """Return a duration for people: ``0.4 s``, ``12 s``, ``1:02:03``."""
-    seconds = duration.total_seconds()
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
 def status_fields(status: JobStatus, links: Mapping[str, str]) -> None:
@@ -106,7 +110,7 @@ def status_fields(status: JobStatus, links: Mapping[str, str]) -> None:
         ("submitted", _time_text(status.submitted_at)),
         ("started", _time_text(status.started_at)),
         ("finished", _time_text(status.finished_at)),
-        ("duration", None if status.duration is None else seconds_text(status.duration)),
+        ("duration", None if status.duration is None else _took_text(status)),
         ("instance", " ".join(part for part in (status.instance_id, status.instance_type) if part) or None),
         ("attributes", " ".join(f"{key}={value}" for key, value in status.attributes.items()) or None),
         ("service", status.service),
@@ -128,76 +132,121 @@ def status_fields(status: JobStatus, links: Mapping[str, str]) -> None:
     grid.add_column(overflow="fold")
     for name, value in rows:
         grid.add_row(name, Text(value, style=_COLOURS.get(status.state, "") if name == "state" else ""))
-    _rich_print(Panel(grid, expand=False, border_style=_COLOURS.get(status.state, "none")))
+    show(Panel(grid, expand=False, border_style=_COLOURS.get(status.state, "none")))
 
 
-def jobs_table(rows: Sequence[ListedJob]) -> None:
-    """Show a list of jobs."""
-    head = ("JOB", "STATE", "CREATED", "LINES", "NAME")
-    cells = [
-        (
-            _safe(row.job_id),
-            str(row.state),
-            _when_text(row.created_at),
-            "-" if row.lines is None else str(row.lines),
-            _safe(row.job_name or "-"),
-        )
-        for row in rows
-    ]
-    _table(head, cells, [_COLOURS.get(row.state, "") for row in rows])
+def jobs_table(rows: Sequence[tuple[ListedJob, JobStatus | None]]) -> Any:
+    """Return a list of jobs as `table` does.
+
+    Args:
+        rows: Jobs, each with its status where this user may read it.
+    """
+    head: tuple[str, ...] = ("STATE", "NAME", "ID", _time_head("STARTED"), "DURATION", "PROGRESS", "RESULT")
+    cells = [_job_cells(row, status) for row, status in rows]
+    if is_terminal(sys.stdout) and all(row[5] == "-" for row in cells):
+        # 80 characters are few.
+        head, cells = (*head[:5], *head[6:]), [(*row[:5], *row[6:]) for row in cells]
+    return table(head, cells, [_COLOURS.get(status.state if status else row.state, "") for row, status in rows])
+
+
+def _job_cells(row: ListedJob, status: JobStatus | None) -> tuple[str, ...]:
+    name = (status.job_name if status else row.job_name) or "-"
+    if status is None:
+        return str(row.state), _safe(name), _safe(row.job_id), _when_text(row.created_at), "-", "-", "-"
+    return (
+        status.state + ("?" if status.stale else ""),
+        _safe(name),
+        _safe(status.job_id),
+        _when_text(status.started_at or status.submitted_at or row.created_at),
+        _took_text(status),
+        progress_text(status) or "-",
+        _safe(result_text(status) or "-"),
+    )
+
+
+def progress_text(status: JobStatus) -> str:
+    """Return how far a job is by its tasks, such as ``45% (9 of 20)``; nothing if it does not count them."""
+    if not status.total_tasks:
+        return ""
+    share = 100 * status.finished_tasks // status.total_tasks
+    return f"{share}% ({status.finished_tasks} of {status.total_tasks})"
+
+
+def result_text(status: JobStatus) -> str:
+    """Return why a job did not succeed, or its exit code; nothing before its end."""
+    code = "" if status.exit_code is None else str(status.exit_code)
+    return code if status.error in (None, f"exited with code {code}") else str(status.error)
+
+
+def _took_text(one: JobStatus | TaskRun) -> str:
+    return "-" if one.duration is None else duration_text(one.duration.total_seconds())
 
 
 def tasks_table(rows: Sequence[TaskRun]) -> None:
     """Show a list of task attempts."""
-    head = ("STATE", "ATTEMPT", "STARTED", "DURATION", "ID", "TASK")
+    head = ("STATE", "ATTEMPT", _time_head("STARTED"), "DURATION", "ID", "TASK")
     states = [row.result or ("running" if row.started_at else "waiting") for row in rows]
     cells = [
         (
             _safe(state),
             str(row.attempt),
             _when_text(row.started_at),
-            "-" if row.duration is None else seconds_text(row.duration),
+            _took_text(row),
             _safe(row.task_id),
             _safe(row.name + (f": {row.error}" if row.error else "")),
         )
         for row, state in zip(rows, states, strict=True)
     ]
-    _table(head, cells, [_TASK_COLOURS.get(state, "") for state in states])
+    show(table(head, cells, [_TASK_COLOURS.get(state, "") for state in states]))
 
 
-def _table(head: tuple[str, ...], cells: Sequence[tuple[str, ...]], colours: Sequence[str]) -> None:
-    """Show rows: aligned text in a pipe; at a terminal, the column STATE of each row in its colour.
+def table(head: tuple[str, ...], cells: Sequence[tuple[str, ...]], colours: Sequence[str]) -> Any:
+    """Return rows for `show`: aligned text in a pipe; at a terminal, the column STATE of each row in its colour.
 
     Args:
-        head: The names of the columns. The last one takes what is left of the line, since it alone may have spaces.
+        head: The names of the columns. At a terminal the last one takes what is left of the line.
         cells: The rows.
         colours: The colour of each row's state.
     """
     if not is_terminal(sys.stdout):
         widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
-        for line in (head, *cells):
-            write("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-        return
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in (head, *cells)
+        )
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    grid = Table(box=None, pad_edge=False, header_style="bold")
     for name in head:
-        table.add_column(name, justify="right" if name in ("LINES", "ATTEMPT") else "left", no_wrap=name != head[-1])
+        right, free = name in ("ATTEMPT", "DURATION"), name in ("NAME", "TASK", "RESULT")
+        grid.add_column(name, justify="right" if right else "left", no_wrap=True, min_width=8 if free else len(name))
     for row, colour in zip(cells, colours, strict=True):
         pairs = zip(head, row, strict=True)
-        table.add_row(*(Text(cell, style=colour if name == "STATE" else "") for name, cell in pairs))
-    _rich_print(table)
+        grid.add_row(*(Text(cell, style=colour if name == "STATE" else "") for name, cell in pairs))
+    return grid
 
 
-def _when_text(time: datetime | None) -> str:
-    return (_age_text(time) if is_terminal(sys.stdout) else _time_text(time)) or "-"
-
-
-def _rich_print(renderable: Any) -> None:
+def show(renderable: Any) -> None:
+    """Print what `table` returned, or something else that rich can print."""
+    if isinstance(renderable, str):
+        for line in renderable.split("\n"):
+            write(line)
+        return
     from rich.console import Console
 
     Console(file=sys.stdout, highlight=False).print(renderable)
+
+
+def _time_head(name: str) -> str:
+    """Return the head of a column of times; with the zone where they are local."""
+    return f"{name} ({zone_name(datetime.now(UTC))})" if is_terminal(sys.stdout) else name
+
+
+def _when_text(time: datetime | None) -> str:
+    if time is None:
+        return "-"
+    return clock_text(time, datetime.now(UTC)) if is_terminal(sys.stdout) else moment_text(time, local=False)
 
 
 def _safe(text: str) -> str:
@@ -206,22 +255,14 @@ def _safe(text: str) -> str:
 
 
 def _time_text(time: datetime | None) -> str | None:
-    return None if time is None else time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _age_text(time: datetime | None) -> str | None:
     if time is None:
         return None
-    seconds = max(0.0, (datetime.now(UTC) - time).total_seconds())
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds // length:.0f} {unit} ago"
-    return f"{seconds:.0f} s ago"
+    return with_age(time, datetime.now(UTC)) if is_terminal(sys.stdout) else moment_text(time, local=False)
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, datetime):
-        return value.isoformat()
+        return value.astimezone(UTC).isoformat() if value.tzinfo else value.isoformat()
     if isinstance(value, Mapping):
         return {str(key): _plain(one) for key, one in value.items()}
     if isinstance(value, Iterable) and not isinstance(value, str):

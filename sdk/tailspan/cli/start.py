@@ -125,9 +125,18 @@ def parse_run(arguments: Sequence[str]) -> RunOptions | None:
 
 
 def _seconds(text: str | None) -> float | None:
+    if text is None:
+        return None
     try:
-        return None if text is None else float(text)
+        return float(text)
     except ValueError:
+        pass
+    from tailspan._durations import parse_duration_s
+    from tailspan.errors import ConfigError
+
+    try:
+        return parse_duration_s(text)
+    except ConfigError:
         return 0
 
 

@@ -9,6 +9,8 @@ import click
 
 from tailspan.cli.group import EXIT_ERROR, EXIT_TIMEOUT
 from tailspan.cli.options import (
+    DURATION,
+    POSITIVE_DURATION,
     config_option,
     job_argument,
     json_option,
@@ -19,7 +21,7 @@ from tailspan.cli.options import (
 
 if TYPE_CHECKING:
     from tailspan.client import AsyncJobClient
-    from tailspan.models import JobStatus
+    from tailspan.models import JobStatus, TaskRun
 
 __all__ = ["cancel", "exit_code_for", "say", "status", "tasks", "wait"]
 
@@ -29,7 +31,7 @@ __all__ = ["cancel", "exit_code_for", "say", "status", "tasks", "wait"]
 @service_option
 @config_option
 @json_option
-def status(job: str, service: str | None, config_path: Path | None, as_json: bool) -> None:
+def status(job: str | None, service: str | None, config_path: Path | None, as_json: bool) -> None:
     """Show a job's status, with the id of its trace.
 
     \b
@@ -38,7 +40,7 @@ def status(job: str, service: str | None, config_path: Path | None, as_json: boo
     """  # noqa: D301 - click wants the backspace character itself
     from tailspan.cli.show import json_line, json_of, status_fields
 
-    answer = with_client(config_path, service, lambda client: client.job_get_status(job), only_reads=True)
+    answer = with_client(config_path, service, lambda client: client.find_job(job), only_reads=True)
     if as_json:
         json_line(json_of(answer))
     else:
@@ -50,7 +52,7 @@ def status(job: str, service: str | None, config_path: Path | None, as_json: boo
 @service_option
 @config_option
 @json_option
-def tasks(job: str, service: str | None, config_path: Path | None, as_json: bool) -> None:
+def tasks(job: str | None, service: str | None, config_path: Path | None, as_json: bool) -> None:
     """List a job's tasks, each attempt, oldest first.
 
     \b
@@ -59,7 +61,10 @@ def tasks(job: str, service: str | None, config_path: Path | None, as_json: bool
     """  # noqa: D301 - click wants the backspace character itself
     from tailspan.cli.show import json_line, json_of, tasks_table
 
-    rows = with_client(config_path, service, lambda client: client.job_get_tasks(job), only_reads=True)
+    async def use(client: AsyncJobClient) -> list[TaskRun]:
+        return await client.job_get_tasks(await client.find_job(job))
+
+    rows = with_client(config_path, service, use, only_reads=True)
     if as_json:
         json_line([json_of(row) for row in rows])
         return
@@ -73,7 +78,7 @@ def tasks(job: str, service: str | None, config_path: Path | None, as_json: bool
 @service_option
 @config_option
 @json_option
-def cancel(job: str, service: str | None, config_path: Path | None, as_json: bool) -> None:
+def cancel(job: str | None, service: str | None, config_path: Path | None, as_json: bool) -> None:
     """Cancel a job. An ended job stays as it is; that is not an error.
 
     \b
@@ -82,19 +87,22 @@ def cancel(job: str, service: str | None, config_path: Path | None, as_json: boo
     """  # noqa: D301 - click wants the backspace character itself
     from tailspan.cli.show import ended, json_line, json_of, write
 
-    answer = with_client(config_path, service, lambda client: client.job_cancel(job))
+    async def use(client: AsyncJobClient) -> JobStatus:
+        return await client.job_cancel(await client.find_job(job))
+
+    answer = with_client(config_path, service, use)
     if as_json:
         json_line(json_of(answer))
     elif answer.state.is_terminal:
         ended(answer)
     else:
-        write(f"job {answer.job_id} is being cancelled; it is {answer.state}")
+        write(f"job {answer.job_id} is being canceled; it is {answer.state}")
 
 
 @click.command()
 @job_argument
-@click.option("--poll", default=1.0, show_default=True, metavar="S", help="Poll interval in seconds.")
-@click.option("--timeout", type=click.FloatRange(min=0), metavar="S", help="Stop after S seconds, with exit code 124.")
+@click.option("--poll", default="1s", type=POSITIVE_DURATION, show_default=True, metavar="D", help="Poll interval.")
+@click.option("--timeout", type=DURATION, metavar="D", help="Stop after this time, such as 30m, with exit code 124.")
 @click.option("--delivered", is_flag=True, help="Wait also until the agent has acknowledged the job's last line.")
 @service_option
 @config_option
@@ -102,7 +110,7 @@ def cancel(job: str, service: str | None, config_path: Path | None, as_json: boo
 @click.pass_context
 def wait(
     ctx: click.Context,
-    job: str,
+    job: str | None,
     poll: float,
     timeout: float | None,
     delivered: bool,
@@ -116,14 +124,15 @@ def wait(
 
     \b
     Example:
-      tailspan wait 01J8ZK --timeout 3600 && ./next-step
+      tailspan wait 01J8ZK --timeout 1h && ./next-step
     """  # noqa: D301 - click wants the backspace character itself
     from tailspan.cli.live import StateLine
     from tailspan.cli.show import ended, json_line, json_of
 
     async def use(client: AsyncJobClient) -> JobStatus:
+        chosen = await client.find_job(job)
         with StateLine() as line:
-            return await client.job_wait_for_job(job, poll, timeout, delivered=delivered, on_status=line.show)
+            return await client.job_wait_for_job(chosen, poll, timeout, delivered=delivered, on_status=line.show)
 
     answer = with_client(config_path, service, use)
     if as_json:

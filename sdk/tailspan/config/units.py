@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import sys
 from pathlib import Path
 
+from tailspan._durations import parse_duration_s
 from tailspan.errors import ConfigError
 
 __all__ = ["parse_duration_s", "parse_size_bytes", "platform_state_dir", "serve_token_file"]
 
-_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
-_PART = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)(ms|[smhdw])")
-_DURATION = re.compile(rf"(?:{_PART.pattern})+")
-_NUMBER = re.compile(r"[0-9]{1,15}(?:\.[0-9]{1,9})?")
 _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([kmgt]?i?)b?", re.IGNORECASE)
 _BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-
-
-def parse_duration_s(value: object) -> float:
-    """Return a duration in seconds.
-
-    Args:
-        value: Text such as ``10s``, ``500ms``, ``24h``, ``30d``, ``1h30m``; a number, or text without a unit, is in
-            seconds.
-
-    Raises:
-        ConfigError: The value is not a duration, or it is negative.
-    """
-    if isinstance(value, str):
-        text = value.strip()
-        if _NUMBER.fullmatch(text):
-            return float(text)
-        if _DURATION.fullmatch(text):
-            return sum(float(number) * _SECONDS[unit] for number, unit in _PART.findall(text))
-    elif isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e15 and math.isfinite(value):
-        return float(value)
-    raise ConfigError('expected a duration such as "10s", "500ms", "24h", "30d" or "1h30m", or a number of seconds')
 
 
 def parse_size_bytes(value: object) -> int:

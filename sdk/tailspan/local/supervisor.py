@@ -520,7 +520,9 @@ class _Supervisor:
         if error and not self._reason and self._was_interrupted(exit_code):
             self._reason = "CANCELED"
         if self._reason == "TIMED_OUT":
-            error = f"ran longer than its timeout of {self._timeout_s:g} s"
+            from tailspan._durations import duration_text
+
+            error = f"ran longer than its timeout of {duration_text(self._timeout_s or 0.0)}"
         elif self._reason:
             error = "canceled"
         self._state.update(

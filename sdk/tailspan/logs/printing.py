@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import IO
 
 from tailspan._plural import plural
 from tailspan.logs.clean import printable
 from tailspan.logs.follow import TailUpdate
-from tailspan.logs.page import Message, OpenLine
+from tailspan.logs.page import NANOS_PER_MS, Message, OpenLine
 from tailspan.models import JobStatus
 
 __all__ = ["LinePrinter", "TailPrinter", "end_text", "is_terminal"]
@@ -36,11 +36,15 @@ class LinePrinter:
 
     Attributes:
         shows_tasks: Whether to print the task's name before each line that has one.
+        prefix: Makes the text before a line of its time in ms since the epoch; None: nothing stands before a line.
+        style: Changes the text of a complete line, for example its colour; None: nothing does.
     """
 
     def __init__(self, file: IO[str] | None) -> None:
         """Print to this text file; None, as sys.stdout is without a standard output, prints nowhere."""
         self.shows_tasks = False
+        self.prefix: Callable[[int], str] | None = None
+        self.style: Callable[[Message, str], str] | None = None
         self._file = file
         self._terminal = is_terminal(file)
         self._colours = not os.environ.get("NO_COLOR")
@@ -49,8 +53,6 @@ class LinePrinter:
     def messages(self, messages: Iterable[Message]) -> None:
         """Print the text of each message."""
         texts = list(map(self._text, messages))
-        if self._terminal:
-            texts = [printable(one, colours=self._colours) for one in texts]
         while texts and texts[0].endswith("\r") and self._open.startswith(texts[0]):
             # States of a progress bar: its line goes on.
             self._open = self._open.removeprefix(texts.pop(0))
@@ -60,9 +62,9 @@ class LinePrinter:
 
     def open_line(self, line: OpenLine | None) -> None:
         """Print what is new of a line whose newline has not come."""
-        text = line.message if line is not None else ""
-        if self._terminal:
-            text = printable(text, colours=self._colours)
+        text = ""
+        if line is not None and line.message:
+            text = self._before(line.time_unix_nano // NANOS_PER_MS) + self._shown(line.message)
         if text and text != self._open:
             self._replace_open(text)
             self._open = text
@@ -89,7 +91,18 @@ class LinePrinter:
     def _text(self, message: Message) -> str:
         # Some services keep the line's own ending in the text.
         text = message.get("message", "").removesuffix("\n")
-        return f"{message['task']} | {text}" if self.shows_tasks and "task" in message else text
+        if self.shows_tasks and "task" in message:
+            text = f"{message['task']} | {text}"
+        text = self._shown(text)
+        if self.style is not None and not self._open:
+            text = self.style(message, text)
+        return self._before(message["timestamp"]) + text
+
+    def _shown(self, text: str) -> str:
+        return printable(text, colours=self._colours) if self._terminal else text
+
+    def _before(self, time_ms: int) -> str:
+        return self.prefix(time_ms) if self.prefix is not None else ""
 
     def note(self, text: str) -> None:
         """Print a note of ours; names and errors in it come from elsewhere."""

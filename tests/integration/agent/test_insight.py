@@ -85,7 +85,7 @@ async def test_a_job_that_succeeds_too_fast_is_reported(bench: Bench) -> None:
         bench.fake.set_state("j1", "SUCCEEDED")
         await bench.received(lambda: bench.spans("j1").get("run") and alerts_of(bench, "j1"))
         assert value_of(bench, agent, "tailspan.job.too_fast") == 1
-    assert "succeeded after only 0.0 s" in alerts_of(bench, "j1")["tailspan.job.too_fast"].body
+    assert "succeeded after only " in alerts_of(bench, "j1")["tailspan.job.too_fast"].body
     assert "tailspan.job.too_fast" in {event.name for event in bench.spans("j1")["run"].events}
     async with bench.running() as agent:
         assert value_of(bench, agent, "tailspan.job.too_fast") == 1

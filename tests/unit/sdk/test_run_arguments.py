@@ -49,6 +49,8 @@ def fields(options: RunOptions) -> dict[str, object]:
         "--timeout=1e3 true",
         "--timeout -1 true",
         "--timeout inf true",
+        "--timeout 30m true",
+        "--timeout=1h30m true",
         "--detach --strict --no-tty --encoding latin-1 -- true",
         "--service local --detach true",
         "--config=x.toml --service other true",

@@ -91,10 +91,10 @@ def test_wait_and_tail_give_up_with_124(api):
     api.add_job("j")
     waited = invoke("wait", "j", "--poll", "0.01", "--timeout", "0.05")
     assert waited.exit_code == 124
-    assert "job j had not ended after 0.05 s: it is RUNNING" in waited.stderr
+    assert "job j had not ended after 50 ms: it is RUNNING" in waited.stderr
     tailed = invoke("tail", "j", "--refresh", "0.01", "--timeout", "0.05")
     assert tailed.exit_code == 124
-    assert "job j has not ended after 0.05 s" in tailed.stderr
+    assert "job j has not ended after 50 ms" in tailed.stderr
 
 
 def test_tail_samples_and_speaks_json(job):
@@ -116,7 +116,7 @@ def test_cancel(api):
 
 def test_exec_time(job, api):
     """From the first to the last line; for a running job so far, with a note."""
-    assert invoke("exec-time", "j").stdout == "0:00:01\n"
+    assert invoke("exec-time", "j").stdout == "1 s\n"
     assert json.loads(invoke("exec-time", "j", "--json").stdout) == {
         "job_id": "j",
         "exec_time_s": 1.0,
@@ -124,7 +124,7 @@ def test_exec_time(job, api):
     }
     api.add_job("r")
     running = invoke("exec-time", "r")
-    assert (running.exit_code, running.stdout) == (0, "0:00:00\n")
+    assert (running.exit_code, running.stdout) == (0, "0 ms\n")
     assert "job r is RUNNING: this is its execution time so far" in running.stderr
 
 
@@ -133,9 +133,9 @@ def test_jobs_are_columns_in_a_pipe_and_an_array_for_programs(api):
     for number in range(5):
         api.add_job(f"job-{number}", job_status="Failed" if number % 2 else "Done")
     head, *rows = invoke("jobs").stdout.splitlines()
-    assert head.split() == ["JOB", "STATE", "CREATED", "LINES", "NAME"]
-    assert [row.split()[:2] for row in rows[:2]] == [["job-4", "SUCCEEDED"], ["job-3", "FAILED"]]
-    assert {row.index("2026-") for row in rows} == {head.index("CREATED")}
+    assert head.split() == ["STATE", "NAME", "ID", "STARTED", "DURATION", "PROGRESS", "RESULT"]
+    assert [row.split()[:3] for row in rows[:2]] == [["SUCCEEDED", "etl", "job-4"], ["FAILED", "etl", "job-3"]]
+    assert {row.index("2026-") for row in rows} == {head.index("STARTED")}
     limited = invoke("jobs", "--limit", "2")
     assert len(limited.stdout.splitlines()) == 3
     assert "these are the newest 2; --all shows the others" in limited.stderr
@@ -153,12 +153,12 @@ def test_only_local_jobs_can_be_pruned(api):
 
 @pytest.mark.parametrize("job_id", ["unknown", "a/b", "..", "../../etc/passwd", "a?b=c#d", "%2e%2e"])
 def test_an_unknown_job_is_exit_code_4(api, job_id):
-    """Any id is escaped, requested and not found."""
+    """Any id is escaped, requested, not found, and not the name of a job."""
     result = invoke("status", job_id)
     assert result.exit_code == 4
     assert result.stderr.startswith("tailspan: ")
     assert len(result.stderr.splitlines()) == 1
-    assert {request.job_id for request in api.requests} <= {job_id}
+    assert {request.job_id for request in api.requests} <= {job_id, None}
 
 
 @pytest.mark.parametrize(
@@ -186,3 +186,66 @@ def test_an_unreachable_service_is_exit_code_3(api):
     result = invoke("status", "j", "--service", "gone")
     assert result.exit_code == 3
     assert "127.0.0.1:9" in result.stderr
+
+
+def test_a_job_by_its_name_its_beginning_or_as_the_newest(api):
+    """Every command that takes a job finds it; of a name the newest run."""
+    for number, name in enumerate(["etl", "etl", "report"]):
+        job = api.add_job(f"{number}-aa-{number}b", name=name, job_status="Done")
+        job.line(f"line of {number}", 1000)
+    for given, number in (("etl", 1), ("0-", 0), ("2b", 2), ("-1", 2), ("--last", 2), ("1-aa-1b", 1)):
+        assert invoke("logs", given).stdout == f"line of {number}\n", given
+        for command in ("status", "tasks", "cancel", "wait", "tail", "exec-time"):
+            assert invoke(command, given).exit_code == 0, (command, given)
+    unknown = invoke("status", "repotr")
+    assert (unknown.exit_code, "did you mean 'report'?" in unknown.stderr) == (4, True)
+    missing = invoke("status")
+    assert (missing.exit_code, "-1 for the newest job" in missing.stderr) == (2, True)
+    for number in (3, 4):
+        api.add_job(f"run-{number}", name="nightly")
+    several = invoke("logs", "run")
+    assert several.exit_code == 2
+    assert "'run' is the beginning of 2 job ids: run-4 (nightly, RUNNING), run-3 (nightly, RUNNING)" in several.stderr
+
+
+def test_the_lines_that_are_wanted(job):
+    """By age, number, pattern and stream; with their times, in UTC in a pipe; `tail -n` begins with the last ones."""
+    assert invoke("logs", "j", "--tail", "1").stdout == "\x1b[31mthree\n"
+    assert invoke("logs", "j", "-n", "0").stdout == ""
+    assert invoke("logs", "j", "--grep", "^(one|.*w)").stdout == "one\n  two\n"
+    assert invoke("logs", "j", "--grep", "e", "--tail", "1", "--json").stdout.count('"timestamp": 2000') == 1
+    assert invoke("logs", "j", "--since", "1970-01-01T00:00:01.500Z", "-n", "2").stdout == "  two\n\x1b[31mthree\n"
+    assert invoke("logs", "j", "--since", "10m").stdout == ""
+    assert invoke("logs", "j", "--stream", "stderr").stdout == ""
+    assert invoke("logs", "j", "-t", "-n", "2").stdout.splitlines()[0] == "1970-01-01T00:00:01.500Z   two"
+    tailed = invoke("tail", "j", "-n", "2", "--grep", "t", "-t")
+    assert tailed.stdout == "1970-01-01T00:00:01.500Z   two\n1970-01-01T00:00:02.000Z \x1b[31mthree\n"
+
+
+def test_jobs_say_how_they_ended_and_are_found_by_age_and_attribute(api):
+    """The columns have start, duration, progress and result; --json has every field of row and status."""
+    api.add_job("old", job_status="Done", attributes={"team": "geo"}, submitted_at="2026-01-01T00:00:00+00:00")
+    api.add_job(
+        "new",
+        job_status="Failed",
+        attributes={"team": "geo", "day": "1"},
+        exit_code=3,
+        error="out of memory",
+        started_at="2026-01-02T00:00:00+00:00",
+        finished_at="2026-01-02T00:02:03+00:00",
+        total_tasks=4,
+        finished_tasks=1,
+    )
+    api.add_job("other", job_status="Done", attributes={"team": "ops"})
+    (row,) = json.loads(invoke("jobs", "--attr", "team=geo", "--attr", "day=1", "--json").stdout)
+    assert (row["job_id"], row["exit_code"], row["error"], row["duration_s"]) == ("new", 3, "out of memory", 123.0)
+    assert (row["progress"], row["started_at"]) == (0.25, "2026-01-02T00:00:00+00:00")
+    _, shown = invoke("jobs", "--state", "failed").stdout.splitlines()
+    assert shown.split(maxsplit=5) == [
+        "FAILED", "etl", "new", "2026-01-02T00:00:00Z", "2m", "03s  25% (1 of 4)  out of memory",
+    ]  # fmt: skip
+    assert [row["job_id"] for row in json.loads(invoke("jobs", "--attr", "team=geo", "--json").stdout)] == [
+        "new",
+        "old",
+    ]
+    assert "no jobs match" in invoke("jobs", "--attr", "team=none").stderr

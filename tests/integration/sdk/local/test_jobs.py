@@ -186,7 +186,7 @@ def test_timeout_ends_the_job(local):
     assert (job.state, job.exit_code, job.error) == (
         JobState.TIMED_OUT,
         143,
-        "ran longer than its timeout of 0.2 s",
+        "ran longer than its timeout of 200 ms",
     )
 
 

@@ -100,6 +100,6 @@ def test_reading_commands_import_no_event_loop(tmp_path: Path, command: str) -> 
         job_id = jobs.run("echo", "hello").job_id
     done, imported = run(tmp_path, command, *([] if command == "jobs" else [job_id]))
     assert done.returncode == 0
-    shown = {"logs": "hello", "tasks": "", "exec-time": "0:00:00"}
+    shown = {"logs": "hello", "tasks": "", "exec-time": "0 ms"}
     assert shown.get(command, job_id) in done.stdout
     assert imported & SLOW == set()
