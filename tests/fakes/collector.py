@@ -161,9 +161,12 @@ class Collector:
         on_begin: Called with the signal when the head of an HTTP request has come, before its body is read.
     """
 
-    def __init__(self, *, tls: Tls | None = None, http_port: int = 0, grpc_port: int = 0) -> None:
+    def __init__(
+        self, *, tls: Tls | None = None, http_port: int = 0, grpc_port: int = 0, http_host: str = "127.0.0.1"
+    ) -> None:
         self._tls = tls
         self._http_port = http_port
+        self._http_host = http_host
         self._wanted_grpc_port = grpc_port
         self._scripts: dict[str, deque[Answer]] = {signal: deque() for signal in SIGNALS}
         self._always: dict[str, Answer] = {signal: Reply() for signal in SIGNALS}
@@ -187,7 +190,7 @@ class Collector:
 
     def start(self) -> None:
         """Listen over HTTP; gRPC starts with the first use of `grpc_url`."""
-        self._http = _HttpServer(self, self._http_port, self._tls)
+        self._http = _HttpServer(self, self._http_host, self._http_port, self._tls)
         self._http_thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), name="fake-collector")
         self._http_thread.start()
 
@@ -214,7 +217,7 @@ class Collector:
     @property
     def http_url(self) -> str:
         """Base URL for ``otlp.endpoint`` over HTTP (without ``/v1/...``)."""
-        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.http_port}"
+        return f"{'https' if self._tls else 'http'}://{self._http_host}:{self.http_port}"
 
     @property
     def grpc_url(self) -> str:
@@ -340,13 +343,13 @@ class _HttpServer(ThreadingHTTPServer):
     block_on_close = True
     allow_reuse_address = True
 
-    def __init__(self, collector: Collector, port: int, tls: Tls | None) -> None:
+    def __init__(self, collector: Collector, host: str, port: int, tls: Tls | None) -> None:
         self.collector = collector
         self.accepted = 0
         self._open: set[socket.socket] = set()
         self._guard = threading.Lock()
         self._context = _server_context(tls) if tls else None
-        super().__init__(("127.0.0.1", port), _Handler)
+        super().__init__((host, port), _Handler)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         with self._guard:

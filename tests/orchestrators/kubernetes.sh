@@ -5,7 +5,7 @@
 #   kubernetes.sh stop PART DIR   end kube-apiserver or kubelet
 #   kubernetes.sh start PART DIR  start it again
 #   kubernetes.sh down DIR        end all of it
-# LOG_MAX_SIZE and LOG_MAX_FILES set the rotation of logs.
+# LOG_MAX_SIZE and LOG_MAX_FILES set the rotation of logs. With an empty NO_ADMISSION, pods get tokens of their accounts.
 set -eu
 VERSION=1.36.3
 
@@ -159,16 +159,16 @@ part() {
       set -- etcd etcd --data-dir "$R/etcd" --listen-client-urls http://127.0.0.1:2379 \
         --advertise-client-urls http://127.0.0.1:2379 --listen-peer-urls http://127.0.0.1:2380 ;;
     kube-apiserver)
-      set -- "$1" "$D/kube" kube-apiserver --etcd-servers=http://127.0.0.1:2379 --bind-address=127.0.0.1 --secure-port=6443 \
+      set -- "$1" "$D/kube" kube-apiserver --etcd-servers=http://127.0.0.1:2379 --bind-address=0.0.0.0 --secure-port=6443 \
         --advertise-address=192.0.2.10 --cert-dir="$R/certs" --service-account-issuer=https://kubernetes.default.svc \
         --service-account-key-file="$R/sa.key" --service-account-signing-key-file="$R/sa.key" \
         --service-cluster-ip-range=10.0.0.0/24 --authorization-mode=RBAC --token-auth-file="$R/tokens.csv" \
         --endpoint-reconciler-type=none --kubelet-preferred-address-types=InternalIP,Hostname \
-        --disable-admission-plugins=ServiceAccount ;;
+        --disable-admission-plugins="${NO_ADMISSION-ServiceAccount}" ;;
     containerd) set -- containerd containerd -c "$R/containerd.toml" ;;
     kube-controller-manager)
       set -- "$1" "$D/kube" kube-controller-manager $kubeconfig $auth --service-account-private-key-file="$R/sa.key" \
-        --use-service-account-credentials=false --controllers='*,-bootstrapsigner,-tokencleaner' \
+        --root-ca-file="$R/certs/apiserver.crt" --use-service-account-credentials=false --controllers='*,-bootstrapsigner,-tokencleaner' \
         --kube-api-qps=200 --kube-api-burst=200 ;;
     kube-scheduler) set -- "$1" "$D/kube" kube-scheduler $kubeconfig $auth ;;
     kubelet)

@@ -6,14 +6,10 @@ follows from the manifests, so a line that is missing, extra or of another attem
 
 from __future__ import annotations
 
-import ctypes
-import os
-import shutil
 import signal
-import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,87 +18,18 @@ import yaml
 
 from tests.fakes.collector import Collector
 from tests.orchestrators.harness import Relay, by_task, results
+from tests.orchestrators.one_node import Cluster, running_cluster
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(1800)]
 
-SCRIPT = Path(__file__).parent / "kubernetes.sh"
-BUILT = Path(__file__).parents[2] / ".venv" / "kubernetes"
-_CLONE_NEWNET = 0x40000000
 _ROTATION = {"LOG_MAX_SIZE": "100Ki", "LOG_MAX_FILES": "2", "LOG_MONITOR": "3s"}
-
-
-class Cluster:
-    """A one-node Kubernetes."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.kubeconfig = directory / "run" / "kubeconfig"
-
-    def run(self, *words: str) -> None:
-        """Run the script."""
-        subprocess.run([SCRIPT, *words, str(self.directory)], check=True, env={**os.environ, **_ROTATION}, timeout=300)
-
-    def enter(self) -> None:
-        """Move this thread, and what it starts from now on, into the network of the cluster."""
-        pid = (self.directory / "run" / "namespace").read_text().strip()
-        _set_network(Path(f"/proc/{pid}/ns/net"))
-
-    def kubectl(self, *words: str, content: str | None = None) -> str:
-        """Run kubectl."""
-        command = ["kubectl", f"--kubeconfig={self.kubeconfig}", *words]
-        done = subprocess.run(command, input=content, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    def apply(self, *jobs: dict[str, Any]) -> None:
-        """Create jobs."""
-        self.kubectl("create", "-f", "-", content=yaml.safe_dump_all(jobs))
-
-    def wait_until(self, condition: Callable[[], bool], what: str, seconds: float = 300) -> None:
-        """Wait until a condition holds."""
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, what
-            time.sleep(0.5)
-
-    def wait_for_pods(self, namespace: str, phase: str, count: int = 1) -> None:
-        """Wait until a number of pods are in a phase."""
-
-        def there() -> bool:
-            found = self.kubectl("-n", namespace, "get", "pods", "-o", "jsonpath={.items[*].status.phase}")
-            return found.split().count(phase) >= count
-
-        self.wait_until(there, f"{count} pods that are {phase}")
-
-
-def _set_network(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        if ctypes.CDLL(None, use_errno=True).setns(descriptor, _CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), f"cannot enter {path}")
-    finally:
-        os.close(descriptor)
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A cluster for all tests of this module, whose network this process is in meanwhile."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root: the cluster runs in namespaces of its own")
-    missing = [one for one in ("containerd", "etcd", "kubectl", "nsenter", "unshare") if shutil.which(one) is None]
-    directory = Path(os.environ.get("KUBERNETES_DIR", BUILT))
-    if missing or not (directory / "kube").exists():
-        pytest.skip(f"{SCRIPT.name} build has not run: {', '.join(missing) or f'{directory}/kube'} is missing")
-    found = Cluster(directory)
-    own = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-    try:
-        found.run("up")
-        found.enter()
+    with running_cluster(**_ROTATION) as found:
         yield found
-    finally:
-        _set_network(Path(f"/proc/self/fd/{own}"))
-        os.close(own)
-        found.run("down")
 
 
 @pytest.fixture
