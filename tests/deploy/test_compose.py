@@ -14,10 +14,12 @@ import pytest
 import yaml
 
 from tailspan.config import load_settings
+from tests.deploy.configured import settings_of, understood
 from tests.deploy.fleet import Fleet
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-STACKS = ("lgtm", "jaeger", "full")
+SINGLE = ("lgtm", "jaeger", "full")
+STACKS = (*SINGLE, "fleet")
 EXAMPLE = dict(line.split("=", 1) for line in (DEPLOY / ".env.example").read_text().splitlines() if "=" in line)
 
 
@@ -55,7 +57,7 @@ def test_versions_and_ports_are_settings_with_the_defaults_of_the_example(stack:
     used = dict(re.findall(r"\$\{(\w+):-([^}]*)\}", text))
     assert used.items() <= EXAMPLE.items()
     for name, service in compose(stack)["services"].items():
-        assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+", service["image"]), name
+        assert re.fullmatch(r"[\w./-]+:v?\d+(\.\d+){1,2}", service["image"]), name
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ())), name
 
 
@@ -65,7 +67,7 @@ def test_the_example_has_no_variable_that_nothing_reads() -> None:
     assert {name for name in EXAMPLE if f"${{{name}:-" not in text} == set()
 
 
-@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("stack", SINGLE)
 def test_the_agent_takes_its_configuration(stack: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """File and environment together are valid, and lead to a service and a port of the stack."""
     services = compose(stack)["services"]
@@ -81,7 +83,7 @@ def test_the_agent_takes_its_configuration(stack: str, monkeypatch: pytest.Monke
     assert "{trace_id}" in (settings.links.trace or "")
 
 
-@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("stack", SINGLE)
 def test_the_demo_is_a_profile_and_shares_the_jobs(stack: str) -> None:
     """Its jobs are in the volume that the agent follows; without the profile nothing of it runs."""
     services = compose(stack)["services"]
@@ -91,7 +93,34 @@ def test_the_demo_is_a_profile_and_shares_the_jobs(stack: str) -> None:
     assert [name for name, service in services.items() if "profiles" in service] == ["demo"]
 
 
-@pytest.mark.parametrize("stack", ["lgtm", "full"])
+def test_the_agents_of_a_fleet_share_a_service_and_a_database() -> None:
+    """Three agents differ in their volume and their page only; tokens and names lead to the services of the stack."""
+    services = compose("fleet")["services"]
+    agents = {name: service for name, service in services.items() if name.startswith("agent-")}
+    assert len(agents) == 3
+    found = {
+        name: settings_of(service["environment"], DEPLOY / "compose.fleet.toml") for name, service in agents.items()
+    }
+    for name, settings in found.items():
+        understood(agents[name]["command"])
+        assert settings.fleet.is_used
+        user, password, host, database = re.fullmatch(  # type: ignore[union-attr]
+            r"postgresql://(\w+):(\w+)@(\w+)/(\w+)", settings.fleet.read_dsn()
+        ).groups()
+        environment = services[host]["environment"]
+        assert [user, password, database] == [environment[f"POSTGRES_{key}"] for key in ("USER", "PASSWORD", "DB")]
+        section = settings.services["jobs"]
+        assert section["token"] == services["jobs"]["environment"]["TAILSPAN_SERVE_TOKEN"]
+        assert section["base_url"] == "http://jobs:8798/server/v1"
+        assert agents[name]["ports"] == [f"127.0.0.1:{(settings.agent.public_url or '').rpartition(':')[2]}:8797"]
+        assert f"{name}:/var/lib/tailspan" in agents[name]["volumes"]
+    assert len({settings.agent.public_url for settings in found.values()}) == 3
+    understood(services["jobs"]["command"])
+    assert services["jobs"]["volumes"][0] == services["demo"]["volumes"][0] == "jobs:/var/lib/tailspan"
+    assert [name for name, service in services.items() if "profiles" in service] == ["demo"]
+
+
+@pytest.mark.parametrize("stack", ["lgtm", "full", "fleet"])
 def test_grafana_finds_what_is_provisioned(stack: str) -> None:
     """The folder of dashboards, the rules, and an address for each data source that its file asks for."""
     targets = {target for _, _, target in mounts(stack)}
