@@ -47,6 +47,7 @@ PIPELINE = f"cicd_pipeline_name=~{CHOSEN}"
 ITS_PIPELINE = "cicd_pipeline_name=`${pipeline:raw}`"
 ONE_RUN = f"{ITS_PIPELINE}, cicd_pipeline_run_id=~`${{run_id:regex}}|`"  # the label needs run_id_on_metrics
 AGENT = "instance=~`${agent:regex}`"
+OF_A_FLEET = "Agents that share jobs; empty for an agent that is alone."
 SHOWN = "resource.service.name, resource.cicd.pipeline.run.id, span.cicd.pipeline.result, status, statusMessage"
 RUN = "resource.cicd.pipeline.run.id = `${run_id:raw}`"
 # The last two conditions: without a name Loki would refuse the query, and without an id every other line has none.
@@ -659,6 +660,42 @@ def agent() -> dashboard.Dashboard:
             )
         )
         .with_panel(lines("Jobs followed", [(level("tailspan_agent_jobs_followed", "instance, service", "sum"), one)]))
+        .with_panel(
+            lines(
+                "Fleet: shards by agent",
+                [(level("tailspan_fleet_shards", "instance", "sum"), "{{instance}}")],
+                what=f"{OF_A_FLEET} All agents together have 256 shards; each has a fair share, plus or minus one.",
+            )
+        )
+        .with_panel(
+            lines(
+                "Fleet: shards taken over",
+                [
+                    (
+                        f"sum by (instance) (increase(tailspan_fleet_takeovers_total{{{AGENT}}}[$__rate_interval]))",
+                        "{{instance}}",
+                    )
+                ],
+                bars=True,
+                what=f"{OF_A_FLEET} By the agent that took them from one that did not renew its leases.",
+            )
+        )
+        .with_panel(
+            lines(
+                "Fleet: age of the leases",
+                [(level("tailspan_fleet_lease_age_seconds", "instance"), "{{instance}}")],
+                unit="s",
+                what=f"{OF_A_FLEET} Usually below a third of fleet.lease; an agent stops reading at four fifths.",
+            )
+        )
+        .with_panel(
+            lines(
+                "Fleet: duration of hand-overs",
+                [(level("tailspan_fleet_handover_duration_seconds", "instance"), "{{instance}}")],
+                unit="s",
+                what=f"{OF_A_FLEET} The last one of each agent: the endpoint must have accepted what was sent.",
+            )
+        )
         .with_panel(rows("Agents", [("Uptime", level("tailspan_agent_uptime_seconds", who), "s")], key="host_name"))
     )
 

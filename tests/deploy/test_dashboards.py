@@ -177,7 +177,8 @@ def test_dashboards_and_rules_query_only_what_is_sent(tmp_path: Path) -> None:
     }
     assert unknown == set()
     # The metrics of an agent that shares jobs through a database; tests/prove/fleet_world.py has such agents.
-    of_a_fleet = {"tailspan_fleet_takeovers_total", "tailspan_fleet_lease_age_seconds"}
+    of_a_fleet = {f"tailspan_fleet_{name}" for name in ("agents", "shards", "takeovers_total")}
+    of_a_fleet |= {f"tailspan_fleet_{name}_seconds" for name in ("lease_age", "handover_duration")}
     assert {name for name, _ in asked} <= set(sent) | of_a_fleet
 
     keys = {key for record in records for key in (*record.attributes, *record.resource)}
