@@ -10,12 +10,13 @@ from pathlib import Path
 __all__ = ["Patience"]
 
 _NANOS_PER_S = 1e9
+_READ_EACH_S = 1.0  # it takes longer than what most callers poll for
 
 
 class Patience:
     """A time limit that does not count the time in which the processes concerned waited for a processor.
 
-    Call `is_over` repeatedly: only what it finds at a call counts.
+    Call `is_over` repeatedly: only what it finds at a call counts. It reads the processes' times once a second.
 
     Args:
         limit_s: The limit, in seconds.
@@ -41,7 +42,10 @@ class Patience:
 
     def is_over(self) -> bool:
         """Return whether the time is used up."""
-        now_s, waited_s = self._clock(), self._read()
+        now_s = self._clock()
+        if now_s - self._now_s < min(_READ_EACH_S, self._left_s):
+            return False
+        waited_s = self._read()
         delayed_s = sum(
             max(0.0, waited_s[pid] - before_s) for pid, before_s in self._waited_s.items() if pid in waited_s
         )

@@ -27,10 +27,11 @@ PATIENCE_S = 60.0
 
 def until(holds: Callable[[], Any]) -> Any:
     """Return the first true value; other processes give no event to wait for."""
-    patience = Patience(PATIENCE_S, lambda: [os.getpid()])
+    patience, pause_s = Patience(PATIENCE_S, lambda: [os.getpid()]), 0.002
     while not (value := holds()):
         assert not patience.is_over(), "what was waited for did not come"
-        time.sleep(0.005)
+        time.sleep(pause_s)
+        pause_s = min(0.1, pause_s * 1.3)
     return value
 
 

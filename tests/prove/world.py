@@ -272,13 +272,14 @@ protocol = "{settings.protocol}"
 
     def until(self, holds: Callable[[], Any], what: str, timeout_s: float = PATIENCE_S) -> Any:
         """Return the first true value; fail if none comes in time, or if the agent ends."""
-        patience = self.patience(timeout_s)
+        patience, pause_s = self.patience(timeout_s), 0.02
         while not (value := holds()):
             if self.agent is not None and self.agent.poll() is not None:
                 raise AssertionError(f"the agent ended with {self.agent.returncode}: {self.log[-1500:]}")
             if patience.is_over():
                 raise TimeoutError(f"{what}: not within {timeout_s:g} s; the agent says: {self.log[-1500:]}")
-            time.sleep(0.05)  # `holds` often reads the whole store, beside the agent
+            time.sleep(pause_s)
+            pause_s = min(0.25, pause_s * 1.5)  # `holds` often reads the whole store, beside the agent
         return value
 
     def checkpoint(self, job: Job, state_dir: Path | None = None) -> Checkpoint | None:
