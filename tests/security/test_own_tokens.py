@@ -181,7 +181,17 @@ def test_forms_through_a_proxy_that_renames_the_host() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", ["tailspan.test", "ftp://x", "https://x/path", "https://u:p@x", "https://[", "https://"]
+    "wrong",
+    [
+        "tailspan.test",
+        "ftp://x",
+        "https://x/pa th",
+        "https://x/#a",
+        "https://x/?q=1",
+        "https://u:p@x",
+        "https://[",
+        "https://",
+    ],
 )
 def test_public_urls_that_are_none(wrong: str) -> None:
     """The error names the key."""

@@ -23,6 +23,7 @@ ENOUGH_RUNS = 10
 """Minimum number of succeeded runs for a limit: before, no run is silent, slow or too fast."""
 
 _SUCCESS = "success"
+_UNDECIDED = ("cancellation", "skip")
 # A silent job is polled only once a minute, so that a pause is seen up to a minute late.
 _LEAST_SILENCE_S = 60.0
 _SILENCE_FACTOR = 2.0
@@ -106,8 +107,9 @@ class PipelineHistory:
 
     @cached_property
     def success_rate(self) -> float | None:
-        """The share of runs that succeeded, 0 to 1; None without runs."""
-        return sum(run.result == _SUCCESS for run in self.runs) / len(self.runs) if self.runs else None
+        """The share of runs that succeeded, 0 to 1, of those neither canceled nor skipped; None without such runs."""
+        decided = [run.result == _SUCCESS for run in self.runs if run.result not in _UNDECIDED]
+        return sum(decided) / len(decided) if decided else None
 
     @cached_property
     def durations_s(self) -> tuple[float, ...]:

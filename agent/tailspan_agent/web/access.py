@@ -92,7 +92,8 @@ class AccessControl:
         if request.method != "GET" or not self._session.knows_token(query.get("token", "")):
             return None
         rest = urlencode([(name, value) for name, value in query.multi_items() if name != "token"])
-        response = RedirectResponse(local_path(request.url.path + (f"?{rest}" if rest else "")), 303)
+        path = local_path(request.url.path + (f"?{rest}" if rest else ""))
+        response = RedirectResponse(self._session.root + path, 303)
         self._session.open(response)
         return response
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from markupsafe import Markup
+
 from tailspan._durations import age_text, duration_text
 from tailspan_agent.analysis.baseline import PastRun, PipelineHistory
 
-__all__ = ["Bar", "ago", "bars", "count", "duration", "exact", "visible", "visible_block"]
+__all__ = ["Bar", "ago", "bars", "count", "duration", "exact", "marked", "time_tag", "visible", "visible_block"]
 
 _PICTURES = {code: 0x2400 + code for code in range(0x20) if code != 0x09} | {0x7F: 0x2421}
 # Characters that reorder or hide text: a line must not look different from what it is.
@@ -19,8 +22,9 @@ _PICTURES |= dict.fromkeys(
 
 
 def duration(seconds: float | None) -> str:
-    """Return a duration as `tailspan._durations.duration_text` writes it; None as nothing."""
-    return "" if seconds is None else duration_text(seconds)
+    """Return a duration as `tailspan._durations.duration_text` writes it; None as nothing, a negative one as 0."""
+    # Clocks of two machines differ, so that a time may lie before the one that it is counted from.
+    return "" if seconds is None else duration_text(max(0.0, seconds))
 
 
 def ago(unix_nano: int | None, now_unix_nano: int) -> str:
@@ -37,6 +41,34 @@ def exact(unix_nano: int | None) -> str:
     except (OverflowError, ValueError, OSError):
         return f"{unix_nano} ns"
     return f"{when:%Y-%m-%d %H:%M:%S}.{when.microsecond // 1000:03} UTC"
+
+
+def time_tag(unix_nano: int | None, form: str = "full", now_unix_nano: int = 0) -> str:
+    """Return a time as HTML, which the page's script shows in the browser's zone; without it, it is in UTC.
+
+    Args:
+        unix_nano: The time in ns since the epoch.
+        form: ``full`` (date and time), ``clock`` (time of day), ``line`` (the same with milliseconds), or ``ago``.
+        now_unix_nano: The present, for ``ago``.
+    """
+    text = exact(unix_nano)
+    if not text.endswith(" UTC"):
+        return Markup.escape(text)
+    iso = f"{text[:10]}T{text[11:23]}Z"
+    shown = {"full": f"{text[:19]} UTC", "clock": text[11:19], "line": text[11:23]}.get(form)
+    shown = ago(unix_nano, now_unix_nano) if shown is None else shown
+    return Markup('<time datetime="{}" data-form="{}" title="{}">{}</time>').format(iso, form, text, shown)
+
+
+def marked(text: str, needle: str) -> str:
+    """Return text as HTML in which each place of another text is marked, in upper or lower case."""
+    if not needle:
+        return Markup.escape(text)
+    found, end = Markup(), 0
+    for match in re.finditer(re.escape(needle), text, re.IGNORECASE):
+        found += Markup("{}<mark>{}</mark>").format(text[end : match.start()], match[0])
+        end = match.end()
+    return found + text[end:]
 
 
 def count(number: float) -> str:

@@ -47,6 +47,7 @@ async def job_events(
     reload: Callable[[], Awaitable[JobView]],
     render: Callable[..., str],
     *,
+    banner: Callable[[], str],
     timeout_s: float,
     task: str = "",
 ) -> AsyncGenerator[str, None]:
@@ -59,19 +60,21 @@ async def job_events(
         job: Its last known data.
         reload: Loads its current data.
         render: Renders a template with values.
+        banner: Renders the problems of the agent.
         timeout_s: Time limit for each answer of its service, in seconds.
         task: The id or name of the task whose lines are sent; empty: all lines.
     """
     path = job_paths(job, task)
     charts = _TaskCharts(render, task)
     window: LogWindow | None = None
-    head = ""
+    head = side = shown_banner = ""
     shown_open: list[LogLine] = []
     while True:
         job = await _within(timeout_s, reload()) or job
         is_reset, new = await _within(timeout_s, _new_lines(logs, job, window, task)) or (False, None)
         window = new or window
         new_head = render("_job_head.html", job=job)
+        new_side = render("_job_side.html", job=job)
         if new is not None and (is_reset or new.lines):
             html = render("_lines.html", lines=new.lines, left_out=new.left_out, path=path)
             yield format_event("reset" if is_reset else "lines", {"html": html})
@@ -82,6 +85,12 @@ async def job_events(
             shown_open = open_lines
         if chart := charts.changed(job):
             yield format_event("tasks", {"html": chart})
+        if (new_banner := banner()) != shown_banner:
+            yield format_event("banner", {"html": new_banner})
+            shown_banner = new_banner
+        if new_side != side:
+            yield format_event("side", {"html": new_side})
+            side = new_side
         if new_head != head:
             yield format_event("head", {"html": new_head, "ended": job.status.state.is_terminal})
             head = new_head

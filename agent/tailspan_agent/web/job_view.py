@@ -14,7 +14,7 @@ from tailspan.errors import JobNotFoundError, ServiceError, ServiceUnavailableEr
 from tailspan.models import JobState, JobStatus, TaskRun
 from tailspan.services import JobService, TaskService
 from tailspan_agent.analysis.assessment import Assessment, JobSnapshot, assess
-from tailspan_agent.analysis.baseline import PipelineHistory
+from tailspan_agent.analysis.baseline import PastRun, PipelineHistory
 from tailspan_agent.analysis.failure import exit_reason
 from tailspan_agent.checkpoint.rows import Checkpoint
 from tailspan_agent.job.bounds import bounded_tasks
@@ -30,7 +30,12 @@ from tailspan_agent.web.task_chart import TaskChart, task_chart
 if TYPE_CHECKING:
     from tailspan_agent.fleet.leases import FleetAgent
 
-__all__ = ["JobView", "Phase", "load_job_view"]
+__all__ = ["RESULT_KINDS", "JobView", "Phase", "PipelineRun", "load_job_view"]
+
+RESULT_KINDS = {"success": "succeeded", "cancellation": "canceled", "skip": "skipped"}
+"""The class of a run by its ``cicd.pipeline.result``; all others failed."""
+
+_SHOWN_RUNS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,21 @@ class Phase:
     x: float
     width: float
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineRun:
+    """A past run of the job's pipeline.
+
+    Attributes:
+        path: The path of its page; empty if its service is not watched.
+        kind: ``succeeded``, ``failed``, ``canceled`` or ``skipped``.
+        run: The run.
+    """
+
+    path: str
+    kind: str
+    run: PastRun
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +91,7 @@ class JobView:
         links: Links to other tools: (label, URL).
         tasks: Every attempt of its tasks, without secrets; empty if they are not known.
         agent: The other agent of the fleet that follows it; None without one.
+        runs: The last runs of its pipeline, newest first.
     """
 
     service: JobService
@@ -89,6 +110,12 @@ class JobView:
     links: Sequence[tuple[str, str]] = field(default_factory=tuple)
     tasks: Sequence[TaskRun] = ()
     agent: FleetAgent | None = None
+    runs: Sequence[PipelineRun] = ()
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended and did not do its work; a canceled job did what its user wanted."""
+        return self.status.state in (JobState.FAILED, JobState.TIMED_OUT, JobState.LOST)
 
     @property
     def name(self) -> str:
@@ -205,6 +232,7 @@ async def load_job_view(
         links=_links(view, status),
         tasks=tasks,
         agent=agent,
+        runs=_pipeline_runs(view, history),
     )
 
 
@@ -248,6 +276,18 @@ def _links(view: AgentView, status: JobStatus) -> list[tuple[str, str]]:
     urls = {**view.settings().links.of(status), "at its service": status.url}
     # A URL from outside must not be a script (javascript:).
     return [(label.capitalize(), url) for label, url in urls.items() if url and url.startswith(("http://", "https://"))]
+
+
+def _pipeline_runs(view: AgentView, history: PipelineHistory) -> list[PipelineRun]:
+    names = {service.identity: name for name, service in view.services.items()}
+    return [
+        PipelineRun(
+            job_path(names[run.identity], run.job_id) if run.identity in names else "",
+            RESULT_KINDS.get(run.result, "failed"),
+            run,
+        )
+        for run in reversed(history.runs[-_SHOWN_RUNS:])
+    ]
 
 
 def _phases(times: JobTimes, now_ns: int, *, ended: bool) -> list[Phase]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate, islice
 
 from tailspan._plural import plural
-from tailspan.errors import CursorExpiredError
+from tailspan.errors import CursorExpiredError, ServiceError
 from tailspan.logs.clean import clean
 from tailspan.logs.page import NANOS_PER_MS, LineRun, LogPage, Stream
 from tailspan.services import JobService
@@ -287,6 +287,26 @@ class LogWindowReader:
             line = await service.open_line(job_id)
         text = self._redact_open(clean(line.text))[:_MAX_LINE_CHARS] if line is not None else ""
         return [LogLine(None, line.time_unix_nano, "", "open", visible(text))] if line is not None and text else []
+
+    async def text(self, service: JobService, job_id: str, *, task: str = "") -> AsyncGenerator[bytes, None]:
+        """Yield a whole log as text, page by page, cleaned and without secrets.
+
+        If it cannot be read further, the last line says so: a response that has begun cannot become an error.
+
+        Args:
+            service: The job's service.
+            job_id: The job.
+            task: Only lines of this task.
+        """
+        try:
+            async with aclosing(_read(service, job_id)) as pages:
+                async for page in pages:
+                    page_lines = _PageLines(page, self._redact, task)
+                    lines = [page_lines.text(position) for position in page_lines.positions(0)]
+                    yield "".join(f"{line}\n" for line in lines).encode(errors="replace")
+                    await asyncio.sleep(0)
+        except (ServiceError, CursorExpiredError) as error:
+            yield f"(tailspan: the log cannot be read further: {self._redact(str(error))})\n".encode(errors="replace")
 
     def _read_limit(self, service: JobService) -> asyncio.Semaphore:
         return self._read_limits.setdefault(service.identity, asyncio.Semaphore(_MAX_READS))

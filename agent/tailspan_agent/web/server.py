@@ -22,6 +22,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tailspan._net import host_port
 from tailspan.errors import ConfigError
@@ -105,7 +106,7 @@ class StatusServer:
         self._socket = _listen_on_path(address) if isinstance(address, Path) else _listen(*address)
         self._server = _Server(
             limited_config(
-                app,
+                _BelowPrefix(app, self._session),
                 max_connections=_MAX_CONNECTIONS,
                 open_paths=("/healthz", "/readyz"),
                 timeout_graceful_shutdown=_STOP_GRACE_S,
@@ -179,6 +180,22 @@ class StatusServer:
     async def _get_delivery(self, request: Request) -> Response:
         query = request.query_params
         return JSONResponse(await self._delivery(query.get("identity", ""), query.get("job_id", "")))
+
+
+class _BelowPrefix:
+    """Answers requests with and without the prefix of ``agent.public_url``: some proxies take it away, some do not."""
+
+    def __init__(self, app: ASGIApp, session: Session) -> None:
+        self._app = app
+        self._session = session
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        root = self._session.root
+        if root and scope["type"] == "http" and f"{scope['path']}/".startswith(f"{root}/"):
+            path = scope["path"].removeprefix(root) or "/"
+            raw_path = scope.get("raw_path", b"").removeprefix(root.encode()) or b"/"
+            scope = {**scope, "path": path, "raw_path": raw_path}
+        await self._app(scope, receive, send)
 
 
 async def _with_pauses(pieces: Iterator[bytes]) -> AsyncIterator[bytes]:

@@ -44,6 +44,11 @@ class Session:
         return self.public_url is not None and self.public_url.startswith("https:")
 
     @property
+    def root(self) -> str:
+        """The path below which a proxy has the page, without a slash at the end: empty at the top of its host."""
+        return urlsplit(self.public_url or "").path.rstrip("/")
+
+    @property
     def needs_token(self) -> bool:
         """Whether a token is required."""
         return self._token is not None
@@ -66,7 +71,12 @@ class Session:
     def open(self, response: Response) -> None:
         """Add the session cookie to a response."""
         response.set_cookie(
-            self.cookie_name, self.cookie, httponly=True, samesite="strict", secure=self.needs_tls, path="/"
+            self.cookie_name,
+            self.cookie,
+            httponly=True,
+            samesite="strict",
+            secure=self.needs_tls,
+            path=self.root or "/",
         )
 
     def knows_token(self, given: str) -> bool:

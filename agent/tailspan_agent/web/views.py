@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +17,7 @@ from urllib.parse import parse_qsl, quote, urlencode
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.datastructures import QueryParams
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
@@ -52,6 +54,7 @@ _MAX_FORM_BYTES = 4096
 _MAX_TASK_CHARS = 1024
 _MAX_FORM_FIELDS = 20
 _MAX_WRONG_TOKENS = 10
+_MAX_DOWNLOADS = 4
 _HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -83,6 +86,7 @@ class PageRoutes:
         self._entries_at_s = float("-inf")
         self._refreshing = asyncio.Lock()
         self._wrong_tokens = 0
+        self._downloads = 0
         self._templates = _templates()
 
     def routes(self, access: AccessControl) -> list[BaseRoute]:
@@ -93,6 +97,7 @@ class PageRoutes:
             Route("/events/jobs", protect(self._jobs_events)),
             Route("/job", protect(self._job)),
             Route("/events/job", protect(self._job_events)),
+            Route("/log", protect(self._download)),
             Route("/cancel", protect(self._cancel), methods=["POST"]),
             Route("/pipelines", protect(self._pipelines)),
             Route("/agent", protect(self._agent)),
@@ -175,7 +180,7 @@ class PageRoutes:
         async def events() -> AsyncGenerator[str, None]:
             sent: dict[str, str] = {}
             order: list[str] = []
-            head = ""
+            head = banner = ""
             while True:
                 listing = await self._listing(job_filter)
                 rendered = {row.key: self._render("_row.html", row=row) for row in self._rows(listing)}
@@ -195,6 +200,9 @@ class PageRoutes:
                     sent, order, head = rendered, list(rendered), new_head
                 else:
                     yield KEEP_ALIVE
+                if (new_banner := self._banner()) != banner:
+                    yield format_event("banner", {"html": new_banner})
+                    banner = new_banner
                 await asyncio.sleep(REFRESH_S)
 
         return self._streams.respond(events, _HEADERS)
@@ -274,12 +282,12 @@ class PageRoutes:
             return self._error(502, "The log cannot be read now", str(error) or "its service did not answer in time")
         path = job_paths(job, task)
         if found.lines and (number := found.lines[0].number):
-            return RedirectResponse(f"{path(**{'from': max(1, number - 20)})}#L{number}", 303)
+            return RedirectResponse(f"{self._session.root}{path(**{'from': max(1, number - 20)})}#L{number}", 303)
         if found.reached is not None:
             # Browsers limit the number of redirects, and a long log would need too many.
             onward = path(**{"from": found.reached + 1, "jump": "error"})
             response = self._html("error_search.html", tab="", reached=found.reached, onward=onward, back=path())
-            response.headers["refresh"] = f"0; url={onward}"
+            response.headers["refresh"] = f"0; url={self._session.root}{onward}"
             return response
         return self._error(
             404,
@@ -297,8 +305,37 @@ class PageRoutes:
             return PlainTextResponse(f"{error}\n", 404)
         reload = partial(load_job_view, self._view, job.service, job.status.job_id, timeout_s=_SERVICE_TIMEOUT_S)
         task = _task_of(request.query_params)
-        events = partial(job_events, self._logs, job, reload, self._render, timeout_s=_SERVICE_TIMEOUT_S, task=task)
+        events = partial(
+            job_events,
+            self._logs,
+            job,
+            reload,
+            self._render,
+            banner=self._banner,
+            timeout_s=_SERVICE_TIMEOUT_S,
+            task=task,
+        )
         return self._streams.respond(events, _HEADERS)
+
+    async def _download(self, request: Request) -> Response:
+        try:
+            job = await self._load_job(request)
+        except TailspanError as error:
+            return PlainTextResponse(f"{error}\n", 404)
+        if self._downloads >= _MAX_DOWNLOADS:
+            return PlainTextResponse("too many logs are being downloaded: try again later\n", 503)
+        lines = self._logs.text(job.service, job.status.job_id, task=_task_of(request.query_params))
+        headers = {**_HEADERS, "content-disposition": f'attachment; filename="{_file_name(job.name)}.log"'}
+        return StreamingResponse(self._counted(lines), headers=headers, media_type="text/plain; charset=utf-8")
+
+    async def _counted(self, lines: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+        self._downloads += 1
+        try:
+            async with aclosing(lines):
+                async for part in lines:
+                    yield part
+        finally:
+            self._downloads -= 1
 
     async def _cancel(self, request: Request) -> Response:
         form = await _form(request)
@@ -318,7 +355,7 @@ class PageRoutes:
             return self._error(404, "No such job", str(error))
         except (TailspanError, TimeoutError) as error:
             return self._error(502, "The job was not cancelled", str(error) or "its service did not answer in time")
-        return RedirectResponse(job_path(service.name, form.get("id", "")), 303)
+        return RedirectResponse(self._session.root + job_path(service.name, form.get("id", "")), 303)
 
     async def _pipelines(self, _: Request) -> Response:
         now_ns = time.time_ns()
@@ -378,7 +415,7 @@ class PageRoutes:
             finally:
                 self._wrong_tokens -= 1
             return self._html("login.html", 401, tab="", target=target, wrong=True)
-        response = RedirectResponse(target, 303)
+        response = RedirectResponse(self._session.root + target, 303)
         self._session.open(response)
         return response
 
@@ -395,10 +432,14 @@ class PageRoutes:
         if request.method != "GET" or "text/html" not in request.headers.get("accept", ""):
             return None
         target = request.url.path + (f"?{request.url.query}" if request.url.query else "")
-        return RedirectResponse(f"/login?{urlencode({'next': target})}", 303)
+        return RedirectResponse(f"{self._session.root}/login?{urlencode({'next': target})}", 303)
 
     def _render(self, template: str, **values: Any) -> str:
-        return self._templates.get_template(template).render(now=time.time_ns(), fleet=self._view.fleet, **values)
+        shared = {"now": time.time_ns(), "root": self._session.root, "fleet": self._view.fleet}
+        return self._templates.get_template(template).render(**shared, **values)
+
+    def _banner(self) -> str:
+        return self._render("_banner.html", troubles=self._view.troubles, recovered=self._view.store.recovered)
 
     def _html(self, template: str, status: int = 200, **values: Any) -> Response:
         text = self._render(
@@ -438,8 +479,10 @@ def _templates() -> Environment:
         "count": formatting.count,
         "duration": formatting.duration,
         "exact": formatting.exact,
+        "marked": formatting.marked,
         "plural": plural,
         "quoted": partial(quote, safe="", errors="replace"),
+        "time": formatting.time_tag,
         "visible": formatting.visible,
         "visible_block": formatting.visible_block,
     }
@@ -458,6 +501,11 @@ def _earlier_path(path: Callable[..., str], window: LogWindow, first: int | None
     # The lines of a task are among others, so that only their last number is known.
     number = window.lines[0].number if window.lines else first
     return path(until=number - 1) if number and number > 1 else ""
+
+
+def _file_name(job_name: str) -> str:
+    """Return a name for a file of a job's log, which is safe in a header and in every file system."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", job_name).strip("-.")[:80] or "job"
 
 
 def _number(text: str) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
@@ -20,6 +21,7 @@ __all__ = ["AgentSettings", "Expect", "Watch"]
 Severity = Literal["TRACE", "DEBUG", "INFO", "WARN", "ERROR", "FATAL"]
 
 _UNIX = "unix:"
+_URL_PATH = re.compile(r"(?:/[\w.~-]*)*", re.ASCII)
 _SEVERITY_WORDS = {"WARNING": "WARN", "CRITICAL": "FATAL"}
 
 
@@ -87,7 +89,7 @@ class AgentSettings(Options):
         token: Required by the page, metrics and deliveries.
         token_file: A file with that token, read when needed. Without both, the agent makes a token for its page.
         allowed_hosts: More names that the page accepts in the Host header.
-        public_url: The URL of a proxy in front of the page; with https, session cookies are ``Secure``.
+        public_url: The URL of the page behind a proxy, with its path; with https, session cookies are ``Secure``.
         allow_cancel: Whether the status page may cancel jobs.
         drain_timeout: How long to wait for exports at shutdown, in seconds.
         max_log_names: Number of names that logs may have at a time; the logs of further jobs share ``#other#``.
@@ -178,8 +180,8 @@ class AgentSettings(Options):
             valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
         except ValueError:
             valid = False
-        if not valid or parts.path.strip("/") or parts.query or "@" in parts.netloc:
-            raise ConfigError('expected "https://HOST", without a path', key="agent.public_url")
+        if not valid or not _URL_PATH.fullmatch(parts.path) or parts.query or parts.fragment or "@" in parts.netloc:
+            raise ConfigError('expected "https://HOST" or "https://HOST/PATH"', key="agent.public_url")
 
     def _check_watches(self) -> Self:
         for number, watch in enumerate(self.watch):

@@ -186,6 +186,23 @@ def test_the_log_of_a_running_job_is_followed(bench, tab):
             site.call(site.fake.add_lines, "busy", text)
             tab.locator("#lines", has_text=text).wait_for()
         assert tab.locator("#lines td.text").all_inner_texts() == ["first", "second", "third"]
+        site.call(site.fake.add_lines, "busy", *(f"line {number}" for number in range(300)))
+        tab.locator("#lines", has_text="line 299").wait_for()
+        box = "document.querySelector('.logbox')"
+        at_end = f"{box}.scrollHeight - {box}.scrollTop - {box}.clientHeight < 40"
+        tab.wait_for_function(at_end)
+        # Who scrolls up stays there, and returns by the button.
+        tab.evaluate("document.querySelector('.logbox').scrollTop = 0")
+        tab.get_by_role("button", name="Jump to newest").wait_for()
+        site.call(site.fake.add_lines, "busy", "one more")
+        tab.get_by_role("button", name="Jump to newest (1 new)").wait_for()
+        assert tab.evaluate("document.querySelector('.logbox').scrollTop") == 0
+        tab.get_by_role("button", name="Jump to newest").click()
+        tab.wait_for_function(at_end)
+        site.call(site.fake.add_lines, "busy", "and one")
+        tab.locator("#lines", has_text="and one").wait_for()
+        tab.wait_for_function(at_end)
+        assert not tab.get_by_role("button", name="Jump to newest").is_visible()
 
 
 def test_search_by_key_finds_jobs_and_lines(bench, tab):

@@ -13,7 +13,7 @@ import tailspan_agent.web
 from tailspan.models import JobState
 from tailspan.testing import FakeService
 from tailspan_agent.analysis.baseline import PastRun
-from tailspan_agent.web.formatting import ago, duration, visible
+from tailspan_agent.web.formatting import ago, duration, marked, time_tag, visible
 from tests.fakes.agents import looped, until
 from tests.integration.agent.web.test_page import browsing, ended, job_page, relayed
 
@@ -97,7 +97,7 @@ async def test_a_job_that_is_not_followed_is_never_silent(bench):
 
 @looped
 async def test_a_job_that_was_never_followed_has_the_times_of_its_service(bench):
-    """The page shows the times of the status, and a dash for a missing time."""
+    """The page shows the times of the status; a missing time has no row."""
     began = datetime.now(UTC) - timedelta(hours=5, minutes=1)
     times = {"submitted_at": began - timedelta(hours=2), "started_at": began}
     bench.fake.add_job("other", job_name="nightly", **times)
@@ -105,17 +105,23 @@ async def test_a_job_that_was_never_followed_has_the_times_of_its_service(bench)
     bench.fake.set_state("done", JobState.SUCCEEDED, finished_at=began + timedelta(hours=4))
     bench.fake.add_job("pending", job_name="nightly", state=JobState.PENDING, submitted_at=began, started_at=None)
     async with browsing(bench, {"discover": True, "name": "watched-*"}) as (_, client):
-        times_by_job = {}
+        times_by_job, heads = {}, {}
         for job_id in ("other", "done", "pending"):
             page = (await job_page(client, job_id)).text
             times_by_job[job_id] = dict(
-                re.findall(r"<dt>(Submitted|Started|Ended)</dt><dd title=\"[^\"]*\">([^<]*)<", page)
+                re.findall(r'<dt>(submitted|started|ended)</dt><dd><time datetime="([^"]*)"', page)
             )
+            heads[job_id] = re.findall(r"(submitted|started|ended) <time [^>]*>([^<]*)<", page)[0]
+    submitted, started, finished = (
+        f"{time:%Y-%m-%dT%H:%M:%S}.{time.microsecond // 1000:03}Z"
+        for time in (began - timedelta(hours=2), began, began + timedelta(hours=4))
+    )
     assert times_by_job == {
-        "other": {"Submitted": "7h ago", "Started": "5h ago"},
-        "done": {"Submitted": "7h ago", "Started": "5h ago", "Ended": "1h ago"},
-        "pending": {"Submitted": "5h ago", "Started": "–"},
+        "other": {"submitted": submitted, "started": started},
+        "done": {"submitted": submitted, "started": started, "ended": finished},
+        "pending": {"submitted": started},
     }
+    assert heads == {"other": ("started", "5h ago"), "done": ("ended", "1h ago"), "pending": ("submitted", "5h ago")}
 
 
 @looped
@@ -130,7 +136,7 @@ async def test_jobs_and_pipelines_without_a_name_have_a_readable_label(bench):
     bench.fake.add_job("late", job_name="more")
     async with browsing(bench, max_pipeline_names=1) as (_, client):
         other = (await client.get("/pipelines")).text
-    assert "<h1>nameless <small" in page
+    assert "<h1>nameless</h1>" in page
     assert '<a href="/?q=nameless">nameless</a>' in page
     assert "<title>nameless ·" in page
     assert ">nameless</a>" in table
@@ -154,8 +160,8 @@ async def test_graphics_have_text_labels(bench):
         script = (await client.get("/static/page.js")).text
     assert re.findall(r"<progress[^>]*>", table + page) != []
     assert all('aria-label="' in bar for bar in re.findall(r"<progress[^>]*>", table + page))
-    labels = re.findall(r'class="from">(.*?)</td><td class="text">([^<]*)', page)
-    assert labels == [("", "out"), ('<abbr title="stderr">err</abbr>', "oops")]
+    labels = re.findall(r'class="from"[^>]*>(.*?)</td><td class="text">([^<]*)', page)
+    assert labels == [("", "out"), ('<span class="unseen">stderr</span>', "oops")]
     assert '<select name="service" aria-label="Service">' in table
     assert "requestSubmit" not in script
 
@@ -167,6 +173,46 @@ async def test_graphics_have_text_labels(bench):
 def test_a_duration_does_not_fill_its_unit(seconds, text):
     """A value that rounds up to the next unit is shown in that unit."""
     assert duration(seconds) == text
+
+
+@looped
+async def test_a_job_that_logs_to_stderr_does_not_look_ill(bench):
+    """Python's loggers write to stderr: only the level of a line has a colour, the stream is a faint mark."""
+    bench.fake.add_job("busy")
+    bench.fake.add_lines("busy", "INFO all is well", "WARNING slow", "ERROR no", stream="stderr")
+    async with browsing(bench) as (_, client):
+        await bench.received(lambda: len(bench.bodies("busy")) == 3)
+        page = (await job_page(client, "busy")).text
+    assert re.findall(r'<tr id="L\d" class="([^"]*)"', page) == ["info stderr", "warn stderr", "error stderr"]
+    rules = re.findall(r"([^{}]*stderr[^{}]*){([^}]*)}", CSS)
+    assert [colours for _, colours in rules if "--warn" in colours or "--bad" in colours] == []
+
+
+def test_times_are_for_programs_and_for_people():
+    """A time has its instant, and a text in UTC for browsers without scripts; one beyond the calendar is a number."""
+    at = 1_795_954_336_123_456_789
+    assert time_tag(at) == (
+        '<time datetime="2026-11-29T12:12:16.123Z" data-form="full" title="2026-11-29 12:12:16.123 UTC">'
+        "2026-11-29 12:12:16 UTC</time>"
+    )
+    assert [re.sub("<[^>]*>", "", time_tag(at, form, at + 3_600_000_000_000)) for form in ("clock", "line", "ago")] == [
+        "12:12:16",
+        "12:12:16.123",
+        "1h ago",
+    ]
+    assert (time_tag(None), time_tag(1 << 70)) == ("", f"{1 << 70} ns")
+
+
+def test_hits_of_a_search_are_marked_and_stay_text():
+    """Each hit, in upper or lower case; what is searched is no pattern, and markup stays text."""
+    assert marked("A <b> a", "a") == "<mark>A</mark> &lt;b&gt; <mark>a</mark>"
+    assert marked("x.y xzy <i>", "X.Y") == "<mark>x.y</mark> xzy &lt;i&gt;"
+    assert marked("<i>", "") == "&lt;i&gt;"
+
+
+def test_no_duration_is_negative():
+    """Clocks differ: what would be negative is nothing."""
+    assert duration(-8.311) == "0 ms"
 
 
 def test_sixty_seconds_are_a_minute():

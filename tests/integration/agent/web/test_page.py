@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tailspan.errors import ServiceUnavailableError
 from tailspan.models import JobState
 from tailspan.testing import FakeService
 from tailspan_agent.agent import Agent
@@ -452,7 +453,93 @@ async def test_problems_of_the_agent_are_on_every_page(bench):
         await until(agent.problems)
         for path in ("/", "/pipelines", "/agent", "/job?service=fake&id=busy"):
             text = (await client.get(path)).text
-            assert re.search(r"Logs</strong>: paused since 20[^<]+, 1 try: HTTP 401; check otlp.endpoint", text)
+            assert re.search(r"Logs</strong>: paused since <time .*</time>, 1 try: HTTP 401; check otlp.endpoint", text)
+
+
+@looped
+async def test_a_job_is_shown_in_the_order_in_which_it_is_read(bench):
+    """Head, reason with a closed traceback, log, side column with delivery, runs and attributes; hits are marked."""
+    trace = ["Traceback (most recent call last):", '  File "a.py", line 1, in <module>', "    boom()", "ValueError: no"]
+    fields = {"job_name": "nightly", "attributes": {"team": "geo"}, "instance_id": "worker-7"}
+    ended(bench, "sad", "INFO a", *trace, state=JobState.FAILED, exit_code=3, **fields)
+    ended(bench, "off", "INFO a", state=JobState.CANCELED, **fields)
+    async with browsing(bench) as (_, client):
+        await relayed(bench, "sad", "off")
+        page, canceled = (await job_page(client, "sad")).text, (await job_page(client, "off")).text
+        found = (await job_page(client, "sad", q="BOOM")).text
+        pipelines = (await client.get("/pipelines")).text
+    parts = ["<h1>nightly", "exit 3", "worker-7", "Why it failed", "<details><summary>Traceback", 'id="log"',
+             "5 of 5 lines delivered", "This pipeline", "Attributes", "team"]  # fmt: skip
+    places = {part: page.index(part) for part in parts}
+    assert sorted(parts, key=places.__getitem__) == parts
+    assert "    <mark>boom</mark>()" in found
+    assert '<section class="failure"' in page
+    assert '<section class="failure"' not in canceled
+    assert ">0%<" in pipelines, "one failed and one canceled run: nothing succeeded, of one run"
+
+
+@looped
+async def test_a_log_is_downloaded_whole_and_without_secrets(bench, monkeypatch):
+    """As text, as long as it may be; its name is safe; what cannot be read further is said in the last line."""
+    monkeypatch.setenv("PAGE_SECRET", "hunter2hunter2")
+    lines = [f"line {number} hunter2hunter2 \x1b[31m<b>" for number in range(3000)]
+    ended(bench, "big", *lines, job_name='a/../b \r\n"c')
+    async with browsing(bench, more='[redact]\nenv = ["PAGE_SECRET"]') as (_, client):
+        await relayed(bench, "big")
+        answer = await client.get("/log", params={"service": "fake", "id": "big"})
+        bench.fake.fail_next("read_logs", ServiceUnavailableError("gone"))
+        broken = await client.get("/log", params={"service": "fake", "id": "big"})
+        none = await client.get("/log", params={"service": "fake", "id": "no"})
+    assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+    assert answer.headers["content-disposition"] == 'attachment; filename="a-..-b-c.log"'
+    assert answer.text.splitlines() == [f"line {number} [REDACTED] <b>" for number in range(3000)]
+    assert broken.text == "(tailspan: the log cannot be read further: gone)\n"
+    assert none.status_code == 404
+
+
+@pytest.mark.parametrize("strips", [True, False])
+@looped
+async def test_the_page_works_below_the_path_of_a_proxy(bench, strips):
+    """All links, forms, redirects and cookies have the path, whether or not the proxy takes it away."""
+    ended(bench, "j1", "ERROR x", "y", state=JobState.FAILED, job_name="etl")
+    bench.fake.add_job("busy")
+    sent = "" if strips else "/tools/tailspan"
+    keys = {"token": TOKEN, "public_url": "https://tools.test/tools/tailspan/", "allow_cancel": True}
+    async with browsing(bench, **keys) as (agent, client):
+        await relayed(bench, "j1")
+        client.headers["host"] = "tools.test"
+        client.headers["authorization"] = "Basic dXNlcjpwYXNzd29yZA=="  # of the proxy's own login
+        first = await client.get(f"{sent}/agent?x=1")
+        assert first.headers["location"] == "/tools/tailspan/login?next=%2Fagent%3Fx%3D1"
+        login = await client.post(f"{sent}/login", data={"token": TOKEN, "next": "/agent"})
+        assert login.headers["location"] == "/tools/tailspan/agent"
+        assert "Path=/tools/tailspan;" in login.headers["set-cookie"]
+        client.headers["cookie"] = login.headers["set-cookie"].partition(";")[0]
+        paths = ["/", "/job?service=fake&id=j1", "/job?service=fake&id=busy", "/job?service=fake&id=j1&q=x", "/agent"]
+        for path in (*paths, "/pipelines", "/job?service=fake&id=none"):
+            text = (await client.get(sent + path)).text
+            links = re.findall(r'(?:href|src|action|data-events)="(/[^"]*)"', text)
+            assert [link for link in links if not link.startswith("/tools/tailspan/")] == [], path
+        jump = await client.get(f"{sent}/job?service=fake&id=j1&jump=error")
+        assert jump.headers["location"].startswith("/tools/tailspan/job?")
+        assert (await client.get(f"{sent}/static/page.js")).status_code == 200
+        assert agent.server.link == "https://tools.test/tools/tailspan"
+    del client.headers["cookie"]
+
+
+@looped
+async def test_a_proxy_with_its_own_login_can_send_the_token(bench):
+    """The proxy adds the header, so its users need no second login; forms come from its own address."""
+    bench.fake.add_job("busy")
+    keys = {"token": "proxys-own-token", "public_url": "https://tools.test", "allow_cancel": True}
+    async with browsing(bench, **keys) as (agent, client):
+        await until(lambda: agent.tailers)
+        client.headers["authorization"] = "Bearer proxys-own-token"
+        client.headers["origin"] = "https://tools.test"
+        page = (await job_page(client, "busy")).text
+        form_token = re.findall(r'name="form_token" value="([0-9a-f]{64})"', page)[0]
+        form = {"service": "fake", "id": "busy", "form_token": form_token}
+        assert (await client.post("/cancel", data=form)).status_code == 303
 
 
 @looped

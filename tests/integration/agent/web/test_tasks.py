@@ -68,7 +68,7 @@ def rows(text: str) -> list[tuple[str, str]]:
 
 def shown_lines(text: str) -> list[str]:
     """Return the lines of the log on a page."""
-    return re.findall(r'<td class="text">([^<]*)</td>', text)
+    return [re.sub("</?mark>", "", line) for line in re.findall(r'<td class="text">(.*?)</td>', text)]
 
 
 @asynccontextmanager

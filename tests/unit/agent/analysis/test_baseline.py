@@ -78,8 +78,10 @@ def test_nine_runs_are_not_enough_history() -> None:
 
 
 def test_runs_that_did_not_succeed_set_no_limits() -> None:
-    """Ten runs that failed at once do not make a working run slow; the success rate counts them."""
-    history = PipelineHistory((*past([100.0] * 10).runs, *past([0.1] * 10, result="failure").runs))
+    """Ten runs that failed at once do not make a working run slow; the success rate counts them, not the canceled."""
+    results = {"failure": 10, "cancellation": 3, "skip": 2}
+    others = [run for result, number in results.items() for run in past([0.1] * number, result=result).runs]
+    history = PipelineHistory((*past([100.0] * 10).runs, *others))
     assert (history.p50_s, history.success_rate) == (100.0, 0.5)
     assert not assess(followed(running_s=101), history, NOW).slow
 
