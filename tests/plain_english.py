@@ -21,6 +21,11 @@ BANNED = re.compile(
     )\b""",
     re.IGNORECASE | re.VERBOSE,
 )
+# What a file must have for a finding: a word may follow an escape (``\ntold``), a phrase may be in two strings. Much
+# faster than the tokens of each file.
+_PERHAPS = re.compile(
+    BANNED.pattern.removeprefix(r"\b").replace(r"\ ", r"\W+(?:\w{1,2}\W+)?"), re.IGNORECASE | re.VERBOSE
+)
 _CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 
 
@@ -44,6 +49,8 @@ class Finding:
 
 def in_python(path: str, source: str) -> list[Finding]:
     """Return the banned words in comments, docstrings and other string literals, f-strings included."""
+    if not _PERHAPS.search(source):
+        return []
     texts = [
         *((token.start[0], token.string) for token in _tokens(source) if token.type == tokenize.COMMENT),
         *((node.lineno, node.value) for node in _strings(ast.parse(source))),
