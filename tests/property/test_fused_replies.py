@@ -106,7 +106,7 @@ def test_a_row_of_any_content(row: Any) -> None:
     """What is taken as a row of the list can be shown."""
     job = decode_row(row, service="s")
     if job is not None:
-        jobs_table([job])
+        jobs_table([(job, None)])
         json.dumps(json_of(job))
 
 

@@ -249,12 +249,12 @@ async def test_a_chunk_that_does_not_fit_is_sent_in_pieces(store: SqliteStore) -
     queue, jobs = LogQueue(store, Endpoint(sender(fake))), [Job(store, "a"), Job(store, "b")]
     async with running(queue):
         for number, job in enumerate(jobs):
-            await queue.put(job.chunk(number, count=4000, size=KIB))
+            await queue.put(job.chunk(number, count=500, size=8 * KIB))
         await queue.flush()
     sizes = [len(payload) for payload in fake.payloads]
     assert len(sizes) == 3
     assert all(BATCH_BYTES * 15 // 16 < size < BATCH_BYTES + 10 * KIB for size in sizes[:-1])
-    assert [body.split("x")[0] for batch in fake.bodies() for body in batch] == ["a 0"] * 4000 + ["b 1"] * 4000
+    assert [body.split("x")[0] for batch in fake.bodies() for body in batch] == ["a 0"] * 500 + ["b 1"] * 500
     assert [[result.rejected for result in job.results] for job in jobs] == [[2], [0]]
     assert [(job.cursor, job.stored) for job in jobs] == [(b"0", 1), (b"1", 1)]
 

@@ -251,8 +251,8 @@ async def test_no_text_of_a_task_becomes_markup(bench: Bench, service: FakeTaskS
 @looped
 async def test_a_job_with_thousands_of_tasks_has_a_page(bench: Bench, service: FakeTaskService, monkeypatch) -> None:
     """The page has a limited number of rows, says how many are left out, and lists jobs as before."""
-    tasks = [attempt(TaskRef(f"t{n}", f"part {n}"), "success", n / 10, n / 10 + 1) for n in range(5000)]
-    tasks[4321] = replace(tasks[4321], result="failure")
+    tasks = [attempt(TaskRef(f"t{n}", f"part {n}"), "success", n / 10, n / 10 + 1) for n in range(1300)]
+    tasks[1234] = replace(tasks[1234], result="failure")
 
     async def list_tasks(job_id: str) -> list[TaskRun]:
         return tasks
@@ -264,9 +264,9 @@ async def test_a_job_with_thousands_of_tasks_has_a_page(bench: Bench, service: F
         assert listed_ids((await client.get("/")).text) == ["j1"]
     found = rows(page)
     assert len(found) == 200
-    assert ("part 4321", "failed") in found
-    assert "5,000 tasks" in page
-    assert "4,800 attempts are not shown" in page
+    assert ("part 1234", "failed") in found
+    assert "1,300 tasks" in page
+    assert "1,100 attempts are not shown" in page
     assert len(page) < 400_000
 
 

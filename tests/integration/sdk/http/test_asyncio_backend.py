@@ -88,10 +88,10 @@ async def farewell(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
 
 
 async def read_all(stream: httpcore.AsyncNetworkStream) -> bytes:
-    found = b""
+    found = bytearray()
     while piece := await stream.read(1 << 16, timeout=SECONDS):
         found += piece
-    return found
+    return bytes(found)
 
 
 @pytest.mark.parametrize("with_tls", [False, True])

@@ -164,14 +164,14 @@ def test_slow_reader_holds_no_more_than_a_few_pages():
     """A log is read from the service only as fast as the client takes it, and not at all once it is gone."""
     lines = ["x" * 10_000] * 10_000
     service = ScriptedService({"huge": ScriptedJob(lines=lines, page_lines=100)})
-    with serving(service) as running, closing(socket.socket()) as slow:
+    with serving(service) as running, closing(socket.socket()) as slow, httpx.Client() as other:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         slow.connect(("127.0.0.1", running.port))
         slow.sendall(b"GET /server/v1/logs/huge HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert slow.recv(1000)
         # Other requests are answered meanwhile; each gives the server the chance to read on, if it would.
         for _ in range(50):
-            assert httpx.get(f"{running.url}/run/by-id/huge").status_code == 200
+            assert other.get(f"{running.url}/run/by-id/huge").status_code == 200
         assert service.open_reads == 1
         assert service.pages_made < 20
         slow.close()
