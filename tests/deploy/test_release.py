@@ -119,10 +119,15 @@ def test_the_light_installation_works(dist: Path, venv: Path, tmp_path: Path) ->
     assert report["store"]["checkpoints"] == "none yet"
 
 
-def test_pipx_installs_the_command(dist: Path, tools: Path, tmp_path: Path) -> None:
-    """With the agent, into an environment that pipx manages."""
-    env = {"PIPX_HOME": str(tmp_path / "home"), "PIPX_BIN_DIR": str(tmp_path / "bin")}
-    run(tools / "pipx", "install", "--quiet", f"{only(dist, '*manylinux_2_17_*.whl')}[agent]", env=env)
+@pytest.mark.parametrize("what", ["*manylinux_2_17_*.whl", "*-none-any.whl", "the clone"])
+@pytest.mark.parametrize("tool", ["pipx", "uv"])
+def test_tools_install_the_command(dist: Path, tools: Path, tmp_path: Path, tool: str, what: str) -> None:
+    """With the agent, into an environment that pipx or uv manages: the lines of README and docs/start.md."""
+    found = "." if what == "the clone" else str(only(dist, what))
+    env = {"PIPX_HOME": str(tmp_path / "home"), "PIPX_BIN_DIR": str(tmp_path / "bin"), "UV_PYTHON": sys.executable}
+    env |= {"UV_TOOL_DIR": str(tmp_path / "home"), "UV_TOOL_BIN_DIR": str(tmp_path / "bin")}
+    words = {"pipx": ("pipx", "install"), "uv": ("uv", "tool", "install")}[tool]
+    run(tools / words[0], *words[1:], "--quiet", f"{found}[agent]", env=env, cwd=ROOT)
     assert "agent run" in run(tmp_path / "bin" / "tailspan", "agent", "run", "--help")
 
 
