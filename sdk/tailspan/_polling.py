@@ -19,11 +19,13 @@ from tailspan.errors import (
 )
 from tailspan.logs.page import LogPage, Message
 from tailspan.models import JobStatus, ListedJob
-from tailspan.services import JobService
+from tailspan.services import ChangeFeed, ChangeFeedService, JobService
 
-__all__ = ["UNANSWERED_S", "LogPoll", "StatusPoll", "newer", "newest_of", "stamped"]
+__all__ = ["UNANSWERED_S", "LogPoll", "PollPause", "StatusPoll", "newer", "newest_of", "stamped"]
 
 Answer = TypeVar("Answer", JobStatus, ListedJob)
+
+_LEAST_PAUSE_S = 0.05
 
 UNANSWERED_S = 60.0
 """How long the requests of a job may fail after one that succeeded, in seconds."""
@@ -91,6 +93,80 @@ class StatusPoll:
             service=self._service.name,
             job_id=self._job_id,
         )
+
+
+class PollPause:
+    """Waits between two polls of a job: until its service notifies of a change, at most for the poll interval."""
+
+    def __init__(self, service: JobService, job_id: str, clock: Clock) -> None:
+        """Open nothing yet.
+
+        Args:
+            service: Where the job runs. Where a poll costs a request, the poll interval stays as it is.
+            job_id: Its id there.
+            clock: The clock that waits go by.
+        """
+        self._service = service
+        self._job_id = job_id
+        self._clock = clock
+        self._feed: ChangeFeed | None = None
+        self._reports_changes = service.polls_are_free and isinstance(service, ChangeFeedService)
+        self._may_open = self._reports_changes
+
+    async def wait(self, seconds: float) -> None:
+        """Return after this time, or shortly after the job has changed.
+
+        Args:
+            seconds: The time until the next poll.
+        """
+        if self._open():
+            return  # the job may have changed since the last poll
+        if self._feed is not None:
+            await self._wait_for_change(self._feed, seconds)
+        elif self._reports_changes:
+            # Not here or not now: a network file system, a limit of the kernel, macOS.
+            await self._clock.sleep(min(seconds, self._service.poll_min_s))
+        else:
+            await self._clock.sleep(seconds)
+
+    def close(self) -> None:
+        """Release the feed."""
+        if self._feed is not None:
+            self._feed.close()
+            self._feed = None
+
+    def _open(self) -> bool:
+        """Open the feed at the first call; return whether that happened now."""
+        if not self._may_open or not isinstance(self._service, ChangeFeedService):
+            return False
+        self._may_open = False
+        self._feed = self._service.open_changes()
+        if self._feed is not None and not self._feed.follow(self._job_id):
+            self.close()
+        return self._feed is not None
+
+    async def _wait_for_change(self, feed: ChangeFeed, seconds: float) -> None:
+        import anyio
+
+        broken = False
+
+        async def wait() -> None:
+            nonlocal broken
+            try:
+                while (changed := await feed.wait()) is not None and self._job_id not in changed:
+                    pass
+            except ServiceError:
+                broken = True
+            group.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(wait)
+            await self._clock.sleep(seconds)
+            group.cancel_scope.cancel()
+        if broken:
+            self.close()
+        # A job that prints much changes all the time.
+        await self._clock.sleep(min(seconds, _LEAST_PAUSE_S))
 
 
 class LogPoll:

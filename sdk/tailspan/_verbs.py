@@ -9,14 +9,14 @@ import os
 import sys
 import warnings
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing, closing, suppress
 from datetime import datetime, timedelta
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Generic, Self, TypeVar
 
 from tailspan._clock import Clock
 from tailspan._job_search import find_job, statuses_of, with_names
-from tailspan._polling import LogPoll, StatusPoll, newer, newest_of, stamped
+from tailspan._polling import LogPoll, PollPause, StatusPoll, newer, newest_of, stamped
 from tailspan.errors import ConfigError, InProgressWarning, RequestRejectedError, ServiceError
 from tailspan.logs.clean import printable
 from tailspan.logs.follow import SETTLE_S, Follower, TailUpdate
@@ -224,22 +224,25 @@ class AsyncVerbs(Generic[StatusT]):
         chosen, job_id = self._opened.find(job, service)
         deadline = self._deadline(timeout)
         poll = StatusPoll(chosen, job_id, self._clock, deadline, grace_s=_LAST_REQUEST_S)
-        while True:
-            status = await poll.ask()
-            if status is not None and status.state.is_terminal:
-                if delivered:
-                    from tailspan._delivery import wait_until_delivered  # imports an HTTP client
+        pause = PollPause(chosen, job_id, self._clock)
+        with closing(pause):
+            while True:
+                status = await poll.ask()
+                if status is not None and status.state.is_terminal:
+                    break
+                now = self._clock.monotonic_s()
+                if status is None or now >= deadline:
+                    error = poll.timeout_error(timeout or 0.0)
+                    error.last_status = error.last_status and self._answer(error.last_status)
+                    raise error from poll.last_error
+                if on_status is not None:
+                    on_status(self._answer(status))
+                await pause.wait(min(poll_interval_seconds, deadline - now))
+        if delivered:
+            from tailspan._delivery import wait_until_delivered  # imports an HTTP client
 
-                    await wait_until_delivered(self.settings, chosen, status, self._clock, deadline)
-                return self._answer(status)
-            now = self._clock.monotonic_s()
-            if status is None or now >= deadline:
-                error = poll.timeout_error(timeout or 0.0)
-                error.last_status = error.last_status and self._answer(error.last_status)
-                raise error from poll.last_error
-            if on_status is not None:
-                on_status(self._answer(status))
-            await self._clock.sleep(min(poll_interval_seconds, deadline - now))
+            await wait_until_delivered(self.settings, chosen, status, self._clock, deadline)
+        return self._answer(status)
 
     async def iter_logs(
         self,

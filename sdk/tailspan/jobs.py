@@ -240,7 +240,7 @@ def job_wait_for_job(
 
     Args:
         job: A job id, a `RunResponse`, or a row of `job_list`.
-        poll_interval_seconds: Poll interval, in seconds.
+        poll_interval_seconds: Poll interval, in seconds. The end of a local job is noticed at once.
         timeout: Give up after this many seconds. None: never.
         service: A service's name or a `JobService`; see `job_get_logs`.
         delivered: Wait also until the agent, which listens on ``agent.listen``, has acknowledged the last line.

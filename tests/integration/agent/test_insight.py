@@ -70,7 +70,7 @@ async def test_a_job_that_is_silent_and_slow_is_reported_once(bench: Bench, capl
     assert len([row for row in bench.collector.log_records() if "tailspan.alert" in row.attributes]) == 2
     silent, span = alerts_of(bench, "j1")["tailspan.job.silent"], bench.spans("j1")["run"]
     assert (silent.severity_text, silent.trace_id, silent.span_id) == ("WARN", span.trace_id, span.span_id)
-    assert "no line for 36" in silent.body
+    assert "no line for 1h 00m" in silent.body
     assert {"tailspan.job.silent", "tailspan.job.slow"} < {event.name for event in span.events}
     assert len([record for record in caplog.records if "job j1" in record.getMessage()]) == 2
 

@@ -241,8 +241,8 @@ def test_jobs_say_how_they_ended_and_are_found_by_age_and_attribute(api):
     assert (row["job_id"], row["exit_code"], row["error"], row["duration_s"]) == ("new", 3, "out of memory", 123.0)
     assert (row["progress"], row["started_at"]) == (0.25, "2026-01-02T00:00:00+00:00")
     _, shown = invoke("jobs", "--state", "failed").stdout.splitlines()
-    assert shown.split(maxsplit=5) == [
-        "FAILED", "etl", "new", "2026-01-02T00:00:00Z", "2m", "03s  25% (1 of 4)  out of memory",
+    assert shown.split() == [
+        "FAILED", "etl", "new", "2026-01-02T00:00:00Z", "2m", "03s", "25%", "(1", "of", "4)", "out", "of", "memory",
     ]  # fmt: skip
     assert [row["job_id"] for row in json.loads(invoke("jobs", "--attr", "team=geo", "--json").stdout)] == [
         "new",

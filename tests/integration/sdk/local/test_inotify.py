@@ -13,11 +13,14 @@ from pathlib import Path
 import anyio
 import pytest
 
+from tailspan._polling import PollPause
+from tailspan.client import AsyncJobClient
 from tailspan.errors import ServiceUnavailableError
 from tailspan.local import inotify as local_changes
 from tailspan.local.inotify import InotifyChanges
 from tailspan.local.store import JobStore, new_job_id
 from tailspan.models import JobState
+from tailspan.testing import FakeClock
 from tests.fakes.local_jobs import LocalJobs
 
 pytestmark = [
@@ -193,3 +196,55 @@ async def test_an_unreadable_directory_has_no_feed(
 
     monkeypatch.setattr(Path, "is_dir", fail)
     assert local_changes.open_local_changes(tmp_path) is None
+
+
+async def test_waiting_for_a_job_ends_with_it(tmp_path: Path) -> None:
+    """The kernel reports the end: the poll interval does not matter."""
+    os.mkfifo(tmp_path / "pipe")
+    with LocalJobs(tmp_path) as jobs:
+        job_id = jobs.start("cat", str(tmp_path / "pipe"))
+        seen: list[JobState] = []
+        async with AsyncJobClient(service=jobs.service) as client, anyio.create_task_group() as group:
+
+            async def end_it() -> None:
+                while len(seen) < 2:
+                    await anyio.sleep(0.01)
+                (tmp_path / "pipe").open("wb").close()
+
+            group.start_soon(end_it)
+            with anyio.fail_after(PATIENCE_S):
+                status = await client.wait_for_job(job_id, 3600, on_status=lambda one: seen.append(one.state))
+        assert status.state is JobState.SUCCEEDED
+
+
+async def test_waiting_without_reports_polls_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernel reports nothing, or a feed breaks, local jobs are polled more often than that."""
+    with LocalJobs(tmp_path) as jobs:
+        clock = FakeClock()
+        for feed in (None, BrokenFeed()):
+            job_id = jobs.start("sleep", "60")
+            monkeypatch.setattr(jobs.service, "open_changes", lambda feed=feed: feed)
+            pause = PollPause(jobs.service, job_id, clock)
+            before_s = clock.monotonic_s()
+            for _ in range(4):
+                await pause.wait(5)
+            assert clock.monotonic_s() - before_s <= 6
+            await jobs.service.cancel(job_id)
+
+
+class BrokenFeed:
+    """A feed that ends at once."""
+
+    def follow(self, job_id: str) -> bool:
+        """Follow."""
+        return True
+
+    def leave(self, job_id: str) -> None:
+        """Leave."""
+
+    async def wait(self) -> None:
+        """Raise."""
+        raise ServiceUnavailableError("gone")
+
+    def close(self) -> None:
+        """Close."""
