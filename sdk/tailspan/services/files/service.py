@@ -105,6 +105,7 @@ class FilesService(JobService):
         self._final_since_s = 0.0
         self._known_rows: list[ListedJob] = []
         self._rows_until_s = float("-inf")
+        self._unnamed: list[str] = []
 
     @classmethod
     def from_options(cls, name: str, options: Mapping[str, Any], settings: Settings) -> Self:
@@ -226,7 +227,12 @@ class FilesService(JobService):
             if time.monotonic() - self._final_since_s > _FINAL_FOR_S:
                 self._final, self._final_since_s = {}, time.monotonic()
             root = f"{self._root}/"
+            self._unnamed = []
             for path in self._finder.find():
+                if not path.isprintable():
+                    # Neither an id nor a name could be made of it.
+                    self._unnamed.append(path)
+                    continue
                 final = self._final.get(path)
                 if final is not None:
                     found[path] = final[0].found
@@ -237,7 +243,6 @@ class FilesService(JobService):
                 jobs = [
                     self._final[path][0] if path in self._final else _FileJob(path, path, known)
                     for path, known in found.items()
-                    if path.isprintable()
                 ]
             else:
                 contents = self._book.update(self._root, found)
@@ -249,7 +254,7 @@ class FilesService(JobService):
         """Yield the runs that wrote a file, also those of a content that a rotated file has."""
         for content in contents:
             rotated = None if content is contents[-1] else self._rotated(path, content)
-            if not path.isprintable() or (content is not contents[-1] and rotated is None):
+            if content is not contents[-1] and rotated is None:
                 continue
             for run in content.runs:
                 job_id = path
@@ -430,6 +435,9 @@ class FilesService(JobService):
         if closed:
             shown = f"{len(closed)} of {len(jobs)} logs, for example {self._root / closed[0].path}"
             problems.append(Problem(f"{shown}, are not readable for this user: grant it, or run the agent as another"))
+        if self._unnamed:
+            shown = f"{len(self._unnamed)} of the files that match, for example {self._unnamed[0]!r}"
+            problems.append(Problem(f"{shown}, are no jobs: their paths are not printable UTF-8 text"))
         if not jobs and not problems:
             text = f"no file below {self._root} matches glob ({', '.join(self.options.glob)})"
             problems.append(Problem(text, is_fatal=False))

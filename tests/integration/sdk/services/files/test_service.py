@@ -425,6 +425,17 @@ def test_check_names_what_is_missing(root: Path, monkeypatch: pytest.MonkeyPatch
         rows_of(service_of(root))
 
 
+@pytest.mark.parametrize("runs", ["file", "truncate", "append"])
+def test_a_name_that_is_no_text_hides_no_other_file(root: Path, runs: str) -> None:
+    """A file system keeps any bytes as a name: such files are no jobs, which the check reports."""
+    for name in ("one.log", os.fsdecode(b"\xff.log"), "a\nb.log"):
+        write(root / name, "x\nend\n")
+    service = service_of(root, runs=runs, end_marker="^end$")
+    assert [job_id.partition("@")[0] for job_id in rows_of(service)] == ["one.log"]
+    (problem,) = anyio.run(service.find_problems)
+    assert problem.text.startswith("2 of the files that match, for example '")
+
+
 @pytest.mark.parametrize(
     ("keys", "text"),
     [
