@@ -13,6 +13,7 @@ from tests.bench.receiver import receiving
 from tests.bench.scale import Scale
 from tests.bench.table import MIB, Goal, Row
 from tests.fakes.aws import FakeAws, write_credentials
+from tests.fakes.docker import FakeEngine
 from tests.fakes.json_api import FakeJsonApi
 from tests.fakes.ray import FakeRay
 
@@ -75,4 +76,18 @@ def _ray(count: int) -> FakeRay:
     return server
 
 
-_DOUBLES: dict[str, Callable[[int], FakeJsonApi]] = {"aws_batch": _aws_batch, "ray": _ray}
+def _docker(count: int) -> FakeEngine:
+    server = FakeEngine()
+    for number in range(count):
+        # About as much as Docker says of a container.
+        labels = {f"org.label.of.the.image.{place}": "a value of some length" * 2 for place in range(8)}
+        server.run(f"job-{number}", labels=labels, status="exited", exit_code=number % 2)
+    server.run("followed")
+    return server
+
+
+_DOUBLES: dict[str, Callable[[int], FakeJsonApi | FakeEngine]] = {
+    "aws_batch": _aws_batch,
+    "docker": _docker,
+    "ray": _ray,
+}

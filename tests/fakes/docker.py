@@ -114,6 +114,11 @@ class FakeEngine:
         self._server.server_close()
         self._thread.join()
 
+    @property
+    def section(self) -> str:
+        """The keys of a service for it."""
+        return f'type = "docker"\nhost = {json.dumps(self.url)}'
+
     def run(self, name: str = "etl", **options: Any) -> str:
         """Start a container and return its id."""
         with self.lock:

@@ -201,8 +201,10 @@ class ServiceRequests:
         tries: Number of attempts of a request that only reads; 1 for callers with a schedule of their own.
         timeout_s: How long to wait for a connection and for each part of an answer, in seconds.
         reply_errors: What splitters raise for a reply that is not the expected one.
+        url_key: The key of the service's section that has the base URL, for messages.
     """
 
+    url_key = "base_url"
     reply_errors: tuple[type[Exception], ...] = (ReplyError,)
 
     def __init__(
@@ -333,12 +335,8 @@ class ServiceRequests:
                         yield parts
                 return
             except self.reply_errors as error:
-                raise ProtocolError(
-                    f"GET {path}: the reply should be {expected}, but {error}; check services.{self._service}.base_url "
-                    f"({self._base_url})",
-                    service=self._service,
-                    job_id=job_id,
-                ) from None
+                text = f"GET {path}: the reply should be {expected}, but {error}"
+                raise self.protocol_error(text, job_id) from None
             except ServiceUnavailableError as error:
                 if begun:
                     raise
@@ -427,7 +425,7 @@ class ServiceRequests:
 
     def protocol_error(self, text: str, job_id: str | None) -> ProtocolError:
         """Return the error for a reply that does not match what this API sends."""
-        hint = f"check services.{self._service}.base_url ({self._base_url})"
+        hint = f"check services.{self._service}.{self.url_key} ({self._base_url})"
         return ProtocolError(f"{text}; {hint}", service=self._service, job_id=job_id)
 
     def _json(self, method: str, path: str, body: bytes, job_id: str | None) -> Any:
@@ -604,7 +602,7 @@ class ServiceRequests:
         if self._client is None or self._client_loop != loop:
             self._client = HttpClient(
                 self._base_url,
-                key=f"services.{self._service}.base_url",
+                key=f"services.{self._service}.{self.url_key}",
                 headers=self._headers,
                 timeout_s=self.timeout_s,
                 tls=self._tls(),

@@ -16,12 +16,14 @@ import msgspec
 from pydantic import Field, field_validator
 
 from tailspan._identity import trace_id
+from tailspan._times import time_of_ms
 from tailspan.config import Options, PositiveDuration, UserPath
 from tailspan.config.fields import StrList
 from tailspan.errors import ConfigError, CursorExpiredError, JobNotFoundError, RequestRejectedError, TailspanError
 from tailspan.logs.page import MAX_PAGE_BYTES, MAX_PAGE_LINES, Line, LogPage
 from tailspan.models import JobState, JobStatus, ListedJob
 from tailspan.services import LATE_WINDOW_S, ChangeFeed, ChangeFeedService, Problem
+from tailspan.services._json_stream import ArraySplitter
 from tailspan.services._requests import Authorization, Authorizer, ServiceRequests, Tls, path_segment
 from tailspan.services.docker.streams import ContainerStream, LiveContainers
 from tailspan.services.docker.wire import (
@@ -94,6 +96,33 @@ class DockerOptions(Options):
         return host
 
 
+class _ListedContainer(msgspec.Struct, rename="pascal"):
+    """What is used of a container in the engine's list."""
+
+    id: str
+    names: list[str] | None = None
+    labels: dict[str, str] | None = None
+    state: str | None = None
+    status: str | None = None
+    created: Any = None
+
+    @property
+    def name(self) -> str:
+        """Its name, without the slash."""
+        return self.names[0].lstrip("/") if self.names else ""
+
+    @property
+    def job_state(self) -> JobState:
+        """Its state, as far as the list has it."""
+        if self.state in ("exited", "dead"):
+            code = _EXIT_TEXT.match(self.status or "")
+            return JobState.SUCCEEDED if code and code[1] == "0" else JobState.FAILED
+        return JobState.PENDING if self.state == "created" else JobState.RUNNING
+
+
+_containers = msgspec.json.Decoder(list[_ListedContainer])
+
+
 class _NoCredentials(Authorizer):
     """Sends no credentials: the engine has none but the right to its socket, and client certificates."""
 
@@ -108,6 +137,8 @@ class _NoCredentials(Authorizer):
 
 class _EngineRequests(ServiceRequests):
     """Requests to an engine; 304 says that there was nothing to do."""
+
+    url_key = "host"
 
     def error_of(self, status: int, headers: Mapping[str, str], text: str, job_id: str | None) -> TailspanError | None:
         """Return the error for 304; None for other statuses."""
@@ -149,6 +180,7 @@ class DockerService(ChangeFeedService):
         self.identity = f"docker:{socket or url}"
         self._live: LiveContainers | None = None
         self._canceled: set[str] = set()
+        self._rows: dict[str, ListedJob] = {}
 
         def requests(*, streams: bool) -> _EngineRequests:
             return _EngineRequests(
@@ -208,8 +240,9 @@ class DockerService(ChangeFeedService):
         """Yield the containers, newest first, and those that were removed while they were followed."""
         found = await self._listed(every=True)
         live = self._live
-        known = {row["Id"] for row in found}
-        rows = [self._row(row) for row in found]
+        known = {container.id for container in found}
+        self._rows = {container.id: self._row(container) for container in found}
+        rows = list(self._rows.values())
         if live is not None:
             rows += [self._row_of(one) for one in live.gone.values() if one.container_id not in known]
         rows.sort(key=lambda row: row.created_at or datetime.fromtimestamp(0, UTC), reverse=True)
@@ -284,7 +317,7 @@ class DockerService(ChangeFeedService):
 
     async def find_running(self) -> Collection[str]:
         """Return the ids of the chosen containers that run."""
-        return [row["Id"] for row in await self._listed(every=False)]
+        return [container.id for container in await self._listed(every=False)]
 
     async def follow_events(self, since_ns: int) -> AsyncGenerator[list[Mapping[str, Any]], None]:
         """Yield events of containers after a time, and those that come."""
@@ -365,28 +398,31 @@ class DockerService(ChangeFeedService):
                 raise
             return container
 
-    async def _listed(self, *, every: bool) -> list[dict[str, Any]]:
+    async def _listed(self, *, every: bool) -> list[_ListedContainer]:
         params: dict[str, int | str] = {"all": 1} if every else {}
         params |= {"filters": _json({"label": self.options.labels})} if self.options.labels else {}
-        reply = await self._http.get_json("/containers/json", params)
-        if not isinstance(reply, list):
-            raise self._http.protocol_error("the reply is not a list of containers", None)
-        found = [row for row in reply if isinstance(row, dict) and isinstance(row.get("Id"), str)]
-        return [row for row in found if self.chooses(_name(row), row.get("Labels") or {})]
+        parts = self._http.parts(
+            "/containers/json", params, lambda: ArraySplitter(_containers), "an array of containers", job_id=None
+        )
+        found: list[_ListedContainer] = []
+        async with aclosing(parts):
+            async for some in parts:
+                found += [one for one in some if self.chooses(one.name, one.labels or {})]
+        return found
 
-    def _row(self, row: Mapping[str, Any]) -> ListedJob:
-        status, code = str(row.get("State") or ""), _EXIT_TEXT.match(str(row.get("Status") or ""))
-        state = {"created": JobState.PENDING, "running": JobState.RUNNING, "paused": JobState.RUNNING}.get(status)
-        if status in ("exited", "dead"):
-            state = JobState.SUCCEEDED if code and code[1] == "0" else JobState.FAILED
-        created = row.get("Created")
+    def _row(self, container: _ListedContainer) -> ListedJob:
+        """Return the row of a container; that of one which has not changed is not made again."""
+        state, lines, known = container.job_state, self._counted(container.id), self._rows.get(container.id)
+        name = _job_name(container.name, container.labels or {})
+        if known is not None and (known.state, known.lines, known.job_name) == (state, lines, name):
+            return known
         return ListedJob(
-            job_id=row["Id"],
-            job_name=_job_name(_name(row), row.get("Labels") or {}),
-            state=state or JobState.RUNNING,
-            created_at=datetime.fromtimestamp(created, UTC) if isinstance(created, int) else None,
+            job_id=container.id,
+            job_name=name,
+            state=state,
+            created_at=time_of_ms(container.created * 1000) if isinstance(container.created, int) else None,
             service=self.name,
-            lines=self._counted(row["Id"]),
+            lines=lines,
         )
 
     def _row_of(self, container: EngineContainer) -> ListedJob:
@@ -482,11 +518,6 @@ def _error(one: EngineContainer, state: JobState) -> str:
         return one.error
     name = _SIGNALS.get(one.exit_code)
     return f"exit code {one.exit_code}" + (f" ({name})" if name else "")
-
-
-def _name(row: Mapping[str, Any]) -> str:
-    names = row.get("Names") or [""]
-    return str(names[0]).lstrip("/")
 
 
 def _job_name(name: str, labels: Mapping[str, str]) -> str:

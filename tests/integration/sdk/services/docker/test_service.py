@@ -13,7 +13,7 @@ import pytest
 
 from tailspan import load_settings
 from tailspan._identity import trace_id
-from tailspan.errors import ConfigError, CursorExpiredError, JobNotFoundError, ServiceUnavailableError
+from tailspan.errors import ConfigError, CursorExpiredError, JobNotFoundError, ProtocolError, ServiceUnavailableError
 from tailspan.models import JobState, ListedJob
 from tailspan.services import Problem
 from tailspan.services._json_stream import ReplyError
@@ -235,10 +235,22 @@ def test_what_is_missing_is_reported(engine, tmp_path):
         status_of(service_of(engine), "0" * 64)
     with pytest.raises(JobNotFoundError):
         texts(service_of(engine), "0" * 64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "_list", lambda query: "It works!")
+        with pytest.raises(ProtocolError, match=r"should be an array of containers, .*check services\.docker\.host"):
+            listed(service_of(engine))
     config = tmp_path / "config.toml"
     config.write_text('[services.docker]\nhost = "ssh://host"\n')
     with pytest.raises(ConfigError, match=r"services\.docker\.host"):
         open_service("docker", load_settings(config))
+
+
+def test_a_list_of_any_size(engine):
+    """Ten thousand containers with their labels are a reply of more than 8 MiB."""
+    for number in range(100):
+        engine.run(f"job-{number}", labels={"text": "x" * 100_000}, status="exited", exit_code=number % 2)
+    rows = listed(service_of(engine))
+    assert [row.state for row in rows].count(JobState.FAILED) == 50
 
 
 @pytest.mark.parametrize(
