@@ -20,7 +20,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -268,6 +268,7 @@ class FakeKubernetes:
         requests: Method and path of each request so far, streams included.
         sent_bytes: Bytes of bodies sent so far.
         refusals: Statuses of the next replies; 0: the right one.
+        on_refusal: Called before each other one.
         denied: ``VERB RESOURCE`` for which an access review says no.
         minor: The minor version.
         broken_previous: Whether ``previous`` answers with a sentence.
@@ -287,6 +288,7 @@ class FakeKubernetes:
         self.requests: list[str] = []
         self.sent_bytes = 0
         self.refusals: list[int] = []
+        self.on_refusal: Callable[[], object] = int
         self.denied: set[str] = set()
         self.minor = "36"
         self.broken_previous = False
@@ -491,6 +493,7 @@ class FakeKubernetes:
         self.requests.append(f"{method} {target}")
         reply: Any
         if self.refusals and (code := self.refusals.pop(0)):
+            self.on_refusal()
             reply = code, _status(code, "refused")
         elif headers.get("authorization") != f"Bearer {self.token}" and not writer.get_extra_info("peercert"):
             reply = 401, _status(401, "Unauthorized")

@@ -35,7 +35,7 @@ from tailspan.services.kubernetes.record import Instance, JobRecord, attributes_
 from tailspan.services.kubernetes.requests import KubernetesRequests
 from tailspan.services.kubernetes.streams import FollowedLogs, streams_allowed
 from tailspan.services.kubernetes.submission import job_manifest
-from tailspan.services.kubernetes.watch import list_pages
+from tailspan.services.kubernetes.watch import list_all
 
 __all__ = ["KubernetesService"]
 
@@ -229,15 +229,8 @@ class KubernetesService(TaskService, SubmitService, ChangeFeedService):
         if await self._is_watching():
             records = list(self.records.values())
         else:
-            found: dict[str, Job] = {}
-            await list_pages(
-                self.http,
-                self.collection("jobs"),
-                JobList,
-                self.job_query,
-                lambda page: found.update({job.metadata.uid: job for job in page.items}),
-            )
-            records = [JobRecord(job) for job in found.values()]
+            jobs, _ = await list_all(self.http, self.collection("jobs"), JobList, self.job_query)
+            records = [JobRecord(job) for job in jobs]
         records.sort(key=_made_at, reverse=True)
         now = datetime.now(UTC)
         for start in range(0, len(records), _ROWS):
@@ -446,14 +439,8 @@ class KubernetesService(TaskService, SubmitService, ChangeFeedService):
             known.delete(datetime.now(UTC), was_missed=known.may_have_ended)
             return known
         query = {"labelSelector": f"batch.kubernetes.io/controller-uid={job.metadata.uid}"}
-        found: dict[str, Any] = {}
-        await list_pages(
-            self.http,
-            f"/api/v1/namespaces/{path_segment(namespace)}/pods",
-            PodList,
-            query,
-            lambda page: found.update({pod.metadata.uid: pod for pod in page.items}),
-        )
+        pods, _ = await list_all(self.http, f"/api/v1/namespaces/{path_segment(namespace)}/pods", PodList, query)
+        found = {pod.metadata.uid: pod for pod in pods}
         record = self.records.get(job.metadata.uid)
         if record is None:
             self.records[job.metadata.uid] = record = JobRecord(job)

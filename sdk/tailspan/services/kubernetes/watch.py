@@ -20,7 +20,7 @@ from tailspan.services.kubernetes.objects import ListMeta, WatchEvent, WatchObje
 from tailspan.services.kubernetes.requests import KubernetesRequests
 from tailspan.services.kubernetes.streams import retry_s
 
-__all__ = ["Reflector", "list_pages"]
+__all__ = ["Reflector", "list_all"]
 
 _CHUNKS = (250, 50, 10)
 _WATCH_S = 300
@@ -45,22 +45,22 @@ class _Expired(Exception):
     """The watch cannot go on from this version."""
 
 
-async def list_pages(
-    requests: KubernetesRequests, path: str, kind: type[Any], query: Mapping[str, str], on_page: Callable[[Any], object]
-) -> str:
-    """List everything; return the version of the list, from which a watch goes on.
+async def list_all(
+    requests: KubernetesRequests, path: str, kind: type[Page[Item]], query: Mapping[str, str]
+) -> tuple[list[Item], str]:
+    """Return everything, and the version of the list, from which a watch goes on.
 
     Args:
         requests: Sends the requests.
         path: The collection.
         kind: The type of a page.
         query: The selectors.
-        on_page: Called with each page.
 
     Raises:
         ServiceError: See the tree in `tailspan.errors`.
     """
-    token, chunks, version = "", list(_CHUNKS), ""
+    found: list[Item] = []
+    token, chunks = "", list(_CHUNKS)
     while True:
         params = {**query, "limit": str(chunks[0])} | ({"continue": token} if token else {})
         try:
@@ -74,14 +74,13 @@ async def list_pages(
         except RequestRejectedError as error:
             if error.status_code != _GONE or not token:
                 raise
-            # The list took longer than the server keeps its version: begin again, in which all items come again.
-            token = ""
+            # The list took longer than the server keeps its version: what it had may be gone by now.
+            found, token = [], ""
             continue
-        on_page(page)
-        meta: ListMeta = page.metadata
-        version, token = meta.resource_version, meta.continue_ or ""
+        found += page.items
+        token = page.metadata.continue_ or ""
         if not token:
-            return version
+            return found, page.metadata.resource_version
 
 
 class Reflector(Generic[Item]):
@@ -166,10 +165,7 @@ class Reflector(Generic[Item]):
                 await asyncio.sleep(retry_s(failures))
 
     async def _list(self) -> None:
-        found: list[Item] = []
-        version = await list_pages(
-            self._requests, self._path, self._page_kind, self._query, lambda page: found.extend(page.items)
-        )
+        found, version = await list_all(self._requests, self._path, self._page_kind, self._query)
         self._version, self._is_listed, self._broken_at_s = version, True, None
         self._on_list(found)
         self.tried.set()
