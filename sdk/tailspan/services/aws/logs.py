@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 from tailspan.errors import ConfigError, JobNotFoundError
 from tailspan.logs.page import DIGEST_BYTES, MAX_PAGE_BYTES, MAX_PAGE_LINES, NANOS_PER_MS, Line, LogPage, TaskRef
+from tailspan.services._gathering import Gathering, Waiting
 from tailspan.services._http_service import drop_oldest, pack_cursor, unpack_cursor
-from tailspan.services.aws.gathering import Gathering, Waiting
 from tailspan.services.aws.requests import AwsReply, AwsRequests
 
 __all__ = ["CloudWatchReader", "EventPosition", "LogStream"]
@@ -169,7 +169,9 @@ class CloudWatchReader:
         self._service = service
         self._identity = identity
         self._requests_of = requests_of
-        self._merged: Gathering[_StreamRead, _Found] = Gathering(_fitting, self._answer, _GATHER_S)
+        self._merged: Gathering[_StreamRead, _Found] = Gathering(
+            _fitting, self._answer, _GATHER_S, lambda read: read.streams[0].name
+        )
         # By job: until when its log was read, in ms by the server's clock, the cursor after that, and its streams.
         self._read_until: dict[str, tuple[int, bytes | None, frozenset[str]]] = {}
         # Streams and groups that do not exist: until when not to ask for them.

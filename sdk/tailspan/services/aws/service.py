@@ -16,8 +16,8 @@ from tailspan.errors import ConfigError, JobNotFoundError
 from tailspan.logs.page import LogPage
 from tailspan.models import JobStatus, TaskRun
 from tailspan.services import LATE_WINDOW_S, MergingService, TaskService
+from tailspan.services._gathering import Gathering, Waiting
 from tailspan.services._http_service import drop_oldest
-from tailspan.services.aws.gathering import Gathering, Waiting
 from tailspan.services.aws.logs import CloudWatchReader, LogStream
 from tailspan.services.aws.requests import LOGS, Api, AwsAccount, AwsOptions, AwsRequests, console_of, region_of
 
@@ -80,7 +80,7 @@ class AwsService(MergingService, TaskService):
         self._requests: dict[tuple[Api, str], AwsRequests] = {}
         self._reader = CloudWatchReader(name, self.identity, self._logs_of)
         self._describing: Gathering[str, Described | JobNotFoundError] = Gathering(
-            lambda first, others: [first, *others][: self._most_described], self._describe_all, _GATHER_S
+            lambda first, others: [first, *others][: self._most_described], self._describe_all, _GATHER_S, str
         )
         # By job: when it was described, by the monotonic clock, and the result.
         self._known: dict[str, tuple[float, Described]] = {}

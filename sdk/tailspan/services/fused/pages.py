@@ -8,68 +8,56 @@ unless there were none lately; and while a request is on its way, new reads gath
 
 from __future__ import annotations
 
-import copy
-import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from operator import itemgetter
+from typing import NamedTuple, TypeAlias
 from urllib.parse import urlencode
-
-import anyio
-import anyio.lowlevel
 
 from tailspan._identity import check_job_id
 from tailspan.errors import CursorExpiredError, ProtocolError, RequestRejectedError, ServiceError
 from tailspan.logs.page import LogPage, Message
 from tailspan.logs.page_wire import CURSOR_MARK, MAX_JOBS, Frame, FrameError, FrameSplitter, cursor_text
+from tailspan.services._gathering import Gathering, Waiting
 from tailspan.services._requests import Params, path_segment
 from tailspan.services.fused.http import FusedHttp
 
 __all__ = ["MessageSplitter", "ServedPages"]
 
 _GATHER_S = 0.5
-_LATELY_S = 2.0
 # A request line of this length is accepted by every server.
 _MOST_QUERY_CHARS = 6000
 
 
-@dataclass(eq=False, slots=True)
-class _Read:
+_Answer: TypeAlias = tuple[LogPage | None, bool]
+"""A job's next page (None without one), and whether to continue with a request for this job alone."""
+
+
+class _Read(NamedTuple):
+    """A read of the page after a cursor."""
+
     job_id: str
     cursor: str
-    answer: tuple[LogPage | None, bool] | ServiceError | None = None
 
     @property
     def query_chars(self) -> int:
+        """The length of its part of a query."""
         return len(urlencode(_query([self])))
 
 
-class _Gathering:
-    """The waiting reads of one event loop."""
-
-    def __init__(self) -> None:
-        self.waiting: dict[_Read, None] = {}
-        self.turn = anyio.Lock()
-        self._last_jobs: set[str] = set()
-        self._last_s = 0.0
-
-    @property
-    def last_jobs(self) -> set[str]:
-        """The jobs of the last request; empty if it was some time ago."""
-        return self._last_jobs if time.monotonic() - self._last_s < _LATELY_S else set()
-
-    def batch(self, first: _Read) -> list[_Read]:
-        """Return the reads of the next request: the first, and as many others as fit."""
-        batch, room = [first], _MOST_QUERY_CHARS - first.query_chars
-        for read in self.waiting:
-            if read is not first and read.answer is None and len(batch) < MAX_JOBS and read.query_chars < room:
-                batch.append(read)
-                room -= read.query_chars + 1
-        self._last_jobs, self._last_s = {read.job_id for read in batch}, time.monotonic()
-        return batch
+def _fitting(
+    first: Waiting[_Read, _Answer], others: Sequence[Waiting[_Read, _Answer]]
+) -> list[Waiting[_Read, _Answer]]:
+    """Return the reads of the next request: the first, and as many others as fit."""
+    batch, room = [first], _MOST_QUERY_CHARS - first.question.query_chars
+    for one in others:
+        size = one.question.query_chars
+        if len(batch) < MAX_JOBS and size < room:
+            batch.append(one)
+            room -= size + 1
+    return batch
 
 
 class ServedPages:
@@ -85,13 +73,14 @@ class ServedPages:
     def __init__(self, http: FusedHttp) -> None:
         self.offered: bool | None = None
         self._http = http
-        self._gathering = _Gathering()
-        self._loop: object = None
+        self._gathering: Gathering[_Read, _Answer] = Gathering(
+            _fitting, self._answer, _GATHER_S, lambda read: read.job_id
+        )
 
     @property
     def gather_s(self) -> float:
         """How long a read waits for others at present, in seconds; 0 if there were none lately."""
-        return _GATHER_S if len(self._gathering.last_jobs) > 1 else 0.0
+        return self._gathering.gather_s
 
     def are_for(self, cursor: bytes | None) -> bool:
         """Return whether to read log pages after a cursor; a cursor of times continues with times."""
@@ -109,7 +98,7 @@ class ServedPages:
                     "the server no longer offers log pages: the log is read again from its start, by times",
                     job_id=job_id,
                 )
-            page, more = await self._next(job_id, cursor)
+            page, more = await self._gathering.ask(_Read(job_id, cursor_text(cursor[len(CURSOR_MARK) :])))
             if page is not None:
                 cursor = page.cursor
                 yield page
@@ -132,30 +121,12 @@ class ServedPages:
                 if cursor == before:
                     return  # the server made no progress: stop, although it reports more
 
-    async def _next(self, job_id: str, cursor: bytes) -> tuple[LogPage | None, bool]:
-        """Return a job's next page (None without one), and whether to continue with a request for this job alone."""
-        gathering = self._open_gathering()
-        read = _Read(job_id, cursor_text(cursor[len(CURSOR_MARK) :]))
-        gathering.waiting[read] = None
-        try:
-            async with gathering.turn:
-                # One read sends the request for all; the others find their answer when their turn comes.
-                if read.answer is None:
-                    if gathering.last_jobs - {job_id}:
-                        await anyio.sleep(_GATHER_S - time.monotonic() % _GATHER_S)
-                    await self._answer(gathering.batch(read))
-        finally:
-            gathering.waiting.pop(read, None)
-        if isinstance(read.answer, ServiceError):
-            raise copy.copy(read.answer)
-        assert read.answer is not None
-        return read.answer
-
-    async def _answer(self, batch: list[_Read]) -> None:
-        answers: dict[int, tuple[LogPage | None, bool]] = {}
+    async def _answer(self, batch: list[Waiting[_Read, _Answer]]) -> None:
+        answers: dict[int, _Answer] = {}
         # A request for each job alone shows which one is wrong.
-        rest: tuple[LogPage | None, bool] | ServiceError = None, True
-        query = _query(batch)
+        rest: _Answer | None = None, True
+        failure: ServiceError | None = None
+        query = _query([one.question for one in batch])
         try:
             async with aclosing(
                 self._http.parts("/log-pages", query, FrameSplitter, "log pages", job_id=None)
@@ -166,16 +137,11 @@ class ServedPages:
         except (RequestRejectedError, ProtocolError, CursorExpiredError):
             pass
         except ServiceError as error:
-            rest = error  # the pages before a broken end are valid
-        for number, read in enumerate(batch):
-            read.answer = answers.get(number, rest)
-
-    def _open_gathering(self) -> _Gathering:
-        # Locks belong to an event loop: after a fork and in the next loop they would never be released.
-        loop = anyio.lowlevel.current_token()
-        if self._loop != loop:
-            self._gathering, self._loop = _Gathering(), loop
-        return self._gathering
+            rest, failure = None, error  # the pages before a broken end are valid
+        for number, one in enumerate(batch):
+            one.answer = answers.get(number, rest)
+        if failure is not None:
+            raise failure
 
 
 class MessageSplitter:
@@ -210,5 +176,5 @@ class MessageSplitter:
         return list(chain.from_iterable(pages))
 
 
-def _query(batch: list[_Read]) -> list[tuple[str, str]]:
+def _query(batch: Sequence[_Read]) -> list[tuple[str, str]]:
     return [pair for read in batch for pair in (("job", read.job_id), ("cursor", read.cursor))]
