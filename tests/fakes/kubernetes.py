@@ -129,6 +129,7 @@ class FakePod:
         self.extra: dict[str, Any] = {}
         self.labels = {"batch.kubernetes.io/job-name": job.name, "batch.kubernetes.io/controller-uid": job.uid}
         self.annotations: dict[str, str] = {}
+        self.owners = [{"kind": "Job", "name": job.name, "uid": job.uid, "controller": True}]
         self.made = self.api.now()
         self.deleting: str | None = None
         self.init = {one: FakeContainer(self, one) for one in init}
@@ -154,7 +155,7 @@ class FakePod:
             "creationTimestamp": self.made,
             "labels": self.labels,
             "annotations": self.annotations,
-            "ownerReferences": [{"kind": "Job", "name": self.job.name, "uid": self.job.uid, "controller": True}],
+            "ownerReferences": self.owners,
         }
         meta |= {"deletionTimestamp": self.deleting} if self.deleting else {}
         status = {

@@ -279,3 +279,82 @@ def test_parts_that_are_away(cluster: Cluster, namespace: str, collector: Collec
         wait_for_lines(collector, HELLO + numbered("steady", 1200) + numbered("short", 150), 240)
         runs, _ = wait_for_runs(relay, 3, 3)
     assert runs == {"hello": "success", "steady": "success", "short": "success"}
+
+
+def test_unusual_jobs(cluster: Cluster, namespace: str, collector: Collector, tmp_path: Path) -> None:
+    """Sidecars, a job that is parked and goes on, pods that are deleted, memory limits, jobs that cannot start."""
+    sidecar = job(namespace, "sidecar", "sleep 3; echo main is done")
+    spec = sidecar["spec"]["template"]["spec"]
+    script = "trap 'echo side ends; exit 0' TERM; echo side begins; while true; do sleep 0.1; done"
+    spec["initContainers"] = [
+        {**spec["containers"][0], "name": "side", "command": ["sh", "-c", script], "restartPolicy": "Always"}
+    ]
+    memory = job(namespace, "memory", "echo eats; tail /dev/zero", backoffLimit=0)
+    memory["spec"]["template"]["spec"]["containers"][0]["resources"] = {"limits": {"memory": "16Mi"}}
+    nowhere = job(namespace, "nowhere", "true", pod={"nodeSelector": {"there-is": "no-such-node"}})
+    unpullable = job(namespace, "unpullable", "true")
+    unpullable["spec"]["template"]["spec"]["containers"][0]["image"] = "no-such-image:1"
+    cron = {
+        "apiVersion": "batch/v1",
+        "kind": "CronJob",
+        "metadata": {"name": "nightly", "namespace": namespace},
+        "spec": {
+            "schedule": "* * * * *",
+            "jobTemplate": {"spec": job(namespace, "x", "echo it is night")["spec"]},
+        },
+    }
+    ignored = {"rules": [{"action": "FailJob", "onExitCodes": {"operator": "In", "values": [42]}}]}
+    with relay_of(cluster, namespace, collector, tmp_path) as relay:
+        start_ready(cluster, namespace, collector, relay)
+        cluster.apply(
+            sidecar,
+            memory,
+            nowhere,
+            unpullable,
+            cron,
+            job(namespace, "parked", "echo ran at last", suspend=True),
+            job(namespace, "moved", "echo try; sleep 15; echo end of try", backoffLimit=3),
+            job(namespace, "left-alone", "echo alone; sleep 12; echo still alone"),
+            job(namespace, "policy", "echo never again; exit 42", backoffLimit=5, podFailurePolicy=ignored),
+            job(namespace, "silent", "true"),
+        )
+        cluster.wait_until(lambda: bodies(collector)["try"] == 1 and bodies(collector)["alone"] == 1, "first lines")
+        cluster.kubectl("-n", namespace, "delete", "pod", "-l", "job-name=moved", "--grace-period=1")
+        cluster.kubectl("-n", namespace, "delete", "job", "left-alone", "--cascade=orphan")
+        patch = '{"spec":{"suspend":false}}'
+        cluster.kubectl("-n", namespace, "patch", "job", "parked", "-p", patch)
+        cluster.wait_until(lambda: bodies(collector)["it is night"] >= 1, "a run of the CronJob")
+        cluster.kubectl("-n", namespace, "delete", "cronjob", "nightly", "--cascade=orphan")
+        cluster.wait_until(lambda: bodies(collector)["end of try"] == 1, "the second try")
+        cluster.kubectl("-n", namespace, "delete", "job", "nowhere", "unpullable")
+        expected = HELLO + Counter({"try": 2, "it is night": bodies(collector)["it is night"]})
+        expected += Counter(
+            ["side begins", "main is done", "side ends", "eats", "ran at last", "end of try", "alone", "still alone"]
+        )
+        expected += Counter(["never again"])
+        wait_for_lines(collector, expected)
+        runs, tasks = wait_for_runs(relay, 10 + bodies(collector)["it is night"], 0)
+    nights = [value for name, value in runs.items() if name.startswith("nightly-")]
+    assert set(nights) == {"success"}
+    assert {name: value for name, value in runs.items() if not name.startswith("nightly-")} == {
+        "hello": "success",
+        "sidecar": "success",
+        "memory": "failure",
+        "nowhere": "cancellation",
+        "unpullable": "cancellation",
+        "parked": "success",
+        "moved": "success",
+        "left-alone": "cancellation",
+        "policy": "failure",
+        "silent": "success",
+    }
+    named = ("moved", "sidecar", "memory", "policy", "left-alone")
+    assert {key: value for key, value in tasks.items() if key[0] in named} == {
+        ("left-alone", "main", 1): "success",
+        ("moved", "main", 1): "error",
+        ("moved", "main", 2): "success",
+        ("sidecar", "main", 1): "success",
+        ("sidecar", "side", 1): "success",
+        ("memory", "main", 1): "failure",
+        ("policy", "main", 1): "failure",
+    }

@@ -210,10 +210,17 @@ class ContainerStatus(msgspec.Struct, rename="camel"):
         return found
 
 
-class PodLabels(msgspec.Struct, rename={"index": "batch.kubernetes.io/job-completion-index"}):
+class PodLabels(
+    msgspec.Struct,
+    rename={
+        "index": "batch.kubernetes.io/job-completion-index",
+        "job_uid": "batch.kubernetes.io/controller-uid",
+    },
+):
     """The labels of a pod that mean something here."""
 
     index: str | None = None
+    job_uid: str | None = None
 
 
 class PodAnnotations(
@@ -278,8 +285,9 @@ class Pod(msgspec.Struct):
 
     @property
     def job_uid(self) -> str | None:
-        """The uid of the job that made it."""
-        return next((one.uid for one in self.metadata.owner_references or () if one.kind == "Job"), None)
+        """The uid of the job that made it; a job that was deleted without its pods is only in a label of them."""
+        owner = next((one.uid for one in self.metadata.owner_references or () if one.kind == "Job"), None)
+        return owner or (self.metadata.labels.job_uid if self.metadata.labels else None)
 
     @property
     def index(self) -> str | None:

@@ -195,6 +195,30 @@ def test_a_job_that_is_deleted_in_mid_follow(cluster, service):
     asyncio.run(run())
 
 
+def test_a_job_that_is_deleted_without_its_pods(cluster, service):
+    """``--cascade=orphan``: the pod goes on, and says by a label only whose it was; its end is that of the job."""
+    job = cluster.add_job()
+    pod = job.add_pod()
+    pod.main.write("working")
+
+    async def run() -> None:
+        reading = Reading(service, job.job_id)
+        async with following(service, job.job_id):
+            await reading.until(1)
+            job.delete()
+            pod.owners = []
+            pod.publish()
+            pod.main.write("alone")
+            await reading.until(2)
+            assert (await service.get_job(job.job_id)).state is JobState.RUNNING
+            pod.main.end()
+            pod.end()
+            await eventually(lambda: is_state(service, job.job_id, JobState.CANCELED))
+            assert [task.result for task in await service.list_tasks(job.job_id)] == ["success"]
+
+    asyncio.run(run())
+
+
 async def all_pages(service: KubernetesService, job_id: str) -> list[LogPage]:
     """Return all pages from the start."""
     return [page async for page in service.read_logs(job_id)]
