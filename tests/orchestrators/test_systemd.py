@@ -172,3 +172,70 @@ def test_a_unit_is_stopped_by_cancel(machine, tmp_path):
         job = next(iter(client.list_jobs(service="systemd")))
         assert client.cancel(job).state == "CANCELED"
         assert client.cancel(job).error == "the unit was stopped"
+
+
+UNUSUAL = {
+    r"ts-a\x2db": ("Type=oneshot", "ExecStart=/bin/echo an escaped name", "success", 0),
+    "ts-t@": ("Type=oneshot", "ExecStart=/bin/echo instance %i", "success", 0),
+    "ts-pre": ("", "ExecStartPre=/bin/sh -c 'echo pre; exit 7'\nExecStart=/bin/echo never", "failure", 7),
+    "ts-two": ("Type=oneshot", "ExecStart=/bin/echo one\nExecStart=-/bin/false\nExecStart=/bin/echo two", "success", 0),
+    "ts-allowed": ("SuccessExitStatus=3", "ExecStart=/bin/sh -c 'echo allowed; exit 3'", "success", 0),
+    "ts-255": ("Type=oneshot", "ExecStart=/bin/sh -c 'echo last; exit 255'", "failure", 255),
+    "ts-post": ("", "ExecStart=/bin/echo main\nExecStopPost=/bin/sh -c 'sleep 1; echo after the end'", "success", 0),
+    "ts-forks": ("Type=forking", "ExecStart=/bin/sh -c '(sleep 2; echo child) &'", "success", 0),
+    "ts-term": ("", "ExecStart=/bin/sh -c 'echo terminates; kill -TERM $$$$; sleep 9'", "success", 0),
+    "ts-named": ("Type=oneshot\nSyslogIdentifier=other\nSyslogLevel=err", "ExecStart=/bin/echo an error", "success", 0),
+    "ts-mute": ("Type=oneshot\nStandardOutput=null", "ExecStart=/bin/echo nothing", "success", 0),
+    "ts-burst": (
+        "Type=oneshot\nLogRateLimitIntervalSec=5s\nLogRateLimitBurst=100",
+        "ExecStart=/bin/bash -c 'for i in {1..3000}; do echo n$$i; done; sleep 6; echo end of the burst'",
+        "success",
+        0,
+    ),
+    "ts-rotated": (
+        "Type=oneshot\nLogRateLimitBurst=0",
+        "ExecStart=/bin/bash -c 'for i in {1..400}; do echo r$$i; sleep 0.02; done'",
+        "success",
+        0,
+    ),
+}
+"""Keys of the unit, its commands, and what becomes of it: result and exit code."""
+
+
+def test_unusual_units(tmp_path):
+    """Escaped names, instances, commands before and after, codes that are allowed, lines that are dropped, rotation."""
+    section = f'command_prefix = ["{tmp_path}/enter.sh"]\nunits = ["ts-*"]'
+    with (
+        Machine(tmp_path) as machine,
+        Collector() as collector,
+        Relay("systemd", section, collector, tmp_path) as relay,
+    ):
+        for name, (keys, commands, _, _) in UNUSUAL.items():
+            machine.write_unit(f"{name}.service", f"[Service]\n{keys}\n{commands}\n")
+        machine.run("systemctl", "daemon-reload")
+        agent = relay.start()
+        started = [f"{name}{'one' if name.endswith('@') else ''}.service" for name in UNUSUAL]
+        machine.run("systemctl", "start", "--no-block", *started)
+        for _ in range(5):
+            machine.run("sleep", "1")
+            machine.run("journalctl", "--rotate")
+        collector.wait_until(lambda: len(run_spans(collector)) == len(UNUSUAL), 120)
+        agent.send_signal(signal.SIGTERM)
+        assert agent.wait() == 0
+        relay.finish()
+        expected = expected_lines(entries_of(machine))
+        with contextlib.suppress(TimeoutError):
+            collector.wait_until(lambda: relayed_lines(collector) == expected, 60)
+        found, spans = relayed_lines(collector), run_spans(collector).values()
+    assert (list((expected - found).items())[:10], list((found - expected).items())[:10]) == ([], [])
+    results = {
+        span.name.removeprefix("RUN ").replace("@one", "@").removesuffix(".service"): (
+            span.attributes["cicd.pipeline.result"],
+            span.attributes.get("process.exit.code"),
+        )
+        for span in spans
+    }
+    assert results == {name: (result, code) for name, (_, _, result, code) in UNUSUAL.items()}
+    dropped = {span.name: span.attributes.get("systemd.suppressed_lines") for span in spans}
+    assert int(dropped.pop("RUN ts-burst.service")) > 2_000
+    assert set(dropped.values()) == {None}
