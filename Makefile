@@ -17,7 +17,7 @@ INSTALLED := pyproject.toml requirements.lock build.lock deploy/requirements.loc
 # Tests wait for processes, timers and each other most of the time: two cores are busy with five workers.
 WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN || echo 2); n=$$((2 * n + 1)); echo $$((n < 9 ? n : 9)))
 
-.PHONY: demo test lint types test-pythons test-systemd test-services kubernetes stores go-tools dist wheels image release-version sbom test-fused-client prove audit bench format lock clean
+.PHONY: demo test lint types test-pythons test-systemd test-services kubernetes stores go-tools dist docs wheels image release-version sbom test-fused-client prove audit bench format lock clean
 .NOTPARALLEL: # two installs into one environment would fight
 
 demo: $(VENV)/.installed-agent
@@ -145,6 +145,16 @@ image:
 release-version: | $(BIN)/python
 	@test "$(TAG)" = "v$$($(BIN)/python -c 'import tomllib; print(tomllib.load(open("pyproject.toml", "rb"))["project"]["version"])')" || \
 	  { echo 'make: the tag $(TAG) is not the version in pyproject.toml' >&2; exit 1; }
+
+# The documentation as a site in dist/docs: fails on a warning, such as a dead link.
+ZENSICAL := zensical==0.0.73
+docs: $(VENV)/.installed-dev $(VENV)/docs/.installed
+	$(BIN)/python -m tests.docs_site $(VENV)/docs/bin/zensical $(DIST)/docs
+
+$(VENV)/docs/.installed: Makefile | $(BIN)/python
+	@$(BIN)/python -m venv $(VENV)/docs
+	@$(VENV)/docs/bin/python -m pip install -qq --disable-pip-version-check $(ZENSICAL)
+	@touch $@
 
 # Beside them what a full installation consists of, as CycloneDX.
 sbom: dist
