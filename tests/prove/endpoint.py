@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from email.utils import formatdate
-from functools import partial
+from functools import cache, partial
 
 from tests.fakes.collector import Answer, Collector, Reply, Request
 from tests.prove.load import MAX_RSS
@@ -101,6 +101,16 @@ def keep_none_of(world: World, each: int, **reply: object) -> Answer:
 def retry_date(request: Request) -> Reply:
     """Ask to come again in two seconds, by the clock."""
     return Reply(503, headers={"Retry-After": formatdate(time.time() + 2, usegmt=True)})
+
+
+@cache
+def _packed() -> bytes:
+    return gzip.compress(bytes(300 << 20), compresslevel=1)
+
+
+def large_when_unpacked(request: Request) -> Reply:
+    """Answer with little that becomes much."""
+    return Reply(body=_packed(), headers=_PACKED)
 
 
 def small_only(world: World) -> Answer:
@@ -226,7 +236,7 @@ FAULTS = (
     EndpointFault("connection closed after each answer", always=lambda world: Reply(close=True)),
     EndpointFault(
         "answers that unpack to 300 MB",
-        [Reply(body=gzip.compress(bytes(300 << 20), compresslevel=1), headers=_PACKED)] * 6,
+        [large_when_unpacked] * 6,
         check=little_memory,
     ),
     EndpointFault(
