@@ -169,7 +169,7 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
             if isinstance(error, TimeoutError):
                 raise httpcore.ConnectTimeout(str(error)) from error
             if isinstance(error, OSError):
-                raise httpcore.ConnectError(connect_reason(error)) from error
+                raise httpcore.ConnectError(connect_reason(error) or self._end) from error
             raise
         self._transport = secured
         if self.max_waiting_bytes < _MAX_WAITING_BYTES:

@@ -87,7 +87,7 @@ def test_message_over_the_receivers_limit_is_too_large(collector: Collector) -> 
 def test_silence_is_retried_after_the_timeout(collector: Collector) -> None:
     """A hanging receiver costs one timeout and does not block the exporter."""
     collector.script("logs", Reply(hang=True))
-    first, second = export(collector.grpc_url, times=2, timeout=1)
+    first, second = export(collector.grpc_url, times=2, timeout=3)  # the second has that time, too
     assert isinstance(first, Retry)
     assert "DEADLINE_EXCEEDED" in first.reason
     assert second == Delivered()

@@ -329,7 +329,8 @@ def test_who_hangs_up_before_tls_is_not_waited_for() -> None:
 
     async def main() -> None:
         async with connected(hang_up) as stream:
-            await asyncio.sleep(0.1)
+            while not stream.get_extra_info("is_readable"):
+                await asyncio.sleep(0.01)
             with pytest.raises(httpcore.ConnectError, match="closed"):
                 await stream.start_tls(ssl.create_default_context(), server_hostname="127.0.0.1", timeout=SECONDS)
 

@@ -540,14 +540,16 @@ class FirstHangs:
 
 def test_reads_go_on_in_another_loop_while_one_waits_for_ever():
     """As after a fork: no read waits for a turn that never ends."""
-    pages = ServedPages(FirstHangs())
+    api = FirstHangs()
+    pages = ServedPages(api)
 
     async def look():
         return [page.lines async for page in pages.read("j", CURSOR_MARK + b"0", None, nullcontext())]
 
     loop = asyncio.new_event_loop()
     waiting = loop.create_task(look())
-    loop.run_until_complete(asyncio.sleep(0.05))
+    while not api.asked:
+        loop.run_until_complete(asyncio.sleep(0.005))
     assert asyncio.run(asyncio.wait_for(look(), 30)) == [[b"x"]]
     waiting.cancel()
     loop.run_until_complete(asyncio.wait([waiting]))

@@ -118,7 +118,8 @@ def test_a_runner_that_was_stopped_goes_on(variants, number):
         assert running.stdout is not None
         assert running.stdout.readline() == b"ready\n"
         os.kill(running.pid, number)
-        time.sleep(1.5)
+        until(lambda: process_state(running.pid) == "T")
+        time.sleep(1.1)
         os.kill(running.pid, signal.SIGCONT)
         time.sleep(0.2)
         (variants.directory / "go").touch()
