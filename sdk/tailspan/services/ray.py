@@ -96,6 +96,15 @@ class _RayJob(msgspec.Struct, frozen=True):
     driver_node_id: str | None = None
 
 
+class _RayDetails(_RayJob, frozen=True):
+    """What a status needs of a job."""
+
+    job_id: str | None = None
+    message: str | None = None
+    driver_exit_code: int | None = None
+    runtime_env: Any = None
+
+
 _jobs = msgspec.json.Decoder(list[_RayJob])
 
 
@@ -215,12 +224,16 @@ class RayService(HttpService, SubmitService):
     async def get_job(self, job_id: str) -> JobStatus:
         """Return the job's status."""
         job = await self.http.get_json(f"/api/jobs/{path_segment(job_id)}", job_id=job_id)
-        if not isinstance(job, dict) or "status" not in job:
-            raise self.http.protocol_error("the reply is not a job", job_id)
-        if job.get("type") != "SUBMISSION" or job.get("submission_id") != job_id:
+        try:
+            found = msgspec.convert(job, _RayDetails)
+        except msgspec.ValidationError as error:
+            raise self.http.protocol_error(f"the reply is not a job: {error}", job_id) from None
+        if found.status is None:
+            raise self.http.protocol_error("the reply is not a job: it has no status", job_id)
+        if found.type != "SUBMISSION" or found.submission_id != job_id:
             text = f"{job_id} is not the submission id of a job: Ray has no log of other drivers"
             raise JobNotFoundError(text, service=self.name, job_id=job_id)
-        status = self._status(job)
+        status = self._status(job_id, found)
         self._jobs.pop(job_id, None)
         self._jobs[job_id] = _KnownStatus(time.monotonic(), status)
         drop_oldest(self._jobs, _MOST_KNOWN)
@@ -346,28 +359,27 @@ class RayService(HttpService, SubmitService):
             return known.status
         return await self.get_job(job_id)
 
-    def _status(self, job: Mapping[str, Any]) -> JobStatus:
-        job_id, state = job["submission_id"], _state(job.get("status"), job.get("error_type"))
-        metadata = {str(key): str(value) for key, value in _table(job.get("metadata")).items()}
-        submitted = time_of_ms(job.get("start_time"))
-        code = job.get("driver_exit_code")
+    def _status(self, job_id: str, job: _RayDetails) -> JobStatus:
+        state, code = _state(job.status, job.error_type), job.driver_exit_code
+        metadata = {str(key): str(value) for key, value in _table(job.metadata).items()}
+        submitted = time_of_ms(job.start_time)
         details = {
-            "process.command": job.get("entrypoint"),
-            "ray.job.id": job.get("job_id"),
-            "ray.job.error_type": job.get("error_type"),
+            "process.command": job.entrypoint,
+            "ray.job.id": job.job_id,
+            "ray.job.error_type": job.error_type,
         }
-        environment = _table(_table(job.get("runtime_env")).get("env_vars"))
+        environment = _table(_table(job.runtime_env).get("env_vars"))
         return self.make_status(
             job_id,
             state,
-            job_name=_name(job_id, job.get("entrypoint"), job.get("metadata")),
-            instance_id=job.get("driver_node_id"),
+            job_name=_name(job_id, job.entrypoint, job.metadata),
+            instance_id=job.driver_node_id,
             submitted_at=submitted,
             started_at=self._start(job_id, state, submitted),
-            finished_at=time_of_ms(job.get("end_time")) if state.is_terminal else None,
-            job_status=job.get("status"),
-            exit_code=None if not isinstance(code, int) else 128 - code if code < 0 else code,
-            error=_error(job) if state in (JobState.FAILED, JobState.LOST) else None,
+            finished_at=time_of_ms(job.end_time) if state.is_terminal else None,
+            job_status=job.status,
+            exit_code=None if code is None else 128 - code if code < 0 else code,
+            error=_error(job.message) if state in (JobState.FAILED, JobState.LOST) else None,
             attributes={key: value for key, value in metadata.items() if key != "job_name"},
             details={key: value for key, value in details.items() if value},
             parent=environment.get("TRACEPARENT"),
@@ -618,7 +630,7 @@ def _name(job_id: str, entrypoint: str | None, metadata: Mapping[str, Any] | Non
     return default_name(command) if command else job_id
 
 
-def _error(job: Mapping[str, Any]) -> str | None:
+def _error(text: str | None) -> str | None:
     """Return why a job failed; Ray's message goes on with the end of the log, up to 20,000 characters."""
-    message = str(job.get("message") or "").partition(_AFTER_ERROR)[0].strip()
+    message = (text or "").partition(_AFTER_ERROR)[0].strip()
     return message[:_ERROR_CHARS] or None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from tailspan._identity import span_id, trace_id
@@ -116,6 +117,12 @@ class BatchService(AwsService, SubmitService):
 
     async def list_jobs(self) -> AsyncGenerator[Sequence[ListedJob], None]:
         """Yield the jobs of the queues, newest first, each array before its children."""
+        with self._reading("a list of jobs"):
+            async with aclosing(self._pages()) as pages:
+                async for page in pages:
+                    yield page
+
+    async def _pages(self) -> AsyncGenerator[list[ListedJob], None]:
         listings = [_QueueListing(self, queue) for queue in await self._job_queues()]
         for listing in listings:
             await listing.fill()
@@ -186,7 +193,9 @@ class BatchService(AwsService, SubmitService):
         body |= {"timeout": {"attemptDurationSeconds": round(timeout_s)}} if timeout_s is not None else {}
         reply = await (await self._open()).call("SubmitJob", body, reads=False)
         # The next request may reach a server that does not have the job yet.
-        return await self.status_after_submit(reply.body["jobId"], job_name=body["jobName"])
+        with self._reading("the reply to SubmitJob"):
+            job_id = str(reply.body["jobId"])
+        return await self.status_after_submit(job_id, job_name=body["jobName"])
 
     async def find_problems(self) -> Sequence[Problem]:
         """Return the rights that are missing to describe jobs and to read their lines."""
@@ -222,7 +231,8 @@ class BatchService(AwsService, SubmitService):
         while True:
             body = {"nextToken": token} if token else {}
             reply = (await (await self._open()).call("DescribeJobQueues", body)).body
-            found += [queue["jobQueueName"] for queue in reply.get("jobQueues") or []]
+            with self._reading("the list of job queues"):
+                found += [str(queue["jobQueueName"]) for queue in reply.get("jobQueues") or []]
             token = reply.get("nextToken")
             if not token:
                 break
@@ -297,7 +307,8 @@ class BatchService(AwsService, SubmitService):
         for start in range(0, len(job_ids), self._most_described):
             body = {"jobs": list(job_ids[start : start + self._most_described])}
             reply = await (await self._open()).call("DescribeJobs", body)
-            found |= {job["jobId"]: job for job in reply.body.get("jobs") or [] if isinstance(job.get("jobId"), str)}
+            with self._reading("the reply to DescribeJobs"):
+                found |= {job["jobId"]: job for job in reply.body["jobs"] if isinstance(job.get("jobId"), str)}
         return found
 
     def _described(self, job: Mapping[str, Any], details: Mapping[str, Mapping[str, Any]]) -> Described:

@@ -79,6 +79,13 @@ class EcsService(AwsService):
 
     async def list_jobs(self) -> AsyncGenerator[Sequence[ListedJob], None]:
         """Yield the tasks, newest first."""
+        with self._reading("a list of tasks"):
+            rows = await self._rows()
+        # No request has them in an order; ECS has those of the last hour only.
+        if rows:
+            yield rows
+
+    async def _rows(self) -> list[ListedJob]:
         rows: dict[str, ListedJob] = {}
         for cluster in await self._cluster_names():
             for desired in ("RUNNING", "STOPPED"):
@@ -92,9 +99,7 @@ class EcsService(AwsService):
                     for task in await self._tasks(cluster, reply.get("taskArns") or []):
                         if self._ecs.services or not str(task.get("group")).startswith("service:"):
                             rows[_job_id(task)] = self._row(task)
-        # No request has them in an order; ECS has those of the last hour only.
-        if rows:
-            yield sorted(rows.values(), key=lambda row: (row.created_at is not None, row.created_at), reverse=True)
+        return sorted(rows.values(), key=lambda row: (row.created_at is not None, row.created_at), reverse=True)
 
     async def cancel(self, job_id: str) -> JobStatus:
         """Stop a task; one that has stopped stays as it is."""
@@ -149,7 +154,7 @@ class EcsService(AwsService):
         if not tasks:
             return []
         reply = await self._call("DescribeTasks", cluster=cluster, tasks=list(tasks), include=["TAGS"])
-        found: list[dict[str, Any]] = reply.get("tasks") or []
+        found: list[dict[str, Any]] = reply["tasks"]
         return found
 
     async def _describe_ids(self, job_ids: Sequence[str]) -> Mapping[str, Described]:

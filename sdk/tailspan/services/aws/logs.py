@@ -359,10 +359,11 @@ def _fitting(
 
 def _events_of(reply: AwsReply) -> list[Mapping[str, Any]]:
     """Return the events of a reply that have what an event needs."""
+    events = reply.body.get("events")
     return [
         event
-        for event in reply.body.get("events") or []
-        if isinstance(event.get("timestamp"), int) and isinstance(event.get("eventId"), str)
+        for event in (events if isinstance(events, list) else ())
+        if isinstance(event, dict) and isinstance(event.get("timestamp"), int) and isinstance(event.get("eventId"), str)
     ]
 
 

@@ -286,6 +286,8 @@ class _Unsigned(Authorizer):
 class AwsRequests(ServiceRequests):
     """Signed requests to one API in one region."""
 
+    url_key = "endpoint_url"
+
     def __init__(
         self, service: str, api: Api, region: str, endpoint: str, account: AwsAccount, options: AwsOptions, tries: int
     ) -> None:

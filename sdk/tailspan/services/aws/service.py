@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import time
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, contextmanager, nullcontext
 from typing import Any, ClassVar, NamedTuple, Self
 from urllib.parse import quote
 
 from tailspan._identity import check_job_id
 from tailspan.config import Settings, validate_options
-from tailspan.errors import ConfigError, JobNotFoundError
+from tailspan.errors import ConfigError, JobNotFoundError, ProtocolError, TailspanError
 from tailspan.logs.page import LogPage
 from tailspan.models import JobStatus, TaskRun
 from tailspan.services import LATE_WINDOW_S, MergingService, TaskService
@@ -181,11 +181,25 @@ class AwsService(MergingService, TaskService):
         return found
 
     async def _describe_all(self, batch: list[Waiting[str, Described | JobNotFoundError]]) -> None:
-        found = await self._describe_ids(list(dict.fromkeys(one.question for one in batch)))
+        with self._reading("a description"):
+            found = await self._describe_ids(list(dict.fromkeys(one.question for one in batch)))
         for one in batch:
             job_id = one.question
             text = f"service {self.name} knows no job {job_id}"
             one.answer = found.get(job_id) or JobNotFoundError(text, service=self.name, job_id=job_id)
+
+    @contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        """Raise the error for a reply of another form than the API's."""
+        try:
+            yield
+        except TailspanError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            text = (
+                f"{what} does not have the form that AWS gives it ({error!r}): check services.{self.name}.endpoint_url"
+            )
+            raise ProtocolError(text, service=self.name) from error
 
     async def _open(self, api: Api | None = None, region: str | None = None) -> AwsRequests:
         """Return the requests to an API in a region; by default to that of the jobs."""

@@ -15,6 +15,7 @@ __all__ = [
     "ClusterEvent",
     "ClusterEvents",
     "ContainerStatus",
+    "CronJob",
     "Job",
     "JobList",
     "Pod",
@@ -142,6 +143,25 @@ class JobList(msgspec.Struct):
 
     metadata: ListMeta
     items: list[Job] = []
+
+
+class CronJobMeta(msgspec.Struct):
+    """The metadata of a CronJob."""
+
+    name: str
+
+
+class CronJobSpec(msgspec.Struct, rename="camel"):
+    """What a CronJob makes."""
+
+    job_template: dict[str, Any]
+
+
+class CronJob(msgspec.Struct):
+    """A CronJob, as far as a run of it is made of it."""
+
+    metadata: CronJobMeta
+    spec: CronJobSpec
 
 
 class WaitingState(msgspec.Struct):

@@ -66,6 +66,23 @@ class KubernetesRequests(ServiceRequests):
         except msgspec.DecodeError as error:
             raise self.protocol_error(f"GET {path}: the reply is not that of Kubernetes: {error}", job_id) from None
 
+    def converted(self, reply: Any, kind: type[T], what: str, *, job_id: str | None = None) -> T:
+        """Return a reply that was decoded as an object.
+
+        Args:
+            reply: What it is.
+            kind: What it should be.
+            what: The request, for the error.
+            job_id: The job that the request is about.
+
+        Raises:
+            ProtocolError: It is something else.
+        """
+        try:
+            return msgspec.convert(reply, kind)
+        except msgspec.ValidationError as error:
+            raise self.protocol_error(f"{what}: the reply is not that of Kubernetes: {error}", job_id) from None
+
     @asynccontextmanager
     async def stream(
         self, path: str, params: Params | None, *, job_id: str | None = None

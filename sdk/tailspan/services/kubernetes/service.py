@@ -17,8 +17,6 @@ from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import msgspec
-
 from tailspan.errors import AuthError, JobNotFoundError, ProtocolError, RequestRejectedError, ServiceError
 from tailspan.logs.page import NANOS_PER_MS, LogPage
 from tailspan.models import JobState, JobStatus, ListedJob, TaskRun
@@ -28,7 +26,16 @@ from tailspan.services._requests import path_segment
 from tailspan.services.kubernetes.feed import JobFeed
 from tailspan.services.kubernetes.kubeconfig import Cluster, ClusterCredentials, find_cluster
 from tailspan.services.kubernetes.log import START, LinePosition
-from tailspan.services.kubernetes.objects import ClusterEvent, ClusterEvents, Job, JobList, PodList, Review, Version
+from tailspan.services.kubernetes.objects import (
+    ClusterEvent,
+    ClusterEvents,
+    CronJob,
+    Job,
+    JobList,
+    PodList,
+    Review,
+    Version,
+)
 from tailspan.services.kubernetes.options import KubernetesOptions
 from tailspan.services.kubernetes.reader import Cursor, InstanceReader, PageBuilder, key_of, merged
 from tailspan.services.kubernetes.record import Instance, JobRecord, attributes_of, pending_reason
@@ -279,6 +286,7 @@ class KubernetesService(TaskService, SubmitService, ChangeFeedService):
             cron_job = command[0].partition("/")[2]
             path = f"/apis/batch/v1/namespaces/{path_segment(namespace)}/cronjobs/{path_segment(cron_job)}"
             base = await self.http.get_json(path, job_id=command[0])
+            self.http.converted(base, CronJob, f"GET {path}", job_id=command[0])
         manifest = job_manifest(
             self.options.template,
             base,
@@ -291,10 +299,7 @@ class KubernetesService(TaskService, SubmitService, ChangeFeedService):
         )
         namespace = manifest["metadata"].get("namespace") or namespace
         reply = await self.http.send_json("POST", f"/apis/batch/v1/namespaces/{path_segment(namespace)}/jobs", manifest)
-        try:
-            job = msgspec.convert(reply, Job)
-        except msgspec.ValidationError as error:
-            raise self.http.protocol_error(f"POST jobs: the reply is not a job: {error}", None) from None
+        job = self.http.converted(reply, Job, "POST jobs")
         record = JobRecord(job)
         return self._status(job.job_id, record, record.state(datetime.now(UTC)), None, logs_complete=None)
 
@@ -310,7 +315,7 @@ class KubernetesService(TaskService, SubmitService, ChangeFeedService):
                 reply = await self.http.send_json(
                     "POST", path, {**body, "spec": {"resourceAttributes": attributes}}, reads=True
                 )
-                if not msgspec.convert(reply, Review).status.allowed:
+                if not self.http.converted(reply, Review, f"POST {path}").status.allowed:
                     named = f"{verb} {resource}{'/' if part else ''}{part}"
                     missing.setdefault((effect, is_fatal), []).append(named)
         where = f"in namespace {self.namespace}" if self.namespace else "in all namespaces"
