@@ -228,7 +228,8 @@ def test_two_hundred_jobs_at_once(cluster: Cluster, namespace: str, collector: C
         runs, tasks = wait_for_runs(relay, count + 1, count + 1)
     assert runs.pop("hello") == "success"
     assert runs == {f"short-{number}": "failure" if number % 2 else "success" for number in range(count)}
-    assert {key[1:] for key in tasks} == {("main", 1)}
+    # One each; its number is 2 if the kubelet could not create the container in time, and tried again.
+    assert sorted(key[:2] for key in tasks) == sorted((name, "main") for name in [*runs, "hello"])
 
 
 def test_jobs_that_are_deleted(cluster: Cluster, namespace: str, collector: Collector, tmp_path: Path) -> None:
@@ -351,7 +352,7 @@ def test_unusual_jobs(cluster: Cluster, namespace: str, collector: Collector, tm
     named = ("moved", "sidecar", "memory", "policy", "left-alone")
     assert {key: value for key, value in tasks.items() if key[0] in named} == {
         ("left-alone", "main", 1): "success",
-        ("moved", "main", 1): "error",
+        ("moved", "main", 1): "failure",
         ("moved", "main", 2): "success",
         ("sidecar", "main", 1): "success",
         ("sidecar", "side", 1): "success",
