@@ -23,9 +23,12 @@ WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN || echo 2); n=$$((2 * n + 1));
 demo: $(VENV)/.installed-agent
 	$(BIN)/tailspan demo
 
-# The types are checked beside the tests, which wait for each other's processes and timers most of the time.
+# The types are checked beside the tests, which wait for each other's processes and timers most of the time. In a fresh
+# clone one process compiles the tests before: each worker would compile all of them.
+COMPILED_TESTS := tests/unit/sdk/__pycache__/test_*-pytest-*.pyc
 test: lint
 	@$(BIN)/mypy > $(VENV)/mypy.txt 2>&1 & types=$$!; \
+	ls $(COMPILED_TESTS) >/dev/null 2>&1 || $(BIN)/pytest --collect-only -qq >/dev/null; \
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal; tests=$$?; \
 	wait $$types; types=$$?; cat $(VENV)/mypy.txt; \
 	test $$types = 0 && exit $$tests

@@ -7,6 +7,7 @@ Tests do not see the developer's settings and do not touch the developer's jobs.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import shutil
 import sys
@@ -55,6 +56,29 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     if _STATE_HOME in config.stash:
         shutil.rmtree(config.stash[_STATE_HOME], ignore_errors=True)
         os.close(config.stash[_STDERR])
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None, object, object]:
+    """Put the longest tests first, after the random order was made, so that no worker ends with one of them."""
+    result = yield
+    long = [item for item in items if item.get_closest_marker("timeout")]
+    rest = [item for item in items if not item.get_closest_marker("timeout")]
+    # `--dist worksteal` gives each worker a block of equal size first.
+    workers, count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")), len(items)
+    items.clear()
+    for worker in range(workers):
+        first = long[worker::workers]
+        more = max(0, count * (worker + 1) // workers - len(items) - len(first))
+        items += [*first, *rest[:more]]
+        del rest[:more]
+    items += rest
+    return result
+
+
+def pytest_collection_finish() -> None:
+    """Take what was collected, which is much and stays, out of the search for garbage."""
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
