@@ -41,7 +41,9 @@ class HeldJob:
         }  # fmt: skip
         self._lock_fd = store.create(self.job_id, spec)
         self._directory = store.directory(self.job_id)
-        self._state = {"state": "RUNNING", "name": self.name, "started_at": iso_time(now), "finished_at": None}
+        self._state = {
+            "state": "RUNNING", "name": self.name, "started_at": iso_time(now), "finished_at": None, "end": None
+        }  # fmt: skip
         self._end = self._lines = 0
         self._write_state()
 
@@ -91,10 +93,12 @@ def main() -> None:
 
     signal.signal(signal.SIGUSR1, end_one)
     print(HOLDING, flush=True)
+    next_s = time.monotonic()
     while True:
         for job in jobs[:speakers]:
             job.say()
-        time.sleep(_EVERY_S)
+        next_s = max(next_s + _EVERY_S, time.monotonic())
+        time.sleep(max(0.0, next_s - time.monotonic()))
 
 
 if __name__ == "__main__":
