@@ -137,6 +137,30 @@ def database_away(world: FleetWorld) -> list[str]:
     return [] if stopped_reading else ["an agent read on without a lease"]
 
 
+_OUTAGE_S = 310.0
+"""Five minutes, and longer than a silent agent is remembered with the lease of the proof."""
+_SUSPENDED_S = 15.0
+_MOST_GROWTH = 16 << 20
+
+
+def database_away_for_long(world: FleetWorld) -> list[str]:
+    """The server is away for five minutes: the agents stop, need no more memory for it, and continue."""
+    speak_for(world, 3.0)
+    world.postgres.stop()
+    speak_for(world, _SUSPENDED_S)
+    before = world.memory()
+    requests = len(world.collector.requests)
+    speak_for(world, _OUTAGE_S - _SUSPENDED_S)
+    after = world.memory()
+    sent = sum(request.signal == "logs" for request in world.collector.requests[requests:])
+    world.postgres.start()
+    world.until(world.is_balanced, "a fair share after the database is back")
+    speak_for(world, 2.0)
+    problems = [f"{sent} requests with lines were sent without a lease"] if sent else []
+    grown = {name: size - before[name] for name, size in after.items() if size - before[name] > _MOST_GROWTH}
+    return [*problems, *(f"{name} took {size >> 20} MiB more while it waited" for name, size in grown.items())]
+
+
 def copy_that_lags(world: FleetWorld) -> list[str]:
     """The server fails over to a copy that lacks the last second."""
     world.until(world.is_balanced, "a fair share")
@@ -242,6 +266,7 @@ FAULTS = (
     FleetFault("fleet: an agent stopped for 3 leases", stopped),
     FleetFault("fleet: an agent cut off from the database", cut_off, cut=True),
     FleetFault("fleet: database restarted, then away", database_away, durable=True),
+    FleetFault("fleet: database away for 5 minutes", database_away_for_long, durable=True),
     FleetFault("fleet: failover to a copy that lags", copy_that_lags, durable=True),
     FleetFault("fleet: 1, 4, 2 agents under load", join_and_leave, agents=4, lease_s=20.0),
     FleetFault("fleet: an older agent beside newer tables", newer_schema),

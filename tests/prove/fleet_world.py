@@ -142,6 +142,15 @@ headers = {{ X-Agent = "{agent.name}" }}
         assert agent.process is not None
         agent.process.send_signal(number)
 
+    def memory(self) -> dict[str, int]:
+        """Return the resident memory of each agent that runs, in bytes, by its name."""
+        page = os.sysconf("SC_PAGE_SIZE")
+        return {
+            agent.name: int(Path(f"/proc/{agent.process.pid}/statm").read_text().split()[1]) * page
+            for agent in self.agents
+            if agent.process is not None
+        }
+
     def stop_agent(self, agent: FleetAgent) -> int:
         """Stop an agent with its drain; return its exit code."""
         assert agent.process is not None

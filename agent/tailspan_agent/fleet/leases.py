@@ -151,11 +151,13 @@ def renew(
     with transaction(connection):
         row = connection.execute(
             tables.sql(
-                "UPDATE $agents AS agents SET expires_at = clock_timestamp() + make_interval(secs => %s), "
-                " draining = draining OR %s, health = %s WHERE id = %s RETURNING draining,"
-                " (SELECT writes FROM $writers WHERE agent = agents.id)"
+                "WITH before AS (SELECT id, expires_at > clock_timestamp() AS was_live FROM $agents WHERE id = %s"
+                " FOR UPDATE)"
+                " UPDATE $agents AS agents SET expires_at = clock_timestamp() + make_interval(secs => %s), "
+                " draining = draining OR %s, health = %s FROM before WHERE agents.id = before.id RETURNING draining,"
+                " (SELECT writes FROM $writers WHERE agent = agents.id), was_live"
             ),
-            (lease_s, draining, json.dumps(health), agent),
+            (agent, lease_s, draining, json.dumps(health)),
         ).fetchone()
         if row is None or row[1] is None:
             raise DivergedError("the fleet's database does not know this agent any more")
@@ -170,7 +172,9 @@ def renew(
         ).fetchall()
         kept: dict[int, int] = dict(renewed)
         agents = _taking_agents(connection, tables)
-        _remove_silent_agents(connection, tables, lease_s)
+        if row[2]:
+            # Otherwise the database was away for all agents, and the others are about to renew, too.
+            _remove_silent_agents(connection, tables, lease_s)
         share = fair_share(agent, agents)
         shards = len(kept.keys() - {METRICS_LEASE})
         taken, taken_over = _take(connection, tables, agent, kept, share - shards, lease_s) if share else ({}, 0)
