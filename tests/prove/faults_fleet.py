@@ -137,9 +137,8 @@ def database_away(world: FleetWorld) -> list[str]:
     return [] if stopped_reading else ["an agent read on without a lease"]
 
 
-_OUTAGE_S = 310.0
-"""Five minutes, and longer than a silent agent is remembered with the lease of the proof."""
-_SUSPENDED_S = 15.0
+_OUTAGE_S = 300.0
+_SUSPENDED_S = 20.0
 _MOST_GROWTH = 16 << 20
 
 
@@ -147,6 +146,7 @@ def database_away_for_long(world: FleetWorld) -> list[str]:
     """The server is away for five minutes: the agents stop, need no more memory for it, and continue."""
     speak_for(world, 3.0)
     world.postgres.stop()
+    world.until(lambda: all("reading stops" in world.log_of(agent) for agent in world.agents), "the stop of reading")
     speak_for(world, _SUSPENDED_S)
     before = world.memory()
     requests = len(world.collector.requests)
@@ -266,7 +266,7 @@ FAULTS = (
     FleetFault("fleet: an agent stopped for 3 leases", stopped),
     FleetFault("fleet: an agent cut off from the database", cut_off, cut=True),
     FleetFault("fleet: database restarted, then away", database_away, durable=True),
-    FleetFault("fleet: database away for 5 minutes", database_away_for_long, durable=True),
+    FleetFault("fleet: database away for 5 minutes", database_away_for_long, durable=True, lease_s=10.0),
     FleetFault("fleet: failover to a copy that lags", copy_that_lags, durable=True),
     FleetFault("fleet: 1, 4, 2 agents under load", join_and_leave, agents=4, lease_s=20.0),
     FleetFault("fleet: an older agent beside newer tables", newer_schema),

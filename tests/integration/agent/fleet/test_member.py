@@ -57,7 +57,7 @@ class One:
         self.ahead_s = 0.0
         self.reader = Reader()
         self.store = open_store(postgres.dsn, fleet, instance)
-        self.store._gather_s = 0.005
+        self.store.writer._gather_s = 0.005
         info = AgentInfo(instance, "host", 1, "0", "")
         self.member = FleetMember(
             postgres.dsn, self.store, info, lease_s=lease_s, reader=self.reader, clock_s=self._clock_s
@@ -193,9 +193,9 @@ async def test_writes_of_an_earlier_owner_have_no_effect(fleet) -> None:
             assert a.store.end_job(key, [], RunTotals("etl", "success").add(1.0))
             a.add(1)
             await a.store.written()
-            assert a.store.take_lost() == {shard_of("id", "j0"), shard_of("id", "j1")}
-            await b.store.refresh()
-            assert b.store.counted == {}
+            assert a.store.writer.take_lost() == {shard_of("id", "j0"), shard_of("id", "j1")}
+            await b.store.counts.refresh()
+            assert b.store.counts.totals == {}
             rows = b.store.reader.run_now(
                 lambda connection: connection.execute(b.store.tables.sql("SELECT job_id, cursor FROM $jobs")).fetchall()
             )
@@ -236,7 +236,7 @@ async def test_a_database_that_lost_transactions_is_noticed(fleet) -> None:
         a.store.ack([Ack(a.store.job("id", "j0").key, b"2", "{}")])
         await until(lambda: a.store.job("id", "j0") is None)
         await until(lambda: a.member.shards == SHARDS)
-        assert a.store.diverged is None
+        assert a.store.writer.diverged is None
         a.store.ack([Ack(a.add(), b"3", "{}")])
         await a.store.written()
         assert not a.store.write_failed
@@ -245,7 +245,7 @@ async def test_a_database_that_lost_transactions_is_noticed(fleet) -> None:
 @looped
 async def test_a_commit_whose_answer_was_lost_is_not_repeated(fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums and counts are added once, whether the server committed before the connection broke or not."""
-    from tailspan_agent.fleet import store as module
+    from tailspan_agent.fleet import writer as module
 
     async with fleet("a") as a:
         await until(lambda: a.member.shards == SHARDS)
@@ -255,7 +255,7 @@ async def test_a_commit_whose_answer_was_lost_is_not_repeated(fleet, monkeypatch
             written = real(*args)
             if len(broken) < 2:
                 broken.append(written)
-                a.store.writer._disconnect()
+                a.store.writer._database._disconnect()
                 raise CheckpointError("the connection broke after the commit")
             return written
 
@@ -266,8 +266,28 @@ async def test_a_commit_whose_answer_was_lost_is_not_repeated(fleet, monkeypatch
         await a.store.written()
         assert len(broken) == 2
         assert await a.store.seconds(key) == {5: (2, 7)}
-        await a.store.refresh()
-        assert [totals.count for totals in a.store.counted.values()] == [1]
+        await a.store.counts.refresh()
+        assert [totals.count for totals in a.store.counts.totals.values()] == [1]
+
+
+@looped
+async def test_agents_stay_members_while_the_database_is_away(fleet) -> None:
+    """The first one that renews after a long outage does not remove the others, which would read their shards again."""
+    async with fleet("a", lease_s=2) as a, fleet("b", lease_s=2) as b:
+        await until(lambda: a.member.shards == b.member.shards == SHARDS // 2)
+        before = [agent.id for agent in await a.member.read_agents()]
+        a.store.reader.run_now(
+            lambda connection: connection.execute(
+                a.store.tables.sql("UPDATE $agents SET expires_at = expires_at - interval '1 day'")
+            )
+        )
+        renewed_s = [one.member._read_until_s for one in (a, b)]
+        a.member._wake.set()
+        await until(lambda: a.member._read_until_s > renewed_s[0])
+        assert [agent.id for agent in await a.member.read_agents()] == before
+        b.member._wake.set()
+        await until(lambda: b.member._read_until_s > renewed_s[1])
+        assert [agent.id for agent in await a.member.read_agents()] == before
 
 
 @looped
@@ -291,8 +311,8 @@ async def test_runs_of_all_agents_are_counted_together(fleet) -> None:
             assert one.store.end_job(one.add(number), [], RunTotals("etl", "success").add(1.0))
             await one.store.written()
         for one in (a, b):
-            await one.store.refresh()
-            assert [totals.count for totals in one.store.counted.values()] == [2]
+            await one.store.counts.refresh()
+            assert [totals.count for totals in one.store.counts.totals.values()] == [2]
 
 
 @looped
@@ -304,10 +324,10 @@ async def test_who_exports_the_totals_has_read_them(fleet) -> None:
         number = next(number for number in range(100) if before.member.owns("id", f"j{number}"))
         assert before.store.end_job(before.add(number), [], RunTotals("etl", "success").add(1.0))
         await before.store.written()
-        assert after.store.counted == {}
+        assert after.store.counts.totals == {}
         await before.member.drained()
         await until(lambda: after.member.has_metrics)
-        assert [totals.count for totals in after.store.counted.values()] == [1]
+        assert [totals.count for totals in after.store.counts.totals.values()] == [1]
         assert before.member.hand_over_s is not None
 
 
