@@ -190,7 +190,7 @@ class Agent:
             FleetTotals(
                 agent_resource(settings.agent.service_name, store.fleet_id, settings.otlp.resource),
                 store.start_unix_nano,
-                lambda: list(store.counted.values()) if member.has_metrics else None,
+                lambda: list(store.counts.totals.values()) if member.has_metrics else None,
                 store.history.too_fast,
             ),
         )
@@ -490,7 +490,7 @@ class Agent:
         if self._shared_store is not None:
             await self._shared_store.written()
             with contextlib.suppress(CheckpointError):
-                await self._shared_store.refresh()
+                await self._shared_store.counts.refresh()
         await push.export()
 
     async def _relay_readable(self, failures: list[TailspanError]) -> None:
@@ -561,8 +561,8 @@ class Agent:
         while True:
             await asyncio.sleep(self.settings.fleet.lease / 3)
             with contextlib.suppress(CheckpointError):
-                await store.refresh()
-                for run in store.take_new_runs():
+                await store.counts.refresh()
+                for run in store.counts.take_new_runs():
                     if run not in histories.of(run.pipeline).runs:
                         histories.add(run)
 

@@ -16,8 +16,9 @@ from tailspan_agent.checkpoint.rows import Ack
 from tailspan_agent.errors import LeaseLostError
 from tailspan_agent.fleet.database import Connection, DatabaseThread, Tables
 from tailspan_agent.fleet.leases import AgentInfo, join, renew
+from tailspan_agent.fleet.shard_rows import read_shards
 from tailspan_agent.fleet.shards import METRICS_LEASE, SHARDS
-from tailspan_agent.fleet.store import PostgresStore, open_store, read_shards
+from tailspan_agent.fleet.store import PostgresStore, open_store
 from tailspan_agent.tasks import cancelled
 from tests.bench.holder import HOLDING
 from tests.bench.job_server import SERVING, base_url
@@ -201,7 +202,7 @@ def _joined(stores: list[PostgresStore], leases: DatabaseThread) -> list[Postgre
     for store in stores:
         info = AgentInfo(store.instance_id, "bench", 1, "0", "")
         tables = store.tables
-        store.join(
+        store.writer.join(
             leases.run_now(lambda connection, info=info, tables=tables: join(connection, tables, info, 600.0)), 0
         )
     return stores

@@ -65,15 +65,19 @@ class CheckpointStore(Protocol):
         instance_id: The UUID of the agent's state directory.
         start_unix_nano: When this store began to count runs, in ns since the epoch.
         recovered: The damage that was found when the store was opened; None without damage.
-        write_failed: Whether the last write failed.
-        acked_at_s: When the last ack was stored, in seconds since the epoch.
     """
 
     instance_id: str
     start_unix_nano: int
     recovered: str | None
-    write_failed: bool
-    acked_at_s: float
+
+    @property
+    def write_failed(self) -> bool:
+        """Whether the last write failed."""
+
+    @property
+    def acked_at_s(self) -> float:
+        """When the last ack was stored, in seconds since the epoch."""
 
     @property
     def totals(self) -> Mapping[tuple[str, str, str], RunTotals]:

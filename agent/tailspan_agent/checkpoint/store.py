@@ -413,21 +413,7 @@ class SqliteStore:
         run: PastRun | None = None,
         fingerprint: str | None = None,
     ) -> bool:
-        """Write a job's last spans and count its run, in one transaction, once.
-
-        A run is counted when its span is written, not when the span is acknowledged: so it is counted once whatever
-        happens at the endpoint, and also if traces are not exported.
-
-        Args:
-            key: The store's number for the job.
-            spans: The spans that end now.
-            counted: The totals of this run alone; `totals` includes it from now on.
-            run: The run for the history of its pipeline; None stores none.
-            fingerprint: The fingerprint of its failure; None without a failure.
-
-        Returns:
-            Whether this was the first call for the job; if not, nothing was changed.
-        """
+        """Write a job's last spans and count its run, in one transaction, once; see `CheckpointStore`."""
         known = self.totals.get(counted.key)
         totals = known.merge(counted) if known is not None else counted
         with self._transaction() as db:

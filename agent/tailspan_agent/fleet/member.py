@@ -21,10 +21,12 @@ from typing import Any, Protocol
 from tailspan._plural import plural
 from tailspan_agent.errors import CheckpointError
 from tailspan_agent.fleet.batch import DivergedError
+from tailspan_agent.fleet.counts import Changes
 from tailspan_agent.fleet.database import SCHEMA_VERSION, Connection, DatabaseThread, Tables, newer_schema
 from tailspan_agent.fleet.leases import AgentInfo, FleetAgent, Standing, join, leave, read_agents, release, renew
+from tailspan_agent.fleet.shard_rows import ShardRows, read_shards
 from tailspan_agent.fleet.shards import METRICS_LEASE, SHARDS, shard_of, surplus
-from tailspan_agent.fleet.store import Changes, PostgresStore, ShardRows, read_shards
+from tailspan_agent.fleet.store import PostgresStore
 from tailspan_agent.tasks import cancelled
 
 __all__ = ["FleetMember", "ShardReader"]
@@ -127,7 +129,7 @@ class FleetMember:
         self._renewed = asyncio.Event()
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
-        store.on_trouble = self._wake.set
+        store.writer.on_trouble = self._wake.set
         store.may_send = lambda shard: shard in self._readable and self._may_read
 
     @property
@@ -199,13 +201,13 @@ class FleetMember:
 
     async def _renew(self) -> None:
         """Renew the leases once, and follow what came of it."""
-        if self._store.diverged is not None:
-            await self._start_again(self._store.diverged)
-        await self._lose(self._store.take_lost())
+        if self._store.writer.diverged is not None:
+            await self._start_again(self._store.writer.diverged)
+        await self._lose(self._store.writer.take_lost())
         try:
             if not self._agent:
                 await self._join()
-            sent_s, held, writes = self._clock_s(), dict(self._held), self._store.writes
+            sent_s, held, writes = self._clock_s(), dict(self._held), self._store.writer.writes
             standing = await self._leases.run(
                 partial(
                     renew,
@@ -237,7 +239,7 @@ class FleetMember:
             return join(connection, self._tables, self._info, self.lease_s)
 
         agent = await self._leases.run(enter, timeout_s=self.lease_s)
-        self._store.join(agent, 0)
+        self._store.writer.join(agent, 0)
         self._agent = agent
         _log.info("joined the fleet %s as agent %d", self._tables.fleet, agent)
 
@@ -280,7 +282,7 @@ class FleetMember:
         shards = sorted(taken.keys() - {METRICS_LEASE})
 
         def read(connection: Connection) -> tuple[ShardRows, Changes | None]:
-            changes = self._store.read_changes(connection) if METRICS_LEASE in taken else None
+            changes = self._store.counts.read(connection) if METRICS_LEASE in taken else None
             return read_shards(connection, self._tables, shards), changes
 
         try:
@@ -290,7 +292,7 @@ class FleetMember:
             return False
         if changes is not None:
             # What the last holder has exported last: a counter that goes back would be taken for a new one.
-            self._store.apply_changes(changes)
+            self._store.counts.apply(changes)
         self._held.update(taken)
         self._store.adopt({shard: taken[shard] for shard in shards}, rows)
         self._readable.update(shards)
@@ -348,8 +350,8 @@ class FleetMember:
         self._store.drop(list(self._held))
         self._held.clear()
         agent, self._agent = self._agent, 0
-        await self._store.leave()
-        self._store.diverged = None
+        await self._store.writer.leave()
+        self._store.writer.diverged = None
         if agent:
             with contextlib.suppress(CheckpointError):
                 await self._leases.run(partial(leave, tables=self._tables, agent=agent), timeout_s=self.lease_s)

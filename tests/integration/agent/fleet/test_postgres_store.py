@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from tailspan_agent.checkpoint.protocol import CheckpointStore
 from tailspan_agent.fleet.database import DatabaseThread, Tables, migrate
 from tailspan_agent.fleet.leases import AgentInfo, join, leave, renew
-from tailspan_agent.fleet.store import PostgresStore, read_shards
+from tailspan_agent.fleet.shard_rows import read_shards
+from tailspan_agent.fleet.store import PostgresStore
 from tailspan_agent.tasks import cancelled
 from tests.fakes.postgres import Postgres
 from tests.fakes.store_promises import STEPS, StorePromises
@@ -36,7 +37,7 @@ async def owner(dsn: str, fleet: str, *, crash: bool = False, instance: str = "m
     taken = leases.run_now(
         lambda connection: renew(connection, tables, agent, {}, lease_s=LEASE_S, draining=False, health={})
     ).taken
-    store.join(agent, 0)
+    store.writer.join(agent, 0)
     store.adopt(taken, leases.run_now(lambda connection: read_shards(connection, tables, list(taken))))
     writing = asyncio.create_task(store.run())
     try:
