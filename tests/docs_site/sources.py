@@ -18,6 +18,7 @@ __all__ = ["navigation", "pages", "write_sources"]
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 DEPLOY = ROOT / "deploy" / "README.md"
+CHANGELOG = ROOT / "CHANGELOG.md"
 
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
@@ -57,6 +58,7 @@ def pages() -> dict[str, tuple[Path, str]]:
     found = {
         str(path.relative_to(DOCS)): (path, path.read_text(encoding="utf-8")) for path in sorted(DOCS.rglob("*.md"))
     }
+    found["changelog.md"] = (CHANGELOG, CHANGELOG.read_text(encoding="utf-8"))
     found |= {path: (DEPLOY, text) for path, text in deploy_pages().items()}
     return found | {path: (DOCS / path, make()) for path, (_, make) in PAGES.items()}
 
@@ -71,7 +73,7 @@ def navigation() -> list[dict[str, Any]]:
             if (DOCS / link).resolve() == DEPLOY:
                 entries.append({text: [{_title(page): path} for path, page in deploy_pages().items()]})
             elif re.match(r"^- ", rest[: rest.index(f"]({link})")].splitlines()[-1]):
-                entries.append({text: link})
+                entries.append({text: "changelog.md" if (DOCS / link).resolve() == CHANGELOG else link})
         if title == "Reference":
             entries += [{name: path} for path, (name, _) in PAGES.items()]
         found.append({title: entries})
@@ -110,6 +112,8 @@ def _link(match: re.Match[str], source: Path, path: str, deploy: dict[str, str],
     found = (source.parent / file).resolve() if file else source
     if found == DEPLOY:
         goal = deploy[fragment]
+    elif found == CHANGELOG:
+        goal = "changelog.md"
     elif found.is_relative_to(DOCS) and found.suffix == ".md":
         goal = str(found.relative_to(DOCS)) + (f"#{fragment}" if fragment else "")
     elif found.suffix in _SHOWN and found.is_file():
