@@ -21,7 +21,7 @@ from tailspan._own_token import own_token
 from tailspan._plural import plural
 from tailspan._secrets import mask
 from tailspan.config import Settings
-from tailspan.config.signals import SIGNALS
+from tailspan.config.signals import SIGNALS, Signal
 from tailspan.errors import ConfigError, JobNotFoundError, TailspanError
 from tailspan.services import JobService
 from tailspan.services.registry import open_service
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from tailspan_agent.fleet.store import PostgresStore
     from tailspan_agent.web.server import ServerAccess, StatusServer
 
-__all__ = ["Agent", "OnceResult"]
+__all__ = ["Agent", "OnceResult", "ReloadResult"]
 
 _LOG_QUEUES = 2
 _FORGET_S = 30 * 86400.0
@@ -91,6 +91,21 @@ class OnceResult:
     rejected: int
     failures: tuple[TailspanError, ...]
     delivered: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ReloadResult:
+    """The result of a reload.
+
+    Attributes:
+        changed: The tables and keys that differ from before, such as ``agent.watch``.
+        needs_restart: Those of them that take effect after a restart only.
+        problems: Why services could not be opened.
+    """
+
+    changed: tuple[str, ...]
+    needs_restart: tuple[str, ...]
+    problems: tuple[str, ...]
 
 
 class Agent:
@@ -322,8 +337,7 @@ class Agent:
             self._start_queues()
             self.server = self._make_server()
             async with self.server or contextlib.nullcontext():
-                if self.server is not None:
-                    _log.info("the page is at %s", self.server.link)
+                self._log_what_it_uses()
                 self._start_pushing()
                 await self._follow()
                 on_ready()
@@ -332,6 +346,16 @@ class Agent:
                 await self._drain()
         finally:
             await self._close()
+
+    def _log_what_it_uses(self) -> None:
+        path = self.settings.path
+        _log.info("the configuration is %s", path or "that of the environment and the defaults; no file is named")
+        for target, signals in _by_target(self.endpoints.targets).items():
+            _log.info("%s go to %s", " and ".join(signals), target)
+        if self.server is not None:
+            _log.info("the page is at %s", self.server.link)
+        else:
+            _log.info("there is no page: agent.listen is empty")
 
     async def run_once(self, timeout_s: float) -> OnceResult:
         """Relay what is readable now: ended jobs completely, running jobs up to their current end.
@@ -361,18 +385,21 @@ class Agent:
                 jobs=receiver.started,
                 acked=logs.delivered if logs else 0,
                 rejected=self.endpoints.rejected,
-                failures=(*scan_failures, *self._tailer_failures()),
+                failures=(*receiver.broken.values(), *scan_failures, *self._tailer_failures()),
                 delivered=delivered,
             )
         finally:
             await self._close()
 
-    async def reload(self, settings: Settings) -> None:
+    async def reload(self, settings: Settings) -> ReloadResult:
         """Apply a changed configuration: stop what is gone, start what is new, leave the rest running.
 
         Args:
             settings: The newly loaded configuration. ``agent.state_dir``, ``agent.listen``, the limits of metrics and
                 the set of relayed signals take effect after a restart only.
+
+        Returns:
+            What changed.
 
         Raises:
             ConfigError: The configuration cannot work; nothing was changed.
@@ -382,11 +409,17 @@ class Agent:
         access = self._access(settings) if self.server is not None else None
         # Not during the start, which would follow jobs twice, nor during the stop, which would not drain new ones.
         await self._follows.wait()
+        old = self.settings
         async with self._changing:
             if not self._stopping.is_set():
                 await self._apply(settings, redactor)
                 if access is not None and self.server is not None:
                     self.server.change_access(access)
+        return ReloadResult(
+            changed=tuple(_changed_keys(old, settings)),
+            needs_restart=tuple(_changes_that_need_restart(old, settings)),
+            problems=tuple(map(str, self._receiver.broken.values())),
+        )
 
     async def _apply(self, settings: Settings, redactor: Redactor | None) -> None:
         kept = self._receiver.kept(self.settings, settings)
@@ -666,9 +699,30 @@ class Agent:
                 await cancelled(task)
 
 
+def _by_target(targets: Mapping[Signal, str]) -> dict[str, list[str]]:
+    """Return the signals that go to each endpoint."""
+    signals: dict[str, list[str]] = {}
+    for signal, target in targets.items():
+        signals.setdefault(target, []).append(signal)
+    return signals
+
+
 def _check_enabled(settings: Settings) -> None:
     if settings.otlp.disabled:
         raise ConfigError("OTEL_SDK_DISABLED is set: unset it to let the agent relay", key="OTEL_SDK_DISABLED")
+
+
+def _changed_keys(old: Settings, new: Settings) -> list[str]:
+    """Return the keys that differ, without their values: some are secret."""
+    found: list[str] = []
+    before, after = old.model_dump(), new.model_dump()
+    for table in sorted(before.keys() | after.keys()):
+        one, other = before.get(table), after.get(table)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += [f"{table}.{key}" for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
+        elif one != other:
+            found.append(table)
+    return found
 
 
 def _changes_that_need_restart(old: Settings, new: Settings) -> list[str]:

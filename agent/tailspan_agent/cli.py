@@ -9,11 +9,12 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -40,6 +41,7 @@ __all__ = ["agent"]
 
 _GARBAGE_OBJECTS = 20_000
 _REJECTED, _UNDELIVERED = 1, 3
+_RELOAD_POLL_S = 0.05
 
 
 @click.group(cls=SuggestingGroup)
@@ -182,9 +184,11 @@ def check(config_path: Path | None, as_json: bool) -> None:
     """  # noqa: D301 - click wants the backspace character itself
     settings = settings_for(config_path, telemetry=True)
 
-    async def run_checks() -> int:
-        from tailspan_agent.commands.check import check as findings_of
+    # What the agent needs must be installed; it is loaded before the first finding, so that its lack is the only line.
+    import tailspan_agent.agent  # noqa: F401
+    from tailspan_agent.commands.check import check as findings_of
 
+    async def run_checks() -> int:
         code = 0
         async for finding in findings_of(settings):
             code = code or finding.exit_code
@@ -200,10 +204,25 @@ def check(config_path: Path | None, as_json: bool) -> None:
 
 @agent.command()
 @config_option
-def reload(config_path: Path | None) -> None:
-    """Make the running agent load its configuration again; jobs that are still watched are not disturbed.
+@json_option
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=POSITIVE_DURATION,
+    default="30s",
+    show_default=True,
+    metavar="D",
+    help="How long to wait for the result.",
+)
+def reload(config_path: Path | None, as_json: bool, timeout_s: float) -> None:
+    """Make the running agent load its configuration again, and print what changed.
+
+    Jobs that are still watched are not disturbed.
 
     \b
+    Exit codes: 0 reloaded, 1 no result in time, 2 not reloaded: the old configuration stays in force; or a service
+    could not be opened.
+
     Example:
       tailspan agent reload --config config.toml
     """  # noqa: D301 - click wants the backspace character itself
@@ -214,11 +233,41 @@ def reload(config_path: Path | None) -> None:
             f"no agent runs on agent.state_dir {settings.agent.state_dir}; start one: tailspan agent run",
             key="agent.state_dir",
         )
+    from tailspan_agent.process.reload import read_answer
+
+    before = read_answer(settings.agent.state_dir)
     try:
         os.kill(pid, signal.SIGHUP)
     except PermissionError as error:
         raise ConfigError(f"agent pid {pid} belongs to another user: reload it as that user") from error
-    click.echo(f"agent pid {pid} reloads its configuration; see its log for the result", err=True)
+    except ProcessLookupError as error:
+        raise ConfigError(f"agent pid {pid} has just ended; start it again: tailspan agent run") from error
+    deadline_s = time.monotonic() + timeout_s
+    while (answer := read_answer(settings.agent.state_dir)) == before or answer is None:
+        if time.monotonic() > deadline_s or lock_holder(settings.agent.state_dir) != pid:
+            say(f"agent pid {pid} reported no result within {duration_text(timeout_s)}; see its log")
+            sys.exit(1)
+        time.sleep(_RELOAD_POLL_S)
+    if as_json:
+        click.echo(json.dumps(answer))
+    sys.exit(_report_reload(pid, answer, quiet=as_json))
+
+
+def _report_reload(pid: int, answer: Mapping[str, Any], *, quiet: bool) -> int:
+    """Print the result of a reload, and return the exit code."""
+    problems = [answer["error"]] if "error" in answer else list(answer.get("problems", ()))
+    if quiet:
+        return 2 if problems else 0
+    if "error" in answer:
+        say(f"agent pid {pid} did not reload; the old configuration stays in force: {answer['error']}")
+        return 2
+    changed = ", ".join(answer.get("changed", ())) or "nothing"
+    write(f"agent pid {pid} reloaded its configuration; changed: {changed}")
+    for key in answer.get("needs_restart", ()):
+        write(f"restart the agent to apply {key}")
+    for problem in problems:
+        say(problem)
+    return 2 if problems else 0
 
 
 @agent.command()

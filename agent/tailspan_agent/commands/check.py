@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
+import socket
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
@@ -14,8 +17,10 @@ from tailspan.config import Settings, Watch
 from tailspan.config.signals import SIGNALS, Signal
 from tailspan.errors import AuthError, ConfigError, JobNotFoundError, ServiceError, TailspanError
 from tailspan.http.client import BROKEN, HttpClient
+from tailspan.logs.page import LogPage
+from tailspan.models import JobStatus
 from tailspan.services import JobService
-from tailspan.services.registry import open_service
+from tailspan.services.registry import open_service, place_in_plugin
 from tailspan_agent.checkpoint.database import lock_holder
 from tailspan_agent.exporter.endpoints import signals_advice
 from tailspan_agent.exporter.factory import make_exporter
@@ -74,8 +79,12 @@ async def check(
         subject = f"services.{name}"
         try:
             service = opener(name, settings)
-        except ConfigError as error:
-            yield Finding(subject, str(error), _CONFIG)
+            service.identity  # noqa: B018 - a plugin may read it from somewhere
+        except TailspanError as error:
+            yield Finding(subject, str(error), _CONFIG if isinstance(error, ConfigError) else _UNREACHABLE)
+            continue
+        except Exception as error:
+            yield Finding(subject, f"identity: {_unexpected(error)}", _CONFIG)
             continue
         other = identities.setdefault(service.identity, name)
         if other != name:
@@ -85,6 +94,8 @@ async def check(
             async for finding in _check_service(service, watches):
                 yield finding
     async for finding in _check_signals(settings):
+        yield finding
+    for finding in _check_listen(settings):
         yield finding
     async for finding in _check_running_agent(settings):
         yield finding
@@ -169,12 +180,57 @@ async def _check_service(service: JobService, watches: list[Watch]) -> AsyncIter
                     yield Finding(f"job {job_id}", str(error), _NO_JOB)
                 else:
                     yield Finding(f"job {job_id}", f"{job.job_name}: {job.state}")
+            if rows and (problem_of_job := await _problem_of_reads(service, rows[0].job_id)) is not None:
+                yield Finding(subject, problem_of_job, _CONFIG)
             for problem in await service.find_problems():
                 yield Finding(subject, problem.text, _CONFIG if problem.is_fatal else 0, warning=not problem.is_fatal)
     except TimeoutError:
         yield Finding(subject, f"did not answer within {_TIMEOUT_S:g} s", _UNREACHABLE)
     except ServiceError as error:
         yield Finding(subject, str(error), _CONFIG if isinstance(error, AuthError) else _UNREACHABLE)
+    except Exception as error:
+        yield Finding(subject, _unexpected(error), _CONFIG)
+
+
+async def _problem_of_reads(service: JobService, job_id: str) -> str | None:
+    """Return why a job's status and first lines cannot be read; None if they can, or if the job is gone meanwhile."""
+    method = "get_job"
+    try:
+        status: object = await service.get_job(job_id)
+        if not isinstance(status, JobStatus):
+            return f"get_job({job_id!r}) returned {type(status).__name__}, not a JobStatus"
+        method = "read_logs"
+        async with aclosing(service.read_logs(job_id)) as pages:
+            page: object = await anext(pages, None)
+        if page is not None and not isinstance(page, LogPage):
+            return f"read_logs({job_id!r}) yielded {type(page).__name__}, not a LogPage"
+    except JobNotFoundError:
+        return None
+    except TailspanError as error:
+        return f"{method}({job_id!r}) of its newest job failed: {error}"
+    except Exception as error:
+        return f"{method}({job_id!r}) of its newest job failed: {_unexpected(error)}"
+    return None
+
+
+def _unexpected(error: Exception) -> str:
+    return f"unexpected {type(error).__name__} in the service plugin: {error}{place_in_plugin(error)}"
+
+
+def _check_listen(settings: Settings) -> Iterator[Finding]:
+    """Yield why the agent cannot listen; nothing while an agent runs on this state directory."""
+    address = settings.agent.listen_address
+    if address is None or lock_holder(settings.agent.state_dir) is not None:
+        return
+    host, port = address
+    try:
+        with socket.create_server(address, family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            return
+    except OSError as error:
+        # resolver errors have their own negative numbers
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else "no such host"
+        hint = ": another program listens there" if error.errno == errno.EADDRINUSE else ""
+        yield Finding("agent.listen", f"cannot listen on {host_port(host, port)}: {reason}{hint}", _CONFIG)
 
 
 async def _check_signals(settings: Settings) -> AsyncIterator[Finding]:

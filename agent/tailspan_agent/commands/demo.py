@@ -153,6 +153,7 @@ class _Sample:
 async def _demo(settings: Settings, home: Path, timeout_s: float, stay_s: float) -> None:
     from rich.console import Console
 
+    import tailspan_agent.agent  # noqa: F401 - where something is not installed, that is the only line
     from tailspan.services.local import LocalService
     from tailspan_agent.process.logging_setup import set_up_logging
 

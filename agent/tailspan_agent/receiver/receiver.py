@@ -12,6 +12,7 @@ from functools import partial
 from tailspan.config import Settings, Watch
 from tailspan.errors import AuthError, ConfigError, ServiceUnavailableError, TailspanError
 from tailspan.services import JobService
+from tailspan.services.registry import PluginError
 from tailspan_agent.analysis.assessment import JobSnapshot
 from tailspan_agent.errors import AgentError, CheckpointError, LeaseLostError
 from tailspan_agent.pipeline.context import PipelineContext
@@ -44,6 +45,7 @@ class Receiver:
         tailers: The running tailers, with their tasks.
         discoveries: The discoveries, by the configured name of their service.
         started: The number of jobs that a single pass (`once`) started.
+        broken: Why the plugins of services cannot be used, by the services' names; the other services are followed.
         failed: The jobs of a single pass that could not be relayed, as (job id, reason).
     """
 
@@ -56,6 +58,7 @@ class Receiver:
         self.tailers: dict[Tailer, asyncio.Task[None]] = {}
         self.discoveries: dict[str, JobDiscovery] = {}
         self.started = 0
+        self.broken: dict[str, PluginError] = {}
         self.failed: list[tuple[str, TailspanError]] = []
         self._context = context
         self._opener = opener
@@ -66,7 +69,7 @@ class Receiver:
     @property
     def unreachable(self) -> list[str]:
         """The names of the services that fail to answer."""
-        found = {name for name, discovery in self.discoveries.items() if discovery.failure}
+        found = {name for name, discovery in self.discoveries.items() if discovery.failure} | self.broken.keys()
         causes = (AuthError, ServiceUnavailableError)
         return sorted(found | {one.service_name for one in self.tailers if isinstance(one.failure, causes)})
 
@@ -84,11 +87,8 @@ class Receiver:
     @property
     def failures(self) -> dict[str, str]:
         """Why services could not be listed the last time, by name."""
-        return {
-            name: str(discovery.failure)
-            for name, discovery in self.discoveries.items()
-            if discovery.failure is not None
-        }
+        failures = {name: one.failure for name, one in self.discoveries.items() if one.failure is not None}
+        return {name: str(error) for name, error in (failures | self.broken).items()}
 
     @property
     def has_seen_all(self) -> bool:
@@ -136,6 +136,8 @@ class Receiver:
     async def open(self, settings: Settings, kept: Mapping[str, Source], *, once: bool = False) -> dict[str, Source]:
         """Open the watched services that are not kept; on an error, open none.
 
+        A plugin that cannot be used is logged and left out (`broken`), if another service is left.
+
         Args:
             settings: The configuration.
             kept: The services that stay open.
@@ -146,19 +148,31 @@ class Receiver:
 
         Raises:
             ConfigError: Invalid options, or two sections configure the same service.
+            PluginError: Of the watched services none can be used.
         """
         opened: dict[str, Source] = {}
+        broken: dict[str, PluginError] = {}
         async with AsyncExitStack() as undo:
             for name in _by_service(settings):
-                if name not in kept:
+                if name in kept:
+                    continue
+                try:
                     service = self._opener(name, settings)
-                    if not once:
-                        service.tries = 1  # a tailer that goes on has a retry schedule of its own
-                    source = Source(service, partial(self._context.health.attributes_dropped, name))
-                    undo.push_async_callback(source.service.aclose)
-                    _check_identity(source, [*kept.values(), *opened.values()])
-                    opened[name] = source
+                except PluginError as error:
+                    broken[name] = error
+                    continue
+                if not once:
+                    service.tries = 1  # a tailer that goes on has a retry schedule of its own
+                source = Source(service, partial(self._context.health.attributes_dropped, name))
+                undo.push_async_callback(source.service.aclose)
+                _check_identity(source, [*kept.values(), *opened.values()])
+                opened[name] = source
+            if broken and not opened and not kept:
+                raise next(iter(broken.values()))
             undo.pop_all()
+        for problem in broken.values():
+            _log.error("%s; the other services are followed", problem)
+        self.broken = broken
         return opened
 
     def watch(self, sources: Mapping[str, Source], settings: Settings, *, once: bool = False) -> None:

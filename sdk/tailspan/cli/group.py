@@ -60,6 +60,16 @@ _COMMANDS = {
     "completion": _Lazy("tailspan.cli.completion", "completion", "Print the completion script of a shell."),
 }
 _AGENT_HINT = "it needs the agent's packages ({missing} is missing): pip install 'tailspan[agent]'"
+_EXTRAS = {
+    **dict.fromkeys(("google", "grpc", "isal", "jinja2", "opentelemetry", "prometheus_client", "websockets"), "agent"),
+    **dict.fromkeys(("h11", "starlette", "uvicorn"), "serve"),
+    "botocore": "aws",
+    "psycopg": "fleet",
+    "textual": "top",
+    "yaml": "kubernetes",
+    "zstandard": "zstd",
+}
+"""The extra that installs a package, by the package's name in imports."""
 
 
 class SuggestingGroup(click.Group):
@@ -129,6 +139,20 @@ class LazyGroup(SuggestingGroup):
             ctx.exit(exit_code_of(error))
         except KeyboardInterrupt:
             ctx.exit(EXIT_INTERRUPTED)
+        except ModuleNotFoundError as error:
+            missing = (error.name or "").partition(".")[0]
+            extra = _EXTRAS.get(missing)
+            if extra is None:
+                raise
+            if extra == "serve" and ctx.invoked_subcommand in ("agent", "demo"):
+                extra = "agent"
+            report(
+                ConfigError(
+                    f"'tailspan {ctx.invoked_subcommand}' needs {missing}, which is not installed:"
+                    f" pip install 'tailspan[{extra}]'"
+                )
+            )
+            ctx.exit(EXIT_USAGE)
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise  # click ends quietly then

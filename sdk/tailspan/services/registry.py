@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tailspan.errors import ConfigError
 from tailspan.services import JobService
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from tailspan.config import Settings
 
-__all__ = ["check_service_type", "open_service"]
+__all__ = ["PluginError", "check_service_type", "open_service", "place_in_plugin"]
 
 _GROUP = "tailspan.services"
 
@@ -47,6 +51,7 @@ def open_service(name: str, settings: Settings | None = None) -> JobService:
 
     Raises:
         ConfigError: No such section, no such type, or options that do not fit the type.
+        PluginError: The service is of an installed plugin, which failed or rejects its options.
     """
     if settings is None:
         from tailspan.config import load_settings
@@ -56,8 +61,13 @@ def open_service(name: str, settings: Settings | None = None) -> JobService:
     if options is None:
         known = ", ".join(sorted(settings.services))
         raise ConfigError(f"no service named {name!r} is configured; there is: {known}", key=f"services.{name}")
-    kind = _class_of(name, str(options.get("type", name)))
-    return kind.from_options(name, options, settings)
+    kind = str(options.get("type", name))
+    # Built-in services come first: searching all installed packages takes longer than a request.
+    if kind in _BUILT_IN:
+        module, _, built_in = _BUILT_IN[kind].partition(":")
+        found: type[JobService] = getattr(import_module(module), built_in)
+        return found.from_options(name, options, settings)
+    return _open_plugin(name, kind, options, settings)
 
 
 def check_service_type(found: object, where: str) -> type[JobService]:
@@ -81,25 +91,69 @@ def check_service_type(found: object, where: str) -> type[JobService]:
     return found
 
 
-def _class_of(name: str, kind: str) -> type[JobService]:
-    # Built-in services come first: searching all installed packages takes longer than a request.
-    if kind in _BUILT_IN:
-        module, _, built_in = _BUILT_IN[kind].partition(":")
-        known: type[JobService] = getattr(import_module(module), built_in)
-        return known
+class PluginError(ConfigError):
+    """The plugin of a service cannot be used; other services can."""
+
+
+def place_in_plugin(error: BaseException) -> str:
+    """Return where an error of a plugin was raised, as `` (file.py:12)``; nothing if that is not known."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f" ({error.filename}:{error.lineno})"
+    ours = str(Path(__file__).parent.parent)
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((ours, "<")) and "tailspan_agent" not in frame.filename
+    ]
+    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+
+
+def _open_plugin(name: str, kind: str, options: Mapping[str, Any], settings: Settings) -> JobService:
     from importlib.metadata import entry_points
 
     key = f"services.{name}.type"
-    found = next(iter(entry_points(group=_GROUP, name=kind)), None)
-    if found is None:
-        kinds = ", ".join(sorted({*_BUILT_IN, *(entry.name for entry in entry_points(group=_GROUP))}))
-        raise ConfigError(f"{key} is {kind!r}, but no such service type is installed; there is: {kinds}", key=key)
+    entry = next(iter(entry_points(group=_GROUP, name=kind)), None)
+    if entry is None:
+        kinds = ", ".join(sorted({*_BUILT_IN, *(one.name for one in entry_points(group=_GROUP))}))
+        raise PluginError(
+            f"{_configured_at(options, key)}{key} is {kind!r}, but no such service type is installed;"
+            f" there is: {kinds}",
+            key=key,
+            service=name,
+        )
+    found: object = None
     try:
-        loaded = found.load()
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{key} is {kind!r}, but {found.value} cannot be loaded: {error}", key=key) from error
-    try:
-        return check_service_type(loaded, f"{key} is {kind!r}")
+        found = entry.load()
+        return check_service_type(found, f"{key} is {kind!r}").from_options(name, options, settings)
     except ConfigError as error:
-        error.key = key
-        raise
+        text, key = str(error), error.key or key
+        place = _configured_at(options, key)
+        shown = text if place and text.startswith(place) else f"{place}{text}"
+        raise PluginError(f"{shown} (plugin {_label(entry)})", key=key, service=name) from error
+    except (Exception, SystemExit) as error:
+        did = "failed" if found is not None else "cannot be loaded"
+        where = place_in_plugin(error) or _definition(found)
+        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise PluginError(
+            f"{_configured_at(options, key)}services.{name}: the plugin {_label(entry)} {did}: {text}{where}",
+            key=key,
+            service=name,
+        ) from error
+
+
+def _label(entry: EntryPoint) -> str:
+    return f"{entry.dist.name} {entry.dist.version}, {entry.value}" if entry.dist is not None else entry.value
+
+
+def _definition(found: object) -> str:
+    try:
+        return f" ({inspect.getsourcefile(found)}:{inspect.getsourcelines(found)[1]})"  # type: ignore[arg-type]
+    except (TypeError, OSError):
+        return ""
+
+
+def _configured_at(options: Mapping[str, Any], key: str) -> str:
+    """Return where a key is configured, or else its section, as ``config.toml:12: ``; nothing if that is not known."""
+    where = getattr(options, "where", None)
+    place = where(tuple(key.split("."))) if where is not None else None
+    return f"{place}: " if place else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 import pytest
@@ -52,6 +53,36 @@ def test_a_service_that_does_not_answer(bench: Bench, error: Exception, code: in
     found = findings(bench)
     assert (about(found, "services.fake").exit_code, about(found, "services.fake").text) == (code, str(error))
     assert about(found, "otlp logs").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "error", "text"),
+    [
+        (
+            "get_job",
+            KeyError("id"),
+            r"get_job('j1') of its newest job failed: unexpected KeyError in the service plugin",
+        ),
+        ("read_logs", AuthError("no right to logs"), "read_logs('j1') of its newest job failed: no right to logs"),
+    ],
+)
+def test_a_plugin_that_lists_and_cannot_read(bench: Bench, method: str, error: Exception, text: str) -> None:
+    """The newest job is read, although no job is configured; the other checks still run."""
+    bench.fake.add_job("j1")
+    bench.fake.fail_next(method, error)
+    found = findings(bench)
+    (problem,) = [one for one in found if one.exit_code]
+    assert (problem.subject, problem.exit_code) == ("services.fake", 2)
+    assert problem.text.startswith(text)
+    assert about(found, "otlp logs").exit_code == 0
+
+
+def test_a_port_that_is_taken(bench: Bench) -> None:
+    """The agent could not listen."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        found = findings(bench, listen=f"127.0.0.1:{taken.getsockname()[1]}")
+    assert "Address already in use: another program listens there" in about(found, "agent.listen").text
+    assert about(found, "agent.listen").exit_code == 2
 
 
 def test_what_a_service_lacks(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

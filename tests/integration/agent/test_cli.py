@@ -198,11 +198,22 @@ def test_a_second_agent_and_a_newer_store(bench: Bench, config: Path) -> None:
 
 def test_the_agent_runs_reloads_and_drains(bench: Bench, config: Path) -> None:
     """As a process: it follows jobs, reloads by `agent reload`, locks out a second agent, and exits 0 on SIGTERM."""
+    good_config = config.with_name("same.toml")
+    good_config.write_text(config.read_text())
     with running(config) as process:
         bench.collector.wait_until(lambda: bench.bodies() == ["first", "second"])
         config.write_text(config.read_text().replace("settle = 0", "settle = 1"))
         result = agent("reload", "--config", config)
         assert (result.exit_code, str(process.pid) in result.output) == (0, True)
+        assert result.stdout.endswith("changed: agent.watch\n")
+        good = config.read_text()
+        config.write_text(good + "what = 1\n")
+        failed = agent("reload", "--config", good_config)
+        assert (failed.exit_code, "did not reload; the old configuration stays in force" in failed.stderr) == (2, True)
+        assert "what" in failed.stderr
+        config.write_text(good)
+        again = json.loads(agent("reload", "--config", config, "--json").stdout)
+        assert (again["changed"], again["needs_restart"], again["problems"]) == ([], [], [])
         assert process.stderr is not None
         assert any("the configuration was reloaded" in line for line in process.stderr)
         assert agent("run", "--config", config).exit_code == 2

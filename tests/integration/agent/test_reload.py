@@ -10,9 +10,11 @@ import tempfile
 
 import pytest
 
-from tailspan.config import load_settings
+from tailspan.config import Settings, load_settings
 from tailspan.errors import ConfigError
 from tailspan.models import JobStatus
+from tailspan.services import JobService
+from tailspan.services.registry import PluginError
 from tailspan.testing import FakeService
 from tailspan_agent.process.reload import reload_on_hangup
 from tests.fakes.agents import Bench, OddService, looped, until
@@ -276,3 +278,33 @@ class SlowToName(OddService):
             self.asked.set()
             await self.answers.wait()
         return await super().get_job(job_id)
+
+
+@looped
+async def test_a_broken_plugin_does_not_stop_the_others(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """At start and reload it is logged and reported, the other services are followed; alone it is an error."""
+    bench.fake.add_job("j1")
+    bench.fake.add_lines("j1", "a")
+    fake_open, broken = bench.open, PluginError("services.acme: the plugin acme failed")
+
+    def opener(name: str, settings: Settings) -> JobService:
+        if name == "acme":
+            raise broken
+        return fake_open(name, settings)
+
+    bench.services["acme"] = FakeService("acme")
+    caplog.set_level("INFO")
+    bench.open = opener  # type: ignore[method-assign]
+    watches = {"discover": True}, {"service": "acme", "discover": True}
+    async with bench.running(*watches) as agent:
+        await relayed(bench, "a")
+        assert agent.problems() == ["service_acme_unreachable"]
+        result = await agent.reload(bench.settings({**watches[0], "settle": 7}, watches[1]))
+        assert (result.changed, result.problems) == (("agent.watch",), (str(broken),))
+        bench.fake.add_lines("j1", "b")
+        await relayed(bench, "a", "b")
+    assert f"the configuration is {bench.directory / 'config.toml'}" in caplog.text
+    assert f"logs go to {bench.collector.http_url}/v1/logs" in caplog.text
+    assert "services.acme: the plugin acme failed; the other services are followed" in caplog.text
+    with pytest.raises(PluginError):
+        await bench.agent(watches[1]).run()

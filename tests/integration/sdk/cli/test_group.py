@@ -186,6 +186,29 @@ def test_a_missing_extra_is_named():
     assert done.stderr.endswith("pip install 'tailspan[agent]'\n")
 
 
+@pytest.mark.parametrize(
+    ("module", "command", "extra"),
+    [("google.protobuf", "agent", "agent"), ("starlette.routing", "agent", "agent"), ("yaml", "jobs", "kubernetes")],
+)
+def test_a_missing_package_is_one_line_with_its_extra(monkeypatch, module, command, extra):
+    """Wherever it is imported, also in the middle of a command; what no extra installs stays an error of ours."""
+    missing = ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    def fail(*_: object, **__: object) -> None:
+        raise missing
+
+    monkeypatch.setattr("tailspan_agent.cli.settings_for", fail)
+    monkeypatch.setattr("tailspan.cli.jobs.with_client", fail)
+    result = CliRunner().invoke(main, [command, "check"] if command == "agent" else [command])
+    package = module.partition(".")[0]
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"tailspan: 'tailspan {command}' needs {package}, which is not installed: pip install 'tailspan[{extra}]'\n"
+    )
+    missing.name = "unheard_of"
+    assert CliRunner().invoke(main, ["jobs"]).exception is missing
+
+
 def test_the_config_of_the_group_holds_for_the_command_only(tmp_path, monkeypatch):
     """`tailspan --config F COMMAND` is the same as the option at the command, and changes nothing after the command."""
     monkeypatch.delenv("TAILSPAN_CONFIG", raising=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from tailspan.models import JobState, ListedJob
 from tailspan.services import ChangeFeedService, JobService, MergingService, SubmitService
 from tailspan.services.fused import FusedService
 from tailspan.services.local import LocalService
-from tailspan.services.registry import check_service_type, open_service
+from tailspan.services.registry import PluginError, check_service_type, open_service
 from tailspan.testing import FakeService
 
 
@@ -146,6 +147,49 @@ def test_installed_classes_are_found_and_broken_ones_named(monkeypatch, tmp_path
         open_service("gone", settings)
     with pytest.raises(ConfigError, match=r"no such service type is installed; there is: .*good"):
         open_service("none", settings)
+
+
+BROKEN = """
+import os
+from tests.unit.sdk.services.test_registry import Minimal
+if os.environ.get("FAULT") == "import":
+    raise RuntimeError("no licence")
+class Acme(Minimal):
+    def __init__(self, name, *, folder, level=1):
+        super().__init__(name)
+        if os.environ.get("FAULT") == "constructor":
+            {}["secret"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "section", "text"),
+    [
+        (
+            "import",
+            "folder = 'x'",
+            r"3: services\.acme: the plugin {p} cannot be loaded: RuntimeError: no licence \({f}:5\)",
+        ),
+        ("constructor", "folder = 'x'", r"3: services\.acme: the plugin {p} failed: KeyError: 'secret' \({f}:10\)"),
+        ("", "", r"2: services\.acme\.folder: is missing \(plugin {p}\)"),
+        ("", "folder = 'x'\nlevl = 1", r"5: services\.acme\.levl: there is no such key; known here: .* \(plugin {p}\)"),
+    ],
+)
+def test_a_broken_plugin_is_named_with_its_file_and_line(monkeypatch, tmp_path, fault, section, text):
+    """One line: where it is configured, which plugin it is, and where its own code failed."""
+    name = f"acme_{fault}_{len(section)}"
+    package = tmp_path / f"{name}-1.2.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n")
+    (package / "entry_points.txt").write_text(f"[tailspan.services]\nacme = {name}:Acme\n")
+    (tmp_path / f"{name}.py").write_text(BROKEN)
+    (tmp_path / "c.toml").write_text(f"\n[services.acme]\ntype = 'acme'\n{section}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("FAULT", fault)
+    with pytest.raises(PluginError) as caught:
+        open_service("acme", load_settings(tmp_path / "c.toml"))
+    plugin, file = f"{name} 1\\.2, {name}:Acme", f"{tmp_path}/{name}\\.py"
+    assert re.fullmatch(f"{tmp_path}/c.toml:" + text.format(p=plugin, f=file), str(caught.value)), str(caught.value)
 
 
 def test_asking_what_a_service_can_do_touches_no_file(tmp_path):
