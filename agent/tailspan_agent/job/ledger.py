@@ -11,17 +11,18 @@ import msgspec
 
 from tailspan.logs.clean import clean
 from tailspan.logs.page import LogPage
-from tailspan.models import JobState
+from tailspan.models import JobState, JobStatus
 from tailspan_agent.analysis.failure import Failure
 from tailspan_agent.fast_zlib import crc32
 from tailspan_agent.job.line_sums import add_uids, page_uids
 from tailspan_agent.records.redact import CUT_WINDOW_CHARS
 
-__all__ = ["ChunkResult", "Delivery", "JobLedger"]
+__all__ = ["ChunkResult", "Delivery", "Ending", "JobLedger"]
 
 _SHORT_NS = 1_000_000_000
 _MAX_STATES = 100
 _SHOWN_BYTES, _SHOWN_CHARS = 8192, 200
+_MAX_ATTRIBUTES, _ATTRIBUTE_CHARS = 32, 200
 
 _log = logging.getLogger(__name__)
 
@@ -96,6 +97,41 @@ class Delivery:
         )
 
 
+class Ending(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a list of ended jobs shows besides state and lines, in short and without secrets.
+
+    Attributes:
+        exit_code: The exit code of its main process.
+        error: Why it did not succeed, by its service.
+        attributes: Its attributes.
+        started_ns: When it started by its service, in ns since the epoch; None if that is not known.
+        finished_ns: When it ended by its service, in ns since the epoch; None if that is not known.
+    """
+
+    exit_code: int | None = None
+    error: str = ""
+    attributes: dict[str, str] = {}
+    started_ns: int | None = None
+    finished_ns: int | None = None
+
+    @classmethod
+    def of(cls, status: JobStatus) -> Ending:
+        """Return it from the last status of a job, without secrets."""
+        attributes = list(status.attributes.items())[:_MAX_ATTRIBUTES]
+        return cls(
+            status.exit_code,
+            _cut(status.error or "", _SHOWN_CHARS),
+            {_cut(key, _ATTRIBUTE_CHARS): _cut(value, _ATTRIBUTE_CHARS) for key, value in attributes},
+            None if status.started_at is None else int(status.started_at.timestamp() * 1e9),
+            None if status.finished_at is None else int(status.finished_at.timestamp() * 1e9),
+        )
+
+
+def _cut(text: str, limit: int) -> str:
+    # JSON has no lone surrogates, which undecodable bytes of a command become.
+    return text[:limit].encode("utf-8", "replace").decode()
+
+
 # The names in the store are older than those here: a field keeps the name under which it was first stored.
 class JobLedger(msgspec.Struct, frozen=True, kw_only=True):
     """What the agent has observed of a job. Change it with `msgspec.structs.replace`.
@@ -122,6 +158,7 @@ class JobLedger(msgspec.Struct, frozen=True, kw_only=True):
         last_line: Its newest line, cleaned, redacted and cut off, to be shown.
         open_line: The uid of the last open line that was sent; unset if there was none.
         attempt: The attempt of the job that its times and states are of; unset for the first.
+        ending: How it ended, for lists of jobs; unset before, and for jobs that an older agent stored.
         log_streams: The newest line, in ns since the epoch, that a store may have in each further log stream of its
             pipeline; unset without one. See `tailspan_agent.pipeline.store_streams`.
     """
@@ -147,6 +184,7 @@ class JobLedger(msgspec.Struct, frozen=True, kw_only=True):
     open_line: str | msgspec.UnsetType = msgspec.UNSET
     attempt: int | msgspec.UnsetType = msgspec.UNSET
     log_streams: dict[int, int] | msgspec.UnsetType = msgspec.UNSET
+    ending: Ending | msgspec.UnsetType = msgspec.UNSET
 
     @classmethod
     def from_json(cls, text: str) -> JobLedger:
@@ -238,6 +276,7 @@ class JobLedger(msgspec.Struct, frozen=True, kw_only=True):
             failures_before=seen.failures_before,
             first_failed_ns=seen.first_failed_ns,
             log_streams=seen.log_streams,
+            ending=seen.ending,
         )
 
     def with_stream(self, stream: int, newest_ns: int) -> JobLedger:

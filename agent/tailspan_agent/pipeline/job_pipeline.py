@@ -32,7 +32,7 @@ from tailspan_agent.analysis.progress import ProgressMeter
 from tailspan_agent.checkpoint.rows import Ack
 from tailspan_agent.errors import LeaseLostError
 from tailspan_agent.exporter.outcome import age_advice
-from tailspan_agent.job.ledger import ChunkResult, JobLedger
+from tailspan_agent.job.ledger import ChunkResult, Ending, JobLedger
 from tailspan_agent.job.line_sums import Seconds, add_seconds, page_seconds
 from tailspan_agent.job.mapping import receipt_record
 from tailspan_agent.job.open_lines import OpenLineLimit, open_line_record
@@ -186,7 +186,8 @@ class JobPipeline:
         job.status = status
         ledger = job.ledger.with_state(time.time_ns(), status.state)
         if ledger is not job.ledger:
-            job.ledger = ledger
+            ending = Ending.of(job.redacted_status) if status.state.is_terminal else msgspec.UNSET
+            job.ledger = msgspec.structs.replace(ledger, ending=ending)
             if status is not known:
                 # The machine is known only while the job runs on one; each attempt has a trace of its own.
                 self.apply_settings(job.watch)
@@ -251,7 +252,7 @@ class JobPipeline:
         job.start_span_lines()
         # What follows belongs to the next attempt: its times start again, the count of all lines continues.
         job.update_ledger(first_seen_ns=now_ns, first_line_ns=None, last_line_ns=None, states=(), logs_complete=None)
-        job.update_ledger(attempt=following)
+        job.update_ledger(attempt=following, ending=msgspec.UNSET)
 
     def mark_stale(self) -> None:
         """Note that the last status may be outdated: the service failed to answer."""

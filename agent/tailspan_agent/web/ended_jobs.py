@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Set
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Set
+from dataclasses import dataclass, field
 
-from tailspan.models import JobState
+from tailspan.models import JobState, JobStatus
+from tailspan_agent.analysis.failure import Failure
 from tailspan_agent.checkpoint.protocol import StoredLedgers
 from tailspan_agent.checkpoint.rows import LedgerRow
-from tailspan_agent.job.ledger import JobLedger
+from tailspan_agent.job.ledger import Ending, JobLedger
+from tailspan_agent.job.mapping import failure_text
 
 __all__ = ["MAX_ENDED_JOBS", "EndedJob", "EndedJobs", "ended_job"]
 
@@ -17,6 +19,7 @@ MAX_ENDED_JOBS = 10_000
 """Maximum number of listed ended jobs; the pages of older ones still exist."""
 
 _CHUNK_ROWS = 500
+_REASON_CHARS = 300
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +36,9 @@ class EndedJob:
         lines: Number of lines.
         last_line: Its last line, without secrets.
         alerts: The kinds of its anomalies.
+        exit_code: The exit code of its main process; None if it is not known.
+        reason: Why it did not succeed; empty otherwise.
+        attributes: Its attributes, without secrets.
     """
 
     identity: str
@@ -44,6 +50,9 @@ class EndedJob:
     lines: int
     last_line: str
     alerts: tuple[str, ...]
+    exit_code: int | None = None
+    reason: str = ""
+    attributes: Mapping[str, str] = field(default_factory=dict)
 
 
 def ended_job(stored: LedgerRow) -> EndedJob | None:
@@ -56,17 +65,28 @@ def ended_job(stored: LedgerRow) -> EndedJob | None:
     running_ns = next((ns for ns, state in ledger.states if state is JobState.RUNNING), None)
     if ended is None:
         ended = ledger.last_line_ns or ledger.first_seen_ns, JobState.UNKNOWN
+    ending = ledger.ending or Ending()
     return EndedJob(
         identity=stored.identity,
         job_id=stored.job_id,
         name=stored.name,
         state=ended[1],
-        started_ns=ledger.first_line_ns or running_ns,
-        ended_ns=ledger.last_line_ns if ledger.last_line_ns and running_ns is None else ended[0],
+        started_ns=ending.started_ns or ledger.first_line_ns or running_ns,
+        ended_ns=ending.finished_ns or ledger.last_line_ns if ledger.last_line_ns and running_ns is None else ended[0],
         lines=ledger.lines,
         last_line=ledger.last_line,
         alerts=tuple(dict.fromkeys(kind for _, kind in ledger.alerts)),
+        exit_code=ending.exit_code,
+        reason=_reason(ended[1], ending, ledger.failure),
+        attributes=ending.attributes,
     )
+
+
+def _reason(state: JobState, ending: Ending, failure: Failure | None) -> str:
+    if state in (JobState.SUCCEEDED, JobState.CANCELED, JobState.UNKNOWN) or not (ending.error or failure):
+        return ""
+    status = JobStatus.from_state(state, job_id="", job_name="", identity="", trace_id="", error=ending.error or None)
+    return failure_text(status, failure).split("\n")[0][:_REASON_CHARS]
 
 
 class EndedJobs:

@@ -48,14 +48,20 @@ def time_tag(unix_nano: int | None, form: str = "full", now_unix_nano: int = 0) 
 
     Args:
         unix_nano: The time in ns since the epoch.
-        form: ``full`` (date and time), ``clock`` (time of day), ``line`` (the same with milliseconds), or ``ago``.
+        form: ``full`` (date and time), ``clock`` (time of day), ``minute``, ``line`` (with ms), ``day`` or ``ago``.
         now_unix_nano: The present, for ``ago``.
     """
     text = exact(unix_nano)
     if not text.endswith(" UTC"):
         return Markup.escape(text)
     iso = f"{text[:10]}T{text[11:23]}Z"
-    shown = {"full": f"{text[:19]} UTC", "clock": text[11:19], "line": text[11:23]}.get(form)
+    shown = {
+        "full": f"{text[:19]} UTC",
+        "clock": text[11:19],
+        "minute": text[11:16],
+        "line": text[11:23],
+        "day": text[5:10],
+    }.get(form)
     shown = ago(unix_nano, now_unix_nano) if shown is None else shown
     return Markup('<time datetime="{}" data-form="{}" title="{}">{}</time>').format(iso, form, text, shown)
 

@@ -12,7 +12,7 @@ from tailspan_agent.analysis.baseline import PastRun, PipelineHistory
 from tailspan_agent.analysis.pipeline_names import utf8_name
 from tailspan_agent.job.times import unix_nano
 from tailspan_agent.web.ended_jobs import EndedJob
-from tailspan_agent.web.job_filter import JobEntry
+from tailspan_agent.web.job_filter import STATE_GROUPS, JobEntry
 
 __all__ = ["JobRow", "display_name", "ended_entry", "followed_entry", "job_path", "job_row"]
 
@@ -43,6 +43,9 @@ class JobRow:
         lag_s: Age of its newest delivered line while others are waiting, in seconds; None if all are delivered.
         alerts: The kinds of its anomalies.
         stale: True if its service does not answer.
+        failed: Whether it ended and did not do its work.
+        reason: Why; empty if it is not known.
+        exit_code: Its exit code; None if it is not known.
         agent: The host of the agent of the fleet that follows it; empty without one.
         agent_path: The URL of the job on that agent's page; empty if it is not known, or if it is this page.
     """
@@ -66,6 +69,9 @@ class JobRow:
     lag_s: float | None
     alerts: tuple[str, ...]
     stale: bool
+    failed: bool
+    reason: str
+    exit_code: int | None
     agent: str = ""
     agent_path: str = ""
 
@@ -138,6 +144,8 @@ def _followed_row(entry: JobEntry, job: JobSnapshot, history: PipelineHistory, n
         lag_s=max(0.0, (now_ns - job.behind_unix_nano) / 1e9) if job.behind_unix_nano is not None else None,
         alerts=tuple(kind for kind, holds in (("silent", assessment.silent), ("slow", assessment.slow)) if holds),
         stale=status.stale,
+        reason=status.error or "" if entry.state in STATE_GROUPS["failed"] else "",
+        exit_code=status.exit_code,
     )
 
 
@@ -161,6 +169,8 @@ def _ended_row(entry: JobEntry, job: EndedJob, history: PipelineHistory) -> JobR
         lag_s=None,
         alerts=tuple(kind for kind in job.alerts if kind == "too_fast"),
         stale=False,
+        reason=job.reason,
+        exit_code=job.exit_code,
     )
 
 
@@ -172,6 +182,7 @@ def _common_fields(entry: JobEntry, identity: str) -> dict[str, Any]:
         "job_id": entry.job_id,
         "name": display_name(entry.name, entry.job_id)[:_MAX_NAME_CHARS],
         "state": entry.state,
+        "failed": entry.state in STATE_GROUPS["failed"],
     }
 
 

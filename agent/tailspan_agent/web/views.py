@@ -3,50 +3,39 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, quote, urlencode
+from urllib.parse import parse_qsl, urlencode
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.datastructures import QueryParams
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
+from starlette.responses import PlainTextResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from tailspan._plural import plural
 from tailspan.errors import CursorExpiredError, JobNotFoundError, ServiceError, TailspanError
 from tailspan.services import TaskService
-from tailspan_agent.analysis.assessment import JobSnapshot
 from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
-from tailspan_agent.errors import CheckpointError
-from tailspan_agent.web import formatting
 from tailspan_agent.web.access import AccessControl
 from tailspan_agent.web.agent_health import health_of
 from tailspan_agent.web.agent_view import AgentView
-from tailspan_agent.web.ended_jobs import EndedJobs
-from tailspan_agent.web.event_stream import KEEP_ALIVE, REFRESH_S, EventStreams, format_event
-from tailspan_agent.web.fleet_members import members_of, page_of
+from tailspan_agent.web.event_stream import EventStreams
+from tailspan_agent.web.fleet_members import members_of
 from tailspan_agent.web.job_events import job_events, job_paths, read_tail
-from tailspan_agent.web.job_filter import PAGE_ROWS, STATE_GROUPS, JobEntry, JobFilter, JobListing, list_jobs
-from tailspan_agent.web.job_rows import JobRow, ended_entry, followed_entry, job_path, job_row
+from tailspan_agent.web.job_list_pages import JobListPages
+from tailspan_agent.web.job_rows import job_path
 from tailspan_agent.web.job_view import JobView, load_job_view
 from tailspan_agent.web.log_window import WINDOW_LINES, LogLine, LogWindow, LogWindowReader
+from tailspan_agent.web.rendering import PAGE_HEADERS, PageRenderer
 from tailspan_agent.web.session import Session, local_path
-from tailspan_agent.web.shared_jobs import SharedJobs
 
 __all__ = ["PageRoutes"]
 
-_LISTING_S = 0.8
-# Transactions of several agents end in any order, so a job may become visible behind newer ones.
-_LATE_KEYS = 100
 _SERVICE_TIMEOUT_S = 10.0
 _WRONG_TOKEN_S = 0.5
 _MAX_FORM_BYTES = 4096
@@ -55,14 +44,6 @@ _MAX_TASK_CHARS = 1024
 _MAX_FORM_FIELDS = 20
 _MAX_WRONG_TOKENS = 10
 _MAX_DOWNLOADS = 4
-_HEADERS = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
-    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-    # with no-referrer a browser sends our own forms with the origin "null", and we would reject them
-    "referrer-policy": "same-origin",
-    "cache-control": "no-store",
-}
 
 
 class PageRoutes:
@@ -76,25 +57,19 @@ class PageRoutes:
     def __init__(self, view: AgentView, session: Session) -> None:
         self._view = view
         self._session = session
-        self._ended = [EndedJobs(view.store.ledgers)]
-        if view.shared is not None:
-            self._ended.append(EndedJobs(view.shared.store.ledgers, late_keys=_LATE_KEYS))
-        self._shared = SharedJobs(view.fleet) if view.fleet is not None else None
         self._logs = LogWindowReader(view.redact, view.redact_open)
         self._streams = EventStreams()
-        self._entries: list[JobEntry] = []
-        self._entries_at_s = float("-inf")
-        self._refreshing = asyncio.Lock()
+        self._pages = PageRenderer(view, session)
+        self._job_list = JobListPages(view, self._pages, self._streams)
         self._wrong_tokens = 0
         self._downloads = 0
-        self._templates = _templates()
 
     def routes(self, access: AccessControl) -> list[BaseRoute]:
         """Return the routes of the page, behind access control."""
         protect = access.require_token
         return [
-            Route("/", protect(self._jobs)),
-            Route("/events/jobs", protect(self._jobs_events)),
+            Route("/", protect(self._job_list.show)),
+            Route("/events/jobs", protect(self._job_list.stream)),
             Route("/job", protect(self._job)),
             Route("/events/job", protect(self._job_events)),
             Route("/log", protect(self._download)),
@@ -104,108 +79,6 @@ class PageRoutes:
             Route("/login", access.require_known_host(self._login), methods=["GET", "POST"]),
             Mount("/static", _Files(directory=Path(__file__).with_name("static"))),
         ]
-
-    async def _listing(self, job_filter: JobFilter) -> JobListing:
-        async with self._refreshing:
-            # All browsers share one refresh.
-            if time.monotonic() - self._entries_at_s > _LISTING_S:
-                self._entries = await self._read_entries()
-                self._entries_at_s = time.monotonic()
-        return list_jobs(self._entries, job_filter)
-
-    async def _read_entries(self) -> list[JobEntry]:
-        names = self._view.service_names
-        elsewhere = await self._followed_elsewhere(names)
-        # Afterwards, so that a job that has just come from another agent is shown once, as followed by this one.
-        followed = self._view.followed
-        known = {(job.identity, job.status.job_id) for job in followed}
-        entries = [followed_entry(job, self._follower(job)) for job in followed]
-        for job, agent in elsewhere:
-            if (job.identity, job.status.job_id) not in known:
-                known.add((job.identity, job.status.job_id))
-                entries.append(followed_entry(job, agent))
-        for ended in self._ended:
-            with contextlib.suppress(CheckpointError):
-                await ended.refresh(known)
-            entries += [
-                ended_entry(job, names[job.identity])
-                for job in ended.newest
-                if job.identity in names and (job.identity, job.job_id) not in known
-            ]
-        return entries
-
-    async def _followed_elsewhere(self, names: Mapping[str, str]) -> list[tuple[JobSnapshot, int | None]]:
-        if self._view.fleet is None or self._shared is None:
-            return []
-        await self._view.fleet.refresh()
-        return await self._shared.snapshots(names)
-
-    def _follower(self, job: JobSnapshot) -> int | None:
-        """Return the number of this agent, for a job of its fleet."""
-        fleet, service = self._view.fleet, self._view.services.get(job.service)
-        return None if fleet is None or service is None or service.polls_are_free else fleet.agent
-
-    def _rows(self, listing: JobListing) -> list[JobRow]:
-        now_ns = time.time_ns()
-        return [
-            self._with_agent(job_row(entry, self._view.history(entry.name), now_ns), entry.agent)
-            for entry in listing.entries
-        ]
-
-    def _with_agent(self, row: JobRow, number: int | None) -> JobRow:
-        fleet = self._view.fleet
-        agent = fleet.agents.get(number) if fleet is not None and number is not None else None
-        if fleet is None or agent is None:
-            return row
-        page = page_of(agent) if agent.id != fleet.agent else ""
-        return replace(row, agent=agent.info.host, agent_path=f"{page}{row.path}" if page else "")
-
-    async def _jobs(self, request: Request) -> Response:
-        job_filter = JobFilter.from_query(request.query_params)
-        listing = await self._listing(job_filter)
-        return self._html(
-            "jobs.html",
-            tab="jobs",
-            job_filter=job_filter,
-            listing=listing,
-            rows=self._rows(listing),
-            groups=list(STATE_GROUPS),
-            services=sorted(self._view.services),
-            page_rows=PAGE_ROWS,
-        )
-
-    async def _jobs_events(self, request: Request) -> Response:
-        job_filter = JobFilter.from_query(request.query_params)
-
-        async def events() -> AsyncGenerator[str, None]:
-            sent: dict[str, str] = {}
-            order: list[str] = []
-            head = banner = ""
-            while True:
-                listing = await self._listing(job_filter)
-                rendered = {row.key: self._render("_row.html", row=row) for row in self._rows(listing)}
-                changed = {key: html for key, html in rendered.items() if sent.get(key) != html}
-                new_head = self._render(
-                    "_jobs_head.html",
-                    job_filter=job_filter,
-                    listing=listing,
-                    groups=list(STATE_GROUPS),
-                    page_rows=PAGE_ROWS,
-                )
-                if changed or list(rendered) != order or new_head != head:
-                    data: dict[str, Any] = {"order": list(rendered), "rows": changed}
-                    if new_head != head:
-                        data["head"] = new_head
-                    yield format_event("jobs", data)
-                    sent, order, head = rendered, list(rendered), new_head
-                else:
-                    yield KEEP_ALIVE
-                if (new_banner := self._banner()) != banner:
-                    yield format_event("banner", {"html": new_banner})
-                    banner = new_banner
-                await asyncio.sleep(REFRESH_S)
-
-        return self._streams.respond(events, _HEADERS)
 
     async def _load_job(self, request: Request, *, requests_tasks: bool = False) -> JobView:
         query = request.query_params
@@ -220,9 +93,9 @@ class PageRoutes:
         try:
             job = await self._load_job(request, requests_tasks=True)
         except JobNotFoundError as error:
-            return self._error(404, "No such job", str(error))
+            return self._pages.error(404, "No such job", str(error))
         except TailspanError as error:
-            return self._error(502, "The service does not answer", str(error))
+            return self._pages.error(502, "The service does not answer", str(error))
         query = request.query_params
         first = _number(query.get("from", ""))
         text, task = query.get("q", "")[:200], _task_of(query)
@@ -242,7 +115,7 @@ class PageRoutes:
             problem = f"The log cannot be read now: {error}"
         except TimeoutError:
             problem = f"The log cannot be read now: its service did not answer within {_SERVICE_TIMEOUT_S:g} s."
-        return self._html(
+        return self._pages.page(
             "job.html",
             tab="jobs",
             job=job,
@@ -279,17 +152,19 @@ class PageRoutes:
             async with asyncio.timeout(_SERVICE_TIMEOUT_S):
                 found = await self._logs.first_error(job.service, job.status.job_id, first, task=task)
         except (ServiceError, CursorExpiredError, TimeoutError) as error:
-            return self._error(502, "The log cannot be read now", str(error) or "its service did not answer in time")
+            return self._pages.error(
+                502, "The log cannot be read now", str(error) or "its service did not answer in time"
+            )
         path = job_paths(job, task)
         if found.lines and (number := found.lines[0].number):
             return RedirectResponse(f"{self._session.root}{path(**{'from': max(1, number - 20)})}#L{number}", 303)
         if found.reached is not None:
             # Browsers limit the number of redirects, and a long log would need too many.
             onward = path(**{"from": found.reached + 1, "jump": "error"})
-            response = self._html("error_search.html", tab="", reached=found.reached, onward=onward, back=path())
+            response = self._pages.page("error_search.html", tab="", reached=found.reached, onward=onward, back=path())
             response.headers["refresh"] = f"0; url={self._session.root}{onward}"
             return response
-        return self._error(
+        return self._pages.error(
             404,
             "No error in this log",
             "No line has an error level, and there is no traceback."
@@ -310,12 +185,12 @@ class PageRoutes:
             self._logs,
             job,
             reload,
-            self._render,
-            banner=self._banner,
+            self._pages.render,
+            banner=self._pages.banner,
             timeout_s=_SERVICE_TIMEOUT_S,
             task=task,
         )
-        return self._streams.respond(events, _HEADERS)
+        return self._streams.respond(events, PAGE_HEADERS)
 
     async def _download(self, request: Request) -> Response:
         try:
@@ -325,7 +200,7 @@ class PageRoutes:
         if self._downloads >= _MAX_DOWNLOADS:
             return PlainTextResponse("too many logs are being downloaded: try again later\n", 503)
         lines = self._logs.text(job.service, job.status.job_id, task=_task_of(request.query_params))
-        headers = {**_HEADERS, "content-disposition": f'attachment; filename="{_file_name(job.name)}.log"'}
+        headers = {**PAGE_HEADERS, "content-disposition": f'attachment; filename="{_file_name(job.name)}.log"'}
         return StreamingResponse(self._counted(lines), headers=headers, media_type="text/plain; charset=utf-8")
 
     async def _counted(self, lines: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
@@ -340,21 +215,25 @@ class PageRoutes:
     async def _cancel(self, request: Request) -> Response:
         form = await _form(request)
         if not self._view.settings().agent.allow_cancel:
-            return self._error(
+            return self._pages.error(
                 403, "Cancelling is disabled", "agent.allow_cancel is not set in the agent's configuration."
             )
         if not self._session.sent_by_us(request.headers, form.get("form_token", "")):
-            return self._error(403, "This form was not sent by this page", "Reload the job's page and cancel again.")
+            return self._pages.error(
+                403, "This form was not sent by this page", "Reload the job's page and cancel again."
+            )
         service = self._view.services.get(form.get("service", ""))
         if service is None:
-            return self._error(404, "No such service", "The agent does not watch this job's service.")
+            return self._pages.error(404, "No such service", "The agent does not watch this job's service.")
         try:
             async with asyncio.timeout(_SERVICE_TIMEOUT_S):
                 await service.cancel(form.get("id", ""))
         except JobNotFoundError as error:
-            return self._error(404, "No such job", str(error))
+            return self._pages.error(404, "No such job", str(error))
         except (TailspanError, TimeoutError) as error:
-            return self._error(502, "The job was not cancelled", str(error) or "its service did not answer in time")
+            return self._pages.error(
+                502, "The job was not cancelled", str(error) or "its service did not answer in time"
+            )
         return RedirectResponse(self._session.root + job_path(service.name, form.get("id", "")), 303)
 
     async def _pipelines(self, _: Request) -> Response:
@@ -363,7 +242,7 @@ class PageRoutes:
         for total in self._view.totals:
             runs[total.pipeline] = runs.get(total.pipeline, 0) + total.count
         active: dict[str, int] = {}
-        elsewhere = await self._followed_elsewhere(self._view.service_names)
+        elsewhere = await self._job_list.followed_elsewhere(self._view.service_names)
         followed = {(job.identity, job.status.job_id): job for job, _ in elsewhere}
         followed |= {(job.identity, job.status.job_id): job for job in self._view.followed}
         for job in followed.values():
@@ -374,7 +253,7 @@ class PageRoutes:
         names = sorted({*runs, *active, *histories}, key=str.lower)
         pipelines = [(name, runs.get(name, 0), active.get(name, 0), histories.of(name)) for name in names]
         missing = [name for name, is_missing in self._view.context.pipeline_stats.missing.items() if is_missing]
-        return self._html(
+        return self._pages.page(
             "pipelines.html",
             tab="pipelines",
             pipelines=pipelines,
@@ -387,7 +266,7 @@ class PageRoutes:
         fleet = self._view.fleet
         if fleet is not None:
             await fleet.refresh()
-        return self._html(
+        return self._pages.page(
             "agent.html",
             tab="agent",
             health=health_of(self._view.context.health.collect()),
@@ -403,7 +282,7 @@ class PageRoutes:
     async def _login(self, request: Request) -> Response:
         if request.method == "GET":
             target = local_path(request.query_params.get("next", "/"))
-            return self._html("login.html", tab="", target=target, wrong=False)
+            return self._pages.page("login.html", tab="", target=target, wrong=False)
         form = await _form(request)
         target = local_path(form.get("next", "/"))
         if not self._session.knows_token(form.get("token", "")):
@@ -414,7 +293,7 @@ class PageRoutes:
                 await asyncio.sleep(_WRONG_TOKEN_S)
             finally:
                 self._wrong_tokens -= 1
-            return self._html("login.html", 401, tab="", target=target, wrong=True)
+            return self._pages.page("login.html", 401, tab="", target=target, wrong=True)
         response = RedirectResponse(self._session.root + target, 303)
         self._session.open(response)
         return response
@@ -434,27 +313,6 @@ class PageRoutes:
         target = request.url.path + (f"?{request.url.query}" if request.url.query else "")
         return RedirectResponse(f"{self._session.root}/login?{urlencode({'next': target})}", 303)
 
-    def _render(self, template: str, **values: Any) -> str:
-        shared = {"now": time.time_ns(), "root": self._session.root, "fleet": self._view.fleet}
-        return self._templates.get_template(template).render(**shared, **values)
-
-    def _banner(self) -> str:
-        return self._render("_banner.html", troubles=self._view.troubles, recovered=self._view.store.recovered)
-
-    def _html(self, template: str, status: int = 200, **values: Any) -> Response:
-        text = self._render(
-            template,
-            troubles=self._view.troubles,
-            recovered=self._view.store.recovered,
-            token=self._session.needs_token,
-            **values,
-        )
-        # Tags, commands and errors may contain lone surrogates, which strict encoding rejects.
-        return HTMLResponse(text.encode(errors="replace"), status, headers=_HEADERS)
-
-    def _error(self, status: int, title: str, text: str, back: str = "/") -> Response:
-        return self._html("error.html", status, tab="", title=title, text=self._view.redact(text), back=back)
-
 
 class _Files(StaticFiles):
     def file_response(self, *args: Any, **keys: Any) -> Response:
@@ -463,31 +321,6 @@ class _Files(StaticFiles):
         response.headers["cache-control"] = "no-cache"
         response.headers["x-content-type-options"] = "nosniff"
         return response
-
-
-def _templates() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("tailspan_agent.web"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "ago": formatting.ago,
-        "bars": formatting.bars,
-        "count": formatting.count,
-        "duration": formatting.duration,
-        "exact": formatting.exact,
-        "marked": formatting.marked,
-        "plural": plural,
-        "quoted": partial(quote, safe="", errors="replace"),
-        "time": formatting.time_tag,
-        "visible": formatting.visible,
-        "visible_block": formatting.visible_block,
-    }
-    environment.globals["job_path"] = job_path
-    return environment
 
 
 def _task_of(query: QueryParams) -> str:

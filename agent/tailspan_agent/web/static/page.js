@@ -43,6 +43,8 @@
     const form = element.dataset.form;
     const full = `${dayOf(at)} ${clockOf(at)}`;
     if (form === "line") element.textContent = clockOf(at) + millisOf(at);
+    else if (form === "minute") element.textContent = clockOf(at).slice(0, 5);
+    else if (form === "day") element.textContent = dayOf(at).slice(5);
     else if (form === "clock") element.textContent = clockOf(at);
     else if (form === "full") element.textContent = `${full} ${zoneOf(at)}`;
     element.title = `${full}${millisOf(at)} ${zoneOf(at)}`;
@@ -108,7 +110,8 @@
   if (jobs) {
     const body = find("#rows");
     listen(jobs.dataset.events, {
-      jobs: ({ order, rows, head }) => {
+      timeline: ({ html }) => replace("#timeline", html),
+      jobs: ({ order, rows, head, foot }) => {
         const active = document.activeElement;
         const focused = active?.closest("tr")?.dataset.key;
         const chip = all("#head a").indexOf(active);
@@ -117,6 +120,7 @@
         body.replaceChildren(...order.map((key) => known.get(key)).filter(Boolean));
         find("#empty").hidden = order.length > 0;
         if (head !== undefined) find("#head").replaceChildren(...rowsOf(head));
+        if (foot !== undefined) replace("#foot", foot);
         const row = focused && all("tr", body).find((candidate) => candidate.dataset.key === focused);
         if (row) (active.tagName === "A" ? find("a", row) : row).focus({ preventScroll: true });
         if (chip >= 0) all("#head a")[chip]?.focus({ preventScroll: true });

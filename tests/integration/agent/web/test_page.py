@@ -102,6 +102,38 @@ async def test_jobs_are_filtered_by_text_state_and_service(bench):
     assert set(found["page=x"]) == {"a-1", "b-1"}
 
 
+@looped
+async def test_the_start_page_says_what_is_wrong_now(bench, monkeypatch):
+    """Counts with links, why jobs failed, missing pipelines, and attributes, whose secrets a filter does not find."""
+    monkeypatch.setenv("PAGE_SECRET", "hunter2hunter2")
+    trace = ["Traceback (most recent call last):", '  File "a.py", line 1, in <module>', "    boom()", "ValueError: no"]
+    ended(bench, "sad", *trace, state=JobState.FAILED, exit_code=3, attributes={"team": "geo", "key": "hunter2hunter2"})
+    ended(bench, "off", "x", state=JobState.CANCELED, attributes={"team": "geo"})
+    bench.fake.add_job("busy", attributes={"team": "ml", "key": "hunter2hunter2"})
+    more = '[redact]\nenv = ["PAGE_SECRET"]\n[[agent.expect]]\nname = "report"\nevery = "1ms"\ngrace = "0s"'
+    async with browsing(bench, more=more) as (agent, client):
+        await relayed(bench, "sad", "off")
+        await until(lambda: agent._context.pipeline_stats.missing.get("report"))
+        page = (await client.get("/")).text
+        queries = ("attr=team%3Dgeo", "attr=team%3Dml", "attr=key%3Dhunter2hunter2", "attr=key%3D%5BREDACTED%5D")
+        found = {query: set(listed_ids((await client.get(f"/?{query}")).text)) for query in queries}
+    async with browsing(bench, more=more) as (_, client):
+        again = (await client.get("/?state=failed")).text
+    tiles = re.findall(r'class="tile[^"]*" href="([^"]+)"><b>(\d+)</b> <span>([^<]+)', page)
+    assert [(html.unescape(link), number, label) for link, number, label in tiles] == [
+        ("/?state=failed&range=24h", "1", "failed"),
+        ("/?state=running", "1", "running"),
+        ("/pipelines", "1", "late or missing"),
+        ("/?state=silent", "0", "silent"),
+        ("/agent", "0", "agent trouble"),
+    ]
+    assert "did not start in time" in page
+    for text in (page, again):
+        assert "<b>exit 3</b> ValueError: no</div>" in text
+        assert 'class="failed"' in text, "the timeline has a bar"
+    assert list(found.values()) == [{"sad", "off"}, {"busy"}, set(), {"sad", "busy"}]
+
+
 class Markup(HTMLParser):
     """The parsed page: names of attributes, and sources of scripts."""
 
@@ -163,7 +195,7 @@ async def test_texts_that_are_not_utf8_do_not_break_the_page(bench):
     async with browsing(bench) as (_, client):
         await relayed(bench, "sad")
         pages = {job_id: (await job_page(client, job_id)).text for job_id in ("busy", "sad")}
-        link = html.unescape(re.search(r'href="(/\?q=[^"]+)"', pages["busy"])[1])
+        link = html.unescape(re.search(r'href="(/\?pipeline=[^"]+)"', pages["busy"])[1])
         found = (await client.get(link)).text
         async with client.stream("GET", "/events/jobs") as answer:
             event = await next_event(answer.aiter_lines(), "jobs")
@@ -554,7 +586,8 @@ async def test_many_jobs_come_in_pages(bench):
         last = (await client.get("/?page=20")).text
         one = (await client.get("/?q=job-0471")).text
     assert len(listed_ids(page)) == len(listed_ids(last)) == 50
-    assert "1–50 of 1,000" in page
+    assert page.count("1–50 of 1,000") == 2, "paging is above and below the table"
+    assert page.rindex('rel="next"') > page.index("</table>")
     assert listed_ids(one) == ["job-0471"]
 
 
