@@ -82,7 +82,9 @@ class Commands:
                 [*self._prefix, *command], capture_output=True, text=True, timeout=_TIMEOUT_S, env=self._env, check=True
             )
         except (OSError, subprocess.SubprocessError) as error:
-            raise self._unavailable(f"{' '.join(command)} failed: {error}") from None
+            why = str(error).rstrip(".")
+            text = f"service {self._service}: {' '.join(command)} failed, so the machine is not known: {why}"
+            raise self._unavailable(f"{text}; check services.{self._service}.command_prefix") from None
         return ended.stdout.strip()
 
     async def entries(self, *options: str) -> AsyncGenerator[list[JournalEntry], None]:
