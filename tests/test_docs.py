@@ -151,6 +151,17 @@ def runnable(page: Path) -> list[str]:
     return script
 
 
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_example_runs_or_says_why_not(page: Path) -> None:
+    """A console example runs in a test, or a comment before it gives the reason; a script has such a comment."""
+    silent = [text for text, may_run in blocks(page, "sh") if may_run]
+    for text, may_run in blocks(page, "console"):
+        programs = {line.split()[0] for line in commands(text)}
+        if may_run and not (programs and programs <= RUNNABLE):
+            silent.append(text)
+    assert silent == []
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=lambda page: page.stem)
 def test_console_examples_run(page: Path, tmp_path: Path) -> None:
     """A reader who types a page's commands, in their order, sees none fail."""

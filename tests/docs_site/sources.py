@@ -22,6 +22,8 @@ CHANGELOG = ROOT / "CHANGELOG.md"
 
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
+# A key or a command is not broken in the middle of a word; a wide table scrolls.
+_STYLE = ".md-typeset table td:first-child code { white-space: nowrap; }\n"
 _SHOWN = {".png", ".yaml", ".toml"}
 
 
@@ -94,6 +96,7 @@ def write_sources(root: Path) -> None:
         page.write_text(
             _outside_code(text, lambda match, s=source, p=path: _link(match, s, p, deploy, target)), encoding="utf-8"
         )
+    (target / "site.css").write_text(_STYLE, encoding="utf-8")
     (root / "zensical.toml").write_text(_configuration(), encoding="utf-8")
 
 
@@ -153,6 +156,7 @@ def _configuration() -> str:
             'site_description = "Every batch job in Grafana or Jaeger, without changing the job"',
             'docs_dir = "docs"',
             'site_dir = "site"',
+            'extra_css = ["site.css"]',
             f"nav = {toml(navigation())}",
             "[project.theme]",
             "font = false",
