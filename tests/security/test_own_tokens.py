@@ -70,7 +70,7 @@ async def test_the_page_needs_the_token_of_its_link(bench: Bench) -> None:
     """Logs are behind the token; the link opens a session and leaves the address bar without it. Numbers are open."""
     async with bench.running(listen="127.0.0.1:0", needs_page_token=True) as agent:
         assert agent.server is not None
-        async with httpx.AsyncClient(base_url=agent.server.url, trust_env=False) as client:
+        async with httpx.AsyncClient(base_url=agent.server.url, trust_env=False, verify=False) as client:
             for path in ("/", "/job?service=fake&id=x", "/events/jobs", "/events/job", "/agent", "/pipelines"):
                 assert (await client.get(path)).status_code == 401
             assert (await client.post("/cancel")).status_code == 401
@@ -91,7 +91,7 @@ async def test_a_configured_token_is_required_for_numbers_too_and_is_not_in_the_
     async with bench.running(listen="127.0.0.1:0", token="s3cret-token", needs_page_token=True) as agent:
         assert agent.server is not None
         assert "s3cret" not in agent.server.link
-        async with httpx.AsyncClient(base_url=agent.server.url, trust_env=False) as client:
+        async with httpx.AsyncClient(base_url=agent.server.url, trust_env=False, verify=False) as client:
             assert [(await client.get(path)).status_code for path in ("/metrics", "/delivery", "/")] == [401] * 3
             assert (await client.get("/metrics", headers={"authorization": "Bearer s3cret-token"})).status_code == 200
     assert not bench.settings().agent.page_token_file.exists()
@@ -123,7 +123,7 @@ async def test_a_reload_ends_sessions_of_the_old_token(bench: Bench, tmp_path: P
     keys = {"listen": "127.0.0.1:0", "token_file": str(file)}
     async with bench.running(**keys) as agent:
         assert agent.server is not None
-        async with httpx.AsyncClient(base_url=agent.server.url, trust_env=False) as client:
+        async with httpx.AsyncClient(base_url=agent.server.url, trust_env=False, verify=False) as client:
             await client.get("/?token=old-token")
             events = await client.send(client.build_request("GET", "/events/jobs"), stream=True)
             await agent.reload(bench.settings(**keys, allowed_hosts=["new.test"]))
@@ -151,7 +151,7 @@ async def test_a_token_file_that_cannot_be_read_changes_nothing(bench: Bench, tm
         with pytest.raises(ConfigError, match="token_file"):
             await agent.reload(bench.settings(**keys))
         assert agent.server is not None
-        async with httpx.AsyncClient(base_url=agent.server.url, trust_env=False) as client:
+        async with httpx.AsyncClient(base_url=agent.server.url, trust_env=False, verify=False) as client:
             assert (await client.get("/metrics", headers={"authorization": "Bearer old-token"})).status_code == 200
 
 
@@ -162,7 +162,7 @@ async def test_cookies_behind_tls_are_secure(bench: Bench) -> None:
     async with bench.running(**keys, public_url="https://tailspan.test") as agent:
         assert agent.server is not None
         assert agent.server.link == "https://tailspan.test"
-        async with httpx.AsyncClient(base_url=agent.server.url, trust_env=False) as client:
+        async with httpx.AsyncClient(base_url=agent.server.url, trust_env=False, verify=False) as client:
             host = {"host": "tailspan.test"}
             link = await client.get("/?token=s3cret-token", headers=host)
             form = await client.post("/login", data={"token": "s3cret-token"}, headers=host)

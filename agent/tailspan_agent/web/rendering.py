@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from urllib.parse import quote
 
@@ -67,6 +67,7 @@ class PageRenderer:
         return self.page("error.html", status, tab="", title=title, text=self._view.redact(text), back=back)
 
 
+@cache
 def _templates() -> Environment:
     environment = Environment(
         loader=PackageLoader("tailspan_agent.web"),

@@ -386,7 +386,7 @@ async def test_health_and_metrics_are_served_while_it_runs(bench: Bench) -> None
     async with bench.running(listen="127.0.0.1:0") as agent:
         await bench.received(lambda: "run" in bench.spans())
         assert agent.server is not None
-        async with httpx.AsyncClient(base_url=agent.server.url) as client:
+        async with httpx.AsyncClient(base_url=agent.server.url, verify=False) as client:
             assert (await client.get("/readyz")).status_code == 200
             text = (await client.get("/metrics")).text
     assert 'cicd_pipeline_run_duration_seconds_count{cicd_pipeline_name="etl"' in text
@@ -660,7 +660,7 @@ async def test_readyz_page_and_check_report_an_outage_alike(bench: Bench, monkey
     async with bench.running(listen=f"127.0.0.1:{free_port()}") as agent:
         await until(lambda: {problem.partition(" ")[0] for problem in agent.problems()} == codes)
         assert agent.server is not None
-        async with httpx.AsyncClient(base_url=agent.server.url, trust_env=False) as client:
+        async with httpx.AsyncClient(base_url=agent.server.url, trust_env=False, verify=False) as client:
             ready, page = await client.get("/readyz"), await client.get("/agent")
             others = [await client.get(path) for path in ("/", "/pipelines", "/job?service=fake&id=j1")]
         found = [one.text async for one in check(agent.settings, bench.open) if one.subject == "running agent"]

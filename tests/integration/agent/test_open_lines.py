@@ -92,7 +92,7 @@ async def test_secrets_are_not_in_open_lines(
         await bench.received(lambda: open_texts(bench))
         assert open_texts(bench) == ["login [REDACTED] "]
         assert agent.server is not None
-        async with httpx.AsyncClient(base_url=agent.server.url, trust_env=False, timeout=20) as client:
+        async with httpx.AsyncClient(base_url=agent.server.url, trust_env=False, verify=False, timeout=20) as client:
             (job,) = agent.followed_jobs()
             page = await client.get("/job", params={"service": "local", "id": job[0].status.job_id})
     assert ">login [REDACTED] </td>" in page.text
@@ -107,7 +107,7 @@ async def test_the_page_shows_the_open_line(tmp_path: Path, bench: Bench, local:
     )
     async with (
         bench.running(WATCH, listen="127.0.0.1:0") as agent,
-        httpx.AsyncClient(base_url=agent.server.url, trust_env=False, timeout=20) as client,
+        httpx.AsyncClient(base_url=agent.server.url, trust_env=False, verify=False, timeout=20) as client,
     ):
         await bench.received(lambda: open_texts(bench))
         page = (await client.get("/job", params={"service": "local", "id": job_id})).text

@@ -57,7 +57,9 @@ class World:
         assert agent.server is not None
         self.agents[host] = agent
         self.clients[host] = await stack.enter_async_context(
-            httpx.AsyncClient(base_url=agent.server.url, trust_env=False, headers={"accept": "text/html"}, timeout=20)
+            httpx.AsyncClient(
+                base_url=agent.server.url, trust_env=False, verify=False, headers={"accept": "text/html"}, timeout=20
+            )
         )
 
     async def stop(self, host: str) -> None:

@@ -33,7 +33,7 @@ async def browsing(bench: Bench, *watches: dict, **keys) -> AsyncIterator[tuple[
     async with bench.running(*watches, listen="127.0.0.1:0", **keys) as agent:
         assert agent.server is not None
         async with httpx.AsyncClient(
-            base_url=agent.server.url, trust_env=False, headers={"accept": "text/html"}, timeout=20
+            base_url=agent.server.url, trust_env=False, verify=False, headers={"accept": "text/html"}, timeout=20
         ) as client:
             yield agent, client
 
@@ -323,7 +323,7 @@ async def test_streams_are_limited_and_release_their_place(bench):
     """One stream too many is rejected; a closed stream releases its place."""
     async with browsing(bench) as (agent, client):
         assert agent.server is not None
-        async with httpx.AsyncClient(base_url=agent.server.url, trust_env=False, timeout=20) as many:
+        async with httpx.AsyncClient(base_url=agent.server.url, trust_env=False, verify=False, timeout=20) as many:
             requests = [many.build_request("GET", "/events/jobs") for _ in range(20)]
             answers = [await many.send(request, stream=True) for request in requests]
             assert {answer.status_code for answer in answers} == {200}
@@ -369,9 +369,9 @@ async def test_a_browser_logs_in_with_the_token_and_keeps_only_a_cookie(bench):
         assert (await client.get("/")).status_code == 200
         assert (await client.get("/", headers={"cookie": f"{COOKIE}=0000"})).status_code in (200, 303)
         for path in ("/healthz", "/readyz"):
-            async with httpx.AsyncClient(base_url=client.base_url, trust_env=False) as other_client:
+            async with httpx.AsyncClient(base_url=client.base_url, trust_env=False, verify=False) as other_client:
                 assert (await other_client.get(path)).status_code == 200
-        async with httpx.AsyncClient(base_url=client.base_url, trust_env=False) as other_client:
+        async with httpx.AsyncClient(base_url=client.base_url, trust_env=False, verify=False) as other_client:
             for path in ("/", "/job?service=fake&id=x", "/events/jobs", "/events/job", "/agent"):
                 assert (await other_client.get(path)).status_code == 401
             assert (await other_client.post("/cancel")).status_code == 401

@@ -41,7 +41,7 @@ def served(
             readiness=lambda: problems or [],
             access=ServerAccess(**access),
         )
-        async with server, httpx.AsyncClient(base_url=server.url, trust_env=False) as client:
+        async with server, httpx.AsyncClient(base_url=server.url, trust_env=False, verify=False) as client:
             return await visit(client, server)
 
     return asyncio.run(main())
@@ -205,7 +205,7 @@ def test_stopping_frees_the_port_although_a_connection_is_open():
             delivery=no_delivery,
         )
         address = server.address
-        async with httpx.AsyncClient(base_url=server.url, trust_env=False) as client:
+        async with httpx.AsyncClient(base_url=server.url, trust_env=False, verify=False) as client:
             async with server:
                 assert (await client.get("/healthz")).status_code == 200
             async with StatusServer(address, metrics=scraped, readiness=lambda: ["new"], delivery=no_delivery):

@@ -50,7 +50,7 @@ def server(service):
 @pytest.fixture
 def api(server):
     """A client of that server."""
-    with httpx.Client(base_url=server.url) as client:
+    with httpx.Client(base_url=server.url, verify=False) as client:
         yield client
 
 
@@ -164,7 +164,7 @@ def test_slow_reader_holds_no_more_than_a_few_pages():
     """A log is read from the service only as fast as the client takes it, and not at all once it is gone."""
     lines = ["x" * 10_000] * 10_000
     service = ScriptedService({"huge": ScriptedJob(lines=lines, page_lines=100)})
-    with serving(service) as running, closing(socket.socket()) as slow, httpx.Client() as other:
+    with serving(service) as running, closing(socket.socket()) as slow, httpx.Client(verify=False) as other:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         slow.connect(("127.0.0.1", running.port))
         slow.sendall(b"GET /server/v1/logs/huge HTTP/1.1\r\nHost: localhost\r\n\r\n")

@@ -51,7 +51,7 @@ def server(service):
 @pytest.fixture
 def api(server):
     """A client of that server."""
-    with httpx.Client(base_url=server.url) as client:
+    with httpx.Client(base_url=server.url, verify=False) as client:
         yield client
 
 
