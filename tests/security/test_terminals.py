@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import threading
@@ -71,29 +72,34 @@ def assert_harmless(shown: str) -> None:
     assert [act for act in ACTS if act in shown] == [], repr(shown[-2000:])
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "status j",
-        "jobs",
-        "logs j",
-        "tail j",
-        "tail j --sample",
-        "wait j",
-        "cancel j",
-        "exec-time j",
-        "agent check",
-        "agent run --once --timeout 20 --log-level debug",
-    ],
-)
+COMMANDS = ("status j", "jobs", "logs j", "tail j", "tail j --sample", "wait j", "cancel j", "exec-time j")
+# One process for several commands, with a line between them.
+RUN_ALL = """
+import sys
+from tailspan.cli import main
+for command in sys.argv[1:]:
+    try:
+        main([*command.split(), "--service", "remote"], prog_name="tailspan")
+    except SystemExit:
+        pass
+    print("=====", command, flush=True)
+"""
+
+
+@pytest.mark.parametrize("command", ["others", "agent check", "agent run --once --timeout 20 --log-level debug"])
 def test_answers_of_a_service(machine: Machine, api: FakeJobApi, command: str) -> None:
     """Names, errors, attributes, lines."""
     machine.configure(
         f'[services.remote]\ntype = "fused"\nbase_url = "{api.base_url}"\n'
         '[[agent.watch]]\nservice = "remote"\njobs = ["j"]\nsettle = "0s"\n'
     )
-    service = () if command.startswith("agent") else ("--service", "remote")
-    assert_harmless(on_a_terminal(machine, TAILSPAN, *command.split(), *service))
+    if command != "others":
+        assert_harmless(on_a_terminal(machine, TAILSPAN, *command.split()))
+        return
+    *shown, rest = re.split(r"===== ([a-z -]+)", on_a_terminal(machine, sys.executable, "-c", RUN_ALL, *COMMANDS))
+    assert (tuple(shown[1::2]), rest.strip()) == (COMMANDS, "")
+    for text in shown[::2]:
+        assert_harmless(text)
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 500])

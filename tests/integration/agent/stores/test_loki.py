@@ -42,12 +42,12 @@ def an_hour_ago() -> datetime:
 
 @pytest.mark.parametrize(
     ("jobs", "lines", "attributes"),
-    [(1, 30_000, 0), (5, 10_000, 0), (1, 5_000, 12)],
+    [(1, 6_000, 0), (5, 2_000, 0), (1, 5_000, 12)],
     ids=["one long job", "several jobs at once", "many attributes"],
 )
 def test_a_burst_passes(bench: Bench, loki: Loki, jobs: int, lines: int, attributes: int) -> None:
     """More lines than fit into one message of the distributor: each batch has as many as it accepts."""
-    expected = [f"line {number} of a job that prints quite a lot of text at once" for number in range(lines)]
+    expected = [f"line {number} of a job that {'prints quite a lot of text, ' * 50}at once" for number in range(lines)]
     for number in range(jobs):
         add_job(bench, f"job{number}", expected, start=an_hour_ago(), step_ms=1, name=f"burst{number}")
     watch = {"discover": True, "attributes": {f"attribute.{number}": "v" * 150 for number in range(attributes)}}
