@@ -53,7 +53,7 @@ def test_the_example_of_the_test_kit_works(tmp_path: Path, monkeypatch: pytest.M
             getattr(tests, name)()
 
 
-@pytest.mark.parametrize(("page", "number"), [("README.md", 0), ("docs/python.md", 0), ("docs/python.md", 1)])
+@pytest.mark.parametrize(("page", "number"), [("README.md", 0), ("docs/python.md", 0), ("docs/python.md", 3)])
 def test_the_example_programs_work(
     page: str, number: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 # Not from `typing`, whose import costs `tailspan run` a fifth of its start.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from tailspan._rows import Rows
     from tailspan._version import __version__ as __version__
     from tailspan.client import AsyncJobClient, Client, RunResponse
     from tailspan.config import Settings, load_settings
@@ -60,6 +61,7 @@ __all__ = [
     "Message",
     "ProtocolError",
     "RequestRejectedError",
+    "Rows",
     "RunResponse",
     "ServiceError",
     "ServiceUnavailableError",
@@ -86,6 +88,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "tailspan._rows": ("Rows",),
     "tailspan._version": ("__version__",),
     "tailspan.client": ("AsyncJobClient", "Client", "RunResponse"),
     "tailspan.config": ("Settings", "load_settings"),

@@ -17,7 +17,9 @@ from typing import IO, TYPE_CHECKING, Generic, Self, TypeVar
 from tailspan._clock import Clock
 from tailspan._job_search import find_job, statuses_of, with_names
 from tailspan._polling import LogPoll, PollPause, StatusPoll, newer, newest_of, stamped
+from tailspan._rows import Rows
 from tailspan.errors import ConfigError, InProgressWarning, RequestRejectedError, ServiceError
+from tailspan.local.job_name import shell_name
 from tailspan.logs.clean import printable
 from tailspan.logs.follow import SETTLE_S, Follower, TailUpdate
 from tailspan.logs.page import Message, OpenLine
@@ -26,9 +28,10 @@ from tailspan.services import JobService, SubmitService, TaskService
 from tailspan.services._pool import OpenedServices
 
 if TYPE_CHECKING:
+    from tailspan._notebook import LiveCard
     from tailspan.config import Settings
 
-__all__ = ["AsyncVerbs", "in_progress_text"]
+__all__ = ["AsyncVerbs", "card_in_notebook", "in_progress_text"]
 
 StatusT = TypeVar("StatusT", bound=JobStatus)
 
@@ -102,9 +105,9 @@ class AsyncVerbs(Generic[StatusT]):
         *,
         task: str | None = None,
         service: str | JobService | None = None,
-    ) -> list[Message]:
+    ) -> Rows[Message]:
         """Return the job's lines; see `tailspan.job_get_logs`."""
-        messages: list[Message] = []
+        messages: Rows[Message] = Rows()
         async with aclosing(self.iter_logs(job, since_ms, task=task, service=service)) as pages:
             async for page in pages:
                 messages += page
@@ -156,8 +159,11 @@ class AsyncVerbs(Generic[StatusT]):
             service=service,
             settle_seconds=settle_seconds,
         )
+        card = card_in_notebook(self._clock) if file is None else None
         async with aclosing(updates) as following:
             async for update in following:
+                if card is not None:
+                    card.update(update.status)
                 printer.update(update)
 
     async def get_status(self, job: CoerceableToJobId, *, service: str | JobService | None = None) -> StatusT:
@@ -197,7 +203,7 @@ class AsyncVerbs(Generic[StatusT]):
         """Return the time from first to last line; see `tailspan.job_get_exec_time`."""
         exec_time, status = await self.exec_time_and_status(job, service=service)
         if not status.state.is_terminal:
-            warnings.warn(in_progress_text(status), InProgressWarning, stacklevel=2)
+            warnings.warn(in_progress_text(status), InProgressWarning, stacklevel=3)
         return exec_time
 
     async def wait_for_job(
@@ -220,6 +226,34 @@ class AsyncVerbs(Generic[StatusT]):
             delivered: Wait also until the agent has acknowledged the job's last line.
             on_status: Called with each status before the last, to show progress.
         """
+        card = card_in_notebook(self._clock) if on_status is None else None
+        last: StatusT | None = None
+        statuses = self.follow_status(job, poll_interval_seconds, timeout, service=service, delivered=delivered)
+        async with aclosing(statuses) as following:
+            async for status in following:
+                last = status
+                if on_status is not None and not status.state.is_terminal:
+                    on_status(status)
+                if card is not None:
+                    card.update(status)
+        assert last is not None
+        if card is not None:
+            card.close(last)
+        return last
+
+    async def follow_status(
+        self,
+        job: CoerceableToJobId,
+        poll_interval_seconds: float = 5,
+        timeout: float | None = None,
+        *,
+        service: str | JobService | None = None,
+        delivered: bool = False,
+    ) -> AsyncGenerator[StatusT, None]:
+        """Yield each status of a job until it has ended.
+
+        Takes the arguments of `wait_for_job` and raises its errors.
+        """
         _check_seconds("poll_interval_seconds", poll_interval_seconds, minimum=0.001)
         chosen, job_id = self._opened.find(job, service)
         deadline = self._deadline(timeout)
@@ -235,14 +269,13 @@ class AsyncVerbs(Generic[StatusT]):
                     error = poll.timeout_error(timeout or 0.0)
                     error.last_status = error.last_status and self._answer(error.last_status)
                     raise error from poll.last_error
-                if on_status is not None:
-                    on_status(self._answer(status))
+                yield self._answer(status)
                 await pause.wait(min(poll_interval_seconds, deadline - now))
         if delivered:
             from tailspan._delivery import wait_until_delivered  # imports an HTTP client
 
             await wait_until_delivered(self.settings, chosen, status, self._clock, deadline)
-        return self._answer(status)
+        yield self._answer(status)
 
     async def iter_logs(
         self,
@@ -269,13 +302,13 @@ class AsyncVerbs(Generic[StatusT]):
             async for page in pages:
                 yield page if task is None else [one for one in page if task in (one.get("task"), one.get("task_id"))]
 
-    async def get_tasks(self, job: CoerceableToJobId, *, service: str | JobService | None = None) -> list[TaskRun]:
+    async def get_tasks(self, job: CoerceableToJobId, *, service: str | JobService | None = None) -> Rows[TaskRun]:
         """Return the job's tasks; see `tailspan.job_get_tasks`."""
         chosen, job_id = self._opened.find(job, service)
         if isinstance(chosen, TaskService):
-            return list(await chosen.list_tasks(job_id))
+            return Rows(await chosen.list_tasks(job_id))
         await chosen.get_job(job_id)
-        return []
+        return Rows()
 
     async def has_tasks(self, job: CoerceableToJobId, *, service: str | JobService | None = None) -> bool:
         """Return whether the job has more than one task, so that its lines are printed with the task's name.
@@ -378,15 +411,15 @@ class AsyncVerbs(Generic[StatusT]):
         name: str | None = None,
         state: JobState | str | None = None,
         service: str | JobService | None = None,
-    ) -> list[ListedJob]:
+    ) -> Rows[ListedJob]:
         """Return the service's jobs, newest first; see `tailspan.job_list`."""
-        rows: list[ListedJob] = []
+        rows: Rows[ListedJob] = Rows()
         async with aclosing(self._listed(name=name, state=state, service=service)) as pages:
             async for page in pages:
                 rows.extend(page)
                 if limit is not None and len(rows) >= limit:
                     break
-        return rows[:limit]
+        return rows if limit is None else Rows(rows[:limit])
 
     async def list_with_status(
         self,
@@ -467,13 +500,17 @@ class AsyncVerbs(Generic[StatusT]):
     ) -> StatusT:
         """Start a command as a job; see `tailspan.job_submit`."""
         chosen = self.service(service)
+        if name is None and isinstance(command, str):
+            name = shell_name(command)
         if not isinstance(chosen, SubmitService):
             raise ConfigError(
                 f"the service {chosen.name!r} cannot run jobs: submit to another service", service=chosen.name
             )
         arguments = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
         if not command or not all(isinstance(one, str) for one in arguments):
-            raise ConfigError("there is no command to run: give a string, or a list of strings")
+            raise ConfigError(
+                "there is no command to run: give a string, or a list of strings", key="command", service=chosen.name
+            )
         if timeout is not None:
             _check_seconds("timeout", timeout, minimum=0.0)
         status = await chosen.submit(
@@ -500,6 +537,19 @@ class AsyncVerbs(Generic[StatusT]):
 
     def _deadline(self, timeout: float | None) -> float:
         return math.inf if timeout is None else self._clock.monotonic_s() + timeout
+
+
+def card_in_notebook(clock: Clock) -> LiveCard | None:
+    """Return a card that shows a job in the running cell; None outside of a notebook.
+
+    Args:
+        clock: The clock of the verb.
+    """
+    if "IPython" not in sys.modules:
+        return None
+    from tailspan._notebook import live_card
+
+    return live_card(clock)
 
 
 async def _open_line_of(service: JobService, job_id: str) -> OpenLine | None:

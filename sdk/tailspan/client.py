@@ -14,11 +14,14 @@ from datetime import timedelta
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
+from tailspan._caller import for_callers_of
 from tailspan._clock import Clock
 from tailspan._direct import iterate_directly, run_directly
+from tailspan._rows import Rows
 from tailspan._times import Seconds, Since, seconds_of, since_ms_of
-from tailspan._verbs import AsyncVerbs, in_progress_text
-from tailspan.errors import InProgressWarning
+from tailspan._verbs import AsyncVerbs, card_in_notebook, in_progress_text
+from tailspan.errors import ConfigError, InProgressWarning
+from tailspan.local.run_settings import is_plain
 from tailspan.logs.follow import SETTLE_S, TailUpdate
 from tailspan.logs.page import Message
 from tailspan.models import CoerceableToJobId, JobState, JobStatus, ListedJob, TaskRun
@@ -34,6 +37,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+@for_callers_of
 class AsyncJobClient(AsyncVerbs["RunResponse"]):
     """Every verb as an awaitable method, over any configured service.
 
@@ -63,6 +67,7 @@ class AsyncJobClient(AsyncVerbs["RunResponse"]):
         super().__init__(settings, service, clock, _response)
 
 
+@for_callers_of
 class Client:
     """Every verb as a method, over any configured service; works in scripts, notebooks and threads, and after a fork.
 
@@ -120,11 +125,11 @@ class Client:
         *,
         task: str | None = None,
         service: str | JobService | None = None,
-    ) -> list[Message]:
+    ) -> Rows[Message]:
         """Return the job's lines; see `tailspan.job_get_logs`."""
         return self._read(job, service, AsyncVerbs.get_logs, job, self._since_ms(since_ms), task=task, service=service)
 
-    def get_tasks(self, job: CoerceableToJobId, *, service: str | JobService | None = None) -> list[TaskRun]:
+    def get_tasks(self, job: CoerceableToJobId, *, service: str | JobService | None = None) -> Rows[TaskRun]:
         """Return the job's tasks; see `tailspan.job_get_tasks`."""
         return self._read(job, service, AsyncVerbs.get_tasks, job, service=service)
 
@@ -161,6 +166,7 @@ class Client:
         from tailspan.logs.printing import TailPrinter
 
         printer = TailPrinter(file or sys.stdout)
+        card = card_in_notebook(self._clock) if file is None else None
         for update in self.follow_logs(
             job,
             refresh_seconds,
@@ -170,6 +176,8 @@ class Client:
             service=service,
             settle_seconds=settle_seconds,
         ):
+            if card is not None:
+                card.update(update.status)
             printer.update(update)
 
     def get_status(self, job: CoerceableToJobId, *, service: str | JobService | None = None) -> RunResponse:
@@ -194,14 +202,19 @@ class Client:
         delivered: bool = False,
     ) -> RunResponse:
         """Wait until the job has ended; see `tailspan.job_wait_for_job`."""
-        return self._portal.call(
-            AsyncVerbs.wait_for_job,
-            job,
-            seconds_of(poll_interval_seconds),
-            seconds_of(timeout),
-            service=service,
-            delivered=delivered,
-        )
+        poll_s, timeout_s = seconds_of(poll_interval_seconds), seconds_of(timeout)
+        card = card_in_notebook(self._clock)
+        if card is None:
+            return self._portal.call(
+                AsyncVerbs.wait_for_job, job, poll_s, timeout_s, service=service, delivered=delivered
+            )
+        # In this thread: what another one displays may go to another cell.
+        for status in self._portal.iterate(
+            AsyncVerbs.follow_status, job, poll_s, timeout_s, service=service, delivered=delivered
+        ):
+            card.update(status)
+        card.close(status)
+        return status
 
     def list_jobs(
         self,
@@ -210,7 +223,7 @@ class Client:
         name: str | None = None,
         state: JobState | str | None = None,
         service: str | JobService | None = None,
-    ) -> list[ListedJob]:
+    ) -> Rows[ListedJob]:
         """Return the service's jobs, newest first; see `tailspan.job_list`."""
         return self._read(None, service, AsyncVerbs.list_jobs, limit, name=name, state=state, service=service)
 
@@ -282,7 +295,7 @@ class Client:
             At least one update per refresh, with or without lines; the last one is ``complete``, except after a
             timeout.
         """
-        return self._portal.iterate(
+        yield from self._portal.iterate(
             AsyncVerbs.follow_logs,
             job,
             seconds_of(refresh_seconds),
@@ -305,7 +318,7 @@ class Client:
         """Return the execution time; a warning points at the caller of this method's caller."""
         exec_time, status = self._read(job, service, AsyncVerbs.exec_time_and_status, job, service=service)
         if not status.state.is_terminal:
-            warnings.warn(in_progress_text(status), InProgressWarning, stacklevel=3)
+            warnings.warn(in_progress_text(status), InProgressWarning, stacklevel=4)
         return exec_time
 
     def _read(
@@ -335,6 +348,15 @@ class Client:
     def _make_verbs(self) -> AsyncVerbs[RunResponse]:
         return AsyncVerbs(self._settings, self._service, self._clock, self._response)
 
+    def _links_of(self, status: JobStatus) -> Mapping[str, str]:
+        """Return the configured links of a job; none where the configuration cannot be read."""
+        if self._settings is None and is_plain(os.environ):
+            return {}
+        try:
+            return self._direct.settings.links.of(status)
+        except ConfigError:
+            return {}
+
     def _response(self, status: JobStatus) -> RunResponse:
         return _response(status, self)
 
@@ -342,6 +364,7 @@ class Client:
         return since_ms_of(since, self._clock.wall_s())
 
 
+@for_callers_of
 class Jobs:
     """The jobs of a client's service; see `Client`."""
 
@@ -382,12 +405,13 @@ class Jobs:
         name: str | None = None,
         state: JobState | str | None = None,
         service: str | JobService | None = None,
-    ) -> list[ListedJob]:
+    ) -> Rows[ListedJob]:
         """Return the jobs, newest first; see `tailspan.job_list`."""
         return self._client.list_jobs(limit, name=name, state=state, service=service)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+@for_callers_of
 class RunResponse(JobStatus):
     """The status of one job, with the verbs as methods; see `JobStatus` for its fields.
 
@@ -403,7 +427,7 @@ class RunResponse(JobStatus):
 
     def get_logs(
         self, since_ms: Since | None = None, *, task: str | None = None, service: str | JobService | None = None
-    ) -> list[Message]:
+    ) -> Rows[Message]:
         """Return this job's lines; see `tailspan.job_get_logs`."""
         return self._verbs.get_logs(self, since_ms, task=task, service=service)
 
@@ -411,9 +435,9 @@ class RunResponse(JobStatus):
         self, since_ms: Since | None = None, *, task: str | None = None, service: str | JobService | None = None
     ) -> Generator[Message, None, None]:
         """Yield this job's lines one by one; see `Client.iter_logs`."""
-        return self._verbs.iter_logs(self, since_ms, task=task, service=service)
+        yield from self._verbs.iter_logs(self, since_ms, task=task, service=service)
 
-    def get_tasks(self, *, service: str | JobService | None = None) -> list[TaskRun]:
+    def get_tasks(self, *, service: str | JobService | None = None) -> Rows[TaskRun]:
         """Return this job's tasks; see `tailspan.job_get_tasks`."""
         return self._verbs.get_tasks(self, service=service)
 
@@ -462,7 +486,7 @@ class RunResponse(JobStatus):
         settle_seconds: Seconds = SETTLE_S,
     ) -> Generator[TailUpdate, None, None]:
         """Yield updates of this job; see `Client.follow_logs`."""
-        return self._verbs.follow_logs(
+        yield from self._verbs.follow_logs(
             self,
             refresh_seconds,
             sample_logs,
@@ -490,6 +514,11 @@ class RunResponse(JobStatus):
     def cancel(self, *, service: str | JobService | None = None) -> RunResponse:
         """Cancel this job; see `tailspan.job_cancel`."""
         return self._verbs.cancel(self, service=service)
+
+    def _repr_html_(self) -> str:
+        from tailspan._notebook import job_card
+
+        return job_card(self, self._verbs._links_of(self))
 
     @property
     def _verbs(self) -> Client:

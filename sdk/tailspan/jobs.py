@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import IO
 
+from tailspan._caller import for_callers
+from tailspan._rows import Rows
 from tailspan.client import RunResponse, process_client
 from tailspan.logs.follow import SETTLE_S
 from tailspan.logs.page import Message
@@ -31,13 +33,14 @@ __all__ = [
 ]
 
 
+@for_callers
 def job_get_logs(
     job: CoerceableToJobId,
     since_ms: int | None = None,
     *,
     task: str | None = None,
     service: str | JobService | None = None,
-) -> list[Message]:
+) -> Rows[Message]:
     """Return the lines of a job.
 
     Args:
@@ -48,9 +51,9 @@ def job_get_logs(
             row was given, else the default service.
 
     Returns:
-        Messages as dicts, oldest first, each once: ``message`` (str), ``timestamp`` (int, ms since the epoch) and
-        further keys of the service, for example ``task``, ``attempt`` and ``level``. Lines of one millisecond keep
-        the order of the service.
+        A list of messages as dicts, oldest first, each once: ``message`` (str), ``timestamp`` (int, ms since the
+        epoch) and further keys of the service, for example ``task``, ``attempt`` and ``level``. Lines of one
+        millisecond keep the order of the service. Its ``to_dicts()`` has the columns time, stream, severity and text.
 
     Raises:
         JobNotFoundError: The service has no such job.
@@ -63,6 +66,7 @@ def job_get_logs(
     return process_client().get_logs(job, since_ms, task=task, service=service)
 
 
+@for_callers
 def job_print_logs(
     job: CoerceableToJobId,
     since_ms: int | None = None,
@@ -93,6 +97,7 @@ def job_print_logs(
     process_client().print_logs(job, since_ms, file, task=task, service=service)
 
 
+@for_callers
 def job_tail_logs(
     job: CoerceableToJobId,
     refresh_seconds: float = 1,
@@ -142,6 +147,7 @@ def job_tail_logs(
     )
 
 
+@for_callers
 def job_get_status(job: CoerceableToJobId, *, service: str | JobService | None = None) -> RunResponse:
     """Return the status of a job.
 
@@ -163,7 +169,8 @@ def job_get_status(job: CoerceableToJobId, *, service: str | JobService | None =
     return process_client().get_status(job, service=service)
 
 
-def job_get_tasks(job: CoerceableToJobId, *, service: str | JobService | None = None) -> list[TaskRun]:
+@for_callers
+def job_get_tasks(job: CoerceableToJobId, *, service: str | JobService | None = None) -> Rows[TaskRun]:
     """Return the tasks of a job: what its service starts for it.
 
     Args:
@@ -184,6 +191,7 @@ def job_get_tasks(job: CoerceableToJobId, *, service: str | JobService | None = 
     return process_client().get_tasks(job, service=service)
 
 
+@for_callers
 def job_cancel(job: CoerceableToJobId, *, service: str | JobService | None = None) -> RunResponse:
     """Cancel a job. Cancelling an ended job is no error and changes nothing.
 
@@ -205,6 +213,7 @@ def job_cancel(job: CoerceableToJobId, *, service: str | JobService | None = Non
     return process_client().cancel(job, service=service)
 
 
+@for_callers
 def job_get_exec_time(job: CoerceableToJobId, *, service: str | JobService | None = None) -> timedelta:
     """Return the execution time of a job by its log: the time from its first to its last line.
 
@@ -228,6 +237,7 @@ def job_get_exec_time(job: CoerceableToJobId, *, service: str | JobService | Non
     return process_client()._exec_time(job, service)
 
 
+@for_callers
 def job_wait_for_job(
     job: CoerceableToJobId,
     poll_interval_seconds: float = 5,
@@ -260,13 +270,14 @@ def job_wait_for_job(
     return process_client().wait_for_job(job, poll_interval_seconds, timeout, service=service, delivered=delivered)
 
 
+@for_callers
 def job_list(
     limit: int | None = 50,
     *,
     name: str | None = None,
     state: JobState | str | None = None,
     service: str | JobService | None = None,
-) -> list[ListedJob]:
+) -> Rows[ListedJob]:
     """List a service's jobs, newest first.
 
     Args:
@@ -277,7 +288,7 @@ def job_list(
         service: A service's name or a `JobService`. None: the default service.
 
     Returns:
-        Rows that every verb takes as ``job``.
+        A list of rows that every verb takes as ``job``. Its ``to_dicts()`` returns their fields.
 
     Raises:
         ServiceError: The service failed.
@@ -290,6 +301,7 @@ def job_list(
     return process_client().list_jobs(limit, name=name, state=state, service=service)
 
 
+@for_callers
 def job_submit(
     command: str | Sequence[str],
     *,
@@ -303,8 +315,10 @@ def job_submit(
     """Start a command as a job, without waiting for it.
 
     Args:
-        command: The program and its arguments; or one string, which ``/bin/sh -c`` runs.
-        name: The job's name, which its runs have in common. None: made from the command.
+        command: The program and its arguments; or one string, a line for the shell (``/bin/sh -c``), with pipes and
+            variables: ``job_submit("echo $HOME | wc -c")``.
+        name: The job's name, which its runs have in common. None: its program or script; of a string the first one,
+            so that ``job_submit("echo hi")`` is called ``echo``.
         attributes: Texts that go onto the job's logs and spans.
         timeout: The service ends the job as TIMED_OUT after this many seconds. None: never.
         cwd: The directory to run in. None: this process's.

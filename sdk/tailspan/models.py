@@ -362,4 +362,6 @@ def job_id_of(job: CoerceableToJobId) -> str:
     if isinstance(job, str):
         return check_job_id(job)
     # Callers without a type checker do pass other things.
-    raise ConfigError(f"a job is an id or a RunResponse, not {type(job).__name__}")
+    raise ConfigError(
+        f"job is of type {type(job).__name__}: expected a job id, a RunResponse or a row of job_list", key="job"
+    )

@@ -16,6 +16,7 @@ from tailspan.config import load_settings
 from tailspan.errors import ConfigError
 from tailspan.local.command_line import default_name, redact_command
 from tailspan.local.environment import job_environment, parent_of
+from tailspan.local.job_name import shell_name
 from tailspan.logs.clean import clean, printable, split_long
 from tailspan.services.registry import open_service
 from tailspan_agent.analysis.failure import failure_of, fingerprint_of
@@ -102,6 +103,7 @@ def test_any_line(lines: list[bytes]) -> None:
 def test_any_command_and_environment(words: list[str], value: str) -> None:
     """A job has a name and an environment whatever it is given."""
     assert default_name(words)
+    assert (shell_name(" ".join(words)) or "sh").isprintable()
     assert len(redact_command(words)) == len(words)
     inherited = {"TRACEPARENT": value, "OTEL_RESOURCE_ATTRIBUTES": value, "OTEL_SERVICE_NAME": value}
     parent_of(inherited)

@@ -11,9 +11,8 @@ from types import TracebackType
 from typing import Self
 
 from tailspan._durations import duration_text
-from tailspan.cli.show import progress_text
 from tailspan.logs.clean import printable
-from tailspan.logs.printing import is_terminal
+from tailspan.logs.printing import is_terminal, progress_text
 from tailspan.models import JobStatus
 
 __all__ = ["StateLine", "state_text"]

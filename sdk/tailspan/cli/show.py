@@ -12,7 +12,7 @@ from typing import Any
 from tailspan._durations import duration_text
 from tailspan.cli.moments import clock_text, moment_text, with_age, zone_name
 from tailspan.logs.clean import printable
-from tailspan.logs.printing import LinePrinter, end_text, is_terminal
+from tailspan.logs.printing import LinePrinter, end_text, is_terminal, progress_text, result_text
 from tailspan.models import JobState, JobStatus, ListedJob, TaskRun
 
 __all__ = [
@@ -22,8 +22,6 @@ __all__ = [
     "json_line",
     "json_lines",
     "json_of",
-    "progress_text",
-    "result_text",
     "show",
     "status_fields",
     "table",
@@ -162,20 +160,6 @@ def _job_cells(row: ListedJob, status: JobStatus | None) -> tuple[str, ...]:
         progress_text(status) or "-",
         _safe(result_text(status) or "-"),
     )
-
-
-def progress_text(status: JobStatus) -> str:
-    """Return how far a job is by its tasks, such as ``45% (9 of 20)``; nothing if it does not count them."""
-    if not status.total_tasks:
-        return ""
-    share = 100 * status.finished_tasks // status.total_tasks
-    return f"{share}% ({status.finished_tasks} of {status.total_tasks})"
-
-
-def result_text(status: JobStatus) -> str:
-    """Return why a job did not succeed, or its exit code; nothing before its end."""
-    code = "" if status.exit_code is None else str(status.exit_code)
-    return code if status.error in (None, f"exited with code {code}") else str(status.error)
 
 
 def _took_text(one: JobStatus | TaskRun) -> str:

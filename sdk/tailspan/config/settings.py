@@ -18,6 +18,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from tailspan._caller import for_callers
 from tailspan.config.agent import AgentSettings, Watch
 from tailspan.config.fields import JsonList, Size, StrList, UserPath
 from tailspan.config.fleet import FleetSettings
@@ -239,6 +240,7 @@ class _LayerSource(PydanticBaseSettingsSource):
 _LAYERS: contextvars.ContextVar[Sequence[Layer]] = contextvars.ContextVar("layers", default=())
 
 
+@for_callers
 def load_settings(
     path: Path | None = None, *, overrides: Mapping[str, Any] | None = None, telemetry: bool = True
 ) -> Settings:

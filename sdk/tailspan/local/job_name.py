@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-__all__ = ["default_name"]
+__all__ = ["default_name", "shell_name"]
 
 _SCRIPT_SUFFIXES = (
     ".py", ".pyz", ".sh", ".bash", ".zsh", ".rb", ".pl", ".js", ".mjs", ".cjs", ".ts", ".mts", ".R", ".r", ".php",
@@ -288,6 +288,59 @@ def default_name(command: Sequence[str]) -> str:
     """
     # A file's name may be any bytes: bytes that are not UTF-8 cannot be sent to services, which take text.
     return _called(list(command)).encode("utf-8", "replace").decode()
+
+
+def shell_name(line: str) -> str | None:
+    """Return what a job is called that is a line for the shell: the first program or script that it runs.
+
+    Args:
+        line: What ``/bin/sh -c`` runs.
+
+    Returns:
+        None where the line begins with something else, as with a loop or a variable: the job is called after the shell.
+    """
+    import shlex  # takes milliseconds, and most commands are lists
+
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|()<>\n")
+    lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t\r", True, "#"
+    words: list[str] = []
+    name = None
+    try:
+        for word in lexer:
+            if word[0] not in ";&|()<>\n":
+                words.append(word)
+            elif name := _first_name(words):
+                break
+            elif words and words[0] not in _PREPARING and not all(map(_is_assignment, words)):
+                return None
+            else:
+                words = []
+    except ValueError:  # a quote that does not end: the shell reports it
+        return None
+    name = name or _first_name(words)
+    return name if name and name.isprintable() and len(name) <= _MAX_SHELL_NAME_CHARS else None
+
+
+# What stands before the program in `cd DIRECTORY && PROGRAM`, and runs nothing itself.
+_PREPARING = frozenset(("cd", "set", "export", "source", ".", "umask", "ulimit", "unset", "trap", "module"))
+_SYNTAX = frozenset(("if", "for", "while", "until", "case", "function", "select", "{", "!", "[", "[[", "eval"))
+_EXPANDED = frozenset("$`*?~{}")
+_MAX_SHELL_NAME_CHARS = 100
+
+
+def _is_assignment(word: str) -> bool:
+    return word.partition("=")[0].isidentifier() and "=" in word
+
+
+def _first_name(words: list[str]) -> str | None:
+    """Return the name of a simple command; None if it only prepares, or its program is not known before it runs."""
+    program = next((place for place, word in enumerate(words) if not _is_assignment(word)), None)
+    if program is None or words[program] in _PREPARING or words[program] in _SYNTAX or not words[program]:
+        return None
+    name = default_name(words[program:])
+    if _EXPANDED & set(name):
+        name = default_name(words[program : program + 1])
+    return None if _EXPANDED & set(name) else name
 
 
 def _called(command: list[str]) -> str:

@@ -12,7 +12,7 @@ from tailspan.logs.follow import TailUpdate
 from tailspan.logs.page import NANOS_PER_MS, Message, OpenLine
 from tailspan.models import JobStatus
 
-__all__ = ["LinePrinter", "TailPrinter", "end_text", "is_terminal"]
+__all__ = ["LinePrinter", "TailPrinter", "end_text", "is_terminal", "progress_text", "result_text"]
 
 
 _ERASE = "\r\x1b[K"
@@ -150,3 +150,17 @@ def end_text(status: JobStatus) -> str:
     how = status.state.lower().replace("_", " ")
     why = status.error or (f"exit code {status.exit_code}" if status.exit_code else "")
     return f"job {status.job_id} {how}" + (f": {why}" if why and why != how else "")
+
+
+def progress_text(status: JobStatus) -> str:
+    """Return how far a job is by its tasks, such as ``45% (9 of 20)``; nothing if it does not count them."""
+    if not status.total_tasks:
+        return ""
+    share = 100 * status.finished_tasks // status.total_tasks
+    return f"{share}% ({status.finished_tasks} of {status.total_tasks})"
+
+
+def result_text(status: JobStatus) -> str:
+    """Return why a job did not succeed, or its exit code; nothing before its end."""
+    code = "" if status.exit_code is None else str(status.exit_code)
+    return code if status.error in (None, f"exited with code {code}") else str(status.error)

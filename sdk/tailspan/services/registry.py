@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tailspan._caller import for_callers
 from tailspan.errors import ConfigError
 from tailspan.services import JobService
 
@@ -39,6 +40,7 @@ _BUILT_IN: Mapping[str, str] = {
 """The built-in service types: each with its module, which is imported at first use, and its class."""
 
 
+@for_callers
 def open_service(name: str, settings: Settings | None = None) -> JobService:
     """Make the configured service of that name. Sends no request.
 

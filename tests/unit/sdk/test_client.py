@@ -436,9 +436,17 @@ def test_submit_takes_a_list_or_a_shell_line(service, do):
     ]
 
 
-@pytest.mark.parametrize("command", ["", [], ["echo", 1]])
+def test_a_shell_line_is_called_after_its_program(service, do):
+    """Not after the shell; a list keeps the service's own name."""
+    do(AsyncJobClient.job_submit, "echo hi")
+    do(AsyncJobClient.job_submit, "for i in 1 2; do echo; done")
+    do(AsyncJobClient.job_submit, ["echo", "hi"])
+    assert [one["name"] for one in service.submitted] == ["echo", None, None]
+
+
+@pytest.mark.parametrize("command", ["", []])
 def test_submit_needs_a_command(command, do):
-    """An empty command, or one with a number in it, is rejected before any request."""
+    """An empty command is rejected before any request."""
     with pytest.raises(ConfigError, match="there is no command to run"):
         do(AsyncJobClient.job_submit, command)
 
@@ -455,7 +463,7 @@ def test_bad_arguments_are_named(do, service):
         (AsyncJobClient.job_wait_for_job, ("j", 0), "poll_interval_seconds is 0"),
         (AsyncJobClient.job_wait_for_job, ("j", float("nan")), "poll_interval_seconds is nan"),
         (AsyncJobClient.job_tail_logs, ("j", -1), "refresh_seconds is -1"),
-        (AsyncJobClient.job_get_status, (5,), "not int"),
+        (AsyncJobClient.job_get_status, (5,), "job is of type int: expected a job id"),
         (AsyncJobClient.job_get_status, ("",), "is not a job id"),
         (AsyncJobClient.job_get_status, ("a\nb",), "is not a job id"),
         (AsyncJobClient.job_get_status, ("a\udc80",), "is not a job id"),

@@ -16,7 +16,7 @@ from tailspan import RunResponse, jobs
 
 # The signatures of the user's own documentation, and what each verb returns.
 CONTRACT = {
-    "job_get_logs": ("(job, since_ms=None)", "list[Message]"),
+    "job_get_logs": ("(job, since_ms=None)", "Rows[Message]"),
     "job_print_logs": ("(job, since_ms=None, file=None)", "None"),
     "job_tail_logs": ("(job, refresh_seconds=1, sample_logs=True, timeout=None, get_logs_retries=1)", "None"),
     "job_get_status": ("(job)", "RunResponse"),

@@ -7,7 +7,7 @@ import shlex
 import pytest
 
 from tailspan.errors import ConfigError
-from tailspan.local.job_name import default_name
+from tailspan.local.job_name import default_name, shell_name
 from tailspan.local.launch import Request
 
 TABLE = """
@@ -178,3 +178,36 @@ def test_refused_characters_are_shown_by_their_code_point(name: str, shown: str)
     """They could act on a terminal, or hide what is there."""
     with pytest.raises(ConfigError, match=f"must not have the character {shown.replace('+', '.')}"):
         Request(command=["true"], name=name)
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("echo hi", "echo"),
+        ("  ./run.sh > out", "run"),
+        ("TOKEN=hunter2 python etl.py", "etl"),
+        ("cd data && python etl.py | tee log", "etl"),
+        ("set -e\npython -m pkg.job --key hunter2", "pkg.job"),
+        ("source venv/bin/activate; exec dbt run", "dbt"),
+        ("export TOKEN=hunter2; curl -H hunter2 localhost", "curl"),
+        ("(cd data; make)", "make"),
+        ("python - <<EOF\nprint('hunter2')\nEOF", "python"),
+        ("python -c 'hunter2'", "python"),
+        ("python $SCRIPT", "python"),
+        ("sh -c 'echo hunter2'", "sh"),
+        ("# nightly\nmake all", "make"),
+        ("true", "true"),
+        ("cat file | wc -c", "cat"),
+        ("for name in a b; do echo $name; done", None),
+        ("if test -e x; then make; fi", None),
+        ("$PROGRAM --all", None),
+        ("echo 'open", None),
+        ("TOKEN=hunter2", None),
+        ("cd data", None),
+        ("", None),
+        ("'a\x07b'", None),
+    ],
+)
+def test_a_line_for_the_shell_is_called_after_its_first_program(line, name):
+    """What only prepares is skipped; a name that is not known before it runs is none, and secrets are never part."""
+    assert shell_name(line) == name
