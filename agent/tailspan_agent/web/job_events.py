@@ -116,7 +116,7 @@ class _TaskCharts:
         """Return the chart as HTML; empty if it is as it was."""
         ended = job.status.state.is_terminal
         is_same = job.tasks == self._tasks and ended == self._ended
-        if not job.tasks or (is_same and (ended or time.monotonic() < self._due_s)):
+        if (not job.tasks and job.times is None) or (is_same and (ended or time.monotonic() < self._due_s)):
             return ""
         self._tasks, self._ended, self._due_s = job.tasks, ended, time.monotonic() + _CHART_S
         return self._render("_tasks.html", chart=job.task_chart(self._task), task=self._task, job=job)

@@ -20,6 +20,7 @@ from tailspan_agent.checkpoint.rows import Checkpoint
 from tailspan_agent.job.bounds import bounded_tasks
 from tailspan_agent.job.ledger import JobLedger
 from tailspan_agent.job.mapping import failure_text
+from tailspan_agent.job.task_spans import with_tasks
 from tailspan_agent.job.times import JobTimes, run_duration_s, unix_nano
 from tailspan_agent.web.agent_view import AgentView
 from tailspan_agent.web.fleet_members import follower_of, page_of
@@ -30,29 +31,12 @@ from tailspan_agent.web.task_chart import TaskChart, task_chart
 if TYPE_CHECKING:
     from tailspan_agent.fleet.leases import FleetAgent
 
-__all__ = ["RESULT_KINDS", "JobView", "Phase", "PipelineRun", "load_job_view"]
+__all__ = ["RESULT_KINDS", "JobView", "PipelineRun", "load_job_view"]
 
 RESULT_KINDS = {"success": "succeeded", "cancellation": "canceled", "skip": "skipped"}
 """The class of a run by its ``cicd.pipeline.result``; all others failed."""
 
 _SHOWN_RUNS = 10
-
-
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """A section of the timeline.
-
-    Attributes:
-        name: ``queued`` or ``executing``.
-        x: The left edge, 0 to 1000.
-        width: In units of x.
-        seconds: Its duration.
-    """
-
-    name: str
-    x: float
-    width: float
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +66,6 @@ class JobView:
         history: The last runs of its pipeline.
         took_s: Duration so far or in total, in seconds.
         times: Submission, start and end; None for a job that the agent never followed.
-        phases: Its timeline.
         why: Why it failed; empty otherwise.
         reason: What ended it (a signal's name, out of memory, ...), if known.
         complete: True if all its lines are delivered.
@@ -101,7 +84,6 @@ class JobView:
     history: PipelineHistory
     took_s: float | None
     times: JobTimes | None
-    phases: Sequence[Phase]
     why: str
     reason: str
     complete: bool
@@ -144,21 +126,24 @@ class JobView:
         return page + job_path(self.service.name, self.status.job_id) if page else ""
 
     def task_chart(self, selected: str = "") -> TaskChart | None:
-        """Return the chart of its tasks; None for a job without tasks.
+        """Return the chart of its trace; None for a job without tasks whose times are not known.
 
         Args:
             selected: The id or name of the task whose lines are shown.
         """
-        if not self.tasks:
+        times = with_tasks(self.times, self.tasks) if self.times is not None else None
+        if not self.tasks and times is None:
             return None
         ended = self.status.state.is_terminal
-        end_ns = self.finished_ns if ended else None
+        end_ns = (times.finished_ns if times else self.finished_ns) if ended else None
         return task_chart(
             self.tasks,
-            started_ns=self.started_ns,
+            started_ns=times.started_ns if times else self.started_ns,
             end_ns=time.time_ns() if end_ns is None else end_ns,
             ended=ended,
             selected=selected,
+            submitted_ns=times.submitted_ns if times else None,
+            state=self.status.state.value.lower() if ended else "running",
         )
 
     @property
@@ -223,7 +208,6 @@ async def load_job_view(
         history=history,
         took_s=took_s,
         times=times,
-        phases=_phases(times, now_ns, ended=ended) if times else (),
         why=failure_text(status, ledger.failure if ledger else None) if failed else "",
         reason=(exit_reason(status, ledger.failure if ledger else None) or "") if failed else "",
         complete=stored is not None and stored.logs_complete,
@@ -288,20 +272,6 @@ def _pipeline_runs(view: AgentView, history: PipelineHistory) -> list[PipelineRu
         )
         for run in reversed(history.runs[-_SHOWN_RUNS:])
     ]
-
-
-def _phases(times: JobTimes, now_ns: int, *, ended: bool) -> list[Phase]:
-    end_ns = times.finished_ns if ended else max(now_ns, times.finished_ns)
-    whole = max(1, end_ns - times.submitted_ns)
-    started_ns = times.started_ns if times.started_ns is not None else end_ns
-    found = []
-    for name, start, stop in (("queued", times.submitted_ns, started_ns), ("executing", started_ns, end_ns)):
-        if stop > start:
-            x = 1000 * (start - times.submitted_ns) / whole
-            found.append(
-                Phase(name, round(x, 1), round(max(2.0, 1000 * (stop - start) / whole), 1), (stop - start) / 1e9)
-            )
-    return found
 
 
 def _duration_s(status: JobStatus) -> float | None:

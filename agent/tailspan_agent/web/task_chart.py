@@ -1,4 +1,4 @@
-"""`TaskChart`: the attempts of a job's tasks as rows with bars. Pure."""
+"""`TaskChart`: a job's trace as rows with bars: its own spans, and below them the attempts of its tasks. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tailspan.models import TaskRun
 from tailspan_agent.analysis.critical_path import CriticalPath, critical_path
 from tailspan_agent.job.times import unix_nano
 
-__all__ = ["MAX_TASK_ROWS", "Extent", "TaskChart", "TaskRow", "task_chart"]
+__all__ = ["MAX_TASK_ROWS", "Extent", "SpanRow", "TaskChart", "TaskRow", "task_chart"]
 
 MAX_TASK_ROWS = 200
 """Maximum number of rows: a browser shows no more in one table that it updates."""
@@ -19,6 +19,7 @@ _WIDTH = 1000
 _THINNEST = 3.0
 _MAX_NAME_CHARS = 120
 _MAX_ERROR_CHARS = 200
+_MAX_LEVEL = 6
 _STATES = {
     "success": ("succeeded", "succeeded"),
     "timeout": ("timed out", "timed_out"),
@@ -60,6 +61,7 @@ class TaskRow:
         critical: Whether it is on the critical path.
         error: Why it did not succeed, cut if it is long.
         url: Its page at the service; empty without one that a browser may open.
+        level: How deep it lies within other tasks: 0 for a task of the job itself.
     """
 
     task_id: str
@@ -77,6 +79,26 @@ class TaskRow:
     critical: bool
     error: str
     url: str
+    level: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SpanRow:
+    """A span of the job itself.
+
+    Attributes:
+        name: ``run``, ``queued`` or ``executing``.
+        kind: The class of its bar.
+        extent: Its place on the axis.
+        took_s: Its duration so far or in total, in seconds.
+        level: How deep it lies within other spans.
+    """
+
+    name: str
+    kind: str
+    extent: Extent
+    took_s: float
+    level: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +106,8 @@ class TaskChart:
     """The attempts of a job's tasks.
 
     Attributes:
-        rows: In the order of their start.
+        spans: The spans of the job itself.
+        rows: Each task below the one that it is part of, otherwise in the order of their start.
         attempts: Number of attempts, with those without a row.
         tasks: Number of tasks.
         start_ns: The left end of the axis, in ns since the epoch.
@@ -93,6 +116,7 @@ class TaskChart:
         is_live: Whether an attempt has not ended, so that the chart changes with time.
     """
 
+    spans: Sequence[SpanRow]
     rows: Sequence[TaskRow]
     attempts: int
     tasks: int
@@ -108,9 +132,16 @@ class TaskChart:
 
 
 def task_chart(
-    tasks: Sequence[TaskRun], *, started_ns: int | None, end_ns: int, ended: bool, selected: str = ""
+    tasks: Sequence[TaskRun],
+    *,
+    started_ns: int | None,
+    end_ns: int,
+    ended: bool,
+    selected: str = "",
+    submitted_ns: int | None = None,
+    state: str = "running",
 ) -> TaskChart:
-    """Return the chart of a job's tasks.
+    """Return the chart of a job and its tasks.
 
     Args:
         tasks: Every attempt of the job's tasks.
@@ -118,20 +149,24 @@ def task_chart(
         end_ns: The end of the job, or the present, in ns since the epoch.
         ended: Whether the job has ended, so that no attempt is running.
         selected: The id or name of a task whose attempts have rows in any case.
+        submitted_ns: The submission of the job, in ns since the epoch; None shows no spans of the job itself.
+        state: The class of the job's bars.
     """
     path = critical_path(tasks)
     scene = _Scene.of(tasks, path, selected, ended=ended)
     times = (time for task in tasks for time in (task.submitted_at, task.started_at, task.finished_at))
     known = [ns for time in times if (ns := unix_nano(time)) is not None]
     axis = _Axis(
-        min(known if started_ns is None else (*known, started_ns), default=end_ns),
+        min((*known, *(ns for ns in (submitted_ns, started_ns) if ns is not None)), default=end_ns),
         max((*known, end_ns)),
         end_ns if ended else max((*known, end_ns)),
     )
     by_start = sorted(tasks, key=lambda task: _start_ns(task) or axis.end_ns)
     kept = {task.key for task in sorted(by_start, key=scene.rank)[:MAX_TASK_ROWS]}
+    nested = _nested([task for task in by_start if task.key in kept][:MAX_TASK_ROWS])
     return TaskChart(
-        rows=[_row(task, axis, scene) for task in by_start if task.key in kept][:MAX_TASK_ROWS],
+        spans=[] if submitted_ns is None else _span_rows(submitted_ns, started_ns, axis, state),
+        rows=[_row(task, axis, scene, level) for task, level in nested],
         attempts=len(tasks),
         tasks=len(scene.last_attempts),
         start_ns=axis.start_ns,
@@ -199,7 +234,47 @@ def _start_ns(task: TaskRun) -> int | None:
     return unix_nano(task.started_at or task.submitted_at or task.finished_at)
 
 
-def _row(task: TaskRun, axis: _Axis, scene: _Scene) -> TaskRow:
+def _span_rows(submitted_ns: int, started_ns: int | None, axis: _Axis, state: str) -> list[SpanRow]:
+    parts = [("run", state, submitted_ns, axis.open_ns, 0)]
+    queued_until_ns = axis.open_ns if started_ns is None else started_ns
+    if queued_until_ns > submitted_ns:
+        parts.append(("queued", "queued", submitted_ns, queued_until_ns, 1))
+    if started_ns is not None:
+        parts.append(("executing", state, started_ns, axis.open_ns, 1))
+    return [
+        SpanRow(name, kind, axis.extent(start_ns, end_ns), max(0.0, (end_ns - start_ns) / 1e9), level)
+        for name, kind, start_ns, end_ns, level in parts
+    ]
+
+
+def _nested(tasks: Sequence[TaskRun]) -> list[tuple[TaskRun, int]]:
+    """Return attempts below the one that they are part of, each with its level."""
+    attempts: dict[str, list[TaskRun]] = {}
+    for task in tasks:
+        attempts.setdefault(task.task_id, []).append(task)
+    children: dict[tuple[str, int], list[TaskRun]] = {}
+    waiting: list[tuple[TaskRun, int]] = []
+    for task in tasks:
+        parents = attempts.get(task.parent or "", ())
+        begun = [one for one in parents if (_start_ns(one) or 0) <= (_start_ns(task) or 0)]
+        if parents and task.parent != task.task_id:
+            children.setdefault((begun or parents)[-1].key, []).append(task)
+        else:
+            waiting.append((task, 0))
+    waiting.reverse()
+    found, seen = [], set()
+    # A circle of tasks has no start: its tasks come last, as if each were of the job itself.
+    circle = list(reversed(tasks))
+    while waiting or circle:
+        task, level = waiting.pop() if waiting else (circle.pop(), 0)
+        if task.key not in seen:
+            seen.add(task.key)
+            found.append((task, min(level, _MAX_LEVEL)))
+            waiting += [(child, level + 1) for child in reversed(children.get(task.key, ()))]
+    return found
+
+
+def _row(task: TaskRun, axis: _Axis, scene: _Scene, level: int = 0) -> TaskRow:
     submitted_ns, started_ns = unix_nano(task.submitted_at), unix_nano(task.started_at)
     ended_ns = unix_nano(task.finished_at) if task.ended else None
     state, kind = _state(task, ended=scene.ended, is_last=scene.is_last(task))
@@ -226,6 +301,7 @@ def _row(task: TaskRun, axis: _Axis, scene: _Scene) -> TaskRow:
         critical=task.key in scene.critical,
         error=_cut(task.error or "", _MAX_ERROR_CHARS),
         # A URL from outside must not be a script (javascript:).
+        level=level,
         url=task.url if task.url and task.url.startswith(("http://", "https://")) else "",
     )
 

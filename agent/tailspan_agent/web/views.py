@@ -133,7 +133,7 @@ class PageRoutes:
             task=task,
             task_name=next((one.name for one in job.tasks if one.task_id == task), task),
             chart=job.task_chart(task),
-            has_tasks=bool(job.tasks) or (follows and isinstance(job.service, TaskService)),
+            has_trace=job.times is not None or bool(job.tasks) or (follows and isinstance(job.service, TaskService)),
         )
 
     async def _window(self, job: JobView, first: int | None, until: int | None, text: str, task: str) -> LogWindow:

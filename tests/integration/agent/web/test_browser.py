@@ -403,11 +403,11 @@ def test_tasks_are_a_chart_whose_rows_filter_the_log(bench, tab):
     fake.add_lines("dag", "of evil", task=TaskRef("evil", EVIL))
     with serving(bench, tab, lambda agent: bool(agent.followed_jobs())) as site:
         tab.goto(f"{site.url}/job?service=fake&id=dag")
-        rows = tab.locator("#tasks tbody tr")
+        rows = tab.locator("#tasks tbody.attempts tr")
         rows.nth(1).wait_for()
         rows.nth(0).locator("th a").focus()
         site.call(fake.set_task, "dag", dataclasses.replace(evil, result="failure", finished_at=datetime.now(UTC)))
-        tab.locator("#tasks tbody tr", has_text="failed").wait_for()
+        tab.locator("#tasks tbody.attempts tr", has_text="failed").wait_for()
         assert tab.evaluate("document.activeElement.textContent") == "load"
         assert tab.locator("#tasks td.axis rect.failed").count() == 1
         box = tab.locator("#tasks td.state .dot").nth(1).bounding_box()

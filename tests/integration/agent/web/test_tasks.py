@@ -118,13 +118,15 @@ async def test_a_job_with_tasks_shows_every_attempt(bench: Bench, service: FakeT
 
 
 @looped
-async def test_a_job_without_tasks_has_no_chart(bench: Bench) -> None:
-    """Its page and its lines are as they were before there were tasks."""
+async def test_a_job_without_tasks_has_a_closed_waterfall_of_its_own_spans(bench: Bench) -> None:
+    """Run and execution; its lines have no task."""
     bench.fake.add_job("j1")
     bench.fake.add_lines("j1", "a line")
     async with followed(bench, 1) as (_, client):
         page = (await job_page(client, "j1")).text
-    assert 'id="tasks"' not in page
+    assert '<details class="trace"><summary>' in page
+    assert re.findall(r'<th scope="row" class="own level\d">(\w+)</th>', page) == ["run", "executing"]
+    assert rows(page) == []
     assert '<td class="from"></td><td class="text">a line</td>' in page
 
 
@@ -180,10 +182,10 @@ async def test_the_chart_is_updated_live(bench: Bench, service: FakeTaskService,
     add_lines(service, (None, "started"))
     async with followed(bench, 1) as (_, client):
         page = (await job_page(client, "j1")).text
-        assert re.search(r'<section id="tasks"[^>]*></section>', page)
+        assert rows(page) == []
         async with client.stream("GET", "/events/job?service=fake&id=j1") as answer:
             events = answer.aiter_lines()
-            await next_event(events, "reset")
+            assert rows((await next_event(events, "tasks"))["html"]) == []
             service.set_task("j1", attempt(EXTRACT, None, 0, None))
             assert rows((await next_event(events, "tasks"))["html"]) == [("extract", "running")]
             service.set_task("j1", attempt(EXTRACT, "success", 0, 30))
@@ -219,7 +221,7 @@ async def test_a_job_that_is_no_longer_followed_has_the_tasks_of_its_service(
         monkeypatch.setattr(service, "list_tasks", unavailable)
         page = (await job_page(client, "j1")).text
         assert rows(page) == []
-        assert 'id="tasks"' not in page
+        assert 'class="own level0"' in page
 
 
 @looped

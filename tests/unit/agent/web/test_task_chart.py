@@ -174,3 +174,45 @@ def test_no_bar_leaves_the_chart(tasks: list[TaskRun], ended: bool) -> None:
     assert {(row.task_id, row.attempt) for row in found.rows} == {task.key for task in tasks}
     starts = [row.started_ns for row in found.rows if row.started_ns is not None]
     assert starts == sorted(starts)
+
+
+def test_the_spans_of_the_job_are_above_its_tasks() -> None:
+    """A waterfall: the run, its time in the queue and its execution, to the present while it runs."""
+    start_ns = unix_nano(START)
+    assert start_ns is not None
+    times = {"started_ns": start_ns + 20 * S, "end_ns": start_ns + 100 * S, "submitted_ns": start_ns}
+    found = task_chart([run("a", "success", 30, 40, 60)], ended=False, **times)
+    assert [(row.name, row.kind, row.extent, row.took_s, row.level) for row in found.spans] == [
+        ("run", "running", Extent(0, 1000), 100, 0),
+        ("queued", "queued", Extent(0, 200), 20, 1),
+        ("executing", "running", Extent(200, 800), 80, 1),
+    ]
+    assert only(found).executing == Extent(400, 200)
+    waiting = task_chart([], ended=False, **{**times, "started_ns": None})
+    assert [(row.name, row.took_s) for row in waiting.spans] == [("run", 100), ("queued", 100)]
+
+
+def test_a_task_lies_below_the_one_that_it_is_part_of() -> None:
+    """Below the attempt that ran then; a circle of tasks, or a parent that is not known, loses no row."""
+    found = chart(
+        run("flow", "failure", None, 1, 20),
+        run("flow", "success", None, 30, 90, attempt=2),
+        run("inner", "failure", None, 2, 10, parent="flow"),
+        run("inner", "success", None, 35, 40, attempt=2, parent="flow"),
+        run("leaf", "success", None, 36, 37, parent="inner"),
+        run("other", "success", None, 3, 5, parent="gone"),
+        run("x", "success", None, 4, 5, parent="y"),
+        run("y", "success", None, 4, 5, parent="x"),
+        run("self", "success", None, 95, 96, parent="self"),
+    )
+    assert [(row.task_id, row.attempt, row.level) for row in found.rows] == [
+        ("flow", 1, 0),
+        ("inner", 1, 1),
+        ("other", 1, 0),
+        ("flow", 2, 0),
+        ("inner", 2, 1),
+        ("leaf", 1, 2),
+        ("self", 1, 0),
+        ("x", 1, 0),
+        ("y", 1, 1),
+    ]
