@@ -12,7 +12,7 @@ from markupsafe import Markup
 from tailspan._durations import age_text, duration_text
 from tailspan_agent.analysis.baseline import PastRun, PipelineHistory
 
-__all__ = ["Bar", "ago", "bars", "count", "duration", "exact", "marked", "time_tag", "visible", "visible_block"]
+__all__ = ["Bar", "ago", "bars", "count", "duration", "exact", "marked", "size", "time_tag", "visible", "visible_block"]
 
 _PICTURES = {code: 0x2400 + code for code in range(0x20) if code != 0x09} | {0x7F: 0x2421}
 # Characters that reorder or hide text: a line must not look different from what it is.
@@ -80,6 +80,16 @@ def marked(text: str, needle: str) -> str:
 def count(number: float) -> str:
     """Return a number with thousands separators, and decimals only if it has any."""
     return f"{number:,.0f}" if number == round(number) else f"{number:,.2f}"
+
+
+def size(bytes_: int) -> str:
+    """Return a size in one unit: ``12 B``, ``4.5 KiB``, ``10 GiB``."""
+    number, unit = float(bytes_), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if number < 1024:
+            break
+        number, unit = number / 1024, larger
+    return f"{number:.0f} {unit}" if number >= 100 or number == int(number) else f"{number:.1f} {unit}"
 
 
 def visible(text: str) -> str:

@@ -85,6 +85,7 @@ def _templates() -> Environment:
         "marked": formatting.marked,
         "plural": plural,
         "quoted": partial(quote, safe="", errors="replace"),
+        "size": formatting.size,
         "time": formatting.time_tag,
         "visible": formatting.visible,
         "visible_block": formatting.visible_block,

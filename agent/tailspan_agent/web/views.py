@@ -22,10 +22,9 @@ from tailspan.errors import CursorExpiredError, JobNotFoundError, ServiceError, 
 from tailspan.services import TaskService
 from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
 from tailspan_agent.web.access import AccessControl
-from tailspan_agent.web.agent_health import health_of
+from tailspan_agent.web.agent_pages import AgentPages
 from tailspan_agent.web.agent_view import AgentView
 from tailspan_agent.web.event_stream import EventStreams
-from tailspan_agent.web.fleet_members import members_of
 from tailspan_agent.web.job_events import job_events, job_paths, read_tail
 from tailspan_agent.web.job_list_pages import JobListPages
 from tailspan_agent.web.job_rows import job_path
@@ -61,6 +60,7 @@ class PageRoutes:
         self._streams = EventStreams()
         self._pages = PageRenderer(view, session)
         self._job_list = JobListPages(view, self._pages, self._streams)
+        self._agent = AgentPages(view, self._pages, self._streams)
         self._wrong_tokens = 0
         self._downloads = 0
 
@@ -75,7 +75,8 @@ class PageRoutes:
             Route("/log", protect(self._download)),
             Route("/cancel", protect(self._cancel), methods=["POST"]),
             Route("/pipelines", protect(self._pipelines)),
-            Route("/agent", protect(self._agent)),
+            Route("/agent", protect(self._agent.show)),
+            Route("/events/agent", protect(self._agent.stream)),
             Route("/login", access.require_known_host(self._login), methods=["GET", "POST"]),
             Mount("/static", _Files(directory=Path(__file__).with_name("static"))),
         ]
@@ -260,23 +261,6 @@ class PageRoutes:
             missing=missing,
             now_ns=now_ns,
             other=OTHER_PIPELINES,
-        )
-
-    async def _agent(self, _: Request) -> Response:
-        fleet = self._view.fleet
-        if fleet is not None:
-            await fleet.refresh()
-        return self._pages.page(
-            "agent.html",
-            tab="agent",
-            health=health_of(self._view.context.health.collect()),
-            failures=self._view.receiver.failures,
-            targets=self._view.endpoints.targets,
-            services=sorted(self._view.services),
-            checkpoint_ns=int(self._view.store.acked_at_s * 1e9),
-            instance_id=self._view.store.instance_id,
-            since_ns=self._view.store.start_unix_nano,
-            members=members_of(fleet) if fleet is not None else None,
         )
 
     async def _login(self, request: Request) -> Response:

@@ -128,6 +128,9 @@
     });
   }
 
+  const agent = find("#agent[data-events]");
+  if (agent) listen(agent.dataset.events, { agent: ({ html }) => replace("#agent", html) });
+
   const log = find("table.log");
   if (log) {
     const toggles = find("[data-toggles]");

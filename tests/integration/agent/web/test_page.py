@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tailspan import __version__
 from tailspan.errors import ServiceUnavailableError
 from tailspan.models import JobState
 from tailspan.testing import FakeService
@@ -461,6 +462,31 @@ async def test_the_pages_of_pipelines_and_agent(bench):
     assert bench.collector.http_url in agent_page
     assert "reachable" in agent_page
     assert none.status_code == 404
+
+
+@looped
+async def test_the_page_of_the_agent_has_what_an_operator_needs(bench):
+    """Retries and last error of endpoints, age of the backlog, dead letter with its command, files, versions."""
+    ended(bench, "bad", "x")
+    bench.collector.always("logs", Reply(400, message="no such field"))
+    async with browsing(bench) as (agent, client):
+        await until(lambda: agent.endpoints.rejected)
+        rejected = html.unescape((await client.get("/agent")).text)
+        bench.collector.always("logs", Reply(503, message="busy"))
+        bench.fake.add_job("busy")
+        bench.fake.add_lines("busy", "y")
+        await until(lambda: agent.endpoints.outages.get("logs") and agent.followed_jobs())
+        async with client.stream("GET", "/events/agent") as answer:
+            lines = answer.aiter_lines()
+            waiting = r'<dt>Waiting</dt><dd class="num">[1-9]\d* <span class="dim">for '
+            while not re.search(waiting, down := (await next_event(lines, "agent"))["html"]):
+                pass
+    config = bench.directory / "config.toml"
+    for text in (f"tailspan agent dead-letter --config {config}", str(config), str(bench.state_dir), __version__):
+        assert text in rejected
+    assert re.search(r"[\d.]+ (B|KiB) of at most 10 GiB in <code>", rejected)
+    assert "1 record rejected since the agent started: 1 invalid" in rejected
+    assert re.search(r"retrying since <time .*?</time>, \d+ tr\w+: HTTP 503: busy", down)
 
 
 @looped
