@@ -23,6 +23,7 @@ from tailspan._secrets import mask
 from tailspan.config import Settings
 from tailspan.config.signals import SIGNALS, Signal
 from tailspan.errors import ConfigError, JobNotFoundError, TailspanError
+from tailspan.local.agent_page import announce_page
 from tailspan.services import JobService
 from tailspan.services.registry import open_service
 from tailspan_agent.analysis.assessment import Assessment, JobSnapshot, PipelineStats, assess
@@ -345,6 +346,7 @@ class Agent:
                 on_stop()
                 await self._drain()
         finally:
+            announce_page(str(self.settings.agent.state_dir), None)
             await self._close()
 
     def _log_what_it_uses(self) -> None:
@@ -354,6 +356,8 @@ class Agent:
             _log.info("%s go to %s", " and ".join(signals), target)
         if self.server is not None:
             _log.info("the page is at %s", self.server.link)
+            if self.server.page_url:
+                announce_page(str(self.settings.agent.state_dir), self.server.page_url)
         else:
             _log.info("there is no page: agent.listen is empty")
 

@@ -128,6 +128,11 @@ class StatusServer:
         return f"unix:{self._path}" if self._path is not None else f"http://{host_port(*self.address)}"
 
     @property
+    def page_url(self) -> str | None:
+        """The page's URL without a token; None on a Unix socket that no proxy publishes."""
+        return self._access.public_url or (self.url if self._path is None else None)
+
+    @property
     def link(self) -> str:
         """The page's URL; with the token if the agent has made it, because no other file of the user has it."""
         url = (self._access.public_url or self.url).rstrip("/")

@@ -48,6 +48,8 @@ _COMMANDS = {
     "tail": _Lazy("tailspan.cli.read", "tail", "Print a job's lines as they come, until it has ended."),
     "tasks": _Lazy("tailspan.cli.watch", "tasks", "List a job's tasks."),
     "status": _Lazy("tailspan.cli.watch", "status", "Show a job's status."),
+    "open": _Lazy("tailspan.cli.watch", "open_job", "Open a job in the browser."),
+    "retry": _Lazy("tailspan.cli.watch", "retry", "Start a local job again in the background, as its next attempt."),
     "cancel": _Lazy("tailspan.cli.watch", "cancel", "Cancel a job."),
     "wait": _Lazy("tailspan.cli.watch", "wait", "Wait until a job has ended."),
     "exec-time": _Lazy("tailspan.cli.read", "exec_time", "Print the time from a job's first to its last line."),

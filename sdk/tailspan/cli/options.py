@@ -13,7 +13,7 @@ from click.shell_completion import CompletionItem
 
 from tailspan._durations import parse_duration_s
 from tailspan.errors import ConfigError
-from tailspan.local.run_settings import is_plain
+from tailspan.local.run_settings import default_agent_dir, is_plain
 
 if TYPE_CHECKING:
     from tailspan.client import AsyncJobClient
@@ -24,11 +24,14 @@ __all__ = [
     "DURATION",
     "POSITIVE_DURATION",
     "DurationType",
+    "agent_dir_of",
     "attributes_of",
     "config_option",
     "job_argument",
     "json_option",
     "links_of",
+    "page_of_job",
+    "reason_of",
     "service_option",
     "settings_for",
     "with_client",
@@ -95,6 +98,33 @@ def settings_for(config_path: Path | None, *, telemetry: bool = False) -> Settin
 def links_of(config_path: Path | None, job: JobStatus) -> dict[str, str]:
     """Return the configured links of a job."""
     return {} if config_path is None and is_plain(os.environ) else settings_for(config_path).links.of(job)
+
+
+def agent_dir_of(config_path: Path | None) -> Path:
+    """Return the state directory of the agent on this machine."""
+    if config_path is None and is_plain(os.environ):
+        return Path(default_agent_dir(os.environ))
+    return settings_for(config_path).agent.state_dir
+
+
+def page_of_job(config_path: Path | None, job: JobStatus) -> str | None:
+    """Return the address of a job on the page of the agent that runs here; None without one."""
+    from tailspan.local.agent_page import job_page, page_of
+
+    page = page_of(str(agent_dir_of(config_path)))
+    return None if page is None else job_page(page, job.service or "local", job.job_id)
+
+
+def reason_of(config_path: Path | None, job: JobStatus) -> str | None:
+    """Return why a job failed, as the agent on this machine knows it; None without one."""
+    if job.state.result not in ("failure", "error", "timeout"):
+        return None
+    directory = agent_dir_of(config_path)
+    if not (directory / "checkpoints.db").exists():
+        return None
+    from tailspan_agent.commands.reason import known_reason
+
+    return known_reason(directory, job)
 
 
 def with_client(

@@ -18,9 +18,10 @@ from tailspan.local.terminal import is_terminal
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from tailspan.local.run_settings import RunSettings
+    from tailspan.local.supervisor_events import Ended
 else:
     import _signal as signal  # without the enums of `signal`, which cost 4 ms
 
@@ -124,7 +125,8 @@ def run_command(options: RunOptions, *, own_process: bool = False) -> int:
             code = 0
             _print_job(options, settings, launched.job_id)
         else:
-            code = follow(launched, signals, own_process=own_process)
+            on_end = _end_line(options, settings, launched.job_id) if is_terminal(2) else None
+            code = follow(launched, signals, own_process=own_process, on_end=on_end)
         _prune_sometimes(options, settings, place)
         return code
     finally:
@@ -137,6 +139,53 @@ def _say_id(job_id: str) -> None:
     # Under cron every word on standard error is a mail.
     if is_terminal(2):
         say(f"this is job {job_id}")
+
+
+def _end_line(options: RunOptions, settings: RunSettings, job_id: str) -> Callable[[Ended], None]:
+    """Return what prints one dim line at the end of a job: how it ended, and where to see it."""
+    import time
+
+    begun_s = time.monotonic()
+
+    def show(ended: Ended) -> None:
+        from tailspan._durations import duration_text
+
+        try:
+            where = f" --service {options.service}" if options.service else ""
+            parts = [
+                ended.state.lower().replace("_", " "),
+                f"exit code {ended.exit_code}",
+                duration_text(time.monotonic() - begun_s),
+                f"tailspan logs {job_id}{where}",
+            ]
+            if page := _page_of(options, settings, job_id):
+                parts.append(page)
+            dim, plain = ("", "") if os.environ.get("NO_COLOR") else ("\x1b[2m", "\x1b[0m")
+            start = "" if _ends_a_line(f"{StateDir(settings.state_dir).jobs}/{job_id}/log") else "\n"
+            os.write(2, f"{start}{dim}tailspan: {'  '.join(parts)}{plain}\n".encode("utf-8", "replace"))
+        except Exception:
+            # The job has ended: nothing may change its exit code.
+            return
+
+    return show
+
+
+def _page_of(options: RunOptions, settings: RunSettings, job_id: str) -> str | None:
+    from tailspan.local.agent_page import job_page, page_of
+    from tailspan.local.run_settings import default_agent_dir
+
+    page = page_of(settings.agent_dir or default_agent_dir(os.environ))
+    return page and job_page(page, options.service or "local", job_id)
+
+
+def _ends_a_line(path: str) -> bool:
+    """Return whether the last byte of a log is a newline, so that what follows at the terminal begins a line."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(fd).st_size
+        return size == 0 or os.pread(fd, 1, size - 1) == b"\n"
+    finally:
+        os.close(fd)
 
 
 def _run_uncaptured(options: RunOptions, caller: CallerState) -> int:

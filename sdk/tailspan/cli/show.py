@@ -91,12 +91,13 @@ def ended(status: JobStatus) -> None:
     write(_safe(end_text(status)) + took)
 
 
-def status_fields(status: JobStatus, links: Mapping[str, str]) -> None:
+def status_fields(status: JobStatus, links: Mapping[str, str], reason: str | None = None) -> None:
     """Show a status, one field a line.
 
     Args:
         status: What to show.
         links: URLs of it by label.
+        reason: Why it failed, as the agent knows it.
     """
     shown: list[tuple[str, str | None]] = [
         ("job", status.job_id),
@@ -104,6 +105,9 @@ def status_fields(status: JobStatus, links: Mapping[str, str]) -> None:
         ("state", status.state + (" (not answered now)" if status.stale else "")),
         ("exit code", None if status.exit_code is None else str(status.exit_code)),
         ("error", status.error),
+        ("reason", reason),
+        ("attempt", None if status.attempt == 1 else str(status.attempt)),
+        ("retry of", status.retry_of),
         ("tasks", f"{status.finished_tasks} of {status.total_tasks}" if status.total_tasks else None),
         ("submitted", _time_text(status.submitted_at)),
         ("started", _time_text(status.started_at)),

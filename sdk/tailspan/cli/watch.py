@@ -15,15 +15,18 @@ from tailspan.cli.options import (
     job_argument,
     json_option,
     links_of,
+    page_of_job,
+    reason_of,
     service_option,
     with_client,
 )
+from tailspan.errors import ConfigError
 
 if TYPE_CHECKING:
     from tailspan.client import AsyncJobClient
     from tailspan.models import JobStatus, TaskRun
 
-__all__ = ["cancel", "exit_code_for", "say", "status", "tasks", "wait"]
+__all__ = ["address_of", "cancel", "exit_code_for", "open_job", "retry", "say", "status", "tasks", "wait"]
 
 
 @click.command()
@@ -32,7 +35,7 @@ __all__ = ["cancel", "exit_code_for", "say", "status", "tasks", "wait"]
 @config_option
 @json_option
 def status(job: str | None, service: str | None, config_path: Path | None, as_json: bool) -> None:
-    """Show a job's status, with the id of its trace.
+    """Show a job's status: why it failed, as far as the agent on this machine knows it, and where to see it.
 
     \b
     Example:
@@ -41,10 +44,13 @@ def status(job: str | None, service: str | None, config_path: Path | None, as_js
     from tailspan.cli.show import json_line, json_of, status_fields
 
     answer = with_client(config_path, service, lambda client: client.find_job(job), only_reads=True)
+    links, reason = links_of(config_path, answer), reason_of(config_path, answer)
+    if page := page_of_job(config_path, answer):
+        links["agent page"] = page
     if as_json:
-        json_line(json_of(answer))
+        json_line({**json_of(answer), "reason": reason, "links": links})
     else:
-        status_fields(answer, links_of(config_path, answer))
+        status_fields(answer, links, reason)
 
 
 @click.command()
@@ -97,6 +103,85 @@ def cancel(job: str | None, service: str | None, config_path: Path | None, as_js
         ended(answer)
     else:
         write(f"job {answer.job_id} is being canceled; it is {answer.state}")
+
+
+@click.command()
+@job_argument
+@service_option
+@config_option
+@json_option
+def retry(job: str | None, service: str | None, config_path: Path | None, as_json: bool) -> None:
+    """Start a local job again in the background, and print the new job's id.
+
+    It has the same command, directory, name and attributes, and is linked as the next attempt. Its environment is the
+    present one.
+
+    \b
+    Example:
+      tailspan retry nightly-etl && tailspan tail -1
+    """  # noqa: D301 - click wants the backspace character itself
+    from tailspan.cli.show import json_line, json_of, write
+    from tailspan.services.local import LocalService
+
+    async def use(client: AsyncJobClient) -> JobStatus:
+        chosen = client.service(service)
+        if not isinstance(chosen, LocalService):
+            raise ConfigError(f"the service {chosen.name!r} runs its jobs itself: only local jobs can be retried")
+        return await chosen.retry((await client.find_job(job)).job_id)
+
+    answer = with_client(config_path, service, use)
+    if as_json:
+        json_line(json_of(answer))
+    else:
+        write(answer.job_id)
+
+
+@click.command("open")
+@job_argument
+@click.option("--trace", is_flag=True, help="Open the job's trace (links.trace).")
+@click.option("--print", "only_print", is_flag=True, help="Print the address instead.")
+@service_option
+@config_option
+def open_job(job: str | None, trace: bool, only_print: bool, service: str | None, config_path: Path | None) -> None:
+    """Open a job in the browser: on the agent's page if an agent runs here, else on the page of its service.
+
+    \b
+    Example:
+      tailspan open -1
+      tailspan open nightly-etl --trace
+    """  # noqa: D301 - click wants the backspace character itself
+    from tailspan.cli.show import write
+
+    answer = with_client(config_path, service, lambda client: client.find_job(job), only_reads=True)
+    url = address_of(config_path, answer, trace=trace)
+    if only_print:
+        write(url)
+    elif click.launch(url) != 0:
+        say(f"no browser could be started; open {url}")
+
+
+def address_of(config_path: Path | None, job: JobStatus, *, trace: bool = False) -> str:
+    """Return where to see a job in a browser.
+
+    Args:
+        config_path: The configuration file; None: the one of the environment.
+        job: The job.
+        trace: Whether its trace is wanted.
+
+    Raises:
+        ConfigError: There is no such place.
+    """
+    links = links_of(config_path, job)
+    if trace:
+        if "trace" not in links:
+            raise ConfigError("no link to traces is configured: set links.trace", key="links.trace")
+        return links["trace"]
+    address = page_of_job(config_path, job) or job.url or links.get("trace") or links.get("logs")
+    if address is None:
+        raise ConfigError(
+            f"no page has job {job.job_id}: start the agent here (tailspan agent run), or set links.trace"
+        )
+    return address
 
 
 @click.command()

@@ -18,6 +18,7 @@ from tailspan.local.terminal import copy_size, foreground_group
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal
+    from collections.abc import Callable
 
     from tailspan.local.launch import CallerState, Launched
 else:
@@ -74,7 +75,13 @@ def block_signals(caller: CallerState) -> set[int]:
     return signals
 
 
-def follow(launched: Launched, signals: set[int], *, own_process: bool = False) -> int:
+def follow(
+    launched: Launched,
+    signals: set[int],
+    *,
+    own_process: bool = False,
+    on_end: Callable[[Ended], None] | None = None,
+) -> int:
     r"""Stay in the foreground until a job has ended, and return what ``tailspan run`` exits with.
 
     The job is in the session and process group of this process, so a terminal sends Ctrl-C, Ctrl-\ and Ctrl-Z to it
@@ -85,6 +92,7 @@ def follow(launched: Launched, signals: set[int], *, own_process: bool = False) 
         signals: What `block_signals` returned before the job was started.
         own_process: Whether this process does nothing else: it then lets go of its input and output, so that a pipe
             ends when the job closes it.
+        on_end: Called with the end of the job, if its supervisor reported it.
 
     Returns:
         The exit code of `exit_code_of`.
@@ -97,6 +105,8 @@ def follow(launched: Launched, signals: set[int], *, own_process: bool = False) 
             _wait_for_last_lines(launched)
     finally:
         launched.close()
+    if ended is not None and on_end is not None:
+        on_end(ended)
     return exit_code_of(ended, launched.job_id)
 
 

@@ -99,10 +99,13 @@ class Request:
         inherit: Whether it inherits the open files of this process; always where it is attached.
         terminal: Whether an output that is relayed to a terminal becomes a pseudo-terminal.
         encoding: The codec of its output, which is captured as UTF-8; None: captured as it is.
+        attempt: 1, or the number of this attempt.
+        retry_of: The id of the job that was the attempt before.
     """
 
     __slots__ = (
         "attached",
+        "attempt",
         "attributes",
         "command",
         "cwd",
@@ -110,6 +113,7 @@ class Request:
         "env",
         "inherit",
         "name",
+        "retry_of",
         "show",
         "stdin_fd",
         "terminal",
@@ -131,6 +135,8 @@ class Request:
         inherit: bool = False,
         terminal: bool = True,
         encoding: str | None = None,
+        attempt: int = 1,
+        retry_of: str | None = None,
     ) -> None:
         """Check what can be checked before anything is made.
 
@@ -149,6 +155,8 @@ class Request:
         self.inherit = inherit or attached
         self.terminal = terminal
         self.encoding = encoding
+        self.attempt = attempt
+        self.retry_of = retry_of
         self._check_command()
         self._check_options()
 
@@ -267,7 +275,7 @@ def launch(
             job_id=job_id,
             name=name,
             trace_id=job["trace_id"],
-            span_id=span_id(job["identity"], job_id, "executing"),
+            span_id=span_id(job["identity"], job_id, "executing", request.attempt),
             otlp=otlp,
             attributes=job["attributes"],
             python_context=_can_nest(request.command[0], inherited),
@@ -330,8 +338,10 @@ def _job_of(place: StateDir, request: Request, job_id: str, now: int, inherited:
         "timeout_s": request.timeout_s,
         "submitted_at": iso_time(now),
         "identity": identity,
-        "trace_id": trace_id(identity, job_id),
+        "trace_id": trace_id(identity, job_id, request.attempt),
         "parent": parent_of(inherited),
+        # Older readers know neither.
+        **({"attempt": request.attempt, "retry_of": request.retry_of} if request.retry_of is not None else {}),
     }
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-__all__ = ["CANCEL_GRACE_S", "RunSettings", "is_plain", "load_run_settings", "otlp_variables"]
+__all__ = ["CANCEL_GRACE_S", "RunSettings", "default_agent_dir", "is_plain", "load_run_settings", "otlp_variables"]
 
 CANCEL_GRACE_S = 10.0
 """How long a job that is cancelled has between SIGTERM and SIGKILL, in seconds."""
@@ -45,6 +45,7 @@ class RunSettings:
         encoding: The codec of its output; None: captured as it is.
         otlp: ``OTEL_*`` variables for its command.
         keep_finished: How long it is kept after its end, as configured, unchecked; None: the default time.
+        agent_dir: The state directory of the agent, as configured; None: the default one.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class RunSettings:
         encoding: str | None,
         otlp: dict[str, str],
         keep_finished: object = None,
+        agent_dir: str | None = None,
     ) -> None:
         self.state_dir = state_dir
         self.group = group
@@ -62,6 +64,7 @@ class RunSettings:
         self.encoding = encoding
         self.otlp = otlp
         self.keep_finished = keep_finished
+        self.agent_dir = agent_dir
 
 
 def is_plain(environ: Mapping[str, str]) -> bool:
@@ -117,7 +120,27 @@ def load_run_settings(path: str | None, service: str, environ: Mapping[str, str]
         encoding,
         otlp_variables(otlp, service),
         options.get("keep_finished"),
+        _agent_dir(table, environ),
     )
+
+
+def default_agent_dir(environ: Mapping[str, str]) -> str:
+    """Return the state directory of an agent that names none.
+
+    Args:
+        environ: The environment.
+
+    Raises:
+        ConfigError: The home directory is not known.
+    """
+    return os.path.join(_state_dir(None, environ, "agent"), "agent")
+
+
+def _agent_dir(table: Mapping[str, Any], environ: Mapping[str, str]) -> str | None:
+    agent = _table(table, "agent")
+    _overlay(agent, environ, f"{_PREFIX}AGENT__")
+    given = agent.get("state_dir")
+    return os.path.expanduser(given) if isinstance(given, str) and given else None
 
 
 def otlp_variables(otlp: Mapping[str, Any], service: str) -> dict[str, str]:

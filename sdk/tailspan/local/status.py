@@ -42,6 +42,7 @@ def status_of(job: StoredJob, service: Owner) -> JobStatus:
         finished, error = _lost(job, alive)
     identity = spec.get("identity") or service.identity
     stored_trace = spec.get("trace_id", "")
+    attempt = spec.get("attempt", 1)
     return JobStatus.from_state(
         state,
         job_id=job.job_id,
@@ -58,7 +59,9 @@ def status_of(job: StoredJob, service: Owner) -> JobStatus:
         parent=spec.get("parent"),
         service=service.name,
         identity=identity,
-        trace_id=stored_trace if is_trace_id(stored_trace) else trace_id(identity, job.job_id),
+        attempt=attempt,
+        retry_of=spec.get("retry_of"),
+        trace_id=stored_trace if is_trace_id(stored_trace) else trace_id(identity, job.job_id, attempt),
         logs_complete=job.logs_complete,
     )
 

@@ -35,8 +35,8 @@ _MAX_JSON_ITEMS = 250_000
 # What has another type than it was written with is as good as missing.
 _TYPES = {
     **dict.fromkeys(("state", "name", "started_at", "finished_at", "error", "end"), str),
-    **dict.fromkeys(("cwd", "host", "user", "submitted_at", "identity", "trace_id", "parent"), str),
-    **dict.fromkeys(("exit_code", "supervisor_pid", "lines"), int),
+    **dict.fromkeys(("cwd", "host", "user", "submitted_at", "identity", "trace_id", "parent", "retry_of"), str),
+    **dict.fromkeys(("exit_code", "supervisor_pid", "lines", "attempt"), int),
     "command": list,
     "attributes": dict,
 }

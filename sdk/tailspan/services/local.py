@@ -291,6 +291,53 @@ class LocalService(SubmitService, ChangeFeedService):
         launched.close()
         return self.status(launched.job_id)
 
+    async def retry(self, job_id: str) -> JobStatus:
+        """Start a job again in the background, as its next attempt: same command, directory, name and attributes.
+
+        Its environment is the present one: that of a job is not recorded.
+
+        Args:
+            job_id: The job; one that runs is left alone, and runs twice then.
+
+        Raises:
+            JobNotFoundError: There is no such job.
+            ConfigError: Its command or an attribute has a secret, which is not recorded; or its directory is gone.
+            ServiceUnavailableError: The supervisor could not be started.
+        """
+        import anyio.to_thread
+
+        from tailspan._secrets import MASK
+        from tailspan.local.launch import Request
+        from tailspan.local.stdin import inherited_stdin
+
+        with self._translated(job_id):
+            spec = self._store.load(job_id).spec
+            before = self.status(job_id)
+        command = [str(argument) for argument in spec.get("command", ())]
+        if not command:
+            raise ConfigError(f"the command of job {job_id} is not recorded: its job.json is damaged", job_id=job_id)
+        if any(MASK in text for text in (*command, *before.attributes.values())):
+            raise ConfigError(
+                f"the command or an attribute of job {job_id} has a secret, which is not recorded:"
+                " run it again by hand",
+                job_id=job_id,
+            )
+        timeout_s = spec.get("timeout_s")
+        request = Request(
+            command=command,
+            name=before.job_name,
+            attributes=before.attributes,
+            timeout_s=timeout_s if isinstance(timeout_s, int | float) else None,
+            cwd=spec.get("cwd") or None,
+            stdin_fd=inherited_stdin(),
+            encoding=self._encoding,
+            attempt=before.attempt + 1,
+            retry_of=job_id,
+        )
+        launched = await anyio.to_thread.run_sync(self.start, request)
+        launched.close()
+        return self.status(launched.job_id)
+
     def start(self, request: Request) -> Launched:
         """Start a job and stay attached to it, for callers without an event loop.
 

@@ -12,6 +12,7 @@ import pytest
 
 from tailspan.config import Settings, load_settings
 from tailspan.errors import ConfigError
+from tailspan.local.agent_page import page_of
 from tailspan.models import JobStatus
 from tailspan.services import JobService
 from tailspan.services.registry import PluginError
@@ -296,13 +297,16 @@ async def test_a_broken_plugin_does_not_stop_the_others(bench: Bench, caplog: py
     caplog.set_level("INFO")
     bench.open = opener  # type: ignore[method-assign]
     watches = {"discover": True}, {"service": "acme", "discover": True}
-    async with bench.running(*watches) as agent:
+    async with bench.running(*watches, listen="127.0.0.1:0") as agent:
         await relayed(bench, "a")
+        assert agent.server is not None
+        assert page_of(str(bench.state_dir)) == agent.server.url.rstrip("/")
         assert agent.problems() == ["service_acme_unreachable"]
-        result = await agent.reload(bench.settings({**watches[0], "settle": 7}, watches[1]))
+        result = await agent.reload(bench.settings({**watches[0], "settle": 7}, watches[1], listen="127.0.0.1:0"))
         assert (result.changed, result.problems) == (("agent.watch",), (str(broken),))
         bench.fake.add_lines("j1", "b")
         await relayed(bench, "a", "b")
+    assert page_of(str(bench.state_dir)) is None
     assert f"the configuration is {bench.directory / 'config.toml'}" in caplog.text
     assert f"logs go to {bench.collector.http_url}/v1/logs" in caplog.text
     assert "services.acme: the plugin acme failed; the other services are followed" in caplog.text

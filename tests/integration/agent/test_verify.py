@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tailspan.errors import CursorExpiredError, JobNotFoundError
+from tailspan_agent.commands.reason import known_reason
 from tailspan_agent.commands.verify import VerifyReport, verify
 from tailspan_agent.errors import CheckpointError
 from tests.fakes.agents import Bench, OddService
@@ -116,3 +118,15 @@ def test_it_reads_beside_a_running_agent(bench: Bench) -> None:
     agent: Any = bench.agent()
     assert verdict(bench).verdict == "verified"
     agent.store.close()
+
+
+def test_the_reason_of_a_failure_is_known_on_this_machine(bench: Bench) -> None:
+    """It is what the log says; nothing of a job that was not relayed, or whose log says no more than its status."""
+    bench.fake.add_job("j1")
+    lines = ("Traceback (most recent call last):", '  File "etl.py", line 7, in load', "ValueError: bad row 7")
+    bench.fake.add_lines("j1", *lines, timestamp_ms=1_700_000_000_000)
+    job = bench.fake.set_state("j1", "FAILED", exit_code=1)
+    assert known_reason(bench.state_dir, job) is None
+    bench.once()
+    assert known_reason(bench.state_dir, job) == "ValueError: bad row 7"
+    assert known_reason(bench.state_dir, replace(job, error="ValueError: bad row 7")) is None

@@ -30,6 +30,8 @@ CONTRACT = [
     "tail",
     "tasks",
     "status",
+    "open",
+    "retry",
     "cancel",
     "wait",
     "exec-time",
@@ -38,7 +40,21 @@ CONTRACT = [
     "doctor",
     "demo",
 ]
-OURS = ["run", "jobs", "logs", "tail", "tasks", "status", "cancel", "wait", "exec-time", "serve", "completion"]
+OURS = [
+    "run",
+    "jobs",
+    "logs",
+    "tail",
+    "tasks",
+    "status",
+    "open",
+    "retry",
+    "cancel",
+    "wait",
+    "exec-time",
+    "serve",
+    "completion",
+]
 
 
 def tailspan(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
@@ -13,6 +14,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tailspan.local.agent_page import announce_page
 
 TAILSPAN = [sys.executable, "-c", "from tailspan.cli import main; main(prog_name='tailspan')"]
 
@@ -199,3 +202,31 @@ def test_output_that_cannot_be_written_is_one_line(tailspan, environment):
     shell = f"{' '.join(map(shlex.quote, TAILSPAN))} logs {job} >&-"
     closed = subprocess.run(["sh", "-c", shell], env=environment, capture_output=True, text=True, timeout=60)
     assert (closed.returncode, closed.stderr) == (0, "")
+
+
+def test_a_person_is_shown_how_a_run_ended(tailspan, environment, tmp_path):
+    """One dim line at the end, on a line of its own: state, exit code, duration, the log's command, the page."""
+    agent = tmp_path / "agent"
+    agent.mkdir()
+    environment = {**environment, "TAILSPAN_AGENT__STATE_DIR": str(agent)}
+    code, shown = on_terminal(environment, "run", "--name", "etl", "--", "sh", "-c", "printf half; exit 3")
+    end = r"tailspan: failed  exit code 3  \d+\S* \S+  tailspan logs (\S+)"
+    found = re.search(rf"half\r\n\x1b\[2m{end}\x1b\[0m\r\n$", shown)
+    assert code == 3
+    assert found, shown
+    with (agent / "agent.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        announce_page(str(agent), "http://127.0.0.1:1/x")
+        plain = {**environment, "NO_COLOR": "1"}
+        page = r"  http://127\.0\.0\.1:1/x/job\?service=local&id=\1"
+        assert re.search(rf"\r\n{end}{page}\r\n$", on_terminal(plain, "run", "--", "sh", "-c", "echo x; exit 3")[1])
+        status = json.loads(tailspan("status", "etl", "--json", env=environment).stdout)
+        assert status["links"] == {"agent page": f"http://127.0.0.1:1/x/job?service=local&id={found[1]}"}
+        opened = tailspan("open", found[1], "--print", env=environment)
+        assert opened.stdout == status["links"]["agent page"] + "\n"
+    retried = tailspan("retry", "etl", env=environment).stdout.strip()
+    assert tailspan("wait", retried, env=environment).returncode == 1
+    again = json.loads(tailspan("status", retried, "--json", env=environment).stdout)
+    assert (again["retry_of"], again["exit_code"], again["attempt"]) == (found[1], 3, 2)
+    nowhere = tailspan("open", "-1", env=environment)
+    assert (nowhere.returncode, "no page has job" in nowhere.stderr) == (2, True)

@@ -249,3 +249,11 @@ def test_jobs_say_how_they_ended_and_are_found_by_age_and_attribute(api):
         "old",
     ]
     assert "no jobs match" in invoke("jobs", "--attr", "team=none").stderr
+
+
+def test_where_a_job_is_opened(job):
+    """Its trace where that is wanted or all there is; a job of another service is not retried here."""
+    trace = json.loads(invoke("status", "j", "--json").stdout)["links"]["trace"]
+    assert invoke("open", "etl", "--print").stdout == invoke("open", "-1", "--trace", "--print").stdout == f"{trace}\n"
+    refused = invoke("retry", "j")
+    assert (refused.exit_code, "only local jobs can be retried" in refused.stderr) == (2, True)

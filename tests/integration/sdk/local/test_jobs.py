@@ -565,3 +565,21 @@ def test_a_supervisor_that_cannot_start_is_an_error_that_says_why(local, monkeyp
         local.service.start(Request(command=["true"]))
     (newest, older) = anyio.run(first_page, local)
     assert (older.state, newest.state) == (JobState.LOST, JobState.FAILED)
+
+
+def test_a_retry_is_the_next_attempt(local, tmp_path):
+    """Same command, directory, name and attributes; a trace of its own, which the program can continue, and a link."""
+    program = "import os; print(os.getcwd(), os.environ['TRACEPARENT'])"
+    first = local.run(*python(program), name="etl", attributes={"team": "geo"}, cwd=str(tmp_path), timeout_s=60)
+    second = anyio.run(local.service.retry, first.job_id)
+    third = anyio.run(local.service.retry, second.job_id)
+    ended = local.complete(third.job_id)
+    assert (ended.attempt, ended.retry_of, second.retry_of) == (3, second.job_id, first.job_id)
+    assert (ended.job_name, ended.attributes, ended.state) == ("etl", {"team": "geo"}, JobState.SUCCEEDED)
+    identity = local.service.identity
+    assert ended.trace_id == trace_id(identity, ended.job_id, 3)
+    span = span_id(identity, ended.job_id, "executing", 3)
+    assert local.lines(ended.job_id) == [f"{tmp_path} 00-{ended.trace_id}-{span}-01".encode()]
+    secret = local.run("true", "--password", "hunter2")
+    with pytest.raises(ConfigError, match="has a secret, which is not recorded"):
+        anyio.run(local.service.retry, secret.job_id)
