@@ -44,6 +44,7 @@ class _Lazy(NamedTuple):
 _COMMANDS = {
     "run": _Lazy("tailspan.cli.run", "run", "Run a command as a local job."),
     "jobs": _Lazy("tailspan.cli.jobs", "jobs", "List jobs, newest first; prune ended ones."),
+    "top": _Lazy("tailspan.cli.top", "top", "Show a live table of jobs; follow, cancel and open them."),
     "logs": _Lazy("tailspan.cli.read", "logs", "Print a job's lines."),
     "tail": _Lazy("tailspan.cli.read", "tail", "Print a job's lines as they come, until it has ended."),
     "tasks": _Lazy("tailspan.cli.watch", "tasks", "List a job's tasks."),
@@ -67,7 +68,6 @@ _EXTRAS = {
     **dict.fromkeys(("h11", "starlette", "uvicorn"), "serve"),
     "botocore": "aws",
     "psycopg": "fleet",
-    "textual": "top",
     "yaml": "kubernetes",
     "zstandard": "zstd",
 }

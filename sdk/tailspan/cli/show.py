@@ -137,18 +137,20 @@ def status_fields(status: JobStatus, links: Mapping[str, str], reason: str | Non
     show(Panel(grid, expand=False, border_style=_COLOURS.get(status.state, "none")))
 
 
-def jobs_table(rows: Sequence[tuple[ListedJob, JobStatus | None]]) -> Any:
+def jobs_table(rows: Sequence[tuple[ListedJob, JobStatus | None]], selected: int | None = None) -> Any:
     """Return a list of jobs as `table` does.
 
     Args:
         rows: Jobs, each with its status where this user may read it.
+        selected: The index of a row to mark.
     """
     head: tuple[str, ...] = ("STATE", "NAME", "ID", _time_head("STARTED"), "DURATION", "PROGRESS", "RESULT")
     cells = [_job_cells(row, status) for row, status in rows]
     if is_terminal(sys.stdout) and all(row[5] == "-" for row in cells):
         # 80 characters are few.
         head, cells = (*head[:5], *head[6:]), [(*row[:5], *row[6:]) for row in cells]
-    return table(head, cells, [_COLOURS.get(status.state if status else row.state, "") for row, status in rows])
+    colours = [_COLOURS.get(status.state if status else row.state, "") for row, status in rows]
+    return table(head, cells, colours, selected)
 
 
 def _job_cells(row: ListedJob, status: JobStatus | None) -> tuple[str, ...]:
@@ -188,13 +190,16 @@ def tasks_table(rows: Sequence[TaskRun]) -> None:
     show(table(head, cells, [_TASK_COLOURS.get(state, "") for state in states]))
 
 
-def table(head: tuple[str, ...], cells: Sequence[tuple[str, ...]], colours: Sequence[str]) -> Any:
+def table(
+    head: tuple[str, ...], cells: Sequence[tuple[str, ...]], colours: Sequence[str], selected: int | None = None
+) -> Any:
     """Return rows for `show`: aligned text in a pipe; at a terminal, the column STATE of each row in its colour.
 
     Args:
         head: The names of the columns. At a terminal the last one takes what is left of the line.
         cells: The rows.
         colours: The colour of each row's state.
+        selected: The index of a row to mark at a terminal.
     """
     if not is_terminal(sys.stdout):
         widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
@@ -209,9 +214,9 @@ def table(head: tuple[str, ...], cells: Sequence[tuple[str, ...]], colours: Sequ
     for name in head:
         right, free = name in ("ATTEMPT", "DURATION"), name in ("NAME", "TASK", "RESULT")
         grid.add_column(name, justify="right" if right else "left", no_wrap=True, min_width=8 if free else len(name))
-    for row, colour in zip(cells, colours, strict=True):
-        pairs = zip(head, row, strict=True)
-        grid.add_row(*(Text(cell, style=colour if name == "STATE" else "") for name, cell in pairs))
+    for number, (row, colour) in enumerate(zip(cells, colours, strict=True)):
+        texts = [Text(cell, style=colour if name == "STATE" else "") for name, cell in zip(head, row, strict=True)]
+        grid.add_row(*texts, style="reverse" if number == selected else "")
     return grid
 
 

@@ -26,6 +26,7 @@ from tailspan.errors import (
 CONTRACT = [
     "run",
     "jobs",
+    "top",
     "logs",
     "tail",
     "tasks",
@@ -40,21 +41,7 @@ CONTRACT = [
     "doctor",
     "demo",
 ]
-OURS = [
-    "run",
-    "jobs",
-    "logs",
-    "tail",
-    "tasks",
-    "status",
-    "open",
-    "retry",
-    "cancel",
-    "wait",
-    "exec-time",
-    "serve",
-    "completion",
-]
+OURS = [*(name for name in CONTRACT if name not in ("agent", "doctor", "demo")), "completion"]
 
 
 def tailspan(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:

@@ -178,6 +178,8 @@ def test_output_is_byte_for_byte_the_same(variants):
             assert at.end() == 0
             shown[variant] = at.shown
     _, _, ours = shown["tailspan"].partition(b"\n")  # after the line that names the job
+    ours, _, end = ours.rpartition(b"\r\n\x1b[2m")
+    assert end.startswith(b"tailspan: succeeded  exit code 0  ")
     assert shown["plain"] == shown["timeout"] == ours
     assert (variants.jobs()[0] / "log").read_bytes() == b"a\nb\r\n\x1b[31mred\x1b[0m\nno newline"
 
