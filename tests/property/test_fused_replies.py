@@ -22,7 +22,7 @@ from tailspan.errors import AuthError, ConfigError, ServiceUnavailableError
 from tailspan.logs.page import LineRun, LogPage
 from tailspan.logs.page_wire import FrameError, FrameSplitter, encode_frame
 from tailspan.logs.printing import end_text
-from tailspan.services._json_stream import ArraySplitter, ReplyError
+from tailspan.services._json_stream import STEP_BYTES, ArraySplitter, ReplyError
 from tailspan.services._requests import error_text
 from tailspan.services.fused.auth import Credentials
 from tailspan.services.fused.stream import lines, messages, pages
@@ -178,14 +178,15 @@ def test_a_hostile_log_takes_linear_time(unit: bytes) -> None:
     """Text that looks like boundaries everywhere does not make the splitter search again and again."""
 
     def work(text: bytes) -> None:
-        splitter = ArraySplitter(lines)
+        # An eighth of the usual step and pieces, so that little text makes many steps.
+        splitter = ArraySplitter(lines, STEP_BYTES // 8)
         with suppress(ReplyError):
             splitter.feed(b"[")
-            for start in range(0, len(text), 65536):
-                splitter.feed(text[start : start + 65536])
+            for start in range(0, len(text), 8192):
+                splitter.feed(text[start : start + 8192])
             splitter.close()
 
-    assert_linear(work, lambda size: b'{"message":"' * (unit[:1] != b"{") + unit * (size // len(unit)), 1 << 20)
+    assert_linear(work, lambda size: b'{"message":"' * (unit[:1] != b"{") + unit * (size // len(unit)), 1 << 18)
 
 
 def test_an_endless_log_is_held_in_little_memory() -> None:

@@ -294,7 +294,9 @@ protocol = "{settings.protocol}"
 
     def all_done(self) -> bool:
         """Whether the store says that nothing is left to do for any job, nor a span to be sent."""
-        found = [self.checkpoint(job) for job in self.jobs]
+        found = (
+            self.checkpoint(job) for job in self.jobs
+        )  # each reads the store: the first that is not done is enough
         return all(item is not None and item.ended and item.logs_complete for item in found) and not self.unsent_spans()
 
     def unsent_spans(self) -> int:
