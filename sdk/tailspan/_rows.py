@@ -39,7 +39,8 @@ class Rows(list[T]):
         Returns:
             Of a job or a task its fields, with times as aware UTC datetimes, and its ``duration`` where it has one. Of
             a line ``time`` (aware UTC datetime), ``stream``, ``severity`` and ``text``, and what its service adds.
-            ``stream`` and ``severity`` are None where the service does not report them.
+            ``stream`` is None where the service does not report it; ``severity`` is that of the service, else that in
+            the text, such as ``ERROR``, else None.
         """
         return [_dict_of(row) for row in self]
 
@@ -84,10 +85,19 @@ def _line(message: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "time": _moment(message["timestamp"]),
         "stream": message.get("stream"),
-        "severity": message.get("level"),
+        "severity": message.get("level") or _level_in(message["message"]),
         "text": message["message"],
         **own,
     }
+
+
+def _level_in(text: str) -> str | None:
+    from tailspan.logs.clean import printable
+    from tailspan.logs.page import level_name
+    from tailspan.logs.severity import LEVELS, find_level
+
+    number, _ = LEVELS[find_level(printable(text, colours=False).encode("utf-8", "replace"))]
+    return level_name(number) if number else None
 
 
 def _moment(ms: int) -> datetime | None:

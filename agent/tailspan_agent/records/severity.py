@@ -1,20 +1,12 @@
-"""The severity in the text of a line. Pure.
-
-It is the first word at the start of a line that is a level *and* is where loggers write it, not a word in a sentence.
-Known places: Python's formats (``ERROR:root:...``, ``2024-05-01 12:00:00,123 - name - ERROR - ...``), brackets
-(``[info ]``, ``| INFO |``), ``ERROR:`` or ``ERROR ...`` at the start, after a time stamp, logfmt (``level=info``), JSON
-(``"level": "info"``) and glog (``I0501 12:00:00.000000``). Without one, the severity is unspecified, not INFO.
-
-Numbers: opentelemetry-specification, logs data model, SeverityNumber; Python's CRITICAL is FATAL there.
-"""
+"""The severity in the text of a line, as `tailspan.logs.severity` finds it, for all lines of a page. Pure."""
 
 from __future__ import annotations
-
-import re
 
 from tailspan._native import compiled
 from tailspan.errors import ConfigError
 from tailspan.logs.page import level_name
+from tailspan.logs.severity import LEVEL_NUMBERS, LEVELS, UNSPECIFIED, find_level_end
+from tailspan.logs.severity import find_level as find_severity
 from tailspan_agent.otlp.log_record import Severity
 from tailspan_agent.records.framing import Lines, split_lines
 
@@ -28,56 +20,11 @@ __all__ = [
     "severity_number",
 ]
 
-
-_NUMBERS = {
-    "TRACE": 1,
-    "DEBUG": 5,
-    "INFO": 9,
-    "NOTICE": 10,
-    "SUCCESS": 10,
-    "WARN": 13,
-    "WARNING": 13,
-    "ERR": 17,
-    "ERROR": 17,
-    "SEVERE": 17,
-    "CRITICAL": 21,
-    "FATAL": 21,
-    "PANIC": 21,
-    "ALERT": 22,
-    "EMERGENCY": 24,
-}
-_GLOG = {b"I": b"INFO", b"W": b"WARNING", b"E": b"ERROR", b"F": b"FATAL"}
-_HEAD_BYTES = 120
-_JSON_HEAD_BYTES = 2048
-
-SEVERITIES: tuple[Severity, ...] = (
-    Severity(0, ""),
-    *(Severity(number, case) for word, number in _NUMBERS.items() for case in (word, word.lower(), word.title())),
-)
+SEVERITIES: tuple[Severity, ...] = tuple(Severity(number, text) for number, text in LEVELS)
 """All severities of lines; elsewhere, a severity is its index in this table."""
-UNSPECIFIED = 0
-_INDEX = {severity.text.encode(): index for index, severity in enumerate(SEVERITIES)}
-_BY_NUMBER = {number: _INDEX[word.encode()] for word, number in reversed(_NUMBERS.items())}
-_BY_NUMBER |= {number: _INDEX[level_name(number).encode()] for number in range(1, 25, 4)}
-
-
-_UPPER = sorted(_NUMBERS, key=len, reverse=True)
-_ANY_CASE = "|".join(case for word in _UPPER for case in (word, word.lower(), word.title()))
-_START = re.compile(rf"(?P<glog>[IWEF])\d{{4}} \d\d:\d\d:\d\d|\s{{0,40}}(?P<word>{_ANY_CASE}):".encode())
-_OPENERS = "[=\"'"
-_NOT_OF_WORD = f"{_OPENERS} ".encode()
-# Each alternative starts with a literal: only then the search skips other text at the speed of memchr.
-_WORD = re.compile(
-    "|".join((*(rf"{word}\b" for word in _UPPER), *(rf"\{opener} *(?:{_ANY_CASE})\b" for opener in _OPENERS))).encode()
-)
-_AFTER_TIME = re.compile(rb"\d\d:\d\d(?::\d\d)?[\d.,:+Z-]*\s+(?:[\w.:$/@-]+\s+)?\Z")
-_STRUCTURE_ENDS = (b"]", b"}", b")", b"|", b"]:", b"}:", b"):", b"|:", b" -")
-_KEY_ENDS = (b"=", b'"', b"'")
-_KEY_BYTES = 24
-_AFTER_KEY = re.compile(rb"(?:^|\s)(?:level|lvl|severity)=[\"']?\Z")
-_AFTER_JSON_KEY = re.compile(rb"\"(?:level|severity|levelname|lvl|log\.level|log_level)\"\s{0,4}:\s{0,4}\"\Z")
-_BEFORE_STRUCTURE = re.compile(rb"\s*[:\]|]|\s+[-|]\s|/")
-_BRACKETS = {b"[": b"]", b"|": b"|"}
+_INDEX = {text: index for index, (_, text) in enumerate(LEVELS)}
+_BY_NUMBER = {number: _INDEX[word] for word, number in reversed(LEVEL_NUMBERS.items())}
+_BY_NUMBER |= {number: _INDEX[level_name(number)] for number in range(1, 25, 4)}
 
 
 def severity_number(name: str) -> int:
@@ -86,9 +33,9 @@ def severity_number(name: str) -> int:
     Raises:
         ConfigError: The level is unknown.
     """
-    number = _NUMBERS.get(name.upper())
+    number = LEVEL_NUMBERS.get(name.upper())
     if number is None:
-        raise ConfigError(f"{name!r} is not a severity: use one of {', '.join(_NUMBERS)}", key="min_severity")
+        raise ConfigError(f"{name!r} is not a severity: use one of {', '.join(LEVEL_NUMBERS)}", key="min_severity")
     return number
 
 
@@ -98,69 +45,6 @@ def severity_index(number: int) -> int:
     A number without an entry, for example 11 (INFO3), takes that of its name, so that it is not lost.
     """
     return _BY_NUMBER.get(number) or _BY_NUMBER[(number - 1) // 4 * 4 + 1]
-
-
-def find_severity(line: bytes) -> int:
-    """Return the severity of a line, as its index in `SEVERITIES`.
-
-    Args:
-        line: UTF-8, cleaned.
-    """
-    return _find(line)[0]
-
-
-def _find(line: bytes) -> tuple[int, int]:
-    """Return the severity, and the number of bytes at the line's start that determine it.
-
-    No test below reads bytes to the right of that number. So the severity holds for all lines that start with these
-    bytes, and since no test distinguishes digits, for all lines that differ from them in digits only. `_Learner`
-    depends on this.
-    """
-    started = _START.match(line)
-    if started:
-        return _INDEX[_GLOG[started["glog"]] if started["glog"] else started["word"]], started.end() + 1
-    is_json = line.startswith((b'{"', b'{ "'))
-    head = line[: _JSON_HEAD_BYTES if is_json else _HEAD_BYTES]
-    for match in _WORD.finditer(head):
-        word, end = match[0].lstrip(_NOT_OF_WORD), match.end()
-        evidence = _json_end if is_json else _text_end
-        width = evidence(head, end - len(word), end)
-        if width:
-            return _INDEX[word], width + 1
-    return UNSPECIFIED, len(head)
-
-
-def _json_end(head: bytes, start: int, end: int) -> int:
-    is_value = head[end : end + 1] == b'"' and _AFTER_JSON_KEY.search(head, max(0, start - _KEY_BYTES), start)
-    return end if is_value else 0
-
-
-def _text_end(head: bytes, start: int, end: int) -> int:
-    """Return the position after the text that makes this word the level of the line, or 0 if it is not."""
-    left = head[:start]
-    before = left.rstrip()
-    is_upper = head[start:end].isupper()
-    opener = before[-1:]
-    # `Names[error]` is code.
-    closer = None if opener == b"[" and before[-2:-1].isalnum() else _BRACKETS.get(opener)
-    if closer == b"]" or (closer and is_upper):
-        inner = end
-        while head[inner : inner + 1] == b" ":
-            inner += 1
-        if head[inner : inner + 1] == closer:
-            return inner + 1
-    if opener in _KEY_ENDS and _AFTER_KEY.search(head, max(0, start - _KEY_BYTES), start):
-        return end
-    if not is_upper:
-        return 0
-    if not before and (end == len(head) or head[end : end + 1].isspace()):
-        return end + 1
-    if left[-1:].isspace() or left[-1:] in (b"[", b"|", b":"):
-        if right := _BEFORE_STRUCTURE.match(head, end):
-            return right.end()
-        if before.endswith(_STRUCTURE_ENDS) or _AFTER_TIME.search(left):
-            return end
-    return 0
 
 
 _MAX_WIDTHS = 8
@@ -184,7 +68,7 @@ class _Learner:
             index = self._shapes.get(line[:width].translate(_SAME_DIGITS))
             if index is not None:
                 return index
-        index, width = _find(line)
+        index, width = find_level_end(line)
         # A line shorter than the width does not determine the severity of longer lines.
         if index != UNSPECIFIED and len(line) >= width and len(self._shapes) < _MAX_SHAPES:
             if width not in self._widths:

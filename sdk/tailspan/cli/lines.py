@@ -107,14 +107,11 @@ def _coloured(message: Message, text: str) -> str:
 
 def _severity_of(message: Message) -> int:
     """Return the severity number of a line: the service's, or the one in its text; 0 without one."""
-    from tailspan_agent.records.severity import SEVERITIES, find_severity, severity_number
+    from tailspan.logs.severity import LEVEL_NUMBERS, LEVELS, find_level
 
     if level := message.get("level"):
-        try:
-            return severity_number(level)
-        except ValueError:
-            return 0
-    return SEVERITIES[find_severity(message["message"].encode("utf-8", "replace"))].number
+        return LEVEL_NUMBERS.get(level.upper(), 0)
+    return LEVELS[find_level(message["message"].encode("utf-8", "replace"))][0]
 
 
 def _colour_of(severity: int) -> str:
