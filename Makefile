@@ -54,12 +54,14 @@ test-pythons: $(VENV)/.installed-dev
 SERVICES := all
 STORES := tests/stores
 ORCHESTRATORS := tests/orchestrators
-SERVERS := airflow aws_batch dagster prefect ray
+SERVERS := airflow aws_batch dagster notebook prefect ray
 # These need no environment, but programs of the system; their tests are skipped where one is missing.
 SYSTEMS := docker files kubernetes slurm systemd
 airflow_PACKAGES := apache-airflow==3.3.2
 aws_batch_PACKAGES := moto[batch,logs,server]==5.2.5
 dagster_PACKAGES := dagster==1.13.28 dagster-webserver==1.13.28
+# A kernel for notebooks, not a server.
+notebook_PACKAGES := ipykernel==7.4.0 nbclient==0.11.0 pandas==3.1.1
 prefect_PACKAGES := prefect==3.9.1
 ray_PACKAGES := ray[default]==2.60.0
 comma := ,

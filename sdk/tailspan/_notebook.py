@@ -31,8 +31,8 @@ _COLOURS = {
 }
 _GREY = "#8a8a8a"
 _LINE = "rgba(128,128,128,.35)"
-_CELL = f'style="text-align:left;vertical-align:top;padding:.15em .8em;border-bottom:1px solid {_LINE}"'
-_TEXT_CELL = _CELL[:-1] + ';white-space:pre-wrap;overflow-wrap:anywhere"'
+_CELL = f"text-align:left;vertical-align:top;padding:.15em .8em;border-bottom:1px solid {_LINE};"
+_WRAPPED = ("error", "name", "result", "text")
 _LONG_CHARS = 300
 _REDRAW_S = 0.5
 
@@ -83,14 +83,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str | None]], note: str =
         note: A sentence below the table.
     """
     shown = [place for place in range(len(head)) if any(row[place] for row in rows)]
-    heads = "".join(f'<th scope="col" {_CELL}>{_text(head[place])}</th>' for place in shown)
+    heads = "".join(f'<th scope="col" style="{_CELL}white-space:nowrap">{_text(head[place])}</th>' for place in shown)
     body = "".join(f"<tr>{''.join(_cell(head[place], row[place]) for place in shown)}</tr>" for row in rows)
     below = f'<div style="opacity:.75;font-size:90%">{_text(note)}</div>' if note else ""
     if not rows:
         return below
     return (
-        f'<div style="overflow-x:auto"><table style="border-collapse:collapse"><thead><tr>{heads}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>{below}"
+        '<div style="overflow-x:auto"><table style="border-collapse:collapse;font-size:90%">'
+        f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>{below}"
     )
 
 
@@ -218,13 +218,15 @@ def _link(url: str, label: str) -> str:
     # What a service gives as an URL may be a script.
     if not url.lower().startswith(("https://", "http://")):
         return _text(f"{label}: {url}")
-    return f'<a href="{html.escape(url)}" target="_blank" rel="noopener noreferrer">{_text(label)}</a>'
+    # Browsers' own colour of links is not readable on a dark page.
+    style = "text-decoration:underline;color:inherit"
+    return f'<a href="{html.escape(url)}" target="_blank" rel="noopener noreferrer" style="{style}">{_text(label)}</a>'
 
 
 def _cell(head: str, value: str | None) -> str:
-    if head == "state" and value:
-        return f"<td {_CELL}>{_state(value)}</td>"
-    return f"<td {_TEXT_CELL if head == 'text' else _CELL}>{_text(value or '')}</td>"
+    space = "pre-wrap;overflow-wrap:anywhere" if head in _WRAPPED else "nowrap"
+    shown = _state(value) if head == "state" and value else _text(value or "")
+    return f'<td style="{_CELL}white-space:{space}">{shown}</td>'
 
 
 def _text(value: str) -> str:

@@ -31,7 +31,7 @@ from tests.fakes.collector import Collector
 from tests.fakes.otlp_rows import LogRow, SpanRow
 from tests.stores import programs
 
-__all__ = ["ListedLine", "Orchestrator", "Proxy", "Relay", "by_task", "results", "texts"]
+__all__ = ["ListedLine", "Orchestrator", "Proxy", "Relay", "by_task", "programs_of", "results", "texts"]
 
 ListedLine = tuple[int, str, int, str]
 """Time in us, text, severity and task of a line."""
@@ -40,7 +40,7 @@ _READY_S = 600.0
 _HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "host"}
 
 
-def _programs_of(name: str, program: str) -> Path:
+def programs_of(name: str, program: str) -> Path:
     """Return where the programs of a service's environment are; skip the test if it is not installed."""
     found = Path(os.environ.get(f"{name.upper()}_ENVIRONMENT") or Path(sys.prefix) / name) / "bin"
     if not (found / program).exists():
@@ -58,7 +58,7 @@ class Orchestrator:
 
     def __init__(self, name: str, directory: Path, env: Mapping[str, str], *, program: str = "") -> None:
         self.directory = directory
-        self._programs = _programs_of(name, program or name)
+        self._programs = programs_of(name, program or name)
         path = f"{self._programs}:{os.environ.get('PATH', os.defpath)}"
         self.env = {**os.environ, "HOME": str(directory), "PATH": path, **env}
         self._processes: list[subprocess.Popen[bytes]] = []
