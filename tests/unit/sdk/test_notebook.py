@@ -186,7 +186,9 @@ def test_rows_are_dicts_for_pandas(service):
         "task": "t",
         "pod": "p",
     }
-    found = [{"message": text, "timestamp": 0} for text in ("a warning: b", "WARNING:root:a", "\x1b[31mERROR: a\x1b[0m")]
+    found = [
+        {"message": text, "timestamp": 0} for text in ("a warning: b", "WARNING:root:a", "\x1b[31mERROR: a\x1b[0m")
+    ]
     assert [line["severity"] for line in Rows(found).to_dicts()] == [None, "WARN", "ERROR"]
     assert (job["job_id"], job["state"], type(job["state"])) == ("j", "RUNNING", str)
     assert {"duration", "trace_id", "attributes"} <= set(status)
