@@ -276,7 +276,7 @@ def test_redacted_values_leave_neither_by_lines_nor_beside_them(
         text = machine.config.read_text().replace(f"{machine.home}/agent", f"{machine.home}/agent-{way}")
         machine.config.write_text(text)
         run(machine, sweep, "agent", "run", "--once", "--log-level", "debug")
-        run(machine, sweep, "agent", "dead-letter")
+        invoke(machine, sweep, "agent", "dead-letter")
     for request in collector.requests:
         sweep.hear(f"telemetry {request.signal}", request.payload.decode("latin-1"), request.headers)
     bodies = [row.body for row in collector.log_records()]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 
@@ -21,6 +22,19 @@ from tests.fakes.job_api import FakeJobApi, status_fault
 # A title, a cleared screen, a cursor that goes up, C1 controls, a device report, backspaces, a link, a line feed.
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x1b[5A\x9b6n\x90owned\x9c\x1bc\x08\x08\x7f\x1b]8;;http://owned\x1b\\x\x1b[0c"
 ACTS = ("\x1b]", "\x1b[2J", "\x1b[5A", "\x9b", "\x90", "\x9c", "\x1bc", "\x08", "\x07", "\x7f", "\x1b\\", "\x1b[0c")
+
+
+# One process for several commands, with a line between them.
+RUN_ALL = """
+import sys
+from tailspan.cli import main
+for command in sys.argv[1:]:
+    try:
+        main(command.split(), prog_name="tailspan")
+    except SystemExit:
+        pass
+    print("=====", command, flush=True)
+"""
 
 
 @pytest.fixture
@@ -67,23 +81,19 @@ def on_a_terminal(machine: Machine, *command: str) -> str:
     return shown.decode("utf-8", "replace")
 
 
+def shown_by(machine: Machine, *commands: str) -> list[str]:
+    """Run commands in one process on a terminal, and return what each of them showed."""
+    *shown, rest = re.split(r"===== ([^\r\n]+)", on_a_terminal(machine, sys.executable, "-c", RUN_ALL, *commands))
+    assert (tuple(shown[1::2]), rest.strip()) == (commands, "")
+    return shown[::2]
+
+
 def assert_harmless(shown: str) -> None:
     assert shown.strip()
     assert [act for act in ACTS if act in shown] == [], repr(shown[-2000:])
 
 
-COMMANDS = ("status j", "jobs", "logs j", "tail j", "tail j --sample", "wait j", "cancel j", "exec-time j")
-# One process for several commands, with a line between them.
-RUN_ALL = """
-import sys
-from tailspan.cli import main
-for command in sys.argv[1:]:
-    try:
-        main([*command.split(), "--service", "remote"], prog_name="tailspan")
-    except SystemExit:
-        pass
-    print("=====", command, flush=True)
-"""
+VERBS = ("status j", "jobs", "logs j", "tail j", "tail j --sample", "wait j", "cancel j", "exec-time j")
 
 
 @pytest.mark.parametrize("command", ["others", "agent check", "agent run --once --timeout 20 --log-level debug"])
@@ -96,20 +106,22 @@ def test_answers_of_a_service(machine: Machine, api: FakeJobApi, command: str) -
     if command != "others":
         assert_harmless(on_a_terminal(machine, TAILSPAN, *command.split()))
         return
-    *shown, rest = re.split(r"===== ([a-z -]+)", on_a_terminal(machine, sys.executable, "-c", RUN_ALL, *COMMANDS))
-    assert (tuple(shown[1::2]), rest.strip()) == (COMMANDS, "")
-    for text in shown[::2]:
+    for text in shown_by(machine, *(f"{verb} --service remote" for verb in VERBS)):
         assert_harmless(text)
 
 
-@pytest.mark.parametrize("status", [400, 401, 404, 500])
-def test_errors_of_a_service(machine: Machine, api: FakeJobApi, status: int) -> None:
+def test_errors_of_a_service(machine: Machine) -> None:
     """What a server writes into its error reply."""
-    machine.configure(f'[services.remote]\ntype = "fused"\nbase_url = "{api.base_url}"\n')
-    api.fault(status_fault(status, f"message{HOSTILE}"), times=None)
-    shown = on_a_terminal(machine, TAILSPAN, "status", "j", "--service", "remote")
-    assert "message" in shown
-    assert_harmless(shown)
+    with ExitStack() as servers:
+        sections = []
+        for status in (400, 401, 404, 500):
+            api = servers.enter_context(FakeJobApi())
+            api.fault(status_fault(status, f"message{HOSTILE}"), times=None)
+            sections.append(f'[services.s{status}]\ntype = "fused"\nbase_url = "{api.base_url}"\n')
+        machine.configure("".join(sections))
+        for text in shown_by(machine, *(f"status j --service s{status}" for status in (400, 401, 404, 500))):
+            assert "message" in text
+            assert_harmless(text)
 
 
 def test_python_verbs(machine: Machine, api: FakeJobApi) -> None:
@@ -139,10 +151,10 @@ def test_answers_of_an_endpoint(machine: Machine, collector: Collector) -> None:
     machine.tailspan("run", "--", "echo", "hi")
     for signal in ("logs", "traces", "metrics"):
         collector.always(signal, Reply(400, message=f"no{HOSTILE}"))
-    for command in ("agent check", "agent run --once", "agent dead-letter"):
-        assert_harmless(on_a_terminal(machine, TAILSPAN, *command.split()))
+    assert_harmless(on_a_terminal(machine, TAILSPAN, "agent", "run", "--once"))
     (machine.home / "x.jsonl").write_text(f'{{"{HOSTILE}": 1}}\n' + HOSTILE)
-    assert_harmless(on_a_terminal(machine, TAILSPAN, "agent", "replay", str(machine.home / "x.jsonl")))
+    for text in shown_by(machine, "agent check", "agent dead-letter", f"agent replay {machine.home / 'x.jsonl'}"):
+        assert_harmless(text)
 
 
 def test_error_texts_are_printable() -> None:
