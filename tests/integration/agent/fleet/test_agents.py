@@ -6,7 +6,7 @@ import asyncio
 import html
 import re
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -15,12 +15,16 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tailspan.models import JobState
+from tailspan.services import JobService
+from tailspan.services.kubernetes.service import KubernetesOptions, KubernetesService
 from tailspan.testing import FakeService
 from tailspan_agent.agent import Agent
 from tailspan_agent.errors import CheckpointError
 from tailspan_agent.fleet.shards import SHARDS
+from tailspan_agent.tasks import cancelled
 from tests.fakes.agents import Bench, looped, until
 from tests.fakes.collector import Collector
+from tests.fakes.kubernetes import FakeKubernetes
 from tests.fakes.postgres import Postgres
 
 JOBS = [f"job-{number}" for number in range(12)]
@@ -32,30 +36,38 @@ class World:
 
     Attributes:
         service: The service that both agents watch.
+        open_service: Returns the service as an agent has it.
         agents: The agents by host.
         clients: A browser at the page of each agent.
     """
 
     def __init__(self, directory: Path, collector: Collector, postgres: Postgres, fleet: str) -> None:
         self.service = FakeService("fake", polls_are_free=False)
+        self.open_service: Callable[[], JobService] = lambda: self.service
         self.agents: dict[str, Agent] = {}
         self.clients: dict[str, httpx.AsyncClient] = {}
         self._directory = directory
         self._collector = collector
         self._fleet = f'[fleet]\ndsn = "{postgres.dsn}"\nname = "{fleet}"\nlease = 2\n'
         self._stacks: dict[str, AsyncExitStack] = {}
+        self._running: dict[str, asyncio.Task[None]] = {}
 
     async def start(self, host: str) -> None:
         """Start an agent; the URL of its page has its name."""
         bench = Bench(self._directory / host, self._collector)
         bench.directory.mkdir(exist_ok=True)
-        bench.services["fake"] = self.service
-        stack = self._stacks[host] = AsyncExitStack()
-        agent = await stack.enter_async_context(
-            bench.running(listen="127.0.0.1:0", public_url=f"https://{host}.example", more=self._fleet)
+        settings = bench.settings(
+            listen="127.0.0.1:0",
+            public_url=f"https://{host}.example",
+            otlp={"headers": {"X-Agent": host}},
+            more=self._fleet,
         )
+        agent = self.agents[host] = Agent(settings, lambda *_: self.open_service(), needs_page_token=False)
+        ready = asyncio.Event()
+        self._running[host] = asyncio.create_task(agent.run(on_ready=ready.set))
+        await ready.wait()
         assert agent.server is not None
-        self.agents[host] = agent
+        stack = self._stacks[host] = AsyncExitStack()
         self.clients[host] = await stack.enter_async_context(
             httpx.AsyncClient(
                 base_url=agent.server.url, trust_env=False, verify=False, headers={"accept": "text/html"}, timeout=20
@@ -64,8 +76,16 @@ class World:
 
     async def stop(self, host: str) -> None:
         """Stop an agent with its drain."""
-        del self.agents[host], self.clients[host]
+        del self.clients[host]
         await self._stacks.pop(host).aclose()
+        self.agents.pop(host).stop()
+        await self._running.pop(host)
+
+    async def kill(self, host: str) -> None:
+        """End an agent without its drain: it writes nothing more, and keeps its leases."""
+        del self.clients[host], self.agents[host]
+        await self._stacks.pop(host).aclose()
+        await cancelled(self._running.pop(host))
 
     async def balanced(self) -> None:
         """Wait until each agent has its share of the shards."""
@@ -187,3 +207,79 @@ async def fleet_series(client: httpx.AsyncClient) -> dict[tuple[str, tuple[tuple
         for sample in family.samples
         if "instance" in sample.labels and not sample.name.endswith("_age_seconds")
     }
+
+
+@looped
+async def test_pods_of_one_cluster_are_relayed_by_one_agent_each(
+    world: World, collector: Collector, tmp_path: Path
+) -> None:
+    """Two agents follow one cluster; when one dies, the other goes on with its pods, and no line is lost."""
+    with FakeKubernetes() as cluster:
+        options = KubernetesOptions(kubeconfig=cluster.kubeconfig(tmp_path), requests_per_second=1000)
+        world.open_service = lambda: KubernetesService("fake", options, environ={})
+        jobs = {job.job_id: job for job in (cluster.add_job(f"etl-{number}") for number in range(12))}
+        for job in jobs.values():
+            job.add_pod().main.write("line 0")
+        async with two_agents(world):
+            for number in (1, 2):
+                for job in jobs.values():
+                    job.pods[0].main.write(f"line {number}")
+                await received(collector, dict.fromkeys(jobs, number + 1))
+            followers = {
+                job_id: {
+                    host for host, agent in world.agents.items() if job_id in {one.job_id for one in agent.tailers}
+                }
+                for job_id in jobs
+            }
+            assert all(len(hosts) == 1 for hosts in followers.values())
+            assert {job_id: senders(collector, job_id, "line 2") for job_id in jobs} == followers
+            await world.kill("a")
+            for job in jobs.values():
+                job.pods[0].main.write("line 3")
+                job.finish()
+            await received(collector, dict.fromkeys(jobs, 4))
+            await until(lambda: len(run_spans(collector)) == len(jobs))
+        for job_id in jobs:
+            lines = lines_of(collector, job_id)
+            assert set(lines) == {f"line {number}" for number in range(4)}
+            assert all(len(uids) == 1 for uids in lines.values())
+            assert senders(collector, job_id, "line 3") == {"b"}
+            assert senders(collector, job_id, "line 2") >= followers[job_id]
+        assert all(len(ids) == 1 for ids in run_spans(collector).values())
+
+
+async def received(collector: Collector, counts: dict[str, int]) -> None:
+    """Wait until the collector has this many different lines of each job."""
+    await asyncio.to_thread(
+        collector.wait_until,
+        lambda: all(len(lines_of(collector, job_id)) >= count for job_id, count in counts.items()),
+    )
+
+
+def lines_of(collector: Collector, job_id: str) -> dict[str, set[str]]:
+    """Return the uids of each line of a job."""
+    found: dict[str, set[str]] = {}
+    for row in collector.log_records():
+        if not row.event_name and row.resource["cicd.pipeline.run.id"] == job_id:
+            found.setdefault(row.body, set()).add(row.attributes["log.record.uid"])
+    return found
+
+
+def senders(collector: Collector, job_id: str, line: str) -> set[str]:
+    """Return the hosts of the agents that sent a line of a job."""
+    return {
+        request.headers["x-agent"]
+        for request in collector.requests
+        if request.signal == "logs"
+        for row in request.log_rows
+        if row.body == line and row.resource["cicd.pipeline.run.id"] == job_id
+    }
+
+
+def run_spans(collector: Collector) -> dict[str, set[str]]:
+    """Return the ids of the run spans of each job."""
+    found: dict[str, set[str]] = {}
+    for span in collector.spans():
+        if span.name.startswith("RUN "):
+            found.setdefault(span.resource["cicd.pipeline.run.id"], set()).add(span.span_id)
+    return found
