@@ -125,6 +125,7 @@ class FleetMember:
         self._handing_over: set[int] = set()
         self._read_until_s = float("-inf")
         self._suspended = True
+        self._suspending = asyncio.Lock()
         self._wake = asyncio.Event()
         self._renewed = asyncio.Event()
         self._changed = asyncio.Condition()
@@ -245,6 +246,11 @@ class FleetMember:
 
     async def _on_renewed(self, sent_s: float, held: Mapping[int, int], standing: Standing) -> None:
         self.agents = standing.agents
+        async with self._suspending:
+            pass  # reading starts again only when it has stopped
+        if not self._may_read:
+            # Renewed too late, though no other agent has noticed: what was queued meanwhile may be void already.
+            await self._suspend()
         self._read_until_s = sent_s + _READ_UNTIL * self.lease_s
         self._renewed.set()
         lost = {shard for shard in held.keys() & self._held.keys() if shard not in standing.held}
@@ -309,18 +315,21 @@ class FleetMember:
             self._renewed.clear()
             while self._may_read:  # noqa: ASYNC110 - a clock has no event
                 await asyncio.sleep(max(0.001, self._read_until_s - self._clock_s()))
-            if self._readable:
-                await self._suspend()
+            await self._suspend()
 
     async def _suspend(self) -> None:
-        self._suspended = True
-        self._readable.clear()
-        self.problem = "fleet_has_no_lease"
-        _log.error(
-            "the leases were not renewed in time: reading stops until the fleet's database answers (%s)",
-            self._leases.failure or "it is slow",
-        )
-        await self._stop_reading()
+        """Stop to read all shards, unless that has been done."""
+        async with self._suspending:
+            if not self._readable:
+                return
+            self._suspended = True
+            self._readable.clear()
+            self.problem = "fleet_has_no_lease"
+            _log.error(
+                "the leases were not renewed in time: reading stops until the fleet's database answers (%s)",
+                self._leases.failure or "it is slow",
+            )
+            await self._stop_reading()
 
     async def _stop_reading(self) -> None:
         """Stop to read what is not readable any more, and drop what was read of it."""

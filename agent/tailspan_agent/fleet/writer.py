@@ -57,7 +57,7 @@ class BatchWriter:
         self._writing: Batch | None = None
         self._batches = self._batches_written = 0
         self._changed = asyncio.Event()
-        self._progress = asyncio.Condition()
+        self._progress = asyncio.Event()
         self._lost: set[int] = set()
 
     def batch_of(self, shard: int, epoch: int) -> Batch:
@@ -74,6 +74,7 @@ class BatchWriter:
         """Void what is not written of some shards."""
         if not shards.isdisjoint(self._pending.epochs):
             self._pending = self._pending.of_shards(self._pending.epochs.keys() - shards)
+            self._progress.set()
 
     def join(self, agent: int, writes: int) -> None:
         """Write as this agent from now on; what is not written is void.
@@ -132,13 +133,12 @@ class BatchWriter:
         if written.lost:
             self._lost |= written.lost
             self.on_trouble()
-        await self._on_progress()
+        self._on_progress()
         return True
 
-    async def _on_progress(self) -> None:
+    def _on_progress(self) -> None:
         self._batches_written = self._batches - (self._writing is not None)
-        async with self._progress:
-            self._progress.notify_all()
+        self._progress.set()
 
     def _on_failure(self, text: str) -> None:
         if not self.failed:
@@ -182,19 +182,16 @@ class BatchWriter:
 
     async def written(self) -> None:
         """Wait until all earlier writes are committed, or void because their shard is lost."""
-        if self._pending.is_empty and self._writing is None:
-            return
         wanted = self._batches + (not self._pending.is_empty)
-        async with self._progress:
-            await self._progress.wait_for(
-                lambda: self._batches_written >= wanted or (self._pending.is_empty and self._writing is None)
-            )
+        while self._batches_written < wanted and not (self._pending.is_empty and self._writing is None):
+            self._progress.clear()
+            await self._progress.wait()
 
     async def leave(self) -> None:
         """Void what is not written: the agent has no lease any more."""
         self._pending, self._writing = Batch(), None
         self._batches_written = self._batches
-        await self._on_progress()
+        self._on_progress()
 
     async def use(self, work: Callable[[Connection], T]) -> T:
         """Do other work with the connection of the writes, in order with them.

@@ -317,7 +317,7 @@ class JobPipeline:
             page: The next page. Without a logs signal only the ledger changes.
             late: Whether these lines became visible behind the cursor, which then does not move.
         """
-        self._check_not_lost()
+        self.check_not_lost()
         if self._queue is not None:
             await self._queue.room()
         job = self.job
@@ -470,7 +470,7 @@ class JobPipeline:
         owns = self._context.owns
         return self._is_lost or (owns is not None and not owns(self.job.service.identity, self.job.status.job_id))
 
-    def _check_not_lost(self) -> None:
+    def check_not_lost(self) -> None:
         """Raise LeaseLostError if lines were dropped because another agent follows the job."""
         if self._is_lost:
             raise LeaseLostError("another agent follows the job")
@@ -493,7 +493,7 @@ class JobPipeline:
             LeaseLostError: Another agent of the fleet follows the job, and sends what is left.
         """
         await self._all_acked.wait()
-        self._check_not_lost()
+        self.check_not_lost()
 
     async def left_flight(self) -> None:
         """Wait until nothing is queued any more: it is acknowledged and stored, or left to another agent."""

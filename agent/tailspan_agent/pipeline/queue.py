@@ -78,6 +78,7 @@ class Chunk:
         on_send: Called before its first records are sent, which wait until what it stores is on disk.
         fence: What may make the chunk void before it is sent; None: nothing.
         result: The outcome of the records that were sent.
+        is_dropped: Whether a part of it was void: then the rest is, too, even if the job comes back to this agent.
     """
 
     resource: bytes
@@ -91,6 +92,7 @@ class Chunk:
     on_send: Callable[[], None] | None = None
     fence: Fence | None = None
     result: ChunkResult = field(default_factory=ChunkResult)
+    is_dropped: bool = False
 
     @property
     def count(self) -> int:
@@ -100,11 +102,12 @@ class Chunk:
     @property
     def is_void(self) -> bool:
         """Whether the chunk must not be sent."""
-        return self.fence is not None and self.fence.is_void()
+        return self.is_dropped or (self.fence is not None and self.fence.is_void())
 
     def on_void(self) -> None:
-        """Note that the chunk was not sent."""
-        if self.fence is not None:
+        """Note, once, that the chunk or a part of it was not sent."""
+        if self.fence is not None and not self.is_dropped:
+            self.is_dropped = True
             self.fence.on_void()
 
     @property
@@ -297,8 +300,7 @@ class LogQueue:
             sent = await self._send(batch, payload, count)
             if sent is None:
                 for piece in batch:
-                    if piece.is_last:
-                        piece.chunk.on_void()
+                    piece.chunk.on_void()
                 return
             result = sent
         for piece, outcome in zip(batch, _results(batch, result), strict=True):

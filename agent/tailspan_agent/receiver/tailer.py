@@ -242,6 +242,8 @@ class Tailer:
         """Poll the job once; return the delay until the next poll, see `PollSchedule.delay_s`."""
         await self._source.turn()
         pipeline, action = self._pipeline, self.lifecycle.next_read
+        if pipeline is not None:
+            pipeline.check_not_lost()
         opened = pipeline is None
         status_polled = opened or self.schedule.status_is_due(late=self.expects_late_lines)
         if pipeline is None or status_polled:

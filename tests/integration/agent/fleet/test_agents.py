@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import html
+import json
 import re
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+from click.testing import CliRunner, Result
 from prometheus_client.parser import text_string_to_metric_families
 
+from tailspan.cli import main
 from tailspan.models import JobState
 from tailspan.services import JobService
 from tailspan.services.kubernetes.service import KubernetesOptions, KubernetesService
@@ -48,7 +51,7 @@ class World:
         self.clients: dict[str, httpx.AsyncClient] = {}
         self._directory = directory
         self._collector = collector
-        self._fleet = f'[fleet]\ndsn = "{postgres.dsn}"\nname = "{fleet}"\nlease = 2\n'
+        self._fleet = f'[fleet]\ndsn = "{postgres.dsn}"\nname = "{fleet}"\nlease = 12\n'
         self._stacks: dict[str, AsyncExitStack] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
 
@@ -91,6 +94,11 @@ class World:
         """Wait until each agent has its share of the shards."""
         share = SHARDS // len(self.agents)
         await until(lambda: all(agent._member and agent._member.shards == share for agent in self.agents.values()))
+
+    async def command(self, host: str, *words: str) -> Result:
+        """Run a command of ``tailspan agent`` on a host."""
+        config = self._directory / host / "config.toml"
+        return await asyncio.to_thread(CliRunner().invoke, main, ["agent", *words, "--config", str(config)])
 
     def follower(self, job_id: str) -> str:
         """Return the host of the agent that follows a job."""
@@ -160,23 +168,7 @@ async def test_any_page_shows_the_whole_fleet_and_scrapes_add_up(world: World, c
         others = {host: [job for job in JOBS[ENDED:] if world.follower(job) != host] for host in "ab"}
         assert all(others.values())
         for host, other in (("a", "b"), ("b", "a")):
-            client = world.clients[host]
-            while set(cells := table_of((await client.get("/")).text)) != set(JOBS):
-                await asyncio.sleep(0.1)
-            linked = {job for job, cell in cells.items() if f'href="https://{other}.example/job?' in cell}
-            assert linked == set(others[host])
-            page = (await client.get("/job", params={"service": "fake", "id": others[host][0]})).text
-            assert f"https://{other}.example/job?" in page
-            assert f"a line of {others[host][0]}" in page
-            agent_page = (await client.get("/agent")).text
-            assert f'href="https://{other}.example/agent"' in agent_page
-            assert agent_page.count("this one") == 1
-            assert agent_page.count(f'<td class="num">{SHARDS // 2}</td>') == 2
-            counts = r'"Runs" class="num">4</td>\s*<td data-label="Active" class="num">8</td>'
-            while not re.search(counts, (await client.get("/pipelines")).text):
-                await asyncio.sleep(0.1)
-            delivered = await client.get("/delivery", params={"identity": "fake", "job_id": others[host][0]})
-            assert delivered.json()["known"] is True
+            await check_pages(world.clients[host], other, others[host])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(world.agents["a"]._overview._store.reader, "run", database_away)
             while "fleet's database does not answer" not in (text := (await world.clients["a"].get("/")).text):
@@ -189,6 +181,15 @@ async def test_any_page_shows_the_whole_fleet_and_scrapes_add_up(world: World, c
         assert sums["tailspan_agent_jobs_followed"] == len(JOBS) - ENDED
         (exporter,) = exporters
         before = await fleet_series(world.clients[exporter])
+        shown = await world.command(exporter, "fleet", "--json")
+        assert [(one["shards"], one["page"], one["draining"]) for one in json.loads(shown.stdout)] == [
+            (SHARDS // 2, f"https://{host}.example", False) for host in "ab"
+        ]
+        assert f"{SHARDS // 2} shards, exports the fleet's metrics" in (await world.command(exporter, "fleet")).stdout
+        drained = await world.command(exporter, "drain", "--timeout", "60")
+        assert drained.exit_code == 0
+        assert "has handed over everything" in drained.stderr
+        await until(lambda: max(agent._member.shards for agent in world.agents.values() if agent._member) == SHARDS)
         await world.stop(exporter)
         await world.balanced()
         (left,) = world.clients
@@ -196,6 +197,26 @@ async def test_any_page_shows_the_whole_fleet_and_scrapes_add_up(world: World, c
         world.end(JOBS[ENDED])
         while (await world.scrape())[0]["cicd_pipeline_run_duration_seconds_count"] < ENDED + 1:
             await asyncio.sleep(0.05)
+
+
+async def check_pages(client: httpx.AsyncClient, other: str, jobs: list[str]) -> None:
+    """Check what the pages of an agent show of the other one and of its running jobs."""
+    while set(cells := table_of((await client.get("/")).text)) != set(JOBS):
+        await asyncio.sleep(0.1)
+    linked = {job for job, cell in cells.items() if f'href="https://{other}.example/job?' in cell}
+    assert linked == set(jobs)
+    page = (await client.get("/job", params={"service": "fake", "id": jobs[0]})).text
+    assert f"https://{other}.example/job?" in page
+    assert f"a line of {jobs[0]}" in page
+    agent_page = (await client.get("/agent")).text
+    assert f'href="https://{other}.example/agent"' in agent_page
+    assert agent_page.count("this one") == 1
+    assert agent_page.count(f'<td class="num">{SHARDS // 2}</td>') == 2
+    counts = r'"Runs" class="num">4</td>\s*<td data-label="Active" class="num">8</td>'
+    while not re.search(counts, (await client.get("/pipelines")).text):
+        await asyncio.sleep(0.1)
+    delivered = await client.get("/delivery", params={"identity": "fake", "job_id": jobs[0]})
+    assert delivered.json()["known"] is True
 
 
 async def fleet_series(client: httpx.AsyncClient) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:

@@ -165,6 +165,34 @@ async def test_reading_stops_before_the_leases_end(fleet) -> None:
 
 
 @looped
+async def test_a_renewal_that_comes_late_stops_the_reading_first(fleet) -> None:
+    """What was queued when the time was up may be void, so its jobs are read again from their checkpoints."""
+    async with fleet("a", lease_s=600) as a:
+        await until(lambda: a.member.shards == SHARDS)
+        a.reader.calls.clear()
+        before_s, a.ahead_s = a.member._read_until_s, 500.0
+        a.member._wake.set()
+        await until(lambda: a.member._read_until_s > before_s)
+        await until(lambda: a.member.shards == SHARDS)
+        assert a.reader.calls[:2] == ["stop reading", "abandon"]
+        assert a.reader.calls[-1] == "gained"
+
+
+@looped
+async def test_who_waits_for_writes_does_not_wait_for_void_ones(fleet) -> None:
+    """A shard that is lost takes what was gathered with it."""
+    async with fleet("a", lease_s=600) as a:
+        await until(lambda: a.member.shards == SHARDS)
+        a.store.writer._gather_s = 600.0
+        a.add()
+        waiting = asyncio.create_task(a.store.written())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        a.store.drop(range(SHARDS))
+        await waiting
+
+
+@looped
 async def test_a_connection_that_breaks_at_any_time_ends_nothing(fleet) -> None:
     """The leases are renewed over the next connection, also when the broken one was waited on."""
     async with fleet("a", lease_s=2) as a:

@@ -19,7 +19,7 @@ from tailspan_agent.exporter.retry import RetryingExporter
 from tailspan_agent.job.ledger import ChunkResult
 from tailspan_agent.otlp.log_record import LogRecordData, encode_log_record
 from tailspan_agent.otlp.requests import encode_resource
-from tailspan_agent.pipeline.queue import BATCH_BYTES, Chunk, LogQueue, SpanQueue
+from tailspan_agent.pipeline.queue import BATCH_BYTES, Chunk, Fence, LogQueue, SpanQueue
 from tests.fakes.agents import looped, until
 from tests.fakes.otlp_rows import REQUESTS, log_rows
 
@@ -257,6 +257,26 @@ async def test_a_chunk_that_does_not_fit_is_sent_in_pieces(store: SqliteStore) -
     assert [body.split("x")[0] for batch in fake.bodies() for body in batch] == ["a 0"] * 500 + ["b 1"] * 500
     assert [[result.rejected for result in job.results] for job in jobs] == [[2], [0]]
     assert [(job.cursor, job.stored) for job in jobs] == [(b"0", 1), (b"1", 1)]
+
+
+@looped
+async def test_a_chunk_of_which_a_piece_was_cut_is_dropped_whole(store: SqliteStore) -> None:
+    """Else an agent that has a job again would acknowledge lines that it has not sent."""
+    fake, void, dropped = FakeEndpoint(), [False], []
+    fake.open.clear()
+    queue, job = LogQueue(store, Endpoint(sender(fake))), Job(store, "a")
+    chunk = job.chunk(0, count=500, size=8 * KIB)
+    chunk.fence = Fence(lambda: void[0], lambda: dropped.append(1))
+    async with running(queue):
+        await queue.put(chunk)
+        await until(lambda: fake.payloads)
+        void[0] = True
+        await queue.abandon(cut=True)
+        await until(lambda: dropped)
+        void[0] = False
+        fake.open.set()
+        await queue.flush()
+    assert (len(fake.payloads), dropped, job.results, job.cursor) == (1, [1], [], None)
 
 
 @looped
