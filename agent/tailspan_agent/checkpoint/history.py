@@ -7,13 +7,13 @@ with metrics of their own (`agent.max_pipeline_names`) have a history.
 from __future__ import annotations
 
 import logging
-import sqlite3
 import time
 from collections.abc import Callable
 from typing import Any
 
 from tailspan_agent.analysis.baseline import KEPT_RUNS, PastRun
 from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
+from tailspan_agent.checkpoint.writes import Writes
 
 __all__ = ["KEPT_FAILURES", "StoredHistory"]
 
@@ -34,11 +34,11 @@ class StoredHistory:
         self._select = select
 
     @staticmethod
-    def add(db: sqlite3.Connection, run: PastRun, fingerprint: str | None) -> None:
+    def add(db: Writes, run: PastRun, fingerprint: str | None) -> None:
         """Write an ended run in the caller's transaction; beyond the limits, the oldest of its pipeline are deleted.
 
         Args:
-            db: The open store.
+            db: The caller's transaction.
             run: The run.
             fingerprint: The fingerprint of its failure; None without a failure.
         """

@@ -1,8 +1,9 @@
 """The checkpoint store: what the endpoint has acknowledged, on disk, so that a restart neither loses nor repeats lines.
 
-SQLite in WAL mode with ``synchronous = NORMAL``: a killed process loses nothing; a power failure can undo the last
-transactions, which repeats lines (with the same uid) but never skips one. Jobs are keyed by the identity of their
-service and their id, not by the name of a configuration section: renaming a section loses no checkpoint.
+SQLite in WAL mode with ``synchronous = NORMAL``. A commit costs as much as ten writes, so the writes of 50 ms share
+one. A killed process loses these, a power failure can undo the last commits: that repeats lines (with the same uid) but
+never skips one. Jobs are keyed by the identity of their service and their id, not by the name of a configuration
+section: renaming a section loses no checkpoint.
 
     jobs      one row for each job: the acknowledged cursor and the ledger as of that cursor (column facts)
     seconds   for each job and second of source time: number and uid sum of the acknowledged lines
@@ -12,9 +13,8 @@ service and their id, not by the name of a configuration section: renaming a sec
     history   the last ended runs of each pipeline (`history`), with failures and too_fast
     names     names of listed jobs: a list without names costs one request for each job, once
 
-This is the store of one agent: see `CheckpointStore` for what every store promises. Nothing here waits, so the
-coroutines return at once: a thread copies what is committed from SQLite's log into the file, since that waits for the
-disk.
+This is the store of one agent: see `CheckpointStore` for what every store promises. Nothing here waits for the disk: a
+thread copies what is committed from SQLite's log into the file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from tailspan_agent.analysis.run_totals import RunTotals
 from tailspan_agent.checkpoint.database import connect, copy_log, file_at, is_damage, lock, salvage
 from tailspan_agent.checkpoint.history import StoredHistory
 from tailspan_agent.checkpoint.rows import Ack, Checkpoint, LedgerReader, OutboxSpan
+from tailspan_agent.checkpoint.writes import Writes
 from tailspan_agent.errors import CheckpointError, ValueRefusedError
 from tailspan_agent.otlp.wire import UINT64_MAX
 
@@ -48,9 +49,11 @@ __all__ = ["Ack", "Checkpoint", "OutboxSpan", "SqliteStore", "read_checkpoint", 
 _SMALLEST_BYTES = 512
 # How many jobs are searched, and deleted, before other tasks run: about ten milliseconds of work.
 _PART, _FORGOTTEN_PART = 5000, 1000
+_GATHER_S = 0.05
+_RETRY_S = 1.0
 # As much is written again at once: a thread copies the log of writes into the file, because its fsync may take seconds.
 _LOG_BYTES = 4 << 20
-_COMMITS_A_CHECK = 64
+_COMMITS_A_CHECK = 8
 _FUTURE_S = 86400.0
 
 # What is raised for a value that SQLite cannot hold, or a check of the schema refuses: the file itself is fine.
@@ -63,6 +66,8 @@ _REFUSED = (
 )
 
 _ADD_SPAN = "INSERT OR IGNORE INTO spans (job, span_id, resource, span) VALUES (?, ?, ?, ?)"
+
+_SECOND = "SELECT lines, uid_sum FROM seconds WHERE job = ? AND second = ?"
 
 _OLD_JOBS = (
     "SELECT key, job_id FROM jobs WHERE key > ? AND key <= ? AND updated_s < ?"
@@ -139,6 +144,10 @@ class SqliteStore:
         self.recovered: str | None = None
         self.write_failed = False
         self._commits = 0
+        self._is_writing = False
+        self._totals: dict[tuple[str, str, str], RunTotals] = {}
+        self._counted: dict[tuple[str, str, str], RunTotals] = {}
+        self._commit_timer: tuple[asyncio.AbstractEventLoop, asyncio.TimerHandle] | None = None
         self._copying: threading.Thread | None = None
         try:
             make_private(state_dir)
@@ -149,11 +158,12 @@ class SqliteStore:
             undo.callback(os.close, self._lock_fd)
             self._db = self._open()
             undo.callback(self._db.close)
+            self._writes = Writes(self._db)
             self._file = file_at(self.path)
             self._index_names()
             self.instance_id = self._meta("instance_id", str(uuid.uuid4()))
             self.start_unix_nano = int(self._meta("start_unix_nano", str(time.time_ns())))
-            self.totals = {totals.key: totals for totals in self._runs()}
+            self._totals = {totals.key: totals for totals in self._runs()}
             undo.pop_all()
         self.acked_at_s = time.time()
         self.history = StoredHistory(self._select)
@@ -205,7 +215,13 @@ class SqliteStore:
         return db
 
     def close(self) -> None:
-        """Close the file and release the lock of the directory."""
+        """Commit what is written, close the file and release the lock of the directory."""
+        try:
+            self._commit()
+        except CheckpointError as error:
+            _log.error("the last writes are lost: %s", error)
+        if self._commit_timer is not None:
+            self._commit_timer[1].cancel()
         if self._copying is not None:
             self._copying.join()
         self._db.close()
@@ -214,17 +230,45 @@ class SqliteStore:
     def _meta(self, key: str, default: str) -> str:
         with self._transaction() as db:
             db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (key, default))
-            row: tuple[str] = db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-            return row[0]
+            text: str = self._select("SELECT value FROM meta WHERE key = ?", key)[0][0]
+            return text
 
     def together(self) -> AbstractContextManager[object]:
-        """Return a context that makes one transaction of all writes in it: a commit costs more than a write."""
+        """Return a context that makes one transaction of all writes in it, or undoes all of them."""
         return self._transaction()
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _transaction(self) -> Iterator[Writes]:
+        """Make writes that belong together; they are committed within `_GATHER_S`, with those of other jobs.
+
+        After a failed commit, and where no event loop runs, they are committed at once: nobody waits for them later.
+        """
+        if self._is_writing:
+            yield self._writes
+            return
+        with self._translated():
+            self._begin()
+        first, self._is_writing = len(self._writes), True
+        try:
+            with self._translated():
+                self._db.execute("SAVEPOINT unit")
+                yield self._writes
+                self._db.execute("RELEASE unit")
+            if self.write_failed or not self._commits_later():
+                self._commit()
+        except BaseException:
+            self._writes.forget(first)
+            with suppress(sqlite3.Error):
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK TO unit")
+                    self._db.execute("RELEASE unit")
+            raise
+        finally:
+            self._is_writing = False
+
+    def _begin(self) -> None:
+        """Open a transaction, and make the writes of one that failed again."""
         if self._db.in_transaction:
-            yield self._db
             return
         if file_at(self.path) != self._file:
             # SQLite would go on writing to a deleted file.
@@ -233,23 +277,60 @@ class SqliteStore:
                 f"the checkpoint store {self.path} was deleted or replaced while the agent runs:"
                 " restore it, or restart the agent"
             )
+        self._db.execute("BEGIN IMMEDIATE")
+        self._writes.make_again()
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Translate errors of SQLite; after one of the file, the transaction is rolled back to be made again."""
         try:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
-            self.write_failed = False
-            self._commits += 1
-            if self._commits % _COMMITS_A_CHECK == 0:
-                self._copy_log()
+            yield
         except _REFUSED as error:
             raise ValueRefusedError(f"the checkpoint store cannot hold a value: {error}") from error
         except (sqlite3.Error, UnicodeDecodeError) as error:
             self.write_failed = True
+            with suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
             raise CheckpointError(f"cannot write the checkpoint store {self.path}: {error}") from error
+
+    def _commits_later(self) -> bool:
+        """Start the timer of the next commit, unless it runs; return False where there is no event loop."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            return False
+        if self._commit_timer is None or self._commit_timer[0] is not loop:
+            self._commit_timer = loop, loop.call_later(_GATHER_S, self._on_timer)
+        return True
+
+    def _on_timer(self) -> None:
+        loop, _ = self._commit_timer or (asyncio.get_running_loop(), None)
+        self._commit_timer = None
+        had_failed = self.write_failed
+        try:
+            self._commit()
+        except CheckpointError as error:
+            if not had_failed:
+                _log.error("the checkpoint of sent lines: waiting until the disk is usable: %s", error)
+            self._commit_timer = loop, loop.call_later(_RETRY_S, self._on_timer)
+
+    def _commit(self) -> None:
+        """Commit all writes until now.
+
+        Raises:
+            CheckpointError: The disk fails. The writes are kept for the next attempt.
+        """
+        if self._writes or self._db.in_transaction:
+            with self._translated():
+                self._begin()
+                self._db.execute("COMMIT")
+            self._writes.forget()
+            self.write_failed = False
+            self._commits += 1
+            if self._commits % _COMMITS_A_CHECK == 0:
+                self._copy_log()
+        self._totals |= self._counted
+        self._counted.clear()
 
     def _copy_log(self) -> None:
         """Let a thread copy a long log of writes into the file, unless one does so already."""
@@ -266,6 +347,9 @@ class SqliteStore:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
+        if self._writes:
+            with self._translated():
+                self._begin()
         try:
             yield
         except (UnicodeEncodeError, OverflowError) as error:
@@ -313,16 +397,18 @@ class SqliteStore:
         now_s = time.time()
         with self._transaction() as db:
             for ack in acks:
-                db.execute("SAVEPOINT one")
+                first = len(db)
+                self._db.execute("SAVEPOINT one")
                 try:
                     self._ack(db, ack, now_s)
-                except _REFUSED as error:
-                    db.execute("ROLLBACK TO one")
+                except (ValueRefusedError, *_REFUSED) as error:
+                    db.forget(first)
+                    self._db.execute("ROLLBACK TO one")
                     _log.error("checkpoint store %s: an ack of job number %d is lost: %s", self.path, ack.key, error)
-                db.execute("RELEASE one")
+                self._db.execute("RELEASE one")
         self.acked_at_s = now_s
 
-    def _ack(self, db: sqlite3.Connection, ack: Ack, now_s: float) -> None:
+    def _ack(self, db: Writes, ack: Ack, now_s: float) -> None:
         db.execute(
             "UPDATE jobs SET cursor = coalesce(?, cursor), facts = ?, updated_s = ? WHERE key = ?",
             (ack.cursor, ack.ledger, now_s, ack.key),
@@ -330,17 +416,20 @@ class SqliteStore:
         for second, (lines, uid_sum) in ack.seconds.items():
             self._add_second(db, ack.key, second, lines, uid_sum)
 
-    @staticmethod
-    def _add_second(db: sqlite3.Connection, key: int, second: int, lines: int, uid_sum: int) -> None:
+    def _add_second(self, db: Writes, key: int, second: int, lines: int, uid_sum: int) -> None:
         # SQLite's integers are signed and do not wrap: the sum mod 2^64 is stored as text.
-        row = db.execute("SELECT lines, uid_sum FROM seconds WHERE job = ? AND second = ?", (key, second)).fetchone()
-        if row is not None:
-            lines += row[0]
-            uid_sum += int(row[1])
+        for stored_lines, stored_sum in self._select(_SECOND, key, second):
+            lines += stored_lines
+            uid_sum += int(stored_sum)
         db.execute("REPLACE INTO seconds VALUES (?, ?, ?, ?)", (key, second, lines, str(uid_sum & UINT64_MAX)))
 
     async def written(self) -> None:
-        """Return at once: each write is on disk when its method returns."""
+        """Commit all earlier writes; wait while the disk fails."""
+        while True:
+            try:
+                return self._commit()
+            except CheckpointError:
+                await asyncio.sleep(_RETRY_S)
 
     async def seconds(self, key: int) -> dict[int, tuple[int, int]]:
         """Return number and uid sum (mod 2^64) of a job's acknowledged lines by second of source time."""
@@ -414,7 +503,7 @@ class SqliteStore:
         fingerprint: str | None = None,
     ) -> bool:
         """Write a job's last spans and count its run, in one transaction, once; see `CheckpointStore`."""
-        known = self.totals.get(counted.key)
+        known = self._counted.get(counted.key) or self._totals.get(counted.key)
         totals = known.merge(counted) if known is not None else counted
         with self._transaction() as db:
             if db.execute("UPDATE jobs SET ended = 1 WHERE key = ? AND ended = 0", (key,)).rowcount == 0:
@@ -426,8 +515,15 @@ class SqliteStore:
             db.execute("REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?)", totals.to_row())
             if run is not None:
                 StoredHistory.add(db, run, fingerprint)
-        self.totals[totals.key] = totals
+        self._counted[totals.key] = totals
         return True
+
+    @property
+    def totals(self) -> Mapping[tuple[str, str, str], RunTotals]:
+        """The totals of all ended runs that are committed: after a crash, they must not be smaller."""
+        with suppress(CheckpointError):
+            self._commit()
+        return self._totals
 
     def _runs(self) -> list[RunTotals]:
         """Return the totals of all ended runs; exemplars of an impossible time, from an earlier agent, are left out."""
@@ -441,7 +537,7 @@ class SqliteStore:
         return totals
 
     def unsent_spans(self, limit: int, max_bytes: int = 3 << 20) -> list[OutboxSpan]:
-        """Return spans that are not acknowledged, oldest jobs first.
+        """Return spans that are committed and not acknowledged, oldest jobs first.
 
         Args:
             limit: Maximum number of spans.
@@ -450,6 +546,7 @@ class SqliteStore:
         query = "SELECT job, span_id, resource, span FROM spans WHERE acked = 0 ORDER BY job LIMIT ?"
         found: list[OutboxSpan] = []
         size = 0
+        self._commit()
         # Row by row: hundreds of failed jobs have megabytes of stack traces.
         with self._reading(), closing(self._db.execute(query, (limit,))) as rows:
             for row in rows:
@@ -514,7 +611,7 @@ class SqliteStore:
         after = -1 << 63
         while (until := self._next_part(after, _FORGOTTEN_PART)) is not None:
             with self._transaction() as db:
-                old = db.execute(_OLD_JOBS, (after, until, now_s - older_than_s, keep_unsent)).fetchall()
+                old = self._select(_OLD_JOBS, after, until, now_s - older_than_s, keep_unsent)
                 keys = [(key,) for key, job_id in old if job_id not in kept]
                 for delete in _DELETES:
                     db.executemany(delete, keys)

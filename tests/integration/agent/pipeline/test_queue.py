@@ -360,6 +360,7 @@ async def test_a_disk_that_refuses_is_waited_for(store: SqliteStore, caplog: pyt
     """Lines are neither skipped nor sent again: the ack is written when the disk accepts it."""
     fake = FakeEndpoint()
     queue, job = LogQueue(store, Endpoint(sender(fake))), Job(store, "a")
+    await store.written()
     with closing(sqlite3.connect(store.path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         async with running(queue):

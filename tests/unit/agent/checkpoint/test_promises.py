@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -26,7 +27,12 @@ class TestSqliteStore(StorePromises):
         try:
             yield store
         finally:
+            if crash:
+                shutil.copytree(home, home / "killed")
             store.close()
+            if crash:
+                for file in (home / "killed").iterdir():
+                    file.replace(home / file.name)
 
     @fuzz(60)
     @given(steps=st.lists(STEPS, max_size=25), written_after=st.integers(0, 25), crash=st.booleans())

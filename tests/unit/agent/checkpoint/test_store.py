@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import resource
 import sqlite3
 import stat
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tailspan_agent.checkpoint import store as store_module
 from tailspan_agent.checkpoint.database import SCHEMA_VERSION, lock_holder
 from tailspan_agent.checkpoint.store import Ack, Checkpoint, OutboxSpan, SqliteStore, read_checkpoint
 from tailspan_agent.errors import CheckpointError
+from tests.fakes.agents import looped, until
 
 FACTS = '{"first_seen_ns":1}'
 MANY = 2000
@@ -37,6 +39,17 @@ def store(tmp_path: Path) -> Iterator[SqliteStore]:
 
 def add(store: SqliteStore, job_id: str = "j1", identity: str = "id") -> Checkpoint:
     return store.add_job(identity, job_id, "etl", stream=0, ledger=FACTS)
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Let no file of this process grow."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def reopen(store: SqliteStore) -> SqliteStore:
@@ -65,6 +78,54 @@ def test_acknowledgements_survive(tmp_path: Path) -> None:
     )
     assert (store.instance_id, store.start_unix_nano, store.recovered) == (*before, None)
     store.close()
+
+
+@looped
+async def test_a_commit_that_fails_is_made_again(store: SqliteStore, caplog: pytest.LogCaptureFixture) -> None:
+    """A full disk: what was written stays visible, further writes are refused, and all is stored once there is room."""
+    first = add(store, "j1").key
+    await store.written()
+    with full_disk():
+        second = add(store, "j2").key
+        store.ack([Ack(first, b"here", FACTS)])
+        assert store.end_job(first, spans(first, "s1"), RunTotals("etl", "success").add(1.0))
+        await until(lambda: store.write_failed)
+        assert store.job("id", "j1").cursor == b"here"
+        assert (store.totals, store.is_writable()) == ({}, False)  # what a kill would undo is not counted
+        with pytest.raises(CheckpointError, match="cannot write the checkpoint store"):
+            add(store, "j3")
+        with pytest.raises(CheckpointError):
+            store.unsent_spans(10)
+    assert "waiting until the disk is usable" in caplog.text
+    await store.written()
+    assert (store.write_failed, store.job("id", "j3")) == (False, None)
+    assert store.totals["etl", "success", ""].count == 1
+    assert not store.end_job(first, spans(first, "s1"), RunTotals("etl", "success").add(1.0))
+    with closing(sqlite3.connect(store.path)) as other:
+        rows = other.execute("SELECT key, cursor FROM jobs ORDER BY key").fetchall()
+    assert rows == [(first, b"here"), (second, None)]
+
+
+@looped
+async def test_writes_of_one_moment_share_a_commit(store: SqliteStore) -> None:
+    """Other processes see them a moment later, without a further call."""
+    before = store._commits
+    for number in range(20):
+        add(store, f"j{number}")
+    assert store._commits == before
+    await until(lambda: read_checkpoint(store.path.parent, "id", "j19"))
+    assert store._commits == before + 1
+
+
+@looped
+async def test_a_write_that_fails_undoes_no_other(store: SqliteStore) -> None:
+    """Several writes that belong together are all undone; those before them are committed."""
+    add(store, "j1")
+    with suppress(ZeroDivisionError), store.together():
+        add(store, "j2")
+        raise ZeroDivisionError
+    await store.written()
+    assert (store.job("id", "j1") is None, store.job("id", "j2")) == (False, None)
 
 
 def test_a_killed_process_loses_no_ack(tmp_path: Path) -> None:
