@@ -92,8 +92,10 @@ class PipelineHistory:
 
     def with_run(self, run: PastRun) -> PipelineHistory:
         """Return the history with one more run; the oldest run is dropped at the limit."""
-        runs = sorted((*self.runs, run), key=lambda one: one.ended_unix_nano)
-        return PipelineHistory(tuple(runs[-KEPT_RUNS:]))
+        runs = (*self.runs, run)
+        if self.runs and run.ended_unix_nano < self.runs[-1].ended_unix_nano:
+            runs = tuple(sorted(runs, key=lambda one: one.ended_unix_nano))
+        return PipelineHistory(runs[-KEPT_RUNS:])
 
     @cached_property
     def succeeded(self) -> tuple[PastRun, ...]:

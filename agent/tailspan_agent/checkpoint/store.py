@@ -246,25 +246,37 @@ class SqliteStore:
         if self._is_writing:
             yield self._writes
             return
-        with self._translated():
-            self._begin()
         first, self._is_writing = len(self._writes), True
         try:
-            with self._translated():
-                self._db.execute("SAVEPOINT unit")
-                yield self._writes
-                self._db.execute("RELEASE unit")
+            self._begin()
+            self._db.execute("SAVEPOINT unit")
+            yield self._writes
+            self._db.execute("RELEASE unit")
             if self.write_failed or not self._commits_later():
                 self._commit()
-        except BaseException:
+        except BaseException as error:
             self._writes.forget(first)
-            with suppress(sqlite3.Error):
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK TO unit")
-                    self._db.execute("RELEASE unit")
+            self._undo(error)
             raise
         finally:
             self._is_writing = False
+
+    def _undo(self, error: BaseException) -> None:
+        """Undo the writes that belong together, and raise an error of SQLite as ours.
+
+        An error of the file may have undone all writes since the last commit: `_begin` makes those before these again.
+        """
+        is_of_file = isinstance(error, sqlite3.Error | UnicodeDecodeError) and not isinstance(error, _REFUSED)
+        with suppress(sqlite3.Error):
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK" if is_of_file else "ROLLBACK TO unit")
+                if not is_of_file:
+                    self._db.execute("RELEASE unit")
+        if isinstance(error, _REFUSED):
+            raise ValueRefusedError(f"the checkpoint store cannot hold a value: {error}") from error
+        if is_of_file:
+            self.write_failed = True
+            raise CheckpointError(f"cannot write the checkpoint store {self.path}: {error}") from error
 
     def _begin(self) -> None:
         """Open a transaction, and make the writes of one that failed again."""
@@ -278,20 +290,12 @@ class SqliteStore:
                 " restore it, or restart the agent"
             )
         self._db.execute("BEGIN IMMEDIATE")
-        self._writes.make_again()
-
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        """Translate errors of SQLite; after one of the file, the transaction is rolled back to be made again."""
         try:
-            yield
-        except _REFUSED as error:
-            raise ValueRefusedError(f"the checkpoint store cannot hold a value: {error}") from error
-        except (sqlite3.Error, UnicodeDecodeError) as error:
-            self.write_failed = True
+            self._writes.make_again()
+        except sqlite3.Error:
             with suppress(sqlite3.Error):
                 self._db.execute("ROLLBACK")
-            raise CheckpointError(f"cannot write the checkpoint store {self.path}: {error}") from error
+            raise
 
     def _commits_later(self) -> bool:
         """Start the timer of the next commit, unless it runs; return False where there is no event loop."""
@@ -321,9 +325,12 @@ class SqliteStore:
             CheckpointError: The disk fails. The writes are kept for the next attempt.
         """
         if self._writes or self._db.in_transaction:
-            with self._translated():
+            try:
                 self._begin()
                 self._db.execute("COMMIT")
+            except sqlite3.Error as error:
+                self._undo(error)
+                raise
             self._writes.forget()
             self.write_failed = False
             self._commits += 1
@@ -347,10 +354,9 @@ class SqliteStore:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        if self._writes:
-            with self._translated():
-                self._begin()
         try:
+            if self._writes:
+                self._begin()
             yield
         except (UnicodeEncodeError, OverflowError) as error:
             raise ValueRefusedError(f"the checkpoint store cannot hold a value: {error}") from error

@@ -27,6 +27,7 @@ AttributeValue: TypeAlias = str | bool | int | float | Sequence[str]
 UINT64_MAX = (1 << 64) - 1
 _INT64_MAX = (1 << 63) - 1
 _VARINT_BYTES = 10
+_CACHED_CHARS = 120
 
 
 @lru_cache(maxsize=4096)  # few different tags and lengths occur
@@ -102,4 +103,15 @@ def key_value(key: str, value: AttributeValue) -> bytes:
 
 def attributes_fields(number: int, attributes: Mapping[str, AttributeValue]) -> bytes:
     """Return one field for each attribute, in the order of the mapping."""
-    return b"".join(bytes_field(number, key_value(key, value)) for key, value in attributes.items())
+    return b"".join([_attribute_field(number, key, value) for key, value in attributes.items()])
+
+
+def _attribute_field(number: int, key: str, value: AttributeValue) -> bytes:
+    if isinstance(value, str) and len(value) <= _CACHED_CHARS:
+        return _string_attribute_field(number, key, value)
+    return bytes_field(number, key_value(key, value))
+
+
+@lru_cache(maxsize=4096)  # the jobs of a pipeline share most attributes
+def _string_attribute_field(number: int, key: str, value: str) -> bytes:
+    return bytes_field(number, key_value(key, value))

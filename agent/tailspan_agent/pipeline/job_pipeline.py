@@ -307,8 +307,9 @@ class JobPipeline:
         return self.job.redact(text)
 
     async def report_anomalies(self) -> None:
-        """Report anomalies once: agent log and job log."""
-        await self.alerts.report_anomalies(self.snapshot)
+        """Report anomalies of a running job once: agent log and job log."""
+        if not self.status.state.is_terminal:
+            await self.alerts.report_anomalies(self.snapshot)
 
     async def send_page(self, page: LogPage, *, late: bool = False) -> None:
         """Encode and queue a page; wait while the queue is full.

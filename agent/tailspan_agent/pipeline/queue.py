@@ -38,7 +38,8 @@ a batch to an ingester in one gRPC message, of 4 MiB at most by default."""
 _COPIED_BYTES = 100
 """What Loki adds to each line, less the labels: ids in hexadecimal, observed time, scope, level."""
 _QUEUE_BYTES = 3 << 20
-_LINGER_S = 0.1
+_LINGER_S = 0.05
+_SPANS_LINGER_S = 0.1
 _LINGER_LINES = 500
 _RETRY_STORE_S = 1.0
 _SPANS_A_REQUEST = 500
@@ -195,7 +196,7 @@ class LogQueue:
         self._store = store
         self._endpoint = endpoint
         self._queue: deque[Chunk] = deque()
-        self._queued_bytes = 0
+        self._queued_bytes = self._queued_lines = 0
         self._changed = asyncio.Condition()
         self._busy = False
         self._sending: asyncio.Task[DeliveryResult] | None = None
@@ -222,6 +223,7 @@ class LogQueue:
             await self._changed.wait_for(self._has_room)
             self._queue.append(chunk)
             self._queued_bytes += chunk.size
+            self._queued_lines += chunk.count
             self._changed.notify_all()
 
     async def flush(self) -> None:
@@ -245,7 +247,7 @@ class LogQueue:
     async def _next_batch(self) -> list[_Piece]:
         async with self._changed:
             await self._changed.wait_for(lambda: bool(self._queue))
-            if self.linger and len(self._queue) < 2 and self._queue[0].count < _LINGER_LINES:
+            if not self._worth_sending():
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_LINGER_S):
                         await self._changed.wait_for(self._worth_sending)
@@ -264,6 +266,7 @@ class LogQueue:
             if chunk.fence is not None and chunk.is_void:
                 self._queue.popleft()
                 self._queued_bytes -= chunk.size
+                self._queued_lines -= chunk.count
                 chunk.on_void()
                 continue
             alone = alone or chunk.alone
@@ -277,6 +280,7 @@ class LogQueue:
                 break
             chunk.pieces.popleft()
             self._queued_bytes -= len(records)
+            self._queued_lines -= count
             batch.append(_Piece(chunk, records, count, is_last=not chunk.pieces))
             if not chunk.pieces:
                 self._queue.popleft()
@@ -284,7 +288,7 @@ class LogQueue:
         return batch
 
     def _worth_sending(self) -> bool:
-        return not self.linger or sum(chunk.count for chunk in self._queue) >= _LINGER_LINES
+        return not self.linger or self._queued_lines >= _LINGER_LINES
 
     async def _deliver(self, batch: list[_Piece]) -> None:
         count = sum(piece.count for piece in batch)
@@ -367,6 +371,7 @@ class LogQueue:
             for chunk in queued:
                 if chunk.is_void:
                     self._queued_bytes -= chunk.size
+                    self._queued_lines -= chunk.count
                     chunk.on_void()
                 else:
                     self._queue.append(chunk)
@@ -448,7 +453,7 @@ class SpanQueue:
             await self._has_spans.wait()
             # Jobs write their spans one by one, and a request costs as much as a thousand lines: gather them.
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LINGER_S):
+                async with asyncio.timeout(_SPANS_LINGER_S):
                     await self._hurry.wait()
             self._has_spans.clear()
             # Sent before it is written, a span could be made again after a crash, and not be equal.

@@ -100,6 +100,8 @@ class Redactor:
         found = [(max(0, start), stop) for start, stop in self._matches_after(before, text) if stop > 0]
         if len(text) >= CUT_BYTES // 4 and len(text.encode("utf-8", "replace")) >= CUT_BYTES:
             found.append((self._open_start(text), len(text)))
+        if not found:
+            return text, 0
         # What was redacted before stays as it is, also if a secret is a part of the mark.
         marks = [match.span() for match in _MARK.finditer(text)] if REDACTED in text else []
         found = [span for span in found if not any(start <= span[0] and span[1] <= stop for start, stop in marks)]

@@ -194,9 +194,9 @@ class LocalService(SubmitService, ChangeFeedService):
         The cursor is the byte of `log` where to go on. Lines never become visible late.
         """
         with self._translated(job_id):
-            job = self._store.glance(job_id)
+            ended = job_id in self._final_rows or self._store.glance(job_id).logs_complete
             identity = self._identities.get(job_id) or self._identity_in(self._store.load(job_id))
-            with LogReader(job.directory, job_id, ended=job.logs_complete) as reader:
+            with LogReader(self._store.directory(job_id), job_id, ended=ended) as reader:
                 pages = reader.pages(identity, cursor, since_ms)
                 # Any program can write these files, and the search for the next page may be long.
                 off_loop = not reader.is_plain
