@@ -376,8 +376,6 @@ class Agent:
             await self._close()
             raise ConfigError("a single pass cannot share jobs with other agents: remove [fleet]", key="fleet")
         try:
-            for queue in (queue for context in self._contexts for queue in context.queues):
-                queue.linger = False  # no further lines come that would be worth waiting for
             self._start_queues()
             receiver.watch(await receiver.open(self.settings, {}, once=True), self.settings, once=True)
             delivered = await self._completes(

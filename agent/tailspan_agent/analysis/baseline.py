@@ -100,7 +100,7 @@ class PipelineHistory:
     @cached_property
     def succeeded(self) -> tuple[PastRun, ...]:
         """The runs that succeeded and were not too fast, oldest end first."""
-        return tuple(run for run in self.runs if run.result == _SUCCESS and not run.too_fast)
+        return tuple([run for run in self.runs if run.result == _SUCCESS and not run.too_fast])
 
     @cached_property
     def is_enough(self) -> bool:
@@ -116,7 +116,7 @@ class PipelineHistory:
     @cached_property
     def durations_s(self) -> tuple[float, ...]:
         """The durations of the succeeded runs in seconds, shortest first."""
-        return tuple(sorted(run.duration_s for run in self.succeeded))
+        return tuple(sorted([run.duration_s for run in self.succeeded]))
 
     @cached_property
     def p50_s(self) -> float | None:

@@ -177,7 +177,7 @@ class JobPipeline:
         )
 
     def on_status(self, status: JobStatus) -> None:
-        """Apply a new status; write the spans that have ended with it."""
+        """Apply a new status; write the spans that have ended with it, unless the end of the job does so at once."""
         job, known = self.job, self.job.status
         if status.last_heartbeat is not None and known.last_heartbeat is not None:
             job.ledger = job.ledger.with_heartbeat((status.last_heartbeat - known.last_heartbeat).total_seconds())
@@ -192,7 +192,8 @@ class JobPipeline:
                 # The machine is known only while the job runs on one; each attempt has a trace of its own.
                 self.apply_settings(job.watch)
             job.store_ledger()
-            self.spans.write()
+            if not status.state.is_terminal:
+                self.spans.write()
             self._context.health.run_changes.set()
 
     def on_tasks(self, tasks: Sequence[TaskRun]) -> None:

@@ -30,6 +30,11 @@ class JobSpans:
         self._written: set[str] = set()
         self._written_tasks: set[tuple[str, int]] = set()
 
+    @property
+    def has_written(self) -> bool:
+        """Whether this object has written a span."""
+        return bool(self._written)
+
     def write(self) -> None:
         """Write the spans that have ended by now; a span that was written before stays as it was."""
         self._add(self._ended())

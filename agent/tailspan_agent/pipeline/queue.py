@@ -187,9 +187,6 @@ class LogQueue:
     Args:
         store: The store for the acks.
         endpoint: The logs endpoint.
-
-    Attributes:
-        linger: Whether a few lines wait a moment for more.
     """
 
     def __init__(self, store: CheckpointStore, endpoint: Endpoint) -> None:
@@ -201,7 +198,7 @@ class LogQueue:
         self._busy = False
         self._sending: asyncio.Task[DeliveryResult] | None = None
         self._in_flight: list[_Piece] = []
-        self.linger = True
+        self._lingers = True
 
     @property
     def idle(self) -> bool:
@@ -228,7 +225,7 @@ class LogQueue:
 
     async def flush(self) -> None:
         """Wait until nothing is queued or in flight."""
-        self.linger = False
+        self._lingers = False
         async with self._changed:
             self._changed.notify_all()
             await self._changed.wait_for(lambda: self.idle)
@@ -288,7 +285,7 @@ class LogQueue:
         return batch
 
     def _worth_sending(self) -> bool:
-        return not self.linger or self._queued_lines >= _LINGER_LINES
+        return not self._lingers or self._queued_lines >= _LINGER_LINES
 
     async def _deliver(self, batch: list[_Piece]) -> None:
         count = sum(piece.count for piece in batch)

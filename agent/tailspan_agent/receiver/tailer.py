@@ -302,6 +302,8 @@ class Tailer:
         unstarted = opened or pipeline.ledger.first_line_ns is None
         lines = await self._read(pipeline)
         self._follower.on_read(lines, started_s, from_start=from_start)
+        if not (self._follower.complete or pipeline.spans.has_written):
+            pipeline.spans.write()  # the end of this job is not near: its log is long, or settles
         pipeline.write_attempts()
         if lines and unstarted and not self._follower.state.is_terminal:
             # The first line shows that the job has started; its service may know when. The end writes all spans.
