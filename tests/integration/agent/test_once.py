@@ -189,7 +189,14 @@ def test_old_jobs_are_a_stream_of_their_own_and_stay_so(bench: Bench) -> None:
     ended(bench.fake, "old", "a", finished_at=ago(hours=2), job_status_date=ago(hours=2))
     ended(bench.fake, "new", "b")
     bench.collector.always("logs", Reply(503))
-    bench.once_until(lambda: any(row.body == "a" for request in bench.collector.requests for row in request.log_rows()))
+    bench.once_until(
+        lambda: any(
+            row.body == "a"
+            for request in bench.collector.requests
+            if request.signal == "logs"
+            for row in request.log_rows
+        )
+    )
     bench.collector.always("logs", Reply())
     bench.fake.set_state("old", "SUCCEEDED")
     bench.once()
