@@ -96,7 +96,9 @@ async def test_secrets_are_not_in_open_lines(
             (job,) = agent.followed_jobs()
             page = await client.get("/job", params={"service": "local", "id": job[0].status.job_id})
     assert ">login [REDACTED] </td>" in page.text
-    assert "hunte" not in page.text.partition('id="lines"')[2]
+    log = page.text.partition('id="lines"')[2].partition("<aside")[0]
+    assert log
+    assert "hunte" not in log
 
 
 @looped

@@ -287,7 +287,7 @@ async def test_few_lines_linger_for_more(store: SqliteStore) -> None:
     async with running(queue):
         for number in range(5):
             await queue.put(job.chunk(number))
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0)  # the queue runs, and waits for more
         await until(lambda: job.cursor == b"4")
     assert len(fake.payloads) == 1
 
