@@ -61,9 +61,9 @@ def expected_bodies(lines: list[bytes]) -> list[str]:
 
 
 def lines_of(collector: Collector, job_id: str) -> list[LogRow]:
-    """The records of a job's lines, in order of arrival."""
+    """The records of a job's lines by their time, as in a store: the collector in between sends in parallel."""
     rows = [row for row in collector.log_records() if row.resource["cicd.pipeline.run.id"] == job_id]
-    return [row for row in rows if not row.event_name]
+    return sorted((row for row in rows if not row.event_name), key=lambda row: row.time_unix_nano)
 
 
 def spans_of(collector: Collector, trace_id: str) -> dict[str, SpanRow]:

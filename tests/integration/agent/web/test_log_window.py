@@ -180,6 +180,7 @@ async def test_live_updates_of_a_slow_log_make_progress(bench, monkeypatch):
             service.add_lines("a", *["x"] * 40)
             assert "L2" in (await next_event(lines, "lines"))["html"]
         service.page_s = 0
+        monkeypatch.setattr(log_window, "_SCAN_S", 60)
         reader = LogWindowReader(str)
         seen = await reader.after(service, "a", await reader.window(service, "a", 1), lines=10)
     assert (len(seen.lines), seen.left_out) == (10, 31)
