@@ -241,7 +241,7 @@ class SqliteStore:
     def _transaction(self) -> Iterator[Writes]:
         """Make writes that belong together; they are committed within `_GATHER_S`, with those of other jobs.
 
-        After a failed commit, and where no event loop runs, they are committed at once: nobody waits for them later.
+        After a failed commit, and where no event loop runs, they are committed at once: there may be no later moment.
         """
         if self._is_writing:
             yield self._writes
