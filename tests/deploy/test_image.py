@@ -73,7 +73,7 @@ def make_environment(venv: Path) -> Path:
         ["sh", "-ec", command.replace("python -m venv", f"{sys.executable} -m venv")],
         cwd=ROOT,
         check=True,
-        timeout=300,
+        timeout=900,
         capture_output=True,
     )
     return venv

@@ -123,6 +123,11 @@ def _link(match: re.Match[str], source: Path, path: str, deploy: dict[str, str],
         goal = f"files/{found.name}"
         (target / "files").mkdir(exist_ok=True)
         shutil.copy(found, target / goal)
+        dark = found.with_name(f"{found.stem}-dark{found.suffix}")
+        if image and dark.exists():
+            shutil.copy(dark, target / "files" / dark.name)
+            shown = os.path.relpath("files", PurePosixPath(path).parent)
+            return f"![{text}]({shown}/{found.name}#only-light)\n![{text}]({shown}/{dark.name}#only-dark)"
     else:
         return text
     relative = os.path.relpath(goal, PurePosixPath(path).parent)

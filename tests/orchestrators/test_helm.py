@@ -16,9 +16,11 @@ import yaml
 from tests.deploy.test_helm import CHART, EVERYTHING, SAME, helm, rendered
 from tests.deploy.test_image import image_environ, last, make_environment
 from tests.fakes.collector import Collector
+from tests.fakes.postgres import Postgres
 from tests.orchestrators.image import write_image
 from tests.orchestrators.one_node import Cluster, built, running_cluster
 from tests.orchestrators.test_kubernetes import bodies, counted, job, numbered, wait_for_lines
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(1800)]
 
@@ -45,11 +47,36 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield found
 
 
-def install(cluster: Cluster, *words: str, values: Mapping[str, Any]) -> None:
-    """Run `helm` for the release `tailspan`; it waits until the agent is ready."""
-    kubeconfig = ("--kubeconfig", str(cluster.kubeconfig), "--namespace", "tailspan")
+def install(cluster: Cluster, *words: str, values: Mapping[str, Any], namespace: str = "tailspan") -> None:
+    """Run `helm` for the release `tailspan`; it waits until the agents are ready."""
+    kubeconfig = ("--kubeconfig", str(cluster.kubeconfig), "--namespace", namespace)
     done = helm(*words, "tailspan", CHART, *kubeconfig, "--wait", "--timeout", "4m", values=values)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def make_volume(cluster: Cluster, directory: Path, name: str) -> None:
+    """Make a volume that a claim of an agent can have."""
+    volume = directory / name
+    volume.mkdir()
+    os.chown(volume, 10001, 10001)  # as a storage driver does for fsGroup
+    for path in (*directory.parents, directory)[:3]:
+        path.chmod(0o755)
+    spec = {"capacity": {"storage": "12Gi"}, "accessModes": ["ReadWriteOnce"], "hostPath": {"path": str(volume)}}
+    persistent = {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": name}, "spec": spec}
+    cluster.kubectl("create", "-f", "-", content=yaml.safe_dump(persistent))
+
+
+def values_of(collector: Collector) -> dict[str, Any]:
+    """Return values for agents in pods of this cluster."""
+    return {
+        "config": {"otlp": {"endpoint": collector.http_url}},
+        "kubernetesJobs": {"cluster": "test"},
+        # the cluster has no kube-proxy, so the API server has no address of a service
+        "extraEnv": [
+            {"name": "KUBERNETES_SERVICE_HOST", "value": NODE},
+            {"name": "KUBERNETES_SERVICE_PORT", "value": "6443"},
+        ],
+    }
 
 
 def may(cluster: Cluster, verb: str, resource: str, namespace: str) -> bool:
@@ -63,26 +90,11 @@ def test_the_chart_relays_jobs(cluster: Cluster, tmp_path: Path) -> None:
     """Install, upgrade to one namespace, uninstall: lines arrive once, the token stays, rights are as set, and the
     volume outlives the release; the sidecar's example completes.
     """
-    volume = tmp_path / "state"
-    volume.mkdir()
-    os.chown(volume, 10001, 10001)  # as a storage driver does for fsGroup
-    for path in (*tmp_path.parents, tmp_path)[:3]:
-        path.chmod(0o755)
+    make_volume(cluster, tmp_path, "state")
     for name in ("tailspan", "etl", "other"):
         cluster.kubectl("create", "namespace", name)
-    spec = {"capacity": {"storage": "12Gi"}, "accessModes": ["ReadWriteOnce"], "hostPath": {"path": str(volume)}}
-    persistent = {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": "state"}, "spec": spec}
-    cluster.kubectl("create", "-f", "-", content=yaml.safe_dump(persistent))
     with Collector(http_host=NODE) as collector:
-        values: dict[str, Any] = {
-            "config": {"otlp": {"endpoint": collector.http_url}},
-            "kubernetesJobs": {"cluster": "test"},
-            # the cluster has no kube-proxy, so the API server has no address of a service
-            "extraEnv": [
-                {"name": "KUBERNETES_SERVICE_HOST", "value": NODE},
-                {"name": "KUBERNETES_SERVICE_PORT", "value": "6443"},
-            ],
-        }
+        values = values_of(collector)
         install(cluster, "install", values=values)
         assert [may(cluster, "list", "jobs", where) for where in ("etl", "other")] == [True, True]
         token = cluster.kubectl("-n", "tailspan", "get", "secret", "tailspan-agent-tokens", "-o", "jsonpath={.data}")
@@ -115,6 +127,58 @@ def test_the_chart_relays_jobs(cluster: Cluster, tmp_path: Path) -> None:
         assert helm("uninstall", "tailspan", *kubeconfig, "--wait").returncode == 0
         assert "Bound" in cluster.kubectl("-n", "tailspan", "get", "pvc", "state-tailspan-agent-0")
         assert not may(cluster, "list", "jobs", "etl")
+
+
+@pytest.fixture
+def database() -> Iterator[str]:
+    """The address of a PostgreSQL that pods reach."""
+    port = free_port()
+    with Postgres(port=port) as server:
+        server.stop()
+        with (server.home / "data" / "postgresql.conf").open("a") as file:
+            file.write(f"listen_addresses = '{NODE}'\n")
+        with (server.home / "data" / "pg_hba.conf").open("a") as file:
+            file.write("host all all 0.0.0.0/0 trust\n")
+        server.start()
+        yield f"postgresql://postgres@{NODE}:{port}/postgres"
+
+
+def test_a_fleet_relays_jobs(cluster: Cluster, database: str, tmp_path: Path) -> None:
+    """Three agents with one PostgreSQL: one is killed, one is drained by its preStop, and no line is missing."""
+    for name in ("fleet", "fleet-jobs"):
+        cluster.kubectl("create", "namespace", name)
+    for number in range(3):
+        make_volume(cluster, tmp_path, f"fleet-{number}")
+    cluster.kubectl("-n", "fleet", "create", "secret", "generic", "tailspan-fleet", f"--from-literal=dsn={database}")
+    with Collector(http_host=NODE) as collector:
+        values = {**values_of(collector), "fleet": {"enabled": True}}
+        values["kubernetesJobs"] = {"cluster": "test", "namespace": "fleet-jobs"}
+        install(cluster, "install", values=values, namespace="fleet")
+        words = ("-n", "fleet", "exec", "tailspan-agent-0", "--", "tailspan", "agent", "fleet", "--config")
+        assert cluster.kubectl(*words, "/etc/tailspan/config.toml").count("shards") == 3
+        allowed = ("get", "poddisruptionbudget", "tailspan-agent", "-o", "jsonpath={.status.disruptionsAllowed}")
+        assert cluster.kubectl("-n", "fleet", *allowed) == "1"
+
+        expected: Counter[str] = Counter()
+
+        def start(name: str) -> None:
+            for number in range(6):
+                expected.update(numbered(f"{name} {number}", 60))
+                cluster.apply(job("fleet-jobs", f"{name}-{number}", counted(f"{name} {number}", 60, "0.2")))
+
+        start("killed")
+        cluster.kubectl("-n", "fleet", "delete", "pod", "tailspan-agent-1", "--grace-period=0", "--force")
+        start("drained")
+        cluster.kubectl("-n", "fleet", "delete", "pod", "tailspan-agent-2")
+        start("after")
+        wait_for_lines(collector, expected, 300)
+
+        def runs() -> set[str]:
+            return {span.trace_id for span in collector.spans() if span.name.startswith("RUN ")}
+
+        cluster.wait_until(lambda: len(runs()) == 18, "all runs")
+        kubeconfig = ("--kubeconfig", str(cluster.kubeconfig), "--namespace", "fleet")
+        assert helm("uninstall", "tailspan", *kubeconfig, "--wait").returncode == 0
 
 
 @pytest.mark.parametrize("values", [SAME["fleet"], {**EVERYTHING, "monitor": {}}], ids=["fleet", "everything"])
