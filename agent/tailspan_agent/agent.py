@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tailspan import __version__
+from tailspan._durations import duration_text
 from tailspan._own_token import own_token
 from tailspan._plural import plural
 from tailspan._secrets import mask
@@ -508,7 +509,7 @@ class Agent:
     async def _drain(self) -> None:
         """Stop reading, and send what was read for up to ``agent.drain_timeout``."""
         timeout_s = self.settings.agent.drain_timeout
-        _log.info("stopping: sending what was read, for up to %g s", timeout_s)
+        _log.info("stopping: sending what was read, for up to %s", duration_text(timeout_s))
         async with self._changing:
             await self._receiver.stop_reading()
         drained = await self._completes(self._flush(), interrupt=self._skip_drain, timeout_s=timeout_s)

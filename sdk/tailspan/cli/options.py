@@ -122,7 +122,10 @@ def reason_of(config_path: Path | None, job: JobStatus) -> str | None:
     directory = agent_dir_of(config_path)
     if not (directory / "checkpoints.db").exists():
         return None
-    from tailspan_agent.commands.reason import known_reason
+    try:
+        from tailspan_agent.commands.reason import known_reason
+    except ModuleNotFoundError:
+        return None  # the agent is another installation's, with the extra that this one lacks
 
     return known_reason(directory, job)
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import click
+from click.shell_completion import CompletionItem
 
 from tailspan.cli.group import exit_code_of, report
 from tailspan.cli.options import (
@@ -23,6 +24,11 @@ from tailspan.errors import ConfigError, TailspanError
 __all__ = ["report_failure", "run"]
 
 EXIT_OUR_ERROR = 125
+
+
+def _complete_file(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Let the shell complete the name of a file: the command is not ours."""
+    return [CompletionItem(incomplete, type="file")]
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
@@ -48,7 +54,7 @@ EXIT_OUR_ERROR = 125
 @service_option
 @config_option
 @json_option
-@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, shell_complete=_complete_file)
 @click.pass_context
 def run(
     ctx: click.Context,

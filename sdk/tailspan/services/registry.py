@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import traceback
+import os
 from collections.abc import Mapping
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailspan._caller import for_callers
@@ -101,7 +100,9 @@ def place_in_plugin(error: BaseException) -> str:
     """Return where an error of a plugin was raised, as `` (file.py:12)``; nothing if that is not known."""
     if isinstance(error, SyntaxError) and error.filename:
         return f" ({error.filename}:{error.lineno})"
-    ours = str(Path(__file__).parent.parent)
+    import traceback
+
+    ours = os.path.dirname(os.path.dirname(__file__))
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from tailspan.cli import group, main
+from tailspan.cli.options import _job_items
 from tailspan.errors import (
     AuthError,
     ConfigError,
@@ -22,6 +23,7 @@ from tailspan.errors import (
     ServiceUnavailableError,
     WaitTimeoutError,
 )
+from tailspan.models import ListedJob
 
 CONTRACT = [
     "run",
@@ -248,3 +250,15 @@ def test_completion_of_commands_options_and_services(tmp_path):
     assert complete("tailspan status --service fu", 3, TAILSPAN_CONFIG=str(config)) == ["fused-eu"]
     assert complete("tailspan status --service fu", 3, TAILSPAN_CONFIG="/nowhere") == []
     assert complete("tailspan status x", 2, TAILSPAN_CONFIG="/nowhere") == []
+    assert complete("tailspan agent ver", 2) == ["verify"]
+    assert complete("tailspan run -- ./sc", 3) == ["file,./sc"]
+
+
+def test_completion_of_jobs():
+    """Ids that begin like this, newest first, then names, which stand for their newest run."""
+    rows = [ListedJob(job_id=f"e-{number}", job_name=name) for number, name in enumerate(["etl", "etl", "x", "e\x1b"])]
+    for begun, texts in (("e", ["e-0", "e-1", "e-2", "e-3", "etl"]), ("et", ["etl"]), ("e-3", ["e-3"])):
+        items = _job_items(rows, begun)
+        assert [item.value for item in items] == texts
+        assert all("\x1b" not in (item.help or "") for item in items)
+    assert _job_items(rows, "et")[0].help == "newest run: e-0"
