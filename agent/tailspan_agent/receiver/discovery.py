@@ -16,6 +16,7 @@ from tailspan.config import Watch
 from tailspan.errors import JobNotFoundError, ProtocolError, RequestRejectedError, ServiceError, TailspanError
 from tailspan.models import ListedJob
 from tailspan.services import ChangeFeed, ChangeFeedService
+from tailspan.services.registry import plugin_fault
 from tailspan_agent.errors import AgentError
 from tailspan_agent.pipeline.context import PipelineContext
 from tailspan_agent.receiver.backlog import Backlog, WaitingJob
@@ -268,6 +269,9 @@ class JobDiscovery:
         except TailspanError:
             raise
         except Exception as error:
+            fault = plugin_fault(self._service, error)
+            if fault is not None:
+                raise AgentError(fault) from error
             _log.exception("service %s: unexpected error in the service plugin or the agent (please report)", self.name)
             text = f"unexpected error in the service plugin or the agent (please report): {error!r}"
             raise AgentError(f"service {self.name}: {text}") from error

@@ -12,7 +12,7 @@ from functools import partial
 from tailspan.config import Settings, Watch
 from tailspan.errors import AuthError, ConfigError, ServiceUnavailableError, TailspanError
 from tailspan.services import JobService
-from tailspan.services.registry import PluginError
+from tailspan.services.registry import PluginError, plugin_fault
 from tailspan_agent.analysis.assessment import JobSnapshot
 from tailspan_agent.errors import AgentError, CheckpointError, LeaseLostError
 from tailspan_agent.pipeline.context import PipelineContext
@@ -288,8 +288,13 @@ class Receiver:
             _log.error("job %s: %s", tailer.job_id, error)
             tailer.failure = error
         except Exception as error:
-            _log.exception("job %s: unexpected error (a bug in the agent); the job will be retried", tailer.job_id)
-            tailer.failure = AgentError(f"job {tailer.job_id}: unexpected error (a bug in the agent): {error!r}")
+            fault = plugin_fault(self._sources[tailer.service_name].service, error)
+            if fault is not None:
+                _log.error("job %s: service %s: %s; the job will be retried", tailer.job_id, tailer.service_name, fault)
+            else:
+                _log.exception("job %s: unexpected error (a bug in the agent); the job will be retried", tailer.job_id)
+                fault = f"unexpected error (a bug in the agent): {error!r}"
+            tailer.failure = AgentError(f"job {tailer.job_id}: {fault}")
         if tailer.once:
             return
         if isinstance(tailer.failure, CheckpointError) and self._context.store.write_failed:

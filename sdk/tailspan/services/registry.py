@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from tailspan.config import Settings
 
-__all__ = ["PluginError", "check_service_type", "open_service", "place_in_plugin"]
+__all__ = ["PluginError", "check_service_type", "open_service", "place_in_plugin", "plugin_fault"]
 
 _GROUP = "tailspan.services"
 
@@ -109,6 +109,26 @@ def place_in_plugin(error: BaseException) -> str:
         if not frame.filename.startswith((ours, "<")) and "tailspan_agent" not in frame.filename
     ]
     return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+
+
+def plugin_fault(service: JobService, error: BaseException) -> str | None:
+    """Return an unexpected error of a plugin in one sentence, with its file and line; None if it is not the plugin's.
+
+    Args:
+        service: The service whose method was called.
+        error: What it raised.
+    """
+    import traceback
+
+    kind = type(service)
+    if kind.__module__.partition(".")[0] == "tailspan":
+        return None
+    file = inspect.getsourcefile(kind)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    if not frames:
+        return None
+    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return f"its plugin {kind.__module__}.{kind.__qualname__} failed: {what} ({file}:{frames[-1].lineno})"
 
 
 def _open_plugin(name: str, kind: str, options: Mapping[str, Any], settings: Settings) -> JobService:

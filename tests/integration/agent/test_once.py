@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sqlite3
 import time
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 
@@ -18,6 +20,7 @@ from tailspan.errors import (
     ProtocolError,
     ServiceUnavailableError,
 )
+from tailspan.models import JobStatus, ListedJob
 from tailspan.services._http_options import LoginOptions
 from tailspan.services.airflow import AirflowService
 from tailspan.testing import FakeService
@@ -468,6 +471,40 @@ def test_a_fault_of_the_agent_is_no_success(bench: Bench, caplog: pytest.LogCapt
     result = bench.once()
     assert [type(failure) for failure in result.failures] == [AgentError]
     assert "bug" in str(result.failures[0])
+
+
+class BrokenService(FakeService):
+    """A plugin with a mistake in one method."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__("broken", identity="broken")
+        self.method = method
+
+    async def get_job(self, job_id: str) -> JobStatus:
+        """Divide by zero."""
+        return await super().get_job(job_id) if self.method != "get_job" else 1 / 0  # type: ignore[return-value]
+
+    async def list_jobs(self) -> AsyncGenerator[Sequence[ListedJob], None]:
+        """Divide by zero."""
+        if self.method == "list_jobs":
+            raise ZeroDivisionError("bug")
+        async for page in super().list_jobs():
+            yield page
+
+
+@pytest.mark.parametrize("method", ["get_job", "list_jobs"])
+def test_a_mistake_in_a_plugin_is_named_with_its_line(
+    bench: Bench, caplog: pytest.LogCaptureFixture, method: str
+) -> None:
+    """Without a traceback; the jobs of other services are relayed."""
+    ended(bench.fake, "j1", "a")
+    bench.services["broken"] = broken = BrokenService(method)
+    ended(broken, "b1", "b")
+    result = bench.once({"discover": True}, {"service": "broken", "discover": True})
+    assert bench.bodies() == ["a"]
+    (failure,) = result.failures
+    assert re.search(rf"BrokenService failed: ZeroDivisionError: .* \({__file__}:\d+\)", str(failure))
+    assert "Traceback" not in caplog.text
 
 
 def test_one_job_that_cannot_be_read_does_not_hide_the_others(bench: Bench) -> None:
