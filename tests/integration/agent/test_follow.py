@@ -19,7 +19,10 @@ from tailspan.errors import CursorExpiredError, JobNotFoundError, ServiceUnavail
 from tailspan.models import ListedJob
 from tailspan_agent import agent as agent_module
 from tailspan_agent.commands.check import check
+from tailspan_agent.commands.doctor import command as doctor_command
+from tailspan_agent.commands.doctor.command import DiagnosticsReport
 from tailspan_agent.exporter.outcome import Delivered
+from tailspan_agent.records.redact import Redactor
 from tests.fakes.agents import PATIENCE_S, Bench, OddService, looped, until
 from tests.fakes.collector import Collector, Reply, Request
 from tests.fakes.otlp_rows import log_rows
@@ -670,9 +673,14 @@ async def test_readyz_page_and_check_report_an_outage_alike(bench: Bench, monkey
                 assert re.search(
                     rf"{signal.title()}</strong>: retrying since <time .*?</time>, \d+ tr\w+: HTTP 503", other.text
                 )
-            assert re.search(rf"<td>{signal}</td><td>.*retrying since .*?, \d+ (try|tries): HTTP 503", page.text)
+            assert re.search(rf">{signal}</td><td.*retrying since .*?, \d+ (try|tries): HTTP 503", page.text)
             assert any(re.match(rf"endpoint {signal} retrying since 20\S+Z, \d+ .*: HTTP 503$", text) for text in found)
         assert "private" not in ready.text
+        report = DiagnosticsReport(Redactor())
+        await doctor_command._reach(agent.settings, report)
+        for signal in ("logs", "traces", "metrics"):
+            problem = rf"running agent: endpoint {signal} retrying since 20\S+Z, \d+ tr\w+: HTTP 503"
+            assert any(re.match(problem, text) for text in report.sections["problems"])
         for signal in ("logs", "traces", "metrics"):
             bench.collector.always(signal, Reply())
         await until(lambda: not agent.problems())
