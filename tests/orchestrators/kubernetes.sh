@@ -223,9 +223,9 @@ down() {
     [ -f "$R/$name.pid" ] && kill "$(cat "$R/$name.pid")" 2>/dev/null
   done || true
   sleep 1
-  # containers outlive containerd
+  # containers outlive containerd, and what runs in them outlives their shims
   for pid in $(ps -eo pid,args | awk -v r="$R/" 'index($0, r) && !/awk/ && !/kubernetes.sh/ {print $1}'); do
-    kill -9 "$pid" 2>/dev/null || true
+    kill -9 $(ps -o pid= --ppid "$pid") "$pid" 2>/dev/null || true
   done
   [ -f "$R/namespace" ] && kill "$(cat "$R/namespace")" 2>/dev/null || true
 }
