@@ -288,16 +288,18 @@ class LogQueue:
         return not self._lingers or self._queued_lines >= _LINGER_LINES
 
     async def _deliver(self, batch: list[_Piece]) -> None:
-        count = sum(piece.count for piece in batch)
         result = DeliveryResult(0)
+        if any(piece.count for piece in batch):
+            with contextlib.suppress(LeaseLostError):
+                await self._store_sent(batch)
+            batch = _without_void(batch)
+        count = sum(piece.count for piece in batch)
         if count:
             payload = logs_request(
                 _by_resource((piece.chunk.resource, piece.records) for piece in batch if piece.count)
             )
             for piece in batch:
                 piece.records = b""  # megabytes that the payload has now
-            with contextlib.suppress(LeaseLostError):
-                await self._store_sent(batch)
             sent = await self._send(batch, payload, count)
             if sent is None:
                 for piece in batch:
@@ -339,11 +341,9 @@ class LogQueue:
             piece.chunk.on_send = None
 
     async def _send(self, batch: list[_Piece], payload: bytes, count: int) -> DeliveryResult | None:
-        """Send a batch until its outcome is final; None if it is void, or was cut."""
+        """Send a batch until its outcome is final; None if it was cut, because all of it is void."""
         if batch[0].chunk.fence is None:
             return await self._endpoint.deliver(payload, count)
-        if any(piece.chunk.is_void for piece in batch):
-            return None
         self._in_flight = batch
         self._sending = asyncio.create_task(self._endpoint.deliver(payload, count))
         try:
@@ -373,6 +373,17 @@ class LogQueue:
                 else:
                     self._queue.append(chunk)
             self._changed.notify_all()
+
+
+def _without_void(batch: Sequence[_Piece]) -> list[_Piece]:
+    """Return the pieces of chunks that are not void; only those of jobs that another agent follows are dropped."""
+    kept = []
+    for piece in batch:
+        if piece.chunk.is_void:
+            piece.chunk.on_void()
+        else:
+            kept.append(piece)
+    return kept
 
 
 def _results(batch: Sequence[_Piece], result: DeliveryResult) -> Iterator[ChunkResult]:

@@ -443,3 +443,20 @@ async def test_spans_that_are_not_taken_stay(store: SqliteStore) -> None:
     async with running(queue):
         await queue.flush()
     assert second.payloads == fake.payloads
+
+
+@looped
+async def test_a_void_chunk_takes_no_other_job_with_it(store: SqliteStore) -> None:
+    """A batch has lines of several jobs; those of a job that this agent still follows are sent."""
+    fake, void, dropped = FakeEndpoint(), [False], []
+    queue, jobs = LogQueue(store, Endpoint(sender(fake))), [Job(store, "a"), Job(store, "b")]
+    chunks = [job.chunk(number) for number, job in enumerate(jobs)]
+    chunks[0].fence = Fence(lambda: void[0], lambda: dropped.append("a"))
+    chunks[0].on_send = lambda: void.__setitem__(0, True)  # while what is sent is stored
+    chunks[1].fence = Fence(lambda: False, lambda: dropped.append("b"))
+    for chunk in chunks:
+        await queue.put(chunk)
+    async with running(queue):
+        await queue.flush()
+    assert (fake.bodies(), dropped) == ([["b 1"]], ["a"])
+    assert [job.cursor for job in jobs] == [None, b"1"]
