@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -157,7 +159,10 @@ class Commands:
         """Run a program while its output is read; end it with the block."""
         try:
             process = await anyio.open_process(
-                [*self._prefix, program, *arguments], stdin=subprocess.DEVNULL, env=self._env
+                [*self._prefix, program, *arguments],
+                stdin=subprocess.DEVNULL,
+                env=self._env,
+                start_new_session=True,
             )
         except OSError as error:
             raise self._not_started(program, error) from None
@@ -167,7 +172,7 @@ class Commands:
             yield process, process.stdout, process.stderr
         finally:
             if process.returncode is None:
-                process.kill()
+                _kill(process.pid)
             with anyio.CancelScope(shield=True):
                 await process.aclose()
 
@@ -191,6 +196,15 @@ class Commands:
 
     def _unavailable(self, text: str) -> ServiceUnavailableError:
         return ServiceUnavailableError(text, service=self._service)
+
+
+def _kill(pid: int) -> None:
+    """End a program and those that it started: a prefix such as ``nsenter`` forks.
+
+    One that went on would hold the outputs open, and Python 3.11 waits for their end.
+    """
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 async def _lines(output: ByteReceiveStream) -> AsyncGenerator[list[bytes], None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
@@ -537,3 +538,31 @@ def test_recorded_entries_are_valid():
     """The recording is JSON lines with a cursor each."""
     for line in RECORDED.read_text().splitlines():
         assert json.loads(line)["__CURSOR"]
+
+
+def test_a_prefix_that_forks_ends_with_the_service(journal, tmp_path):
+    """The program of ``nsenter`` or ``sudo`` is a child of theirs: it ends, too, and holds up nothing."""
+    journal.start("early.service")
+    forks = ["sh", "-c", 'echo $$ >"$0"; "$@" & wait', str(tmp_path / "pid"), *journal.prefix]
+    service = SystemdService("systemd", SystemdOptions(command_prefix=forks))
+
+    async def run() -> int:
+        async with asyncio.timeout(60):
+            async with aclosing(service._commands.entries("--follow", "--no-tail")) as found:
+                await anext(found)
+            return int((tmp_path / "pid").read_text())
+
+    group = asyncio.run(run())
+    deadline = time.monotonic() + 10
+    while is_alive(group):
+        assert time.monotonic() < deadline, "a program of the prefix is left"
+        time.sleep(0.01)
+
+
+def is_alive(group: int) -> bool:
+    """Whether a process of a group is left, also one that its parent has not waited for."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
