@@ -170,6 +170,7 @@ def test_console_examples_run(page: Path, tmp_path: Path) -> None:
     script = "\n".join(runnable(page))
     home = {name: value for name, value in os.environ.items() if not name.startswith(("TAILSPAN_", "OTEL_", "XDG_"))}
     home |= {"HOME": str(tmp_path), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    home["TAILSPAN_AGENT__LISTEN"] = "127.0.0.1:0"  # an agent of another test may have the usual port
     done = subprocess.run(
         ["bash", "-euc", script], cwd=tmp_path, env=home, capture_output=True, text=True, timeout=100, check=False
     )
