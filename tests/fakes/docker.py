@@ -138,6 +138,11 @@ class FakeEngine:
             self._containers[container_id].log.append((time.time_ns() if at_ns is None else at_ns, stream, data))
             self.lock.notify_all()
 
+    def reply(self, container_id: str, *, entries: int) -> bytes:
+        """Return the beginning of a reply with a container's log, up to a number of writes."""
+        container = self._containers[container_id]
+        return b"".join(self._entry(container, *entry) for entry in container.log[:entries])
+
     def end(self, container_id: str, exit_code: int = 0, *, stopped: bool = False, **fields: Any) -> None:
         """End a container; with ``--rm`` it is removed at once."""
         with self.lock:

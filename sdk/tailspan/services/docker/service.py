@@ -332,7 +332,7 @@ class DockerService(ChangeFeedService):
         self, container_id: str, position: ContainerPosition
     ) -> AsyncGenerator[list[ContainerLine], None]:
         """Yield the lines after a position, and those that come, until the container ends."""
-        lines = self._log(container_id, position.time_ns, follow=True)
+        lines = self._log(container_id, position.since_ns, follow=True)
         async with aclosing(lines):
             async for found in lines:
                 yield [line for line in found if line.place > position.place]
@@ -359,7 +359,7 @@ class DockerService(ChangeFeedService):
         Raises:
             CursorExpiredError: It has dropped the line of the position.
         """
-        since_ns = position.time_ns if since_ms is None else since_ms * 1_000_000
+        since_ns = position.since_ns if since_ms is None else since_ms * 1_000_000
         # The line before must be there: rotation drops the oldest ones.
         missing = position.time_ns > 0 and not position.is_gone
         async with aclosing(self._log(job_id, since_ns, follow=False)) as found:

@@ -51,6 +51,7 @@ class ContainerLine(NamedTuple):
         stream: ``stdout``, ``stderr``, or empty for a terminal.
         text: The line.
         repeats: The number of lines before it that have the same time, stream and text.
+        open_ns: The time of the oldest part of a line of the other stream that had begun and not ended; None without.
     """
 
     time_ns: int
@@ -58,6 +59,7 @@ class ContainerLine(NamedTuple):
     stream: str
     text: bytes
     repeats: int = 0
+    open_ns: int | None = None
 
     @property
     def place(self) -> tuple[int, int]:
@@ -82,12 +84,14 @@ class ContainerPosition(NamedTuple):
         ordinal: Its number among the lines of that time.
         lines: Number of lines up to it; None if it is not known.
         is_gone: Whether the reader was informed that the engine does not have that line any more.
+        open_ns: The `open_ns` of that line.
     """
 
     time_ns: int = 0
     ordinal: int = -1
     lines: int | None = 0
     is_gone: bool = False
+    open_ns: int | None = None
 
     @classmethod
     def unpack(cls, cursor: bytes | None, *, service: str, job_id: str) -> ContainerPosition:
@@ -97,8 +101,9 @@ class ContainerPosition(NamedTuple):
             ConfigError: It is not a cursor of this service.
         """
         parts = unpack_cursor(cursor, service=service, job_id=job_id)
-        found = cls(parts.get("t", 0), parts.get("o", -1), parts.get("n", 0), bool(parts.get("g")))
-        if not all(isinstance(one, int) for one in (found.time_ns, found.ordinal, found.lines or 0)):
+        found = cls(parts.get("t", 0), parts.get("o", -1), parts.get("n", 0), bool(parts.get("g")), parts.get("b"))
+        numbers = found.time_ns, found.ordinal, found.lines or 0, found.open_ns or 0
+        if not all(isinstance(one, int) for one in numbers):
             shown = (cursor or b"")[:40]
             raise ConfigError(f"{shown!r} is not a cursor of this service", service=service, job_id=job_id)
         return found
@@ -110,11 +115,18 @@ class ContainerPosition(NamedTuple):
 
     def after(self, line: ContainerLine) -> ContainerPosition:
         """Return the position after the next line."""
-        return ContainerPosition(line.time_ns, line.ordinal, None if self.lines is None else self.lines + 1)
+        lines = None if self.lines is None else self.lines + 1
+        return ContainerPosition(line.time_ns, line.ordinal, lines, open_ns=line.open_ns)
+
+    @property
+    def since_ns(self) -> int:
+        """From when on the engine has to return entries: the next line may have begun before the last one."""
+        return self.time_ns if self.open_ns is None else min(self.time_ns, self.open_ns)
 
     def pack(self) -> bytes:
         """Return the cursor of a page that ends here."""
         parts = {"t": self.time_ns, "o": self.ordinal, "n": self.lines}
+        parts |= {"b": self.open_ns} if self.open_ns is not None else {}
         return pack_cursor(parts | ({"g": 1} if self.is_gone else {}))
 
 
@@ -208,7 +220,7 @@ class EngineLogSplitter:
         key = stream, text if len(text) <= _SHORT_BYTES else blake2b(text).digest()
         repeats = self._repeats.get(key, 0)
         self._repeats[key] = repeats + 1
-        return ContainerLine(time_ns, self._ordinal, stream, text, repeats)
+        return ContainerLine(time_ns, self._ordinal, stream, text, repeats, min(self._times.values(), default=None))
 
 
 class EventSplitter:

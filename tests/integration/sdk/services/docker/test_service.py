@@ -19,7 +19,7 @@ from tailspan.services import Problem
 from tailspan.services._json_stream import ReplyError
 from tailspan.services.docker import DockerOptions, DockerService
 from tailspan.services.docker import streams as streams_module
-from tailspan.services.docker.wire import EngineLogSplitter
+from tailspan.services.docker.wire import ContainerPosition, EngineLogSplitter
 from tailspan.services.registry import open_service
 from tailspan.testing import ServiceConformance
 from tests.fakes.docker import FakeEngine
@@ -110,6 +110,22 @@ def test_streams_parts_and_terminals(engine):
     engine.end(terminal)
     (page,) = pages_of(service_of(engine), terminal)
     assert (page.lines, page.runs[0].stream) == ([b"one", b"two"], 0)
+
+
+def test_a_line_that_began_before_the_last_one_is_read_whole(engine):
+    """A restart while a long line is being written: the engine must return its first part, too, seconds back."""
+    job_id = engine.run(started_ns=SECOND_NS)
+    engine.write(job_id, "a" * 8192, 1, 2 * SECOND_NS)
+    engine.write(job_id, "err\n", 2, 7 * SECOND_NS)
+    engine.write(job_id, "b\n", 1, 9 * SECOND_NS)
+    engine.end(job_id)
+    (page,) = pages_of(service_of(engine), job_id)
+    assert page.lines == [b"err", b"a" * 8192 + b"b"]
+    (first,) = EngineLogSplitter().feed(engine.reply(job_id, entries=2))
+    cursor = ContainerPosition().after(first).pack()
+    (rest,) = pages_of(service_of(engine), job_id, cursor)
+    assert rest.lines == page.lines[1:]
+    assert rest.uids() == page.uids()[1:]
 
 
 def test_equal_times_are_read_once_from_each_cursor(engine):
