@@ -254,13 +254,17 @@ static int is_after_structure(const char *head, Py_ssize_t before)
     return is(last, CLOSER) || (last == ':' && is(other, CLOSER)) || (last == '-' && other == ' ');
 }
 
+static int can_begin_level(const char *head, Py_ssize_t start)
+{
+    return start > 0 && (is(head[start - 1], SPACE) || is_one_of(head[start - 1], "[|:"));
+}
+
 /* Return whether the text before a word in capitals makes it a level, whatever follows. */
 static int is_level_by_start(const char *head, Py_ssize_t start)
 {
     Py_ssize_t before = start;
     while (before > 0 && is(head[before - 1], SPACE)) before--;
-    if (start == 0 || !(before < start || is_one_of(head[start - 1], "[|:"))) return 0;
-    return is_after_structure(head, before) || is_after_time(head, start);
+    return can_begin_level(head, start) && (is_after_structure(head, before) || is_after_time(head, start));
 }
 
 static int is_level_of_text(const char *head, Py_ssize_t length, Py_ssize_t start, Py_ssize_t end, int is_capital)
@@ -275,8 +279,8 @@ static int is_level_of_text(const char *head, Py_ssize_t length, Py_ssize_t star
     if (is_one_of(opener, "=\"'") && is_after_key(head, start)) return 1;
     if (!is_capital) return 0;
     if (before == 0 && (end == length || is(head[end], SPACE))) return 1;
-    if (start == 0 || !(is(head[start - 1], SPACE) || is_one_of(head[start - 1], "[|:"))) return 0;
-    return is_before_structure(head, end, length) || is_level_by_start(head, start);
+    if (can_begin_level(head, start) && is_before_structure(head, end, length)) return 1;
+    return is_level_by_start(head, start);
 }
 
 static int is_after_opener(const char *head, Py_ssize_t start)

@@ -308,8 +308,7 @@ class SqliteStore:
         return True
 
     def _on_timer(self) -> None:
-        loop, _ = self._commit_timer or (asyncio.get_running_loop(), None)
-        self._commit_timer = None
+        self._commit_timer, loop = None, asyncio.get_running_loop()
         had_failed = self.write_failed
         try:
             self._commit()

@@ -104,8 +104,8 @@ async def check(
 async def _check_running_agent(settings: Settings) -> AsyncIterator[Finding]:
     """Yield what keeps the running agent from relaying, from its ``/readyz``; nothing if no agent answers."""
     address, socket = settings.agent.listen_address, settings.agent.listen_socket
-    has_no_address = (address is None and socket is None) or (address is not None and not address[1])  # port 0: any
-    if has_no_address or lock_holder(settings.agent.state_dir) is None:
+    is_known = socket is not None or (address is not None and address[1] != 0)  # port 0 is any free one
+    if not is_known or lock_holder(settings.agent.state_dir) is None:
         return
     url = f"http://{host_port(*address) if address else 'localhost'}/readyz"
     client = HttpClient(

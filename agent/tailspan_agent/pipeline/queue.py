@@ -262,9 +262,7 @@ class LogQueue:
             chunk = self._queue[0]
             if chunk.fence is not None and chunk.is_void:
                 self._queue.popleft()
-                self._queued_bytes -= chunk.size
-                self._queued_lines -= chunk.count
-                chunk.on_void()
+                self._void(chunk)
                 continue
             alone = alone or chunk.alone
             mixed = mixed or (bool(batch) and chunk.resource != batch[0].chunk.resource)
@@ -283,6 +281,12 @@ class LogQueue:
                 self._queue.popleft()
                 self._queued_bytes -= _CHUNK_BYTES
         return batch
+
+    def _void(self, chunk: Chunk) -> None:
+        """Count a chunk as left that is not sent."""
+        self._queued_bytes -= chunk.size
+        self._queued_lines -= chunk.count
+        chunk.on_void()
 
     def _worth_sending(self) -> bool:
         return not self._lingers or self._queued_lines >= _LINGER_LINES
@@ -367,9 +371,7 @@ class LogQueue:
             queued, self._queue = self._queue, deque()
             for chunk in queued:
                 if chunk.is_void:
-                    self._queued_bytes -= chunk.size
-                    self._queued_lines -= chunk.count
-                    chunk.on_void()
+                    self._void(chunk)
                 else:
                     self._queue.append(chunk)
             self._changed.notify_all()
