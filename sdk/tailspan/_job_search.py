@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
 
 from tailspan._identity import check_job_id
@@ -53,21 +53,12 @@ async def find_job(service: JobService, text: str | None) -> JobStatus:
 async def with_names(rows: Sequence[ListedJob], service: JobService) -> list[ListedJob]:
     """Return the rows with their names; of each row without one, request the status."""
     named = list(rows)
-    if all(row.job_name is not None for row in rows):
-        return named
-    import anyio
-
-    limit = anyio.CapacityLimiter(_REQUESTS)
 
     async def request_name(position: int) -> None:
-        async with limit:
-            status = await service.get_job(rows[position].job_id)
+        status = await service.get_job(rows[position].job_id)
         named[position] = dataclasses.replace(rows[position], job_name=status.job_name)
 
-    async with anyio.create_task_group() as group:
-        for position, row in enumerate(rows):
-            if row.job_name is None:
-                group.start_soon(request_name, position)
+    await _for_each([position for position, row in enumerate(rows) if row.job_name is None], request_name)
     return named
 
 
@@ -94,20 +85,27 @@ async def statuses_of(rows: Sequence[ListedJob], service: JobService) -> list[tu
         for position in range(len(rows)):
             await request(position)
     else:
-        import anyio
-
-        limit = anyio.CapacityLimiter(_REQUESTS)
-
-        async def request_in_turn(position: int) -> None:
-            async with limit:
-                await request(position)
-
-        async with anyio.create_task_group() as group:
-            for position in range(len(rows)):
-                group.start_soon(request_in_turn, position)
+        await _for_each(range(len(rows)), request)
     return [
         (row, status) for position, (row, status) in enumerate(zip(rows, found, strict=True)) if position not in gone
     ]
+
+
+async def _for_each(positions: Sequence[int], request: Callable[[int], Awaitable[None]]) -> None:
+    """Make a request for each position, at most `_REQUESTS` at a time."""
+    if not positions:
+        return
+    import anyio
+
+    limit = anyio.CapacityLimiter(_REQUESTS)
+
+    async def request_in_turn(position: int) -> None:
+        async with limit:
+            await request(position)
+
+    async with anyio.create_task_group() as group:
+        for position in positions:
+            group.start_soon(request_in_turn, position)
 
 
 async def _newest(service: JobService) -> ListedJob:
