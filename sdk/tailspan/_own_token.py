@@ -7,15 +7,13 @@ import secrets
 import stat
 from pathlib import Path
 
+from tailspan._listeners import listening_users
 from tailspan._private_dirs import make_private
 from tailspan.errors import ConfigError
 
 __all__ = ["own_token", "read_own_token"]
 
 _MAX_BYTES = 1024
-# IPv4 and IPv6: "sl local_address rem_address st tx:rx tr:tm retrnsmt uid ...", with hexadecimal ports and states.
-_LISTENERS = ("/proc/net/tcp", "/proc/net/tcp6")
-_LISTENING = "0A"
 
 
 def own_token(path: Path, *, instead: str) -> str:
@@ -63,7 +61,7 @@ def read_own_token(path: Path, port: int) -> str | None:
         text = _read_private(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC))
     except OSError:
         return None
-    return text if text and _listeners(port) == {os.geteuid()} else None
+    return text if text and listening_users(port) == {os.geteuid()} else None
 
 
 def _read_private(fd: int) -> str:
@@ -78,18 +76,3 @@ def _read_private(fd: int) -> str:
 
 def _open_private(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-
-
-def _listeners(port: int) -> set[int]:
-    """Return the users that listen on a port, in our network namespace; empty if the system does not say."""
-    users: set[int] = set()
-    for name in _LISTENERS:
-        try:
-            rows = Path(name).read_text(encoding="ascii").splitlines()[1:]
-        except OSError:
-            continue
-        for row in rows:
-            fields = row.split()
-            if fields[3] == _LISTENING and int(fields[1].rpartition(":")[2], 16) == port:
-                users.add(int(fields[7]))
-    return users

@@ -237,7 +237,7 @@ def test_the_own_token_is_not_sent_to_another_user(monkeypatch: pytest.MonkeyPat
 
     with serving(service, token=token) as server:
         asyncio.run(use(server.port))
-        monkeypatch.setattr(_own_token, "_listeners", lambda port: {os.geteuid(), os.geteuid() + 1})
+        monkeypatch.setattr(_own_token, "listening_users", lambda port: {os.geteuid(), os.geteuid() + 1})
         asyncio.run(use(server.port))
     assert found[0] == "j"
     assert re.search("401.*none was sent", str(found[1]))
