@@ -129,10 +129,17 @@ _stream = operator.attrgetter("stream")
 
 
 def _bodies(texts: list[str]) -> tuple[list[bytes], int]:
-    """Return the lines as bytes, without their endings, and their flags; in one step if no line has a NUL."""
+    """Return the lines as bytes, without their endings, and their flags; without a step for each line if possible."""
+    if not texts:
+        return [], CLEAN
     joined = "\0".join(texts).encode()
-    bodies = joined.split(b"\0") if texts else []
-    plain = len(bodies) == len(texts) and joined.isascii() and b"\r" not in joined and b"\x1b" not in joined
+    plain = joined.isascii() and b"\r" not in joined and b"\x1b" not in joined
+    if plain and joined.endswith(b"\n") and joined.count(b"\n") == len(texts):
+        bodies = joined[:-1].split(b"\n\0")
+        if len(bodies) == len(texts) and joined.count(b"\0") == len(texts) - 1:
+            return bodies, CLEAN
+    bodies = joined.split(b"\0")
+    plain = plain and len(bodies) == len(texts)
     if len(bodies) != len(texts):
         bodies = [text.encode() for text in texts]
     if b"\n" in joined:

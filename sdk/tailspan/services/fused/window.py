@@ -22,7 +22,7 @@ import hashlib
 import operator
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate, chain, compress, pairwise, repeat
 from typing import NamedTuple
 
@@ -318,10 +318,8 @@ class LateWindow:
         before = kept.totals.get(first_ms, 0)
         if max(counts) + before > self._max_lines or any(ms > after for ms, after in pairwise(instants)):
             return None
-        head, size, blake2b = self._head, DIGEST_BYTES, hashlib.blake2b
-        prefixes = (b"%b%d\x000\x00" % (head, ms * NANOS_PER_MS) for ms in instants)
-        texts = map(operator.add, chain.from_iterable(map(repeat, prefixes, counts)), messages)
-        digests = [blake2b(text, digest_size=size).digest() for text in texts]
+        prefixes = (b"%d\x000\x00" % (ms * NANOS_PER_MS) for ms in instants)
+        digests = self._digests(map(operator.add, chain.from_iterable(map(repeat, prefixes, counts)), messages))
         once = dict.fromkeys(digests, 1)
         if len(once) != len(digests) or not self._repeats.keys().isdisjoint(once):
             return None
@@ -338,6 +336,15 @@ class LateWindow:
             times_unix_nano += range(nano, nano + count)
             ordinal = 0
         return NewLines(range(len(digests)), times_unix_nano, digests)
+
+    def _digests(self, texts: Iterable[bytes]) -> list[bytes]:
+        begun = hashlib.blake2b(self._head, digest_size=DIGEST_BYTES)
+        digests = []
+        for text in texts:
+            hashed = begun.copy()
+            hashed.update(text)
+            digests.append(hashed.digest())
+        return digests
 
     def _find_new(self, ms: int, digest: bytes, message: bytes, ordinal: int) -> bytes | None:
         """Return the digest of a line in an earlier or overfull millisecond; None if an earlier read had the line."""

@@ -7,7 +7,7 @@ from operator import itemgetter
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tailspan.logs.page import CLEAN, LineRun, Stream
@@ -214,6 +214,23 @@ def test_one_line_ending_is_no_part_of_a_line():
     """One newline at the end goes, with its carriage return; newlines within a message and indentation stay."""
     found = read([(1, m, None) for m in ["  a\n", "b\r\n", "c\n\n", "d\r", "e\nf", "", "\n"]])
     assert found[0].lines == [b"  a", b"b", b"c\n", b"d\r", b"e\nf", b"", b""]
+
+
+@given(
+    st.lists(
+        st.tuples(st.text("a\n\r\0\x1bü", max_size=3), st.sampled_from(["\n", "\n", "\r\n", ""])).map("".join),
+        min_size=1,
+    )
+)
+@example(["a\n", "\n", "b\n"])
+@example(["a\n\0b\n", "c"])
+@example(["a\n\0b\n", "c\n"])
+def test_many_lines_are_read_as_each_alone(messages):
+    """The steps that take all lines at once find the endings of each, and call none clean that is not."""
+    [page] = read([(number, message, None) for number, message in enumerate(messages)])
+    alone = [read([(1, message, None)])[0] for message in messages]
+    assert page.lines == [line for each in alone for line in each.lines]
+    assert page.runs[0].flags == min(each.runs[0].flags for each in alone)
 
 
 def test_runs_are_of_one_instant_and_stream():
