@@ -63,6 +63,9 @@ _RETRY_FOR_S = 5.0
 # Decoded, a reply of empty lists takes twenty times its size.
 _MAX_REPLY_BYTES = 8 << 20
 _MAX_ERROR_BYTES = 64 << 10
+# How long a turn waits before it looks at the share again, in seconds.
+_STEP_S = 1.0
+_EXACT_S = 1e-6
 _KEEP_ALIVE_S = 90.0
 _MAX_IDLE = 20
 _MAX_ERROR_CHARS = 500
@@ -145,14 +148,21 @@ class Pace:
 
     def __init__(self, per_second: float) -> None:
         self._interval_s = 1.0 / per_second
-        self._next_s = 0.0
+        # The time of the whole rate that this process's part has had, and the time that is given away.
+        self._had_s, self._given_s = 0.0, -1.0
+        self._now_s = time.monotonic()
 
     async def wait(self) -> None:
         """Wait for the next turn; turns are given in the order of the calls."""
-        now = time.monotonic()
-        self._next_s = max(self._next_s, now - 1.0) + self._interval_s / self.share
-        if self._next_s > now:
-            await anyio.sleep(self._next_s - now)
+        turn_s = self._given_s = max(self._given_s, self._had() - self.share) + self._interval_s
+        while (left_s := turn_s - self._had()) > _EXACT_S:  # noqa: ASYNC110 - the share may change meanwhile
+            await anyio.sleep(min(left_s / self.share, _STEP_S))
+
+    def _had(self) -> float:
+        now_s = time.monotonic()
+        self._had_s += (now_s - self._now_s) * self.share
+        self._now_s = now_s
+        return self._had_s
 
 
 class Retries:

@@ -5,6 +5,7 @@ import math
 import ssl
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import anyio
 import pytest
@@ -19,7 +20,7 @@ from tailspan.errors import (
     ServiceUnavailableError,
 )
 from tailspan.models import JobState
-from tailspan.services import JobService
+from tailspan.services import JobService, _requests
 from tailspan.services._requests import Pace
 from tailspan.services.fused import FusedService
 from tailspan.services.registry import open_service
@@ -414,6 +415,38 @@ def test_requests_are_paced():
         return time.monotonic() - started
 
     assert asyncio.run(main()) >= 0.15
+
+
+def test_turns_of_a_larger_share_do_not_wait_for_those_of_the_smaller(monkeypatch):
+    """An agent that gets its shards sends at its new rate at once, and never above the rate of its share."""
+    now_s, grows_s = 1000.0, 1104.0
+    monkeypatch.setattr(Pace, "share", 1 / 256)
+
+    async def sleep(seconds):
+        nonlocal now_s
+        now_s += seconds
+        if now_s >= grows_s:
+            monkeypatch.setattr(Pace, "share", 1.0)
+
+    monkeypatch.setattr(_requests, "time", SimpleNamespace(monotonic=lambda: now_s))
+    monkeypatch.setattr(_requests.anyio, "sleep", sleep)
+
+    async def turns(pace, until_s):
+        taken = 0
+        while now_s < until_s:
+            await pace.wait()
+            taken += 1
+        return taken
+
+    async def main():
+        pace = Pace(20)
+        few = await turns(pace, grows_s)
+        return few, now_s, await turns(pace, grows_s + 11.0)
+
+    few, after_s, many = asyncio.run(main())
+    assert 7 <= few <= 9
+    assert after_s <= grows_s + 2.0
+    assert 190 <= many <= 245
 
 
 def test_a_private_authority(tmp_path):
