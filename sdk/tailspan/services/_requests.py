@@ -63,7 +63,7 @@ _RETRY_FOR_S = 5.0
 # Decoded, a reply of empty lists takes twenty times its size.
 _MAX_REPLY_BYTES = 8 << 20
 _MAX_ERROR_BYTES = 64 << 10
-# How long a turn waits before it looks at the share again, in seconds.
+# How long a turn waits before it reads the share again, in seconds.
 _STEP_S = 1.0
 _EXACT_S = 1e-6
 _KEEP_ALIVE_S = 90.0
