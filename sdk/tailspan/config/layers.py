@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,7 +18,7 @@ from tailspan._config_file import read_config_text
 from tailspan.config.signals import SIGNALS
 from tailspan.errors import ConfigError
 
-__all__ = ["Layer", "Loc", "below", "environment_layer", "file_layer", "parse_pairs", "set_in"]
+__all__ = ["Layer", "Loc", "below", "environment_layer", "file_layer", "merged", "parse_pairs", "set_in"]
 
 Loc: TypeAlias = tuple[str | int, ...]
 """The path of a key, such as ``("agent", "watch", 0, "name")``."""
@@ -68,6 +68,23 @@ def set_in(table: dict[str, Any], path: Sequence[str], value: object) -> bool:
             return False
     inner[path[-1]] = value
     return True
+
+
+def merged(tables: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return one table of all layers, of which the first one is the uppermost."""
+    result: dict[str, Any] = {}
+    for table in tables:
+        result = _over(result, below(result, table))
+    return result
+
+
+def _over(upper: dict[str, Any], lower: dict[str, Any]) -> dict[str, Any]:
+    """Return both tables as one; where both have a key, a table goes into the table, and any other value wins."""
+    result = dict(lower)
+    for key, value in upper.items():
+        under = result.get(key)
+        result[key] = _over(value, under) if isinstance(value, dict) and isinstance(under, dict) else value
+    return result
 
 
 def below(upper: Mapping[str, Any], lower: Mapping[str, Any]) -> dict[str, Any]:

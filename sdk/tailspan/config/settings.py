@@ -6,7 +6,6 @@ sizes are bytes once loaded. Each service type validates its own table with `Opt
 
 from __future__ import annotations
 
-import contextvars
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -14,15 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 from urllib.parse import quote
 
-from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
-from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from tailspan._caller import for_callers
 from tailspan.config.agent import AgentSettings, Watch
 from tailspan.config.fields import JsonList, Size, StrList, UserPath
 from tailspan.config.fleet import FleetSettings
-from tailspan.config.layers import Layer, Loc, below, environment_layer, file_layer
+from tailspan.config.layers import Layer, Loc, environment_layer, file_layer, merged
 from tailspan.config.options import Options, OptionsTable, config_error
 from tailspan.config.otel_env import otel_layer
 from tailspan.config.otlp import OtlpSettings
@@ -142,7 +139,7 @@ class LinksSettings(Options):
         return {name: _PLACEHOLDER.sub(fill, template) for name, template in templates.items() if template}
 
 
-class Settings(BaseSettings):
+class Settings(Options):
     """The loaded configuration, made by `load_settings`. ``Settings()`` has all defaults and reads no environment.
 
     Attributes:
@@ -156,7 +153,7 @@ class Settings(BaseSettings):
         links: Links to a job's telemetry.
     """
 
-    model_config = SettingsConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(validate_default=True)
 
     default_service: str = "local"
     services: dict[str, dict[str, Any]] = Field(default={}, repr=False, validate_default=True)
@@ -181,18 +178,6 @@ class Settings(BaseSettings):
             *loc: The key's path, such as ``"agent", "watch", 0, "name"``.
         """
         return next((place for layer in self._layers if (place := layer.where(loc))), None)
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Use the layers that `load_settings` has read, in its order."""
-        return (init_settings, *(_LayerSource(settings_cls, layer) for layer in _LAYERS.get()))
 
     @field_validator("services")
     @classmethod
@@ -223,21 +208,6 @@ class Settings(BaseSettings):
                 )
         object.__setattr__(self, "agent", self.agent.model_copy(update={"watch": watches}))
         return self
-
-
-class _LayerSource(PydanticBaseSettingsSource):
-    def __init__(self, settings_cls: type[BaseSettings], layer: Layer) -> None:
-        super().__init__(settings_cls)
-        self._layer = layer
-
-    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        return self._layer.table.get(field_name), field_name, False
-
-    def __call__(self) -> dict[str, Any]:
-        return below(self.current_state, self._layer.table)
-
-
-_LAYERS: contextvars.ContextVar[Sequence[Layer]] = contextvars.ContextVar("layers", default=())
 
 
 @for_callers
@@ -277,13 +247,10 @@ def load_settings(
                     return place
         return None
 
-    reset = _LAYERS.set(layers)
     try:
-        settings = Settings()
+        settings = Settings(**merged(layer.table for layer in layers))
     except ValidationError as error:
         raise config_error(error, Settings, (), where) from None
-    finally:
-        _LAYERS.reset(reset)
     for name, options in settings.services.items():
         settings.services[name] = OptionsTable(options, ("services", name), where)
     settings._path, settings._layers = path, layers
