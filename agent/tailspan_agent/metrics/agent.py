@@ -1,69 +1,100 @@
-"""The agent's own health, counted with the OpenTelemetry metrics SDK.
-
-The instruments belong to a meter provider of their own: the global one is never set, nothing runs in the background,
-and values are collected on demand (`AgentMetrics.collect`).
-"""
+"""The agent's own health: counters and gauges, read on demand (`AgentMetrics.collect`)."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
-from typing import Protocol
-
-from opentelemetry.metrics import CallbackOptions, Observation
-from opentelemetry.sdk.metrics import AlwaysOffExemplarFilter, MeterProvider
-from opentelemetry.sdk.metrics.export import InMemoryMetricReader, ScopeMetrics
-from opentelemetry.sdk.resources import Resource
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol, TypeAlias
 
 from tailspan import __version__
 from tailspan_agent.exporter.retry import Outage
+from tailspan_agent.otlp.metric import Gauge, Metric, NumberDataPoint, ScopeMetrics, Sum
 
 __all__ = ["AgentMetrics", "agent_resource"]
 
+_Series: TypeAlias = tuple[tuple[str, str], ...]
+"""The attributes of a series, hashable."""
 
-def agent_resource(service_name: str, instance_id: str, otlp_resource: Mapping[str, str]) -> Resource:
-    """Return the resource of the agent's own records and of all metrics.
+
+def agent_resource(service_name: str, instance_id: str, otlp_resource: Mapping[str, str]) -> dict[str, str]:
+    """Return the attributes of the resource of the agent's own records and of all metrics.
 
     Args:
         service_name: ``agent.service_name`` (``OTEL_SERVICE_NAME``); it names only the agent.
         instance_id: The UUID of the agent's state directory.
         otlp_resource: ``[otlp.resource]`` of the configuration; the agent's own keys take precedence.
     """
-    return Resource(
-        {
-            **otlp_resource,
-            "service.name": service_name,
-            "service.version": __version__,
-            "service.instance.id": instance_id,
-        }
-    )
+    return {
+        **{key: value for key, value in otlp_resource.items() if key},
+        "service.name": service_name,
+        "service.version": __version__,
+        "service.instance.id": instance_id,
+    }
 
 
 class _Counter:
-    """A counter that costs one dictionary update; the SDK's own costs 15 us, several times a page.
+    """A counter by attributes: one dictionary update a call.
 
     Args:
-        create: The meter's method that creates the observable counter.
         name: The name of the instrument.
         unit: Its unit.
         description: What it counts.
+        is_monotonic: Whether it never falls.
     """
 
-    def __init__(self, create: Callable[..., object], name: str, unit: str, description: str) -> None:
-        self._counts: dict[tuple[tuple[str, str], ...], int] = {}
-        create(name, [self._observe], unit, description)
+    def __init__(self, name: str, unit: str, description: str, *, is_monotonic: bool = True) -> None:
+        self._texts = name, description, unit
+        self._is_monotonic = is_monotonic
+        self._counts: dict[_Series, int] = {}
+        self._first_read_ns: dict[_Series, int] = {}
 
     def add(self, n: int, attributes: Mapping[str, str]) -> None:
         key = tuple(attributes.items())
         self._counts[key] = self._counts.get(key, 0) + n
 
-    def _observe(self, _: CallbackOptions) -> Iterator[Observation]:
+    def read(self, now_ns: int) -> Metric:
         # A copy: a scrape may read from another thread.
-        for attributes, count in list(self._counts.items()):
-            yield Observation(count, dict(attributes))
+        points = [
+            NumberDataPoint(dict(series), self._first_read_ns.setdefault(series, now_ns), now_ns, count)
+            for series, count in list(self._counts.items())
+        ]
+        return Metric(*self._texts, Sum(points, self._is_monotonic))
+
+
+class _Observed:
+    """A gauge, or a counter kept elsewhere, whose values are read when they are exported.
+
+    Args:
+        name: The name of the instrument.
+        unit: Its unit.
+        description: What it shows.
+        observe: Returns the values by attributes.
+        is_counter: Whether it counts, and never falls.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        unit: str,
+        description: str,
+        observe: Callable[[], Mapping[_Series, float]],
+        *,
+        is_counter: bool = False,
+    ) -> None:
+        self._texts = name, description, unit
+        self._observe = observe
+        self._is_counter = is_counter
+        self._first_read_ns = 0
+
+    def read(self, now_ns: int) -> Metric:
+        self._first_read_ns = self._first_read_ns or now_ns
+        start_ns = self._first_read_ns if self._is_counter else 0
+        points = [
+            NumberDataPoint(dict(series), start_ns, now_ns, value) for series, value in list(self._observe().items())
+        ]
+        return Metric(*self._texts, Sum(points, is_monotonic=True) if self._is_counter else Gauge(points))
 
 
 class FleetState(Protocol):
@@ -96,7 +127,7 @@ class AgentMetrics:
         run_changes: Set when a run begins, changes its state or is counted; an export of metrics clears it.
     """
 
-    def __init__(self, resource: Resource, *, clock_s: Callable[[], float] = time.time) -> None:
+    def __init__(self, resource: Mapping[str, str], *, clock_s: Callable[[], float] = time.time) -> None:
         self.resource = resource
         self.metrics_fault = False
         self.metrics_outage: Outage | None = None
@@ -107,13 +138,8 @@ class AgentMetrics:
         self._newest_acked_s: dict[str, float] = {}
         self._started_s = self._checkpoint_s = clock_s()
         self._endpoints: dict[str, bool] = {}
-        self._reader = InMemoryMetricReader()
-        # exemplars of these counters would need spans of the agent, and it has none
-        provider = MeterProvider(
-            [self._reader], resource, exemplar_filter=AlwaysOffExemplarFilter(), shutdown_on_exit=False
-        )
-        meter = self._meter = provider.get_meter("tailspan.agent", __version__)
-        counter = partial(_Counter, meter.create_observable_counter)
+        self._instruments: list[_Counter | _Observed] = []
+        counter, gauge = self._counter, self._gauge
         self._polls = counter("tailspan.agent.polls", "{poll}", "Requests to job services.")
         self._poll_errors = counter("tailspan.agent.poll.errors", "{error}", "Requests to job services that failed.")
         self._read = counter(
@@ -126,11 +152,11 @@ class AgentMetrics:
         self._dropped = counter(
             "tailspan.agent.records.dropped", "{record}", "Lines dropped by configuration (min_severity)."
         )
-        self._in_flight = _Counter(
-            meter.create_observable_up_down_counter,
+        self._in_flight = counter(
             "tailspan.agent.records.in_flight",
             "{record}",
             "Log records that were read and are not acknowledged yet.",
+            is_monotonic=False,
         )
         self._redactions = counter("tailspan.agent.redactions", "{redaction}", "Secrets redacted in lines.")
         self._late = counter("tailspan.agent.lines.late", "{line}", "Lines that became visible late.")
@@ -144,42 +170,46 @@ class AgentMetrics:
             "Attributes of jobs that were dropped or cut: reserved, empty, too many or too large.",
         )
         self._export_errors = counter("tailspan.agent.export.errors", "{error}", "Exports that failed.")
-        gauge = meter.create_observable_gauge
-        gauge("tailspan.agent.uptime", [self._observe_uptime], "s", "Time since the agent started.")
-        gauge("tailspan.agent.jobs.followed", [self._observe_followed], "{job}", "Followed jobs.")
+        gauge("tailspan.agent.uptime", "s", "Time since the agent started.", self._observe_uptime)
+        gauge("tailspan.agent.jobs.followed", "{job}", "Followed jobs.", self._observe_followed)
         gauge(
             "tailspan.agent.lag",
-            [self._observe_lag],
             "s",
             "Age of the newest acknowledged record of followed jobs; in an outage, at most its age.",
+            lambda: _by_service(self.lags_s()),
         )
-        gauge("tailspan.agent.checkpoint.age", [self._observe_checkpoint], "s", "Time since the last checkpoint.")
+        gauge("tailspan.agent.checkpoint.age", "s", "Time since the last checkpoint.", self._observe_checkpoint)
         # no unit: with unit 1 Prometheus would call it a ratio
-        gauge("tailspan.agent.endpoint.up", [self._observe_endpoints], "", "Whether the endpoint accepts this signal.")
-        # the reader works only as long as the provider exists
-        self._provider = provider
+        gauge("tailspan.agent.endpoint.up", "", "Whether the endpoint accepts this signal.", self._observe_endpoints)
+
+    def _counter(self, name: str, unit: str, description: str, *, is_monotonic: bool = True) -> _Counter:
+        counter = _Counter(name, unit, description, is_monotonic=is_monotonic)
+        self._instruments.append(counter)
+        return counter
+
+    def _gauge(self, name: str, unit: str, description: str, observe: Callable[[], Mapping[_Series, float]]) -> None:
+        self._instruments.append(_Observed(name, unit, description, observe))
 
     def add_fleet(self, fleet: FleetState) -> None:
         """Add the metrics of an agent's part in a fleet."""
-
-        def observe(read: Callable[[], float]) -> Callable[[CallbackOptions], Iterator[Observation]]:
-            return lambda _: iter((Observation(read()),))
-
-        gauge, meter = self._meter.create_observable_gauge, self._meter
-        gauge("tailspan.fleet.agents", [observe(lambda: fleet.agents)], "{agent}", "Agents of the fleet.")
-        gauge("tailspan.fleet.shards", [observe(lambda: fleet.shards)], "{shard}", "Shards that this agent reads.")
-        gauge("tailspan.fleet.lease.age", [observe(lambda: fleet.lease_age_s)], "s", "Time since the last renewal.")
+        gauge = self._gauge
+        gauge("tailspan.fleet.agents", "{agent}", "Agents of the fleet.", lambda: {(): fleet.agents})
+        gauge("tailspan.fleet.shards", "{shard}", "Shards that this agent reads.", lambda: {(): fleet.shards})
+        gauge("tailspan.fleet.lease.age", "s", "Time since the last renewal.", lambda: {(): fleet.lease_age_s})
         gauge(
             "tailspan.fleet.handover.duration",
-            [lambda _: iter(() if fleet.hand_over_s is None else (Observation(fleet.hand_over_s),))],
             "s",
             "Duration of the last hand-over of shards by this agent.",
+            lambda: {} if fleet.hand_over_s is None else {(): fleet.hand_over_s},
         )
-        meter.create_observable_counter(
-            "tailspan.fleet.takeovers",
-            [observe(lambda: fleet.taken_over)],
-            "{shard}",
-            "Shards taken over from agents that did not renew their leases.",
+        self._instruments.append(
+            _Observed(
+                "tailspan.fleet.takeovers",
+                "{shard}",
+                "Shards taken over from agents that did not renew their leases.",
+                lambda: {(): fleet.taken_over},
+                is_counter=True,
+            )
         )
 
     def add_service(self, service: str) -> None:
@@ -271,23 +301,23 @@ class AgentMetrics:
         for service in services:
             self._followed[service] = self._followed.get(service, 0) + 1
 
-    def collect(self) -> list[ScopeMetrics]:
-        """Return all current values, cumulative since the agent started."""
-        data = self._reader.get_metrics_data()
-        return [scope for resource in (data.resource_metrics if data else ()) for scope in resource.scope_metrics]
+    def collect(self) -> ScopeMetrics:
+        """Return all metrics that have values, cumulative since the agent started."""
+        now_ns = time.time_ns()
+        metrics = [instrument.read(now_ns) for instrument in self._instruments]
+        return ScopeMetrics("tailspan.agent", __version__, [metric for metric in metrics if metric.data.data_points])
 
-    def _observe_uptime(self, _: CallbackOptions) -> Iterator[Observation]:
+    def _observe_uptime(self) -> Mapping[_Series, float]:
         # The identity is on the series itself: `instance` is an address in a scrape, and target_info is hard to join.
-        identity = {
-            "tailspan.agent.id": str(self.resource.attributes["service.instance.id"]),
-            "tailspan.agent.version": __version__,
-            "host.name": socket.gethostname(),
-        }
-        yield Observation(max(0.0, self._clock_s() - self._started_s), identity)
+        identity = (
+            ("tailspan.agent.id", self.resource["service.instance.id"]),
+            ("tailspan.agent.version", __version__),
+            ("host.name", socket.gethostname()),
+        )
+        return {identity: max(0.0, self._clock_s() - self._started_s)}
 
-    def _observe_followed(self, _: CallbackOptions) -> Iterator[Observation]:
-        for service, count in self._followed.items():
-            yield Observation(count, {"service": service})
+    def _observe_followed(self) -> Mapping[_Series, float]:
+        return _by_service(self._followed)
 
     def lags_s(self) -> dict[str, float]:
         """Return the age of the newest acknowledged record of each service with a followed job, in seconds.
@@ -302,13 +332,12 @@ class AgentMetrics:
         newest_s = {service: max(self._newest_acked_s.get(service, 0.0), outage_s) for service in followed}
         return {service: max(0.0, now_s - second) for service, second in newest_s.items() if second}
 
-    def _observe_lag(self, _: CallbackOptions) -> Iterator[Observation]:
-        for service, lag_s in self.lags_s().items():
-            yield Observation(lag_s, {"service": service})
+    def _observe_checkpoint(self) -> Mapping[_Series, float]:
+        return {(): max(0.0, self._clock_s() - self._checkpoint_s)}
 
-    def _observe_checkpoint(self, _: CallbackOptions) -> Iterator[Observation]:
-        yield Observation(max(0.0, self._clock_s() - self._checkpoint_s))
+    def _observe_endpoints(self) -> Mapping[_Series, float]:
+        return {(("signal", signal),): int(up) for signal, up in self._endpoints.items()}
 
-    def _observe_endpoints(self, _: CallbackOptions) -> Iterator[Observation]:
-        for signal, up in self._endpoints.items():
-            yield Observation(int(up), {"signal": signal})
+
+def _by_service(values: Mapping[str, float]) -> Mapping[_Series, float]:
+    return {(("service", service),): value for service, value in values.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
-from opentelemetry.sdk.metrics.export import Gauge, Metric, NumberDataPoint
+from tailspan_agent.otlp.metric import Gauge, Metric, NumberDataPoint
 
 __all__ = ["Attributes", "GaugeDefinition", "GaugeValues", "age_s"]
 

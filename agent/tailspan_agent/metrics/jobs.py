@@ -1,6 +1,6 @@
 """The metrics of jobs: ended runs from the store, running jobs from their current state. Pure.
 
-They use the values of the metrics SDK, but not its instruments: counts of runs are cumulative since the store was
+Counts of runs are cumulative since the store was
 created, not since this process started, and the gauges of an ended job must disappear.
 """
 
@@ -11,10 +11,13 @@ import operator
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from opentelemetry.sdk.metrics import Exemplar
-from opentelemetry.sdk.metrics.export import (
-    AggregationTemporality,
+from tailspan_agent.analysis.assessment import MAX_TASKS, JobSnapshot
+from tailspan_agent.analysis.pipeline_names import PipelineNames
+from tailspan_agent.analysis.run_totals import BOUNDS_S, LOWEST_INDEX, SCALE, RunTotals, with_bounded_error_types
+from tailspan_agent.metrics.gauges import Attributes, GaugeDefinition, GaugeValues, age_s
+from tailspan_agent.otlp.metric import (
     Buckets,
+    Exemplar,
     ExponentialHistogram,
     ExponentialHistogramDataPoint,
     Gauge,
@@ -24,11 +27,6 @@ from opentelemetry.sdk.metrics.export import (
     NumberDataPoint,
     Sum,
 )
-
-from tailspan_agent.analysis.assessment import MAX_TASKS, JobSnapshot
-from tailspan_agent.analysis.pipeline_names import PipelineNames
-from tailspan_agent.analysis.run_totals import BOUNDS_S, LOWEST_INDEX, SCALE, RunTotals, with_bounded_error_types
-from tailspan_agent.metrics.gauges import Attributes, GaugeDefinition, GaugeValues, age_s
 
 __all__ = ["job_metrics", "task_metrics"]
 
@@ -82,7 +80,6 @@ def job_metrics(
     for total in totals:
         if total.error_type:
             errors[("cicd.pipeline.name", total.pipeline), ("error.type", total.error_type)] += total.count
-    cumulative = AggregationTemporality.CUMULATIVE
     metrics = [
         Metric(
             "cicd.pipeline.run.duration",
@@ -94,7 +91,7 @@ def job_metrics(
             "cicd.pipeline.run.errors",
             "The number of errors encountered in pipeline runs (eg. compile, test failures).",
             "{error}",
-            Sum([point(dict(key), count) for key, count in errors.items()], cumulative, is_monotonic=True),
+            Sum([point(dict(key), count) for key, count in errors.items()], is_monotonic=True),
         ),
         Metric(
             "cicd.pipeline.run.active",
@@ -105,7 +102,6 @@ def job_metrics(
                     point({"cicd.pipeline.name": name, "cicd.pipeline.run.state": phase}, count)
                     for (name, phase), count in active.items()
                 ],
-                cumulative,
                 is_monotonic=False,
             ),
         ),
@@ -141,12 +137,9 @@ def task_metrics(
 def _durations(
     totals: Sequence[RunTotals], start_unix_nano: int, now_unix_nano: int, *, exponential: bool
 ) -> Histogram | ExponentialHistogram:
-    cumulative = AggregationTemporality.CUMULATIVE
     if exponential:
-        return ExponentialHistogram(
-            [_exponential(total, start_unix_nano, now_unix_nano) for total in totals], cumulative
-        )
-    return Histogram([_explicit(total, start_unix_nano, now_unix_nano) for total in totals], cumulative)
+        return ExponentialHistogram([_exponential(total, start_unix_nano, now_unix_nano) for total in totals])
+    return Histogram([_explicit(total, start_unix_nano, now_unix_nano) for total in totals])
 
 
 def _explicit(total: RunTotals, start_unix_nano: int, now_unix_nano: int) -> HistogramDataPoint:
@@ -158,8 +151,6 @@ def _explicit(total: RunTotals, start_unix_nano: int, now_unix_nano: int) -> His
         total.sum_s,
         total.buckets,
         BOUNDS_S,
-        min=None,  # type: ignore[arg-type] # optional in OTLP, and not known for runs of earlier processes
-        max=None,  # type: ignore[arg-type]
         exemplars=_exemplars(total),
     )
 
@@ -176,10 +167,6 @@ def _exponential(total: RunTotals, start_unix_nano: int, now_unix_nano: int) -> 
         SCALE,
         zero_count=total.counts.get(LOWEST_INDEX, 0),
         positive=Buckets(first, [total.counts.get(index, 0) for index in range(first, last + 1)]),
-        negative=Buckets(0, []),
-        flags=0,
-        min=None,  # type: ignore[arg-type]
-        max=None,  # type: ignore[arg-type]
         exemplars=_exemplars(total),
     )
 
@@ -201,7 +188,7 @@ def _attributes(total: RunTotals) -> dict[str, str]:
 
 def _exemplars(total: RunTotals) -> list[Exemplar]:
     return [
-        Exemplar({}, run.duration_s, run.time_unix_nano, int(run.span_id, 16), int(run.trace_id, 16))
+        Exemplar(run.duration_s, run.time_unix_nano, int(run.span_id, 16), int(run.trace_id, 16))
         for run in total.exemplars
         if run
     ]

@@ -9,21 +9,20 @@ Source: OpenTelemetry specification, "Metrics Data Model", data point flags.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypeAlias
 
-from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
-from opentelemetry.proto.metrics.v1.metrics_pb2 import DataPointFlags
-from opentelemetry.sdk.metrics.export import Gauge, Metric, NumberDataPoint, ScopeMetrics, Sum
+import msgspec
 
-__all__ = ["LiveSeries", "flag_ends"]
+from tailspan_agent.otlp.metric import Gauge, Metric, NumberDataPoint, ScopeMetrics, Sum, with_points
+
+__all__ = ["LiveSeries"]
 
 _FORGET_NS = 600 * 10**9
 """After that long without an accepted export, every store has ended the series by itself."""
 
-_Attributes: TypeAlias = tuple[tuple[str, Any], ...]
+_Attributes: TypeAlias = tuple[tuple[str, str], ...]
 
 
 class _Known(NamedTuple):
@@ -45,7 +44,7 @@ class LiveSeries:
         self._accepted_ns = 0
 
     def with_ends(self, scopes: Sequence[ScopeMetrics], now_unix_nano: int) -> list[ScopeMetrics]:
-        """Return the metrics with a point for each series that has ended; its value is NaN, see `flag_ends`.
+        """Return the metrics with a point for each series that has ended; its value is NaN, which ends it.
 
         Args:
             scopes: All metrics with their current values.
@@ -54,7 +53,7 @@ class LiveSeries:
         if now_unix_nano - self._accepted_ns > _FORGET_NS:
             self._known, self._accepted_ns = {}, now_unix_nano
         self._exported = {
-            (scope.scope.name, metric.name): _Known(metric, {_key(point) for point in _points(metric)})
+            (scope.name, metric.name): _Known(metric, {_key(point) for point in _points(metric)})
             for scope in scopes
             for metric in scope.metrics
             if _is_gauge(metric)
@@ -64,15 +63,15 @@ class LiveSeries:
             ended = {
                 name: known
                 for (of, name), known in self._known.items()
-                if of == scope.scope.name and known.series - self._series(of, name)
+                if of == scope.name and known.series - self._series(of, name)
             }
             metrics = [
                 self._complete(scope, metric, ended.pop(metric.name, None), now_unix_nano) for metric in scope.metrics
             ]
             metrics += [
-                self._complete(scope, _with_points(known.metric, []), known, now_unix_nano) for known in ended.values()
+                self._complete(scope, with_points(known.metric, []), known, now_unix_nano) for known in ended.values()
             ]
-            completed.append(dataclasses.replace(scope, metrics=metrics))
+            completed.append(msgspec.structs.replace(scope, metrics=metrics))
         # Until `accepted`, the endpoint may have received this export or not.
         for key, exported in self._exported.items():
             earlier = self._known.get(key)
@@ -94,30 +93,13 @@ class LiveSeries:
     def _complete(self, scope: ScopeMetrics, metric: Metric, known: _Known | None, now_unix_nano: int) -> Metric:
         if known is None:
             return metric
-        ended = known.series - self._series(scope.scope.name, metric.name)
+        ended = known.series - self._series(scope.name, metric.name)
         points = [NumberDataPoint(dict(series), 0, now_unix_nano, math.nan) for series in ended]
-        return _with_points(metric, [*_points(metric), *points])
-
-
-def flag_ends(request: ExportMetricsServiceRequest) -> None:
-    """Replace each value NaN of the request by the flag NO_RECORDED_VALUE."""
-    for resource in request.resource_metrics:
-        for scope in resource.scope_metrics:
-            for metric in scope.metrics:
-                for point in (*metric.gauge.data_points, *metric.sum.data_points):
-                    if math.isnan(point.as_double):
-                        point.ClearField("as_double")
-                        point.flags = DataPointFlags.DATA_POINT_FLAGS_NO_RECORDED_VALUE_MASK
+        return with_points(metric, [*_points(metric), *points])
 
 
 def _is_gauge(metric: Metric) -> bool:
     return isinstance(metric.data, Gauge) or (isinstance(metric.data, Sum) and not metric.data.is_monotonic)
-
-
-def _with_points(metric: Metric, points: Sequence[NumberDataPoint]) -> Metric:
-    data = metric.data
-    gauge = Sum(points, data.aggregation_temporality, is_monotonic=False) if isinstance(data, Sum) else Gauge(points)
-    return dataclasses.replace(metric, data=gauge)
 
 
 def _points(metric: Metric) -> Iterator[NumberDataPoint]:
@@ -125,5 +107,4 @@ def _points(metric: Metric) -> Iterator[NumberDataPoint]:
 
 
 def _key(point: NumberDataPoint) -> _Attributes:
-    attributes: Mapping[str, Any] = point.attributes or {}
-    return tuple(attributes.items())
+    return tuple(point.attributes.items())

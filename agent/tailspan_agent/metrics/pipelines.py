@@ -5,8 +5,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Mapping, Sequence
 
-from opentelemetry.sdk.metrics.export import AggregationTemporality, Metric, NumberDataPoint, Sum
-
 from tailspan_agent.analysis.assessment import (
     Assessment,
     JobSnapshot,
@@ -17,6 +15,7 @@ from tailspan_agent.analysis.assessment import (
 )
 from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES, PipelineNames
 from tailspan_agent.metrics.gauges import Attributes, GaugeDefinition, GaugeValues, age_s
+from tailspan_agent.otlp.metric import Metric, NumberDataPoint, Sum
 
 __all__ = ["pipeline_metrics", "too_fast_metric"]
 
@@ -80,7 +79,7 @@ def too_fast_metric(
     ]
     if not points:
         return []
-    total = Sum(points, AggregationTemporality.CUMULATIVE, is_monotonic=True)
+    total = Sum(points, is_monotonic=True)
     return [Metric("tailspan.job.too_fast", "Runs that succeeded suspiciously fast.", "{run}", total)]
 
 

@@ -7,14 +7,21 @@ Source: the OpenTelemetry specification, "Prometheus and OpenMetrics Compatibili
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from opentelemetry.sdk.metrics import Exemplar
-from opentelemetry.sdk.metrics.export import Gauge, Histogram, HistogramDataPoint, Metric, NumberDataPoint, Sum
+from tailspan_agent.otlp.metric import (
+    Exemplar,
+    Gauge,
+    Histogram,
+    HistogramDataPoint,
+    Metric,
+    NumberDataPoint,
+    Sum,
+    with_points,
+)
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric as Family
@@ -77,7 +84,9 @@ def prometheus_pieces(
         for metric in metrics:
             size = _HISTOGRAMS_A_PIECE if isinstance(metric.data, Histogram) else _POINTS_A_PIECE
             for start in range(0, len(metric.data.data_points), size):
-                text = encode(OneFamily(_family(_part(metric, start, start + size)))).removesuffix(_END)
+                text = encode(
+                    OneFamily(_family(with_points(metric, metric.data.data_points[start : start + size])))
+                ).removesuffix(_END)
                 while start and text.startswith(b"# "):  # the first piece has the help and the type
                     text = text.partition(b"\n")[2]
                 yield text
@@ -85,11 +94,6 @@ def prometheus_pieces(
             yield _END
 
     return pieces(), content_type
-
-
-def _part(metric: Metric, start: int, stop: int) -> Metric:
-    data: Any = metric.data  # each kind has points of its own type
-    return dataclasses.replace(metric, data=dataclasses.replace(data, data_points=data.data_points[start:stop]))
 
 
 def _target_info(resource: Mapping[str, Any]) -> Family:
@@ -103,7 +107,7 @@ def _target_info(resource: Mapping[str, Any]) -> Family:
 def _family(metric: Metric) -> Family:
     from prometheus_client.metrics_core import Metric as Family
 
-    unit = _UNITS.get(metric.unit or "", "")
+    unit = _UNITS.get(metric.unit, "")
     name = metric.name.replace(".", "_")
     if unit and not name.endswith(f"_{unit}"):
         name += f"_{unit}"
@@ -111,20 +115,20 @@ def _family(metric: Metric) -> Family:
     if metric.unit == "1" and isinstance(data, Gauge):
         name += "_ratio"
     if isinstance(data, Histogram):
-        family = Family(name, metric.description or "", "histogram", unit)
+        family = Family(name, metric.description, "histogram", unit)
         for histogram in data.data_points:
             _add_histogram(family, histogram)
         return family
     counter = isinstance(data, Sum) and data.is_monotonic
-    family = Family(name, metric.description or "", "counter" if counter else "gauge", unit)
+    family = Family(name, metric.description, "counter" if counter else "gauge", unit)
     for point in data.data_points:
         if isinstance(point, NumberDataPoint):
-            family.add_sample(f"{name}_total" if counter else name, _labels(point.attributes or {}), point.value)
+            family.add_sample(f"{name}_total" if counter else name, _labels(point.attributes), point.value)
     return family
 
 
 def _add_histogram(family: Family, point: HistogramDataPoint) -> None:
-    labels = _labels(point.attributes or {})
+    labels = _labels(point.attributes)
     bounds = [*map(float, point.explicit_bounds), math.inf]
     below = 0
     lower = -math.inf

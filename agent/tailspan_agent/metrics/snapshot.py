@@ -16,31 +16,33 @@ import logging
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
-from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
-from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
-from opentelemetry.sdk.metrics.export import Metric, MetricsData, ResourceMetrics, ScopeMetrics
-from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+import msgspec
 
 from tailspan_agent.analysis.assessment import JobSnapshot, PipelineStats
 from tailspan_agent.analysis.pipeline_names import PipelineNames
 from tailspan_agent.analysis.run_totals import RunTotals
 from tailspan_agent.metrics.agent import AgentMetrics
 from tailspan_agent.metrics.jobs import job_metrics, task_metrics
-from tailspan_agent.metrics.live_series import LiveSeries, flag_ends
+from tailspan_agent.metrics.live_series import LiveSeries
 from tailspan_agent.metrics.pipelines import pipeline_metrics, too_fast_metric
 from tailspan_agent.metrics.prometheus import prometheus_pieces
-from tailspan_agent.otlp.wire import bytes_field, string_field
+from tailspan_agent.otlp.metric import (
+    DataPoint,
+    Metric,
+    ScopeMetrics,
+    encode_metric,
+    encode_resource_metrics,
+    encode_scope_metrics,
+    with_points,
+)
 
 __all__ = ["FleetTotals", "MetricsReader", "exports_exponential_histograms"]
 
 _MOST_LOGGED = 100
-_JOBS_SCOPE = InstrumentationScope("tailspan.jobs")
+_JOBS_SCOPE = ScopeMetrics("tailspan.jobs", "", ())
 _OF_RUNNING_JOBS = frozenset({"cicd.pipeline.run.active"})
-# Numbers of fields in OTLP's metrics_service.proto and metrics.proto.
-_RESOURCE_METRICS, _RESOURCE, _SCOPE_METRICS, _SCOPE, _METRICS, _SCHEMA_URL = 1, 1, 2, 1, 2, 3
 _AGGREGATION = "OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION"
 
 _log = logging.getLogger(__name__)
@@ -61,7 +63,7 @@ class FleetTotals:
         too_fast: Returns the number of suspiciously fast runs by pipeline.
     """
 
-    resource: Resource
+    resource: Mapping[str, str]
     start_unix_nano: int
     runs: Callable[[], Iterable[RunTotals] | None]
     too_fast: Callable[[], Mapping[str, int]] = dict
@@ -153,7 +155,7 @@ class MetricsReader:
             run_id_on_metrics=self._run_id_on_metrics,
         )
         yield
-        return [*self._agent.collect(), ScopeMetrics(_JOBS_SCOPE, of_jobs, schema_url="")]
+        return [self._agent.collect(), msgspec.structs.replace(_JOBS_SCOPE, metrics=of_jobs)]
 
     def _fleet_metrics(self, *, exponential: bool = False) -> list[Metric]:
         """Return what the whole fleet has counted; nothing while another agent exports it."""
@@ -185,12 +187,12 @@ class MetricsReader:
         if self._fleet is None:
             return own
         of_fleet = {metric.name: metric for metric in self._fleet_metrics()}
-        instance = {"instance": str(self._fleet.resource.attributes["service.instance.id"])}
+        instance = {"instance": self._fleet.resource["service.instance.id"]}
         merged = []
         for metric in own:
             shared = of_fleet.pop(metric.name, None)
             merged.append(metric if shared is None else _with_more_points(metric, shared, instance))
-        return [*merged, *(_with_more_points(_with_points(one, []), one, instance) for one in of_fleet.values())]
+        return [*merged, *(_with_more_points(with_points(one, []), one, instance) for one in of_fleet.values())]
 
     def metrics_request(self) -> tuple[bytes, int]:
         """Return an ``ExportMetricsServiceRequest`` of all metrics, and its number of data points.
@@ -211,11 +213,13 @@ class MetricsReader:
         shared = self._fleet_metrics(exponential=self._exponential)
         if self._fleet is None or not shared:
             return own, count
-        shared_scope = ScopeMetrics(_JOBS_SCOPE, shared, schema_url="")
+        shared_scope = msgspec.structs.replace(_JOBS_SCOPE, metrics=shared)
         of_fleet, more = yield from self._resource_metrics(self._fleet.resource, [shared_scope])
         return own + of_fleet, count + more
 
-    def _resource_metrics(self, resource: Resource, scopes: Iterable[ScopeMetrics]) -> _Steps[tuple[bytes, int]]:
+    def _resource_metrics(
+        self, resource: Mapping[str, str], scopes: Iterable[ScopeMetrics]
+    ) -> _Steps[tuple[bytes, int]]:
         """Return the field of a resource with its metrics, and their number of points."""
         count = 0
         parts: list[bytes] = []
@@ -223,47 +227,31 @@ class MetricsReader:
             yield
             metrics: list[bytes] = []
             for metric in scope.metrics:
-                points, encoded = self._encode_metric(scope, metric)
+                points, encoded = self._encode_metric(metric)
                 count += points
                 metrics.append(encoded)
                 yield
             if metrics:
-                parts.append(self._scope_field(scope, metrics))
-        return self._resource_field(resource, parts), count
+                parts.append(encode_scope_metrics(scope, metrics))
+        return encode_resource_metrics(resource, parts), count
 
-    def _encode_metric(self, scope: ScopeMetrics, metric: Metric) -> tuple[int, bytes]:
+    def _encode_metric(self, metric: Metric) -> tuple[int, bytes]:
         """Return the number of points of a metric, and its field of the scope."""
         try:
-            request = self._encode([dataclasses.replace(scope, metrics=[metric])])
+            encoded = encode_metric(metric)
         except Exception:
             # One value that cannot be encoded must not stop the others.
-            kept = [point for point in metric.data.data_points if self._can_encode(scope, metric, point)]
-            metric = _with_points(metric, kept)
-            if not kept:
-                return 0, b""
-            request = self._encode([dataclasses.replace(scope, metrics=[metric])])
-        flag_ends(request)
-        (encoded,) = request.resource_metrics[0].scope_metrics[0].metrics
-        return len(metric.data.data_points), bytes_field(_METRICS, encoded.SerializeToString())
+            metric = with_points(
+                metric, [point for point in metric.data.data_points if self._can_encode(metric, point)]
+            )
+            encoded = encode_metric(metric) if metric.data.data_points else b""
+        return len(metric.data.data_points), encoded
 
-    def _scope_field(self, scope: ScopeMetrics, metrics: Sequence[bytes]) -> bytes:
-        (empty,) = self._encode([dataclasses.replace(scope, metrics=[])]).resource_metrics[0].scope_metrics
-        name = bytes_field(_SCOPE, empty.scope.SerializeToString())
-        return bytes_field(_SCOPE_METRICS, b"".join([name, *metrics, _url_field(empty.schema_url)]))
-
-    def _resource_field(self, of: Resource, scopes: Sequence[bytes]) -> bytes:
-        (empty,) = encode_metrics(MetricsData([ResourceMetrics(of, [], schema_url="")])).resource_metrics
-        resource = bytes_field(_RESOURCE, empty.resource.SerializeToString())
-        return bytes_field(_RESOURCE_METRICS, b"".join([resource, *scopes, _url_field(empty.schema_url)]))
-
-    def _encode(self, scopes: Sequence[ScopeMetrics]) -> ExportMetricsServiceRequest:
-        return encode_metrics(MetricsData([ResourceMetrics(self._agent.resource, scopes, schema_url="")]))
-
-    def _can_encode(self, scope: ScopeMetrics, metric: Metric, point: Any) -> bool:
+    def _can_encode(self, metric: Metric, point: DataPoint) -> bool:
         try:
-            self._encode([dataclasses.replace(scope, metrics=[_with_points(metric, [point])])])
+            encode_metric(with_points(metric, [point]))
         except Exception as error:
-            series = f"{metric.name}{dict(point.attributes or {})}"
+            series = f"{metric.name}{dict(point.attributes)}"
             if series not in self._unencodable and len(self._unencodable) < _MOST_LOGGED:
                 self._unencodable.add(series)
                 _log.warning("metrics: left out %s, which cannot be encoded: %r", series, error)
@@ -290,7 +278,7 @@ class MetricsReader:
         return self._prometheus_pieces(await _in_steps(self._scrape()), accept)
 
     def _prometheus_pieces(self, metrics: Sequence[Metric], accept: str) -> tuple[Iterator[bytes], str]:
-        return prometheus_pieces(metrics, self._agent.resource.attributes, accept)
+        return prometheus_pieces(metrics, self._agent.resource, accept)
 
 
 def _at_once(steps: _Steps[_T]) -> _T:
@@ -314,23 +302,13 @@ async def _in_steps(steps: _Steps[_T]) -> _T:
         return result
 
 
-def _url_field(schema_url: str) -> bytes:
-    return string_field(_SCHEMA_URL, schema_url) if schema_url else b""
-
-
-def _with_points(metric: Metric, points: Sequence[Any]) -> Metric:
-    data: Any = metric.data  # each kind has points of its own type
-    return dataclasses.replace(metric, data=dataclasses.replace(data, data_points=list(points)))
-
-
 def _with_more_points(metric: Metric, other: Metric, attributes: Mapping[str, str]) -> Metric:
     """Return a metric with the points of another one, to which attributes are added."""
-    more = [dataclasses.replace(point, attributes={**point.attributes, **attributes}) for point in _points(other)]
-    return _with_points(metric, [*_points(metric), *more])
-
-
-def _points(metric: Metric) -> Sequence[Any]:
-    return metric.data.data_points
+    more = [
+        msgspec.structs.replace(point, attributes={**point.attributes, **attributes})
+        for point in other.data.data_points
+    ]
+    return with_points(metric, [*metric.data.data_points, *more])
 
 
 def exports_exponential_histograms(environ: Mapping[str, str] = os.environ) -> bool:

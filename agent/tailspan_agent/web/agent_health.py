@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from opentelemetry.sdk.metrics.export import NumberDataPoint, ScopeMetrics
+from tailspan_agent.otlp.metric import NumberDataPoint, ScopeMetrics
 
 __all__ = ["Health", "health_of"]
 
@@ -28,14 +28,13 @@ class Health:
     totals: Mapping[str, float] = field(default_factory=dict)
 
 
-def health_of(scopes: Iterable[ScopeMetrics]) -> Health:
+def health_of(scope: ScopeMetrics) -> Health:
     """Return the agent's health from its collected metrics."""
     services: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     rejected: dict[str, float] = defaultdict(float)
     totals: dict[str, float] = defaultdict(float)
-    for name, point in _points(scopes):
-        attributes = point.attributes or {}
-        reason, service = attributes.get("reason"), attributes.get("service")
+    for name, point in _points(scope):
+        reason, service = point.attributes.get("reason"), point.attributes.get("service")
         totals[name] += point.value
         if service is not None:
             services[str(service)][name] += point.value
@@ -44,10 +43,9 @@ def health_of(scopes: Iterable[ScopeMetrics]) -> Health:
     return Health(dict(services), dict(rejected), dict(totals))
 
 
-def _points(scopes: Iterable[ScopeMetrics]) -> Iterator[tuple[str, NumberDataPoint]]:
-    for scope in scopes:
-        for metric in scope.metrics:
-            if metric.name.startswith(_PREFIX):
-                for point in metric.data.data_points:
-                    if isinstance(point, NumberDataPoint):
-                        yield metric.name.removeprefix(_PREFIX), point
+def _points(scope: ScopeMetrics) -> Iterator[tuple[str, NumberDataPoint]]:
+    for metric in scope.metrics:
+        if metric.name.startswith(_PREFIX):
+            for point in metric.data.data_points:
+                if isinstance(point, NumberDataPoint):
+                    yield metric.name.removeprefix(_PREFIX), point

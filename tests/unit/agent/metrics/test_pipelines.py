@@ -5,8 +5,6 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from opentelemetry.sdk.metrics.export import Metric, NumberDataPoint, Sum
-
 from tailspan.models import JobState, JobStatus
 from tailspan_agent.analysis.assessment import JobSnapshot, PipelineStats
 from tailspan_agent.analysis.baseline import Histories, PastRun
@@ -14,6 +12,7 @@ from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES, PipelineName
 from tailspan_agent.analysis.progress import Progress
 from tailspan_agent.metrics.pipelines import pipeline_metrics
 from tailspan_agent.metrics.prometheus import prometheus_text
+from tailspan_agent.otlp.metric import Metric, NumberDataPoint, Sum
 
 S = 1_000_000_000
 NOW = 1_715_515_200 * S
