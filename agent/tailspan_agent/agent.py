@@ -48,13 +48,14 @@ from tailspan_agent.receiver.tailer import Tailer
 from tailspan_agent.records.redact import Redactor
 from tailspan_agent.tasks import cancelled
 from tailspan_agent.web.agent_view import AgentView
+from tailspan_agent.web.server import StatusServer
+from tailspan_agent.web.server_access import ServerAccess
 
 if TYPE_CHECKING:
     from tailspan_agent.checkpoint.protocol import CheckpointStore
     from tailspan_agent.fleet.member import FleetMember
     from tailspan_agent.fleet.overview import FleetOverview
     from tailspan_agent.fleet.store import PostgresStore
-    from tailspan_agent.web.server import ServerAccess, StatusServer
 
 __all__ = ["Agent", "OnceResult", "ReloadResult"]
 
@@ -452,9 +453,6 @@ class Agent:
         address = self.settings.agent.listen_address or self.settings.agent.listen_socket
         if address is None:
             return None
-        # Importing Uvicorn and Starlette takes 90 ms, which a single pass does not need.
-        from tailspan_agent.web.server import StatusServer
-
         view = AgentView(
             context=self._context,
             receiver=self._receiver,
@@ -479,8 +477,6 @@ class Agent:
         Raises:
             ConfigError: A token cannot be read or made.
         """
-        from tailspan_agent.web.server import ServerAccess
-
         agent = settings.agent
         token = agent.read_token()
         own = token is None and self._needs_page_token and agent.listen_socket is None

@@ -16,7 +16,7 @@ import yaml
 from tailspan.services.kubernetes.service import RIGHTS
 from tailspan.services.registry import open_service
 from tailspan_agent.agent import _LAST_PUSH_S
-from tailspan_agent.web.server import _STOP_GRACE_S
+from tailspan_agent.web.app import _STOP_GRACE_S
 from tests.deploy.configured import DEPLOY, settings_of, understood
 from tests.deploy.test_image import image_environ
 from tests.fakes.agents import PATIENCE_S

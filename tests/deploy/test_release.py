@@ -114,7 +114,7 @@ def test_the_light_installation_works(dist: Path, venv: Path, tmp_path: Path) ->
     env = {"XDG_STATE_HOME": str(tmp_path / "state")}
     assert run(venv / "tailspan", "run", "--", "echo", "hi", env=env) == "hi\n"
     report = json.loads(run(venv / "tailspan", "doctor", "--json", env=env))
-    assert report["versions"]["opentelemetry-sdk"] == "not installed"
+    assert report["versions"]["opentelemetry-proto"] == "not installed"
     assert "pip install 'tailspan[agent]'" in report["reach"]
     assert report["store"]["checkpoints"] == "none yet"
 
@@ -139,7 +139,7 @@ def test_the_bill_of_materials_is_of_a_full_installation(tmp_path: Path) -> None
     versions = {part["name"].lower().replace("_", "-"): part["version"] for part in bom["components"]}
     locked = pins()
     assert bom["metadata"]["component"]["name"] == "tailspan"
-    assert {"grpcio", "msgspec", "opentelemetry-sdk", "starlette", "zstandard"} <= set(versions)
+    assert {"grpcio", "msgspec", "opentelemetry-proto", "starlette", "zstandard"} <= set(versions)
     assert "pytest" not in versions
     assert {name: version for name, version in versions.items() if locked[name] != version} == {}
     assert str(tmp_path) not in text

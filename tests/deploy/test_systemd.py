@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tailspan_agent.agent import _LAST_PUSH_S
-from tailspan_agent.web.server import _STOP_GRACE_S
+from tailspan_agent.web.app import _STOP_GRACE_S
 from tests.deploy.configured import DEPLOY, settings_of, understood
 
 UNITS = sorted((DEPLOY / "systemd").glob("*.service"))

@@ -1,59 +1,36 @@
-"""The agent's own HTTP server on ``agent.listen``: the page, ``/healthz``, ``/readyz`` and ``/metrics``.
+"""The agent's own HTTP server on ``agent.listen``, which loads what answers requests with the first of them.
 
-Health and readiness are open to probes and contain nothing private. Everything else is behind `access.AccessControl`.
-The page, which shows logs, always requires a token, except on a Unix socket. Metrics and deliveries are numbers: they
-require one only if it is configured, so that scrapers on this machine need none.
+Most agents are never asked for their page: until then they need neither its 70 ms of CPU nor its 6 MiB.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import os
 import socket
 import stat
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Self
-from urllib.parse import urlencode, urlsplit
-
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from typing import TYPE_CHECKING, Self
+from urllib.parse import urlencode
 
 from tailspan._net import host_port
 from tailspan.errors import ConfigError
-from tailspan.http.server_limits import BACKLOG, LimitedServer, limited_config
-from tailspan_agent.web.access import AccessControl
+from tailspan_agent.tasks import cancelled
 from tailspan_agent.web.agent_view import AgentView
-from tailspan_agent.web.session import Session
-from tailspan_agent.web.views import PageRoutes
+from tailspan_agent.web.server_access import ServerAccess
 
-__all__ = ["ServerAccess", "StatusServer"]
+if TYPE_CHECKING:
+    from tailspan_agent.web.app import StatusApp
 
-_STOP_GRACE_S = 1
+__all__ = ["StatusServer"]
+
+_BACKLOG = 16  # as in `tailspan.http.server_limits`, which sets it again
+_OPEN = ServerAccess()
 _OWN_MODE = 0o177
-_MAX_CONNECTIONS = 100
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerAccess:
-    """Who may use what.
-
-    Attributes:
-        token: The configured token: everything but health requires it. None: see `page_token`.
-        page_token: Required by the page if there is no `token`; None requires none.
-        allowed_hosts: Further accepted names in the Host header.
-        public_url: The URL of a proxy in front of the server.
-    """
-
-    token: str | None = None
-    page_token: str | None = None
-    allowed_hosts: Collection[str] = ()
-    public_url: str | None = None
+_NEEDED = ("h11", "jinja2", "starlette", "uvicorn")
 
 
 class StatusServer:
@@ -69,6 +46,7 @@ class StatusServer:
 
     Raises:
         ConfigError: The server cannot listen on the address.
+        ModuleNotFoundError: A package that answers requests is not installed.
     """
 
     def __init__(
@@ -79,39 +57,20 @@ class StatusServer:
         readiness: Callable[[], Sequence[str]],
         delivery: Callable[[str, str], Awaitable[Mapping[str, object]]],
         view: AgentView | None = None,
-        access: ServerAccess = ServerAccess(),
+        access: ServerAccess = _OPEN,
     ) -> None:
+        for package in _NEEDED:
+            if importlib.util.find_spec(package) is None:
+                raise ModuleNotFoundError(f"No module named {package!r}", name=package)
         self._metrics = metrics
         self._readiness = readiness
         self._delivery = delivery
-        owner = view.store.instance_id[:8] if view is not None else ""
-        self._session = Session(access.token or access.page_token, owner, access.public_url)
-        self._numbers_session = Session(access.token)
-        page = self._page = PageRoutes(view, self._session) if view is not None else None
+        self._view = view
+        self._access = access
         self._path = address if isinstance(address, Path) else None
         self._own_names = [] if isinstance(address, Path) else [address[0]]
-        self._page_access = AccessControl(self._session, (), page.login_redirect if page else lambda _: None)
-        self._numbers_access = AccessControl(self._numbers_session, ())
-        self._access = access
-        self.change_access(access)
-        app = Starlette(
-            routes=[
-                *(page.routes(self._page_access) if page else ()),
-                Route("/metrics", self._numbers_access.require_token(self._get_metrics)),
-                Route("/delivery", self._numbers_access.require_token(self._get_delivery)),
-                Route("/healthz", self._healthz),
-                Route("/readyz", self._readyz),
-            ]
-        )
         self._socket = _listen_on_path(address) if isinstance(address, Path) else _listen(*address)
-        self._server = _Server(
-            limited_config(
-                _BelowPrefix(app, self._session),
-                max_connections=_MAX_CONNECTIONS,
-                open_paths=("/healthz", "/readyz"),
-                timeout_graceful_shutdown=_STOP_GRACE_S,
-            )
-        )
+        self._app: StatusApp | None = None
         self._serving: asyncio.Task[None] | None = None
 
     @property
@@ -146,80 +105,54 @@ class StatusServer:
             access: The access from now on.
         """
         self._access = access
-        self._session.public_url = access.public_url
-        self._numbers_session.change_token(access.token)
-        public = urlsplit(access.public_url or "").hostname
-        hosts = [*self._own_names, *access.allowed_hosts, *([public] if public else [])]
-        self._page_access.change_hosts(hosts)
-        self._numbers_access.change_hosts(hosts)
-        if self._session.change_token(access.token or access.page_token) and self._page:
-            self._page.end_streams()
+        if self._app is not None:
+            self._app.change_access(access)
 
     async def __aenter__(self) -> Self:
         """Start to answer. Connections wait in the socket's queue since the constructor."""
-        self._serving = asyncio.create_task(self._server.serve([self._socket]), name="status server")
+        self._serving = asyncio.create_task(self._serve(), name="status server")
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Stop: close idle connections at once, and give running responses one second."""
-        self._server.should_exit = True
-        if self._page:
-            self._page.end_streams(for_good=True)
-        if self._serving:
-            await self._serving
+        if self._serving is not None:
+            if self._app is None:
+                await cancelled(self._serving)
+            else:
+                self._app.stop()
+                await self._serving
         self._socket.close()
         if self._path is not None:
             self._path.unlink(missing_ok=True)
 
-    async def _healthz(self, _: Request) -> Response:
-        return PlainTextResponse("ok\n")
+    async def _serve(self) -> None:
+        await _first_connection(self._socket)
+        from tailspan_agent.web.app import StatusApp
 
-    async def _readyz(self, _: Request) -> Response:
-        problems = self._readiness()
-        return PlainTextResponse("".join(f"{each}\n" for each in problems or ["ready"]), 503 if problems else 200)
-
-    async def _get_metrics(self, request: Request) -> Response:
-        pieces, content_type = await self._metrics(request.headers.get("accept", ""))
-        return StreamingResponse(_with_pauses(pieces), headers={"content-type": content_type})
-
-    async def _get_delivery(self, request: Request) -> Response:
-        query = request.query_params
-        return JSONResponse(await self._delivery(query.get("identity", ""), query.get("job_id", "")))
-
-
-class _BelowPrefix:
-    """Answers requests with and without the prefix of ``agent.public_url``: some proxies take it away, some do not."""
-
-    def __init__(self, app: ASGIApp, session: Session) -> None:
-        self._app = app
-        self._session = session
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        root = self._session.root
-        if root and scope["type"] == "http" and f"{scope['path']}/".startswith(f"{root}/"):
-            path = scope["path"].removeprefix(root) or "/"
-            raw_path = scope.get("raw_path", b"").removeprefix(root.encode()) or b"/"
-            scope = {**scope, "path": path, "raw_path": raw_path}
-        await self._app(scope, receive, send)
+        self._app = StatusApp(
+            metrics=self._metrics,
+            readiness=self._readiness,
+            delivery=self._delivery,
+            view=self._view,
+            access=self._access,
+            own_names=self._own_names,
+        )
+        await self._app.serve(self._socket)
 
 
-async def _with_pauses(pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
-    for piece in pieces:
-        yield piece
-        await asyncio.sleep(0)
-
-
-class _Server(LimitedServer):
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave SIGINT and SIGTERM to the agent, which drains first."""
-        yield
+async def _first_connection(listener: socket.socket) -> None:
+    loop, connected = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(listener, connected.set)
+    try:
+        await connected.wait()
+    finally:
+        loop.remove_reader(listener)
 
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=BACKLOG
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=_BACKLOG
         )
     except OSError as error:
         # resolver errors have their own negative numbers
@@ -243,7 +176,7 @@ def _listen_on_path(path: Path) -> socket.socket:
             listener.bind(os.fspath(path))
         finally:
             os.umask(before)
-        listener.listen(BACKLOG)
+        listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
         reason = error.strerror or str(error)

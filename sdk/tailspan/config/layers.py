@@ -71,7 +71,7 @@ def set_in(table: dict[str, Any], path: Sequence[str], value: object) -> bool:
 
 
 def merged(tables: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return one table of all layers, of which the first one is the uppermost."""
+    """Return all layers as one table; the first one is the uppermost."""
     result: dict[str, Any] = {}
     for table in tables:
         result = _over(result, below(result, table))

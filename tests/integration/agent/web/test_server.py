@@ -13,7 +13,8 @@ import pytest
 
 from tailspan.errors import ConfigError
 from tailspan_agent.web.access import AccessControl
-from tailspan_agent.web.server import ServerAccess, StatusServer
+from tailspan_agent.web.server import StatusServer
+from tailspan_agent.web.server_access import ServerAccess
 from tailspan_agent.web.session import Session
 
 T = TypeVar("T")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,30 +38,3 @@ def test_shares_are_fair(agents: set[int]) -> None:
 def test_what_is_too_much_is_handed_over(share: int, given_up: list[int]) -> None:
     """An agent keeps as many shards as its share."""
     assert surplus({2, 3, 1}, share) == given_up
-
-
-def test_an_agent_that_is_alone_loads_nothing_of_the_fleet(tmp_path: Path) -> None:
-    """A whole `agent run` with its page loads neither the driver nor our own modules."""
-    config = tmp_path / "config.toml"
-    config.write_text(
-        f'[services.local]\nstate_dir = "{tmp_path}/jobs"\n[agent]\nstate_dir = "{tmp_path}/agent"\n'
-        'listen = "127.0.0.1:0"\n[[agent.watch]]\nservice = "local"\ndiscover = true\n'
-    )
-    code = (
-        "import os, signal, sys\n"
-        "import tailspan_agent.agent as agent\n"
-        "from tailspan.cli import main\n"
-        "follow, drain = agent.Agent._follow, agent.Agent._drain\n"
-        "async def followed(self):\n"
-        "    await follow(self)\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "async def drained(self):\n"
-        "    await drain(self)\n"
-        "    assert 'uvicorn' in sys.modules\n"
-        "    ours = [name for name in sys.modules if name.startswith(('psycopg', 'tailspan_agent.fleet'))]\n"
-        "    print(ours, flush=True)\n"
-        "agent.Agent._follow, agent.Agent._drain = followed, drained\n"
-        f"main(['agent', 'run', '--no-token', '--config', {str(config)!r}])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
-    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
