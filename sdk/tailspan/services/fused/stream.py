@@ -6,13 +6,13 @@ import operator
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate, pairwise, repeat
+from itertools import accumulate, compress, repeat
 from typing import Annotated, Any, cast
 
 import msgspec
 
 from tailspan.logs.page import CLEAN, MAX_PAGE_BYTES, MAX_PAGE_LINES, NANOS_PER_MS, LineRun, LogPage, Stream
-from tailspan.services.fused.window import LateWindow
+from tailspan.services.fused.window import LateWindow, NewLines
 
 __all__ = ["LogEntry", "lines", "messages", "pages"]
 
@@ -119,7 +119,7 @@ def pages(window: LateWindow, entries: Sequence[LogEntry]) -> Iterator[LogPage]:
         page_streams = streams
         if isinstance(streams, list):
             page_streams = streams[start:end] if whole else [streams[start + place] for place in new.places]
-        runs = _runs(new.times_unix_nano, page_streams, flags)
+        runs = _runs(new, page_streams, flags)
         yield LogPage(page_lines, runs, window.cursor(), b"".join(new.digests))
 
 
@@ -178,15 +178,16 @@ def _page_bounds(bodies: Sequence[bytes]) -> Iterator[tuple[int, int]]:
         start = end
 
 
-def _runs(times_unix_nano: Sequence[int], streams: int | Sequence[int], flags: int) -> list[LineRun]:
+def _runs(new: NewLines, streams: int | Sequence[int], flags: int) -> list[LineRun]:
     """Return the runs: consecutive lines of one stream whose times count up by one nanosecond."""
-    following = pairwise(times_unix_nano)
-    starts = [0, *(place for place, (nano, after) in enumerate(following, 1) if after - nano != 1)]
+    starts, firsts, end = new.starts, new.firsts_unix_nano, len(new.digests)
     if not isinstance(streams, int):
-        changes = (place for place in range(1, len(streams)) if streams[place] != streams[place - 1])
-        starts = sorted({*starts, *changes})
-    counts = map(operator.sub, [*starts[1:], len(times_unix_nano)], starts)
-    firsts = map(times_unix_nano.__getitem__, starts)
+        changes = compress(range(1, end), map(operator.ne, streams[1:], streams))
+        cut = sorted({*starts, *changes})
+        begun = [bisect_right(starts, start) - 1 for start in cut]
+        firsts = [firsts[run] + start - starts[run] for run, start in zip(begun, cut, strict=True)]
+        starts = cut
+    counts = map(operator.sub, [*starts[1:], end], starts)
     kinds = repeat(streams) if isinstance(streams, int) else map(streams.__getitem__, starts)
     # Most lines have a millisecond, and so a run, of their own: this makes `LineRun`s without a Python call for each.
     return list(

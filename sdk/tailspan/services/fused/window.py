@@ -61,12 +61,14 @@ class NewLines(NamedTuple):
 
     Attributes:
         places: Their indexes in the arguments of `LateWindow.take`.
-        times_unix_nano: Their times, counted up within each millisecond, in ns since the epoch.
-        digests: 8 bytes for each, as `tailspan.logs.page.line_digest` makes them.
+        starts: Indexes in `places` where runs begin: within a run, the time counts up by one nanosecond.
+        firsts_unix_nano: The time of the first line of each run, in ns since the epoch.
+        digests: 8 bytes for each line, as `tailspan.logs.page.line_digest` makes them.
     """
 
     places: Sequence[int]
-    times_unix_nano: list[int]
+    starts: list[int]
+    firsts_unix_nano: list[int]
     digests: list[bytes]
 
 
@@ -301,7 +303,9 @@ class LateWindow:
             ordinal += 1
         if ordinal:
             totals[last_ms] = ordinal
-        return NewLines(places, times_unix_nano, digests)
+        jumps = (place for place, (nano, after) in enumerate(pairwise(times_unix_nano), 1) if after - nano != 1)
+        starts = [0, *jumps] if places else []
+        return NewLines(places, starts, list(map(times_unix_nano.__getitem__, starts)), digests)
 
     def _take_in_order(self, times_ms: Sequence[int], messages: Sequence[bytes]) -> NewLines | None:
         """Take lines that are all new, in order and different, without a step for each; None if they are not."""
@@ -329,13 +333,9 @@ class LateWindow:
         kept.totals.update(zip(instants, counts, strict=True))
         kept.totals[first_ms] = before + counts[0]
         kept.newest_ms = last_ms
-        times_unix_nano: list[int] = []
-        ordinal = before
-        for ms, count in zip(instants, counts, strict=True):
-            nano = ms * NANOS_PER_MS + ordinal
-            times_unix_nano += range(nano, nano + count)
-            ordinal = 0
-        return NewLines(range(len(digests)), times_unix_nano, digests)
+        firsts_unix_nano = [ms * NANOS_PER_MS for ms in instants]
+        firsts_unix_nano[0] += before
+        return NewLines(range(len(digests)), starts, firsts_unix_nano, digests)
 
     def _digests(self, texts: Iterable[bytes]) -> list[bytes]:
         begun = hashlib.blake2b(self._head, digest_size=DIGEST_BYTES)

@@ -16,6 +16,13 @@ LATE_S = 0.05
 TEXTS = st.sampled_from([b"heartbeat", b"heartbeat ", b"", "ü \0 \n".encode(), b"checked 10 rows, 0 ERRORS"])
 
 
+def times_of(new):
+    """Return the time of each new line."""
+    ends = [*new.starts[1:], len(new.digests)]
+    runs = zip(new.starts, ends, new.firsts_unix_nano, strict=True)
+    return [first + number for start, end, first in runs for number in range(end - start)]
+
+
 class Server:
     """Lines with the number of the first read that sees them, sorted by time as services do."""
 
@@ -54,7 +61,7 @@ def follow(server, reads, *, cuts=(), slice_lines=3, late_window_s=LATE_S, max_l
             new = window.take([ms for ms, _ in part], [text for _, text in part])
             if new.places:
                 chosen = [part[place] for place in new.places]
-                out += zip(chosen, new.times_unix_nano, new.digests, strict=True)
+                out += zip(chosen, times_of(new), new.digests, strict=True)
                 cursor = window.cursor()
     return out
 
@@ -131,7 +138,7 @@ def test_a_reread_out_of_order_drops_what_was_seen(lines, order):
 def test_uid_and_time_are_the_contract():
     """Uids are `line_digest` of the millisecond and the occurrence; times count up within the millisecond."""
     new = LateWindow(IDENTITY, JOB, late_window_s=10).take([7, 7, 7, 8], [b"a", b"b", b"a", b"a"])
-    assert new.times_unix_nano == [7_000_000, 7_000_001, 7_000_002, 8_000_000]
+    assert times_of(new) == [7_000_000, 7_000_001, 7_000_002, 8_000_000]
     expected = [(7_000_000, b"a", 0), (7_000_000, b"b", 0), (7_000_000, b"a", 1), (8_000_000, b"a", 0)]
     assert new.digests == [line_digest(IDENTITY, JOB, nano, text, nth) for nano, text, nth in expected]
 
@@ -162,14 +169,14 @@ def test_a_very_full_millisecond_is_bounded():
     again = LateWindow(IDENTITY, JOB, cursor, late_window_s=10, max_lines=100)
     new = again.take([1] * 1_002, [b"x"] * 1_002)
     assert list(new.places) == [1_000, 1_001]
-    assert new.times_unix_nano == [1_001_000, 1_001_001]
+    assert times_of(new) == [1_001_000, 1_001_001]
 
 
 def test_more_lines_than_ns_stay_in_their_millisecond():
     """The ordinal is capped below 1 ms."""
     window = LateWindow(IDENTITY, JOB, late_window_s=10, max_lines=3)
     window._kept.totals[1] = 999_999
-    assert window.take([1, 1, 1], [b"x"] * 3).times_unix_nano == [1_999_999] * 3
+    assert times_of(window.take([1, 1, 1], [b"x"] * 3)) == [1_999_999] * 3
 
 
 @pytest.mark.parametrize("cursor", [b"", b"\x00", b"123:4", b"\x93\x01\x02\x03"])
