@@ -18,6 +18,8 @@ NO_DIRECTORY = -1
 """Instead of the descriptor of a directory that is gone, or that is a link."""
 
 _ENTRIES_PER_READ = 256
+# All that a reader needs who follows a job: one read.
+_TAIL_ENTRIES = 32
 # A power failure damages what was written within seconds. More than this was never an index: 8 MiB, a quarter of a
 # second. A hole in the file (`truncate -s 1T`) is skipped and does not count.
 _MOST_DAMAGED = 1 << 18
@@ -111,7 +113,7 @@ class IndexFile:
     `_MOST_DAMAGED` entries.
     """
 
-    def __init__(self, path: Path, dir_fd: int | None = None) -> None:
+    def __init__(self, path: Path | str, dir_fd: int | None = None) -> None:
         """Open an index; one that is missing has no entries.
 
         Args:
@@ -122,13 +124,15 @@ class IndexFile:
             ProtocolError: It was written by a newer version.
         """
         self._path = path
-        self._fd = open_file(path if dir_fd is None else path.name, dir_fd)
+        self._fd = open_file(path if dir_fd is None else os.path.basename(path), dir_fd)
         try:
             header = read_at(self._fd, 0, HEADER_BYTES)
             if len(header) == HEADER_BYTES and header[:8] == HEADER[:8] and header != HEADER:
                 raise ProtocolError(f"{path} was written by a newer version of Tailspan; upgrade this one")
             size = os.fstat(self._fd).st_size if self._fd is not None else 0
             self._places = max(0, size - HEADER_BYTES) // ENTRY_BYTES
+            self._tail_start = max(0, self._places - _TAIL_ENTRIES)
+            self._tail = self._read(self._tail_start, self._places) if self._places else b""
         except BaseException:
             self.close()
             raise
@@ -144,8 +148,11 @@ class IndexFile:
         """Whether no search for whole entries is needed: there is no hole, and one of the last entries is whole."""
         if not self._places:
             return True
-        block = self._block(max(0, self._places - _ENTRIES_PER_READ), self._places)
-        return data_end(self._fd, 0) >= HEADER_BYTES + self._places * ENTRY_BYTES and any(block)
+        if self.entry(self._places - 1) is None:
+            block = self._block(max(0, self._places - _ENTRIES_PER_READ), self._places)
+            if not any(block):
+                return False
+        return data_end(self._fd, 0) >= HEADER_BYTES + self._places * ENTRY_BYTES
 
     @functools.cached_property
     def count(self) -> int:
@@ -154,15 +161,20 @@ class IndexFile:
         Raises:
             ProtocolError: More entries are damaged than a power failure can damage.
         """
-        found = self._last_whole(self._places)
-        return 0 if found is None else found[0] + 1
+        return 0 if self._last is None else self._last[0] + 1
+
+    @functools.cached_property
+    def _last(self) -> tuple[int, Entry] | None:
+        return self._last_whole(self._places)
 
     def entry(self, number: int) -> Entry | None:
         """Return an entry by its number, from 0; None when it is damaged."""
-        return unpack_entry(read_at(self._fd, HEADER_BYTES + number * ENTRY_BYTES, ENTRY_BYTES))
+        return unpack_entry(self._raw(number, number + 1))
 
     def whole_at(self, number: int) -> tuple[int, Entry]:
         """Return the first entry from a number on that is not damaged, and its number."""
+        if number < self.count and (whole := self.entry(number)) is not None:
+            return number, whole
         for candidate, entry in self._numbered(number):
             if entry is not None:
                 return candidate, entry
@@ -175,7 +187,7 @@ class IndexFile:
 
     def last(self) -> Entry | None:
         """Return the last entry; None for an empty index."""
-        return self.whole_at(self.count - 1)[1] if self.count else None
+        return None if self._last is None else self._last[1]
 
     def first_where(self, holds: Callable[[Entry], bool]) -> int:
         """Return the number of the first entry for which something holds, by bisection; `count` if for none.
@@ -183,9 +195,10 @@ class IndexFile:
         Args:
             holds: Once true, it is true for all later entries.
         """
-        low, high = 0, self.count
+        low, high, step = 0, self.count, 1
         while low < high:
-            middle = (low + high) // 2
+            # From the end first, where a reader goes on who follows a job.
+            middle, step = max((low + high) // 2, high - step), 2 * step
             number, entry = self.whole_at(middle)
             if holds(entry):
                 high = middle
@@ -201,12 +214,12 @@ class IndexFile:
         """Yield the entries from a number on with their numbers; see `entries`."""
         damaged = 0
         while number < self.count:
-            after = self._after_hole(number)
-            if after > number:
+            block = self._block(number, min(number + _ENTRIES_PER_READ, self.count))
+            # An entry is no hole: its checksum is not zero.
+            if block[0] is None and (after := self._after_hole(number)) > number:
                 yield number, None
                 number = after
                 continue
-            block = self._block(number, min(number + _ENTRIES_PER_READ, self.count))
             for candidate, entry in enumerate(block, number):
                 damaged = 0 if entry is not None else self._check(damaged + 1)
                 yield candidate, entry
@@ -220,6 +233,8 @@ class IndexFile:
 
     def _last_whole(self, number: int) -> tuple[int, Entry] | None:
         """Return the last entry before a number that is not damaged, and its number; None without one."""
+        if number and (entry := self.entry(number - 1)) is not None:
+            return number - 1, entry
         damaged = 0
         for start, end in reversed(self._data_before(number)):
             while end > start:
@@ -249,11 +264,21 @@ class IndexFile:
         return ranges
 
     def _block(self, number: int, end: int) -> list[Entry | None]:
-        wanted = (end - number) * ENTRY_BYTES
-        raw = read_at(self._fd, HEADER_BYTES + number * ENTRY_BYTES, wanted)
+        raw = self._raw(number, end)
         if not raw.strip(b"\0"):
             return [None] * (end - number)
+        wanted = (end - number) * ENTRY_BYTES
         return [unpack_entry(raw[position : position + ENTRY_BYTES]) for position in range(0, wanted, ENTRY_BYTES)]
+
+    def _raw(self, number: int, end: int) -> bytes:
+        """Return the bytes of entries."""
+        if number < self._tail_start:
+            return self._read(number, end)
+        start = self._tail_start
+        return self._tail[(number - start) * ENTRY_BYTES : (end - start) * ENTRY_BYTES]
+
+    def _read(self, number: int, end: int) -> bytes:
+        return read_at(self._fd, HEADER_BYTES + number * ENTRY_BYTES, (end - number) * ENTRY_BYTES)
 
     def _check(self, damaged: int) -> int:
         if damaged > _MOST_DAMAGED:

@@ -79,30 +79,37 @@ class _Span(NamedTuple):
 class LogReader:
     """One job's log as it is now. A context manager; it holds the files open, so a pruned job stays readable."""
 
-    def __init__(self, directory: Path, job_id: str, *, ended: bool) -> None:
+    def __init__(self, directory: Path | str, job_id: str, *, ended: bool, dir_fd: int | None = None) -> None:
         """Open a log as it is now. Later lines are for the next reader, or a busy job would never end this one.
 
         Args:
             directory: The job's directory.
             job_id: The job, for errors and uids.
             ended: Whether the job has ended: text that a killed supervisor had not yet indexed then counts as lines.
+            dir_fd: The job's directory, if the caller holds it open.
         """
         self._job_id = job_id
         self._ended = ended
+        if dir_fd is not None:
+            self._open(directory, dir_fd)
+            return
         try:
             dir_fd = open_directory(directory)
         except (FileNotFoundError, NotADirectoryError):
-            dir_fd = NO_DIRECTORY
+            self._open(directory, NO_DIRECTORY)
+            return
         try:
-            self._index = IndexFile(directory / "log.idx", dir_fd)
-            try:
-                self._log_fd = open_file("log", dir_fd)
-            except BaseException:
-                self._index.close()
-                raise
+            self._open(directory, dir_fd)
         finally:
-            if dir_fd != NO_DIRECTORY:
-                os.close(dir_fd)
+            os.close(dir_fd)
+
+    def _open(self, directory: Path | str, dir_fd: int) -> None:
+        self._index = IndexFile(f"{directory}/log.idx", dir_fd)
+        try:
+            self._log_fd = open_file("log", dir_fd)
+        except BaseException:
+            self._index.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -118,6 +125,12 @@ class LogReader:
         if self._log_fd is not None:
             os.close(self._log_fd)
             self._log_fd = None
+
+    @property
+    def has_more_text(self) -> bool:
+        """Whether the log has text behind the last entry: the next lines, or what a killed supervisor left."""
+        last = self._index.last()
+        return self._log_size() > (last.end if last else 0)
 
     @property
     def is_plain(self) -> bool:

@@ -154,7 +154,7 @@ class JobStore:
         return f"{self.jobs}/{job_id}"
 
     @contextmanager
-    def _opened(self, job_id: str) -> Iterator[int]:
+    def opened(self, job_id: str) -> Iterator[int]:
         """Open a job's directory.
 
         Raises:
@@ -220,7 +220,7 @@ class JobStore:
             JobNotFoundError: There is no such job.
             ServiceUnavailableError: The store was moved away or unmounted.
         """
-        with self._opened(job_id) as fd:
+        with self.opened(job_id) as fd:
             self._used = True
             spec = _read_json("job.json", fd) or {}
             recorded, supervised = _read_state(fd)
@@ -232,15 +232,19 @@ class JobStore:
         Raises:
             JobNotFoundError: There is no such job.
         """
-        with self._opened(job_id) as fd:
-            recorded, supervised = _read_state(fd)
-            spec = {} if "name" in recorded else _read_json("job.json", fd) or {}
+        with self.opened(job_id) as fd:
+            return self.glance_at(job_id, fd)
+
+    def glance_at(self, job_id: str, fd: int) -> StoredJob:
+        """Return what `glance` does, from the job's open directory."""
+        recorded, supervised = _read_state(fd)
+        spec = {} if "name" in recorded else _read_json("job.json", fd) or {}
         self._used = True
         return StoredJob(job_id, self.directory(job_id), spec, recorded, supervised)
 
     def state(self, job_id: str) -> tuple[Mapping[str, Any], bool]:
         """Return a job's ``state.json``, and whether its supervisor lives."""
-        with self._opened(job_id) as fd:
+        with self.opened(job_id) as fd:
             return _read_state(fd)
 
     def running_mark(self, job_id: str) -> tuple[int, ...] | None:
@@ -273,7 +277,7 @@ class JobStore:
     def mark_canceled(self, job_id: str) -> None:
         """Leave a mark for a supervisor that cannot be signalled yet; on a disk that is full or fails, do without."""
         try:
-            with self._opened(job_id) as fd:
+            with self.opened(job_id) as fd:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
                 os.close(os.open("cancel", flags, 0o600, dir_fd=fd))
         except (PermissionError, FileNotFoundError):

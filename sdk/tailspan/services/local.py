@@ -194,24 +194,46 @@ class LocalService(SubmitService, ChangeFeedService):
         The cursor is the byte of `log` where to go on. Lines never become visible late.
         """
         with self._translated(job_id):
-            ended = job_id in self._final_rows or self._store.glance(job_id).logs_complete
             identity = self._identities.get(job_id) or self._identity_in(self._store.load(job_id))
-            with LogReader(self._store.directory(job_id), job_id, ended=ended) as reader:
+            with self._opened_log(job_id) as reader:
                 pages = reader.pages(identity, cursor, since_ms)
                 # Any program can write these files, and the search for the next page may be long.
                 off_loop = not reader.is_plain
-                while page := await beside_loop(next, pages, None) if off_loop else next(pages, None):
+                page = await beside_loop(next, pages, None) if off_loop else next(pages, None)
+                while page:
                     yield page
-                    await checkpoint()
+                    page = await beside_loop(next, pages, None) if off_loop else next(pages, None)
+                    if page:
+                        await checkpoint()
+
+    def _opened_log(self, job_id: str) -> LogReader:
+        """Open a job's log; text without an entry counts only if the job has ended.
+
+        Raises:
+            JobNotFoundError: There is no such job.
+        """
+        with self._store.opened(job_id) as fd:
+            place, ended = f"{self._store.jobs}/{job_id}", job_id in self._final_rows
+            reader = LogReader(place, job_id, ended=ended, dir_fd=fd)
+            try:
+                # Most polls of a running job find no such text, and need not ask for its state.
+                if ended or not reader.has_more_text or not self._store.glance_at(job_id, fd).logs_complete:
+                    return reader
+            except BaseException:
+                reader.close()
+                raise
+            reader.close()
+            # Opened again: its supervisor may have written the last entries since.
+            return LogReader(place, job_id, ended=True, dir_fd=fd)
 
     async def open_line(self, job_id: str) -> OpenLine | None:
         """Return the line whose newline has not come; see `tailspan.services.JobService`."""
-        with self._translated(job_id):
-            job = self._store.glance(job_id)
-            if job.logs_complete:
-                return None
-            identity = self._identities.get(job_id) or self._identity_in(self._store.load(job_id))
-            with LogReader(job.directory, job_id, ended=False) as reader:
+        with self._translated(job_id), self._store.opened(job_id) as fd:
+            place = f"{self._store.jobs}/{job_id}"
+            with LogReader(place, job_id, ended=False, dir_fd=fd) as reader:
+                if not reader.has_more_text or self._store.glance_at(job_id, fd).logs_complete:
+                    return None
+                identity = self._identities.get(job_id) or self._identity_in(self._store.load(job_id))
                 return reader.open_line(identity)
 
     async def log_times_ms(self, job_id: str) -> tuple[int, int] | None:
