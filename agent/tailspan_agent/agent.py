@@ -533,8 +533,7 @@ class Agent:
             except TailspanError as error:
                 failures.append(error)
             failures.extend(discovery.skipped.values())
-        while self._receiver.tailers:
-            await asyncio.wait(self._receiver.tailers.values())
+        await self._receiver.all_stopped()
         await self._flush()
         push = self._make_push()
         if push is not None:

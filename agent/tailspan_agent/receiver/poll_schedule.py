@@ -1,7 +1,7 @@
 """`PollSchedule`: the poll schedule of one job, and whether a poll requests the status.
 
 Idle jobs cost no requests: a job covered by the list's line counts or by change notifications is not polled. Once its
-lines are acknowledged, its tailer is *parked*: it waits without a timer until the list or a notification wakes it.
+lines are acknowledged, its tailer is *parked*: it rests without a timer until the list or a notification wakes it.
 
     covered by        status requested                           next poll
     nothing           at each poll                               after the follower's delay, up to `poll_max_s`
@@ -15,9 +15,9 @@ lines are acknowledged, its tailer is *parked*: it waits without a timer until t
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 import time
+from collections.abc import Callable
 from typing import Any
 
 from tailspan._identity import trace_id
@@ -25,7 +25,6 @@ from tailspan.logs.follow import Follower
 from tailspan.models import JobState, JobStatus, ListedJob
 from tailspan.services import JobService
 from tailspan_agent.analysis.assessment import JobSnapshot
-from tailspan_agent.tasks import Flag
 
 __all__ = ["PollSchedule", "late_lines_delay_s", "status_known_of"]
 
@@ -45,15 +44,36 @@ class PollSchedule:
         has_tasks: Whether the job has tasks, which change without a sign of it in the list.
 
     Attributes:
+        on_due: Called when a poll is due while the tailer rests.
         has_changes: Whether the service pushes changes of this job.
         row: The job's row of the list; None if the list does not have it.
-        parked: Whether the tailer waits without a timer for a change.
+        is_resting: Whether nothing is to be done for the job until its next poll is due.
     """
 
+    __slots__ = (
+        "_follower",
+        "_had_lines",
+        "_has_tasks",
+        "_is_plain",
+        "_is_woken",
+        "_listed",
+        "_poll_max_s",
+        "_row_at_s",
+        "_silent_reads",
+        "_state_changed",
+        "_status_at_s",
+        "_timer",
+        "has_changes",
+        "is_resting",
+        "on_due",
+        "row",
+    )
+
     def __init__(self, follower: Follower, *, has_tasks: bool = False) -> None:
+        self.on_due: Callable[[], object] = _nothing
         self.has_changes = False
         self.row: ListedJob | None = None
-        self.parked = False
+        self.is_resting = False
         self._follower = follower
         self._has_tasks = has_tasks
         self._poll_max_s = follower.poll_max_s
@@ -64,7 +84,8 @@ class PollSchedule:
         self._state_changed = False
         self._had_lines = True
         self._silent_reads = 0
-        self._woken = Flag()
+        self._is_woken = False
+        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def is_counted(self) -> bool:
@@ -92,6 +113,11 @@ class PollSchedule:
             )
             self._listed = row, JobSnapshot(service=service.name, status=status)
         return self._listed[1]
+
+    @property
+    def parked(self) -> bool:
+        """Whether the tailer rests without a timer until a change."""
+        return self.is_resting and self._timer is None
 
     @property
     def is_long_parked(self) -> bool:
@@ -130,7 +156,9 @@ class PollSchedule:
     def wake(self) -> None:
         """Poll the job now: a notification or the list reports a change."""
         self._follower.wake()
-        self._woken.set()
+        self._is_woken = True
+        if self.is_resting:
+            self._end_rest()
 
     def on_status(self, job: JobStatus) -> float:
         """Note a requested status; return the time, in seconds of the monotonic clock."""
@@ -188,14 +216,39 @@ class PollSchedule:
             return None if self.is_counted else _SILENCE_S * random.uniform(0.8, 1.0)
         return None if self.is_counted and delay_s >= 0.9 * _SILENCE_S else delay_s
 
-    async def wait(self, delay_s: float | None) -> None:
-        """Wait for a delay in seconds, or for a change; None waits for a change only."""
-        self.parked = delay_s is None
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(delay_s):
-                await self._woken.wait()
-        self._woken.clear()
-        self.parked = False
+    def rest(self, delay_s: float | None) -> bool:
+        """Rest until a delay in seconds is over or the job has changed, whichever is first; then call `on_due`.
+
+        A resting job has no task: ten thousand of them would take most of the agent's memory.
+
+        Args:
+            delay_s: The delay; None rests until a change only.
+
+        Returns:
+            False if the job has changed since its last poll began: then it does not rest.
+        """
+        if self._is_woken:
+            self._is_woken = False
+            return False
+        self.is_resting = True
+        if delay_s is not None:
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._end_rest)
+        return True
+
+    def _end_rest(self) -> None:
+        self.cancel()
+        self.on_due()
+
+    def cancel(self) -> None:
+        """End the rest without a poll."""
+        self.is_resting = self._is_woken = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def _nothing() -> None:
+    pass
 
 
 def late_lines_delay_s(ended_ago_s: float) -> float:

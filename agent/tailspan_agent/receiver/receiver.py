@@ -1,4 +1,7 @@
-"""`Receiver`: the watched services, their discoveries, and the tailers of their jobs, as tasks."""
+"""`Receiver`: the watched services, their discoveries, and the tailers of their jobs.
+
+A tailer is a task only while it polls its job.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ class Receiver:
             this machine. None: this agent follows all jobs.
 
     Attributes:
-        tailers: The running tailers, with their tasks.
+        tailers: The tailers of all followed jobs, with their tasks; None for one that rests until its next poll.
         discoveries: The discoveries, by the configured name of their service.
         started: The number of jobs that a single pass (`once`) started.
         broken: Why the plugins of services cannot be used, by the services' names; the other services are followed.
@@ -55,7 +58,8 @@ class Receiver:
         opener: Callable[[str, Settings], JobService],
         shared: PipelineContext | None = None,
     ) -> None:
-        self.tailers: dict[Tailer, asyncio.Task[None]] = {}
+        self.tailers: dict[Tailer, asyncio.Task[None] | None] = {}
+        self._stopped_tailer = asyncio.Event()
         self.discoveries: dict[str, JobDiscovery] = {}
         self.started = 0
         self.broken: dict[str, PluginError] = {}
@@ -116,7 +120,7 @@ class Receiver:
         dropped: list[Tailer] = []
         for discovery in self._shared_discoveries():
             dropped += discovery.drop(partial(is_kept, discovery.identity))
-        await cancelled(*self._tasks_of(dropped))
+        await self._stop(dropped)
 
     def _shared_discoveries(self) -> list[JobDiscovery]:
         return [
@@ -233,7 +237,7 @@ class Receiver:
         for discovery in self.discoveries.values():
             discovery.stop()
         # Discoveries first: one that is stopped in the middle of a list still starts the tailers of the jobs it found.
-        await cancelled(*self.tailers.values())
+        await self._stop(self.tailers)
 
     async def aclose(self) -> None:
         """Stop all tasks and close the services."""
@@ -244,7 +248,7 @@ class Receiver:
 
     async def _unwatch(self, name: str) -> None:
         await cancelled(self._tasks.pop(name))
-        await cancelled(*self._tasks_of(self.discoveries.pop(name).tailers.values()))
+        await self._stop(self.discoveries.pop(name).tailers.values())
         await self._sources.pop(name).service.aclose()
 
     async def _rematch(self, discovery: JobDiscovery, watches: Sequence[Watch]) -> None:
@@ -259,28 +263,56 @@ class Receiver:
                 unwatched.append(tailer)
             else:
                 tailer.apply_settings(watch)
-        await cancelled(*self._tasks_of(unwatched))
+        await self._stop(unwatched)
         if changed:
             discovery.apply_watches(watches)
             self._tasks[discovery.name] = asyncio.create_task(discovery.run())
 
     def _start(self, tailer: Tailer) -> None:
         self.started += tailer.once
-        discovery = self.discoveries[tailer.service_name]
+        tailer.schedule.on_due = partial(self._resume, tailer)
+        self._resume(tailer)
+
+    def _resume(self, tailer: Tailer) -> None:
         task = self.tailers[tailer] = asyncio.create_task(self._run(tailer))
+        task.add_done_callback(partial(self._on_task_end, tailer))
 
-        def ended(_: asyncio.Task[None]) -> None:
-            del self.tailers[tailer]
-            tailer.leave_stream()  # a task that was cancelled before its start has not left
+    def _on_task_end(self, tailer: Tailer, task: asyncio.Task[None]) -> None:
+        if self.tailers.get(tailer) is task:
+            self._forget(tailer)
+
+    def _forget(self, tailer: Tailer) -> None:
+        del self.tailers[tailer]
+        tailer.leave_stream()  # a task that was cancelled before its start has not left
+        # A service that is not watched any more has no discovery.
+        if (discovery := self.discoveries.get(tailer.service_name)) is not None:
             discovery.forget(tailer)
-            if tailer.once and tailer.failure is not None:
-                self.failed.append((tailer.job_id, tailer.failure))
+        if tailer.once and tailer.failure is not None:
+            self.failed.append((tailer.job_id, tailer.failure))
+        self._stopped_tailer.set()
 
-        task.add_done_callback(ended)
+    async def _stop(self, tailers: Iterable[Tailer]) -> None:
+        tasks = []
+        for tailer in [tailer for tailer in tailers if tailer in self.tailers]:
+            task = self.tailers[tailer]
+            if task is not None:
+                tasks.append(task)
+            else:
+                tailer.schedule.cancel()
+                self._forget(tailer)
+        await cancelled(*tasks)
+
+    async def all_stopped(self) -> None:
+        """Wait until no job is followed."""
+        while self.tailers:
+            self._stopped_tailer.clear()
+            await self._stopped_tailer.wait()
 
     async def _run(self, tailer: Tailer) -> None:
         try:
             await tailer.run()
+            if tailer.schedule.is_resting:
+                self.tailers[tailer] = None
             return
         except LeaseLostError:
             return  # the agent that has the job now continues
@@ -302,9 +334,6 @@ class Receiver:
             await until_usable(self._context.store)
         else:
             await asyncio.sleep(_CRASH_PAUSE_S)
-
-    def _tasks_of(self, tailers: Iterable[Tailer]) -> list[asyncio.Task[None]]:
-        return [self.tailers[tailer] for tailer in tailers if tailer in self.tailers]
 
 
 def _check_identity(source: Source, others: Iterable[Source]) -> None:

@@ -1,4 +1,4 @@
-"""`Tailer`: the task that follows one job from its discovery to its last acknowledged line.
+"""`Tailer`: follows one job from its discovery to its last acknowledged line.
 
 It polls the service, feeds the job's `Follower` and `JobLifecycle` with what it reads, and carries out the actions
 that the lifecycle returns. Lines go to the job's `JobPipeline`.
@@ -116,6 +116,7 @@ class Tailer:
         self._name = name
         self._errors = 0
         self._on_first_turn = on_first_turn
+        self._is_new = True
         self._catch_up = CatchUp(context.stream_order, self._service.name, name)
 
     @property
@@ -194,15 +195,14 @@ class Tailer:
         self._catch_up.leave()
 
     async def run(self) -> None:
-        """Follow the job; return when nothing is left to do for it.
+        """Follow the job until its schedule rests, or until nothing is left to do for it.
 
         Raises:
             TailspanError: The store cannot be used, or the service broke a promise; a new tailer may retry.
         """
         try:
-            if not self._source.polls_are_free and self._has_nothing_new():
-                self.leave_stream()
-                await self.schedule.wait(self._source.first_poll_delay_s())
+            if self._is_new and self._waits_for_first_poll():
+                return
             while not self.lifecycle.is_over:
                 try:
                     delay_s = await self._turn()
@@ -217,11 +217,20 @@ class Tailer:
                     # A job that cannot be read must not hold up the others of its stream.
                     self.leave_stream()
                 self._on_first_turn()
-                if not self.lifecycle.is_over:
-                    await self.schedule.wait(delay_s)
+                if not self.lifecycle.is_over and self.schedule.rest(delay_s):
+                    return
         finally:
-            self.leave_stream()
-            self._on_first_turn()
+            if not self.schedule.is_resting:
+                self.leave_stream()
+                self._on_first_turn()
+
+    def _waits_for_first_poll(self) -> bool:
+        """Return whether the first poll is due later: the list shows nothing new of the job."""
+        self._is_new = False
+        if self._source.polls_are_free or not self._has_nothing_new():
+            return False
+        self.leave_stream()
+        return self.schedule.rest(self._source.first_poll_delay_s())
 
     def _has_nothing_new(self) -> bool:
         """Return whether the list shows no line but those that were relayed."""

@@ -189,3 +189,26 @@ async def test_lines_between_the_last_read_and_a_late_end_are_relayed(bench: Ben
         fake.before_next("read_logs", lambda: fake.before_next("get_job", end))
         fake.notified.put_nowait({"j1"})
         await bench.received(lambda: bench.bodies() == ["a", "last"])
+
+
+@looped
+async def test_silent_jobs_have_no_task(bench: Bench) -> None:
+    """A hundred jobs that wait for a change cost no more tasks and timers than two; each is still followed."""
+    fake = bench.services["fake"] = NotifyingService()
+    jobs = [f"j{number}" for number in range(100)]
+    for job_id in jobs[:2]:
+        fake.add_job(job_id)
+    async with bench.running() as agent:
+        await until(lambda: all(tailer.schedule.is_resting for tailer in agent.tailers) and len(agent.tailers) == 2)
+        tasks = len(asyncio.all_tasks())
+        for job_id in jobs[2:]:
+            fake.add_job(job_id)
+        fake.notified.put_nowait(set(jobs[2:]))
+        await until(lambda: len(agent.tailers) == 100 and all(tailer.schedule.is_resting for tailer in agent.tailers))
+        await until(lambda: len(asyncio.all_tasks()) <= tasks)
+        fake.add_lines("j7", "still followed")
+        fake.notified.put_nowait({"j7"})
+        await bench.received(lambda: bench.bodies() == ["still followed"])
+        fake.set_state("j8", "SUCCEEDED")
+        fake.notified.put_nowait({"j8"})
+        await bench.received(lambda: "run" in bench.spans("j8"))

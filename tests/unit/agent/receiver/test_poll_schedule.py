@@ -13,6 +13,7 @@ from tailspan.logs.follow import Follower
 from tailspan.models import JobState, JobStatus, ListedJob
 from tailspan_agent.receiver import poll_schedule as schedule
 from tailspan_agent.receiver.poll_schedule import PollSchedule
+from tests.fakes.agents import looped, until
 
 
 def due_after_s(monkeypatch: pytest.MonkeyPatch, row: ListedJob | None, **status: Any) -> float:
@@ -78,3 +79,32 @@ def test_the_second_status_of_an_end_keeps_its_distance_with_merged_reads() -> N
     delay_s = asked.delay_s(gather_s=0.5)
     assert delay_s is not None
     assert delay_s > 0.1
+
+
+@looped
+async def test_a_rest_ends_once_with_its_delay_or_a_change() -> None:
+    """Whichever is first; a change during a poll is not lost: the job is polled again at once."""
+    due: list[str] = []
+    resting = PollSchedule(Follower(state=JobState.RUNNING))
+    resting.on_due = lambda: due.append("due")
+    assert resting.rest(None)
+    assert resting.parked
+    resting.wake()
+    resting.wake()
+    assert due == ["due"]
+    assert not resting.rest(None), "changed while it was polled"
+    assert resting.rest(0.001)
+    assert not resting.parked
+    await until(lambda: len(due) == 2)
+    assert resting.rest(60)
+    timer = resting._timer
+    resting.wake()
+    assert len(due) == 3
+    assert resting.rest(60)
+    other = resting._timer
+    resting.cancel()
+    assert len(due) == 3
+    assert timer is not None
+    assert timer.cancelled()
+    assert other is not None
+    assert other.cancelled()
