@@ -7,8 +7,9 @@ with metrics of their own (`agent.max_pipeline_names`) have a history.
 from __future__ import annotations
 
 import logging
+import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from tailspan_agent.analysis.baseline import KEPT_RUNS, PastRun
@@ -35,7 +36,7 @@ class StoredHistory:
 
     @staticmethod
     def add(db: Writes, run: PastRun, fingerprint: str | None) -> None:
-        """Write an ended run in the caller's transaction; beyond the limits, the oldest of its pipeline are deleted.
+        """Write an ended run in the caller's transaction; `trim` follows before its commit.
 
         Args:
             db: The caller's transaction.
@@ -50,11 +51,6 @@ class StoredHistory:
         if run.pipeline == OTHER_PIPELINES:
             return
         db.execute("INSERT INTO history (pipeline, facts) VALUES (?, ?)", (run.pipeline, run.to_json()))
-        db.execute(
-            "DELETE FROM history WHERE pipeline = ? AND run <="
-            " (SELECT run FROM history WHERE pipeline = ? ORDER BY run DESC LIMIT 1 OFFSET ?)",
-            (run.pipeline, run.pipeline, KEPT_RUNS),
-        )
         if fingerprint is None:
             return
         db.execute(
@@ -63,11 +59,21 @@ class StoredHistory:
             " first_unix_nano = min(first_unix_nano, :ended), last_unix_nano = max(last_unix_nano, :ended)",
             {"pipeline": run.pipeline, "fingerprint": fingerprint, "ended": run.ended_unix_nano},
         )
-        db.execute(
-            "DELETE FROM failures WHERE pipeline = :pipeline AND fingerprint IN (SELECT fingerprint FROM failures"
-            " WHERE pipeline = :pipeline ORDER BY last_unix_nano DESC LIMIT -1 OFFSET :kept)",
-            {"pipeline": run.pipeline, "kept": KEPT_FAILURES},
-        )
+
+    @staticmethod
+    def trim(db: sqlite3.Connection, pipelines: Collection[str]) -> None:
+        """Delete the oldest runs and failures of pipelines beyond the limits, in the caller's transaction."""
+        for pipeline in pipelines:
+            db.execute(
+                "DELETE FROM history WHERE pipeline = ? AND run <="
+                " (SELECT run FROM history WHERE pipeline = ? ORDER BY run DESC LIMIT 1 OFFSET ?)",
+                (pipeline, pipeline, KEPT_RUNS),
+            )
+            db.execute(
+                "DELETE FROM failures WHERE pipeline = ? AND fingerprint IN (SELECT fingerprint FROM failures"
+                " WHERE pipeline = ? ORDER BY last_unix_nano DESC LIMIT -1 OFFSET ?)",
+                (pipeline, pipeline, KEPT_FAILURES),
+            )
 
     def past_runs(self) -> list[PastRun]:
         """Return the last ended runs of all pipelines; log a warning for a damaged or impossible run and skip it."""

@@ -249,9 +249,7 @@ class SqliteStore:
         first, self._is_writing = len(self._writes), True
         try:
             self._begin()
-            self._db.execute("SAVEPOINT unit")
             yield self._writes
-            self._db.execute("RELEASE unit")
             if self.write_failed or not self._commits_later():
                 self._commit()
         except BaseException as error:
@@ -262,19 +260,15 @@ class SqliteStore:
             self._is_writing = False
 
     def _undo(self, error: BaseException) -> None:
-        """Undo the writes that belong together, and raise an error of SQLite as ours.
+        """Roll back, and raise an error of SQLite as ours.
 
-        An error of the file may have undone all writes since the last commit: `_begin` makes those before these again.
+        This undoes all writes since the last commit, and `_begin` makes those again that are not forgotten. Errors are
+        rare, and a savepoint for each unit costs more than its writes.
         """
-        is_of_file = isinstance(error, sqlite3.Error | UnicodeDecodeError) and not isinstance(error, _REFUSED)
-        with suppress(sqlite3.Error):
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK" if is_of_file else "ROLLBACK TO unit")
-                if not is_of_file:
-                    self._db.execute("RELEASE unit")
+        self._roll_back()
         if isinstance(error, _REFUSED):
             raise ValueRefusedError(f"the checkpoint store cannot hold a value: {error}") from error
-        if is_of_file:
+        if isinstance(error, sqlite3.Error | UnicodeDecodeError):
             self.write_failed = True
             raise CheckpointError(f"cannot write the checkpoint store {self.path}: {error}") from error
 
@@ -293,9 +287,13 @@ class SqliteStore:
         try:
             self._writes.make_again()
         except sqlite3.Error:
-            with suppress(sqlite3.Error):
-                self._db.execute("ROLLBACK")
+            self._roll_back()
             raise
+
+    def _roll_back(self) -> None:
+        with suppress(sqlite3.Error):
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
 
     def _commits_later(self) -> bool:
         """Start the timer of the next commit, unless it runs; return False where there is no event loop."""
@@ -326,6 +324,7 @@ class SqliteStore:
         if self._writes or self._db.in_transaction:
             try:
                 self._begin()
+                self._write_counted()
                 self._db.execute("COMMIT")
             except sqlite3.Error as error:
                 self._undo(error)
@@ -337,6 +336,13 @@ class SqliteStore:
                 self._copy_log()
         self._totals |= self._counted
         self._counted.clear()
+
+    def _write_counted(self) -> None:
+        """Write the totals of the runs in this transaction: many runs share a row."""
+        if self._counted:
+            rows = [totals.to_row() for totals in self._counted.values()]
+            self._db.executemany("REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?)", rows)
+            StoredHistory.trim(self._db, {totals.pipeline for totals in self._counted.values()})
 
     def _copy_log(self) -> None:
         """Let a thread copy a long log of writes into the file, unless one does so already."""
@@ -369,15 +375,20 @@ class SqliteStore:
     def add_job(self, identity: str, job_id: str, name: str, *, stream: int, ledger: str) -> Checkpoint:
         """Add a job that is seen for the first time, and return its checkpoint; a known job is unchanged."""
         with self._transaction() as db:
-            db.execute(
+            stored_name = utf8_name(name)
+            added = db.execute(
                 "INSERT OR IGNORE INTO jobs (identity, job_id, name, backfill, facts, updated_s)"
                 " VALUES (?, ?, ?, ?, ?, ?)",
-                (identity, job_id, utf8_name(name), stream, ledger, time.time()),
+                (identity, job_id, stored_name, stream, ledger, time.time()),
             )
-            checkpoint = self.job(identity, job_id)
-            assert checkpoint is not None
-            db.execute("INSERT OR IGNORE INTO temp.named VALUES (?, ?)", (hash(checkpoint.name), checkpoint.key))
-        return checkpoint
+            if not added.rowcount:
+                checkpoint = self.job(identity, job_id)
+                assert checkpoint is not None
+                return checkpoint
+            key = added.lastrowid
+            assert key is not None
+            db.execute("INSERT OR IGNORE INTO temp.named VALUES (?, ?)", (hash(stored_name), key))
+        return Checkpoint(key, stored_name, stream, None, ledger, logs_complete=False, late=False, ended=False)
 
     def finished_jobs(self, identity: str) -> set[str]:
         """Return the ids of all jobs of a service that need no more work."""
@@ -403,14 +414,13 @@ class SqliteStore:
         with self._transaction() as db:
             for ack in acks:
                 first = len(db)
-                self._db.execute("SAVEPOINT one")
                 try:
                     self._ack(db, ack, now_s)
                 except (ValueRefusedError, *_REFUSED) as error:
                     db.forget(first)
-                    self._db.execute("ROLLBACK TO one")
+                    self._roll_back()
+                    self._begin()
                     _log.error("checkpoint store %s: an ack of job number %d is lost: %s", self.path, ack.key, error)
-                self._db.execute("RELEASE one")
         self.acked_at_s = now_s
 
     def _ack(self, db: Writes, ack: Ack, now_s: float) -> None:
@@ -508,19 +518,22 @@ class SqliteStore:
         fingerprint: str | None = None,
     ) -> bool:
         """Write a job's last spans and count its run, in one transaction, once; see `CheckpointStore`."""
-        known = self._counted.get(counted.key) or self._totals.get(counted.key)
-        totals = known.merge(counted) if known is not None else counted
-        with self._transaction() as db:
-            if db.execute("UPDATE jobs SET ended = 1 WHERE key = ? AND ended = 0", (key,)).rowcount == 0:
-                return False
-            db.executemany(
-                _ADD_SPAN,
-                [(key, span.span_id, span.resource, span.span) for span in spans],
-            )
-            db.execute("REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?)", totals.to_row())
-            if run is not None:
-                StoredHistory.add(db, run, fingerprint)
-        self._counted[totals.key] = totals
+        before = self._counted.copy()
+        try:
+            with self._transaction() as db:
+                if db.execute("UPDATE jobs SET ended = 1 WHERE key = ? AND ended = 0", (key,)).rowcount == 0:
+                    return False
+                db.executemany(
+                    _ADD_SPAN,
+                    [(key, span.span_id, span.resource, span.span) for span in spans],
+                )
+                if run is not None:
+                    StoredHistory.add(db, run, fingerprint)
+                known = before.get(counted.key) or self._totals.get(counted.key)
+                self._counted[counted.key] = known.merge(counted) if known is not None else counted
+        except BaseException:
+            self._counted = before
+            raise
         return True
 
     @property
