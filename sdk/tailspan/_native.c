@@ -1,6 +1,6 @@
-/* The functions that run for every line, in C. `tailspan.logs.text`, `tailspan_agent.records.framing` and
- * `tailspan_agent.records.severity` have the same functions in Python, with the same results; tests/unit/sdk/logs and
- * tests/unit/agent/records compare them. `tailspan_agent.otlp.requests` explains the format of a record.
+/* The functions that run for every line or attribute, in C. `tailspan.logs.text`, `tailspan_agent.otlp.wire`,
+ * `tailspan_agent.records.framing` and `tailspan_agent.records.severity` have the same functions in Python, with the
+ * same results; tests/unit/sdk/logs, tests/unit/agent/otlp and tests/unit/agent/records compare them. `tailspan_agent.otlp.requests` explains the format of a record.
  *
  * Only the limited API of Python 3.11 is used: one build serves all later versions. `frame` accepts exact types only and
  * takes every length from the object that it reads; a garbage collection may run Python code between measuring and
@@ -593,6 +593,106 @@ static PyObject *frame(PyObject *Py_UNUSED(module), PyObject *args)
     return NULL;
 }
 
+/* The value of an attribute; `body` is the length of its AnyValue without the length of a text. */
+typedef struct {
+    char tag; /* of the AnyValue's field */
+    Piece text;
+    uint64_t number;
+    uint64_t body;
+} Value;
+
+static uint64_t field_length(uint64_t length) { return 1 + varint_length(length) + length; }
+
+static int text_of(PyObject *object, Piece *text)
+{
+    if ((text->bytes = PyUnicode_AsUTF8AndSize(object, &text->length)) != NULL) return 1;
+    if (!PyErr_ExceptionMatches(PyExc_UnicodeEncodeError)) return -1;
+    PyErr_Clear();
+    return 0;
+}
+
+/* Return 1; 0 for what only the form in Python encodes; -1 for an error. */
+static int value_of(PyObject *object, Value *value)
+{
+    if (PyUnicode_Check(object)) {
+        value->tag = 0x0a;
+        int known = text_of(object, &value->text);
+        if (known == 1) value->body = field_length((uint64_t)value->text.length);
+        return known;
+    }
+    if (PyLong_Check(object)) {
+        int overflow;
+        value->tag = PyBool_Check(object) ? 0x10 : 0x18;
+        value->number = (uint64_t)PyLong_AsLongLongAndOverflow(object, &overflow);
+        value->body = 1 + varint_length(value->number);
+        return overflow == 0;
+    }
+    if (PyFloat_Check(object)) {
+        double number = PyFloat_AsDouble(object);
+        value->tag = 0x21;
+        memcpy(&value->number, &number, sizeof number);
+        value->body = 9;
+        return 1;
+    }
+    return 0;
+}
+
+static char *put_value(char *at, const Value *value)
+{
+    *at++ = value->tag;
+    if (value->tag == 0x0a) return put(put_varint(at, (uint64_t)value->text.length), value->text);
+    if (value->tag != 0x21) return put_varint(at, value->number);
+    for (int i = 0; i < 8; i++) *at++ = (char)(value->number >> 8 * i);
+    return at;
+}
+
+PyDoc_STRVAR(usual_attributes_doc, "usual_attributes(number, attributes, /)\n--\n\n"
+"See `tailspan_agent.otlp.wire.attributes_fields`; None for attributes that only the form in Python encodes.");
+
+static PyObject *usual_attributes(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    unsigned char number;
+    PyObject *attributes, *encoded = NULL;
+    if (!PyArg_ParseTuple(args, "bO", &number, &attributes)) return NULL;
+    if (!PyDict_CheckExact(attributes)) Py_RETURN_NONE;
+    /* Measured first, then written. Nothing in between runs Python code. */
+    for (char *at = NULL, *end = NULL;;) {
+        PyObject *key, *object;
+        Py_ssize_t position = 0;
+        uint64_t length = 0;
+        while (PyDict_Next(attributes, &position, &key, &object)) {
+            Piece name;
+            Value value;
+            int known = PyUnicode_Check(key) ? text_of(key, &name) : 0;
+            if (known == 1) known = value_of(object, &value);
+            if (known != 1) {
+                Py_XDECREF(encoded);
+                if (known < 0) return NULL;
+                Py_RETURN_NONE;
+            }
+            uint64_t pair = field_length((uint64_t)name.length) + field_length(value.body);
+            uint64_t field = varint_length((uint64_t)number << 3) + varint_length(pair) + pair;
+            length += field;
+            if (at == NULL) continue;
+            if (field > (uint64_t)(end - at)) break;
+            at = put_varint(put_varint(at, (uint64_t)number << 3 | 2), pair);
+            *at++ = 0x0a; /* KeyValue.key */
+            at = put(put_varint(at, (uint64_t)name.length), name);
+            *at++ = 0x12; /* KeyValue.value */
+            at = put_value(put_varint(at, value.body), &value);
+        }
+        if (at != NULL && at == end) return encoded;
+        if (at != NULL) {
+            Py_DECREF(encoded);
+            return PyErr_Format(PyExc_SystemError, "the attributes changed while they were encoded");
+        }
+        if (length > PY_SSIZE_T_MAX) return PyErr_NoMemory();
+        if ((encoded = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)length)) == NULL || length == 0) return encoded;
+        at = PyBytes_AsString(encoded);
+        end = at + length;
+    }
+}
+
 #ifdef __linux__
 #include <unistd.h>
 #include <sys/syscall.h>
@@ -620,6 +720,7 @@ static PyMethodDef methods[] = {
     {"count_lines", count_lines, METH_O, count_lines_doc},
     {"find_severities", find_severities, METH_O, find_severities_doc},
     {"frame", frame, METH_VARARGS, frame_doc},
+    {"usual_attributes", usual_attributes, METH_VARARGS, usual_attributes_doc},
     {NULL, NULL, 0, NULL},
 };
 
@@ -628,7 +729,7 @@ static PyModuleDef_Slot slots[] = {{0, NULL}};
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "_compiled",
-    .m_doc = "The functions that run for every line, in C.",
+    .m_doc = "The functions that run for every line or attribute, in C.",
     .m_methods = methods,
     .m_slots = slots,
 };

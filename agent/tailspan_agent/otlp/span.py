@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ from tailspan_agent.otlp.wire import (
     bytes_field,
     fixed32_field,
     fixed64_field,
+    in_uint64,
     string_field,
     varint_field,
 )
@@ -90,22 +92,27 @@ class SpanData:
 def encode_span(span: SpanData) -> bytes:
     """Return the span as a ``ScopeSpans.spans`` field, ready for `tailspan_agent.otlp.requests.traces_request`."""
     parts = [
-        bytes_field(1, bytes.fromhex(span.trace_id)),
-        bytes_field(2, bytes.fromhex(span.span_id)),
+        _ids(span.trace_id, span.span_id),
         bytes_field(4, bytes.fromhex(span.parent_span_id)) if span.parent_span_id else b"",
         string_field(5, span.name),
-        varint_field(6, span.kind),
-        fixed64_field(7, span.start_unix_nano),
-        fixed64_field(8, span.end_unix_nano),
+        _KIND_AND_TIMES.pack(
+            6 << 3, span.kind, 7 << 3 | 1, in_uint64(span.start_unix_nano), 8 << 3 | 1, in_uint64(span.end_unix_nano)
+        ),
         attributes_fields(9, span.attributes),
     ]
     for event in span.events:
         attributes = attributes_fields(3, event.attributes)
         parts.append(bytes_field(11, fixed64_field(1, event.time_unix_nano) + string_field(2, event.name) + attributes))
-    for link in span.links:
-        ids = bytes_field(1, bytes.fromhex(link.trace_id)) + bytes_field(2, bytes.fromhex(link.span_id))
-        parts.append(bytes_field(13, ids + fixed32_field(6, link.flags)))
+    parts += [bytes_field(13, _ids(link.trace_id, link.span_id) + fixed32_field(6, link.flags)) for link in span.links]
     if span.status != StatusCode.UNSET:
         parts.append(bytes_field(15, string_field(2, span.status_message) + varint_field(3, span.status)))
-    parts.append(fixed32_field(16, SAMPLED))
+    parts.append(_FLAGS)
     return bytes_field(2, b"".join(parts))
+
+
+def _ids(trace_id: str, span_id: str) -> bytes:
+    return b"\x0a\x10%b\x12\x08%b" % (bytes.fromhex(trace_id), bytes.fromhex(span_id))
+
+
+_KIND_AND_TIMES = struct.Struct("<BBBQBQ")
+_FLAGS = fixed32_field(16, SAMPLED)

@@ -7,13 +7,17 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TypeAlias
 
+from tailspan._native import compiled
+
 __all__ = [
     "UINT64_MAX",
     "AttributeValue",
     "attributes_fields",
+    "attributes_fields_in_python",
     "bytes_field",
     "fixed32_field",
     "fixed64_field",
+    "in_uint64",
     "key_value",
     "string_field",
     "varint",
@@ -27,7 +31,6 @@ AttributeValue: TypeAlias = str | bool | int | float | Sequence[str]
 UINT64_MAX = (1 << 64) - 1
 _INT64_MAX = (1 << 63) - 1
 _VARINT_BYTES = 10
-_CACHED_CHARS = 120
 
 
 @lru_cache(maxsize=4096)  # few different tags and lengths occur
@@ -64,7 +67,12 @@ def varint_field(number: int, value: int) -> bytes:
 
 def fixed64_field(number: int, value: int) -> bytes:
     """Return a fixed64 field; a value outside its range is replaced by the nearest one."""
-    return varint(number << 3 | 1) + struct.pack("<Q", min(max(value, 0), UINT64_MAX))
+    return varint(number << 3 | 1) + struct.pack("<Q", in_uint64(value))
+
+
+def in_uint64(value: int) -> int:
+    """Return the nearest number that 64 bits without a sign hold."""
+    return value if 0 <= value <= UINT64_MAX else 0 if value < 0 else UINT64_MAX
 
 
 def fixed32_field(number: int, value: int) -> bytes:
@@ -103,15 +111,17 @@ def key_value(key: str, value: AttributeValue) -> bytes:
 
 def attributes_fields(number: int, attributes: Mapping[str, AttributeValue]) -> bytes:
     """Return one field for each attribute, in the order of the mapping."""
-    return b"".join([_attribute_field(number, key, value) for key, value in attributes.items()])
+    encoded = _usual_attributes(number, attributes)
+    return attributes_fields_in_python(number, attributes) if encoded is None else encoded
 
 
-def _attribute_field(number: int, key: str, value: AttributeValue) -> bytes:
-    if isinstance(value, str) and len(value) <= _CACHED_CHARS:
-        return _string_attribute_field(number, key, value)
-    return bytes_field(number, key_value(key, value))
+def attributes_fields_in_python(number: int, attributes: Mapping[str, AttributeValue]) -> bytes:
+    """Return the same without the function in C, which leaves sequences and very large numbers to this one."""
+    return b"".join([bytes_field(number, key_value(key, value)) for key, value in attributes.items()])
 
 
-@lru_cache(maxsize=4096)  # the jobs of a pipeline share most attributes
-def _string_attribute_field(number: int, key: str, value: str) -> bytes:
-    return bytes_field(number, key_value(key, value))
+def _nothing_usual(_number: int, _attributes: Mapping[str, AttributeValue], /) -> bytes | None:
+    return None
+
+
+_usual_attributes = compiled("usual_attributes", _nothing_usual)
