@@ -31,8 +31,7 @@ _SLOW_FACTOR, _SLOW_S = 1.1, 1.0
 _FAST_FACTOR, _FAST_S = 0.5, 1.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PastRun:
+class PastRun(msgspec.Struct, frozen=True, kw_only=True):
     """One ended run, as it is stored.
 
     Attributes:

@@ -9,13 +9,15 @@ powers of two, so both kinds of histogram come from the same counts, and neither
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from math import frexp, isfinite
 from typing import Any
+
+import msgspec
+from msgspec.structs import astuple, replace
 
 __all__ = [
     "BOUNDS_S",
@@ -58,8 +60,7 @@ _FIRST_BOUNDS_S = tuple(2.0**power for power in range(15))
 """The bounds of rows that an agent before exponential buckets wrote, 1 to 16384 s."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class RunExemplar:
+class RunExemplar(msgspec.Struct, frozen=True):
     """A run as the example of its bucket.
 
     Attributes:
@@ -91,8 +92,7 @@ def explicit_bucket(index: int) -> int:
     return bisect_left(BOUNDS_S, 2.0 ** (index // _PER_OCTAVE + 1))
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class RunTotals:
+class RunTotals(msgspec.Struct, frozen=True):
     """All ended runs of one pipeline with one result and error type, since the store was created.
 
     Attributes:
@@ -109,7 +109,7 @@ class RunTotals:
     result: str
     error_type: str | None = None
     sum_s: float = 0.0
-    counts: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    counts: Mapping[int, int] = msgspec.field(default_factory=dict)
     exemplars: tuple[RunExemplar | None, ...] = (None,) * (len(BOUNDS_S) + 1)
     task: str = ""
 
@@ -146,14 +146,14 @@ class RunTotals:
         if trace_id and span_id:
             exemplars = _newest([*exemplars, RunExemplar(trace_id, span_id, duration_s, time_unix_nano)])
         counts = {**self.counts, index: self.counts.get(index, 0) + 1}
-        return dataclasses.replace(self, sum_s=self.sum_s + duration_s, counts=counts, exemplars=exemplars)
+        return replace(self, sum_s=self.sum_s + duration_s, counts=counts, exemplars=exemplars)
 
     def without_exemplars_after(self, latest_unix_nano: int) -> RunTotals:
         """Return the totals without exemplars of a later time, in ns since the epoch: no newer run replaces them."""
         kept = tuple(
             run if run is not None and run.time_unix_nano <= latest_unix_nano else None for run in self.exemplars
         )
-        return self if kept == self.exemplars else dataclasses.replace(self, exemplars=kept)
+        return self if kept == self.exemplars else replace(self, exemplars=kept)
 
     def merge(self, other: RunTotals) -> RunTotals:
         """Return the sum of both totals, with the key of this one."""
@@ -161,11 +161,11 @@ class RunTotals:
         for index, count in other.counts.items():
             counts[index] = counts.get(index, 0) + count
         exemplars = _newest([*self.exemplars, *other.exemplars])
-        return dataclasses.replace(self, sum_s=self.sum_s + other.sum_s, counts=counts, exemplars=exemplars)
+        return replace(self, sum_s=self.sum_s + other.sum_s, counts=counts, exemplars=exemplars)
 
     def to_row(self) -> tuple[str, str, str, float, str, str]:
         """Return the values of `COLUMNS`: text and numbers, buckets and exemplars as JSON."""
-        exemplars = [dataclasses.astuple(exemplar) for exemplar in self.exemplars if exemplar]
+        exemplars = [astuple(exemplar) for exemplar in self.exemplars if exemplar]
         buckets = {"scale": SCALE, "counts": {str(index): self.counts[index] for index in sorted(self.counts)}}
         return *self.key, self.sum_s, json.dumps(buckets), json.dumps(exemplars)
 
@@ -219,7 +219,7 @@ def with_bounded_error_types(totals: Iterable[RunTotals]) -> list[RunTotals]:
     merged: dict[tuple[str, str, str], RunTotals] = {}
     for total in totals:
         if total.error_type is not None and total.error_type not in kept.get(total.pipeline, ()):
-            total = dataclasses.replace(total, error_type=OTHER_ERRORS)
+            total = replace(total, error_type=OTHER_ERRORS)
         found = merged.get(total.key)
         merged[total.key] = found.merge(total) if found else total
     return list(merged.values())

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+import msgspec
 
 __all__ = ["Ack", "Checkpoint", "LedgerReader", "LedgerRow", "OutboxSpan"]
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
+class Checkpoint(msgspec.Struct, frozen=True):
     """The stored state of one job.
 
     Attributes:
@@ -34,8 +34,7 @@ class Checkpoint:
     ended: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Ack:
+class Ack(msgspec.Struct, frozen=True):
     """Lines of one job that are delivered, or in the dead letter.
 
     Attributes:
@@ -48,11 +47,10 @@ class Ack:
     key: int
     cursor: bytes | None
     ledger: str
-    seconds: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    seconds: Mapping[int, tuple[int, int]] = msgspec.field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class OutboxSpan:
+class OutboxSpan(msgspec.Struct, frozen=True):
     """A span as it was first written. Each attempt to send it sends these bytes.
 
     Attributes:

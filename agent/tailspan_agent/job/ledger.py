@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import msgspec
 
@@ -27,8 +26,7 @@ _MAX_ATTRIBUTES, _ATTRIBUTE_CHARS = 32, 200
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkResult:
+class ChunkResult(msgspec.Struct, frozen=True):
     """The result of delivering one chunk of a job's records.
 
     Attributes:
@@ -60,8 +58,7 @@ class ChunkResult:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delivery:
+class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     """The result of delivering a job's records so far.
 
     Attributes:
@@ -73,7 +70,7 @@ class Delivery:
     """
 
     acked: int = 0
-    rejected: Mapping[str, int] = field(default_factory=dict)
+    rejected: Mapping[str, int] = msgspec.field(default_factory=dict)
     identified: bool = True
     resent: int = 0
     shortened: int = 0

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
+
+from msgspec.structs import replace
 
 from tailspan._identity import job_hash, span_id, trace_id
 from tailspan._plural import plural

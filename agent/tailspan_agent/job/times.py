@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime, timedelta
+
+import msgspec
 
 from tailspan.models import JobStatus
 from tailspan_agent.analysis.baseline import PastRun, PipelineHistory
@@ -16,8 +17,7 @@ SHORTEST_NS = 1
 _EPOCH = datetime.fromisoformat("1970-01-01T00:00:00+00:00")
 
 
-@dataclass(frozen=True, slots=True)
-class JobTimes:
+class JobTimes(msgspec.Struct, frozen=True):
     """The times of a job in ns since the epoch, in order: from the service, else from the ledger.
 
     The clocks of service, lines and agent differ: the times are extended so that each span contains its children and

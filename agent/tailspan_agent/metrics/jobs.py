@@ -6,10 +6,11 @@ created, not since this process started, and the gauges of an ended job must dis
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+
+import msgspec
 
 from tailspan_agent.analysis.assessment import MAX_TASKS, JobSnapshot
 from tailspan_agent.analysis.pipeline_names import PipelineNames
@@ -62,7 +63,7 @@ def job_metrics(
     """
     labels = [names.label(job.status.job_name) for job in jobs]
     totals = with_bounded_error_types(
-        dataclasses.replace(total, pipeline=names.label(total.pipeline)) for total in runs
+        msgspec.structs.replace(total, pipeline=names.label(total.pipeline)) for total in runs
     )
     active = dict.fromkeys(((name, phase) for name in names.used for phase in _PHASES), 0)
     for label, job in zip(labels, jobs, strict=True):

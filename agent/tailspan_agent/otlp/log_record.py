@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import NamedTuple
+
+import msgspec
 
 from tailspan.logs.page import NANOS_PER_MS
 from tailspan_agent.otlp.span import SAMPLED
@@ -44,8 +45,7 @@ class Severity(NamedTuple):
 UNKNOWN_SEVERITY = Severity(0, "")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogRecordData:
+class LogRecordData(msgspec.Struct, frozen=True, kw_only=True):
     """One log record.
 
     Attributes:
@@ -61,7 +61,7 @@ class LogRecordData:
     time_unix_nano: int
     severity: Severity = UNKNOWN_SEVERITY
     body: str
-    attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
+    attributes: Mapping[str, AttributeValue] = msgspec.field(default_factory=dict)
     trace_id: bytes = b""
     span_id: bytes = b""
     event_name: str = ""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+
+import msgspec
 
 from tailspan_agent.otlp.wire import (
     AttributeValue,
@@ -38,17 +39,15 @@ class StatusCode(enum.IntEnum):
     ERROR = 2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpanEvent:
+class SpanEvent(msgspec.Struct, frozen=True, kw_only=True):
     """An event of a span; its time is in ns since the epoch."""
 
     time_unix_nano: int
     name: str
-    attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
+    attributes: Mapping[str, AttributeValue] = msgspec.field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpanLink:
+class SpanLink(msgspec.Struct, frozen=True, kw_only=True):
     """A link to a span of another trace; ids are hexadecimal digits."""
 
     trace_id: str
@@ -56,8 +55,7 @@ class SpanLink:
     flags: int = SAMPLED
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpanData:
+class SpanData(msgspec.Struct, frozen=True, kw_only=True):
     """A span that has ended.
 
     Attributes:
@@ -82,7 +80,7 @@ class SpanData:
     kind: SpanKind = SpanKind.INTERNAL
     start_unix_nano: int
     end_unix_nano: int
-    attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
+    attributes: Mapping[str, AttributeValue] = msgspec.field(default_factory=dict)
     events: tuple[SpanEvent, ...] = ()
     links: tuple[SpanLink, ...] = ()
     status: StatusCode = StatusCode.UNSET

@@ -161,7 +161,7 @@ class TrackedJob:
         if stream == MAIN_STREAM:
             self._stored_stream = stream
             self.context.store.update_stream(self.checkpoint.key, stream)
-        self.checkpoint = dataclasses.replace(self.checkpoint, stream=stream)
+        self.checkpoint = msgspec.structs.replace(self.checkpoint, stream=stream)
         self.resource, self._log_resource = self._encode_resource(), b""
 
     def note_sent(self, newest_ns: int) -> Callable[[], None] | None:

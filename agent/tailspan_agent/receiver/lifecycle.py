@@ -19,7 +19,9 @@ of a log shows such a log as open; the lines that follow are late lines, for as 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, replace
+
+import msgspec
+from msgspec.structs import replace
 
 __all__ = [
     "LATE_LINES_S",
@@ -65,8 +67,7 @@ class TailState(enum.Enum):
     STOPPED = "stopped"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StatusSeen:
+class StatusSeen(msgspec.Struct, frozen=True, kw_only=True):
     """The service returned the status of the job.
 
     Attributes:
@@ -85,8 +86,7 @@ class StatusSeen:
     nothing_new: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogRead:
+class LogRead(msgspec.Struct, frozen=True, kw_only=True):
     """The log was read to its present end.
 
     Attributes:
@@ -96,8 +96,7 @@ class LogRead:
     complete: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EndReported:
+class EndReported(msgspec.Struct, frozen=True, kw_only=True):
     """The end of the run was written to the store.
 
     Attributes:
@@ -109,8 +108,7 @@ class EndReported:
     ended_ago_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LateLinesRead:
+class LateLinesRead(msgspec.Struct, frozen=True, kw_only=True):
     """The log of a relayed job was read again.
 
     Attributes:
@@ -124,8 +122,7 @@ class LateLinesRead:
     may_lack_lines: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reconciled:
+class Reconciled(msgspec.Struct, frozen=True, kw_only=True):
     """The whole log was compared with what was relayed.
 
     Attributes:
@@ -135,8 +132,7 @@ class Reconciled:
     lines: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogCompleted:
+class LogCompleted(msgspec.Struct, frozen=True, kw_only=True):
     """The store has the log as complete.
 
     Attributes:
@@ -146,13 +142,11 @@ class LogCompleted:
     late_lines: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class AllAcked:
+class AllAcked(msgspec.Struct, frozen=True):
     """All lines that were queued are acknowledged."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobDeleted:
+class JobDeleted(msgspec.Struct, frozen=True, kw_only=True):
     """The service has deleted the job, which the store knows.
 
     Attributes:
@@ -167,28 +161,23 @@ Observation = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class ReadLog:
+class ReadLog(msgspec.Struct, frozen=True):
     """Read the log from the cursor to its present end, then observe `LogRead`."""
 
 
-@dataclass(frozen=True, slots=True)
-class ReadLateLines:
+class ReadLateLines(msgspec.Struct, frozen=True):
     """Read the log from the cursor to its present end, then observe `LateLinesRead`."""
 
 
-@dataclass(frozen=True, slots=True)
-class WaitForChange:
+class WaitForChange(msgspec.Struct, frozen=True):
     """Wait without a timer until a notification or the job list reports a change, then poll."""
 
 
-@dataclass(frozen=True, slots=True)
-class WaitForPoll:
+class WaitForPoll(msgspec.Struct, frozen=True):
     """Wait until the next poll is due."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReportEnd:
+class ReportEnd(msgspec.Struct, frozen=True, kw_only=True):
     """Write the run span and count the run, then observe `EndReported`. The store counts each run once.
 
     Attributes:
@@ -198,13 +187,11 @@ class ReportEnd:
     log_complete: bool
 
 
-@dataclass(frozen=True, slots=True)
-class ReportLost:
+class ReportLost(msgspec.Struct, frozen=True):
     """Report a job that was deleted before its end was relayed, then observe `LogCompleted`."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompleteLog:
+class CompleteLog(msgspec.Struct, frozen=True, kw_only=True):
     """Wait for the last acknowledgement, write the receipt, then observe `LogCompleted`.
 
     Attributes:
@@ -216,13 +203,11 @@ class CompleteLog:
     still_open: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class CloseLog:
+class CloseLog(msgspec.Struct, frozen=True):
     """Store that no late line is expected any more, then observe `LogCompleted`."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reconcile:
+class Reconcile(msgspec.Struct, frozen=True, kw_only=True):
     """Relay what the whole log has and was not relayed, then observe `Reconciled`.
 
     Attributes:
@@ -232,13 +217,11 @@ class Reconcile:
     lines: int
 
 
-@dataclass(frozen=True, slots=True)
-class AwaitAcks:
+class AwaitAcks(msgspec.Struct, frozen=True):
     """Wait until all queued lines are acknowledged, then observe `AllAcked`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(msgspec.Struct, frozen=True):
     """Nothing is left to do."""
 
 
@@ -257,8 +240,7 @@ Action = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobLifecycle:
+class JobLifecycle(msgspec.Struct, frozen=True, kw_only=True):
     """Where a followed job is between its first status and its last acknowledgement.
 
     Attributes:

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+import msgspec
+
 from tailspan._identity import span_id
 from tailspan._native import COMPILED
 from tailspan.logs.clean import MAX_BODY_BYTES, clean, is_clean, split_long
@@ -121,8 +123,7 @@ def task_run_id(task_id: str, attempt: int) -> str:
     return task_id if attempt == 1 else f"{task_id}.{attempt}"
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedLines:
+class EncodedLines(msgspec.Struct, frozen=True):
     """The records of a page.
 
     Attributes:

@@ -1,12 +1,12 @@
 """A job in OpenTelemetry: resource, spans and records."""
 
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from tailspan._identity import span_id, trace_id
 from tailspan.models import JobState, JobStatus

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -108,7 +109,7 @@ def test_late_lines_never_reopen_a_job(life: JobLifecycle, seen: list[Observatio
     before = life
     for after, one, _ in walk(life, seen):
         if before.state is TailState.LATE_LINES and after.state not in (TailState.LATE_LINES, *OVER):
-            assert one == replace(one, terminal=False) if isinstance(one, StatusSeen) else False
+            assert one == msgspec.structs.replace(one, terminal=False) if isinstance(one, StatusSeen) else False
         before = after
 
 
