@@ -66,8 +66,8 @@ class Redactor:
         self._secrets = tuple(sorted(found))
         self.patterns = tuple(patterns)
         # The empty literal of a pattern without one is in every text.
-        literals = (*self._secrets, *(literal or "" for literal, _ in patterns))
-        self._literals = tuple(literal.encode("utf-8", "surrogatepass") for literal in literals)
+        self._texts = (*self._secrets, *(literal or "" for literal, _ in patterns))
+        self._literals = tuple(literal.encode("utf-8", "surrogatepass") for literal in self._texts)
 
     @classmethod
     def from_settings(cls, settings: RedactSettings, environ: Mapping[str, str] | None = None) -> Redactor | None:
@@ -97,6 +97,8 @@ class Redactor:
             text: One line. If capture may have cut it, its end is redacted where that may begin a secret.
             before: The end of the piece before it, unredacted, if the line continues that.
         """
+        if not before and self._is_harmless(text):
+            return text, 0
         found = [(max(0, start), stop) for start, stop in self._matches_after(before, text) if stop > 0]
         if len(text) >= CUT_BYTES // 4 and len(text.encode("utf-8", "replace")) >= CUT_BYTES:
             found.append((self._open_start(text), len(text)))
@@ -117,6 +119,10 @@ class Redactor:
             kept_from = stop
         return "".join((*parts, text[kept_from:])), len(merged)
 
+    def _is_harmless(self, text: str) -> bool:
+        """Return whether nothing is redacted in a text, nor in any part of it."""
+        return len(text) < CUT_BYTES // 4 and not any(map(text.__contains__, self._texts))
+
     def redact_open(self, text: str) -> str:
         """Return the redacted beginning of a line, without an end that may be the beginning of a secret.
 
@@ -131,6 +137,9 @@ class Redactor:
 
     def redact_job(self, job: JobStatus) -> JobStatus:
         """Return a status with redacted texts: its name, error, URL, attributes and details; ids stay."""
+        texts = (job.job_name, job.error or "", job.url or "", *job.attributes, *job.details)
+        if self._is_harmless("\n".join((*texts, *job.attributes.values(), *job.details.values()))):
+            return job
 
         def hide(texts: Mapping[str, str]) -> dict[str, str]:
             return {self.redact(key)[0]: self.redact(text)[0] for key, text in texts.items()}

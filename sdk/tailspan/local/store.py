@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import itertools
 import json
 import os
 import re
@@ -356,9 +357,10 @@ def _read_json(name: str, dir_fd: int, max_bytes: int = _MAX_JSON_BYTES) -> dict
     if fd is None:
         return None
     try:
-        if os.fstat(fd).st_size > max_bytes:
+        size = os.fstat(fd).st_size
+        if size > max_bytes:
             return None
-        text = read_at(fd, 0, max_bytes)
+        text = read_at(fd, 0, size)
         # An item may need a hundred bytes of memory.
         if len(text) > _MAX_JSON_ITEMS and sum(map(text.count, (b",", b"[", b"{"))) > _MAX_JSON_ITEMS:
             return None
@@ -369,6 +371,8 @@ def _read_json(name: str, dir_fd: int, max_bytes: int = _MAX_JSON_BYTES) -> dict
         os.close(fd)
     if not isinstance(value, dict):
         return None
+    if all(map(isinstance, value.values(), map(_TYPES.get, value, itertools.repeat(object)))):
+        return value
     return {key: item for key, item in value.items() if isinstance(item, _TYPES.get(key, object))}
 
 
