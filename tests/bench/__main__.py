@@ -1,8 +1,9 @@
 """``python -m tests.bench`` measures, prints one table, and says what became worse: ``make bench``.
 
 The workloads and their goals: W1 relay of local jobs, W2 relay over the job API, W3 silence, W4 latency, W5 the SDK,
-W6 capture, W7 growth, W8 start, W9 typing, W10 a fleet, W14 orchestrators, W15 ended jobs, W16 pods, W18 log files, W19
-units. What is guarded are ratios within one run (``expected.json``), not times.
+W6 capture, W7 growth, W8 start, W9 typing, W10 a fleet, W14 orchestrators, W15 ended jobs, W16 pods, W17 beside the
+OpenTelemetry Collector, W18 log files, W19 units. What is guarded are ratios within one run (``expected.json``), not
+times.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import tailspan_agent
 from tests.bench import (
     capture,
     ended_jobs,
+    filelog,
     fleet,
     kubernetes,
     log_files,
@@ -52,6 +54,7 @@ WORKLOADS: dict[str, Callable[[Scale, Path], Iterator[Row]]] = {
     "W14": orchestrators.runs_with_tasks,
     "W15": ended_jobs.ended_jobs,
     "W16": kubernetes.followed_pods,
+    "W17": filelog.beside_filelog,
     "W18": log_files.log_files,
     "W19": units.silent_units,
 }

@@ -20,6 +20,7 @@ __all__ = ["Usage", "alternate", "cpu_of", "median_usage", "peak_rss", "run", "s
 
 _NANOS_PER_S = 1e9
 _LOOK_S = 0.01
+_UNTIL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +43,21 @@ def tailspan(*arguments: str) -> list[str]:
     return [str(Path(sys.executable).with_name("tailspan")), *arguments]
 
 
-def run(command: Sequence[str], *, output: Path | None = None, env: Mapping[str, str] | None = None) -> Usage:
+def run(
+    command: Sequence[str],
+    *,
+    output: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    until: Callable[[], bool] | None = None,
+) -> Usage:
     """Run a command to its end; see `Usage`.
 
     Args:
         command: What to run.
         output: Where its standard output goes; None: nowhere.
         env: Variables on top of the present environment.
+        until: Ends a command that does not end by itself: polled every 50 ms, and once it returns true, the command
+            gets SIGTERM.
 
     Raises:
         RuntimeError: It failed; the message has what it said.
@@ -60,6 +69,12 @@ def run(command: Sequence[str], *, output: Path | None = None, env: Mapping[str,
         )
         assert process.stderr is not None
         with _peak_of(process.pid) as peak:
+            if until is not None:
+                try:
+                    while not until() and not _has_ended(process.pid):
+                        time.sleep(_UNTIL_S)
+                finally:
+                    process.terminate()
             said = process.stderr.read()
         _, status, used = os.wait4(process.pid, 0)
         wall_s = time.perf_counter() - begun
@@ -68,6 +83,11 @@ def run(command: Sequence[str], *, output: Path | None = None, env: Mapping[str,
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} exited with {process.returncode}: {said.decode()[-2000:]}")
     return Usage(used.ru_utime + used.ru_stime, wall_s, peak[0])
+
+
+def _has_ended(pid: int) -> bool:
+    """Return whether a child has ended; it can be waited for afterwards."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 @contextlib.contextmanager

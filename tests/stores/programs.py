@@ -29,7 +29,8 @@ from tests.fakes.collector import Reply, Request
 from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
-_BUILT = ROOT / ".venv" / "stores" / "bin"
+BUILT = ROOT / ".venv" / "stores" / "bin"
+"""Where ``make stores`` puts what it builds."""
 _READY_S = 60.0
 _ANSWER_S = 120.0
 _FIRST_PAGE, _MAX_PAGE, _PAGE_BYTES = 10, 1_000, 2 << 20
@@ -41,11 +42,19 @@ def program(name: str) -> str:
     Args:
         name: Its name. A variable such as ``JAEGER_BIN`` overrides what ``tests/stores/build.sh`` has built.
     """
-    variable = name.upper().replace("-", "_") + "_BIN"
-    given = os.environ.get(variable) or shutil.which(str(_BUILT / name))
-    if not given:
-        pytest.skip(f"{name} is not built: run tests/stores/build.sh, or set {variable}")
-    return given
+    found = built(name)
+    if found is None:
+        pytest.skip(f"{name} is not built: run tests/stores/build.sh, or set {_variable(name)}")
+    return found
+
+
+def built(name: str) -> str | None:
+    """Return the path of a store's program, or None if it is not there; see `program`."""
+    return os.environ.get(_variable(name)) or shutil.which(str(BUILT / name))
+
+
+def _variable(name: str) -> str:
+    return name.upper().replace("-", "_") + "_BIN"
 
 
 def wait_for(condition: Callable[[], object], what: str, timeout_s: float = _READY_S) -> None:
