@@ -1,11 +1,15 @@
-"""W6: a job that prints as fast as it can, through ``tailspan run`` and without; and what a supervisor costs."""
+"""W6 and W13: a job that prints, through ``tailspan run`` and without: how fast, how late, and at what cost."""
 
 from __future__ import annotations
 
 import json
+import os
+import pty
+import re
 import shlex
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -18,9 +22,19 @@ from tests.bench.measure import Usage, alternate, run, tailspan
 from tests.bench.scale import Scale
 from tests.bench.table import MIB, Goal, Row
 
-__all__ = ["capture"]
+__all__ = ["capture", "interactive"]
 
 _STARTS = 15
+_PRINTED = 1_000
+# Pauses of 0 to 10 ms between lines, so that a line comes alone or soon after another.
+_SPEAKER = """
+import os, random, time
+pauses = random.Random(1)
+for _ in range({lines}):
+    time.sleep(pauses.random() / 100)
+    os.write(1, b"at=%d and the text of a line\\n" % time.monotonic_ns())
+"""
+_AT = re.compile(rb"at=(\d+) ")
 
 
 def capture(scale: Scale, directory: Path) -> Iterator[Row]:
@@ -62,6 +76,46 @@ def capture(scale: Scale, directory: Path) -> Iterator[Row]:
     bare = {"W6 true": lambda: run(["true"]), "W6 tailspan run -- true": lambda: _run_true(directory / "true")}
     for case, usage in alternate(bare, scale.times).items():
         yield Row(case=case, usage=usage, figure=usage.wall_s * 1000, unit="ms")
+
+
+def interactive(scale: Scale, directory: Path) -> Iterator[Row]:
+    """W13: yield how long a line takes from the job to the terminal, through ``tailspan run`` and without."""
+    lines = scale.of(_PRINTED, least=100)
+    job = [sys.executable, "-S", "-E", "-c", _SPEAKER.format(lines=lines)]
+    env = {**os.environ, "TAILSPAN_STATE_DIR": str(directory)}
+    late: dict[str, list[list[float]]] = {"terminal": [], "run": []}
+    for _ in range(scale.times):
+        late["terminal"].append(_lateness_ms(job, env, lines))
+        late["run"].append(_lateness_ms(tailspan("run", "--", *job), env, lines))
+    for percent, goal in ((50, None), (99, Goal(5.0))):
+        straight, through = (statistics.median(_percentile(ms, percent) for ms in late[way]) for way in late)
+        yield Row(case=f"W13 line on a terminal, p{percent}", figure=straight, unit="ms")
+        yield Row(case=f"W13 line through tailspan run, p{percent}", figure=through, unit="ms")
+        yield Row(case=f"W13 added by tailspan run, p{percent}", figure=through - straight, unit="ms", goal=goal)
+
+
+def _lateness_ms(command: list[str], env: dict[str, str], lines: int) -> list[float]:
+    """Run a command at a terminal of its own; return for each line how long it took from its printing, in ms."""
+    terminal_fd, job_fd = pty.openpty()
+    process = subprocess.Popen(command, env=env, stdin=job_fd, stdout=job_fd, stderr=job_fd, start_new_session=True)
+    os.close(job_fd)
+    found, rest = [], b""
+    while True:
+        try:
+            text = os.read(terminal_fd, 1 << 16)
+        except OSError:
+            break  # all processes have closed the terminal
+        now_ns = time.monotonic_ns()
+        *whole, rest = (rest + text).split(b"\n")
+        found += [(now_ns - int(at[1])) / 1e6 for line in whole if (at := _AT.search(line))]
+    os.close(terminal_fd)
+    if process.wait() or len(found) != lines:
+        raise RuntimeError(f"W13: {len(found)} of {lines} lines came, exit code {process.returncode}")
+    return found
+
+
+def _percentile(values: list[float], percent: int) -> float:
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
 def _start_ms(state_dir: Path) -> float:
