@@ -38,7 +38,7 @@ _EXPECTED = {
 class Options(BaseModel):
     """Base of every table of the configuration: unknown keys are errors, loaded values are immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, defer_build=True)
 
 
 class OptionsTable(dict[str, Any]):

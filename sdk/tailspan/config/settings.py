@@ -158,11 +158,11 @@ class Settings(Options):
     default_service: str = "local"
     services: dict[str, dict[str, Any]] = Field(default={}, repr=False, validate_default=True)
     agent: AgentSettings = Field(default_factory=AgentSettings)
-    fleet: FleetSettings = FleetSettings()
+    fleet: FleetSettings = Field(default_factory=FleetSettings)
     otlp: OtlpSettings = Field(default_factory=OtlpSettings)
-    files: FilesSettings = FilesSettings()
-    redact: RedactSettings = RedactSettings()
-    links: LinksSettings = LinksSettings()
+    files: FilesSettings = Field(default_factory=FilesSettings)
+    redact: RedactSettings = Field(default_factory=RedactSettings)
+    links: LinksSettings = Field(default_factory=LinksSettings)
     _path: Path | None = PrivateAttr(default=None)
     _layers: Sequence[Layer] = PrivateAttr(default=())
 
