@@ -12,7 +12,7 @@ import pytest
 
 from tailspan.http import server_limits
 from tailspan.job_api import server as job_api
-from tailspan_agent.web import server as status_server
+from tailspan_agent.web import app as status_app
 from tests.security.test_slow_clients import SERVERS, Reader, Writer, with_job_api, with_status_page
 
 PATIENCE_S = 20.0
@@ -43,7 +43,7 @@ Server = Callable[[Callable[[int], Awaitable[None]]], Awaitable[None]]
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten connections are as good as four hundred."""
     monkeypatch.setattr(job_api, "_MAX_CONNECTIONS", MOST)
-    monkeypatch.setattr(status_server, "_MAX_CONNECTIONS", MOST)
+    monkeypatch.setattr(status_app, "_MAX_CONNECTIONS", MOST)
     monkeypatch.setattr(server_limits, "_logged_s", {})
 
 

@@ -31,7 +31,6 @@ import msgspec
 from tailspan_agent.otlp.wire import (
     attributes_fields,
     bytes_field,
-    fixed64_field,
     string_field,
     varint,
     varint_field,
@@ -224,7 +223,7 @@ def _histogram_point(point: HistogramDataPoint) -> bytes:
     return b"".join(
         [
             _times(point.start_time_unix_nano, point.time_unix_nano),
-            _count_field(4, point.count),
+            _fixed64_field(4, point.count),
             _double_field(5, point.sum),
             bytes_field(6, struct.pack(f"<{len(counts)}Q", *counts)),
             bytes_field(7, struct.pack(f"<{len(bounds)}d", *bounds)),
@@ -241,10 +240,10 @@ def _exponential_point(point: ExponentialHistogramDataPoint) -> bytes:
         [
             attributes_fields(1, point.attributes),
             _times(point.start_time_unix_nano, point.time_unix_nano),
-            _count_field(4, point.count),
+            _fixed64_field(4, point.count),
             _double_field(5, point.sum),
             varint_field(6, _zigzag(point.scale)),
-            _count_field(7, point.zero_count),
+            _fixed64_field(7, point.zero_count),
             bytes_field(8, varint_field(1, _zigzag(buckets.offset)) + bytes_field(2, counts)) if counts else b"",
             *(bytes_field(11, _exemplar(exemplar)) for exemplar in point.exemplars),
         ]
@@ -253,14 +252,15 @@ def _exponential_point(point: ExponentialHistogramDataPoint) -> bytes:
 
 def _exemplar(exemplar: Exemplar) -> bytes:
     ids = bytes_field(4, exemplar.span_id.to_bytes(8, "big")) + bytes_field(5, exemplar.trace_id.to_bytes(16, "big"))
-    return fixed64_field(2, exemplar.time_unix_nano) + _double_field(3, exemplar.value) + ids
+    return _fixed64_field(2, exemplar.time_unix_nano) + _double_field(3, exemplar.value) + ids
 
 
 def _times(start_unix_nano: int, unix_nano: int) -> bytes:
-    return (fixed64_field(2, start_unix_nano) if start_unix_nano else b"") + fixed64_field(3, unix_nano)
+    return (_fixed64_field(2, start_unix_nano) if start_unix_nano else b"") + _fixed64_field(3, unix_nano)
 
 
-def _count_field(number: int, value: int) -> bytes:
+def _fixed64_field(number: int, value: int) -> bytes:
+    """Return the field; unlike in logs and spans, a number outside its range is an error: it would be a wrong value."""
     return varint(number << 3 | 1) + struct.pack("<Q", value)
 
 
