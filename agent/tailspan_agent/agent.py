@@ -12,9 +12,11 @@ import os
 import socket
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
+
+import msgspec
+from msgspec.structs import asdict
 
 from tailspan import __version__
 from tailspan._durations import duration_text
@@ -77,8 +79,7 @@ _RESTART_KEYS = (
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class OnceResult:
+class OnceResult(msgspec.Struct, frozen=True):
     """The result of one pass.
 
     Attributes:
@@ -96,8 +97,7 @@ class OnceResult:
     delivered: bool
 
 
-@dataclass(frozen=True, slots=True)
-class ReloadResult:
+class ReloadResult(msgspec.Struct, frozen=True):
     """The result of a reload.
 
     Attributes:

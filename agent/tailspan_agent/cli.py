@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
 from tailspan._durations import duration_text
 from tailspan._plural import plural
@@ -342,7 +343,7 @@ def dead_letter(config_path: Path | None, as_json: bool) -> None:
     directory = settings_for(config_path).agent.state_dir / "dead-letter"
     groups = summarize(directory)
     if as_json:
-        click.echo(json.dumps([asdict(group) for group in groups]))
+        click.echo(json.dumps([msgspec.structs.asdict(group) for group in groups]))
         return
     if not groups:
         click.echo(f"nothing was rejected ({directory} is empty)")

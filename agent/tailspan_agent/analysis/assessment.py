@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import msgspec
+
 from tailspan._plural import plural
 from tailspan.config import Expect
 from tailspan.models import JobState, JobStatus, TaskRun
@@ -102,8 +104,7 @@ class Assessment(NamedTuple):
     enough_history: bool = False
 
 
-@dataclass(kw_only=True)
-class PipelineStats:
+class PipelineStats(msgspec.Struct, kw_only=True):
     """The history of all pipelines, shared by tailers and metrics.
 
     Attributes:
@@ -112,9 +113,9 @@ class PipelineStats:
         missing: Whether an expected pipeline did not start in time, by its configured name.
     """
 
-    histories: Histories = field(default_factory=Histories)
-    too_fast: dict[str, int] = field(default_factory=dict)
-    missing: dict[str, bool] = field(default_factory=dict)
+    histories: Histories = msgspec.field(default_factory=Histories)
+    too_fast: dict[str, int] = msgspec.field(default_factory=dict)
+    missing: dict[str, bool] = msgspec.field(default_factory=dict)
 
 
 def assess(job: JobSnapshot, history: PipelineHistory, now_unix_nano: int) -> Assessment:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import msgspec
@@ -76,8 +75,7 @@ class PastRun(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.json.encode(self).decode()
 
 
-@dataclass(frozen=True)
-class PipelineHistory:
+class PipelineHistory(msgspec.Struct, frozen=True, dict=True):
     """The last ended runs of one pipeline, and the limits that they set for the next.
 
     Only succeeded runs count: a run that failed at once or hung until it was killed is not usual. A limit is None

@@ -6,7 +6,8 @@ import hashlib
 import re
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from tailspan.models import JobState, JobStatus
 from tailspan_agent.analysis.stack_traces import last_stack
@@ -44,8 +45,7 @@ _OUT_OF_MEMORY = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failure:
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
     """Why a job failed, from its log.
 
     Attributes:

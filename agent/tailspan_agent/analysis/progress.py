@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
+
+import msgspec
 
 from tailspan.logs.clean import clean
 from tailspan.logs.page import LogPage
@@ -86,8 +87,7 @@ def _formats() -> tuple[re.Pattern[str], ...]:
     return tuple(map(re.compile, _FORMATS))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """The progress that a job reported.
 
     Attributes:
@@ -105,8 +105,7 @@ class Progress:
     text: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(msgspec.Struct, frozen=True):
     """The progress in one line.
 
     Attributes:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from tailspan_agent.records.severity import UNSPECIFIED, find_severity
 
@@ -44,8 +45,7 @@ _RUST_MORE = re.compile(r"stack backtrace:|\s++\d++: |\s++at |note: ")
 _Numbered = Iterator[tuple[int, str]]
 
 
-@dataclass(frozen=True, slots=True)
-class Stack:
+class Stack(msgspec.Struct, frozen=True):
     """One stack trace.
 
     Attributes:

@@ -19,7 +19,6 @@ import asyncio
 import os
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -51,8 +50,7 @@ class DeadLetterNote(msgspec.Struct, frozen=True, kw_only=True):
     count: int
 
 
-@dataclass(frozen=True, slots=True)
-class DeadLetterEntry:
+class DeadLetterEntry(msgspec.Struct, frozen=True):
     """One rejected batch and its location.
 
     Attributes:
@@ -70,8 +68,7 @@ class DeadLetterEntry:
     note: DeadLetterNote | None
 
 
-@dataclass(slots=True)
-class DeadLetterGroup:
+class DeadLetterGroup(msgspec.Struct):
     """All rejected batches of one signal, kind and reason.
 
     Attributes:

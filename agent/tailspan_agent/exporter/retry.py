@@ -25,9 +25,10 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal, Protocol
+
+import msgspec
 
 from tailspan._backoff import backoff_s
 from tailspan._clock import Clock
@@ -70,8 +71,7 @@ _BROKEN = re.compile(
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Outage:
+class Outage(msgspec.Struct, frozen=True):
     """Failed attempts of one signal in a row.
 
     Attributes:
@@ -119,8 +119,7 @@ def is_rare(number: int) -> bool:
     return number > 0 and number & (number - 1) == 0 and number.bit_length() % 2 == 1
 
 
-@dataclass(frozen=True, slots=True)
-class Rejection:
+class Rejection(msgspec.Struct, frozen=True):
     """Records of a request that the endpoint did not accept as they were.
 
     Attributes:
@@ -138,7 +137,7 @@ class Rejection:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class DeliveryResult:
     """The result of a request that is done: delivered, or in the dead letter.
 
@@ -154,9 +153,9 @@ class DeliveryResult:
     delivered: int
     rejected: int = 0
     reason: str | None = None
-    kind: str | None = field(default=None, compare=False)
-    retries: int = field(default=0, compare=False)
-    rejections: tuple[Rejection, ...] = field(default=(), compare=False)
+    kind: str | None = dataclasses.field(default=None, compare=False)
+    retries: int = dataclasses.field(default=0, compare=False)
+    rejections: tuple[Rejection, ...] = dataclasses.field(default=(), compare=False)
 
     def __add__(self, other: DeliveryResult) -> DeliveryResult:
         """Return the result of both parts of a halved request."""
@@ -170,8 +169,7 @@ class DeliveryResult:
         )
 
 
-@dataclass(slots=True)
-class _Batch:
+class _Batch(msgspec.Struct):
     """What the parts of one halved or split request share.
 
     Attributes:

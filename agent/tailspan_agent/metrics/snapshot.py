@@ -11,7 +11,6 @@ An ended series is state as well: its last point is exported until the endpoint 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import os
 import time
@@ -52,8 +51,7 @@ _Steps: TypeAlias = Generator[None, None, _T]
 """Work that pauses between its steps: the metrics of thousands of pipelines take half a second."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class FleetTotals:
+class FleetTotals(msgspec.Struct, frozen=True):
     """What all agents of a fleet have counted together, exported by one of them at a time.
 
     Attributes:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Protocol
 from weakref import WeakValueDictionary
 from zlib import crc32
+
+import msgspec
 
 from tailspan_agent.analysis.assessment import PipelineStats
 from tailspan_agent.analysis.pipeline_names import PipelineNames
@@ -28,8 +29,7 @@ class InFlight(Protocol):
         """Wait until nothing is queued any more: it is acknowledged and stored, or left to another agent."""
 
 
-@dataclass(kw_only=True)
-class PipelineContext:
+class PipelineContext(msgspec.Struct, kw_only=True):
     """What the pipelines of all jobs share.
 
     Attributes:
@@ -65,10 +65,10 @@ class PipelineContext:
     task_names: PipelineNames
     lines_on_spans: bool = False
     owns: Callable[[str, str], bool] | None = None
-    task_totals: dict[tuple[str, str, str], RunTotals] = field(default_factory=dict)
-    pipeline_stats: PipelineStats = field(default_factory=PipelineStats)
-    label_values: LabelValues = field(default_factory=LabelValues)
-    in_flight: WeakValueDictionary[tuple[str, str], InFlight] = field(default_factory=WeakValueDictionary)
+    task_totals: dict[tuple[str, str, str], RunTotals] = msgspec.field(default_factory=dict)
+    pipeline_stats: PipelineStats = msgspec.field(default_factory=PipelineStats)
+    label_values: LabelValues = msgspec.field(default_factory=LabelValues)
+    in_flight: WeakValueDictionary[tuple[str, str], InFlight] = msgspec.field(default_factory=WeakValueDictionary)
 
     def queue(self, service_name: str, log_name: str) -> LogQueue | None:
         """Return the log queue of all jobs of a name: Loki makes one stream of them, and rejects what is out of order.

@@ -14,9 +14,10 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple, TypeVar
+
+import msgspec
 
 from tailspan_agent.checkpoint.protocol import CheckpointStore
 from tailspan_agent.checkpoint.rows import Ack, OutboxSpan
@@ -61,8 +62,7 @@ class Fence(NamedTuple):
     on_void: Callable[[], None]
 
 
-@dataclass(slots=True)
-class Chunk:
+class Chunk(msgspec.Struct):
     """Encoded records of one page of one job.
 
     Attributes:
@@ -92,7 +92,7 @@ class Chunk:
     newest_ns: int = 0
     on_send: Callable[[], None] | None = None
     fence: Fence | None = None
-    result: ChunkResult = field(default_factory=ChunkResult)
+    result: ChunkResult = msgspec.field(default_factory=ChunkResult)
     is_dropped: bool = False
 
     @property
@@ -117,8 +117,7 @@ class Chunk:
         return sum(len(records) for records, _ in self.pieces) + _CHUNK_BYTES
 
 
-@dataclass(slots=True)
-class _Piece:
+class _Piece(msgspec.Struct):
     """A piece of a chunk in a batch.
 
     Attributes:

@@ -10,9 +10,10 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from msgspec.structs import asdict
 
 from tailspan._secrets import mask
 from tailspan.config import load_settings

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
 
 import msgspec
@@ -40,8 +39,7 @@ PIECE_BYTES = 512 << 10
 """The most that a piece of a page takes in a store: requests are filled with whole pieces."""
 
 
-@dataclass(slots=True, kw_only=True)
-class LogContext:
+class LogContext(msgspec.Struct, kw_only=True):
     """The context that all records of one job share.
 
     Attributes:
@@ -57,9 +55,9 @@ class LogContext:
     span_id: bytes
     min_severity: int = 0
     redactor: Redactor | None = None
-    cut_ends: dict[int, str] = field(default_factory=dict)
+    cut_ends: dict[int, str] = msgspec.field(default_factory=dict)
     job: JobStatus | None = None
-    _origins: dict[TaskRef | None, bytes] = field(default_factory=dict)
+    _origins: dict[TaskRef | None, bytes] = msgspec.field(default_factory=dict)
 
     @classmethod
     def for_job(

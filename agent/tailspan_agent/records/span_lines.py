@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from tailspan.logs.page import LogPage, Stream
 from tailspan_agent.otlp.log_record import Severity
@@ -50,8 +51,7 @@ _WARNS = bytes(index < len(SEVERITIES) and SEVERITIES[index].number >= _WARN for
 _TaskKey = tuple[str, int]
 
 
-@dataclass(frozen=True, slots=True)
-class SpanLine:
+class SpanLine(msgspec.Struct, frozen=True):
     """One line on a span.
 
     Attributes:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+import msgspec
+from msgspec.structs import replace
 
 from tailspan.config import Settings
 from tailspan.models import JobStatus, TaskRun
@@ -27,8 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["AgentView"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AgentView:
+class AgentView(msgspec.Struct, frozen=True, kw_only=True):
     """The data of the page.
 
     Attributes:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+
+import msgspec
 
 __all__ = ["ServerAccess"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerAccess:
+class ServerAccess(msgspec.Struct, frozen=True, kw_only=True):
     """Who may use what.
 
     Attributes:

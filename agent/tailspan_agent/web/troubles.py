@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from tailspan._plural import plural
 from tailspan.config.signals import SIGNALS, Signal
@@ -14,8 +15,7 @@ __all__ = ["Trouble", "troubles_of"]
 _CHECK = "check otlp.endpoint, its credentials and otlp.signals"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trouble:
+class Trouble(msgspec.Struct, frozen=True, kw_only=True):
     """One problem of the agent.
 
     Attributes:
