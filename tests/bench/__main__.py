@@ -1,9 +1,9 @@
 """``python -m tests.bench`` measures, prints one table, and says what became worse: ``make bench``.
 
 The workloads and their goals: W1 relay of local jobs, W2 relay over the job API, W3 silence, W4 latency, W5 the SDK,
-W6 capture, W7 growth, W8 start, W9 typing, W10 a fleet, W13 capture at a terminal, W14 orchestrators, W15 ended jobs,
-W16 pods, W17 beside the OpenTelemetry Collector, W18 log files, W19 units. What is guarded are ratios within one run
-(``expected.json``), not times.
+W6 capture, W7 growth, W8 start, W9 typing, W10 a fleet, W11 short jobs that have ended, W12 short jobs beside a
+running agent, W13 capture at a terminal, W14 orchestrators, W15 ended jobs, W16 pods, W17 beside the OpenTelemetry
+Collector, W18 log files, W19 units. What is guarded are ratios within one run (``expected.json``), not times.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from tests.bench import (
     orchestrators,
     relay,
     sdk,
+    short_jobs,
     standing,
     typing_cost,
     units,
@@ -51,6 +52,8 @@ WORKLOADS: dict[str, Callable[[Scale, Path], Iterator[Row]]] = {
     "W8": standing.start,
     "W9": typing_cost.costs,
     "W10": fleet.shared_jobs,
+    "W11": short_jobs.ended,
+    "W12": short_jobs.arriving,
     "W13": capture.interactive,
     "W14": orchestrators.runs_with_tasks,
     "W15": ended_jobs.ended_jobs,

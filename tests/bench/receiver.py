@@ -1,9 +1,11 @@
 """The OTLP receiver of the benchmarks: a process of its own that does as little as it can and counts.
 
 It answers HTTP and gRPC. Every benchmark line has ``RECORD`` once in it, so that records are counted by a search for
-bytes. With ``--latency``, lines that end in ``at=`` and 19 digits (ns since the epoch) have their age noted.
+bytes. With ``--latency``, lines that end in ``at=`` and 19 digits (ns since the epoch) have their age noted; with
+``--ends``, run spans and receipts have: how long after the end of their job they came.
 
-    GET /counts    {"requests": n, "bytes": n as sent, "records": n, "ages_ms": [...]}, and sets all to 0
+    GET /counts    {"requests": n, "bytes": n as sent, "records": n, "ages_ms": [...], "run_span_ages_ms": [...],
+                   "receipt_ages_ms": [...]}, and sets all to 0
 """
 
 from __future__ import annotations
@@ -21,11 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
 from tests.bench.measure import started
 
 __all__ = ["RECORD", "Receiver", "receiving"]
 
 RECORD = b" rec="
+_RUN, _RECEIPT = b"RUN bench", b"tailspan.receipt"
 _AT = re.compile(rb" at=(\d{19})")
 _MAX_MESSAGE = 64 << 20
 _PORTS = "PORTS "
@@ -53,22 +59,26 @@ class Receiver:
 
 
 @contextmanager
-def receiving(directory: Path, *, latency: bool = False) -> Iterator[Receiver]:
+def receiving(directory: Path, *, latency: bool = False, ends: bool = False) -> Iterator[Receiver]:
     """Run a receiver while the block runs; its log goes into the directory."""
-    command = [sys.executable, "-m", "tests.bench.receiver", *(["--latency"] if latency else [])]
+    options = [*(["--latency"] if latency else []), *(["--ends"] if ends else [])]
+    command = [sys.executable, "-m", "tests.bench.receiver", *options]
     with started(command, log=directory / "receiver.log", says=_PORTS) as (pid, line):
         http, grpc = line.removeprefix(_PORTS).split()
         yield Receiver(f"http://127.0.0.1:{http}", f"http://127.0.0.1:{grpc}", pid)
 
 
 class _Counts:
-    def __init__(self, *, latency: bool) -> None:
+    def __init__(self, *, latency: bool, ends: bool) -> None:
         self._latency = latency
+        self._ends = ends
         self.reset()
 
     def reset(self) -> None:
         self.requests = self.bytes = self.records = 0
         self.ages_ms: list[float] = []
+        self.run_span_ages_ms: list[float] = []
+        self.receipt_ages_ms: list[float] = []
 
     def take(self, body: bytes, encoding: str) -> None:
         self.requests += 1
@@ -83,6 +93,31 @@ class _Counts:
         if self._latency:
             now_ns = time.time_ns()
             self.ages_ms += [(now_ns - int(written)) / 1e6 for written in _AT.findall(body)]
+        if self._ends:
+            self._note_ends(body)
+
+    def _note_ends(self, body: bytes) -> None:
+        now_ns = time.time_ns()
+        if _RUN in body:
+            spans = ExportTraceServiceRequest.FromString(body)
+            ends = [
+                span.end_time_unix_nano
+                for resource in spans.resource_spans
+                for scope in resource.scope_spans
+                for span in scope.spans
+                if span.name.startswith("RUN ")
+            ]
+            self.run_span_ages_ms += [(now_ns - end) / 1e6 for end in ends]
+        elif _RECEIPT in body:
+            logs = ExportLogsServiceRequest.FromString(body)
+            ends = [
+                record.time_unix_nano
+                for resource in logs.resource_logs
+                for scope in resource.scope_logs
+                for record in scope.log_records
+                if record.event_name == _RECEIPT.decode()
+            ]
+            self.receipt_ages_ms += [(now_ns - end) / 1e6 for end in ends]
 
 
 async def _serve_http(counts: _Counts, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -128,7 +163,7 @@ async def _grpc_server(counts: _Counts) -> tuple[Any, int]:
 
 
 async def _main() -> None:
-    counts = _Counts(latency="--latency" in sys.argv)
+    counts = _Counts(latency="--latency" in sys.argv, ends="--ends" in sys.argv)
     server = await asyncio.start_server(
         lambda reader, writer: _serve_http(counts, reader, writer), "127.0.0.1", 0, limit=_MAX_MESSAGE
     )
