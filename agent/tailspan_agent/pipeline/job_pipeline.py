@@ -101,13 +101,14 @@ class JobPipeline:
     ) -> None:
         self.job = TrackedJob(context, service, watch, status, first_seen_ns)
         self.spans = JobSpans(self.job)
-        self.alerts = JobAlerts(self.job, partial(self._send_record, of_events=True))
+        self.alerts = JobAlerts(self.job, self._send_event)
         self.cursor = self.job.checkpoint.cursor
         self._context = context
         self._queue = context.queue(service.name, self.job.status.job_name)
         self._log_context = LogContext.for_job(status, min_severity=watch.min_severity, redactor=context.redactor)
-        self._progress = ProgressMeter(self.job.redact)
-        self._open_lines = OpenLineLimit()
+        # Made with the first line: most jobs of a large agent are silent.
+        self._progress: ProgressMeter | None = None
+        self._open_lines: OpenLineLimit | None = None
         self._age_lines = self._age_reported = 0
         self._age_reason = ""
         self._run_reported = self.job.checkpoint.ended
@@ -161,7 +162,7 @@ class JobPipeline:
             status=self.job.status,
             first_line_unix_nano=ledger.first_line_ns,
             last_line_unix_nano=ledger.last_line_ns,
-            progress=self._progress.progress,
+            progress=None if self._progress is None else self._progress.progress,
             identity=service.identity,
             lines=ledger.lines,
             last_line=ledger.last_line,
@@ -262,7 +263,7 @@ class JobPipeline:
     def expire_heartbeat(self) -> None:
         """Drop the last heartbeat: while a job is not polled, an old heartbeat does not mean that it stopped."""
         if self.job.status.last_heartbeat is not None:
-            self.job.status = dataclasses.replace(self.job.status, last_heartbeat=None)
+            self._log_context.job = self.job.status = dataclasses.replace(self.job.status, last_heartbeat=None)
 
     def recall_state(self) -> None:
         """Take the terminal state in the ledger, if any, as the job's state: the service does not know the job."""
@@ -323,7 +324,8 @@ class JobPipeline:
         if self._queue is not None:
             await self._queue.room()
         job = self.job
-        self._open_lines.on_page(page)
+        if self._open_lines is not None:
+            self._open_lines.on_page(page)
         job.ledger = job.ledger.with_page(page)
         job.task_lines.add(page)
         if not late:
@@ -331,6 +333,7 @@ class JobPipeline:
             if job.span_lines is not None:
                 job.span_lines.add(page, self._log_context)
         if not late and not job.status.state.is_terminal:
+            self._progress = self._progress or ProgressMeter(job.redact)
             self._progress.add_page(page, time.monotonic())
         cursor = None if late else page.cursor
         if self._queue is not None:
@@ -361,6 +364,7 @@ class JobPipeline:
         Returns:
             How long to wait before this line may be sent, in seconds; None if nothing is left to send.
         """
+        self._open_lines = self._open_lines or OpenLineLimit()
         job, wait_s = self.job, self._open_lines.wait_s(line, time.monotonic())
         text = job.redact_open(clean(line.text))
         if wait_s is None or not text or line.uid == job.ledger.open_line:
@@ -550,6 +554,9 @@ class JobPipeline:
                 job.change_stream(name, stream)
                 yield is_behind
                 return
+
+    async def _send_event(self, record: LogRecordData) -> None:
+        await self._send_record(record, of_events=True)
 
     async def _send_record(self, record: LogRecordData, *, of_events: bool = False) -> None:
         if self._queue is not None:

@@ -5,7 +5,7 @@ Spans go into the store as soon as they have ended; the `SpanQueue` sends them f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from tailspan_agent.analysis.baseline import PastRun
 from tailspan_agent.analysis.failure import error_type, fingerprint_of
@@ -19,6 +19,9 @@ from tailspan_agent.pipeline.tracked_job import TrackedJob
 __all__ = ["JobSpans"]
 
 
+_FEW_SPANS = 8
+
+
 class JobSpans:
     """Writes the spans of one job to the store."""
 
@@ -27,8 +30,9 @@ class JobSpans:
     def __init__(self, job: TrackedJob) -> None:
         self._job = job
         self._context = job.context
-        self._written: set[str] = set()
-        self._written_tasks: set[tuple[str, int]] = set()
+        # Few spans of most jobs are written before their end: a set would take as much memory as the job's status.
+        self._written: Collection[str] = ()
+        self._written_tasks: frozenset[tuple[str, int]] = frozenset()
 
     @property
     def has_written(self) -> bool:
@@ -41,14 +45,15 @@ class JobSpans:
 
     def start_attempt(self) -> None:
         """Write the spans of tasks again: the job runs again, and so do they."""
-        self._written_tasks.clear()
+        self._written_tasks = frozenset()
 
     def _add(self, spans: Sequence[SpanData]) -> None:
         outbox = self._outbox(spans)
         if not outbox:
             return
         new = self._context.store.add_spans(self._job.checkpoint.key, outbox)
-        self._written.update(span.span_id for span in outbox)
+        written = *self._written, *(span.span_id for span in outbox)
+        self._written = written if len(written) <= _FEW_SPANS else frozenset(written)
         self._note_tasks(spans)
         if new:
             self._count_tasks(span for span in spans if span.span_id in new)
@@ -56,12 +61,16 @@ class JobSpans:
 
     def _note_tasks(self, spans: Iterable[SpanData]) -> None:
         """Note the attempts of tasks whose spans are written, and drop their lines."""
-        for span in spans:
-            if _is_of_task(span):
-                key = str(span.attributes["tailspan.task.id"]), int(str(span.attributes["tailspan.task.attempt"]))
-                self._written_tasks.add(key)
-                if self._job.span_lines is not None:
-                    self._job.span_lines.tasks.drop(key)
+        keys = {
+            (str(span.attributes["tailspan.task.id"]), int(str(span.attributes["tailspan.task.attempt"])))
+            for span in spans
+            if _is_of_task(span)
+        }
+        if keys:
+            self._written_tasks |= keys
+        if self._job.span_lines is not None:
+            for key in keys:
+                self._job.span_lines.tasks.drop(key)
 
     def _count_tasks(self, spans: Iterable[SpanData]) -> None:
         """Add the attempts of tasks to the totals, each once, since a span is new once."""

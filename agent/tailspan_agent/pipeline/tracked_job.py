@@ -246,5 +246,7 @@ class TrackedJob:
 
     def store_ledger(self) -> None:
         """Store the ledger: of lines what is acknowledged, of all else what was seen."""
-        self.acked_ledger = self.acked_ledger.with_seen(self.ledger)
+        acked = self.acked_ledger.with_seen(self.ledger)
+        # One object for both while they are equal: as long as a job is silent.
+        self.acked_ledger = self.ledger if acked == self.ledger else acked
         self.context.store.update_ledger(self.checkpoint.key, self.acked_ledger.to_json())

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import aclosing, suppress
 from fnmatch import fnmatchcase
-from functools import partial
 
 from tailspan._backoff import backoff_s
 from tailspan.config import Watch
@@ -101,6 +100,7 @@ class JobDiscovery:
         self._service = source.service
         self._once = once
         self._start = start
+        self._on_first_turn = self._leave_first_turn  # one object for the tailers of all jobs
         self._names = context.store.names(self._service.identity)
         self._ignored = context.store.finished_jobs(self._service.identity)
         self._deleted: set[str] = set()
@@ -424,7 +424,7 @@ class JobDiscovery:
             job_id,
             name,
             once=self._once,
-            on_first_turn=partial(self._leave_first_turn, job_id),
+            on_first_turn=self._on_first_turn,
         )
         self.tailers[job_id] = tailer
         if self._changes is not None:

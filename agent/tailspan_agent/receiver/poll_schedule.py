@@ -41,10 +41,10 @@ class PollSchedule:
 
     Args:
         follower: Poll delays for jobs without change notifications.
+        on_due: Called when a poll is due while the tailer rests.
         has_tasks: Whether the job has tasks, which change without a sign of it in the list.
 
     Attributes:
-        on_due: Called when a poll is due while the tailer rests.
         has_changes: Whether the service pushes changes of this job.
         row: The job's row of the list; None if the list does not have it.
         is_resting: Whether nothing is to be done for the job until its next poll is due.
@@ -57,6 +57,7 @@ class PollSchedule:
         "_is_plain",
         "_is_woken",
         "_listed",
+        "_on_due",
         "_poll_max_s",
         "_row_at_s",
         "_silent_reads",
@@ -65,12 +66,13 @@ class PollSchedule:
         "_timer",
         "has_changes",
         "is_resting",
-        "on_due",
         "row",
     )
 
-    def __init__(self, follower: Follower, *, has_tasks: bool = False) -> None:
-        self.on_due: Callable[[], object] = _nothing
+    def __init__(
+        self, follower: Follower, on_due: Callable[[], object] = lambda: None, *, has_tasks: bool = False
+    ) -> None:
+        self._on_due = on_due
         self.has_changes = False
         self.row: ListedJob | None = None
         self.is_resting = False
@@ -113,6 +115,10 @@ class PollSchedule:
             )
             self._listed = row, JobSnapshot(service=service.name, status=status)
         return self._listed[1]
+
+    def forget_listed(self) -> None:
+        """Drop the snapshot made from the row: what the job's pipeline knows is shown from now on."""
+        self._listed = None
 
     @property
     def parked(self) -> bool:
@@ -217,7 +223,7 @@ class PollSchedule:
         return None if self.is_counted and delay_s >= 0.9 * _SILENCE_S else delay_s
 
     def rest(self, delay_s: float | None) -> bool:
-        """Rest until a delay in seconds is over or the job has changed, whichever is first; then call `on_due`.
+        """Rest until a delay in seconds is over or the job has changed, whichever is first.
 
         A resting job has no task: ten thousand of them would take most of the agent's memory.
 
@@ -237,7 +243,7 @@ class PollSchedule:
 
     def _end_rest(self) -> None:
         self.cancel()
-        self.on_due()
+        self._on_due()
 
     def cancel(self) -> None:
         """End the rest without a poll."""
@@ -245,10 +251,6 @@ class PollSchedule:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-
-
-def _nothing() -> None:
-    pass
 
 
 def late_lines_delay_s(ended_ago_s: float) -> float:

@@ -67,6 +67,7 @@ class Receiver:
         self._context = context
         self._opener = opener
         self._shared = shared
+        self._on_due = self._resume  # one object for the tailers of all jobs
         self._sources: dict[str, Source] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
@@ -270,7 +271,7 @@ class Receiver:
 
     def _start(self, tailer: Tailer) -> None:
         self.started += tailer.once
-        tailer.schedule.on_due = partial(self._resume, tailer)
+        tailer.on_due = self._on_due
         self._resume(tailer)
 
     def _resume(self, tailer: Tailer) -> None:

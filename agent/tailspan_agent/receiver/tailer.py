@@ -79,13 +79,34 @@ class Tailer:
         job_id: The job.
         name: The job's name; empty if it is not known before the first status.
         once: Relay what is readable now, then stop; an ended job completely.
-        on_first_turn: Called when the first turn is over, however it ended; may be called again.
+        on_first_turn: Called with the job's id when the first turn is over, however it ended; may be called again.
 
     Attributes:
+        on_due: Called with this object when a poll is due while the schedule rests.
         schedule: When the job is polled.
         lifecycle: The state of the job.
         failure: Why the last poll failed; None after one that succeeded.
     """
+
+    __slots__ = (
+        "_catch_up",
+        "_context",
+        "_errors",
+        "_first_seen_ns",
+        "_follower",
+        "_is_new",
+        "_name",
+        "_on_first_turn",
+        "_pipeline",
+        "_service",
+        "_source",
+        "failure",
+        "job_id",
+        "lifecycle",
+        "on_due",
+        "schedule",
+        "watch",
+    )
 
     def __init__(
         self,
@@ -96,7 +117,7 @@ class Tailer:
         name: str = "",
         *,
         once: bool = False,
-        on_first_turn: Callable[[], object] = lambda: None,
+        on_first_turn: Callable[[str], object] = lambda _: None,
     ) -> None:
         self.failure: TailspanError | None = None
         self.watch = watch
@@ -112,12 +133,16 @@ class Tailer:
             poll_max_s=self._service.poll_max_s,
             settle_s=watch.settle,
         )
-        self.schedule = PollSchedule(self._follower, has_tasks=source.has_tasks)
+        self.on_due: Callable[[Tailer], object] = lambda _: None
+        self.schedule = PollSchedule(self._follower, self._call_on_due, has_tasks=source.has_tasks)
         self._name = name
         self._errors = 0
         self._on_first_turn = on_first_turn
         self._is_new = True
         self._catch_up = CatchUp(context.stream_order, self._service.name, name)
+
+    def _call_on_due(self) -> None:
+        self.on_due(self)
 
     @property
     def service_name(self) -> str:
@@ -216,13 +241,13 @@ class Tailer:
                         return
                     # A job that cannot be read must not hold up the others of its stream.
                     self.leave_stream()
-                self._on_first_turn()
+                self._on_first_turn(self.job_id)
                 if not self.lifecycle.is_over and self.schedule.rest(delay_s):
                     return
         finally:
             if not self.schedule.is_resting:
                 self.leave_stream()
-                self._on_first_turn()
+                self._on_first_turn(self.job_id)
 
     def _waits_for_first_poll(self) -> bool:
         """Return whether the first poll is due later: the list shows nothing new of the job."""
@@ -285,6 +310,7 @@ class Tailer:
             if late_lines or not pipeline.completed_before:
                 pipeline.on_status(status)
         self._pipeline = pipeline
+        self.schedule.forget_listed()
         if late_lines or not pipeline.completed_before:
             await self._poll_tasks(pipeline)
         self._catch_up.move(self._service.name, pipeline.status.job_name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Protocol
@@ -40,14 +41,15 @@ def status_of(job: StoredJob, service: Owner) -> JobStatus:
     alive = job.last_sign_of_life
     if state is JobState.LOST:
         finished, error = _lost(job, alive)
-    identity = spec.get("identity") or service.identity
+    # Interned is what thousands of jobs have in common.
+    identity, host = sys.intern(spec.get("identity") or service.identity), spec.get("host")
     stored_trace = spec.get("trace_id", "")
     attempt = spec.get("attempt", 1)
     return JobStatus.from_state(
         state,
         job_id=job.job_id,
-        job_name=job.name,
-        instance_id=spec.get("host"),
+        job_name=sys.intern(job.name),
+        instance_id=host and sys.intern(host),
         last_heartbeat=alive,
         submitted_at=time_of(spec.get("submitted_at")) or submitted_at_of(job.job_id),
         started_at=time_of(recorded.get("started_at")),
@@ -70,7 +72,7 @@ def row_of(job: StoredJob, service: Owner) -> ListedJob:
     """Return the row of a listing from a job's files; see `status_of`."""
     return ListedJob(
         job_id=job.job_id,
-        job_name=job.name,
+        job_name=sys.intern(job.name),
         state=job.state,
         created_at=submitted_at_of(job.job_id),
         state_since=time_of(job.recorded.get("finished_at") or job.recorded.get("started_at")),
@@ -127,4 +129,4 @@ def _details(spec: Mapping[str, Any]) -> dict[str, str]:
         "process.owner": spec.get("user") or "",
         "host.name": spec.get("host") or "",
     }
-    return {key: value for key, value in details.items() if value}
+    return {key: sys.intern(value) for key, value in details.items() if value}

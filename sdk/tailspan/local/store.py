@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -33,6 +34,7 @@ _FUTURE_S = 86400.0
 _MAX_JSON_BYTES = 16 << 20
 _MAX_STATE_BYTES = 1 << 20
 _MAX_JSON_ITEMS = 250_000
+_MARK = struct.Struct("=QqqQqq")
 # What has another type than it was written with is as good as missing.
 _TYPES = {
     **dict.fromkeys(("state", "name", "started_at", "finished_at", "error", "end"), str),
@@ -248,7 +250,7 @@ class JobStore:
         with self.opened(job_id) as fd:
             return _read_state(fd)
 
-    def running_mark(self, job_id: str) -> tuple[int, ...] | None:
+    def running_mark(self, job_id: str) -> bytes | None:
         """Return what changes with each line and each state of a running job; None when it does not run.
 
         Costs a tenth of `glance`, for callers that poll thousands of silent jobs.
@@ -264,7 +266,10 @@ class JobStore:
                 os.close(fd)
         except OSError:
             return None  # the caller's next read raises the detailed error
-        return state.st_ino, state.st_mtime_ns, state.st_size, index.st_ino, index.st_mtime_ns, index.st_size
+        # Packed: a tuple of numbers takes three times the memory.
+        return _MARK.pack(
+            state.st_ino, state.st_mtime_ns, state.st_size, index.st_ino, index.st_mtime_ns, index.st_size
+        )
 
     def _check_there(self) -> None:
         """Raise if the store was moved or unmounted while in use; a missing job then proves nothing."""

@@ -98,7 +98,7 @@ class LocalService(SubmitService, ChangeFeedService):
         self._encoding = encoding
         self._identities: dict[str, str] = {}
         self._final_rows: dict[str, ListedJob] = {}
-        self._running_rows: dict[str, tuple[tuple[int, ...], ListedJob]] = {}
+        self._running_rows: dict[str, tuple[bytes, ListedJob]] = {}
 
     @classmethod
     def from_options(cls, name: str, options: Mapping[str, Any], settings: Settings) -> Self:

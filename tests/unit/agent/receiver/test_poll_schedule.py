@@ -85,8 +85,7 @@ def test_the_second_status_of_an_end_keeps_its_distance_with_merged_reads() -> N
 async def test_a_rest_ends_once_with_its_delay_or_a_change() -> None:
     """Whichever is first; a change during a poll is not lost: the job is polled again at once."""
     due: list[str] = []
-    resting = PollSchedule(Follower(state=JobState.RUNNING))
-    resting.on_due = lambda: due.append("due")
+    resting = PollSchedule(Follower(state=JobState.RUNNING), lambda: due.append("due"))
     assert resting.rest(None)
     assert resting.parked
     resting.wake()
