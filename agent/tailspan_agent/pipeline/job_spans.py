@@ -20,6 +20,7 @@ __all__ = ["JobSpans"]
 
 
 _FEW_SPANS = 8
+_NO_TASKS: frozenset[tuple[str, int]] = frozenset()
 
 
 class JobSpans:
@@ -32,7 +33,7 @@ class JobSpans:
         self._context = job.context
         # Few spans of most jobs are written before their end: a set would take as much memory as the job's status.
         self._written: Collection[str] = ()
-        self._written_tasks: frozenset[tuple[str, int]] = frozenset()
+        self._written_tasks = _NO_TASKS
 
     @property
     def has_written(self) -> bool:
@@ -45,7 +46,7 @@ class JobSpans:
 
     def start_attempt(self) -> None:
         """Write the spans of tasks again: the job runs again, and so do they."""
-        self._written_tasks = frozenset()
+        self._written_tasks = _NO_TASKS
 
     def _add(self, spans: Sequence[SpanData]) -> None:
         outbox = self._outbox(spans)

@@ -45,7 +45,7 @@ class TrackedJob:
         first_seen_ns: When the agent first saw the job, in ns since the epoch.
 
     Attributes:
-        checkpoint: What the store had when this object was made.
+        checkpoint: What the store had when this object was made, without the text of the ledger.
         ledger: The job's lines and states as read.
         acked_ledger: The same with its lines as acknowledged: as in the store.
         resource: The encoded OTLP resource.
@@ -69,6 +69,7 @@ class TrackedJob:
         known = context.store.job(service.identity, status.job_id)
         self.checkpoint = known or self._first_checkpoint(first_seen_ns)
         self.ledger = self.acked_ledger = JobLedger.restored(self.checkpoint.ledger, status.job_id, first_seen_ns)
+        self.checkpoint = msgspec.structs.replace(self.checkpoint, ledger="")  # its text has served
         self.resource = self._encode_resource()
         context.label_values.note(status.job_name, status.attributes)
         self.is_log_name_shared = False

@@ -166,6 +166,10 @@ class PollSchedule:
         if self.is_resting:
             self._end_rest()
 
+    def on_poll(self) -> None:
+        """Note that a poll begins, which finds all that has changed until now."""
+        self._is_woken = False
+
     def on_status(self, job: JobStatus) -> float:
         """Note a requested status; return the time, in seconds of the monotonic clock."""
         self._status_at_s = time.monotonic()
@@ -234,7 +238,6 @@ class PollSchedule:
             False if the job has changed since its last poll began: then it does not rest.
         """
         if self._is_woken:
-            self._is_woken = False
             return False
         self.is_resting = True
         if delay_s is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
@@ -28,6 +29,8 @@ from tailspan_agent.tasks import cancelled
 __all__ = ["Receiver"]
 
 _CRASH_PAUSE_S = 30.0
+# A poll of a local job takes a millisecond at most: health requests are answered between these.
+_POLLS_PER_PASS = 16
 _ENDS_EVERY_S = 1.0
 _ENDS_SHARE = 4.0
 """The pause after a pass over jobs whose lines wait, in times of its duration: relaying goes first."""
@@ -45,7 +48,7 @@ class Receiver:
             this machine. None: this agent follows all jobs.
 
     Attributes:
-        tailers: The tailers of all followed jobs, with their tasks; None for one that rests until its next poll.
+        tailers: The tailers of all followed jobs, with their tasks; None for one that rests, or whose poll is due.
         discoveries: The discoveries, by the configured name of their service.
         started: The number of jobs that a single pass (`once`) started.
         broken: Why the plugins of services cannot be used, by the services' names; the other services are followed.
@@ -59,6 +62,7 @@ class Receiver:
         shared: PipelineContext | None = None,
     ) -> None:
         self.tailers: dict[Tailer, asyncio.Task[None] | None] = {}
+        self._due: deque[Tailer] = deque()
         self._stopped_tailer = asyncio.Event()
         self.discoveries: dict[str, JobDiscovery] = {}
         self.started = 0
@@ -275,8 +279,20 @@ class Receiver:
         self._resume(tailer)
 
     def _resume(self, tailer: Tailer) -> None:
-        task = self.tailers[tailer] = asyncio.create_task(self._run(tailer))
-        task.add_done_callback(partial(self._on_task_end, tailer))
+        self.tailers[tailer] = None
+        self._due.append(tailer)
+        if len(self._due) == 1:
+            asyncio.get_running_loop().call_soon(self._start_due)
+
+    def _start_due(self) -> None:
+        """Start some due polls: however many there are at one moment, the loop is free every few milliseconds."""
+        for _ in range(min(_POLLS_PER_PASS, len(self._due))):
+            tailer = self._due.popleft()
+            if tailer in self.tailers:  # not stopped meanwhile
+                task = self.tailers[tailer] = asyncio.create_task(self._run(tailer))
+                task.add_done_callback(partial(self._on_task_end, tailer))
+        if self._due:
+            asyncio.get_running_loop().call_soon(self._start_due)
 
     def _on_task_end(self, tailer: Tailer, task: asyncio.Task[None]) -> None:
         if self.tailers.get(tailer) is task:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 import time
@@ -30,8 +29,6 @@ _MERGED_READS_PER_QUEUE = 64
 _PAGES_PER_TURN = 8
 _FIRST_POLLS = 100
 _FIRST_POLLS_PER_S = 2.0
-# A turn of a local job takes a millisecond or two: health requests are answered between these.
-_TURNS_PER_PASS = 16
 _MOST_NOTED = 10_000
 
 _log = logging.getLogger(__name__)
@@ -51,7 +48,6 @@ class Source:
         self.service = service
         self._on_dropped = on_dropped
         self._noted: set[str] = set()
-        self._turns = asyncio.Semaphore(_TURNS_PER_PASS)
         self._task_service = service if isinstance(service, TaskService) else None
         self._merging = service if isinstance(service, MergingService) else None
         self._reads = (
@@ -59,11 +55,6 @@ class Source:
         )
         self._merged_reads = ReadLimit(math.inf, _MERGED_READS_PER_QUEUE)
         self._first_poll_at_s = float("-inf")
-
-    async def turn(self) -> None:
-        """Wait for a turn: however many jobs wake up at one moment, the event loop is free every few milliseconds."""
-        async with self._turns:
-            await asyncio.sleep(0)
 
     async def get_job(self, job_id: str) -> JobStatus:
         """Return a job's status, with all values in range; see `tailspan.services.JobService`.

@@ -229,6 +229,7 @@ class Tailer:
             if self._is_new and self._waits_for_first_poll():
                 return
             while not self.lifecycle.is_over:
+                self.schedule.on_poll()
                 try:
                     delay_s = await self._turn()
                     self.failure, self._errors = None, 0
@@ -244,6 +245,7 @@ class Tailer:
                 self._on_first_turn(self.job_id)
                 if not self.lifecycle.is_over and self.schedule.rest(delay_s):
                     return
+                await asyncio.sleep(0)
         finally:
             if not self.schedule.is_resting:
                 self.leave_stream()
@@ -274,7 +276,6 @@ class Tailer:
 
     async def _turn(self) -> float | None:
         """Poll the job once; return the delay until the next poll, see `PollSchedule.delay_s`."""
-        await self._source.turn()
         pipeline, action = self._pipeline, self.lifecycle.next_read
         if pipeline is not None:
             pipeline.check_not_lost()

@@ -92,6 +92,7 @@ async def test_a_rest_ends_once_with_its_delay_or_a_change() -> None:
     resting.wake()
     assert due == ["due"]
     assert not resting.rest(None), "changed while it was polled"
+    resting.on_poll()
     assert resting.rest(0.001)
     assert not resting.parked
     await until(lambda: len(due) == 2)
