@@ -191,7 +191,8 @@ def test_an_unreachable_service_is_exit_code_3(api):
 def test_a_job_by_its_name_its_beginning_or_as_the_newest(api):
     """Every command that takes a job finds it; of a name the newest run."""
     for number, name in enumerate(["etl", "etl", "report"]):
-        job = api.add_job(f"{number}-aa-{number}b", name=name, job_status="Done")
+        ended = "2026-01-01T00:00:10+00:00"
+        job = api.add_job(f"{number}-aa-{number}b", name=name, job_status="Done", job_status_date=ended)
         job.line(f"line of {number}", 1000)
     for given, number in (("etl", 1), ("0-", 0), ("2b", 2), ("-1", 2), ("--last", 2), ("1-aa-1b", 1)):
         assert invoke("logs", given).stdout == f"line of {number}\n", given
