@@ -11,7 +11,7 @@ pytestmark = pytest.mark.timeout(600)  # a proof takes minutes on a loaded machi
 
 def test_an_agent_dies_and_no_line_is_lost() -> None:
     """No line is missing or needlessly repeated, each span comes with one id, each run is counted once."""
-    with FleetWorld("short", agents=2, lease_s=1.0) as world:
+    with FleetWorld("short", agents=2, lease_s=2.0) as world:
         for number in range(12):
             world.fused_job(f"job-{number}").write(20, world.random)
         world.start_all()
