@@ -454,7 +454,8 @@ class JobDiscovery:
             if is_kept(tailer.job_id):
                 self._found.append(tailer)
             else:
-                del self.tailers[tailer.job_id]
+                tailer.leave_stream()
+                self.forget(tailer)
         return [tailer for job_id, tailer in self.tailers.items() if not is_kept(job_id)]
 
     def _start_found(self) -> None:

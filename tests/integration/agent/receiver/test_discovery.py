@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -128,6 +129,29 @@ async def test_jobs_are_found_once(scene: Scene) -> None:
     await discovery.scan()
     assert scene.ids() == ["j2"]
     assert sorted(discovery.tailers) == ["j1", "j2"]
+
+
+@looped
+async def test_jobs_that_are_dropped_while_they_are_listed_hold_up_no_other(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The agent lost them before their tailers were started: other jobs of their pipeline do not wait for them."""
+    for number in range(12):
+        scene.add(f"j{number}", job_name="etl")
+    discovery, list_jobs = scene.discovery(), scene.service.list_jobs
+
+    async def list_and_lose() -> AsyncIterator[Sequence[ListedJob]]:
+        async for rows in list_jobs():
+            yield rows
+            assert discovery.drop(lambda job_id: False) == []
+
+    monkeypatch.setattr(scene.service, "list_jobs", list_and_lose)
+    await discovery.scan()
+    assert (scene.ids(), discovery.tailers) == ([], {})
+    order, newer = scene.relay.stream_order, object()
+    order.join("fake/etl", newer, 10**18)
+    async with asyncio.timeout(10):
+        await order.turn("fake/etl", newer)
 
 
 @looped
