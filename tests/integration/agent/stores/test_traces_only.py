@@ -105,8 +105,11 @@ def test_check_says_which_signals_fit(bench: Bench, collector: Collector) -> Non
 
 
 @looped
-async def test_the_agent_says_it_once(bench: Bench, collector: Collector, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_agent_says_it_once(
+    bench: Bench, collector: Collector, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With all signals configured, traces arrive, and one message names the setting."""
+    monkeypatch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "300")
     for signal in ("logs", "metrics"):
         collector.always(signal, lambda request: Reply(404))
     add_job(bench, "a line")
