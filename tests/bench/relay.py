@@ -7,7 +7,8 @@ import json
 import shutil
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from tailspan._plural import plural
@@ -23,9 +24,10 @@ __all__ = ["growth", "local", "over_http"]
 
 _LINES = 10_000
 _USUAL_SHARE = 20
-_COMPRESSIONS = ("none", "gzip", "zstd")
+_KINDS = ("none", "gzip", "zstd", "gRPC")
 _SLOPE_GOAL = {"none": Goal(1.1), "gzip": Goal(2.5)}
 _WHOLE_GOAL = {"none": Goal(1.6), "gzip": Goal(3.0)}
+_AGAINST_NONE_GOAL = {"zstd": Goal(1.1), "gRPC": Goal(1.1)}
 
 
 class _Counted:
@@ -62,55 +64,72 @@ def local(scale: Scale, directory: Path) -> Iterator[Row]:
     one, four = make_store(directory / "one", jobs, lines), make_store(directory / "four", 4 * jobs, lines)
     each = make_store(directory / "each", jobs, lines // 10, how="each")
     usual_files = sorted(one.glob("jobs/*/log"))[: max(1, jobs // _USUAL_SHARE)]
-    usual_lines = len(usual_files) * lines
     with receiving(directory) as receiver:
         counted = _Counted(receiver)
-        for kind in (*_COMPRESSIONS, "gRPC"):
+        cases: dict[str, Callable[[], Usage]] = {}
+        for kind in _KINDS:
             keys = {
                 "protocol": "grpc" if kind == "gRPC" else "http/protobuf",
                 "compression": "none" if kind == "gRPC" else kind,
                 "endpoint": receiver.grpc_url if kind == "gRPC" else receiver.http_url,
             }
+            name, name4 = f"W1 {kind}", f"W1 {kind}, four times"
             small = Plan(directory=directory / f"{kind}-1", store=one, **keys)
             large = Plan(directory=directory / f"{kind}-4", store=four, **keys)
-            name, name4 = f"W1 {kind}", f"W1 {kind}, four times"
-            cases = {
-                name: lambda p=small, n=name: counted.relay(p, jobs * lines, n),
-                name4: lambda p=large, n=name4: counted.relay(p, 4 * jobs * lines, n),
-            }
-            in_python = f"W1 {kind}, framed in Python"
+            cases[name] = partial(counted.relay, small, jobs * lines, name)
+            cases[name4] = partial(counted.relay, large, 4 * jobs * lines, name4)
             if kind == "none":
                 pure = dataclasses.replace(small, directory=directory / f"{kind}-python", in_python=True)
-                cases[in_python] = lambda p=pure, n=in_python: counted.relay(p, jobs * lines, n)
-            usual = f"W1 {kind}, usual Python way"
+                in_python = f"{name}, framed in Python"
+                cases[in_python] = partial(counted.relay, pure, jobs * lines, in_python)
             if kind in ("none", "gzip"):
-                cases[usual] = lambda k=kind, n=usual: counted.usual(usual_files, usual_lines, k, n)
-                cases[f"{usual}, no lines"] = lambda k=kind: counted.usual([], 0, k, "start")
-            found = alternate(cases, scale.times)
-            whole = found[name].cpu_s / (jobs * lines) * 1e6
-            slope = (found[name4].cpu_s - found[name].cpu_s) / (3 * jobs * lines) * 1e6
-            yield _cost(name, jobs * lines, found[name], counted, whole, _WHOLE_GOAL.get(kind))
-            yield _cost(name4, 4 * jobs * lines, found[name4], counted)
-            yield Row(case=f"{name}, slope", figure=slope, unit="us", goal=_SLOPE_GOAL.get(kind))
-            peak = max(found[name].rss, found[name4].rss) / MIB
-            yield Row(case=f"{name}, peak memory", figure=peak, unit="MiB", goal=Goal(120))
-            if in_python in found:
-                yield _cost(in_python, jobs * lines, found[in_python], counted)
-            if usual in found:
-                # It sends fewer lines, so that the run does not last for hours: its start is measured separately.
-                begun_s = found[f"{usual}, no lines"].cpu_s
-                per_line = (found[usual].cpu_s - begun_s) / usual_lines * 1e6
-                yield _cost(usual, usual_lines, found[usual], counted)
-                cheaper = f"{name}, a further line: times cheaper"
-                yield Row(case=cheaper, figure=per_line / slope, unit="x", goal=Goal(60, at_least=True))
-                as_many = per_line + begun_s / (jobs * lines) * 1e6
-                yield Row(case=f"{name}, with the start: times cheaper", figure=as_many / whole, unit="x")
+                usual = f"{name}, usual Python way"
+                cases[usual] = partial(counted.usual, usual_files, len(usual_files) * lines, kind, usual)
+                cases[f"{usual}, no lines"] = partial(counted.usual, [], 0, kind, "start")
         plan = Plan(directory=directory / "each-agent", store=each, endpoint=receiver.http_url)
-        name = "W1 none, jobs wrote line by line"
-        found = alternate({name: lambda: counted.relay(plan, jobs * (lines // 10), name)}, scale.times)
-        yield _cost(name, jobs * (lines // 10), found[name], counted)
+        by_line = "W1 none, jobs wrote line by line"
+        cases[by_line] = partial(counted.relay, plan, jobs * (lines // 10), by_line)
+        found = alternate(cases, scale.times)
+        for kind in _KINDS:
+            yield from _relayed(kind, found, counted, jobs * lines, len(usual_files) * lines)
+        yield _cost(by_line, jobs * (lines // 10), found[by_line], counted)
     yield from _on_disk(scale, directory, {"whole": one, "each": each})
     shutil.rmtree(four)
+
+
+def _relayed(kind: str, found: dict[str, Usage], counted: _Counted, lines: int, usual_lines: int) -> Iterator[Row]:
+    """Yield the rows of one way to send.
+
+    Args:
+        kind: ``gRPC``, or the compression over HTTP.
+        found: What each case used up.
+        counted: The requests of each case.
+        lines: Number of lines that the agent relayed once.
+        usual_lines: Number of lines that were sent in the usual Python way.
+    """
+    name = f"W1 {kind}"
+    name4, in_python, usual = f"{name}, four times", f"{name}, framed in Python", f"{name}, usual Python way"
+    whole = found[name].cpu_s / lines * 1e6
+    slope = (found[name4].cpu_s - found[name].cpu_s) / (3 * lines) * 1e6
+    yield _cost(name, lines, found[name], counted, whole, _WHOLE_GOAL.get(kind))
+    yield _cost(name4, 4 * lines, found[name4], counted)
+    yield Row(case=f"{name}, slope", figure=slope, unit="us", goal=_SLOPE_GOAL.get(kind))
+    peak = max(found[name].rss, found[name4].rss) / MIB
+    yield Row(case=f"{name}, peak memory", figure=peak, unit="MiB", goal=Goal(120))
+    if kind != "none":
+        against = found[name].cpu_s / found["W1 none"].cpu_s
+        yield Row(case=f"{name}, against none", figure=against, unit="x", goal=_AGAINST_NONE_GOAL.get(kind))
+    if in_python in found:
+        yield _cost(in_python, lines, found[in_python], counted)
+    if usual in found:
+        # It sends fewer lines, so that the run does not last for hours: its start is measured separately.
+        begun_s = found[f"{usual}, no lines"].cpu_s
+        per_line = (found[usual].cpu_s - begun_s) / usual_lines * 1e6
+        yield _cost(usual, usual_lines, found[usual], counted)
+        cheaper = f"{name}, a further line: times cheaper"
+        yield Row(case=cheaper, figure=per_line / slope, unit="x", goal=Goal(60, at_least=True))
+        as_many = per_line + begun_s / lines * 1e6
+        yield Row(case=f"{name}, with the start: times cheaper", figure=as_many / whole, unit="x")
 
 
 def _on_disk(scale: Scale, directory: Path, stores: dict[str, Path]) -> Iterator[Row]:

@@ -62,6 +62,26 @@ def test_large_payload_is_compressed(collector: Collector) -> None:
     assert request.wire_bytes < len(payload) / 5
 
 
+@pytest.mark.parametrize("compression", ["gzip", "zstd"])
+def test_large_payloads_are_compressed_at_the_same_time(collector: Collector, compression: str) -> None:
+    """Threads compress beside each other, several times each, and each payload arrives unchanged."""
+    payloads = [logs_payload(40, padding=f" of request {number}" * 200) for number in range(4)]
+
+    async def run() -> list[Outcome]:
+        exporter = exporter_to(collector.http_url, compression=compression)
+        try:
+            return [
+                outcome
+                for _ in range(3)
+                for outcome in await asyncio.gather(*(exporter.export(payload, 40) for payload in payloads))
+            ]
+        finally:
+            await exporter.aclose()
+
+    assert asyncio.run(run()) == [Delivered()] * 12
+    assert sorted(request.payload for request in collector.requests) == sorted(payloads * 3)
+
+
 def test_headers(collector: Collector) -> None:
     """User agent, content headers, and the configured headers."""
     headers = {"X-Scope-OrgID": SecretStr("tenant"), "Authorization": SecretStr("Bearer secret")}
