@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -160,6 +159,8 @@ def _shown(value: object, loc: Loc) -> str:
 
 
 def _unknown(name: str, known: list[str]) -> str:
+    import difflib
+
     near = difflib.get_close_matches(name, known, n=1)
     return "there is no such key" + (f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}")
 

@@ -122,9 +122,9 @@ class OtlpSettings(OtlpKeys):
     dead_letter_max: Size = 10 * 2**30
     retry_server_errors: int = Field(default=10, ge=0)
     disabled: bool = False
-    logs: OtlpKeys = Field(default_factory=OtlpKeys)
-    traces: OtlpKeys = Field(default_factory=OtlpKeys)
-    metrics: OtlpKeys = Field(default_factory=OtlpKeys)
+    logs: OtlpKeys = Field(default_factory=dict, validate_default=True)
+    traces: OtlpKeys = Field(default_factory=dict, validate_default=True)
+    metrics: OtlpKeys = Field(default_factory=dict, validate_default=True)
 
     @property
     def puts_lines_on_spans(self) -> bool:

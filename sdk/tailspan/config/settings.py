@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 from urllib.parse import quote
 
-from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from tailspan._caller import for_callers
 from tailspan.config.agent import AgentSettings, Watch
@@ -153,16 +153,15 @@ class Settings(Options):
         links: Links to a job's telemetry.
     """
 
-    model_config = ConfigDict(validate_default=True)
-
     default_service: str = "local"
     services: dict[str, dict[str, Any]] = Field(default={}, repr=False, validate_default=True)
-    agent: AgentSettings = Field(default_factory=AgentSettings)
-    fleet: FleetSettings = Field(default_factory=FleetSettings)
-    otlp: OtlpSettings = Field(default_factory=OtlpSettings)
-    files: FilesSettings = Field(default_factory=FilesSettings)
-    redact: RedactSettings = Field(default_factory=RedactSettings)
-    links: LinksSettings = Field(default_factory=LinksSettings)
+    # A missing table is an empty one. A model as its default would be built apart from this one.
+    agent: AgentSettings = Field(default_factory=dict, validate_default=True)
+    fleet: FleetSettings = Field(default_factory=dict, validate_default=True)
+    otlp: OtlpSettings = Field(default_factory=dict, validate_default=True)
+    files: FilesSettings = Field(default_factory=dict, validate_default=True)
+    redact: RedactSettings = Field(default_factory=dict, validate_default=True)
+    links: LinksSettings = Field(default_factory=dict, validate_default=True)
     _path: Path | None = PrivateAttr(default=None)
     _layers: Sequence[Layer] = PrivateAttr(default=())
 

@@ -108,7 +108,6 @@ class LocalService(SubmitService, ChangeFeedService):
             ConfigError: An option is unknown or does not fit; the message names its key.
         """
         from tailspan.config import Duration, Options, UserPath, platform_state_dir, validate_options
-        from tailspan.local.launch import check_encoding
 
         class LocalOptions(Options):
             state_dir: UserPath | None = None
@@ -124,6 +123,8 @@ class LocalService(SubmitService, ChangeFeedService):
                 key=f"services.{name}.keep_finished",
             )
         if given.encoding is not None:
+            from tailspan.local.launch import check_encoding
+
             check_encoding(given.encoding)
         return cls(
             name,
