@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import json
 import os
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import msgspec
 
 from tailspan._durations import duration_text
 from tailspan._plural import plural
@@ -33,7 +31,6 @@ from tailspan.cli.options import (
 from tailspan.cli.show import write
 from tailspan.cli.watch import say
 from tailspan.errors import ConfigError
-from tailspan_agent.checkpoint.database import lock_holder
 
 if TYPE_CHECKING:
     from tailspan.config import Settings
@@ -93,6 +90,8 @@ def run(config_path: Path | None, once: bool, timeout_s: float, log_level: str, 
     Example:
       tailspan agent run --config config.toml --once --timeout 60
     """  # noqa: D301 - click wants the backspace character itself
+    import asyncio
+
     from tailspan_agent.process.logging_setup import set_up_logging
     from tailspan_agent.process.signals import exit_on_stop_signals, hold_signals
 
@@ -121,6 +120,8 @@ def _resume_garbage_collection() -> None:
 
 
 async def _run(settings: Settings, config_path: Path | None, release: Callable[[], None], no_token: bool) -> int:
+    import asyncio
+
     from tailspan_agent.agent import Agent
     from tailspan_agent.process.logging_setup import keep_last_errors
     from tailspan_agent.process.reload import reload_on_hangup
@@ -138,6 +139,8 @@ async def _run(settings: Settings, config_path: Path | None, release: Callable[[
 
 
 async def _run_once(settings: Settings, timeout_s: float, release: Callable[[], None]) -> int:
+    import asyncio
+
     from tailspan_agent.agent import Agent
     from tailspan_agent.process.logging_setup import keep_last_errors
 
@@ -183,6 +186,8 @@ def check(config_path: Path | None, as_json: bool) -> None:
     Example:
       tailspan agent check --config config.toml
     """  # noqa: D301 - click wants the backspace character itself
+    import asyncio
+
     settings = settings_for(config_path, telemetry=True)
 
     # What the agent needs must be installed; it is loaded before the first finding, so that its lack is the only line.
@@ -227,6 +232,8 @@ def reload(config_path: Path | None, as_json: bool, timeout_s: float) -> None:
     Example:
       tailspan agent reload --config config.toml
     """  # noqa: D301 - click wants the backspace character itself
+    from tailspan_agent.checkpoint.database import lock_holder
+
     settings = settings_for(config_path)
     pid = lock_holder(settings.agent.state_dir)
     if pid is None:
@@ -290,6 +297,8 @@ def replay(
     Example:
       tailspan agent replay logs.jsonl traces.jsonl --endpoint http://localhost:4318
     """  # noqa: D301 - click wants the backspace character itself
+    import asyncio
+
     from tailspan.config import load_settings
 
     overrides = {key: value for key, value in (("endpoint", endpoint), ("protocol", protocol)) if value is not None}
@@ -343,7 +352,9 @@ def dead_letter(config_path: Path | None, as_json: bool) -> None:
     directory = settings_for(config_path).agent.state_dir / "dead-letter"
     groups = summarize(directory)
     if as_json:
-        click.echo(json.dumps([msgspec.structs.asdict(group) for group in groups]))
+        from msgspec.structs import asdict as fields_of
+
+        click.echo(json.dumps([fields_of(group) for group in groups]))
         return
     if not groups:
         click.echo(f"nothing was rejected ({directory} is empty)")
@@ -371,6 +382,8 @@ def verify(job: str | None, service: str | None, config_path: Path | None, as_js
     Example:
       tailspan agent verify JOB --config config.toml
     """  # noqa: D301 - click wants the backspace character itself
+    import asyncio
+
     from tailspan_agent.commands.verify import verify as compare
 
     settings = settings_for(config_path)

@@ -94,7 +94,7 @@ class AsyncVerbs(Generic[StatusT]):
         """Return whether the verbs that read a job, or list all, can run by `tailspan._direct`.
 
         Raises:
-            ConfigError: The argument names no job.
+            ConfigError: The argument names no job, or the configuration cannot be read.
         """
         return self._opened.reads_directly(job, service)
 

@@ -148,18 +148,18 @@ def with_client(
     """
     from tailspan.client import AsyncJobClient
 
-    if only_reads and config_path is None:
+    # Without a file the client loads the configuration itself, if it needs more of it than its defaults.
+    settings = None if config_path is None else settings_for(config_path)
+    if only_reads:
         from tailspan._direct import run_directly
 
         # It holds nothing open.
-        client = AsyncJobClient(service=service)
+        client = AsyncJobClient(settings, service=service)
         if client.reads_directly():
             return run_directly(use(client))
     import anyio
 
     async def run() -> T:
-        # Without a file the client loads the configuration itself, if it needs more of it than its defaults.
-        settings = None if config_path is None else settings_for(config_path)
         async with AsyncJobClient(settings, service=service) as client:
             return await use(client)
 

@@ -94,25 +94,30 @@ class OpenedServices:
         return service
 
     def reads_directly(self, job: CoerceableToJobId | None, service: str | JobService | None) -> bool:
-        """Return whether reads wait for nothing: those of local jobs, where nothing is configured.
+        """Return whether reads wait for nothing: those of local jobs.
 
         Args:
             job: The job; None: all of them.
             service: The service of the call.
 
         Raises:
-            ConfigError: The argument names no job.
+            ConfigError: The argument names no job, or the configuration cannot be read.
         """
-        if not self._loads_settings or not is_plain(os.environ):
-            return False
         which = service or self._default
         if job is not None and not isinstance(job, str) and service is None:
             # It may be of a service that another client opened.
             which = self.find(job, None)[0]
         if which is None or isinstance(which, str):
-            return which in (None, "local")
+            return self._is_local(which)
         local = sys.modules.get("tailspan.services.local")
         return local is not None and type(which) is local.LocalService
+
+    def _is_local(self, which: str | None) -> bool:
+        if which in (None, "local") and self._loads_settings and is_plain(os.environ):
+            return True
+        name = which or self.settings.default_service
+        # An unknown name is an error of the call that follows.
+        return self.settings.services.get(name, {}).get("type") == "local"
 
     def find(self, job: CoerceableToJobId, service: str | JobService | None) -> tuple[JobService, str]:
         """Return the service of a job, and the job's id there.

@@ -1,4 +1,4 @@
-"""Local jobs where nothing is configured: read without an event loop and without the configuration's classes."""
+"""Local jobs are read without an event loop and, where nothing is configured, without the configuration's classes."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from tests.fakes.local_jobs import LocalJobs
 
 HEAVY = {"pydantic", "pydantic_settings", "httpcore", "msgspec", "rich", "anyio", "asyncio", "ssl", "logging", "email"}
 
+WITH_A_FILE = "with a file ['email', 'pydantic']"
+
 
 @pytest.fixture
 def local(tmp_path, monkeypatch):
@@ -37,8 +39,10 @@ def job_id(local):
     return local.run("sh", "-c", "echo one; echo two", name="etl").job_id
 
 
-def test_nothing_heavy_is_imported(local, job_id):
+def test_nothing_heavy_is_imported(local, job_id, tmp_path):
     """Each verb and each command that reads: one interpreter for all, since each import lasts."""
+    config = tmp_path / "config.toml"
+    config.write_text("[services.fused]\nbase_url = 'http://127.0.0.1:1'\n")
     program = f"""
 import io, sys
 import tailspan
@@ -58,10 +62,13 @@ for arguments in ("status", "logs", "exec-time"):
 main(["jobs", "--name", "etl", "--service", "local"], standalone_mode=False)
 main(["status", "--json", {job_id!r}], standalone_mode=False)
 check("commands")
+for arguments in (["jobs"], ["status", {job_id!r}], ["logs", {job_id!r}]):
+    main([*arguments, "--config", {str(config)!r}], standalone_mode=False)
+check("with a file")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stderr.splitlines() == ["job_get_status []", "methods []", "functions []", "commands []"]
-    assert done.stdout.count(job_id) == 3
+    assert done.stderr.splitlines() == ["job_get_status []", "methods []", "functions []", "commands []", WITH_A_FILE]
+    assert done.stdout.count(job_id) == 5
     assert "one\ntwo\n" in done.stdout
 
 
@@ -100,6 +107,27 @@ def test_errors_are_the_same(local, job_id):
             client.get_status(job_id, service="other")
         with pytest.raises(JobNotFoundError):
             list(client.iter_logs("20200101-000000000-abcdef"))
+
+
+def test_a_configured_local_service_is_read_directly(local, tmp_path, monkeypatch):
+    """By whichever name, from the directory that the file names; a service of another type is not."""
+    ended = local.run("true")
+    config = tmp_path / "config.toml"
+    config.write_text(
+        f"default_service = 'mine'\n[services.mine]\ntype = 'local'\nstate_dir = '{local.state_dir}'\n"
+        "[services.local]\nstate_dir = '{tmp_path}/other'\n[services.fused]\nbase_url = 'http://127.0.0.1:1'\n"
+    )
+    monkeypatch.setenv("TAILSPAN_CONFIG", str(config))
+    monkeypatch.delenv("TAILSPAN_STATE_DIR")  # it would win over the file
+    with Client() as client:
+        status = client.get_status(ended.job_id)
+        assert (status.service, client.get_logs(status), len(client.list_jobs())) == ("mine", [], 1)
+        with pytest.raises(JobNotFoundError):
+            client.get_status(ended.job_id, service="local")
+        with pytest.raises(ConfigError, match="no service named 'other'"):
+            client.get_status(ended.job_id, service="other")
+        assert client._portals == []
+        assert not client._direct.reads_directly(service="fused")
 
 
 def test_another_service_is_read_in_the_loop(local):
