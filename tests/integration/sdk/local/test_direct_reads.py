@@ -124,9 +124,9 @@ def test_a_configured_local_service_is_read_directly(local, tmp_path, monkeypatc
         assert (status.service, client.get_logs(status), len(client.list_jobs())) == ("mine", [], 1)
         with pytest.raises(JobNotFoundError):
             client.get_status(ended.job_id, service="local")
+        assert client._portals == []
         with pytest.raises(ConfigError, match="no service named 'other'"):
             client.get_status(ended.job_id, service="other")
-        assert client._portals == []
         assert not client._direct.reads_directly(service="fused")
 
 
