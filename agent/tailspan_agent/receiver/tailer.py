@@ -181,6 +181,9 @@ class Tailer:
     def on_row(self, row: ListedJob) -> None:
         """Apply the job's row of the list; wake the tailer of a parked job that has become silent or slow."""
         self.schedule.on_row(row)
+        if self._is_new and self._has_nothing_new():
+            # Before any job of its stream is read: a silent one has nothing for which the others must wait.
+            self.leave_stream()
         if self._pipeline is not None and self.schedule.is_long_parked:
             self._pipeline.expire_heartbeat()
         followed = self.followed if self.schedule.parked else None
@@ -256,7 +259,6 @@ class Tailer:
         self._is_new = False
         if self._source.polls_are_free or not self._has_nothing_new():
             return False
-        self.leave_stream()
         return self.schedule.rest(self._source.first_poll_delay_s())
 
     def _has_nothing_new(self) -> bool:

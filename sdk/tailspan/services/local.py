@@ -255,7 +255,7 @@ class LocalService(SubmitService, ChangeFeedService):
         final, running = self._final_rows, self._running_rows
         # The keys are the strings that the rows have: a list makes others.
         self._final_rows = {row.job_id: row for job_id in ids if (row := final.get(job_id)) is not None}
-        self._running_rows = {job_id: known for job_id in ids if (known := running.get(job_id)) is not None}
+        self._running_rows = {known[1].job_id: known for job_id in ids if (known := running.get(job_id)) is not None}
         for start in range(0, len(ids), _LIST_PAGE):
             with self._translated():
                 rows = [self._row(job_id) for job_id in ids[start : start + _LIST_PAGE]]
@@ -455,10 +455,10 @@ class LocalService(SubmitService, ChangeFeedService):
             return final
         # Taken before the row is: what changes in between is seen the next time.
         mark = self._store.running_mark(job_id)
-        known = self._running_rows.pop(job_id, None)
+        known = self._running_rows.get(job_id)
         if known is not None and known[0] == mark:
-            self._running_rows[job_id] = known
             return known[1]
+        self._running_rows.pop(job_id, None)
         try:
             job = self._store.glance(job_id)
         except JobNotFoundError:
