@@ -96,6 +96,28 @@ class JobPipeline:
         cursor: The end of the lines that were queued.
     """
 
+    __slots__ = (
+        "__weakref__",
+        "_age_lines",
+        "_age_reason",
+        "_age_reported",
+        "_all_acked",
+        "_attempts_ended",
+        "_context",
+        "_is_lost",
+        "_log_context",
+        "_open_lines",
+        "_progress",
+        "_queue",
+        "_run_reported",
+        "_unacked",
+        "_unacked_seconds",
+        "alerts",
+        "cursor",
+        "job",
+        "spans",
+    )
+
     def __init__(
         self, context: PipelineContext, service: JobService, watch: Watch, status: JobStatus, first_seen_ns: int
     ) -> None:
@@ -105,8 +127,8 @@ class JobPipeline:
         self.cursor = self.job.checkpoint.cursor
         self._context = context
         self._queue = context.queue(service.name, self.job.status.job_name)
-        self._log_context = LogContext.for_job(status, min_severity=watch.min_severity, redactor=context.redactor)
         # Made with the first line: most jobs of a large agent are silent.
+        self._log_context: LogContext | None = None
         self._progress: ProgressMeter | None = None
         self._open_lines: OpenLineLimit | None = None
         self._age_lines = self._age_reported = 0
@@ -173,9 +195,16 @@ class JobPipeline:
     def apply_settings(self, watch: Watch) -> None:
         """Apply changed watch settings; lines already queued keep the old ones."""
         self.job.apply_settings(watch)
-        self._log_context = LogContext.for_job(
-            self.job.status, min_severity=watch.min_severity, redactor=self._context.redactor
-        )
+        self._log_context = None
+
+    @property
+    def log_context(self) -> LogContext:
+        """The context of the job's records."""
+        if self._log_context is None:
+            self._log_context = LogContext.for_job(
+                self.job.status, min_severity=self.job.watch.min_severity, redactor=self._context.redactor
+            )
+        return self._log_context
 
     def on_status(self, status: JobStatus) -> None:
         """Apply a new status; write the spans that have ended with it, unless the end of the job does so at once."""
@@ -263,7 +292,7 @@ class JobPipeline:
     def expire_heartbeat(self) -> None:
         """Drop the last heartbeat: while a job is not polled, an old heartbeat does not mean that it stopped."""
         if self.job.status.last_heartbeat is not None:
-            self._log_context.job = self.job.status = dataclasses.replace(self.job.status, last_heartbeat=None)
+            self.job.status = dataclasses.replace(self.job.status, last_heartbeat=None)
 
     def recall_state(self) -> None:
         """Take the terminal state in the ledger, if any, as the job's state: the service does not know the job."""
@@ -301,7 +330,7 @@ class JobPipeline:
         with suppress(CursorExpiredError):
             async with aclosing(read()) as pages:
                 async for page in pages:
-                    lines.add(page, self._log_context)
+                    lines.add(page, self.log_context)
             self.job.span_lines = lines
 
     def redact(self, text: str) -> str:
@@ -331,7 +360,7 @@ class JobPipeline:
         if not late:
             job.ledger = job.ledger.with_last_line(page.last_lines(1)[0], job.redact)
             if job.span_lines is not None:
-                job.span_lines.add(page, self._log_context)
+                job.span_lines.add(page, self.log_context)
         if not late and not job.status.state.is_terminal:
             self._progress = self._progress or ProgressMeter(job.redact)
             self._progress.add_page(page, time.monotonic())
@@ -347,7 +376,7 @@ class JobPipeline:
         self.cursor = cursor or self.cursor
 
     def _encode(self, page: LogPage, *, late: bool) -> _Records:
-        encoded = encode_lines(page, context=self._log_context, copied=copied_bytes(self.job.log_resource))
+        encoded = encode_lines(page, context=self.log_context, copied=copied_bytes(self.job.log_resource))
         self._context.health.records_read(
             self.job.service.name,
             encoded.count,
@@ -598,7 +627,7 @@ class JobPipeline:
                     ledger = ledger.with_page(page)
                     task_lines.add(page)
                     if lines is not None:
-                        lines.add(page, self._log_context)
+                        lines.add(page, self.log_context)
         if self._run_reported:
             return
         relayed, relayed_lines, relayed_task_lines = job.ledger, job.span_lines, job.task_lines

@@ -55,6 +55,25 @@ class TrackedJob:
         task_lines: The times of the tasks' lines.
     """
 
+    __slots__ = (
+        "_log_resource",
+        "_names",
+        "_redacted",
+        "_status",
+        "_stored_stream",
+        "acked_ledger",
+        "checkpoint",
+        "context",
+        "is_log_name_shared",
+        "ledger",
+        "resource",
+        "service",
+        "span_lines",
+        "task_lines",
+        "tasks",
+        "watch",
+    )
+
     def __init__(
         self, context: PipelineContext, service: JobService, watch: Watch, status: JobStatus, first_seen_ns: int
     ) -> None:
