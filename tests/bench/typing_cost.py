@@ -51,6 +51,7 @@ def costs(scale: Scale, directory: Path) -> Iterator[Row]:
         "status": (tailspan("status", job_id), 120, None),
         "logs": (tailspan("logs", job_id), 120, None),
         "jobs": (tailspan("jobs"), 120, None),
+        "jobs, with a configuration file": (tailspan("jobs", "--config", str(config)), None, None),
         "job_get_status": ([sys.executable, "-c", in_python], 90, None),
     }
     measured = _measured([command for command, _, _ in cases.values()], env)

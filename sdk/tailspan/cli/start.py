@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main", "parse_run"]
 
-_GARBAGE_OBJECTS = 20_000
+_GARBAGE_OBJECTS = 50_000
 _USAGE = 2
 _OUR_ERROR = 125
 _INTERRUPTED = 130
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def _run_group() -> None:
-    # What is imported lives until the end: a search for garbage every 700 objects takes 3% of a command.
+    # What is imported lives until the end: a search for garbage every 700 objects takes a fifteenth of a short command.
     gc.set_threshold(_GARBAGE_OBJECTS, 10, 10)
     try:
         from tailspan.cli.group import main as group
