@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Any
 
-__all__ = ["Flag", "cancelled"]
+__all__ = ["Flag", "Signal", "cancelled"]
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +42,29 @@ class Flag:
             await waiter
         finally:
             self._waiters = tuple(other for other in self._waiters if other is not waiter)
+
+
+class Signal:
+    """Notify tasks of changes. An asyncio.Condition without its lock: one loop needs none."""
+
+    __slots__ = ("_waiters",)
+
+    def __init__(self) -> None:
+        self._waiters: list[asyncio.Future[None]] = []
+
+    def notify(self) -> None:
+        """Wake all waiting tasks, in the order in which they came: what they wait for may hold now."""
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def wait_for(self, holds: Callable[[], bool]) -> None:
+        """Wait until something holds; it is checked at once, and after each notification."""
+        while not holds():
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            await waiter
 
 
 async def cancelled(*tasks: asyncio.Task[Any]) -> None:

@@ -237,27 +237,47 @@ class SqliteStore:
         """Return a context that makes one transaction of all writes in it, or undoes all of them."""
         return self._transaction()
 
-    @contextmanager
-    def _transaction(self) -> Iterator[Writes]:
+    def _transaction(self) -> _Unit:
         """Make writes that belong together; they are committed within `_GATHER_S`, with those of other jobs.
 
         After a failed commit, and where no event loop runs, they are committed at once: there may be no later moment.
         """
+        return _Unit(self)
+
+    def begin_unit(self) -> tuple[Writes, int | None]:
+        """Return the writes, and where those of a new unit begin; None within another unit."""
         if self._is_writing:
-            yield self._writes
-            return
+            return self._writes, None
         first, self._is_writing = len(self._writes), True
         try:
             self._begin()
-            yield self._writes
+        except BaseException as error:
+            self._fail_unit(first, error)
+            raise
+        return self._writes, first
+
+    def end_unit(self, first: int, error: BaseException | None) -> None:
+        """Let the writes of a unit be committed, or undo them.
+
+        Args:
+            first: Where they begin.
+            error: What the unit has raised; None: nothing.
+        """
+        if error is not None:
+            self._fail_unit(first, error)
+            return
+        try:
             if self.write_failed or not self._commits_later():
                 self._commit()
-        except BaseException as error:
-            self._writes.forget(first)
-            self._undo(error)
+        except BaseException as failure:
+            self._fail_unit(first, failure)
             raise
-        finally:
-            self._is_writing = False
+        self._is_writing = False
+
+    def _fail_unit(self, first: int, error: BaseException) -> None:
+        self._writes.forget(first)
+        self._is_writing = False
+        self._undo(error)
 
     def _undo(self, error: BaseException) -> None:
         """Roll back, and raise an error of SQLite as ours.
@@ -643,6 +663,24 @@ class SqliteStore:
         last = "SELECT max(key) FROM (SELECT key FROM jobs WHERE key > ? ORDER BY key LIMIT ?)"
         until: int | None = self._select(last, after, rows)[0][0]
         return until
+
+
+class _Unit:
+    """Writes that belong together; a class, because each job makes a dozen."""
+
+    __slots__ = ("_first", "_store")
+
+    def __init__(self, store: SqliteStore) -> None:
+        self._store = store
+        self._first: int | None = None
+
+    def __enter__(self) -> Writes:
+        writes, self._first = self._store.begin_unit()
+        return writes
+
+    def __exit__(self, kind: object, error: BaseException | None, where: object) -> None:
+        if self._first is not None:
+            self._store.end_unit(self._first, error)
 
 
 def _number(text: str) -> float | None:

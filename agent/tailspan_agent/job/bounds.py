@@ -12,6 +12,7 @@ import hashlib
 import re
 from collections.abc import Container, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Any
 
 from tailspan._identity import is_trace_id, trace_id
@@ -351,6 +352,8 @@ class _Bounds:
         if not isinstance(value, str):
             self._note(name, "is not text")
             return None
+        if len(value) <= max_bytes and value.isascii():
+            return value
         kept = _utf8(value)
         if kept is not value:
             self._note(name, "is not valid Unicode")
@@ -370,7 +373,7 @@ class _Bounds:
         cut = size = 0
         for key, text in value.items():
             bounded = _attribute(key, text, reserved, scale * MAX_VALUE_BYTES) if len(kept) < MAX_ATTRIBUTES else None
-            added = len(bounded[0].encode()) + len(bounded[1].encode()) if bounded is not None else 0
+            added = _size(bounded[0]) + _size(bounded[1]) if bounded is not None else 0
             if bounded is None or size + added > scale * MAX_ATTRIBUTE_BYTES:
                 cut += 1
                 continue
@@ -392,10 +395,24 @@ def _attribute(key: Any, value: Any, reserved: re.Pattern[str], max_bytes: int) 
     """Return a key and a value in range; None if the attribute cannot be kept."""
     if not isinstance(key, str) or not isinstance(value, str):
         return None
+    kept = _key(key, reserved)
+    if kept is None:
+        return None
+    if len(value) <= max_bytes and value.isascii():
+        return kept, value
+    return kept, shorten_middle(_utf8(value), max_bytes)
+
+
+@lru_cache(maxsize=1024)  # the jobs of a service have the same keys
+def _key(key: str, reserved: re.Pattern[str]) -> str | None:
     kept = _utf8(key)
     if not kept.strip() or len(kept.encode()) > MAX_KEY_BYTES or reserved.fullmatch(_spelling(kept)):
         return None
-    return kept, shorten_middle(_utf8(value), max_bytes)
+    return kept
+
+
+def _size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def _spelling(key: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
+from typing import overload
 
 import msgspec
 
@@ -14,6 +15,7 @@ __all__ = ["SHORTEST_NS", "JobTimes", "past_run", "run_duration_s", "unix_nano"]
 
 SHORTEST_NS = 1
 """The duration of the shortest span: Jaeger adds a warning to one without a duration."""
+_MICROSECOND = timedelta(microseconds=1)
 _EPOCH = datetime.fromisoformat("1970-01-01T00:00:00+00:00")
 
 
@@ -36,24 +38,28 @@ class JobTimes(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, job: JobStatus, ledger: JobLedger) -> JobTimes:
         """Return the times of a job from its last status and its ledger."""
-        starts = [time for time in (unix_nano(job.started_at), ledger.first_line_ns) if time is not None]
-        started = min(starts, default=None)
-        submitted = _first(unix_nano(job.submitted_at), ledger.first_seen_ns)
+        started = unix_nano(job.started_at)
+        if ledger.first_line_ns is not None:
+            started = ledger.first_line_ns if started is None else min(started, ledger.first_line_ns)
+        submitted = ledger.first_seen_ns if job.submitted_at is None else unix_nano(job.submitted_at)
         if started is not None:
             submitted = min(submitted, started)
-        seen_ended = next((ns for ns, state in ledger.states if state.is_terminal), ledger.first_seen_ns)
-        finished = _first(unix_nano(job.finished_at), unix_nano(job.job_status_date), ledger.last_line_ns, seen_ended)
+        finished = unix_nano(job.finished_at or job.job_status_date)
+        if finished is None:
+            finished = ledger.last_line_ns
+        if finished is None:
+            finished = next((ns for ns, state in ledger.states if state.is_terminal), ledger.first_seen_ns)
         return cls(submitted, started, max(finished, ledger.last_line_ns or 0, started or 0, submitted))
 
 
-def _first(*times: int | None) -> int:
-    return next(time for time in times if time is not None)
-
-
+@overload
+def unix_nano(time: datetime) -> int: ...
+@overload
+def unix_nano(time: datetime | None) -> int | None: ...
 def unix_nano(time: datetime | None) -> int | None:
     """Return a time in ns since the epoch; None for None."""
     # Not a float: it cannot hold nanoseconds since the epoch.
-    return None if time is None else (time - _EPOCH) // timedelta(microseconds=1) * 1000
+    return None if time is None else (time - _EPOCH) // _MICROSECOND * 1000
 
 
 def run_duration_s(job: JobStatus, ledger: JobLedger) -> float:

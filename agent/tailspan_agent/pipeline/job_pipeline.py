@@ -43,7 +43,7 @@ from tailspan_agent.pipeline.context import PipelineContext
 from tailspan_agent.pipeline.job_alerts import JobAlerts
 from tailspan_agent.pipeline.job_spans import JobSpans
 from tailspan_agent.pipeline.queue import Chunk, Fence, LogQueue, copied_bytes
-from tailspan_agent.pipeline.store_streams import may_be_too_old, parts_in_time
+from tailspan_agent.pipeline.store_streams import MAIN_STREAM, WINDOW_NS, may_be_too_old, parts_in_time
 from tailspan_agent.pipeline.tracked_job import TrackedJob
 from tailspan_agent.records.encode import LogContext, encode_lines
 from tailspan_agent.records.span_lines import SpanLines
@@ -368,12 +368,20 @@ class JobPipeline:
         if self._queue is not None:
             times_ns = [run.time_unix_nano for run in page.runs]
             oldest_ns, newest_ns = min(times_ns), max(times_ns)
-            async with self._log_stream(oldest_ns, newest_ns) as is_behind:
-                alone = is_behind or may_be_too_old(times_ns, newest_ns - oldest_ns)
-                parts = parts_in_time(page) if job.checkpoint.stream and not alone else [page]
-                encoded = [self._encode(part, late=late) for part in parts]
-                await self._put(encoded, cursor, page_seconds(page), alone=alone)
+            if self._stays_in_main_stream(oldest_ns):
+                await self._put_page(page, times_ns, cursor, late=late, is_behind=False)
+            else:
+                async with self._log_stream(oldest_ns, newest_ns) as is_behind:
+                    await self._put_page(page, times_ns, cursor, late=late, is_behind=is_behind)
         self.cursor = cursor or self.cursor
+
+    async def _put_page(
+        self, page: LogPage, times_ns: Sequence[int], cursor: bytes | None, *, late: bool, is_behind: bool
+    ) -> None:
+        alone = is_behind or may_be_too_old(times_ns, max(times_ns) - min(times_ns))
+        parts = parts_in_time(page) if self.job.checkpoint.stream and not alone else [page]
+        encoded = [self._encode(part, late=late) for part in parts]
+        await self._put(encoded, cursor, page_seconds(page), alone=alone)
 
     def _encode(self, page: LogPage, *, late: bool) -> _Records:
         encoded = encode_lines(page, context=self.log_context, copied=copied_bytes(self.job.log_resource))
@@ -553,6 +561,24 @@ class JobPipeline:
         add_seconds(negative, repeated, -1)
         await self._put([_Records([], 0, 0, 0)], None, negative)
 
+    def _stays_in_main_stream(self, oldest_ns: int) -> bool:
+        """Return whether the next lines follow the job's last ones in the main stream, as those of most jobs do.
+
+        The order among jobs does not matter there, so that `_log_stream` need not hold the stream.
+
+        Args:
+            oldest_ns: The time of the oldest of the lines, in ns since the epoch.
+        """
+        job, name = self.job, self.job.status.job_name
+        return (
+            job.checkpoint.stream == MAIN_STREAM
+            and not job.is_log_name_shared
+            and oldest_ns >= time.time_ns() - WINDOW_NS
+            and not job.is_past
+            and self._queue is self._context.queue(job.service.name, name)
+            and self._context.log_names.take(name)
+        )
+
     @asynccontextmanager
     async def _log_stream(self, oldest_ns: int, newest_ns: int) -> AsyncIterator[bool]:
         """Change to the log stream in which the store accepts the next lines, and hold it until they are queued.
@@ -590,11 +616,17 @@ class JobPipeline:
     async def _send_record(self, record: LogRecordData, *, of_events: bool = False) -> None:
         if self._queue is not None:
             at_ns = record.time_unix_nano
-            async with self._log_stream(at_ns, at_ns) as is_behind:
-                self._context.health.records_read(self.job.service.name, 1)
-                resource = self.job.event_resource if of_events else None
-                records = _Records([(encode_log_record(record), 1)], at_ns, at_ns, at_ns)
-                await self._put([records], None, {}, resource=resource, alone=is_behind, are_lines=False)
+            if self._stays_in_main_stream(at_ns):
+                await self._put_record(record, of_events=of_events, is_behind=False)
+            else:
+                async with self._log_stream(at_ns, at_ns) as is_behind:
+                    await self._put_record(record, of_events=of_events, is_behind=is_behind)
+
+    async def _put_record(self, record: LogRecordData, *, of_events: bool, is_behind: bool) -> None:
+        self._context.health.records_read(self.job.service.name, 1)
+        resource, at_ns = self.job.event_resource if of_events else None, record.time_unix_nano
+        records = _Records([(encode_log_record(record), 1)], at_ns, at_ns, at_ns)
+        await self._put([records], None, {}, resource=resource, alone=is_behind, are_lines=False)
 
     def end_run(self, *, log_complete: bool) -> None:
         """Write the last spans and count the run: once, whether or not the endpoint is available.

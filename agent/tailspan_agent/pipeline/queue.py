@@ -27,7 +27,7 @@ from tailspan_agent.exporter.retry import SHORTENED, DeliveryResult, Rejection
 from tailspan_agent.job.ledger import ChunkResult
 from tailspan_agent.otlp.requests import logs_request, traces_request
 from tailspan_agent.pipeline.store_streams import WINDOW_NS
-from tailspan_agent.tasks import Flag
+from tailspan_agent.tasks import Flag, Signal
 
 __all__ = ["BATCH_BYTES", "Chunk", "Fence", "LogQueue", "SpanQueue", "copied_bytes", "until_usable"]
 
@@ -193,7 +193,7 @@ class LogQueue:
         self._endpoint = endpoint
         self._queue: deque[Chunk] = deque()
         self._queued_bytes = self._queued_lines = 0
-        self._changed = asyncio.Condition()
+        self._filled, self._left = Signal(), Signal()
         self._busy = False
         self._sending: asyncio.Task[DeliveryResult] | None = None
         self._in_flight: list[_Piece] = []
@@ -206,28 +206,24 @@ class LogQueue:
 
     async def room(self) -> None:
         """Wait while the queue is full; call it before encoding, because a page is smaller than its records."""
-        if not self._has_room():
-            async with self._changed:
-                await self._changed.wait_for(self._has_room)
+        await self._left.wait_for(self._has_room)
 
     def _has_room(self) -> bool:
         return self._queued_bytes < _QUEUE_BYTES
 
     async def put(self, chunk: Chunk) -> None:
         """Queue a chunk; wait while the queue is full."""
-        async with self._changed:
-            await self._changed.wait_for(self._has_room)
-            self._queue.append(chunk)
-            self._queued_bytes += chunk.size
-            self._queued_lines += chunk.count
-            self._changed.notify_all()
+        await self._left.wait_for(self._has_room)
+        self._queue.append(chunk)
+        self._queued_bytes += chunk.size
+        self._queued_lines += chunk.count
+        self._filled.notify()
 
     async def flush(self) -> None:
         """Wait until nothing is queued or in flight."""
         self._lingers = False
-        async with self._changed:
-            self._changed.notify_all()
-            await self._changed.wait_for(lambda: self.idle)
+        self._filled.notify()
+        await self._left.wait_for(lambda: self.idle)
 
     async def run(self) -> None:
         """Send batches until cancelled."""
@@ -237,20 +233,18 @@ class LogQueue:
                 await self._deliver(batch)
             finally:
                 self._busy = False
-            async with self._changed:
-                self._changed.notify_all()
+            self._left.notify()
 
     async def _next_batch(self) -> list[_Piece]:
-        async with self._changed:
-            await self._changed.wait_for(lambda: bool(self._queue))
-            if not self._worth_sending():
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_LINGER_S):
-                        await self._changed.wait_for(self._worth_sending)
-            batch = self._take_batch()
-            self._busy = True
-            self._changed.notify_all()
-            return batch
+        await self._filled.wait_for(lambda: bool(self._queue))
+        if not self._worth_sending():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LINGER_S):
+                    await self._filled.wait_for(self._worth_sending)
+        batch = self._take_batch()
+        self._busy = True
+        self._left.notify()
+        return batch
 
     def _take_batch(self) -> list[_Piece]:
         batch: list[_Piece] = []
@@ -366,14 +360,13 @@ class LogQueue:
         """
         if cut and self._sending is not None and all(piece.chunk.is_void for piece in self._in_flight):
             self._sending.cancel()
-        async with self._changed:
-            queued, self._queue = self._queue, deque()
-            for chunk in queued:
-                if chunk.is_void:
-                    self._void(chunk)
-                else:
-                    self._queue.append(chunk)
-            self._changed.notify_all()
+        queued, self._queue = self._queue, deque()
+        for chunk in queued:
+            if chunk.is_void:
+                self._void(chunk)
+            else:
+                self._queue.append(chunk)
+        self._left.notify()
 
 
 def _without_void(batch: Sequence[_Piece]) -> list[_Piece]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from itertools import count
 
 __all__ = ["ReadLimit"]
@@ -33,20 +32,20 @@ class ReadLimit:
         self._waiting: dict[object, deque[_Turn]] = {}
         self._numbers = count()
 
-    @asynccontextmanager
-    async def of(self, queue: object) -> AsyncIterator[None]:
-        """Wait for a place among the reads and hold it.
+    def of(self, queue: object) -> AbstractAsyncContextManager[None]:
+        """Return a context that waits for a place among the reads and holds it.
 
         Args:
             queue: The queue that takes the lines.
         """
-        await self._enter(queue)
-        try:
-            yield
-        finally:
-            self._leave(queue)
+        return _Place(self, queue)
 
-    async def _enter(self, queue: object) -> None:
+    async def enter(self, queue: object) -> None:
+        """Wait for a place among the reads; see `of`."""
+        if not self._waiting and self._free > 0 and self._reading[queue] < self._limit_per_queue:
+            self._free -= 1
+            self._reading[queue] += 1
+            return
         turn = asyncio.get_running_loop().create_future()
         waiting = next(self._numbers), turn
         turns = self._waiting.setdefault(queue, deque())
@@ -56,12 +55,15 @@ class ReadLimit:
             await turn
         except BaseException:
             if turn.done() and not turn.cancelled():  # it was admitted just now
-                self._leave(queue)
+                self.leave(queue)
             elif waiting in turns:
                 turns.remove(waiting)
+                if not turns:
+                    del self._waiting[queue]
             raise
 
-    def _leave(self, queue: object) -> None:
+    def leave(self, queue: object) -> None:
+        """Give the place to the read that has waited longest."""
         self._free += 1
         self._reading[queue] -= 1
         self._admit()
@@ -70,6 +72,8 @@ class ReadLimit:
         while self._free > 0 and (next_queue := self._next()) is not None:
             queue, turns = next_queue
             _, turn = turns.popleft()
+            if not turns:
+                del self._waiting[queue]
             if not turn.cancelled():
                 turn.set_result(None)
                 self._free -= 1
@@ -83,3 +87,19 @@ class ReadLimit:
             if turns and self._reading[queue] < self._limit_per_queue
         ]
         return min(waiting, key=lambda item: item[1][0][0], default=None)
+
+
+class _Place(AbstractAsyncContextManager[None]):
+    """A place among the reads; a class, because each read of each job takes one."""
+
+    __slots__ = ("_limit", "_queue")
+
+    def __init__(self, limit: ReadLimit, queue: object) -> None:
+        self._limit = limit
+        self._queue = queue
+
+    async def __aenter__(self) -> None:
+        await self._limit.enter(self._queue)
+
+    async def __aexit__(self, *_: object) -> None:
+        self._limit.leave(self._queue)

@@ -108,7 +108,11 @@ class LogContext(msgspec.Struct, kw_only=True):
 
 def span_id_of(job: JobStatus, name: str) -> str:
     """Return the id of one of a job's spans; see `tailspan_agent.job.mapping` for their names."""
-    return span_id(job.identity, job.job_id, name, job.attempt)
+    return _known_span_id(job.identity, job.job_id, name, job.attempt)
+
+
+# The id of the run span is in all spans and records of a job.
+_known_span_id = lru_cache(maxsize=256)(span_id)
 
 
 def task_span_id(job: JobStatus, task_id: str, attempt: int) -> str:
