@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -54,7 +53,7 @@ def ended(scale: Scale, directory: Path) -> Iterator[Row]:
 
 
 def arriving(scale: Scale, directory: Path) -> Iterator[Row]:
-    """W12: 20 jobs a second start, write 5 lines in a quarter of a second, and end, beside a running agent."""
+    """W12: 20 jobs a second beside a running agent; each starts, writes 5 lines, and ends after a tenth of a second."""
     seconds = _SPEECH_S * min(scale.factor, 1.0)
     with receiving(directory, ends=True) as receiver:
         plan = Plan(directory=directory / "agent", store=directory / "jobs", endpoint=receiver.http_url)
@@ -92,22 +91,20 @@ class _Jobs:
         self._numbers = count()
 
     def run(self, seconds: float) -> None:
-        """Start a job every twentieth of a second; each writes a line as often, and ends instead of a sixth."""
-        open_jobs: deque[tuple[HeldJob, int]] = deque()
+        """Start a job in each twentieth of a second; it writes its lines in the next one, and ends in that after it."""
+        started: HeldJob | None = None
+        written: HeldJob | None = None
         begun_s = time.monotonic()
         starts = round(seconds * _JOBS_PER_S)
-        for tick in range(starts + _LINES):
-            if tick < starts:
-                open_jobs.append((HeldJob(self._store, next(self._numbers)), tick))
-            if tick - open_jobs[0][1] == _LINES:
-                open_jobs.popleft()[0].end()
+        for tick in range(starts + 2):
+            if written is not None:
+                written.end()
                 self.ended += 1
-            for job, _ in open_jobs:
-                job.say()
+            if started is not None:
+                for _ in range(_LINES):
+                    started.say()
+            written, started = started, HeldJob(self._store, next(self._numbers)) if tick < starts else None
             time.sleep(max(0.0, begun_s + (tick + 1) / _JOBS_PER_S - time.monotonic()))
-        while open_jobs:
-            open_jobs.popleft()[0].end()
-            self.ended += 1
 
 
 def _ends(receiver: Receiver, jobs: int) -> dict[str, Any]:
