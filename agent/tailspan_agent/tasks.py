@@ -41,7 +41,7 @@ class Flag:
         try:
             await waiter
         finally:
-            self._waiters = tuple(other for other in self._waiters if other is not waiter)
+            self._waiters = tuple([other for other in self._waiters if other is not waiter])
 
 
 class Signal:

@@ -27,7 +27,7 @@ _UNDECIDED = ("cancellation", "skip")
 _LEAST_SILENCE_S = 60.0
 _SILENCE_FACTOR = 2.0
 _SLOW_FACTOR, _SLOW_S = 1.1, 1.0
-_FAST_FACTOR, _FAST_S = 0.5, 1.0
+_FAST_PART, _FAST_FACTOR, _FAST_S = 0.05, 0.5, 1.0
 
 
 class PastRun(msgspec.Struct, frozen=True, kw_only=True):
@@ -133,8 +133,8 @@ class PipelineHistory(msgspec.Struct, frozen=True, dict=True):
     @cached_property
     def fast_below_s(self) -> float | None:
         """A run that succeeds in fewer seconds is suspiciously fast: at most half of the 5th percentile."""
-        least_s = _quantile(self.durations_s, 0.05)
-        return min(least_s * _FAST_FACTOR, least_s - _FAST_S) if self.is_enough and least_s is not None else None
+        least_s = _quantile(self.durations_s, _FAST_PART)
+        return _fast_below_s(least_s) if self.is_enough and least_s is not None else None
 
     @cached_property
     def silent_after_s(self) -> float | None:
@@ -158,13 +158,26 @@ class PipelineHistory(msgspec.Struct, frozen=True, dict=True):
             result: Its ``cicd.pipeline.result``.
             duration_s: How long it ran, in seconds.
         """
-        return result == _SUCCESS and self.fast_below_s is not None and duration_s < self.fast_below_s
+        if result != _SUCCESS:
+            return False
+        # As many runs that set no limit above this one as there may be below the percentile: no need to sort all.
+        left = math.ceil(_FAST_PART * len(self.runs))
+        for run in reversed(self.runs):
+            if run.result == _SUCCESS and not run.too_fast and _fast_below_s(run.duration_s) <= duration_s:
+                left -= 1
+                if not left:
+                    return False
+        return self.fast_below_s is not None and duration_s < self.fast_below_s
 
     def _pause_limit_s(self, pauses_s: Sequence[float]) -> float | None:
         usual_s = _quantile(sorted(pauses_s), 0.95)
         if not self.is_enough or usual_s is None:
             return None
         return max(_LEAST_SILENCE_S, _SILENCE_FACTOR * usual_s)
+
+
+def _fast_below_s(least_s: float) -> float:
+    return min(least_s * _FAST_FACTOR, least_s - _FAST_S)
 
 
 def _quantile(ordered: Sequence[float], part: float) -> float | None:

@@ -144,7 +144,7 @@ class RunTotals(msgspec.Struct, frozen=True):
         index = bucket_index(duration_s)
         exemplars = self.exemplars
         if trace_id and span_id:
-            exemplars = _newest([*exemplars, RunExemplar(trace_id, span_id, duration_s, time_unix_nano)])
+            exemplars = _with_newest(exemplars, [RunExemplar(trace_id, span_id, duration_s, time_unix_nano)])
         counts = {**self.counts, index: self.counts.get(index, 0) + 1}
         return replace(self, sum_s=self.sum_s + duration_s, counts=counts, exemplars=exemplars)
 
@@ -160,7 +160,7 @@ class RunTotals(msgspec.Struct, frozen=True):
         counts = dict(self.counts)
         for index, count in other.counts.items():
             counts[index] = counts.get(index, 0) + count
-        exemplars = _newest([*self.exemplars, *other.exemplars])
+        exemplars = _with_newest(self.exemplars, other.exemplars)
         return replace(self, sum_s=self.sum_s + other.sum_s, counts=counts, exemplars=exemplars)
 
     def to_row(self) -> tuple[str, str, str, float, str, str]:
@@ -274,7 +274,14 @@ def _counts_of_first_bounds(stored: Sequence[int], exemplars: Sequence[RunExempl
 
 def _newest(runs: Iterable[RunExemplar | None]) -> tuple[RunExemplar | None, ...]:
     """Return the newest run in each bucket of `BOUNDS_S`; None for a bucket without one."""
-    newest: list[RunExemplar | None] = [None] * (len(BOUNDS_S) + 1)
+    return _with_newest((None,) * (len(BOUNDS_S) + 1), runs)
+
+
+def _with_newest(
+    known_runs: Iterable[RunExemplar | None], runs: Iterable[RunExemplar | None]
+) -> tuple[RunExemplar | None, ...]:
+    """Return the newest run in each bucket, of those that are known by bucket and others in any order."""
+    newest = list(known_runs)
     for run in runs:
         if run is not None:
             bucket = explicit_bucket(bucket_index(run.duration_s))

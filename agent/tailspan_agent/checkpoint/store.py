@@ -160,7 +160,8 @@ class SqliteStore:
             undo.callback(self._db.close)
             self._writes = Writes(self._db)
             self._file = file_at(self.path)
-            self._index_names()
+            self._has_names = False
+            self._db.execute("PRAGMA temp_store = MEMORY")  # where the index of names is
             self.instance_id = self._meta("instance_id", str(uuid.uuid4()))
             self.start_unix_nano = int(self._meta("start_unix_nano", str(time.time_ns())))
             self._totals = {totals.key: totals for totals in self._runs()}
@@ -187,17 +188,22 @@ class SqliteStore:
     def _index_names(self) -> None:
         """Make an index of the jobs by name: a search through 100,000 jobs for each of them would be quadratic.
 
-        In memory, so that the file stays as earlier versions know it.
+        In memory, so that the file stays as earlier versions know it. Most agents never need it: their jobs write into
+        the main stream of their pipeline.
         """
         with self._reading():
-            self._db.execute("PRAGMA temp_store = MEMORY")
+            is_alone = not self._db.in_transaction
+            if is_alone:
+                self._db.execute("BEGIN")
+            self._db.execute("DROP TABLE IF EXISTS temp.named")
             self._db.execute(
                 "CREATE TEMP TABLE named (hash INTEGER, job INTEGER, PRIMARY KEY (hash, job)) WITHOUT ROWID"
             )
-            self._db.execute("BEGIN")
             names = self._db.execute("SELECT name, key FROM jobs")
             self._db.executemany("INSERT INTO temp.named VALUES (?, ?)", ((hash(name), key) for name, key in names))
-            self._db.execute("COMMIT")
+            if is_alone:
+                self._db.execute("COMMIT")
+        self._has_names = True
 
     def _salvaged(self) -> sqlite3.Connection:
         """Set the damaged file aside, and return a new store with the rows that it still has."""
@@ -311,6 +317,7 @@ class SqliteStore:
             raise
 
     def _roll_back(self) -> None:
+        self._has_names = False
         with suppress(sqlite3.Error):
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
@@ -407,7 +414,9 @@ class SqliteStore:
                 return checkpoint
             key = added.lastrowid
             assert key is not None
-            db.execute("INSERT OR IGNORE INTO temp.named VALUES (?, ?)", (hash(stored_name), key))
+            if self._has_names:
+                # Not one of the writes that are made again: after a rollback, the index is made again when needed.
+                self._db.execute("INSERT OR IGNORE INTO temp.named VALUES (?, ?)", (hash(stored_name), key))
         return Checkpoint(key, stored_name, stream, None, ledger, logs_complete=False, late=False, ended=False)
 
     def finished_jobs(self, identity: str) -> set[str]:
@@ -499,6 +508,8 @@ class SqliteStore:
             " WHERE jobs.key IN (SELECT job FROM temp.named WHERE hash = ?) AND name = ? AND line.type = 'integer'"
             " GROUP BY 1"
         )
+        if not self._has_names:
+            self._index_names()
         return dict(self._select(query, hash(name), name))
 
     def complete_logs(self, key: int, *, late: bool = False) -> None:

@@ -576,7 +576,8 @@ class JobPipeline:
             and oldest_ns >= time.time_ns() - WINDOW_NS
             and not job.is_past
             and self._queue is self._context.queue(job.service.name, name)
-            and self._context.log_names.take(name)
+            # If there is no room for the name, `_log_stream` counts the job.
+            and self._context.log_names.take(name, is_shared=True)
         )
 
     @asynccontextmanager

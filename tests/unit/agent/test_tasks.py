@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tailspan_agent.tasks import Flag
+from tailspan_agent.tasks import Flag, Signal
 
 pytestmark = pytest.mark.anyio
 
@@ -41,3 +41,24 @@ async def test_a_cancelled_waiting_task_is_removed() -> None:
     flag.set()
     await asyncio.wait_for(second, 10)
     assert first.cancelled()
+
+
+async def test_a_signal_wakes_the_tasks_for_which_something_holds_now() -> None:
+    """In the order in which they came; the others wait again, and one that was cancelled is dropped."""
+    signal, room, order = Signal(), [0], list[int]()
+
+    async def take(number: int) -> None:
+        await signal.wait_for(lambda: room[0] > 0)
+        room[0] -= 1
+        order.append(number)
+
+    tasks = [asyncio.create_task(take(number)) for number in range(4)]
+    await asyncio.sleep(0)
+    tasks[1].cancel()
+    for freed in (2, 1):
+        room[0] += freed
+        signal.notify()
+        for _ in range(3):
+            await asyncio.sleep(0)
+    await asyncio.wait_for(asyncio.wait(tasks), 10)
+    assert (order, room, signal._waiters) == ([0, 2, 3], [0], [])

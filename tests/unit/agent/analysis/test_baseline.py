@@ -223,6 +223,18 @@ def test_a_run_like_those_before_is_never_slow(durations_s: list[float]) -> None
     assert history.fast_below_s < history.p95_s < history.slow_after_s
 
 
+SHORT_S = st.sampled_from([0.0, 0.05, 0.1, 1.0, 1.05, 2.0]) | st.floats(0, 10)
+
+
+@given(st.lists(st.tuples(SHORT_S, st.sampled_from(["success", "failure"]), st.booleans()), max_size=30), SHORT_S)
+def test_a_run_is_too_fast_by_its_limit(runs: list[tuple[float, str, bool]], duration_s: float) -> None:
+    """For any history: whether a few runs show it or the limit has to be computed."""
+    kept = [run(one, result=result, too_fast=too_fast) for one, result, too_fast in runs]
+    history = PipelineHistory(tuple(kept))
+    limit_s = PipelineHistory(tuple(kept)).fast_below_s
+    assert history.is_too_fast("success", duration_s) == (limit_s is not None and duration_s < limit_s)
+
+
 def end(store: SqliteStore, kept: PastRun, fingerprint: str | None = None) -> None:
     key = store.add_job("id", kept.job_id, "etl", stream=0, ledger="{}").key
     assert store.end_job(key, [], RunTotals("etl", "success").add(1.0), run=kept, fingerprint=fingerprint)

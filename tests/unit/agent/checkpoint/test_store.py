@@ -22,7 +22,7 @@ from tailspan_agent.analysis.run_totals import RunTotals
 from tailspan_agent.checkpoint import store as store_module
 from tailspan_agent.checkpoint.database import SCHEMA_VERSION, lock_holder
 from tailspan_agent.checkpoint.store import Ack, Checkpoint, OutboxSpan, SqliteStore, read_checkpoint
-from tailspan_agent.errors import CheckpointError
+from tailspan_agent.errors import CheckpointError, ValueRefusedError
 from tests.fakes.agents import looped, until
 
 FACTS = '{"first_seen_ns":1}'
@@ -184,6 +184,44 @@ def test_the_newest_lines_of_a_pipeline_are_found_by_its_name(tmp_path: Path) ->
         assert [store.newest_by_stream(name) for name in ("etl", "web", "none")] == [{2: 7}, {2: 7}, {}]
         plan = "EXPLAIN QUERY PLAN SELECT key FROM jobs WHERE key IN (SELECT job FROM temp.named WHERE hash = 1)"
         assert not any("SCAN" in str(step) for step in store._db.execute(plan))
+
+
+@looped
+async def test_names_are_found_after_a_unit_that_failed(store: SqliteStore) -> None:
+    """The jobs before it are found, also the last ones; its own is not."""
+    ledger = '{"first_seen_ns":1,"log_streams":{"2":7}}'
+    store.add_job("id", "j1", "etl", stream=0, ledger=ledger)
+    assert store.newest_by_stream("etl") == {2: 7}
+    with suppress(ZeroDivisionError), store.together():
+        store.add_job("id", "j2", "web", stream=0, ledger=ledger)
+        assert store.newest_by_stream("web") == {2: 7}
+        raise ZeroDivisionError
+    store.add_job("id", "j3", "etl", stream=0, ledger=ledger.replace("7", "8"))
+    assert [store.newest_by_stream(name) for name in ("etl", "web")] == [{2: 8}, {}]
+
+
+@looped
+async def test_a_refused_ack_undoes_no_other(store: SqliteStore, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither those before it nor those after it, nor earlier writes that are not committed yet."""
+    keys = [add(store, f"j{number}").key for number in range(3)]
+    store.ack([Ack(key, cursor, FACTS) for key, cursor in zip(keys, (b"1", "\ud800", b"3"), strict=True)])  # type: ignore[arg-type]
+    await store.written()
+    with closing(sqlite3.connect(store.path)) as other:
+        assert other.execute("SELECT cursor FROM jobs ORDER BY key").fetchall() == [(b"1",), (None,), (b"3",)]
+    assert f"an ack of job number {keys[1]} is lost" in caplog.text
+
+
+@looped
+async def test_runs_are_counted_once_with_the_unit_that_ends_them(store: SqliteStore) -> None:
+    """A run whose unit failed is not counted; those of one commit share a row of totals."""
+    keys = [add(store, f"j{number}").key for number in range(3)]
+    for key in keys[:2]:
+        assert store.end_job(key, spans(key, f"s{key}"), RunTotals("etl", "success").add(1.0))
+    with suppress(ValueRefusedError):
+        store.end_job(keys[2], spans(keys[2], "\ud800"), RunTotals("etl", "success").add(1.0))
+    assert store.totals["etl", "success", ""].count == 2
+    with closing(sqlite3.connect(store.path)) as other:
+        assert other.execute("SELECT sum_s FROM runs").fetchall() == [(2.0,)]
 
 
 def test_a_long_log_of_writes_is_copied_by_a_thread(tmp_path: Path) -> None:
