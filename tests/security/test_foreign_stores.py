@@ -150,12 +150,14 @@ def test_a_reader_that_locks_does_not_keep_a_lost_job_running(tmp_path: Path, ki
     if (store.directory(job_id) / "lock").read_bytes() != WRITE_LOCKED:
         pytest.skip("this system has no locks for writers only")
     assert store.load(job_id).state is JobState.RUNNING
-    assert store.running_mark(job_id) is None or store.load(job_id).supervised
+    with store.opened(job_id) as fd:
+        assert store.running_mark_at(fd) is not None
     os.close(lock_fd)
     with (store.directory(job_id) / "lock").open("rb") as reader:
         fcntl.flock(reader, kind)
         assert store.load(job_id).state is JobState.LOST
-        assert store.running_mark(job_id) is None
+        with store.opened(job_id) as fd:
+            assert store.running_mark_at(fd) is None
 
 
 def test_a_supervisor_of_an_earlier_version_is_still_seen(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ class SqliteStore:
             undo.callback(self._db.close)
             self._writes = Writes(self._db)
             self._file = file_at(self.path)
-            self._has_names = False
+            self._has_names, self._has_seconds = False, bool(self._select("SELECT 1 FROM seconds LIMIT 1"))
             self._db.execute("PRAGMA temp_store = MEMORY")  # where the index of names is
             self.instance_id = self._meta("instance_id", str(uuid.uuid4()))
             self.start_unix_nano = int(self._meta("start_unix_nano", str(time.time_ns())))
@@ -465,6 +465,7 @@ class SqliteStore:
         for stored_lines, stored_sum in self._select(_SECOND, key, second):
             lines += stored_lines
             uid_sum += int(stored_sum)
+        self._has_seconds = True
         db.execute("REPLACE INTO seconds VALUES (?, ?, ?, ?)", (key, second, lines, str(uid_sum & UINT64_MAX)))
 
     async def written(self) -> None:
@@ -523,7 +524,7 @@ class SqliteStore:
             db.execute(
                 "UPDATE jobs SET logs_complete = 1, late = ?, updated_s = ? WHERE key = ?", (late, time.time(), key)
             )
-            if not late:
+            if not late and self._has_seconds:
                 db.execute("DELETE FROM seconds WHERE job = ?", (key,))
 
     def add_spans(self, key: int, spans: Sequence[OutboxSpan]) -> set[str]:

@@ -453,20 +453,23 @@ class LocalService(SubmitService, ChangeFeedService):
         # Another thread may list, too.
         if (final := self._final_rows.get(job_id)) is not None:
             return final
-        # Taken before the row is: what changes in between is seen the next time.
-        mark = self._store.running_mark(job_id)
-        known = self._running_rows.get(job_id)
-        if known is not None and known[0] == mark:
-            return known[1]
-        self._running_rows.pop(job_id, None)
+        known, mark = self._running_rows.get(job_id), None
         try:
-            job = self._store.glance(job_id)
+            with self._store.opened(job_id) as fd:
+                job = self._store.glance_at(job_id, fd) if known is None else None
+                if job is None or not job.logs_complete:
+                    # Taken before the row is: what changes in between is seen the next time.
+                    mark = self._store.running_mark_at(fd)
+                    if known is not None and known[0] == mark:
+                        return known[1]
+                    job = self._store.glance_at(job_id, fd)
         except JobNotFoundError:
             return None
         except PermissionError:
             # Of another user, say of root by sudo: it must not hide the jobs of this one. Asked for, it says so itself.
             return ListedJob(job_id=job_id, job_name="unknown", created_at=submitted_at_of(job_id), service=self.name)
         row = row_of(job, self)
+        self._running_rows.pop(job_id, None)
         if job.logs_complete:
             self._final_rows[job_id] = row
         elif mark is not None:
