@@ -38,7 +38,7 @@ class ReadLimit:
         Args:
             queue: The queue that takes the lines.
         """
-        return _Place(self, queue)
+        return _HeldRead(self, queue)
 
     async def enter(self, queue: object) -> None:
         """Wait for a place among the reads; see `of`."""
@@ -89,7 +89,7 @@ class ReadLimit:
         return min(waiting, key=lambda item: item[1][0][0], default=None)
 
 
-class _Place(AbstractAsyncContextManager[None]):
+class _HeldRead(AbstractAsyncContextManager[None]):
     """A place among the reads; a class, because each read of each job takes one."""
 
     __slots__ = ("_limit", "_queue")
