@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -46,21 +47,25 @@ def beside_filelog(scale: Scale, directory: Path) -> Iterator[Row]:
         counted = _Counted(receiver, jobs * _LINES)
         for compression, goal in _GOALS.items():
             plan = Plan(directory=directory / "ours", store=store, endpoint=receiver.http_url, compression=compression)
+            empty = replace(plan, directory=directory / "empty", store=directory / "no jobs")
             ours, filelog = f"W17 {compression}, ours", f"W17 {compression}, filelog"
-            parsing = f"{filelog} with time and severity"
+            parsing, start = f"{filelog} with time and severity", f"{ours}, no lines"
             found = alternate(
                 {
                     filelog: partial(counted.filelog, filelog, program, directory, compression, parse=False),
                     parsing: partial(counted.filelog, parsing, program, directory, compression, parse=True),
                     ours: partial(counted.ours, ours, plan),
+                    start: partial(relay_once, empty),
                 },
                 scale.times,
             )
-            for case, usage in found.items():
-                yield counted.row(case, usage)
+            for case in (filelog, parsing, ours):
+                yield counted.row(case, found[case])
             for other, limit in ((filelog, None), (parsing, goal)):
-                share = found[ours].cpu_s / found[other].cpu_s
-                yield Row(case=f"{ours} against {other.partition(', ')[2]}", figure=share, unit="x", goal=limit)
+                against = f"{ours} against {other.partition(', ')[2]}"
+                yield Row(case=against, figure=found[ours].cpu_s / found[other].cpu_s, unit="x", goal=limit)
+            without = (found[ours].cpu_s - found[start].cpu_s) / found[parsing].cpu_s
+            yield Row(case=f"{against}, without our start", figure=without, unit="x")
 
 
 class _Counted:
