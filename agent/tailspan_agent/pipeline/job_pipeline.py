@@ -88,6 +88,7 @@ class JobPipeline:
         watch: The watch that matched the job.
         status: The first status.
         first_seen_ns: When the agent first saw the job, in ns since the epoch.
+        is_listed: Whether the metrics show the run already, by its row of the list.
 
     Attributes:
         job: The status and the ledger of the job.
@@ -119,7 +120,14 @@ class JobPipeline:
     )
 
     def __init__(
-        self, context: PipelineContext, service: JobService, watch: Watch, status: JobStatus, first_seen_ns: int
+        self,
+        context: PipelineContext,
+        service: JobService,
+        watch: Watch,
+        status: JobStatus,
+        first_seen_ns: int,
+        *,
+        is_listed: bool = False,
     ) -> None:
         self.job = TrackedJob(context, service, watch, status, first_seen_ns)
         self.spans = JobSpans(self.job)
@@ -140,7 +148,7 @@ class JobPipeline:
         self._unacked_seconds: Seconds = {}
         self._all_acked = Flag(is_set=True)
         context.in_flight[service.identity, status.job_id] = self
-        if not status.state.is_terminal:
+        if not (status.state.is_terminal or is_listed):
             context.health.run_changes.set()
         self._end_unseen_attempt()
 
@@ -224,7 +232,8 @@ class JobPipeline:
             job.store_ledger()
             if not status.state.is_terminal:
                 self.spans.write()
-            self._context.health.run_changes.set()
+            if status.state is not known.state or status.attempt != known.attempt:
+                self._context.health.run_changes.set()
 
     def on_tasks(self, tasks: Sequence[TaskRun]) -> None:
         """Apply the tasks as they are now; write the spans of ended attempts, unless their lines are to be read."""

@@ -31,7 +31,9 @@ _SHARE_OF_A_CORE = 0.01
 _SHARE_OF_REQUESTS = 0.25
 _LONGEST_PAUSE_S = 10.0
 _LONGEST_LIST_PAUSE_S = 25.0
-_CHANGES_EVERY_S = 0.05
+# The longest time that a notification waits for others. A busy agent gathers more, and so polls less often.
+_CHANGES_EVERY_S, _CHANGES_EVERY_BUSY_S = 0.03, 0.05
+_BUSY_SHARE = 0.5
 _OWNERSHIP_S = 1.0  # how soon an agent of a fleet lists again after it has taken jobs over
 # Ended jobs in their first turn at a time. Each takes some ten KiB until it is relayed, and up to a second: what its
 # endpoint needs to acknowledge its lines and its receipt.
@@ -113,6 +115,7 @@ class JobDiscovery:
         self._relist = asyncio.Event()
         self._changes: ChangeFeed | None = None
         self._lost_feeds = 0
+        self._gathered_at_s = time.monotonic(), time.thread_time()
 
     @property
     def name(self) -> str:
@@ -227,7 +230,14 @@ class JobDiscovery:
             if self._wake_tailers(jobs):
                 due_s = min(due_s, begun_s + pause_s)
             # Gather notifications: a poll costs much more than its notification.
-            await asyncio.sleep(_CHANGES_EVERY_S)
+            await asyncio.sleep(self._gather_s())
+
+    def _gather_s(self) -> float:
+        """Return how long to gather notifications, in seconds, by what the agent has used since the last gather."""
+        since_s, since_cpu_s = self._gathered_at_s
+        self._gathered_at_s = now_s, cpu_s = time.monotonic(), time.thread_time()
+        is_busy = cpu_s - since_cpu_s > _BUSY_SHARE * (now_s - since_s)
+        return _CHANGES_EVERY_BUSY_S if is_busy else _CHANGES_EVERY_S
 
     def _wake_tailers(self, jobs: Collection[str] | None) -> bool:
         """Wake the tailers of changed jobs, None for all; return whether a job without a tailer may have changed."""

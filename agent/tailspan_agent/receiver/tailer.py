@@ -94,6 +94,7 @@ class Tailer:
         "_errors",
         "_first_seen_ns",
         "_follower",
+        "_is_listed",
         "_is_new",
         "_name",
         "_on_first_turn",
@@ -138,7 +139,7 @@ class Tailer:
         self._name = name
         self._errors = 0
         self._on_first_turn = on_first_turn
-        self._is_new = True
+        self._is_new, self._is_listed = True, False
         self._catch_up = CatchUp(context.stream_order, self._service.name, name)
 
     def _call_on_due(self) -> None:
@@ -181,9 +182,11 @@ class Tailer:
     def on_row(self, row: ListedJob) -> None:
         """Apply the job's row of the list; wake the tailer of a parked job that has become silent or slow."""
         self.schedule.on_row(row)
-        if self._is_new and self._has_nothing_new():
+        if self._is_new and not self._is_listed and self._has_nothing_new():
             # Before any job of its stream is read: a silent one has nothing for which the others must wait.
             self.leave_stream()
+            self._is_listed = True
+            self._context.health.run_changes.set()
         if self._pipeline is not None and self.schedule.is_long_parked:
             self._pipeline.expire_heartbeat()
         followed = self.followed if self.schedule.parked else None
@@ -308,7 +311,9 @@ class Tailer:
             return pipeline, self._advance(StatusSeen(terminal=terminal, end_mark=end_mark))
         await self._context.nothing_in_flight(self._service.identity, self.job_id)
         with self._context.store.together():
-            pipeline = JobPipeline(self._context, self._service, self.watch, status, self._first_seen_ns)
+            pipeline = JobPipeline(
+                self._context, self._service, self.watch, status, self._first_seen_ns, is_listed=self._is_listed
+            )
             late_lines = pipeline.job.checkpoint.late
             if late_lines or not pipeline.completed_before:
                 pipeline.on_status(status)

@@ -212,3 +212,32 @@ async def test_silent_jobs_have_no_task(bench: Bench) -> None:
         fake.set_state("j8", "SUCCEEDED")
         fake.notified.put_nowait({"j8"})
         await bench.received(lambda: "run" in bench.spans("j8"))
+
+
+class CountingEvent(asyncio.Event):
+    """An event that counts how often it is set."""
+
+    times = 0
+
+    def set(self) -> None:
+        """Count, and set the event."""
+        self.times += 1
+        super().set()
+
+
+@looped
+async def test_a_silent_run_begins_once(bench: Bench) -> None:
+    """Its row and its first poll are one beginning: ten thousand first polls export no metrics each few seconds."""
+    fake = bench.services["fake"] = NotifyingService()
+    jobs = {"j1", "j2", "j3"}
+    async with bench.running() as agent:
+        changes = agent.metrics.run_changes = CountingEvent()
+        for job_id in jobs:
+            fake.add_job(job_id)
+        fake.notified.put_nowait(jobs)
+        await until(lambda: len(agent.tailers) == 3 and all(tailer.schedule.is_resting for tailer in agent.tailers))
+        assert changes.times == 3
+        fake.set_state("j1", "SUCCEEDED")
+        fake.notified.put_nowait({"j1"})
+        await bench.received(lambda: "run" in bench.spans("j1"))
+        assert changes.times > 3
