@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
+import logging
 import os
 import socket
 import stat
@@ -31,6 +32,8 @@ _BACKLOG = 16  # as in `tailspan.http.server_limits`, which sets it again
 _OPEN = ServerAccess()
 _OWN_MODE = 0o177
 _NEEDED = ("h11", "jinja2", "starlette", "uvicorn")
+
+_log = logging.getLogger(__name__)
 
 
 class StatusServer:
@@ -127,9 +130,19 @@ class StatusServer:
 
     async def _serve(self) -> None:
         await _first_connection(self._socket)
+        try:
+            self._app = self._make_app()
+        except Exception:
+            # A client must not wait for an answer that never comes.
+            _log.exception("nothing can be served; were packages updated since the agent started? Restart it")
+            self._socket.close()
+            return
+        await self._app.serve(self._socket)
+
+    def _make_app(self) -> StatusApp:
         from tailspan_agent.web.app import StatusApp
 
-        self._app = StatusApp(
+        return StatusApp(
             metrics=self._metrics,
             readiness=self._readiness,
             delivery=self._delivery,
@@ -137,7 +150,6 @@ class StatusServer:
             access=self._access,
             own_names=self._own_names,
         )
-        await self._app.serve(self._socket)
 
 
 async def _first_connection(listener: socket.socket) -> None:

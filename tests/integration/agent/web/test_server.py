@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from typing import TypeVar
 
@@ -224,3 +225,17 @@ def test_stopping_a_server_that_never_served_is_quick():
 
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(asyncio.run(main()))
+
+
+def test_a_server_that_cannot_load_its_page_refuses_clients(monkeypatch, caplog):
+    """As after an update of the packages under a running agent: the log has the reason, and the agent goes on."""
+    monkeypatch.setitem(sys.modules, "tailspan_agent.web.app", None)
+
+    async def visit(client: httpx.AsyncClient, _: StatusServer) -> None:
+        for error in (httpx.TransportError, httpx.ConnectError):
+            with pytest.raises(error):
+                await client.get("/healthz")
+
+    served(visit)
+    (record,) = caplog.records
+    assert "Restart it" in record.message
