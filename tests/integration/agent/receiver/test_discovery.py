@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from tailspan_agent.metrics.agent import AgentMetrics, agent_resource
 from tailspan_agent.pipeline.context import PipelineContext
 from tailspan_agent.pipeline.store_streams import LogNames, StoreStreams
 from tailspan_agent.pipeline.stream_order import StreamOrder
+from tailspan_agent.receiver import discovery as discovery_module
 from tailspan_agent.receiver.discovery import JobDiscovery, match
 from tailspan_agent.receiver.lifecycle import TailState
 from tailspan_agent.receiver.source import Source
@@ -345,3 +348,15 @@ async def test_changed_watches_match_every_job_again(scene: Scene) -> None:
     discovery.apply_watches([watch(lookback=10 * 3600)])
     await discovery.scan()
     assert scene.ids() == ["j1"]
+
+
+def test_a_busy_agent_gathers_more_notifications(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line waits 30 ms at most, 50 ms while the agent uses over half of a core: then it polls less often."""
+    now = {"monotonic": 100.0, "thread_time": 5.0}
+    monkeypatch.setattr(discovery_module, "time", SimpleNamespace(**{n: partial(now.get, n) for n in now}, time=float))
+    discovery, gathers = scene.discovery(), []
+    for used_s in (0.001, 0.02, 0.04, 0.002):
+        now["monotonic"] += 0.05
+        now["thread_time"] += used_s
+        gathers.append(discovery._gather_s())
+    assert gathers == [0.03, 0.03, 0.05, 0.03]
