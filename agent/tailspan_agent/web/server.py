@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import importlib.util
 import logging
 import os
@@ -131,7 +132,7 @@ class StatusServer:
     async def _serve(self) -> None:
         await _first_connection(self._socket)
         try:
-            self._app = self._make_app()
+            self._app = await self._load_app()
         except Exception:
             # A client must not wait for an answer that never comes.
             _log.exception("nothing can be served; were packages updated since the agent started? Restart it")
@@ -139,7 +140,9 @@ class StatusServer:
             return
         await self._app.serve(self._socket)
 
-    def _make_app(self) -> StatusApp:
+    async def _load_app(self) -> StatusApp:
+        # In a thread: it takes a tenth of a second, and lines are relayed meanwhile.
+        await asyncio.to_thread(importlib.import_module, "tailspan_agent.web.app")
         from tailspan_agent.web.app import StatusApp
 
         return StatusApp(
