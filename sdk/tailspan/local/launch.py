@@ -19,7 +19,7 @@ from tailspan.errors import ConfigError, ServiceUnavailableError
 from tailspan.local.command_line import default_name, redact_attributes, redact_command, redact_name
 from tailspan.local.environment import job_environment, parent_of
 from tailspan.local.process_tree import DETACHED
-from tailspan.local.state import iso_time, write_state
+from tailspan.local.state import iso_time, sync_file, write_state
 from tailspan.local.state_dir import StateDir, new_job_id
 from tailspan.local.terminal import is_terminal, open_like
 
@@ -428,7 +428,10 @@ def _start_supervisor(
     except BrokenPipeError:
         # What it wrote before it died stands in the status socket.
         pass
-    if not request.attached:
+    if request.attached:
+        # While the supervisor's interpreter starts: neither the job's first line nor its end waits for the disk.
+        sync_file(f"{place.jobs}/{job['id']}/job.json")
+    else:
         os.waitpid(pid, 0)
     return status_fd
 

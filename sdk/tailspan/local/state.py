@@ -14,7 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["iso_time", "state_line", "write_state"]
+__all__ = ["iso_time", "state_line", "sync_file", "write_state"]
 
 _NANOS_PER_S = 1_000_000_000
 _NEW = "state.json.new"
@@ -58,6 +58,25 @@ def write_state(job_fd: int, state: dict[str, Any], file_mode: int) -> None:
     os.rename(_NEW, "state.json", src_dir_fd=job_fd, dst_dir_fd=job_fd)
     if not state["end"]:
         _reserve(job_fd, file_mode)
+
+
+def sync_file(path: str, directory_fd: int | None = None) -> None:
+    """Make a file survive a power failure, if its disk can do that.
+
+    Args:
+        path: The file.
+        directory_fd: The directory that a relative path is in; None: the present one.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory_fd)
+    except OSError:
+        return
+    try:
+        os.fsync(fd)
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
 
 
 def _reserve(job_fd: int, file_mode: int) -> None:

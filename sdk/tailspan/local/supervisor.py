@@ -24,7 +24,7 @@ from tailspan.local.capture import LogWriter
 from tailspan.local.command_process import Output, failure_text, start
 from tailspan.local.output_stream import READ_BYTES, OutputStream
 from tailspan.local.process_tree import DETACHED, adopt_orphans, is_stopped, live_descendants, signal_descendants
-from tailspan.local.state import iso_time, state_line, write_state
+from tailspan.local.state import iso_time, state_line, sync_file, write_state
 from tailspan.local.write_order import WriteOrder, in_order
 
 TYPE_CHECKING = False
@@ -249,7 +249,9 @@ class _Supervisor:
             # A cancel before `state.json` had our process id could only leave this mark.
             self._stop("CANCELED")
         self._report({"started": True, "supervisor_pid": os.getpid()})
-        _sync("job.json", self._job_fd)
+        if not self._attached:
+            # Here, because the start of a job need not wait for the disk. For an attached job, its runner does it.
+            sync_file("job.json", self._job_fd)
         self._capture()
         self._write_end()
 
@@ -735,20 +737,6 @@ def _touch(fd: int) -> None:
         os.utime(fd)
     except OSError:
         pass
-
-
-def _sync(name: str, directory_fd: int) -> None:
-    """Make a file survive a power failure: here, because the start of a job need not wait for it."""
-    try:
-        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory_fd)
-    except OSError:
-        return
-    try:
-        os.fsync(fd)
-    except OSError:
-        pass
-    finally:
-        os.close(fd)
 
 
 def _exists(name: str, directory_fd: int) -> bool:

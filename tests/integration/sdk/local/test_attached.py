@@ -67,6 +67,28 @@ def test_output_appears_at_once_and_unchanged(runner, local):
     assert sorted(local.lines(job_id)) == [b"name? hello you", b"oops"]
 
 
+def test_the_first_line_does_not_wait_for_the_disk(local, tmp_path):
+    """The runner makes `job.json` durable while the supervisor starts the command and relays what it prints."""
+    asked, done = tmp_path / "asked", tmp_path / "done"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, time\n"
+        "def slow_fsync(fd):\n"
+        f"    open({str(asked)!r}, 'w').write(str(os.fstat(fd).st_ino))\n"
+        f"    while not os.path.exists({str(done)!r}): time.sleep(0.01)\n"
+        "os.fsync = slow_fsync\n"
+    )
+    # The supervisor's interpreter is isolated, so its disk is not slow.
+    env = {**os.environ, "TAILSPAN_STATE_DIR": str(local.state_dir), "PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen([*TAILSPAN, "run", "--", "echo", "out"], env=env, stdout=subprocess.PIPE) as running:
+        try:
+            assert running.stdout.readline() == b"out\n"
+            assert running.poll() is None
+        finally:
+            done.touch()
+        assert running.wait() == 0
+    assert int(asked.read_text()) == (local.directory(the_job(local)) / "job.json").stat().st_ino
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_passed_on_and_the_end_is_reported(runner, local, number):
     """What the job prints while it ends is still shown, the exit code is its own, and it counts as canceled."""
