@@ -453,10 +453,7 @@ class Tailer:
         if pipeline.status.state is not JobState.SUCCEEDED and pipeline.ledger.failure is None:
             pipeline.attach_failure(failure_of(await last_lines(read, pipeline)))
         await pipeline.collect_span_lines(read)
-        # The run span counts what is acknowledged, but does not wait for a logs endpoint that is down or slow.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_RUN_SPAN_WAIT_S):
-                await pipeline.all_acked()
+        await _acked_soon(pipeline)
         pipeline.end_run(log_complete=log_complete)
         await pipeline.alerts.send_pending()
 
@@ -500,6 +497,7 @@ class Tailer:
         _log.warning("job %s was deleted at service %s before its end was relayed", self.job_id, self._service.name)
         self._context.health.gap(self._service.name)
         pipeline.mark_lost("the job was deleted at its service while it was followed")
+        await _acked_soon(pipeline)
         pipeline.end_run(log_complete=False)
         await pipeline.complete_log(read_to_end=False)
 
@@ -516,3 +514,10 @@ class Tailer:
             return _AUTH_RETRY_S
         asked_s = error.retry_after_s if isinstance(error, ServiceUnavailableError) else None
         return backoff_s(self._errors, random.random(), retry_after_s=asked_s)
+
+
+async def _acked_soon(pipeline: JobPipeline) -> None:
+    """Wait for the acknowledgements that the run span counts, but not long: the logs endpoint may be down or slow."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_RUN_SPAN_WAIT_S):
+            await pipeline.all_acked()
