@@ -596,7 +596,6 @@ class SqliteStore:
         query = "SELECT job, span_id, resource, span FROM spans WHERE acked = 0 ORDER BY job LIMIT ?"
         found: list[OutboxSpan] = []
         size = 0
-        self._commit()
         # Row by row: hundreds of failed jobs have megabytes of stack traces.
         with self._reading(), closing(self._db.execute(query, (limit,))) as rows:
             for row in rows:
@@ -605,6 +604,8 @@ class SqliteStore:
                 if found and size > max_bytes:
                     break
                 found.append(span)
+        if found:
+            self._commit()
         return found
 
     def ack_spans(self, spans: Iterable[OutboxSpan]) -> None:

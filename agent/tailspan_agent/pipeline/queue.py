@@ -444,10 +444,11 @@ class SpanQueue:
         self._has_spans.set()
 
     async def flush(self) -> None:
-        """Wait until every span in the store is acknowledged."""
+        """Wait until every span in the store is acknowledged, and that is on disk."""
         self._hurry.set()
         self.wake()
         await self._idle.wait()
+        await self._store.written()
 
     async def run(self) -> None:
         """Send spans until cancelled."""
