@@ -59,20 +59,17 @@ class _Records(NamedTuple):
 
     Attributes:
         pieces: Framed log records and their number, as `Chunk` has them.
+        number: The number of records.
         oldest_ns: The time of the oldest one, in ns since the epoch.
         newest_ns: The time of the newest one.
         last_ns: The time of the last one.
     """
 
     pieces: Sequence[tuple[bytes, int]]
+    number: int
     oldest_ns: int
     newest_ns: int
     last_ns: int
-
-    @property
-    def number(self) -> int:
-        """The number of records."""
-        return sum(number for _, number in self.pieces)
 
 
 def _nothing() -> None:
@@ -402,7 +399,7 @@ class JobPipeline:
             late=encoded.count if late else 0,
         )
         times_ns = [run.time_unix_nano for run in page.runs]
-        return _Records(encoded.pieces, min(times_ns), max(times_ns), times_ns[-1])
+        return _Records(encoded.pieces, encoded.count, min(times_ns), max(times_ns), times_ns[-1])
 
     async def send_open_line(self, line: OpenLine) -> float | None:
         """Queue a record of the line whose newline has not come, unless it was sent already.
@@ -436,7 +433,7 @@ class JobPipeline:
         """Queue records, which are acknowledged together when the last ones are delivered."""
         assert self._queue is not None
         job, ledger, health = self.job, self.job.ledger, self._context.health
-        name, number, total = job.service.name, job.checkpoint.stream, sum(part.number for part in parts)
+        name, number, total = job.service.name, job.checkpoint.stream, sum([part.number for part in parts])
         earlier = ChunkResult()
 
         def on_result(part: _Records, result: ChunkResult) -> Ack | None:
@@ -568,7 +565,7 @@ class JobPipeline:
         self.job.update_ledger(lines=self.ledger.lines - lines, stream_hash=stream_hash)
         negative: Seconds = {}
         add_seconds(negative, repeated, -1)
-        await self._put([_Records([], 0, 0, 0)], None, negative)
+        await self._put([_Records([], 0, 0, 0, 0)], None, negative)
 
     def _stays_in_main_stream(self, oldest_ns: int) -> bool:
         """Return whether the next lines follow the job's last ones in the main stream, as those of most jobs do.
@@ -635,7 +632,7 @@ class JobPipeline:
     async def _put_record(self, record: LogRecordData, *, of_events: bool, is_behind: bool) -> None:
         self._context.health.records_read(self.job.service.name, 1)
         resource, at_ns = self.job.event_resource if of_events else None, record.time_unix_nano
-        records = _Records([(encode_log_record(record), 1)], at_ns, at_ns, at_ns)
+        records = _Records([(encode_log_record(record), 1)], 1, at_ns, at_ns, at_ns)
         await self._put([records], None, {}, resource=resource, alone=is_behind, are_lines=False)
 
     def end_run(self, *, log_complete: bool) -> None:

@@ -98,7 +98,7 @@ class Chunk(msgspec.Struct):
     @property
     def count(self) -> int:
         """The number of records that are still to be sent."""
-        return sum(count for _, count in self.pieces)
+        return sum([count for _, count in self.pieces])
 
     @property
     def is_void(self) -> bool:
@@ -114,7 +114,7 @@ class Chunk(msgspec.Struct):
     @property
     def size(self) -> int:
         """The room that the chunk takes in the queue, in bytes."""
-        return sum(len(records) for records, _ in self.pieces) + _CHUNK_BYTES
+        return sum([len(records) for records, _ in self.pieces]) + _CHUNK_BYTES
 
 
 class _Piece(msgspec.Struct):

@@ -94,6 +94,8 @@ class _StreamMembers:
         return oldest[0][0] + _WINDOW_NS if oldest else float("inf")
 
     def _admit(self) -> None:
+        if not self._waiting:
+            return
         limit_ns = self._limit_ns()
         while self._waiting and (self._waiting[0][0] <= limit_ns or self._waiting[0][2].done()):
             turn = heapq.heappop(self._waiting)[2]

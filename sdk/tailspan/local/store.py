@@ -33,6 +33,7 @@ _FUTURE_S = 86400.0
 # A command has at most 2 MiB with 10 bytes for each argument (Linux), and JSON escapes take six bytes.
 _MAX_JSON_BYTES = 16 << 20
 _MAX_STATE_BYTES = 1 << 20
+_USUAL_BYTES = 8192
 _MAX_JSON_ITEMS = 250_000
 _MARK = struct.Struct("=QqqQqq")
 # What has another type than it was written with is as good as missing.
@@ -366,10 +367,12 @@ def _read_json(name: str, dir_fd: int, max_bytes: int = _MAX_JSON_BYTES) -> dict
     if fd is None:
         return None
     try:
-        size = os.fstat(fd).st_size
-        if size > max_bytes:
-            return None
-        text = read_at(fd, 0, size)
+        text = os.pread(fd, _USUAL_BYTES, 0)
+        if len(text) == _USUAL_BYTES:
+            size = os.fstat(fd).st_size
+            if size > max_bytes:
+                return None
+            text = read_at(fd, 0, size)
         # An item may need a hundred bytes of memory.
         if len(text) > _MAX_JSON_ITEMS and sum(map(text.count, (b",", b"[", b"{"))) > _MAX_JSON_ITEMS:
             return None
