@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing
 from datetime import UTC, datetime
 from typing import Any
 
@@ -125,11 +125,10 @@ class Source:
         """How many pages of a log are read before other jobs get their turn; an HTTP reply is read to its end."""
         return _PAGES_PER_TURN if self.polls_are_free else math.inf
 
-    @asynccontextmanager
-    async def open_log(
+    def open_log(
         self, job_id: str, cursor: bytes | None, queue: LogQueue | None, *, late_window_s: float
-    ) -> AsyncIterator[AsyncGenerator[LogPage, None]]:
-        """Wait for a place among the reads of a queue, and hold it while the caller takes pages.
+    ) -> AbstractAsyncContextManager[AsyncGenerator[LogPage, None]]:
+        """Return the pages of a log as a context that holds a place among the reads of a queue.
 
         Args:
             job_id: The job.
@@ -141,11 +140,7 @@ class Source:
         if self.merges(cursor):
             # A merged read waits for a place among the other reads only if its job has a reply of its own.
             limit, options = self._merged_reads.of(queue), {"long_reads": limit}
-        async with (
-            limit,
-            aclosing(self.pages(job_id, cursor, late_window_s=late_window_s, **options)) as pages,
-        ):
-            yield pages
+        return _OpenLog(limit, self.pages(job_id, cursor, late_window_s=late_window_s, **options))
 
     async def pages(self, job_id: str, cursor: bytes | None = None, **options: Any) -> AsyncGenerator[LogPage, None]:
         """Yield the pages of a log without a limit; no pages if the job exists and has no log.
@@ -187,3 +182,23 @@ class Source:
         begun_s = now_s - _FIRST_POLLS / _FIRST_POLLS_PER_S
         self._first_poll_at_s = max(self._first_poll_at_s, begun_s) + 1 / _FIRST_POLLS_PER_S
         return max(0.0, self._first_poll_at_s - now_s)
+
+
+class _OpenLog(AbstractAsyncContextManager[AsyncGenerator[LogPage, None]]):
+    """The pages of a log; a class, because each poll of each job opens one."""
+
+    __slots__ = ("_pages", "_place")
+
+    def __init__(self, place: AbstractAsyncContextManager[None], pages: AsyncGenerator[LogPage, None]) -> None:
+        self._place = place
+        self._pages = pages
+
+    async def __aenter__(self) -> AsyncGenerator[LogPage, None]:
+        await self._place.__aenter__()
+        return self._pages
+
+    async def __aexit__(self, *error: Any) -> None:
+        try:
+            await self._pages.aclose()
+        finally:
+            await self._place.__aexit__(*error)
