@@ -561,6 +561,8 @@ class SqliteStore:
                 )
                 if run is not None:
                     StoredHistory.add(db, run, fingerprint)
+                # The totals are written with those of other jobs: what SQLite refuses must fail here, for this job.
+                "".join(counted.key).encode()
                 known = before.get(counted.key) or self._totals.get(counted.key)
                 self._counted[counted.key] = known.merge(counted) if known is not None else counted
         except BaseException:

@@ -217,8 +217,9 @@ async def test_runs_are_counted_once_with_the_unit_that_ends_them(store: SqliteS
     keys = [add(store, f"j{number}").key for number in range(3)]
     for key in keys[:2]:
         assert store.end_job(key, spans(key, f"s{key}"), RunTotals("etl", "success").add(1.0))
-    with suppress(ValueRefusedError):
-        store.end_job(keys[2], spans(keys[2], "\ud800"), RunTotals("etl", "success").add(1.0))
+    for span, error in (("\ud800", None), (f"s{keys[2]}", "\ud800")):
+        with pytest.raises(ValueRefusedError):
+            store.end_job(keys[2], spans(keys[2], span), RunTotals("etl", "success", error).add(1.0))
     assert store.totals["etl", "success", ""].count == 2
     with closing(sqlite3.connect(store.path)) as other:
         assert other.execute("SELECT sum_s FROM runs").fetchall() == [(2.0,)]
