@@ -32,6 +32,7 @@ __all__ = ["StatusServer"]
 _BACKLOG = 16  # as in `tailspan.http.server_limits`, which sets it again
 _OPEN = ServerAccess()
 _OWN_MODE = 0o177
+_RETRY_S = 1.0
 _NEEDED = ("h11", "jinja2", "starlette", "uvicorn")
 
 _log = logging.getLogger(__name__)
@@ -132,7 +133,7 @@ class StatusServer:
     async def _serve(self) -> None:
         await _first_connection(self._socket)
         try:
-            self._app = await self._load_app()
+            self._app = await self._load_app_when_possible()
         except Exception:
             # A client must not wait for an answer that never comes.
             _log.exception("nothing can be served; were packages updated since the agent started? Restart it")
@@ -140,9 +141,29 @@ class StatusServer:
             return
         await self._app.serve(self._socket)
 
+    async def _load_app_when_possible(self) -> StatusApp:
+        """Load what answers requests; try again while the process has no open file, memory or thread left for it."""
+        logged = False
+        while True:
+            try:
+                return await self._load_app()
+            except (OSError, MemoryError, RuntimeError) as error:
+                if not logged:
+                    _log.warning("requests wait: what answers them cannot be loaded yet, retrying: %r", error)
+                logged = True
+                await asyncio.sleep(_RETRY_S)
+
     async def _load_app(self) -> StatusApp:
-        # In a thread: it takes a tenth of a second, and lines are relayed meanwhile.
-        await asyncio.to_thread(importlib.import_module, "tailspan_agent.web.app")
+        # In a thread: it takes a tenth of a second, and lines are relayed meanwhile. In one of its own: the loop's
+        # threads may all wait for a slow disk, and probes need an answer then.
+        from concurrent.futures import ThreadPoolExecutor
+
+        thread = ThreadPoolExecutor(1, thread_name_prefix="page")
+        try:
+            name = "tailspan_agent.web.app"
+            await asyncio.get_running_loop().run_in_executor(thread, importlib.import_module, name)
+        finally:
+            thread.shutdown(wait=False)
         from tailspan_agent.web.app import StatusApp
 
         return StatusApp(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from typing import TypeVar
 
@@ -225,6 +228,41 @@ def test_stopping_a_server_that_never_served_is_quick():
 
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(asyncio.run(main()))
+
+
+def test_a_request_is_answered_when_what_answers_it_can_be_loaded_again(monkeypatch, caplog):
+    """As where a process has no open file left at its first request: the request waits, and the log has the reason."""
+    lacks = [OSError(errno.EMFILE, "Too many open files"), RuntimeError("can't start new thread")]
+
+    class Short:
+        """Fails to find one module while something is lacking."""
+
+        @staticmethod
+        def find_spec(name: str, path: object, target: object = None) -> None:
+            if name == "tailspan_agent.web.app" and lacks:
+                raise lacks.pop()
+
+    monkeypatch.delitem(sys.modules, "tailspan_agent.web.app", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Short, *sys.meta_path])
+    monkeypatch.setattr("tailspan_agent.web.server._RETRY_S", 0)
+    assert got("/healthz").status_code == 200
+    (record,) = caplog.records
+    assert "can't start new thread" in record.message
+
+
+def test_the_page_loads_while_the_threads_of_the_loop_wait():
+    """A disk that hangs may hold all of them; a probe must get its answer."""
+    released = threading.Event()
+
+    async def visit(client: httpx.AsyncClient, _: StatusServer) -> httpx.Response:
+        waiting = [asyncio.create_task(asyncio.to_thread(released.wait)) for _ in range((os.cpu_count() or 1) + 4)]
+        try:
+            return await client.get("/healthz")
+        finally:
+            released.set()
+            await asyncio.gather(*waiting)
+
+    assert served(visit).status_code == 200
 
 
 def test_a_server_that_cannot_load_its_page_refuses_clients(monkeypatch, caplog):
