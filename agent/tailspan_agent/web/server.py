@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import importlib
 import importlib.util
 import logging
@@ -33,6 +34,7 @@ _BACKLOG = 16  # as in `tailspan.http.server_limits`, which sets it again
 _OPEN = ServerAccess()
 _OWN_MODE = 0o177
 _RETRY_S = 1.0
+_SHORTAGES = {errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 _NEEDED = ("h11", "jinja2", "starlette", "uvicorn")
 
 _log = logging.getLogger(__name__)
@@ -148,6 +150,8 @@ class StatusServer:
             try:
                 return await self._load_app()
             except (OSError, MemoryError, RuntimeError) as error:
+                if not _is_shortage(error):
+                    raise
                 if not logged:
                     _log.warning("requests wait: what answers them cannot be loaded yet, retrying: %r", error)
                 logged = True
@@ -174,6 +178,13 @@ class StatusServer:
             access=self._access,
             own_names=self._own_names,
         )
+
+
+def _is_shortage(error: OSError | MemoryError | RuntimeError) -> bool:
+    """Return whether an error may pass; that of a missing template, for example, is an OSError that does not."""
+    if isinstance(error, OSError):
+        return error.errno in _SHORTAGES
+    return isinstance(error, MemoryError) or "new thread" in str(error)
 
 
 async def _first_connection(listener: socket.socket) -> None:

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import httpx
 import pytest
+from jinja2 import TemplateNotFound
 
 from tailspan.errors import ConfigError
 from tailspan_agent.web.access import AccessControl
@@ -230,20 +231,25 @@ def test_stopping_a_server_that_never_served_is_quick():
         socket.create_connection(asyncio.run(main()))
 
 
-def test_a_request_is_answered_when_what_answers_it_can_be_loaded_again(monkeypatch, caplog):
-    """As where a process has no open file left at its first request: the request waits, and the log has the reason."""
-    lacks = [OSError(errno.EMFILE, "Too many open files"), RuntimeError("can't start new thread")]
+def lack_when_the_page_loads(errors: list[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each attempt to import what answers requests fail, with the errors from the last to the first."""
 
-    class Short:
-        """Fails to find one module while something is lacking."""
+    class Finder:
+        """Raises the errors; afterwards it leaves the module to the other finders."""
 
         @staticmethod
         def find_spec(name: str, path: object, target: object = None) -> None:
-            if name == "tailspan_agent.web.app" and lacks:
-                raise lacks.pop()
+            if name == "tailspan_agent.web.app" and errors:
+                raise errors.pop()
 
     monkeypatch.delitem(sys.modules, "tailspan_agent.web.app", raising=False)
-    monkeypatch.setattr(sys, "meta_path", [Short, *sys.meta_path])
+    monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
+
+
+def test_a_request_is_answered_when_what_answers_it_can_be_loaded_again(monkeypatch, caplog):
+    """As where a process has no open file left at its first request: the request waits, and the log has the reason."""
+    lacks = [OSError(errno.EMFILE, "Too many open files"), RuntimeError("can't start new thread")]
+    lack_when_the_page_loads(lacks, monkeypatch)
     monkeypatch.setattr("tailspan_agent.web.server._RETRY_S", 0)
     assert got("/healthz").status_code == 200
     (record,) = caplog.records
@@ -265,9 +271,10 @@ def test_the_page_loads_while_the_threads_of_the_loop_wait():
     assert served(visit).status_code == 200
 
 
-def test_a_server_that_cannot_load_its_page_refuses_clients(monkeypatch, caplog):
+@pytest.mark.parametrize("error", [ImportError("No module named 'starlette'"), TemplateNotFound("_head.html")])
+def test_a_server_that_cannot_load_its_page_refuses_clients(error, monkeypatch, caplog):
     """As after an update of the packages under a running agent: the log has the reason, and the agent goes on."""
-    monkeypatch.setitem(sys.modules, "tailspan_agent.web.app", None)
+    lack_when_the_page_loads([error], monkeypatch)
 
     async def visit(client: httpx.AsyncClient, _: StatusServer) -> None:
         for error in (httpx.TransportError, httpx.ConnectError):
