@@ -139,6 +139,7 @@ class JobDiscovery:
         try:
             while True:
                 is_first, begun_s, cpu_s = not self.has_scanned, time.monotonic(), time.thread_time()
+                is_rare = self._source.polls_are_free and self._full_scan_is_due
                 try:
                     self._open_changes()
                     await self.scan()
@@ -153,8 +154,10 @@ class JobDiscovery:
                     if self.failure is not None:
                         _log.info("service %s answers again", self.name)
                     self.failure, errors = None, 0
-                    # The first list may load modules, which no later one does: it says nothing of their cost.
-                    cost_s = (time.monotonic() - begun_s, time.thread_time() - cpu_s) if not is_first else (0.0, 0.0)
+                    # The first list may load modules, which no later one does: it says nothing of their cost. Nor does
+                    # a full list, once a minute, if polls are free: the next ones end where nothing has changed.
+                    measured_s = time.monotonic() - begun_s, time.thread_time() - cpu_s
+                    cost_s = (0.0, 0.0) if is_first or is_rare else measured_s
                     pause_s = self._pause_s(*cost_s)
                     await self._wait(pause_s * random.uniform(0.9, 1.1))
         finally:

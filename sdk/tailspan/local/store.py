@@ -214,8 +214,8 @@ class JobStore:
             ServiceUnavailableError: The store was moved away or unmounted.
         """
         try:
-            with self._opened_jobs() as jobs_fd, os.scandir(jobs_fd) as entries:
-                names = [entry.name for entry in entries if _JOB_ID.fullmatch(entry.name)]
+            with self._opened_jobs() as jobs_fd:
+                names = filter(_JOB_ID.fullmatch, os.listdir(jobs_fd))
         except FileNotFoundError:
             self._check_there()
             return []

@@ -253,9 +253,12 @@ class LocalService(SubmitService, ChangeFeedService):
             ids = await beside_loop(self._store.job_ids)
         # An agent lists every few seconds: what has ended for good is not read again.
         final, running = self._final_rows, self._running_rows
-        # The keys are the strings that the rows have: a list makes others.
-        self._final_rows = {row.job_id: row for job_id in ids if (row := final.get(job_id)) is not None}
-        self._running_rows = {known[1].job_id: known for job_id in ids if (known := running.get(job_id)) is not None}
+        if len(final) + len(running) > len(ids):  # some were pruned
+            # The keys are the strings that the rows have: a list makes others.
+            self._final_rows = {row.job_id: row for job_id in ids if (row := final.get(job_id)) is not None}
+            self._running_rows = {
+                known[1].job_id: known for job_id in ids if (known := running.get(job_id)) is not None
+            }
         for start in range(0, len(ids), _LIST_PAGE):
             with self._translated():
                 rows = [self._row(job_id) for job_id in ids[start : start + _LIST_PAGE]]
