@@ -395,7 +395,8 @@ def _attribute(key: Any, value: Any, reserved: re.Pattern[str], max_bytes: int) 
     """Return a key and a value in range; None if the attribute cannot be kept."""
     if not isinstance(key, str) or not isinstance(value, str):
         return None
-    kept = _key(key, reserved)
+    # The cache must not hold longer keys: any user of a job service can make them.
+    kept = _key(key, reserved) if len(key) <= MAX_KEY_BYTES else None
     if kept is None:
         return None
     if len(value) <= max_bytes and value.isascii():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
@@ -181,6 +182,14 @@ def test_attributes_are_bounded_and_counted(attributes: Mapping[Any, Any], kept:
         MAX_ATTRIBUTE_BYTES + 100
     )
     assert notes
+
+
+def test_a_key_that_is_left_out_is_not_kept_in_memory() -> None:
+    """Any user of a job service can make new ones of megabytes, as often as they like."""
+    key = "k" * (MAX_KEY_BYTES + 1)
+    before = sys.getrefcount(key)
+    assert bounded(attributes={key: "v"}).attributes == {DROPPED_ATTRIBUTES: "1"}
+    assert sys.getrefcount(key) == before
 
 
 def test_rows_are_brought_into_range() -> None:
