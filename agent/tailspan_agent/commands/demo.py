@@ -171,6 +171,7 @@ async def _demo(settings: Settings, home: Path, timeout_s: float, stay_s: float)
                 submitted.append(asyncio.create_task(_submit(service, name, module)))
                 samples[name] = _Sample(await asyncio.shield(submitted[-1]))
             await _follow(service, agent, running, samples, console, time.monotonic() + timeout_s)
+            _raise_failure(running)
         finally:
             # The long one would run for an hour after the demo was stopped, even if it was stopped while it submitted.
             for task in submitted:
@@ -197,7 +198,7 @@ async def _demo(settings: Settings, home: Path, timeout_s: float, stay_s: float)
 
 
 async def _start_agent(settings: Settings, home: Path) -> tuple[Agent, asyncio.Task[None]]:
-    """Start the agent; return it and its task once it follows jobs or has failed."""
+    """Start the agent; return it and its task once it follows jobs."""
     from tailspan.config import load_settings
 
     agent, running = await _start(settings)
@@ -205,17 +206,25 @@ async def _start_agent(settings: Settings, home: Path) -> tuple[Agent, asyncio.T
     if isinstance(failure, ConfigError) and failure.key == "agent.listen":
         # The port was free a moment ago: another demo that started at the same time has taken it.
         agent, running = await _start(load_settings(_write_config(home, f"{_LISTEN[0]}:0")))
+    _raise_failure(running)
     return agent, running
+
+
+def _raise_failure(running: asyncio.Task[None]) -> None:
+    """Raise the error that ended the agent, if one did."""
+    if running.done():
+        running.result()
 
 
 async def _start(settings: Settings) -> tuple[Agent, asyncio.Task[None]]:
     from tailspan_agent.agent import Agent
+    from tailspan_agent.tasks import cancelled
 
     agent, ready = Agent(settings), asyncio.Event()
     running = asyncio.create_task(agent.run(on_ready=ready.set))
     waiting = asyncio.create_task(ready.wait())
     await asyncio.wait([running, waiting], return_when=asyncio.FIRST_COMPLETED)
-    waiting.cancel()
+    await cancelled(waiting)
     return agent, running
 
 

@@ -39,6 +39,11 @@ _NEEDED = ("h11", "jinja2", "starlette", "uvicorn")
 
 _log = logging.getLogger(__name__)
 
+# The lack of a package that answers requests is an error of this import, for each command that needs the agent.
+for _package in _NEEDED:
+    if importlib.util.find_spec(_package) is None:
+        raise ModuleNotFoundError(f"No module named {_package!r}", name=_package)
+
 
 class StatusServer:
     """Serves in the event loop that starts it, until it is stopped; handles no signals.
@@ -53,7 +58,6 @@ class StatusServer:
 
     Raises:
         ConfigError: The server cannot listen on the address.
-        ModuleNotFoundError: A package that answers requests is not installed.
     """
 
     def __init__(
@@ -66,9 +70,6 @@ class StatusServer:
         view: AgentView | None = None,
         access: ServerAccess = _OPEN,
     ) -> None:
-        for package in _NEEDED:
-            if importlib.util.find_spec(package) is None:
-                raise ModuleNotFoundError(f"No module named {package!r}", name=package)
         self._metrics = metrics
         self._readiness = readiness
         self._delivery = delivery

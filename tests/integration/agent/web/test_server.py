@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import importlib.util
 import os
 import signal
 import socket
@@ -284,3 +285,13 @@ def test_a_server_that_cannot_load_its_page_refuses_clients(error, monkeypatch, 
     served(visit)
     (record,) = caplog.records
     assert "Restart it" in record.message
+
+
+@pytest.mark.parametrize("package", ["h11", "jinja2", "starlette", "uvicorn"])
+def test_a_missing_package_is_an_error_of_the_start(package, monkeypatch):
+    """Although it is loaded later: `agent check` and the demo must not find everything in order without it."""
+    spec = importlib.util.find_spec("tailspan_agent.web.server")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError) as error:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert error.value.name == package
