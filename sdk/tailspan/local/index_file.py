@@ -133,6 +133,7 @@ class IndexFile:
             self._places = max(0, size - HEADER_BYTES) // ENTRY_BYTES
             self._tail_start = max(0, self._places - _TAIL_ENTRIES)
             self._tail = self._read(self._tail_start, self._places) if self._places else b""
+            self._newest: dict[int, Entry] = {}
         except BaseException:
             self.close()
             raise
@@ -169,7 +170,12 @@ class IndexFile:
 
     def entry(self, number: int) -> Entry | None:
         """Return an entry by its number, from 0; None when it is damaged."""
-        return unpack_entry(self._raw(number, number + 1))
+        if (known := self._newest.get(number)) is not None:
+            return known
+        entry = unpack_entry(self._raw(number, number + 1))
+        if entry is not None and number >= self._tail_start:
+            self._newest[number] = entry
+        return entry
 
     def whole_at(self, number: int) -> tuple[int, Entry]:
         """Return the first entry from a number on that is not damaged, and its number."""
