@@ -189,14 +189,18 @@ class Tailer:
             self._context.health.run_changes.set()
         if self._pipeline is not None and self.schedule.is_long_parked:
             self._pipeline.expire_heartbeat()
-        followed = self.followed if self.schedule.parked else None
-        if followed is not None:
-            history = self._context.pipeline_stats.histories.of(self._context.names.find(self.job_name))
-            ledger = (
-                self._pipeline.ledger if self._pipeline is not None else JobLedger(first_seen_ns=self._first_seen_ns)
-            )
-            if any(new_alerts(assess(followed, history, time.time_ns()), ledger)):
-                self.schedule.wake()
+        if self.schedule.parked and self._has_new_alert():
+            self.schedule.wake()
+
+    def _has_new_alert(self) -> bool:
+        """Return whether the job has become silent or slow, and no alert says so."""
+        history = self._context.pipeline_stats.histories.of(self._context.names.find(self.job_name))
+        # With too few past runs nothing is unusual: thousands of jobs of new pipelines need no snapshot.
+        followed = self.followed if history.is_enough else None
+        if followed is None:
+            return False
+        ledger = self._pipeline.ledger if self._pipeline is not None else JobLedger(first_seen_ns=self._first_seen_ns)
+        return any(new_alerts(assess(followed, history, time.time_ns()), ledger))
 
     def apply_settings(self, watch: Watch) -> None:
         """Apply changed watch settings; cursor and queued lines stay as they are."""
