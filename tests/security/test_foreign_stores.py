@@ -57,6 +57,18 @@ async def said_of(service: LocalService, job_id: str) -> str:
     return "\n".join(said)
 
 
+def test_no_time_of_a_file_hides_the_jobs(tmp_path: Path) -> None:
+    """Its owner can set any: also one after 2262, whose nanoseconds a signed number of 64 bits does not hold."""
+    store = JobStore(tmp_path)
+    job_id, lock_fd = made(store, OURS, OURS)
+    index = store.directory(job_id) / "log.idx"
+    index.touch()
+    for time_s in (-(1 << 31), 13_569_465_600):
+        os.utime(index, (time_s, time_s))
+        assert f"job_id='{job_id}'" in asyncio.run(said_of(LocalService("local", state_dir=tmp_path), job_id))
+    os.close(lock_fd)
+
+
 @pytest.fixture
 def other(tmp_path: Path) -> tuple[Path, str]:
     """A store of another user, with a job; its directory and the job's id."""

@@ -35,7 +35,8 @@ _MAX_JSON_BYTES = 16 << 20
 _MAX_STATE_BYTES = 1 << 20
 _USUAL_BYTES = 8192
 _MAX_JSON_ITEMS = 250_000
-_MARK = struct.Struct("=QqqQqq")
+_MARK = struct.Struct("=6Q")
+_UINT64_MAX = (1 << 64) - 1
 # What has another type than it was written with is as good as missing.
 _TYPES = {
     **dict.fromkeys(("state", "name", "started_at", "finished_at", "error", "end"), str),
@@ -271,10 +272,10 @@ class JobStore:
                 return None
         except OSError:
             return None  # the caller's next read raises the detailed error
+        # A file's owner can set any time: nanoseconds since the epoch that 64 bits do not hold, too.
+        state_ns, index_ns = state.st_mtime_ns & _UINT64_MAX, index.st_mtime_ns & _UINT64_MAX
         # Packed: a tuple of numbers takes three times the memory.
-        return _MARK.pack(
-            state.st_ino, state.st_mtime_ns, state.st_size, index.st_ino, index.st_mtime_ns, index.st_size
-        )
+        return _MARK.pack(state.st_ino, state_ns, state.st_size, index.st_ino, index_ns, index.st_size)
 
     def _check_there(self) -> None:
         """Raise if the store was moved or unmounted while in use; a missing job then proves nothing."""
