@@ -244,7 +244,7 @@ FAULTS = (
         always=partial(keep_none_of, each=3, rejected=1 << 62, message="all of it, and more"),
         dead=True,
     ),
-    EndpointFault("70% refused at random", always=refuse_most, timeout_s=600.0),
+    EndpointFault("70% refused at random", always=refuse_most, timeout_s=2400.0),
     EndpointFault("one dead signal (traces)", traces=Reply(503), act=traces_are_dead),
     EndpointFault("gRPC: UNAVAILABLE", [Reply(grpc="UNAVAILABLE")] * 6, settings=GRPC),
     EndpointFault(

@@ -115,7 +115,7 @@ def full_while_relaying(seed: str, disk: Disk, *, ending: bool = True) -> Row:
         disk.fill(world)
         _speak(world, jobs)
         local.put(LINES)
-        world.until(lambda: "waiting until the disk is usable" in world.log, "word of the full disk")
+        _speak_until_it_is_said(world, jobs)
         world.until(lambda: _ready(world) == 503, "/readyz to fail")
         if ending:
             jobs[0].end()
@@ -148,7 +148,7 @@ def full_at_start(seed: str, disk: Disk) -> Row:
         _all_acked(world)
         disk.fill(world)
         _speak(world, jobs)
-        world.until(lambda: "waiting until the disk is usable" in world.log, "word of the full disk")
+        _speak_until_it_is_said(world, jobs)
         world.kill()
         world.ended()
         said = len(world.log)
@@ -416,6 +416,11 @@ def _start_full(world: World, disk: Disk) -> None:
 def _speak(world: World, jobs: Sequence[NumberedJob], times: int = 1) -> None:
     for job in jobs:
         job.write(LINES * times, world.random, pad=PAD)
+
+
+def _speak_until_it_is_said(world: World, jobs: Sequence[NumberedJob]) -> None:
+    """Write lines until the agent says that the disk is full: its store uses the room again that it had before."""
+    world.until(lambda: "waiting until the disk is usable" in world.log or _speak(world, jobs), "word of the full disk")
 
 
 def _all_acked(world: World) -> None:

@@ -153,7 +153,7 @@ class Pace:
         self._now_s = time.monotonic()
 
     async def wait(self) -> None:
-        """Wait for the next turn; turns are given in the order of the calls."""
+        """Wait for the next turn; turns are in the order of the calls, but for a second after a change of the share."""
         turn_s = self._given_s = max(self._given_s, self._had() - self.share) + self._interval_s
         while (left_s := turn_s - self._had()) > _EXACT_S:  # noqa: ASYNC110 - the share may change meanwhile
             await anyio.sleep(min(left_s / self.share, _STEP_S))
