@@ -48,6 +48,7 @@ _STATES = ("PENDING", "RUNNING", "SUCCEEDED", "FAILED", "CANCELED", "TIMED_OUT",
     help="Only jobs with this attribute; repeatable.",
 )
 @click.option("--watch", is_flag=True, help="Show the list again every 2 s, until Ctrl-C.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only the ids, one on each line, for scripts.")
 @service_option
 @config_option
 @json_option
@@ -61,6 +62,7 @@ def jobs(
     since: datetime | None,
     attributes: dict[str, str],
     watch: bool,
+    quiet: bool,
     service: str | None,
     config_path: Path | None,
     as_json: bool,
@@ -71,12 +73,13 @@ def jobs(
     Example:
       tailspan jobs --state FAILED --name 'etl-*' --since 24h
       tailspan jobs --attr team=geo --watch
+      tailspan jobs -q --state RUNNING | xargs -n 1 tailspan wait
       tailspan jobs prune --older-than 30d
     """  # noqa: D301 - click wants the backspace character itself
     if ctx.invoked_subcommand is not None:
         return
-    if watch and as_json:
-        raise click.UsageError("--watch and --json exclude each other.")
+    if watch + quiet + as_json > 1:
+        raise click.UsageError("--watch, --quiet and --json exclude each other.")
 
     async def rows_of(client: AsyncJobClient) -> Rows:
         # One more than is shown, to find out whether there are more.
@@ -86,13 +89,16 @@ def jobs(
     if watch:
         with_client(config_path, service, lambda client: _watch(client, rows_of, None if all_jobs else limit))
         return
-    from tailspan.cli.show import job_row, jobs_table, json_line, show
+    from tailspan.cli.show import job_row, jobs_table, json_line, show, write_ids
     from tailspan.cli.watch import say
 
     rows = with_client(config_path, service, rows_of, only_reads=True)
     shown = rows if all_jobs else rows[:limit]
     if as_json:
         json_line([job_row(row, status) for row, status in shown])
+        return
+    if quiet:
+        write_ids(shown)
         return
     show(jobs_table(shown))
     if not rows:

@@ -27,6 +27,7 @@ __all__ = [
     "table",
     "tasks_table",
     "write",
+    "write_ids",
 ]
 
 _COLOURS = {
@@ -151,6 +152,12 @@ def jobs_table(rows: Sequence[tuple[ListedJob, JobStatus | None]], selected: int
         head, cells = (*head[:5], *head[6:]), [(*row[:5], *row[6:]) for row in cells]
     colours = [_COLOURS.get(status.state if status else row.state, "") for row, status in rows]
     return table(head, cells, colours, selected)
+
+
+def write_ids(rows: Sequence[tuple[ListedJob, JobStatus | None]]) -> None:
+    """Print the ids of jobs, one on each line."""
+    for row, _ in rows:
+        write(_safe(row.job_id))
 
 
 def _job_cells(row: ListedJob, status: JobStatus | None) -> tuple[str, ...]:

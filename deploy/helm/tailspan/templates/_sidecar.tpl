@@ -18,7 +18,7 @@ Call it with a dict: "image", "endpoint" of OTLP.
         command:
           - sh
           - -c
-          - tailspan jobs --all | tail -n +2 | cut -d ' ' -f 1 | timeout 60 xargs -r -n 1 tailspan wait --delivered
+          - tailspan jobs --all --quiet | timeout 60 xargs -r -n 1 tailspan wait --delivered
   resources:
     requests:
       cpu: 20m

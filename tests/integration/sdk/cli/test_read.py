@@ -223,6 +223,15 @@ def test_the_lines_that_are_wanted(job):
     assert tailed.stdout == "1970-01-01T00:00:01.500Z   two\n1970-01-01T00:00:02.000Z \x1b[31mthree\n"
 
 
+def test_the_ids_of_jobs_are_listed_for_scripts(api):
+    """One on each line, the newest first, with the same filters as the table; nothing without a match."""
+    for number, state in enumerate(["Done", "Running", "Done"]):
+        api.add_job(f"job-{number}", job_status=state)
+    assert invoke("jobs", "-q").stdout == "job-2\njob-1\njob-0\n"
+    assert invoke("jobs", "--quiet", "--state", "succeeded").stdout == "job-2\njob-0\n"
+    assert invoke("jobs", "-q", "--name", "nothing").output == ""
+
+
 def test_jobs_say_how_they_ended_and_are_found_by_age_and_attribute(api):
     """The columns have start, duration, progress and result; --json has every field of row and status."""
     api.add_job("old", job_status="Done", attributes={"team": "geo"}, submitted_at="2026-01-01T00:00:00+00:00")
