@@ -81,7 +81,8 @@ def parts_in_time(page: LogPage) -> Iterator[LogPage]:
             yield part
             first, position = number, position + part.line_count
             oldest_ns = newest_ns = run.time_unix_nano
-    yield page.part(first, len(page.runs), position)
+    # Not cut without need: a page keeps its text in one piece, and a part of it does not.
+    yield page.part(first, len(page.runs), position) if first else page
 
 
 class LogNames:

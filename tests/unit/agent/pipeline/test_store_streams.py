@@ -138,7 +138,7 @@ def test_lines_far_behind_others_of_their_page_are_noticed(minutes: list[int]) -
 
 @given(st.lists(st.integers(0, 100), min_size=1, max_size=12), st.booleans())
 def test_parts_of_a_page_are_short_and_whole(minutes: list[int], with_uids: bool) -> None:
-    """No part spans more than half an hour; together they are the page, uids included."""
+    """No part spans more than half an hour; together they are the page, uids included. A short page is not cut."""
     times_ns = [NOW_NS + sum(minutes[: number + 1]) * MINUTE_NS for number in range(len(minutes))]
     lines = [Line(time_ns, f"line {number}") for number, time_ns in enumerate(times_ns)]
     page = LogPage.from_lines(lines, cursor=b"c", identity="i", job_id="j")
@@ -149,3 +149,4 @@ def test_parts_of_a_page_are_short_and_whole(minutes: list[int], with_uids: bool
     assert all(max(times) - min(times) <= 31 * MINUTE_NS for times in (part.times_unix_nano() for part in parts))
     for column in (LogPage.times_unix_nano, LogPage.uids, lambda part: part.lines):
         assert [value for part in parts for value in column(part)] == column(page)
+    assert (len(parts) == 1) == (parts[0] is page)
