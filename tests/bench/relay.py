@@ -27,6 +27,7 @@ _USUAL_SHARE = 20
 _KINDS = ("none", "gzip", "zstd", "gRPC")
 _SLOPE_GOAL = {"none": Goal(1.1), "gzip": Goal(2.5)}
 _WHOLE_GOAL = {"none": Goal(1.6), "gzip": Goal(3.0)}
+_OVER_HTTP_GOAL = {"W2 none": Goal(3), "W2 gzip": Goal(5), "W2 plain, none": Goal(2), "W2 plain, gzip": Goal(5)}
 _AGAINST_NONE_GOAL = {"zstd": Goal(1.1), "gRPC": Goal(1.1)}
 
 
@@ -187,7 +188,7 @@ def over_http(scale: Scale, directory: Path) -> Iterator[Row]:
         found = alternate(cases, scale.times)
         for case, usage in found.items():
             per_line = usage.cpu_s / (jobs * lines) * 1e6
-            goal = None if case not in server_s else Goal(5.0) if case.endswith("gzip") else Goal(3.0)
+            goal = _OVER_HTTP_GOAL.get(case)
             yield _cost(case, jobs * lines, usage, counted, per_line, goal)
         for case, spent_s in (("W2", server_s["W2 none"]), ("W2 plain", server_s["W2 plain, none"])):
             share = statistics.median(spent_s) / (jobs * lines) * 1e6
