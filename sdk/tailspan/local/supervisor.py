@@ -614,11 +614,13 @@ class _Supervisor:
             except OSError:
                 numbers = b""
             if not numbers:
-                # What background processes print later must not appear at the runner's terminal.
-                for stream in self._streams.values():
-                    stream.stop_relaying()
-                os.close(self._status_fd)
-                self._status_fd = -1
+                # As a handler of SIGIO this may run within itself: only one of the two finds the descriptor.
+                fd, self._status_fd = self._status_fd, -1
+                if fd >= 0:
+                    # What background processes print later must not appear at the runner's terminal.
+                    for stream in self._streams.values():
+                        stream.stop_relaying()
+                    os.close(fd)
             for number in numbers:
                 if number & ~NOTED in _ENDING:
                     self._noted = number & ~NOTED, time.monotonic()
