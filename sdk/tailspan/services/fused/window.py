@@ -22,7 +22,7 @@ import hashlib
 import operator
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, chain, compress, pairwise, repeat
 from typing import NamedTuple
 
@@ -214,7 +214,8 @@ class LateWindow:
             ConfigError: The cursor is of another kind.
         """
         since_ms = None if since_ms is None else max(0, since_ms)
-        self._head = f"{identity}\0{job_id}\0".encode()
+        # The hash of a line continues that of its job.
+        self._begun = hashlib.blake2b(f"{identity}\0{job_id}\0".encode(), digest_size=DIGEST_BYTES)
         self._late_window_ms = max(0, int(late_window_s * 1000))
         self._max_lines = max_lines
         self._latest_ms = latest_ms
@@ -261,8 +262,7 @@ class LateWindow:
         kept = self._kept
         # Local names: this loop is hot while the end of a log is read again and again.
         add_place, add_time, add_digest = places.append, times_unix_nano.append, digests.append
-        keep_ms, keep_digest = kept.times_ms.append, kept.digests.append
-        blake2b, size, head = hashlib.blake2b, DIGEST_BYTES, self._head
+        keep_ms, keep_digest, hash_of = kept.times_ms.append, kept.digests.append, self._hash
         totals, repeats, max_lines, start_ms = kept.totals, self._repeats, self._max_lines, self.start_ms or 0
         last_ms = -1
         ordinal = nano = 0
@@ -277,13 +277,13 @@ class LateWindow:
                 last_ms = ms
                 ordinal = totals.get(ms, 0)
                 nano = ms * NANOS_PER_MS
-                prefix = b"%b%d\x000\x00" % (head, nano)
+                prefix = b"%d\x000\x00" % nano
                 is_earlier = ms <= self._earlier.to_ms
                 if ms >= kept.newest_ms:
                     kept.newest_ms = ms
                 elif not is_earlier:
                     kept.is_sorted = False
-            digest = blake2b(prefix + message, digest_size=size).digest()
+            digest = hash_of(prefix + message)
             if is_earlier or ordinal >= max_lines:
                 found = self._find_new(ms, digest, message, ordinal)
                 if found is None:
@@ -323,7 +323,8 @@ class LateWindow:
         if max(counts) + before > self._max_lines or any(ms > after for ms, after in pairwise(instants)):
             return None
         prefixes = (b"%d\x000\x00" % (ms * NANOS_PER_MS) for ms in instants)
-        digests = self._digests(map(operator.add, chain.from_iterable(map(repeat, prefixes, counts)), messages))
+        texts = map(operator.add, chain.from_iterable(map(repeat, prefixes, counts)), messages)
+        digests = list(map(self._hash, texts))
         once = dict.fromkeys(digests, 1)
         if len(once) != len(digests) or not self._repeats.keys().isdisjoint(once):
             return None
@@ -336,15 +337,6 @@ class LateWindow:
         firsts_unix_nano = [ms * NANOS_PER_MS for ms in instants]
         firsts_unix_nano[0] += before
         return NewLines(range(len(digests)), starts, firsts_unix_nano, digests)
-
-    def _digests(self, texts: Iterable[bytes]) -> list[bytes]:
-        begun = hashlib.blake2b(self._head, digest_size=DIGEST_BYTES)
-        digests = []
-        for text in texts:
-            hashed = begun.copy()
-            hashed.update(text)
-            digests.append(hashed.digest())
-        return digests
 
     def _find_new(self, ms: int, digest: bytes, message: bytes, ordinal: int) -> bytes | None:
         """Return the digest of a line in an earlier or overfull millisecond; None if an earlier read had the line."""
@@ -371,5 +363,9 @@ class LateWindow:
         return self._digest(ms, occurrence, message) if occurrence else digest
 
     def _digest(self, ms: int, occurrence: int, message: bytes) -> bytes:
-        key = b"%b%d\x00%d\x00" % (self._head, ms * NANOS_PER_MS, occurrence)
-        return hashlib.blake2b(key + message, digest_size=DIGEST_BYTES).digest()
+        return self._hash(b"%d\x00%d\x00%b" % (ms * NANOS_PER_MS, occurrence, message))
+
+    def _hash(self, text: bytes) -> bytes:
+        hashed = self._begun.copy()
+        hashed.update(text)
+        return hashed.digest()
