@@ -1,6 +1,7 @@
 /* The functions that run for every line or attribute, in C. `tailspan.logs.text`, `tailspan_agent.otlp.wire`,
  * `tailspan_agent.records.framing` and `tailspan_agent.records.severity` have the same functions in Python, with the
- * same results; tests/unit/sdk/logs, tests/unit/agent/otlp and tests/unit/agent/records compare them. `tailspan_agent.otlp.requests` explains the format of a record.
+ * same results; tests/unit/sdk/logs, tests/unit/agent/otlp and tests/unit/agent/records compare them.
+ * `tailspan_agent.otlp.requests` explains the format of a record.
  *
  * Only the limited API of Python 3.11 is used: one build serves all later versions. `frame` accepts exact types only and
  * takes every length from the object that it reads; a garbage collection may run Python code between measuring and

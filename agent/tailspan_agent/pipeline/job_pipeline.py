@@ -374,17 +374,14 @@ class JobPipeline:
         if self._queue is not None:
             times_ns = [run.time_unix_nano for run in page.runs]
             oldest_ns, newest_ns = min(times_ns), max(times_ns)
-            if self._stays_in_main_stream(oldest_ns):
-                await self._put_page(page, times_ns, cursor, late=late, is_behind=False)
-            else:
-                async with self._log_stream(oldest_ns, newest_ns) as is_behind:
-                    await self._put_page(page, times_ns, cursor, late=late, is_behind=is_behind)
+            put = partial(self._put_page, page, times_ns, newest_ns - oldest_ns, cursor, late)
+            await self._in_stream(oldest_ns, newest_ns, put)
         self.cursor = cursor or self.cursor
 
     async def _put_page(
-        self, page: LogPage, times_ns: Sequence[int], cursor: bytes | None, *, late: bool, is_behind: bool
+        self, page: LogPage, times_ns: Sequence[int], span_ns: int, cursor: bytes | None, late: bool, is_behind: bool
     ) -> None:
-        alone = is_behind or may_be_too_old(times_ns, max(times_ns) - min(times_ns))
+        alone = is_behind or may_be_too_old(times_ns, span_ns)
         parts = parts_in_time(page) if self.job.checkpoint.stream and not alone else [page]
         encoded = [self._encode(part, late=late) for part in parts]
         await self._put(encoded, cursor, page_seconds(page), alone=alone)
@@ -567,6 +564,20 @@ class JobPipeline:
         add_seconds(negative, repeated, -1)
         await self._put([_Records([], 0, 0, 0, 0)], None, negative)
 
+    async def _in_stream(self, oldest_ns: int, newest_ns: int, put: Callable[[bool], Awaitable[None]]) -> None:
+        """Queue lines or a record in the log stream in which the store accepts them.
+
+        Args:
+            oldest_ns: The time of the oldest of the lines, in ns since the epoch.
+            newest_ns: The time of the newest of them.
+            put: Queues them; called with whether the store may reject them all the same.
+        """
+        if self._stays_in_main_stream(oldest_ns):
+            await put(False)
+        else:
+            async with self._log_stream(oldest_ns, newest_ns) as is_behind:
+                await put(is_behind)
+
     def _stays_in_main_stream(self, oldest_ns: int) -> bool:
         """Return whether the next lines follow the job's last ones in the main stream, as those of most jobs do.
 
@@ -623,13 +634,9 @@ class JobPipeline:
     async def _send_record(self, record: LogRecordData, *, of_events: bool = False) -> None:
         if self._queue is not None:
             at_ns = record.time_unix_nano
-            if self._stays_in_main_stream(at_ns):
-                await self._put_record(record, of_events=of_events, is_behind=False)
-            else:
-                async with self._log_stream(at_ns, at_ns) as is_behind:
-                    await self._put_record(record, of_events=of_events, is_behind=is_behind)
+            await self._in_stream(at_ns, at_ns, partial(self._put_record, record, of_events))
 
-    async def _put_record(self, record: LogRecordData, *, of_events: bool, is_behind: bool) -> None:
+    async def _put_record(self, record: LogRecordData, of_events: bool, is_behind: bool) -> None:
         self._context.health.records_read(self.job.service.name, 1)
         resource, at_ns = self.job.event_resource if of_events else None, record.time_unix_nano
         records = _Records([(encode_log_record(record), 1)], 1, at_ns, at_ns, at_ns)
