@@ -176,8 +176,8 @@ BUILDS = (
         Mutant(
             "has uids that change with each read",
             "tailspan/services/fused/window.py",
-            '                prefix = b"%b%d\\x000\\x00" % (head, nano)\n',
-            '                prefix = b"%b%d\\x00%d\\x00" % (head, nano, id(self))\n',
+            '                prefix = b"%d\\x000\\x00" % nano\n',
+            '                prefix = b"%d\\x00%d\\x00" % (nano, id(self))\n',
         ),
         "job service: equal lines that are two",
         "uid unstable",
