@@ -10,9 +10,10 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Collection, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import aclosing
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Protocol
 
 from tailspan._backoff import backoff_s
@@ -95,12 +96,18 @@ class ContainerStream:
         """The position after the last line."""
         return self._end
 
-    async def add(self, line: ContainerLine) -> None:
-        """Add a line; wait for the reader if there are too many."""
+    async def add(self, line: ContainerLine, notify: Callable[[], object]) -> None:
+        """Add a line; wait for the reader if there are too many.
+
+        Args:
+            line: The line.
+            notify: Called before each wait: what the reader takes leaves with its next read only.
+        """
         if line.place <= self._end.place:
             return
         while self.size > _MAX_STREAM_BYTES:
             self._room.clear()
+            notify()
             await self._room.wait()
         self._lines.append(line)
         self._end = self._end.after(line)
@@ -219,14 +226,15 @@ class LiveContainers(ChangeFeed):
         """Read the log of a container to the end of its last run."""
         failures = 0
         is_over = False
+        notify = partial(self._changes.add, {container_id})
         while True:
             try:
                 async with aclosing(self._engine.follow_log(container_id, stream.end)) as found:
                     async for lines in found:
                         failures = 0
                         for line in lines:
-                            await stream.add(line)
-                        self._changes.add({container_id})
+                            await stream.add(line, notify)
+                        notify()
                 if is_over:
                     break
                 # Podman reports a start before it counts the container as running, and ends the stream then. After
@@ -247,7 +255,7 @@ class LiveContainers(ChangeFeed):
                     return
                 await asyncio.sleep(backoff_s(failures - 1, 0.5))
         stream.has_ended = True
-        self._changes.add({container_id})
+        notify()
 
     def _name_of(self, container_id: str) -> str:
         known = self._containers.get(container_id)

@@ -19,7 +19,7 @@ from tailspan.services import Problem
 from tailspan.services._json_stream import ReplyError
 from tailspan.services.docker import DockerOptions, DockerService
 from tailspan.services.docker import streams as streams_module
-from tailspan.services.docker.wire import ContainerPosition, EngineLogSplitter
+from tailspan.services.docker.wire import ContainerLine, ContainerPosition, EngineLogSplitter
 from tailspan.services.registry import open_service
 from tailspan.testing import ServiceConformance
 from tests.fakes.docker import FakeEngine
@@ -361,6 +361,33 @@ def test_a_removed_container_loses_nothing(engine):
             await service.get_job(job_id)
 
     following(engine, steps)
+
+
+def test_a_full_stream_notifies_whenever_it_waits(monkeypatch):
+    """The reader that took what was there is called again, though the engine's answer is not read to its end."""
+    monkeypatch.setattr(streams_module, "_MAX_STREAM_BYTES", 400)
+    lines = [ContainerLine(time_ns=number + 1, ordinal=0, stream="stdout", text=b"a line") for number in range(20)]
+
+    async def read_all() -> list[int]:
+        stream, notified = streams_module.ContainerStream(ContainerPosition()), asyncio.Event()
+
+        async def add_all() -> None:
+            for line in lines:
+                await stream.add(line, notified.set)
+            notified.set()
+
+        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+            group.create_task(add_all())
+            position, times = ContainerPosition(), []
+            while len(times) < len(lines):
+                await notified.wait()
+                notified.clear()
+                for line in stream.take(position) or ():
+                    position = position.after(line)
+                    times.append(line.time_ns)
+        return times
+
+    assert asyncio.run(read_all()) == [line.time_ns for line in lines]
 
 
 def test_memory_is_bounded_and_the_stream_waits(engine, monkeypatch):
