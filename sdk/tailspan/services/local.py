@@ -108,6 +108,7 @@ class LocalService(SubmitService, ChangeFeedService):
             ConfigError: An option is unknown or does not fit; the message names its key.
         """
         from tailspan.config import Duration, Options, UserPath, platform_state_dir, validate_options
+        from tailspan.config.signals import SIGNALS
 
         class LocalOptions(Options):
             state_dir: UserPath | None = None
@@ -126,12 +127,17 @@ class LocalService(SubmitService, ChangeFeedService):
             from tailspan.local.launch import check_encoding
 
             check_encoding(given.encoding)
+        # pydantic's `model_dump` would first make a validator of this table alone: a fiftieth of the agent's start.
+        otlp: dict[str, object] = {
+            **dict(settings.otlp),
+            **{signal: dict(getattr(settings.otlp, signal)) for signal in SIGNALS},
+        }
         return cls(
             name,
             state_dir=given.state_dir or platform_state_dir(),
             group=given.group,
             keep_finished_s=given.keep_finished,
-            otlp=otlp_variables(settings.otlp.model_dump(exclude_none=True), name),
+            otlp=otlp_variables(otlp, name),
             encoding=given.encoding,
         )
 
