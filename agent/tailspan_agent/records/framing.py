@@ -145,7 +145,6 @@ def _pieces(sizes: Sequence[int], most: int, copied: int) -> Iterator[tuple[int,
 
 _TIME_TAG = b"\x09"
 _LOW_TIMES = 1 << 16
-_ORDINALS = [b"%04x" % ordinal for ordinal in range(MAX_PAGE_LINES)]
 _pack_time = struct.Struct("<cQ").pack
 
 
@@ -155,7 +154,7 @@ def _by_number(runs: list[FramedRun]) -> tuple[list[bytes], list[bytes], list[by
     middles: list[bytes] = []
     uids: list[bytes] = []
     for run in runs:
-        uids += _ORDINALS[: run.lines]
+        uids += _ordinals()[: run.lines]
         for high, low, lines in _steps(run):
             times += _low_times()[low : low + lines]
             middles += [high + run.shared] * lines
@@ -170,6 +169,12 @@ def _steps(run: FramedRun) -> Iterator[tuple[bytes, int, int]]:
         lines = min(run.lines - done, _LOW_TIMES - low)
         yield high.to_bytes(6, "little"), low, lines
         done += lines
+
+
+@cache
+def _ordinals() -> list[bytes]:
+    """Return the end of a uid for each number of a line; made where lines are framed in Python only."""
+    return [b"%04x" % ordinal for ordinal in range(MAX_PAGE_LINES)]
 
 
 @cache
