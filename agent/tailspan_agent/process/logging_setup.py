@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -105,7 +104,7 @@ def keep_last_errors(state_dir: Path) -> Iterator[None]:
     Args:
         state_dir: ``agent.state_dir``, locked by this process.
     """
-    handler = _PrivateFileHandler(state_dir / _LAST_ERRORS_FILE, maxBytes=_LAST_ERRORS_BYTES, backupCount=1, delay=True)
+    handler = _LastErrors(state_dir / _LAST_ERRORS_FILE, delay=True)
     handler.setLevel(logging.WARNING)
     handler.setFormatter(LineFormatter())
     handler.addFilter(RepeatLimit())
@@ -141,9 +140,25 @@ def read_last_errors(state_dir: Path, limit: int = 50) -> list[str]:
     return lines[-limit:]
 
 
-class _PrivateFileHandler(RotatingFileHandler):
+class _LastErrors(logging.FileHandler):
+    """A private file and the one before it. The handler of `logging.handlers` loads pickle, 0.6 MiB, and much else."""
+
     def _open(self) -> Any:
         return open(self.baseFilename, "a", encoding="utf-8", opener=_open_private)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record, into a new file where this one is full."""
+        try:
+            if self.stream is None:
+                self.stream = self._open()
+            if self.stream.tell() + len(self.format(record)) >= _LAST_ERRORS_BYTES:
+                self.stream.close()
+                self.stream = None
+                os.replace(self.baseFilename, f"{self.baseFilename}.1")
+        except OSError:
+            self.handleError(record)
+        else:
+            super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name is logging's
         """Ignore: stderr has the record, and the agent itself reports a full disk."""
