@@ -9,7 +9,7 @@ from pathlib import Path
 PROGRAM = """
 import asyncio, os, signal, sys
 from tailspan_agent.agent import Agent
-from tailspan.cli import main
+from tailspan.cli.start import main
 follow, drain = Agent._follow, Agent._drain
 async def followed(self):
     await follow(self)
@@ -23,15 +23,18 @@ async def drained(self):
     await drain(self)
     print(*sorted({name for name in sys.modules if name.startswith(ALONE)}), flush=True)
 Agent._follow, Agent._drain = followed, drained
-main(["agent", "run", "--no-token", "--config", sys.argv[1]])
+sys.argv[1:] = ["agent", "run", "--no-token", "--config", sys.argv[1]]
+main()
 """
 
 ALONE = ("psycopg", "tailspan_agent.fleet")
 UNUSED = (
     *ALONE,
+    "email",
     "google",
     "grpc",
     "httpx",
+    "importlib.metadata",
     "jinja2",
     "logging.handlers",
     "opentelemetry",
