@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -37,9 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = ["agent"]
 
-_GARBAGE_OBJECTS = 20_000
-_LARGEST_BUFFER_BYTES = 8 << 20
-_REJECTED, _UNDELIVERED = 1, 3
 _RELOAD_POLL_S = 0.05
 
 
@@ -91,98 +87,10 @@ def run(config_path: Path | None, once: bool, timeout_s: float, log_level: str, 
     Example:
       tailspan agent run --config config.toml --once --timeout 60
     """  # noqa: D301 - click wants the backspace character itself
-    import asyncio
+    from tailspan_agent.commands.run import run_agent
 
-    from tailspan_agent.process.logging_setup import set_up_logging
-    from tailspan_agent.process.signals import exit_on_stop_signals, hold_signals
-
-    with exit_on_stop_signals():
-        _pause_garbage_collection()
-        _keep_large_buffers()
-        set_up_logging(log_level)
-        settings = settings_for(config_path, telemetry=True)
-        if no_token and settings.agent.read_token() is not None:
-            raise ConfigError("--no-token contradicts agent.token: remove one of them", key="agent.token")
-    with hold_signals() as release:
-        work = _run_once(settings, timeout_s, release) if once else _run(settings, config_path, release, no_token)
-        code = asyncio.run(work)
+    code = run_agent(config_path=config_path, once=once, timeout_s=timeout_s, log_level=log_level, no_token=no_token)
     sys.exit(code)
-
-
-def _pause_garbage_collection() -> None:
-    """Collect no garbage while modules are imported: it takes an eighth of the start."""
-    gc.disable()
-
-
-def _resume_garbage_collection() -> None:
-    """Collect rarely from now on, since there is little garbage, and never what the start has loaded."""
-    gc.freeze()
-    gc.set_threshold(_GARBAGE_OBJECTS, 10, 10)
-    gc.enable()
-
-
-def _keep_large_buffers() -> None:
-    """Let the allocator keep the memory of a request's buffers, which the next request uses again.
-
-    glibc returns large blocks to the system, which clears them for the next request: a tenth of the cost of a line. It
-    keeps blocks up to the size of the largest one that was freed. Source: mallopt(3), M_MMAP_THRESHOLD.
-    """
-    bytes(_LARGEST_BUFFER_BYTES)
-
-
-async def _run(settings: Settings, config_path: Path | None, release: Callable[[], None], no_token: bool) -> int:
-    import asyncio
-
-    from tailspan_agent.agent import Agent
-    from tailspan_agent.process.logging_setup import keep_last_errors
-    from tailspan_agent.process.reload import reload_on_hangup
-    from tailspan_agent.process.systemd import keep_watchdog, notify
-
-    loop = asyncio.get_running_loop()
-    agent = Agent(settings, needs_page_token=not no_token)
-    _resume_garbage_collection()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, agent.stop)
-    with keep_last_errors(settings.agent.state_dir), reload_on_hangup(agent, config_path), keep_watchdog():
-        release()
-        await agent.run(on_ready=lambda: notify("READY=1"), on_stop=lambda: notify("STOPPING=1"))
-    return 0
-
-
-async def _run_once(settings: Settings, timeout_s: float, release: Callable[[], None]) -> int:
-    import asyncio
-
-    from tailspan_agent.agent import Agent
-    from tailspan_agent.process.logging_setup import keep_last_errors
-
-    loop = asyncio.get_running_loop()
-    agent = Agent(settings)
-    _resume_garbage_collection()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, agent.stop)
-    release()
-    with keep_last_errors(settings.agent.state_dir):
-        result = await agent.run_once(timeout_s)
-    for failure in result.failures:
-        say(str(failure))
-    targets = ", ".join(dict.fromkeys(agent.endpoints.targets.values()))
-    click.echo(
-        f"{result.jobs} {plural(result.jobs, 'job')}:"
-        f" {result.acked} log {plural(result.acked, 'record')} acknowledged, {result.rejected} rejected ({targets})",
-        err=True,
-    )
-    if not result.delivered:
-        when = "before the agent was stopped" if agent.stopping else f"within {duration_text(timeout_s)}"
-        click.echo(
-            f"tailspan: not everything was acknowledged {when}; the next run resumes after the last acknowledged line",
-            err=True,
-        )
-        return _UNDELIVERED
-    if result.failures:
-        from tailspan.cli.group import exit_code_of
-
-        return max(exit_code_of(failure) for failure in result.failures)
-    return _REJECTED if result.rejected else 0
 
 
 @agent.command()

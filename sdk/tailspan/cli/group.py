@@ -1,14 +1,12 @@
-"""The command group: finds commands when they are called, and turns errors into one line and an exit code.
+"""The command group: finds commands when they are called, and ends a failed one as `tailspan.cli.exit_codes` says.
 
 Nothing here imports what only some commands need: ``tailspan --help`` and shell completion must feel instant.
 """
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,23 +14,10 @@ import click
 from click.shell_completion import CompletionItem
 
 from tailspan._version import __version__
-from tailspan.errors import (
-    AuthError,
-    ConfigError,
-    JobNotFoundError,
-    ServiceError,
-    TailspanError,
-    WaitTimeoutError,
-)
+from tailspan.cli.exit_codes import explain
+from tailspan.errors import ConfigError, TailspanError
 
-__all__ = ["EXIT_INTERRUPTED", "EXIT_TIMEOUT", "SuggestingGroup", "exit_code_of", "main", "report"]
-
-EXIT_ERROR = 1
-EXIT_USAGE = 2
-EXIT_UNREACHABLE = 3
-EXIT_NO_SUCH_JOB = 4
-EXIT_TIMEOUT = 124
-EXIT_INTERRUPTED = 130
+__all__ = ["SuggestingGroup", "main"]
 
 
 class _Lazy(NamedTuple):
@@ -63,15 +48,6 @@ _COMMANDS = {
     "completion": _Lazy("tailspan.cli.completion", "completion", "Print the completion script of a shell."),
 }
 _AGENT_HINT = "it needs the agent's packages ({missing} is missing): pip install 'tailspan[agent]'"
-_EXTRAS = {
-    **dict.fromkeys(("google", "grpc", "isal", "jinja2", "opentelemetry", "prometheus_client", "websockets"), "agent"),
-    **dict.fromkeys(("h11", "starlette", "uvicorn"), "serve"),
-    "botocore": "aws",
-    "psycopg": "fleet",
-    "yaml": "kubernetes",
-    "zstandard": "zstd",
-}
-"""The extra that installs a package, by the package's name in imports."""
 
 
 class SuggestingGroup(click.Group):
@@ -136,59 +112,9 @@ class LazyGroup(SuggestingGroup):
         """Run the command; print an error in one line."""
         try:
             return super().invoke(ctx)
-        except TailspanError as error:
-            report(error)
-            ctx.exit(exit_code_of(error))
-        except KeyboardInterrupt:
-            ctx.exit(EXIT_INTERRUPTED)
-        except ModuleNotFoundError as error:
-            missing = (error.name or "").partition(".")[0]
-            extra = _EXTRAS.get(missing)
-            if extra is None:
-                raise
-            if extra == "serve" and ctx.invoked_subcommand in ("agent", "demo"):
-                extra = "agent"
-            report(
-                ConfigError(
-                    f"'tailspan {ctx.invoked_subcommand}' needs {missing}, which is not installed:"
-                    f" pip install 'tailspan[{extra}]'"
-                )
-            )
-            ctx.exit(EXIT_USAGE)
-        except OSError as error:
-            if error.errno == errno.EPIPE:
-                raise  # click ends quietly then
-            click.echo(f"tailspan: {error}", err=True)
-            # Standard output is broken: the flush at exit would fail again, with a traceback.
-            sys.stdout = None
-            ctx.exit(EXIT_ERROR)
-
-
-def exit_code_of(error: TailspanError) -> int:
-    """Return the exit code of this error.
-
-    An error class of another package, such as the agent, may have its own ``exit_code``.
-    """
-    own = getattr(error, "exit_code", None)
-    if isinstance(own, int):
-        return own
-    for kinds, code in (
-        ((ConfigError, AuthError), EXIT_USAGE),
-        (JobNotFoundError, EXIT_NO_SUCH_JOB),
-        (ServiceError, EXIT_UNREACHABLE),
-        (WaitTimeoutError, EXIT_TIMEOUT),
-    ):
-        if isinstance(error, kinds):
-            return code
-    return EXIT_ERROR
-
-
-def report(error: TailspanError) -> None:
-    """Print an error in one line."""
-    from tailspan.logs.clean import printable
-
-    # A server's own message is part of it: it must not act on the terminal.
-    click.echo(f"tailspan: {printable(' '.join(str(error).split()), colours=False)}", err=True)
+        except (TailspanError, KeyboardInterrupt, ModuleNotFoundError, OSError) as error:
+            # click itself ends quietly when the reader of its output has gone.
+            ctx.exit(explain(error, ctx.invoked_subcommand))
 
 
 @click.group(

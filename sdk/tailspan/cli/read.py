@@ -14,7 +14,7 @@ import click
 
 from tailspan._durations import duration_text
 from tailspan._plural import plural
-from tailspan.cli.group import EXIT_TIMEOUT
+from tailspan.cli.exit_codes import EXIT_TIMEOUT
 from tailspan.cli.lines import LineChoice, line_options, line_printer
 from tailspan.cli.moments import MOMENT
 from tailspan.cli.options import (

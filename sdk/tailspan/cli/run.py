@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from click.shell_completion import CompletionItem
 
-from tailspan.cli.group import exit_code_of, report
+from tailspan.cli.exit_codes import exit_code_of, report
 from tailspan.cli.options import (
     DurationType,
     attributes_of,

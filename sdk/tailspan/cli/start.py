@@ -1,7 +1,8 @@
-"""The program ``tailspan``: runs ``tailspan run`` at once, and all else through the command group.
+"""The program ``tailspan``: runs ``tailspan run`` and ``tailspan agent run`` at once, and all else through the group.
 
 ``tailspan run`` stands before every cron line, so it is parsed here without click, whose import costs as much as all
-the rest of it. Whatever this parser does not know, `tailspan.cli.run` parses, explains and rejects.
+the rest of it; in an agent click would stay, 2 MiB that are used once. Whatever these parsers do not know,
+`tailspan.cli.run` and `tailspan_agent.cli` parse, explain and reject.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
+    from typing import Any, NoReturn
 
     from tailspan.cli.run_job import RunOptions
 
-__all__ = ["main", "parse_run"]
+__all__ = ["main", "parse_agent_run", "parse_run"]
 
 _GARBAGE_OBJECTS = 50_000
 _PLUGINS = "pydantic.plugin._loader"
@@ -25,14 +27,26 @@ _OUR_ERROR = 125
 _INTERRUPTED = 130
 _VALUES = ("--name", "--attr", "--timeout", "--service", "--config", "--encoding")
 _FLAGS = ("--detach", "--strict", "--no-tty")
+_AGENT_VALUES = ("--config", "--timeout", "--log-level")
+_AGENT_FLAGS = ("--once", "--no-token")
+_LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 def main() -> None:
     """Run the command line of this process, and exit."""
     options = parse_run(sys.argv[1:])
-    if options is None:
-        _run_group()
-        return
+    if options is not None:
+        _run_job(options)
+    # What is imported lives until the end: a search for garbage every 700 objects takes a fifteenth of a short command.
+    gc.set_threshold(_GARBAGE_OBJECTS, 10, 10)
+    _use_no_plugins()
+    agent_options = parse_agent_run(sys.argv[1:])
+    if agent_options is not None:
+        _run_agent(agent_options)
+    _run_group()
+
+
+def _run_job(options: RunOptions) -> NoReturn:
     # What is made here lives until the end.
     gc.disable()
     from tailspan.cli.run_job import run_command, say
@@ -47,10 +61,19 @@ def main() -> None:
     os._exit(code)
 
 
+def _run_agent(options: dict[str, Any]) -> NoReturn:
+    try:
+        from tailspan_agent.commands.run import run_agent
+
+        code = run_agent(**options)
+    except (Exception, KeyboardInterrupt) as error:
+        from tailspan.cli.exit_codes import explain
+
+        code = explain(error, "agent")
+    sys.exit(code)
+
+
 def _run_group() -> None:
-    # What is imported lives until the end: a search for garbage every 700 objects takes a fifteenth of a short command.
-    gc.set_threshold(_GARBAGE_OBJECTS, 10, 10)
-    _use_no_plugins()
     try:
         from tailspan.cli.group import main as group
 
@@ -105,26 +128,17 @@ def parse_run(arguments: Sequence[str]) -> RunOptions | None:
     """
     if not arguments or arguments[0] != "run":
         return None
-    given: dict[str, str] = {}
+    scanned = _scan(arguments[1:], _VALUES, _FLAGS)
+    if scanned is None:
+        return None
+    options, flags, rest = scanned
     attributes: dict[str, str] = {}
-    flags: set[str] = set()
-    rest = list(arguments[1:])
-    while rest and rest[0].startswith("-") and rest[0] != "--":
-        option, equals, value = rest.pop(0).partition("=")
-        if option in _FLAGS and not equals:
-            flags.add(option)
-            continue
-        if option not in _VALUES or (not equals and not rest):
+    for text in [text for option, text in options if option == "--attr"]:
+        key, equals, value = text.partition("=")
+        if not key or not equals:
             return None
-        if not equals:
-            value = rest.pop(0)
-        if option == "--attr":
-            key, _, text = value.partition("=")
-            if not key or "=" not in value:
-                return None
-            attributes[key] = text
-        else:
-            given[option] = value
+        attributes[key] = value
+    given = {option: text for option, text in options if option != "--attr"}
     command = rest[1:] if rest[:1] == ["--"] else rest
     timeout = _seconds(given.get("--timeout"))
     if not command or timeout == 0 or "" in given.values():
@@ -147,6 +161,50 @@ def parse_run(arguments: Sequence[str]) -> RunOptions | None:
         if _is_local(given, flags)
         else None
     )
+
+
+def parse_agent_run(arguments: Sequence[str]) -> dict[str, Any] | None:
+    """Return the arguments of `run_agent` that ``tailspan agent run`` names; None for all that click must see.
+
+    Args:
+        arguments: The command line without the program.
+    """
+    scanned = _scan(arguments[2:], _AGENT_VALUES, _AGENT_FLAGS) if list(arguments[:2]) == ["agent", "run"] else None
+    if scanned is None:
+        return None
+    options, flags, rest = scanned
+    given = dict(options)
+    timeout_s = _seconds(given.get("--timeout", "5m"))
+    log_level = given.get("--log-level", "info").lower()
+    if rest or "" in given.values() or log_level not in _LOG_LEVELS or timeout_s is None or not timeout_s > 0:
+        return None
+    from pathlib import Path
+
+    return {
+        "config_path": Path(given["--config"]) if "--config" in given else None,
+        "once": "--once" in flags,
+        "timeout_s": timeout_s,
+        "log_level": log_level,
+        "no_token": "--no-token" in flags,
+    }
+
+
+def _scan(
+    arguments: Sequence[str], values: Collection[str], flags: Collection[str]
+) -> tuple[list[tuple[str, str]], set[str], list[str]] | None:
+    """Return options with their values, flags, and the arguments after them; None if one of them is not known."""
+    options: list[tuple[str, str]] = []
+    found: set[str] = set()
+    rest = list(arguments)
+    while rest and rest[0].startswith("-") and rest[0] != "--":
+        option, equals, value = rest.pop(0).partition("=")
+        if option in flags and not equals:
+            found.add(option)
+        elif option in values and (equals or rest):
+            options.append((option, value if equals else rest.pop(0)))
+        else:
+            return None
+    return options, found, rest
 
 
 def _seconds(text: str | None) -> float | None:

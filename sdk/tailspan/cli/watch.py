@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tailspan.cli.group import EXIT_ERROR, EXIT_TIMEOUT
+from tailspan.cli.exit_codes import EXIT_ERROR, EXIT_TIMEOUT
 from tailspan.cli.options import (
     DURATION,
     POSITIVE_DURATION,

@@ -30,6 +30,7 @@ main()
 ALONE = ("psycopg", "tailspan_agent.fleet")
 UNUSED = (
     *ALONE,
+    "click",
     "email",
     "google",
     "grpc",

@@ -1,4 +1,4 @@
-"""`tailspan run` has two parsers: a light one for what is usual, and click, which explains. They agree."""
+"""`tailspan run` and `agent run` have two parsers: a light one for what is usual, and click, which explains."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from click.testing import CliRunner
 
 from tailspan.cli import run as run_module
 from tailspan.cli.run_job import RunOptions
-from tailspan.cli.start import parse_run
+from tailspan.cli.start import parse_agent_run, parse_run
+from tailspan_agent import cli as agent_cli
 
 # What only click parses.
 LEFT_TO_CLICK = {"--json", "--help", "-h"}
@@ -114,3 +115,55 @@ def test_each_option_is_known_to_both() -> None:
                     [option] if getattr(parameter, "is_flag", False) else [option, "1=1" if "attr" in option else "1"]
                 )
                 assert parse_run(["run", *with_value, "--", "true"]) is not None, option
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "",
+        "--config x.toml",
+        "--config=x.toml --once --timeout 90s --log-level DEBUG --no-token",
+        "--timeout=1.5 --once --once",
+        "--config a --config b",
+        "--timeout inf",
+    ],
+)
+def test_both_find_the_same_for_an_agent(monkeypatch: pytest.MonkeyPatch, arguments: str) -> None:
+    """With the same defaults."""
+    found: list[dict[str, object]] = []
+    monkeypatch.setattr("tailspan_agent.commands.run.run_agent", lambda **options: found.append(options) or 0)
+    light = parse_agent_run(["agent", "run", *arguments.split()])
+    assert CliRunner().invoke(agent_cli.agent, ["run", *arguments.split()]).exit_code == 0
+    assert [light] == found
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "agent",
+        "agent check",
+        "--config x agent run",
+        "agent run --help",
+        "agent run --",
+        "agent run x",
+        "agent run --config",
+        "agent run --config= --once",
+        "agent run --once=yes",
+        "agent run --timeout 0",
+        "agent run --timeout nan",
+        "agent run --timeout soon",
+        "agent run --log-level loud",
+    ],
+)
+def test_other_commands_of_agents_are_left_to_click(arguments: str) -> None:
+    """So is what needs an explanation."""
+    assert parse_agent_run(arguments.split()) is None
+
+
+def test_each_option_of_an_agent_is_known_to_both() -> None:
+    """An option that click gains must be added to the light parser."""
+    values = {"--config": "x", "--timeout": "1", "--log-level": "info"}
+    for parameter in agent_cli.agent.commands["run"].params:
+        for option in parameter.opts:
+            given = [option, values[option]] if option in values else [option]
+            assert parse_agent_run(["agent", "run", *given]) is not None, option

@@ -11,7 +11,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from tailspan.cli import group, main
+from tailspan.cli import exit_codes, group, main
 from tailspan.cli.options import _job_items
 from tailspan.errors import (
     AuthError,
@@ -120,7 +120,7 @@ def test_version():
 )
 def test_each_error_has_its_exit_code(error, code):
     """Scripts can distinguish failures by the code alone."""
-    assert group.exit_code_of(error) == code
+    assert exit_codes.exit_code_of(error) == code
 
 
 def test_an_error_may_bring_its_own_exit_code():
@@ -129,7 +129,7 @@ def test_an_error_may_bring_its_own_exit_code():
     class AgentSays(ConfigError):
         exit_code = 3
 
-    assert group.exit_code_of(AgentSays("x")) == 3
+    assert exit_codes.exit_code_of(AgentSays("x")) == 3
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_wrong_usage_is_one_message_and_exit_code_2(arguments, words, monkeypatc
 
 def test_an_error_message_is_one_clean_line(capsys):
     """What a server wrote into an error can neither add lines nor act on the terminal."""
-    group.report(ServiceUnavailableError("it says:\n \x1b[2Jtailspan: all is well"))
+    exit_codes.report(ServiceUnavailableError("it says:\n \x1b[2Jtailspan: all is well"))
     assert capsys.readouterr().err == "tailspan: it says: tailspan: all is well\n"
 
 
