@@ -224,6 +224,19 @@ class StorePromises:
             assert await store.seconds(key) == {5: (2, 7)}
 
     @looped
+    @pytest.mark.parametrize("late", [False, True])
+    async def test_the_last_ack_completes_the_log(self, tmp_path: Path, late: bool) -> None:
+        """An ack may say that the log is complete; the sums by second stay only if lines may still come."""
+        async with self.opened(tmp_path) as store:
+            key = add(store).key
+            store.ack([Ack(key, b"here", LEDGER, {5: (3, 9)})])
+            store.ack([Ack(key, None, '{"first_seen_ns":9}', completes=late)])
+            job = store.job("id", "j1")
+            assert job is not None
+            assert (job.cursor, job.ledger, job.logs_complete, job.late) == (b"here", '{"first_seen_ns":9}', True, late)
+            assert await store.seconds(key) == ({5: (3, 9)} if late else {})
+
+    @looped
     async def test_acks_are_one_transaction(self, tmp_path: Path) -> None:
         """Acks that cannot be read to their end are not stored: no cursor is ahead of its sums."""
         async with self.opened(tmp_path) as store:

@@ -42,12 +42,15 @@ class Ack(msgspec.Struct, frozen=True):
         cursor: The end of these lines; None leaves the cursor unchanged (lines found after the job's end).
         ledger: The JSON of the job's `JobLedger` as of that cursor.
         seconds: Second of source time to (number of lines, sum of uids), to be added; empty for services with offsets.
+        completes: Not None for the last record of an ended job: all of its lines are acknowledged. True if more may
+            still become visible; see `CheckpointStore.complete_logs`.
     """
 
     key: int
     cursor: bytes | None
     ledger: str
     seconds: Mapping[int, tuple[int, int]] = msgspec.field(default_factory=dict)
+    completes: bool | None = None
 
 
 class OutboxSpan(msgspec.Struct, frozen=True):

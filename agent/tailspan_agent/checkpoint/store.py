@@ -65,6 +65,10 @@ _REFUSED = (
     sqlite3.InterfaceError,
 )
 
+_ACK = "UPDATE jobs SET cursor = coalesce(?, cursor), facts = ?, updated_s = ? WHERE key = ?"
+_LAST_ACK = (
+    "UPDATE jobs SET cursor = coalesce(?, cursor), facts = ?, updated_s = ?, logs_complete = 1, late = ? WHERE key = ?"
+)
 _ADD_SPAN = "INSERT OR IGNORE INTO spans (job, span_id, resource, span) VALUES (?, ?, ?, ?)"
 
 _SECOND = "SELECT lines, uid_sum FROM seconds WHERE job = ? AND second = ?"
@@ -453,12 +457,14 @@ class SqliteStore:
         self.acked_at_s = now_s
 
     def _ack(self, db: Writes, ack: Ack, now_s: float) -> None:
-        db.execute(
-            "UPDATE jobs SET cursor = coalesce(?, cursor), facts = ?, updated_s = ? WHERE key = ?",
-            (ack.cursor, ack.ledger, now_s, ack.key),
-        )
+        if ack.completes is None:
+            db.execute(_ACK, (ack.cursor, ack.ledger, now_s, ack.key))
+        else:
+            db.execute(_LAST_ACK, (ack.cursor, ack.ledger, now_s, ack.completes, ack.key))
         for second, (lines, uid_sum) in ack.seconds.items():
             self._add_second(db, ack.key, second, lines, uid_sum)
+        if ack.completes is not None:
+            self._clear_seconds(db, ack.key, late=ack.completes)
 
     def _add_second(self, db: Writes, key: int, second: int, lines: int, uid_sum: int) -> None:
         # SQLite's integers are signed and do not wrap: the sum mod 2^64 is stored as text.
@@ -524,8 +530,11 @@ class SqliteStore:
             db.execute(
                 "UPDATE jobs SET logs_complete = 1, late = ?, updated_s = ? WHERE key = ?", (late, time.time(), key)
             )
-            if not late and self._has_seconds:
-                db.execute("DELETE FROM seconds WHERE job = ?", (key,))
+            self._clear_seconds(db, key, late=late)
+
+    def _clear_seconds(self, db: Writes, key: int, *, late: bool) -> None:
+        if not late and self._has_seconds:
+            db.execute("DELETE FROM seconds WHERE job = ?", (key,))
 
     def add_spans(self, key: int, spans: Sequence[OutboxSpan]) -> set[str]:
         """Write spans; one that is stored already keeps its first bytes.

@@ -344,6 +344,8 @@ class PostgresStore:
             batch = self._change(job, cursor=cursor, ledger=ack.ledger)
             if ack.seconds:
                 batch.add_seconds(job.row.id, ack.seconds)
+            if ack.completes is not None:
+                self.complete_logs(ack.key, late=ack.completes)
 
     async def seconds(self, key: int) -> dict[int, tuple[int, int]]:
         """Return number and uid sum (mod 2^64) of a job's acknowledged lines by second of source time."""

@@ -32,7 +32,7 @@ from tailspan_agent.analysis.progress import ProgressMeter
 from tailspan_agent.checkpoint.rows import Ack
 from tailspan_agent.errors import LeaseLostError
 from tailspan_agent.exporter.outcome import age_advice
-from tailspan_agent.job.ledger import ChunkResult, Ending, JobLedger
+from tailspan_agent.job.ledger import ChunkResult, JobLedger
 from tailspan_agent.job.line_sums import Seconds, add_seconds, page_seconds
 from tailspan_agent.job.mapping import receipt_record
 from tailspan_agent.job.open_lines import OpenLineLimit, open_line_record
@@ -219,10 +219,9 @@ class JobPipeline:
         if status.attempt > known.attempt:
             self._end_attempt(status.attempt)
         job.status = status
-        ledger = job.ledger.with_state(time.time_ns(), status.state)
+        ledger = job.with_state(job.ledger)
         if ledger is not job.ledger:
-            ending = Ending.of(job.redacted_status) if status.state.is_terminal else msgspec.UNSET
-            job.ledger = msgspec.structs.replace(ledger, ending=ending)
+            job.ledger = ledger
             if status is not known:
                 # The machine is known only while the job runs on one; each attempt has a trace of its own.
                 self.apply_settings(job.watch)
@@ -426,8 +425,9 @@ class JobPipeline:
         resource: bytes | None = None,
         alone: bool = False,
         are_lines: bool = True,
+        completes: bool | None = None,
     ) -> None:
-        """Queue records, which are acknowledged together when the last ones are delivered."""
+        """Queue records, which are acknowledged together when the last ones are delivered; `completes` as in `Ack`."""
         assert self._queue is not None
         job, ledger, health = self.job, self.job.ledger, self._context.health
         name, number, total = job.service.name, job.checkpoint.stream, sum([part.number for part in parts])
@@ -446,7 +446,7 @@ class JobPipeline:
             # What a restart at this cursor needs: the lines up to this page, the states seen up to now.
             delivery = job.acked_ledger.delivery.after(total, earlier)
             job.acked_ledger = msgspec.structs.replace(ledger.with_seen(job.ledger), delivery=delivery)
-            return Ack(job.checkpoint.key, cursor, job.acked_ledger.to_json(), seconds)
+            return Ack(job.checkpoint.key, cursor, job.acked_ledger.to_json(), seconds, completes)
 
         has_left = False
 
@@ -631,16 +631,20 @@ class JobPipeline:
     async def _send_event(self, record: LogRecordData) -> None:
         await self._send_record(record, of_events=True)
 
-    async def _send_record(self, record: LogRecordData, *, of_events: bool = False) -> None:
+    async def _send_record(
+        self, record: LogRecordData, *, of_events: bool = False, completes: bool | None = None
+    ) -> None:
         if self._queue is not None:
             at_ns = record.time_unix_nano
-            await self._in_stream(at_ns, at_ns, partial(self._put_record, record, of_events))
+            await self._in_stream(at_ns, at_ns, partial(self._put_record, record, of_events, completes))
 
-    async def _put_record(self, record: LogRecordData, of_events: bool, is_behind: bool) -> None:
+    async def _put_record(
+        self, record: LogRecordData, of_events: bool, completes: bool | None, is_behind: bool
+    ) -> None:
         self._context.health.records_read(self.job.service.name, 1)
         resource, at_ns = self.job.event_resource if of_events else None, record.time_unix_nano
         records = _Records([(encode_log_record(record), 1)], 1, at_ns, at_ns, at_ns)
-        await self._put([records], None, {}, resource=resource, alone=is_behind, are_lines=False)
+        await self._put([records], None, {}, resource=resource, alone=is_behind, are_lines=False, completes=completes)
 
     def end_run(self, *, log_complete: bool) -> None:
         """Write the last spans and count the run: once, whether or not the endpoint is available.
@@ -721,9 +725,8 @@ class JobPipeline:
                 receipts=acked.receipts + 1,
             )
             record = receipt_record(self.job.redacted_status, self.ledger, still_open=still_open)
-            await self._send_record(record)
+            await self._send_record(record, completes=late_lines)
             await self.all_acked()
-            self.close_log(late_lines=late_lines)
 
     def close_log(self, *, late_lines: bool = False) -> None:
         """Store that all lines are acknowledged.

@@ -17,7 +17,7 @@ from tailspan_agent.analysis.baseline import PipelineHistory
 from tailspan_agent.analysis.pipeline_names import OTHER_PIPELINES
 from tailspan_agent.checkpoint.rows import Checkpoint
 from tailspan_agent.job.bounds import MAX_TASK_RUNS
-from tailspan_agent.job.ledger import JobLedger
+from tailspan_agent.job.ledger import Ending, JobLedger
 from tailspan_agent.job.mapping import resource_attributes
 from tailspan_agent.job.task_spans import LineTimes
 from tailspan_agent.otlp.requests import encode_resource
@@ -85,9 +85,11 @@ class TrackedJob:
         self.tasks: tuple[TaskRun, ...] = ()
         self.task_lines = LineTimes()
         self._redacted: tuple[JobStatus, Redactor, JobStatus] | None = None
-        known = context.store.job(service.identity, status.job_id)
-        self.checkpoint = known or self._first_checkpoint(first_seen_ns)
-        self.ledger = self.acked_ledger = JobLedger.restored(self.checkpoint.ledger, status.job_id, first_seen_ns)
+        first = self._first_ledger(first_seen_ns)
+        self.checkpoint = self._add_to_store(text := first.to_json())
+        is_new = self.checkpoint.ledger == text
+        restored = first if is_new else JobLedger.restored(self.checkpoint.ledger, status.job_id, first_seen_ns)
+        self.ledger = self.acked_ledger = restored
         self.checkpoint = msgspec.structs.replace(self.checkpoint, ledger="")  # its text has served
         self.resource = self._encode_resource()
         context.label_values.note(status.job_name, status.attributes)
@@ -119,14 +121,28 @@ class TrackedJob:
         """
         self.span_lines = SpanLines(whole=whole) if self.context.lines_on_spans else None
 
-    def _first_checkpoint(self, first_seen_ns: int) -> Checkpoint:
+    def _first_ledger(self, first_seen_ns: int) -> JobLedger:
+        """Return the ledger of a job that the store does not have: of one that has ended, with its end."""
+        ledger = JobLedger(first_seen_ns=first_seen_ns)
+        return self.with_state(ledger) if self.status.state.is_terminal and self.status.attempt == 1 else ledger
+
+    def _add_to_store(self, ledger: str) -> Checkpoint:
+        """Return the job's checkpoint; a job that the store does not have is added with a ledger."""
         return self.context.store.add_job(
             self.service.identity,
             self.status.job_id,
             self.status.job_name,
             stream=MAIN_STREAM,  # until `StoreStreams` finds another one for its first lines
-            ledger=JobLedger(first_seen_ns=first_seen_ns).to_json(),
+            ledger=ledger,
         )
+
+    def with_state(self, ledger: JobLedger) -> JobLedger:
+        """Return a ledger with the state of the last status, if that is new to it."""
+        changed = ledger.with_state(time.time_ns(), self.status.state)
+        if changed is ledger:
+            return ledger
+        ending = Ending.of(self.redacted_status) if self.status.state.is_terminal else msgspec.UNSET
+        return msgspec.structs.replace(changed, ending=ending)
 
     def _encode_resource(self, name: str = "", *, of_events: bool = False) -> bytes:
         attributes = resource_attributes(
