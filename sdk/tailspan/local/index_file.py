@@ -20,6 +20,7 @@ NO_DIRECTORY = -1
 _ENTRIES_PER_READ = 256
 # All that a reader needs who follows a job: one read.
 _TAIL_ENTRIES = 32
+_START_BYTES = HEADER_BYTES + _TAIL_ENTRIES * ENTRY_BYTES
 # A power failure damages what was written within seconds. More than this was never an index: 8 MiB, a quarter of a
 # second. A hole in the file (`truncate -s 1T`) is skipped and does not count.
 _MOST_DAMAGED = 1 << 18
@@ -126,13 +127,16 @@ class IndexFile:
         self._path = path
         self._fd = open_file(path if dir_fd is None else os.path.basename(path), dir_fd)
         try:
-            header = read_at(self._fd, 0, HEADER_BYTES)
+            start = read_at(self._fd, 0, _START_BYTES)
+            header = start[:HEADER_BYTES]
             if len(header) == HEADER_BYTES and header[:8] == HEADER[:8] and header != HEADER:
                 raise ProtocolError(f"{path} was written by a newer version of Tailspan; upgrade this one")
-            size = os.fstat(self._fd).st_size if self._fd is not None else 0
-            self._places = max(0, size - HEADER_BYTES) // ENTRY_BYTES
-            self._tail_start = max(0, self._places - _TAIL_ENTRIES)
-            self._tail = self._read(self._tail_start, self._places) if self._places else b""
+            self._places = max(0, len(start) - HEADER_BYTES) // ENTRY_BYTES
+            self._tail_start, self._tail = 0, start[HEADER_BYTES:]
+            if self._fd is not None and len(start) == _START_BYTES:
+                self._places = (os.fstat(self._fd).st_size - HEADER_BYTES) // ENTRY_BYTES
+                self._tail_start = max(0, self._places - _TAIL_ENTRIES)
+                self._tail = self._read(self._tail_start, self._places)
             self._newest: dict[int, Entry] = {}
         except BaseException:
             self.close()
@@ -147,8 +151,8 @@ class IndexFile:
     @property
     def is_plain(self) -> bool:
         """Whether no search for whole entries is needed: there is no hole, and one of the last entries is whole."""
-        if not self._places:
-            return True
+        if self._places <= _TAIL_ENTRIES:
+            return True  # all of them are in memory
         if self.entry(self._places - 1) is None:
             block = self._block(max(0, self._places - _ENTRIES_PER_READ), self._places)
             if not any(block):

@@ -14,7 +14,7 @@ import os
 import re
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +37,7 @@ _USUAL_BYTES = 8192
 _MAX_JSON_ITEMS = 250_000
 _MARK = struct.Struct("=6Q")
 _UINT64_MAX = (1 << 64) - 1
+_raw_decode = json.JSONDecoder().raw_decode
 # What has another type than it was written with is as good as missing.
 _TYPES = {
     **dict.fromkeys(("state", "name", "started_at", "finished_at", "error", "end"), str),
@@ -163,9 +164,12 @@ class JobStore:
             raise JobNotFoundError(f"there is no local job {job_id[:80]!r}", job_id=job_id)
         return f"{self.jobs}/{job_id}"
 
-    @contextmanager
-    def opened(self, job_id: str) -> Iterator[int]:
-        """Open a job's directory.
+    def opened(self, job_id: str) -> AbstractContextManager[int]:
+        """Return a context that holds a job's directory open; see `open_job`."""
+        return _OpenJob(self, job_id)
+
+    def open_job(self, job_id: str) -> int:
+        """Return a descriptor of a job's directory.
 
         Raises:
             JobNotFoundError: There is no such job; or it is a link, or the directory of all jobs is one: another user
@@ -173,7 +177,7 @@ class JobStore:
         """
         place = self._place(job_id)
         try:
-            fd = open_directory(place)
+            return open_directory(place)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                 raise
@@ -182,10 +186,6 @@ class JobStore:
                 link = self.jobs if os.path.islink(self.jobs) else place
                 raise JobNotFoundError(f"{link} is a link, not a job of this store", job_id=job_id) from None
             raise JobNotFoundError(f"there is no local job {job_id} in {self.state_dir}", job_id=job_id) from None
-        try:
-            yield fd
-        finally:
-            os.close(fd)
 
     @contextmanager
     def _opened_jobs(self) -> Iterator[int]:
@@ -343,6 +343,23 @@ class JobStore:
             return
 
 
+class _OpenJob(AbstractContextManager[int]):
+    """A job's directory, held open; a class, because each poll of each job opens one."""
+
+    __slots__ = ("_fd", "_job_id", "_store")
+
+    def __init__(self, store: JobStore, job_id: str) -> None:
+        self._store = store
+        self._job_id = job_id
+
+    def __enter__(self) -> int:
+        self._fd = self._store.open_job(self._job_id)
+        return self._fd
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+
 def _gid(group: str) -> int:
     import grp
 
@@ -377,7 +394,7 @@ def _read_json(name: str, dir_fd: int, max_bytes: int = _MAX_JSON_BYTES) -> dict
         # An item may need a hundred bytes of memory.
         if len(text) > _MAX_JSON_ITEMS and sum(map(text.count, (b",", b"[", b"{"))) > _MAX_JSON_ITEMS:
             return None
-        value = json.loads(text)
+        value = _decoded(text)
     except (ValueError, RecursionError):
         return None
     finally:
@@ -386,6 +403,20 @@ def _read_json(name: str, dir_fd: int, max_bytes: int = _MAX_JSON_BYTES) -> dict
         return None
     usable = map(isinstance, value.values(), map(_TYPES.get, value, itertools.repeat(object)))
     return dict(itertools.compress(value.items(), usable))
+
+
+def _decoded(text: bytes) -> Any:
+    """Return what ``json.loads`` does, in less time for an object in UTF-8, as we write it.
+
+    Raises:
+        ValueError: The text is not JSON.
+    """
+    if text.startswith(b"{"):
+        line = text.decode("utf-8", "surrogatepass")
+        value, end = _raw_decode(line)
+        if line[end:] in ("", "\n"):
+            return value
+    return json.loads(text)
 
 
 def _is_supervised(dir_fd: int) -> bool:

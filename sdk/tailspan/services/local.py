@@ -9,7 +9,7 @@ import contextlib
 import functools
 import sys
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -485,22 +485,32 @@ class LocalService(SubmitService, ChangeFeedService):
             self._running_rows[job_id] = mark, row
         return row
 
-    @contextlib.contextmanager
-    def _translated(self, job_id: str | None = None) -> Iterator[None]:
-        """Translate errors of the file system, and say which service and job an error is about."""
-        try:
-            yield
-        except TailspanError as error:
-            error.service, error.job_id = error.service or self.name, error.job_id or job_id
-            raise
-        except PermissionError as error:
+    def _translated(self, job_id: str | None = None) -> contextlib.AbstractContextManager[None]:
+        """Return a context that translates errors of the file system, and names the service and the job in errors."""
+        return _Translated(self, job_id)
+
+
+class _Translated(contextlib.AbstractContextManager[None]):
+    """See `LocalService._translated`; a class, because each call for each job has one."""
+
+    __slots__ = ("_job_id", "_service")
+
+    def __init__(self, service: LocalService, job_id: str | None) -> None:
+        self._service = service
+        self._job_id = job_id
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: object) -> None:
+        name = self._service.name
+        if isinstance(error, TailspanError):
+            error.service, error.job_id = error.service or name, error.job_id or self._job_id
+        elif isinstance(error, PermissionError):
             raise AuthError(
-                f"{error.filename or self.state_dir} is not open to this user; set services.{self.name}.group, or run "
-                "as the user who started the job",
-                service=self.name,
-                job_id=job_id,
+                f"{error.filename or self._service.state_dir} is not open to this user; set services.{name}.group, or"
+                " run as the user who started the job",
+                service=name,
+                job_id=self._job_id,
             ) from error
-        except OSError as error:
+        elif isinstance(error, OSError):
             raise ServiceUnavailableError(
-                f"the jobs in {self.state_dir} cannot be used now: {error}", service=self.name, job_id=job_id
+                f"the jobs in {self._service.state_dir} cannot be used now: {error}", service=name, job_id=self._job_id
             ) from error
