@@ -25,22 +25,30 @@ class Flag:
         """Set the flag and wake all waiting tasks."""
         self._is_set = True
         for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+            _wake(waiter)
 
     def clear(self) -> None:
         """Clear the flag: from now on, `wait` waits."""
         self._is_set = False
 
-    async def wait(self) -> None:
-        """Wait until the flag is set. It may be cleared again before the waiting task runs."""
+    async def wait(self, longest_s: float | None = None) -> None:
+        """Wait until the flag is set. It may be cleared again before the waiting task runs.
+
+        Args:
+            longest_s: How long to wait for it, in seconds; None: without limit.
+        """
         if self._is_set:
             return
-        waiter = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        waiter = loop.create_future()
         self._waiters = *self._waiters, waiter
+        # Not `asyncio.timeout`, which costs each job that ends three times as much.
+        timer = None if longest_s is None else loop.call_later(longest_s, _wake, waiter)
         try:
             await waiter
         finally:
+            if timer is not None:
+                timer.cancel()
             self._waiters = tuple([other for other in self._waiters if other is not waiter])
 
 
@@ -56,8 +64,7 @@ class Signal:
         """Wake all waiting tasks, in the order in which they came: what they wait for may hold now."""
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+            _wake(waiter)
 
     async def wait_for(self, holds: Callable[[], bool]) -> None:
         """Wait until something holds; it is checked at once, and after each notification."""
@@ -65,6 +72,11 @@ class Signal:
             waiter = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
             await waiter
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 async def cancelled(*tasks: asyncio.Task[Any]) -> None:

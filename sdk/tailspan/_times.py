@@ -53,7 +53,9 @@ def time_of(text: object) -> datetime | None:
     """Return the time (aware UTC) of an ISO 8601 text, without a zone in UTC; None for what is not a time."""
     try:
         time = datetime.fromisoformat(text) if isinstance(text, str) else None
-        return time and (time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC))
+        if time is None or time.tzinfo is UTC:
+            return time
+        return time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)
     except (ValueError, OverflowError):
         return None
 

@@ -160,7 +160,8 @@ class RunTotals(msgspec.Struct, frozen=True):
         counts = dict(self.counts)
         for index, count in other.counts.items():
             counts[index] = counts.get(index, 0) + count
-        exemplars = _with_newest(self.exemplars, other.exemplars)
+        pairs = zip(self.exemplars, other.exemplars, strict=True)
+        exemplars = tuple([_newer(known, run) for known, run in pairs])
         return replace(self, sum_s=self.sum_s + other.sum_s, counts=counts, exemplars=exemplars)
 
     def to_row(self) -> tuple[str, str, str, float, str, str]:
@@ -285,7 +286,11 @@ def _with_newest(
     for run in runs:
         if run is not None:
             bucket = explicit_bucket(bucket_index(run.duration_s))
-            known = newest[bucket]
-            if known is None or run.time_unix_nano > known.time_unix_nano:
-                newest[bucket] = run
+            newest[bucket] = _newer(newest[bucket], run)
     return tuple(newest)
+
+
+def _newer(known: RunExemplar | None, run: RunExemplar | None) -> RunExemplar | None:
+    if run is None or known is None:
+        return run or known
+    return run if run.time_unix_nano > known.time_unix_nano else known

@@ -65,9 +65,9 @@ _REFUSED = (
     sqlite3.InterfaceError,
 )
 
-_ACK = "UPDATE jobs SET cursor = coalesce(?, cursor), facts = ?, updated_s = ? WHERE key = ?"
-_LAST_ACK = (
-    "UPDATE jobs SET cursor = coalesce(?, cursor), facts = ?, updated_s = ?, logs_complete = 1, late = ? WHERE key = ?"
+_ACK = (
+    "UPDATE jobs SET cursor = coalesce(?, cursor), facts = ?, updated_s = ?, logs_complete = max(logs_complete, ?),"
+    " late = coalesce(?, late) WHERE key = ?"
 )
 _ADD_SPAN = "INSERT OR IGNORE INTO spans (job, span_id, resource, span) VALUES (?, ?, ?, ?)"
 
@@ -445,26 +445,33 @@ class SqliteStore:
         """Store acknowledgements, in one transaction; one that cannot be stored does not affect those of other jobs."""
         now_s = time.time()
         with self._transaction() as db:
-            for ack in acks:
-                first = len(db)
-                try:
-                    self._ack(db, ack, now_s)
-                except (ValueRefusedError, *_REFUSED) as error:
-                    db.forget(first)
-                    self._roll_back()
-                    self._begin()
-                    _log.error("checkpoint store %s: an ack of job number %d is lost: %s", self.path, ack.key, error)
+            acks = list(acks)
+            if self._ack(db, acks, now_s) is not None:
+                for ack in acks:
+                    error = self._ack(db, [ack], now_s)
+                    if error is not None:
+                        _log.error(
+                            "checkpoint store %s: an ack of job number %d is lost: %s", self.path, ack.key, error
+                        )
         self.acked_at_s = now_s
 
-    def _ack(self, db: Writes, ack: Ack, now_s: float) -> None:
-        if ack.completes is None:
-            db.execute(_ACK, (ack.cursor, ack.ledger, now_s, ack.key))
-        else:
-            db.execute(_LAST_ACK, (ack.cursor, ack.ledger, now_s, ack.completes, ack.key))
-        for second, (lines, uid_sum) in ack.seconds.items():
-            self._add_second(db, ack.key, second, lines, uid_sum)
-        if ack.completes is not None:
-            self._clear_seconds(db, ack.key, late=ack.completes)
+    def _ack(self, db: Writes, acks: Sequence[Ack], now_s: float) -> Exception | None:
+        """Store acknowledgements; return the error for one that cannot be stored, and then store none."""
+        first = len(db)
+        try:
+            rows = [(ack.cursor, ack.ledger, now_s, ack.completes is not None, ack.completes, ack.key) for ack in acks]
+            db.executemany(_ACK, rows)
+            for ack in acks:
+                for second, (lines, uid_sum) in ack.seconds.items():
+                    self._add_second(db, ack.key, second, lines, uid_sum)
+                if ack.completes is not None:
+                    self._clear_seconds(db, ack.key, late=ack.completes)
+        except (ValueRefusedError, *_REFUSED) as error:
+            db.forget(first)
+            self._roll_back()
+            self._begin()
+            return error
+        return None
 
     def _add_second(self, db: Writes, key: int, second: int, lines: int, uid_sum: int) -> None:
         # SQLite's integers are signed and do not wrap: the sum mod 2^64 is stored as text.

@@ -51,8 +51,10 @@ class _Counter:
         self._first_read_ns: dict[_Series, int] = {}
 
     def add(self, n: int, attributes: Mapping[str, str]) -> None:
-        key = tuple(attributes.items())
-        self._counts[key] = self._counts.get(key, 0) + n
+        self.add_to(tuple(attributes.items()), n)
+
+    def add_to(self, series: _Series, n: int) -> None:
+        self._counts[series] = self._counts.get(series, 0) + n
 
     def read(self, now_ns: int) -> Metric:
         # A copy: a scrape may read from another thread.
@@ -61,6 +63,14 @@ class _Counter:
             for series, count in list(self._counts.items())
         ]
         return Metric(*self._texts, Sum(points, self._is_monotonic))
+
+
+class _SeriesOfServices(dict[str, _Series]):
+    """The series of each service, by its configured name."""
+
+    def __missing__(self, service: str) -> _Series:
+        series = self[service] = (("service", service),)
+        return series
 
 
 class _Observed:
@@ -135,6 +145,7 @@ class AgentMetrics:
         self.run_changes = asyncio.Event()
         self._clock_s = clock_s
         self._followed: dict[str, int] = {}
+        self._series = _SeriesOfServices()
         self._newest_acked_s: dict[str, float] = {}
         self._started_s = self._checkpoint_s = clock_s()
         self._endpoints: dict[str, bool] = {}
@@ -229,7 +240,7 @@ class AgentMetrics:
 
     def polled(self, service: str, n: int = 1) -> None:
         """Count requests to a job service."""
-        self._polls.add(n, {"service": service})
+        self._polls.add_to(self._series[service], n)
 
     def poll_failed(self, service: str, error: BaseException) -> None:
         """Count a failed request to a job service; the error's class is its ``error.type``."""
@@ -245,16 +256,16 @@ class AgentMetrics:
             redactions: Number of redacted secrets.
             late: Number of records of lines that became visible late.
         """
-        attributes = {"service": service}
+        series = self._series[service]
         if n:
-            self._read.add(n, attributes)
-            self._in_flight.add(n, attributes)
+            self._read.add_to(series, n)
+            self._in_flight.add_to(series, n)
         if dropped:
-            self._dropped.add(dropped, {**attributes, "reason": "min_severity"})
+            self._dropped.add(dropped, {"service": service, "reason": "min_severity"})
         if redactions:
-            self._redactions.add(redactions, attributes)
+            self._redactions.add_to(series, redactions)
         if late:
-            self._late.add(late, attributes)
+            self._late.add_to(series, late)
 
     def records_acked(self, service: str, n: int, newest_unix_nano: int = 0) -> None:
         """Count records that the endpoint accepted.
@@ -264,8 +275,8 @@ class AgentMetrics:
             n: Number of records.
             newest_unix_nano: The time of the newest record, in ns since the epoch; lag is measured from it.
         """
-        self._acked.add(n, {"service": service})
-        self._in_flight.add(-n, {"service": service})
+        self._acked.add_to(self._series[service], n)
+        self._in_flight.add_to(self._series[service], -n)
         newest_s = newest_unix_nano / 1e9
         if newest_s > self._newest_acked_s.get(service, 0.0):
             self._newest_acked_s[service] = newest_s

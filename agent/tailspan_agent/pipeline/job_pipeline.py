@@ -532,13 +532,16 @@ class JobPipeline:
         """Whether all that was queued is acknowledged and stored."""
         return not self._unacked and not self._is_lost
 
-    async def all_acked(self) -> None:
+    async def all_acked(self, longest_s: float | None = None) -> None:
         """Wait until all that was queued is acknowledged and stored.
+
+        Args:
+            longest_s: How long to wait for it, in seconds; None: without limit.
 
         Raises:
             LeaseLostError: Another agent of the fleet follows the job, and sends what is left.
         """
-        await self._all_acked.wait()
+        await self._all_acked.wait(longest_s)
         self.check_not_lost()
 
     async def left_flight(self) -> None:

@@ -303,20 +303,12 @@ class LogQueue:
                     piece.chunk.on_void()
                 return
             result = sent
-        for piece, outcome in zip(batch, _results(batch, result), strict=True):
-            piece.chunk.result += outcome
+        if result.rejections or result.retries:
+            for piece, outcome in zip(batch, _results(batch, result), strict=True):
+                piece.chunk.result += outcome
         done = [piece.chunk for piece in batch if piece.is_last]
-        acks = []
-        for chunk in done:
-            try:
-                ack = chunk.on_result(chunk.result)
-            except Exception:
-                # The lines are delivered. Without this ack they are sent again after a restart: only this job's.
-                _log.exception("an ack of one job cannot be stored (please report); those of other jobs are")
-                continue
-            if ack is not None:
-                acks.append(ack)
         if done:
+            acks = _acks(done)
             await _until_stored(lambda: self._store.ack(acks), "the checkpoint of sent lines")
         for chunk in done:
             chunk.on_stored()
@@ -367,6 +359,21 @@ class LogQueue:
             else:
                 self._queue.append(chunk)
         self._left.notify()
+
+
+def _acks(done: Iterable[Chunk]) -> list[Ack]:
+    """Return the acks of chunks that are delivered."""
+    acks = []
+    for chunk in done:
+        try:
+            ack = chunk.on_result(chunk.result)
+        except Exception:
+            # The lines are delivered. Without this ack they are sent again after a restart: only this job's.
+            _log.exception("an ack of one job cannot be stored (please report); those of other jobs are")
+            continue
+        if ack is not None:
+            acks.append(ack)
+    return acks
 
 
 def _without_void(batch: Sequence[_Piece]) -> list[_Piece]:

@@ -7,7 +7,6 @@ that the lifecycle returns. Lines go to the job's `JobPipeline`.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 import time
@@ -64,6 +63,7 @@ from tailspan_agent.receiver.source import Source
 __all__ = ["Tailer"]
 
 _AUTH_RETRY_S = 30.0
+# For the acknowledgements that the run span counts: the logs endpoint may be down or slow.
 _RUN_SPAN_WAIT_S = 2.0
 
 _log = logging.getLogger(__name__)
@@ -253,7 +253,7 @@ class Tailer:
                     # A job that cannot be read must not hold up the others of its stream.
                     self.leave_stream()
                 self._on_first_turn(self.job_id)
-                if not self.lifecycle.is_over and self.schedule.rest(delay_s):
+                if self.lifecycle.is_over or self.schedule.rest(delay_s):
                     return
                 await asyncio.sleep(0)
         finally:
@@ -457,7 +457,7 @@ class Tailer:
         if pipeline.status.state is not JobState.SUCCEEDED and pipeline.ledger.failure is None:
             pipeline.attach_failure(failure_of(await last_lines(read, pipeline)))
         await pipeline.collect_span_lines(read)
-        await _acked_soon(pipeline)
+        await pipeline.all_acked(_RUN_SPAN_WAIT_S)
         pipeline.end_run(log_complete=log_complete)
         await pipeline.alerts.send_pending()
 
@@ -501,7 +501,7 @@ class Tailer:
         _log.warning("job %s was deleted at service %s before its end was relayed", self.job_id, self._service.name)
         self._context.health.gap(self._service.name)
         pipeline.mark_lost("the job was deleted at its service while it was followed")
-        await _acked_soon(pipeline)
+        await pipeline.all_acked(_RUN_SPAN_WAIT_S)
         pipeline.end_run(log_complete=False)
         await pipeline.complete_log(read_to_end=False)
 
@@ -518,10 +518,3 @@ class Tailer:
             return _AUTH_RETRY_S
         asked_s = error.retry_after_s if isinstance(error, ServiceUnavailableError) else None
         return backoff_s(self._errors, random.random(), retry_after_s=asked_s)
-
-
-async def _acked_soon(pipeline: JobPipeline) -> None:
-    """Wait for the acknowledgements that the run span counts, but not long: the logs endpoint may be down or slow."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_RUN_SPAN_WAIT_S):
-            await pipeline.all_acked()
