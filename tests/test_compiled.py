@@ -12,6 +12,7 @@ import pytest
 
 from tailspan import _native
 from tailspan.logs import text
+from tailspan.services.fused import stream, window
 from tailspan_agent.records import framing, severity
 
 ROOT = Path(__file__).parent.parent
@@ -28,11 +29,14 @@ import sys
 sys.modules["tailspan._compiled"] = None
 from tailspan import _native
 from tailspan.logs import text
+from tailspan.services.fused import stream, window
 from tailspan_agent.records import framing, severity
 assert not _native.COMPILED
 assert text.count_lines is text.count_lines_in_python
 assert severity.find_severities is severity.find_severities_in_python
 assert framing.frame is framing.frame_in_python
+assert window.distinct_digests is window.distinct_digests_in_python
+assert stream.usual_entries(b"[]") is None
 """
 
 
@@ -48,6 +52,8 @@ def test_c_is_used_where_it_could_be_compiled() -> None:
     assert text.count_lines is not text.count_lines_in_python
     assert severity.find_severities is not severity.find_severities_in_python
     assert framing.frame is not framing.frame_in_python
+    assert window.distinct_digests is not window.distinct_digests_in_python
+    assert stream.usual_entries(b"[]") == []
 
 
 def test_python_replaces_the_c_part_where_it_is_absent() -> None:

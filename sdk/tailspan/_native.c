@@ -1,6 +1,7 @@
-/* The functions that run for every line or attribute, in C. `tailspan.logs.text`, `tailspan_agent.otlp.wire`,
- * `tailspan_agent.records.framing` and `tailspan_agent.records.severity` have the same functions in Python, with the
- * same results; tests/unit/sdk/logs, tests/unit/agent/otlp and tests/unit/agent/records compare them.
+/* The functions that run for every line or attribute, in C. `tailspan.logs.text`,
+ * `tailspan.services.fused.stream` and `.window`, `tailspan_agent.otlp.wire`, `tailspan_agent.records.framing` and
+ * `.severity` have the same functions in Python, with the same results; tests/unit/sdk/logs, tests/unit/sdk/services,
+ * tests/unit/agent/otlp and tests/unit/agent/records compare them.
  * `tailspan_agent.otlp.requests` explains the format of a record.
  *
  * Only the limited API of Python 3.11 is used: one build serves all later versions. `frame` accepts exact types only and
@@ -37,6 +38,8 @@ static PyObject *count_lines(PyObject *Py_UNUSED(module), PyObject *text)
 
 #define MAX_FIELDS 255
 #define MAX_NUMBERED 5000 /* MAX_PAGE_LINES of tailspan.logs.page */
+#define MAX_PAGE_BYTES (1 << 20)
+#define MAX_MS 9223372036854 /* of tailspan.services.fused.stream */
 #define DIGEST_BYTES 8
 #define TIME_BYTES 9
 #define FAILED (-1)
@@ -694,6 +697,508 @@ static PyObject *usual_attributes(PyObject *Py_UNUSED(module), PyObject *args)
     }
 }
 
+/* BLAKE2b without a key (RFC 7693), of which only the first 8 bytes are used: the digest of a line. */
+#define BLOCK_BYTES 128
+#define ROUNDS 12
+
+typedef struct {
+    uint64_t state[8], hashed;
+    unsigned char block[BLOCK_BYTES];
+    size_t filled;
+} Blake2b;
+
+static const uint64_t blake2b_start[8] = {0x6a09e667f3bcc908, 0xbb67ae8584caa73b, 0x3c6ef372fe94f82b,
+                                          0xa54ff53a5f1d36f1, 0x510e527fade682d1, 0x9b05688c2b3e6c1f,
+                                          0x1f83d9abfb41bd6b, 0x5be0cd19137e2179};
+static const unsigned char orders[10][16] = {
+    {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, {14, 10, 4, 8, 9, 15, 13, 6, 1, 12, 0, 2, 11, 7, 5, 3},
+    {11, 8, 12, 0, 5, 2, 15, 13, 10, 14, 3, 6, 7, 1, 9, 4}, {7, 9, 3, 1, 13, 12, 11, 14, 2, 6, 5, 10, 4, 0, 15, 8},
+    {9, 0, 5, 7, 2, 4, 10, 15, 14, 1, 11, 12, 6, 8, 3, 13}, {2, 12, 6, 10, 0, 11, 8, 3, 4, 13, 7, 5, 15, 14, 1, 9},
+    {12, 5, 1, 15, 14, 13, 4, 10, 0, 7, 6, 3, 9, 2, 8, 11}, {13, 11, 7, 14, 12, 1, 3, 9, 5, 0, 15, 4, 8, 6, 2, 10},
+    {6, 15, 14, 9, 11, 3, 0, 8, 12, 2, 13, 7, 1, 4, 10, 5}, {10, 2, 8, 4, 7, 6, 1, 5, 15, 11, 9, 14, 3, 12, 13, 0}};
+
+static uint64_t little_endian(const unsigned char *bytes)
+{
+    return (uint64_t)bytes[0] | (uint64_t)bytes[1] << 8 | (uint64_t)bytes[2] << 16 | (uint64_t)bytes[3] << 24 |
+           (uint64_t)bytes[4] << 32 | (uint64_t)bytes[5] << 40 | (uint64_t)bytes[6] << 48 | (uint64_t)bytes[7] << 56;
+}
+
+#define TURN(word, bits) ((word) >> (bits) | (word) << (64 - (bits)))
+#define MIX(a, b, c, d, i) \
+    do { \
+        v[a] += v[b] + m[order[2 * (i)]]; \
+        v[d] = TURN(v[d] ^ v[a], 32); \
+        v[c] += v[d]; \
+        v[b] = TURN(v[b] ^ v[c], 24); \
+        v[a] += v[b] + m[order[2 * (i) + 1]]; \
+        v[d] = TURN(v[d] ^ v[a], 16); \
+        v[c] += v[d]; \
+        v[b] = TURN(v[b] ^ v[c], 63); \
+    } while (0)
+
+static void hash_block(Blake2b *hash, int is_last)
+{
+    uint64_t v[16], m[16];
+    for (int i = 0; i < 8; i++) v[i] = hash->state[i];
+    for (int i = 0; i < 8; i++) v[8 + i] = blake2b_start[i];
+    for (int i = 0; i < 16; i++) m[i] = little_endian(hash->block + 8 * i);
+    v[12] ^= hash->hashed;
+    if (is_last) v[14] = ~v[14];
+#pragma GCC unroll 12
+    for (int round = 0; round < ROUNDS; round++) {
+        const unsigned char *order = orders[round % 10];
+        MIX(0, 4, 8, 12, 0);
+        MIX(1, 5, 9, 13, 1);
+        MIX(2, 6, 10, 14, 2);
+        MIX(3, 7, 11, 15, 3);
+        MIX(0, 5, 10, 15, 4);
+        MIX(1, 6, 11, 12, 5);
+        MIX(2, 7, 8, 13, 6);
+        MIX(3, 4, 9, 14, 7);
+    }
+    for (int i = 0; i < 8; i++) hash->state[i] ^= v[i] ^ v[8 + i];
+}
+
+static void begin_hash(Blake2b *hash)
+{
+    memset(hash, 0, sizeof *hash);
+    memcpy(hash->state, blake2b_start, sizeof blake2b_start);
+    hash->state[0] ^= 0x01010000 ^ DIGEST_BYTES;
+}
+
+static void add_to_hash(Blake2b *hash, Piece piece)
+{
+    while (piece.length) {
+        if (hash->filled == BLOCK_BYTES) {
+            hash->hashed += BLOCK_BYTES;
+            hash_block(hash, 0);
+            hash->filled = 0;
+        }
+        size_t room = BLOCK_BYTES - hash->filled, taken = (size_t)piece.length < room ? (size_t)piece.length : room;
+        memcpy(hash->block + hash->filled, piece.bytes, taken);
+        hash->filled += taken;
+        piece.bytes += taken;
+        piece.length -= (Py_ssize_t)taken;
+    }
+}
+
+static uint64_t end_hash(Blake2b *hash)
+{
+    hash->hashed += hash->filled;
+    memset(hash->block + hash->filled, 0, BLOCK_BYTES - hash->filled);
+    hash_block(hash, 1);
+    return hash->state[0];
+}
+
+/* A set of digests; an empty place is 0. */
+typedef struct {
+    uint64_t *places;
+    size_t mask;
+} Digests;
+
+/* Return whether a digest was not in the set. 0 is never new. */
+static int add_digest(Digests *set, uint64_t digest)
+{
+    size_t at = (size_t)digest & set->mask;
+    while (set->places[at] != 0 && set->places[at] != digest) at = (at + 1) & set->mask;
+    int is_new = set->places[at] != digest;
+    set->places[at] = digest;
+    return is_new;
+}
+
+#define TIME_KEY_BYTES 32
+
+/* Return a time in ns as a decimal number, and what follows in the key of a line that has no equal before it. */
+static Piece time_key(char *room, uint64_t ms)
+{
+    static const char behind[] = "000000\0000"; /* ms in ns; the number of equal lines before it is 0 */
+    char *end = room + TIME_KEY_BYTES, *at = end - sizeof behind;
+    memcpy(at, behind, sizeof behind);
+    if (ms == 0) at += 5;
+    for (; ms != 0; ms /= 10) *--at = (char)('0' + ms % 10);
+    return (Piece){at, end - at};
+}
+
+/* Return 1; 0 if two digests are equal; -1 for an error. */
+static int hash_lines(Piece key, Cursor *lines, PyObject *instants, PyObject *counts, Digests *set, char *digests)
+{
+    Blake2b begun;
+    begin_hash(&begun);
+    add_to_hash(&begun, key);
+    for (Py_ssize_t i = 0, left = count_of(lines); i < PyList_Size(instants); i++) {
+        char room[TIME_KEY_BYTES];
+        Piece time = time_key(room, PyLong_AsUnsignedLongLong(PyList_GetItem(instants, i)));
+        Py_ssize_t count = PyLong_AsSsize_t(PyList_GetItem(counts, i));
+        if (PyErr_Occurred()) return -1;
+        if (count < 0 || count > left) {
+            PyErr_SetString(PyExc_ValueError, "there are fewer lines");
+            return -1;
+        }
+        Blake2b timed = begun;
+        add_to_hash(&timed, time);
+        for (left -= count; count > 0; count--, digests += DIGEST_BYTES) {
+            Blake2b hash = timed;
+            Piece line;
+            if (next_line(lines, &line) < 0) return -1;
+            add_to_hash(&hash, line);
+            uint64_t digest = end_hash(&hash);
+            if (!add_digest(set, digest)) return 0;
+            for (int byte = 0; byte < DIGEST_BYTES; byte++) digests[byte] = (char)(digest >> 8 * byte);
+        }
+    }
+    return no_more(lines) < 0 ? -1 : 1;
+}
+
+PyDoc_STRVAR(distinct_digests_doc, "distinct_digests(key, lines, instants_ms, counts, known, /)\n--\n\n"
+"See `tailspan.services.fused.window.distinct_digests_in_python`.");
+
+static PyObject *distinct_digests(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    PyObject *object, *instants, *counts, *digests = NULL;
+    Piece key, known;
+    Cursor lines;
+    if (!PyArg_ParseTuple(args, "y#OO!O!y#", &key.bytes, &key.length, &object, &PyList_Type, &instants, &PyList_Type,
+                          &counts, &known.bytes, &known.length))
+        return NULL;
+    if (lines_of(object, &lines) < 0) return NULL;
+    if (PyList_Size(instants) != PyList_Size(counts))
+        return PyErr_Format(PyExc_ValueError, "there must be as many counts as instants");
+    Py_ssize_t count = count_of(&lines);
+    Digests set = {NULL, 1};
+    while (set.mask < 2 * (size_t)(count + known.length / DIGEST_BYTES)) set.mask *= 2;
+    if ((set.places = PyMem_Calloc(set.mask--, sizeof *set.places)) == NULL) return PyErr_NoMemory();
+    for (; known.length >= DIGEST_BYTES; known.bytes += DIGEST_BYTES, known.length -= DIGEST_BYTES)
+        add_digest(&set, little_endian((const unsigned char *)known.bytes));
+    int result = -1;
+    if ((digests = PyBytes_FromStringAndSize(NULL, DIGEST_BYTES * count)) != NULL)
+        result = hash_lines(key, &lines, instants, counts, &set, PyBytes_AsString(digests));
+    PyMem_Free(set.places);
+    if (result == 1) return digests;
+    Py_XDECREF(digests);
+    if (result == 0) Py_RETURN_NONE;
+    return NULL;
+}
+
+/* A JSON text, and where its next token is. Each reader returns 0, or NULL, for what only the form in Python reads. */
+typedef struct {
+    const char *at, *end;
+} Json;
+
+static void skip_spaces(Json *json)
+{
+    while (json->at < json->end && *json->at <= ' ' && is_one_of(*json->at, " \n\r\t")) json->at++;
+}
+
+static int read_mark(Json *json, char mark)
+{
+    skip_spaces(json);
+    if (json->at == json->end || *json->at != mark) return 0;
+    json->at++;
+    return 1;
+}
+
+static char *put_character(char *at, uint32_t code)
+{
+    if (code < 0x80) {
+        *at++ = (char)code;
+        return at;
+    }
+    int more = code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
+    static const unsigned char first[] = {0, 0xc0, 0xe0, 0xf0};
+    *at++ = (char)(first[more] | code >> 6 * more);
+    while (more--) *at++ = (char)(0x80 | (code >> 6 * more & 0x3f));
+    return at;
+}
+
+static int read_hex(Json *json, uint32_t *code)
+{
+    if (json->end - json->at < 4) return 0;
+    *code = 0;
+    for (int i = 0; i < 4; i++) {
+        char c = *json->at++;
+        uint32_t lower = (uint32_t)(unsigned char)c | 0x20;
+        if (is(c, DIGIT)) *code = *code << 4 | (uint32_t)(c - '0');
+        else if (lower >= 'a' && lower <= 'f') *code = *code << 4 | (lower - 'a' + 10);
+        else return 0;
+    }
+    return 1;
+}
+
+/* Read a backslash and what follows. */
+static char *read_escape(Json *json, char *out)
+{
+    static const char names[] = "\"\\/bfnrt", values[] = "\"\\/\b\f\n\r\t";
+    if (++json->at == json->end) return NULL;
+    char name = *json->at++;
+    if (name != 'u') {
+        const char *found = memchr(names, name, sizeof names - 1);
+        if (found == NULL) return NULL;
+        *out++ = values[found - names];
+        return out;
+    }
+    uint32_t code, low;
+    if (!read_hex(json, &code)) return NULL;
+    if (code >= 0xd800 && code < 0xe000) { /* a half of a pair */
+        if (code >= 0xdc00 || json->end - json->at < 2 || json->at[0] != '\\' || json->at[1] != 'u') return NULL;
+        json->at += 2;
+        if (!read_hex(json, &low) || low < 0xdc00 || low >= 0xe000) return NULL;
+        code = 0x10000 + ((code - 0xd800) << 10) + (low - 0xdc00);
+    }
+    return put_character(out, code);
+}
+
+/* Read a character of several bytes, in valid UTF-8 only. */
+static char *read_wide(Json *json, char *out)
+{
+    unsigned char first = (unsigned char)*json->at;
+    int more = first >= 0xf0 ? 3 : first >= 0xe0 ? 2 : 1;
+    static const uint32_t least[] = {0, 0x80, 0x800, 0x10000};
+    if (first < 0xc2 || first > 0xf4 || json->end - json->at <= more) return NULL;
+    uint32_t code = first & (0x3fu >> more);
+    for (int i = 1; i <= more; i++) {
+        unsigned char next = (unsigned char)json->at[i];
+        if ((next & 0xc0) != 0x80) return NULL;
+        code = code << 6 | (next & 0x3fu);
+    }
+    if (code < least[more] || code > 0x10ffff || (code >= 0xd800 && code < 0xe000)) return NULL;
+    memcpy(out, json->at, (size_t)more + 1);
+    json->at += more + 1;
+    return out + more + 1;
+}
+
+/* Whether a character of a string stands for itself; as a table for single ones, and as a sum for a row of them. */
+static unsigned char plain[256];
+
+static unsigned char is_plain(char c)
+{
+    unsigned char byte = (unsigned char)c;
+    return (unsigned char)((byte >= 0x20) & (byte < 0x80) & (byte != '"') & (byte != '\\'));
+}
+
+/* Read a string; return the end of what was written. That is never longer than what was read. */
+static char *read_string(Json *json, char *out)
+{
+    if (!read_mark(json, '"')) return NULL;
+    while (out != NULL) {
+        const char *at = json->at, *end = json->end;
+        for (; end - at >= ROW; at += ROW, out += ROW) {
+            unsigned char are_plain = 1;
+            for (int i = 0; i < ROW; i++) are_plain &= is_plain(at[i]);
+            if (!are_plain) break;
+            memcpy(out, at, ROW);
+        }
+        while (at < end && plain[(unsigned char)*at]) *out++ = *at++;
+        json->at = at;
+        if (at == end) return NULL;
+        if (*at == '"') {
+            json->at++;
+            return out;
+        }
+        if (*at == '\\') out = read_escape(json, out);
+        else out = (unsigned char)*at >= 0x80 ? read_wide(json, out) : NULL;
+    }
+    return NULL;
+}
+
+static int read_number(Json *json, uint64_t *number)
+{
+    skip_spaces(json);
+    const char *start = json->at;
+    for (*number = 0; json->at < json->end && is(*json->at, DIGIT); json->at++) {
+        if (json->at - start == 18) return 0;
+        *number = 10 * *number + (uint64_t)(*json->at - '0');
+    }
+    Py_ssize_t digits = json->at - start;
+    return digits == 1 || (digits > 1 && *start != '0');
+}
+
+static int skip_value(Json *json, char *room)
+{
+    static const char *const words[] = {"null", "true", "false"};
+    uint64_t number;
+    skip_spaces(json);
+    if (json->at == json->end) return 0;
+    if (*json->at == '"') return read_string(json, room) != NULL;
+    for (size_t i = 0; i < sizeof words / sizeof *words; i++) {
+        size_t length = strlen(words[i]);
+        if ((size_t)(json->end - json->at) < length || memcmp(json->at, words[i], length) != 0) continue;
+        json->at += length;
+        return 1;
+    }
+    if (*json->at == '-') json->at++;
+    return json->at < json->end && is(*json->at, DIGIT) && read_number(json, &number);
+}
+
+static int is_text(const char *start, const char *end, const char *text)
+{
+    return (size_t)(end - start) == strlen(text) && memcmp(start, text, strlen(text)) == 0;
+}
+
+typedef struct {
+    char *message, *end; /* without its line ending */
+    uint64_t ms;
+    unsigned char stream; /* of tailspan.logs.page.Stream */
+} Entry;
+
+/* Read an entry of a log, and write its message at `out`. */
+static int read_entry(Json *json, Entry *entry, char *out)
+{
+    enum { MESSAGE = 1, TIME = 2, STREAM = 4 };
+    int found = 0;
+    entry->stream = 0;
+    if (!read_mark(json, '{')) return 0;
+    do {
+        char *key_end = read_string(json, out), *end;
+        if (key_end == NULL || !read_mark(json, ':')) return 0;
+        int key = is_text(out, key_end, "message") ? MESSAGE : is_text(out, key_end, "timestamp") ? TIME
+                  : is_text(out, key_end, "stream") ? STREAM : 0;
+        if (found & key) return 0;
+        found |= key;
+        skip_spaces(json);
+        if (key == MESSAGE) {
+            if ((end = read_string(json, out)) == NULL) return 0;
+            entry->message = out;
+            out = entry->end = end;
+        } else if (key == TIME) {
+            if (!read_number(json, &entry->ms) || entry->ms > MAX_MS) return 0;
+        } else if (key == STREAM && json->at < json->end && *json->at == '"') {
+            if ((end = read_string(json, out)) == NULL) return 0;
+            entry->stream = is_text(out, end, "stdout") ? 1 : is_text(out, end, "stderr") ? 2 : 0;
+        } else if (!skip_value(json, out)) return 0;
+    } while (read_mark(json, ','));
+    if (!(found & MESSAGE) || !(found & TIME) || !read_mark(json, '}')) return 0;
+    if (entry->end > entry->message && entry->end[-1] == '\n') {
+        entry->end--;
+        if (entry->end > entry->message && entry->end[-1] == '\r') entry->end--;
+    }
+    return 1;
+}
+
+/* The entries of a page: their text, and the columns that `tailspan.services.fused.stream.Entries` has. */
+typedef struct {
+    char *text, *at; /* its start, and where the next message is written */
+    Py_ssize_t lines, bytes, ends[MAX_NUMBERED];
+    unsigned char streams[MAX_NUMBERED];
+    int is_text; /* whether no line has a newline within */
+    PyObject *instants, *counts; /* NULL: no entry came yet */
+    uint64_t ms;
+    Py_ssize_t count; /* of the last instant */
+} Entries;
+
+static int append(PyObject *list, PyObject *item)
+{
+    int failed = item == NULL || PyList_Append(list, item) < 0;
+    Py_XDECREF(item);
+    return failed ? -1 : 0;
+}
+
+static int end_instant(Entries *entries)
+{
+    if (!entries->count) return 0;
+    int failed = append(entries->instants, PyLong_FromUnsignedLongLong(entries->ms)) < 0 ||
+                 append(entries->counts, PyLong_FromSsize_t(entries->count)) < 0;
+    entries->count = 0;
+    return failed ? -1 : 0;
+}
+
+static PyObject *lines_of_entries(const Entries *entries)
+{
+    if (entries->is_text) return PyBytes_FromStringAndSize(entries->text, entries->at - entries->text);
+    PyObject *lines = PyList_New(0);
+    const char *start = entries->text;
+    for (Py_ssize_t i = 0; lines != NULL && i < entries->lines; i++) {
+        const char *end = entries->text + entries->ends[i];
+        if (append(lines, PyBytes_FromStringAndSize(start, end - start)) < 0) Py_CLEAR(lines);
+        start = end + 1;
+    }
+    return lines;
+}
+
+/* Add the entries of a page to the list, if there are any, and begin the next page. */
+static int end_entries(Entries *entries, PyObject *pages)
+{
+    int failed = 0;
+    if (entries->lines) {
+        PyObject *lines = end_instant(entries) < 0 ? NULL : lines_of_entries(entries);
+        failed = lines == NULL || append(pages, Py_BuildValue("NOOy#", lines, entries->instants, entries->counts,
+                                                              (char *)entries->streams, entries->lines)) < 0;
+    }
+    Py_CLEAR(entries->instants);
+    Py_CLEAR(entries->counts);
+    entries->text = entries->at;
+    entries->lines = entries->bytes = 0;
+    entries->is_text = 1;
+    return failed ? -1 : 0;
+}
+
+static int add_entry(Entries *entries, const Entry *entry, PyObject *pages)
+{
+    Py_ssize_t length = entry->end - entry->message;
+    int is_full = entries->lines == MAX_NUMBERED || (entries->lines && length > MAX_PAGE_BYTES - entries->bytes);
+    if (is_full && end_entries(entries, pages) < 0) return -1;
+    if (entries->instants == NULL) {
+        entries->instants = PyList_New(0);
+        entries->counts = PyList_New(0);
+        if (entries->instants == NULL || entries->counts == NULL) return -1;
+    }
+    if (entry->ms != entries->ms && end_instant(entries) < 0) return -1;
+    entries->ms = entry->ms;
+    entries->count++;
+    entries->bytes += length;
+    if (length && memchr(entry->message, '\n', (size_t)length) != NULL) entries->is_text = 0;
+    *entry->end = '\n';
+    entries->at = entry->end + 1;
+    entries->ends[entries->lines] = entry->end - entries->text;
+    entries->streams[entries->lines++] = entry->stream;
+    return 0;
+}
+
+/* Return 1; 0 for what only the form in Python reads; -1 for an error. */
+static int read_entries(Json *json, Entries *entries, PyObject *pages)
+{
+    if (!read_mark(json, '[')) return 0;
+    if (!read_mark(json, ']')) {
+        do {
+            Entry entry;
+            if (!read_entry(json, &entry, entries->at)) return 0;
+            if (add_entry(entries, &entry, pages) < 0) return -1;
+        } while (read_mark(json, ','));
+        if (!read_mark(json, ']')) return 0;
+    }
+    skip_spaces(json);
+    if (json->at != json->end) return 0;
+    return end_entries(entries, pages) < 0 ? -1 : 1;
+}
+
+PyDoc_STRVAR(usual_entries_doc, "usual_entries(json, /)\n--\n\n"
+"See `tailspan.services.fused.stream.entries_in_python`; None for a text that only the form in Python reads.");
+
+static PyObject *usual_entries(PyObject *Py_UNUSED(module), PyObject *object)
+{
+    Py_buffer view;
+    if (PyObject_GetBuffer(object, &view, PyBUF_SIMPLE) < 0) return NULL;
+    Json json = {view.buf, (const char *)view.buf + view.len};
+    PyObject *pages = PyList_New(0);
+    Entries *entries = PyMem_Calloc(1, sizeof *entries);
+    char *text = PyMem_Malloc((size_t)view.len + 1);
+    int result = -1;
+    if (pages != NULL && (entries == NULL || text == NULL)) PyErr_NoMemory();
+    else if (pages != NULL) {
+        entries->text = entries->at = text;
+        entries->is_text = 1;
+        result = read_entries(&json, entries, pages);
+        Py_CLEAR(entries->instants);
+        Py_CLEAR(entries->counts);
+    }
+    PyMem_Free(text);
+    PyMem_Free(entries);
+    PyBuffer_Release(&view);
+    if (result == 1) return pages;
+    Py_XDECREF(pages);
+    if (result == 0) Py_RETURN_NONE;
+    return NULL;
+}
+
 #ifdef __linux__
 #include <unistd.h>
 #include <sys/syscall.h>
@@ -719,9 +1224,11 @@ static PyMethodDef methods[] = {
     {"system_call", system_call, METH_VARARGS, system_call_doc},
 #endif
     {"count_lines", count_lines, METH_O, count_lines_doc},
+    {"distinct_digests", distinct_digests, METH_VARARGS, distinct_digests_doc},
     {"find_severities", find_severities, METH_O, find_severities_doc},
     {"frame", frame, METH_VARARGS, frame_doc},
     {"usual_attributes", usual_attributes, METH_VARARGS, usual_attributes_doc},
+    {"usual_entries", usual_entries, METH_O, usual_entries_doc},
     {NULL, NULL, 0, NULL},
 };
 
@@ -738,5 +1245,6 @@ static struct PyModuleDef definition = {
 PyMODINIT_FUNC PyInit__compiled(void)
 {
     fill_classes();
+    for (int c = 0; c < 256; c++) plain[c] = is_plain((char)c);
     return PyModuleDef_Init(&definition);
 }

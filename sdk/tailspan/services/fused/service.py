@@ -257,9 +257,10 @@ class FusedService(MergingService):
             latest_ms=int((time.time() + _MAX_AHEAD_S) * 1000),
         )
         async with aclosing(self._elements(job_id, window.since_ms, lines)) as parts:
-            async for entries in parts:
-                for page in pages(window, entries):
-                    yield page
+            async for part in parts:
+                for entries in part:
+                    for page in pages(window, entries):
+                        yield page
 
     async def read_messages(self, job_id: str, since_ms: int | None = None) -> AsyncGenerator[Sequence[Message], None]:
         """Yield the lines as the server sent them, with all keys, at or after ``since_ms``.
@@ -292,7 +293,7 @@ class FusedService(MergingService):
             ask_ms = None if since_ms is None else since_ms - 1
             async with aclosing(self._elements(job_id, ask_ms, lines, step_bytes=_PROBE_BYTES)) as parts:
                 async for entries in parts:
-                    found = [entry.timestamp for entry in entries if entry.timestamp >= (since_ms or 0)]
+                    found = [ms for page in entries for ms in page.times_ms if ms >= (since_ms or 0)]
                     first_ms = min(found + [first_ms] * (first_ms >= 0), default=-1)
                     last_ms = max(last_ms, *found, -1)
                     count += len(found)

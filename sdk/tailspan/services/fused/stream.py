@@ -6,22 +6,52 @@ import operator
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate, compress, repeat
-from typing import Annotated, Any, cast
+from itertools import accumulate, chain, compress, groupby, repeat
+from typing import Annotated, Any, NamedTuple, cast
 
 import msgspec
 
-from tailspan.logs.page import CLEAN, MAX_PAGE_BYTES, MAX_PAGE_LINES, NANOS_PER_MS, LineRun, LogPage, Stream
+from tailspan._native import compiled
+from tailspan.logs.page import MAX_PAGE_BYTES, MAX_PAGE_LINES, NANOS_PER_MS, LineRun, LogPage, Stream
+from tailspan.logs.text import split_text
 from tailspan.services.fused.window import LateWindow, NewLines
 
-__all__ = ["LogEntry", "lines", "messages", "pages"]
+__all__ = ["Entries", "entries_in_python", "lines", "messages", "pages", "usual_entries"]
 
 # A time that fits into 64 bits of ns: until the year 2262.
 _MAX_MS = 2**63 // NANOS_PER_MS
 _STREAMS = {name: Stream.NAMES.index(name) for name in Stream.NAMES}
 
 
-class LogEntry(msgspec.Struct, gc=False):
+class Entries(NamedTuple):
+    """Elements of a log reply, at most as many as a page has, in columns.
+
+    A line ending at the end of a message is removed; newlines within the message are kept.
+
+    Attributes:
+        lines: The messages, as a text with a newline after each; as a list if one has a newline within.
+        instants_ms: Their times, in ms since the epoch, without the repeats of one element after the other.
+        counts: Number of elements of each of these times.
+        streams: The stream of each element, see `Stream`.
+    """
+
+    lines: list[bytes] | bytes
+    instants_ms: list[int]
+    counts: list[int]
+    streams: bytes
+
+    @property
+    def times_ms(self) -> list[int]:
+        """The time of each element."""
+        return list(chain.from_iterable(map(repeat, self.instants_ms, self.counts)))
+
+    @property
+    def bodies(self) -> list[bytes]:
+        """The messages as a list."""
+        return split_text(self.lines) if isinstance(self.lines, bytes) else self.lines
+
+
+class _Entry(msgspec.Struct, gc=False):
     """One element of a log reply; other keys are ignored."""
 
     message: str
@@ -29,27 +59,61 @@ class LogEntry(msgspec.Struct, gc=False):
     stream: Any = None
 
 
-_entries = msgspec.json.Decoder(list[LogEntry])
+_entries = msgspec.json.Decoder(list[_Entry])
 _objects = msgspec.json.Decoder(list[dict[str, Any]])
+
+
+def entries_in_python(json: bytes | memoryview) -> list[Entries]:
+    """Return the elements of an array.
+
+    Args:
+        json: The array.
+
+    Raises:
+        msgspec.DecodeError: The text is not JSON, or (`msgspec.ValidationError`) not of a log.
+    """
+    try:
+        found = _entries.decode(json)
+    except msgspec.ValidationError:
+        usable = _with_possible_values(_objects.decode(json))
+        found = [_Entry(one["message"], one["timestamp"], one.get("stream")) for one in usable]
+    bodies = [_without_ending(entry.message.encode()) for entry in found]
+    return [_columns(bodies[start:end], found[start:end]) for start, end in _page_bounds(bodies)]
+
+
+def _columns(bodies: list[bytes], found: Sequence[_Entry]) -> Entries:
+    text = b"\n".join((*bodies, b""))
+    runs = [(ms, len(list(equal))) for ms, equal in groupby([entry.timestamp for entry in found])]
+    return Entries(
+        text if text.count(b"\n") == len(bodies) else bodies,
+        [ms for ms, _ in runs],
+        [count for _, count in runs],
+        bytes(_stream_of(entry.stream) for entry in found),
+    )
+
+
+def _usual_entries_in_python(json: bytes | memoryview, /) -> list[tuple[Any, ...]] | None:
+    """Return the elements of an array as `Entries` has them; None for a text that only `entries_in_python` reads."""
+    return None
+
+
+usual_entries = compiled("usual_entries", _usual_entries_in_python)
 
 
 class _Lines:
     """Decodes lines."""
 
-    def decode(self, text: bytes | memoryview) -> list[LogEntry]:
+    def decode(self, text: bytes | memoryview) -> list[Entries]:
         """Return the elements of an array."""
-        try:
-            return _entries.decode(text)
-        except msgspec.ValidationError:
-            found = _with_possible_values(_objects.decode(text))
-            return [LogEntry(one["message"], one["timestamp"], one.get("stream")) for one in found]
+        found = usual_entries(text)
+        return entries_in_python(text) if found is None else [Entries(*columns) for columns in found]
 
 
 class _Messages:
     """Decodes lines with all their keys."""
 
     def decode(self, text: bytes | memoryview) -> list[dict[str, Any]]:
-        """Return the objects of an array, oldest first; `LogEntry` has the required keys."""
+        """Return the objects of an array, oldest first; `_Entry` has the required keys."""
         found = _objects.decode(text)
         try:
             kinds = set(map(type, map(_MESSAGE, found)))
@@ -66,7 +130,7 @@ class _Messages:
 
 
 def _with_possible_values(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return lines whose values have the types of `LogEntry`: one impossible line must not hide the others.
+    """Return lines whose values have the types of `_Entry`: one impossible line must not hide the others.
 
     An impossible time becomes 0: the year 1970, so that the reads that follow still find the lines after it.
 
@@ -98,65 +162,30 @@ lines: Any = _Lines()
 messages: Any = _Messages()
 
 
-def pages(window: LateWindow, entries: Sequence[LogEntry]) -> Iterator[LogPage]:
-    """Yield the lines that are new to the window, each page with the cursor after it.
-
-    A line ending at the end of a message is removed; newlines within the message are kept.
+def pages(window: LateWindow, entries: Entries) -> Iterator[LogPage]:
+    """Yield the lines that are new to the window as a page with the cursor after it, if there are any.
 
     Args:
         window: The read that these entries continue.
         entries: Elements of the reply, in its order.
     """
-    times = list(map(_timestamp, entries))
-    bodies, flags = _bodies(list(map(_message, entries)))
-    streams = _streams(list(map(_stream, entries)))
-    for start, end in _page_bounds(bodies):
-        new = window.take(times[start:end], bodies[start:end])
-        if not new.places:
-            continue
-        whole = len(new.places) == end - start
-        page_lines = bodies[start:end] if whole else [bodies[start + place] for place in new.places]
-        page_streams = streams
-        if isinstance(streams, list):
-            page_streams = streams[start:end] if whole else [streams[start + place] for place in new.places]
-        runs = _runs(new, page_streams, flags)
-        yield LogPage(page_lines, runs, window.cursor(), b"".join(new.digests))
-
-
-_timestamp = operator.attrgetter("timestamp")
-_message = operator.attrgetter("message")
-_stream = operator.attrgetter("stream")
-
-
-def _bodies(texts: list[str]) -> tuple[list[bytes], int]:
-    """Return the lines as bytes, without their endings, and their flags; without a step for each line if possible."""
-    if not texts:
-        return [], CLEAN
-    joined = "\0".join(texts).encode()
-    plain = joined.isascii() and b"\r" not in joined and b"\x1b" not in joined
-    if plain and joined.endswith(b"\n") and joined.count(b"\n") == len(texts):
-        bodies = joined[:-1].split(b"\n\0")
-        if len(bodies) == len(texts) and joined.count(b"\0") == len(texts) - 1:
-            return bodies, CLEAN
-    bodies = joined.split(b"\0")
-    plain = plain and len(bodies) == len(texts)
-    if len(bodies) != len(texts):
-        bodies = [text.encode() for text in texts]
-    if b"\n" in joined:
-        bodies = [_without_ending(body) if body[-1:] == b"\n" else body for body in bodies]
-        plain = plain and not any(b"\n" in body for body in bodies)
-    return bodies, CLEAN if plain else 0
+    lines, streams = entries.lines, entries.streams
+    new = window.take_in_order(lines, entries.instants_ms, entries.counts)
+    if new is None:
+        bodies = entries.bodies
+        new = window.take(entries.times_ms, bodies)
+        if len(new.places) < len(bodies):
+            lines, streams = [bodies[place] for place in new.places], bytes(streams[place] for place in new.places)
+    if new.places:
+        runs = _runs(new, streams)
+        if isinstance(lines, bytes):
+            yield LogPage(None, runs, window.cursor(), new.digests, lines)
+        else:
+            yield LogPage(lines, runs, window.cursor(), new.digests)
 
 
 def _without_ending(body: bytes) -> bytes:
-    return body[:-2] if body.endswith(b"\r\n") else body[:-1]
-
-
-def _streams(values: list[Any]) -> int | list[int]:
-    """Return the stream of each line, or one value if all are the same."""
-    if values and values.count(values[0]) == len(values):
-        return _stream_of(values[0])
-    return list(map(_stream_of, values))
+    return body[:-2] if body.endswith(b"\r\n") else body.removesuffix(b"\n")
 
 
 def _stream_of(value: Any) -> int:
@@ -166,9 +195,6 @@ def _stream_of(value: Any) -> int:
 
 def _page_bounds(bodies: Sequence[bytes]) -> Iterator[tuple[int, int]]:
     """Yield the first index and the end of each page's lines."""
-    if len(bodies) <= MAX_PAGE_LINES and sum(map(len, bodies)) <= MAX_PAGE_BYTES:
-        yield 0, len(bodies)
-        return
     ends = list(accumulate(map(len, bodies)))
     start = 0
     while start < len(bodies):
@@ -178,21 +204,19 @@ def _page_bounds(bodies: Sequence[bytes]) -> Iterator[tuple[int, int]]:
         start = end
 
 
-def _runs(new: NewLines, streams: int | Sequence[int], flags: int) -> list[LineRun]:
+def _runs(new: NewLines, streams: bytes) -> list[LineRun]:
     """Return the runs: consecutive lines of one stream whose times count up by one nanosecond."""
-    starts, firsts, end = new.starts, new.firsts_unix_nano, len(new.digests)
-    if not isinstance(streams, int):
+    starts, firsts, end = new.starts, new.firsts_unix_nano, len(streams)
+    if streams.count(streams[0]) != end:
         changes = compress(range(1, end), map(operator.ne, streams[1:], streams))
         cut = sorted({*starts, *changes})
         begun = [bisect_right(starts, start) - 1 for start in cut]
         firsts = [firsts[run] + start - starts[run] for run, start in zip(begun, cut, strict=True)]
         starts = cut
     counts = map(operator.sub, [*starts[1:], end], starts)
-    kinds = repeat(streams) if isinstance(streams, int) else map(streams.__getitem__, starts)
+    kinds = map(streams.__getitem__, starts)
     # Most lines have a millisecond, and so a run, of their own: this makes `LineRun`s without a Python call for each.
-    return list(
-        map(_new_run, zip(counts, firsts, kinds, repeat(flags), repeat(""), repeat(0), repeat(0), strict=False))
-    )
+    return list(map(_new_run, zip(counts, firsts, kinds, repeat(0), repeat(""), repeat(0), repeat(0), strict=False)))
 
 
 _new_run = cast("Callable[[tuple[int, int, int, int, str, int, int]], LineRun]", partial(tuple.__new__, LineRun))

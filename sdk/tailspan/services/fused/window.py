@@ -20,18 +20,21 @@ from __future__ import annotations
 
 import hashlib
 import operator
+from array import array
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Sequence
-from itertools import accumulate, chain, compress, pairwise, repeat
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, chain, pairwise, repeat
 from typing import NamedTuple
 
 import msgspec
 
+from tailspan._native import compiled
 from tailspan.errors import ConfigError
 from tailspan.logs.page import DIGEST_BYTES, NANOS_PER_MS
+from tailspan.logs.text import split_text
 
-__all__ = ["MAX_WINDOW_LINES", "LateWindow", "NewLines"]
+__all__ = ["MAX_WINDOW_LINES", "LateWindow", "NewLines", "distinct_digests", "distinct_digests_in_python"]
 
 MAX_WINDOW_LINES = 20_000
 
@@ -60,7 +63,7 @@ class NewLines(NamedTuple):
     """The lines of a reply that no earlier read had, in the order of the reply.
 
     Attributes:
-        places: Their indexes in the arguments of `LateWindow.take`.
+        places: Their indexes among the lines that were given.
         starts: Indexes in `places` where runs begin: within a run, the time counts up by one nanosecond.
         firsts_unix_nano: The time of the first line of each run, in ns since the epoch.
         digests: 8 bytes for each line, as `tailspan.logs.page.line_digest` makes them.
@@ -69,7 +72,38 @@ class NewLines(NamedTuple):
     places: Sequence[int]
     starts: list[int]
     firsts_unix_nano: list[int]
-    digests: list[bytes]
+    digests: bytes
+
+
+def distinct_digests_in_python(
+    key: bytes, lines: list[bytes] | bytes, instants_ms: list[int], counts: list[int], known: bytes, /
+) -> bytes | None:
+    """Return the digests of lines as the first of their kind; None if two of them, or of the known ones, are equal.
+
+    Args:
+        key: The part of `tailspan.logs.page.line_digest`'s key before the time.
+        lines: The lines, as a list or as a text with a newline after each.
+        instants_ms: The times that they have, in ms since the epoch, in the order of the lines.
+        counts: The number of lines of each of these times.
+        known: Digests of other lines.
+    """
+    bodies = split_text(lines) if isinstance(lines, bytes) else lines
+    begun = hashlib.blake2b(key, digest_size=DIGEST_BYTES)
+    prefixes = (b"%d\x000\x00" % (ms * NANOS_PER_MS) for ms in instants_ms)
+    digests = []
+    for prefix, body in zip(chain.from_iterable(map(repeat, prefixes, counts)), bodies, strict=True):
+        hashed = begun.copy()
+        hashed.update(prefix + body)
+        digests.append(hashed.digest())
+    others = _split_digests(known)
+    return b"".join(digests) if len({*digests, *others}) == len(digests) + len({*others}) else None
+
+
+distinct_digests = compiled("distinct_digests", distinct_digests_in_python)
+
+
+def _split_digests(digests: bytes | bytearray) -> list[bytes]:
+    return [bytes(digests[at : at + DIGEST_BYTES]) for at in range(0, len(digests), DIGEST_BYTES)]
 
 
 class _Kept:
@@ -77,7 +111,7 @@ class _Kept:
 
     Attributes:
         times_ms: The time of each line.
-        digests: The digest of each line as the first of its kind (occurrence 0).
+        digests: The digest of each line as the first of its kind (occurrence 0), 8 bytes each.
         totals: Number of lines by millisecond.
         overfull: Milliseconds with more lines than the window may hold.
         from_ms: Where the window begins.
@@ -88,8 +122,8 @@ class _Kept:
     __slots__ = ("digests", "from_ms", "is_sorted", "newest_ms", "overfull", "times_ms", "totals")
 
     def __init__(self, from_ms: int) -> None:
-        self.times_ms: list[int] = []
-        self.digests: list[bytes] = []
+        self.times_ms = array("q")
+        self.digests = bytearray()
         self.totals: dict[int, int] = {}
         self.overfull: set[int] = set()
         self.from_ms = from_ms
@@ -115,8 +149,8 @@ class _Kept:
             if count > max_lines:
                 kept.overfull.add(ms)
             else:
-                kept.times_ms += [ms] * count
-        kept.digests = [saved.digests[at : at + DIGEST_BYTES] for at in range(0, len(saved.digests), DIGEST_BYTES)]
+                kept.times_ms.extend(array("q", [ms]) * count)
+        kept.digests += saved.digests
         kept.newest_ms = instants[-1] if instants else -1
         return kept
 
@@ -125,17 +159,24 @@ class _Kept:
         instants = sorted(self.totals)
         steps = list(map(operator.sub, instants, [self.from_ms, *instants]))
         counts = list(map(self.totals.__getitem__, instants))
-        digests = self.digests
+        digests = bytes(self.digests)
         if self.overfull:
-            digests = [digest for ms, digest in zip(self.times_ms, digests, strict=True) if ms not in self.overfull]
-        return _encode(_Cursor(self.from_ms, steps, counts, b"".join(digests)))
+            digests = self._digests_at(at for at, ms in enumerate(self.times_ms) if ms not in self.overfull)
+        return _encode(_Cursor(self.from_ms, steps, counts, digests))
 
-    def prune(self, late_window_ms: int, max_lines: int, latest_ms: int | None) -> list[bytes]:
-        """Drop lines that are too old, and the oldest milliseconds above the limit; return the dropped digests."""
+    def _digests_at(self, places: Iterable[int]) -> bytes:
+        return b"".join([self.digests[DIGEST_BYTES * at : DIGEST_BYTES * (at + 1)] for at in places])
+
+    def digests_since(self, ms: int) -> bytearray:
+        """Return the digests of the lines at or after a time; only between two takes, when they are in order."""
+        return self.digests[DIGEST_BYTES * bisect_left(self.times_ms, ms) :]
+
+    def prune(self, late_window_ms: int, max_lines: int, latest_ms: int | None) -> None:
+        """Drop lines that are too old, and the oldest milliseconds above the limit."""
         if not self.is_sorted:
             order = sorted(range(len(self.times_ms)), key=self.times_ms.__getitem__)
-            self.times_ms = [self.times_ms[at] for at in order]
-            self.digests = [self.digests[at] for at in order]
+            self.digests = bytearray(self._digests_at(order))
+            self.times_ms = array("q", sorted(self.times_ms))
             self.is_sorted = True
         newest_ms = self.newest_ms
         if latest_ms is not None and newest_ms > latest_ms:
@@ -151,10 +192,8 @@ class _Kept:
             if ms < keep_ms:
                 self.totals.pop(ms, None)
                 self.overfull.discard(ms)
-        dropped = self.digests[:cut]
         del self.times_ms[:cut]
-        del self.digests[:cut]
-        return dropped
+        del self.digests[: DIGEST_BYTES * cut]
 
 
 class _Earlier:
@@ -173,7 +212,7 @@ class _Earlier:
     __slots__ = ("again", "again_totals", "counts", "overfull", "to_ms")
 
     def __init__(self, kept: _Kept) -> None:
-        self.counts = dict(Counter(kept.digests))
+        self.counts = dict(Counter(_split_digests(kept.digests)))
         self.overfull = {ms: kept.totals[ms] for ms in kept.overfull}
         self.to_ms = kept.newest_ms
         self.again: dict[bytes, int] = {}
@@ -215,7 +254,8 @@ class LateWindow:
         """
         since_ms = None if since_ms is None else max(0, since_ms)
         # The hash of a line continues that of its job.
-        self._begun = hashlib.blake2b(f"{identity}\0{job_id}\0".encode(), digest_size=DIGEST_BYTES)
+        self._key = f"{identity}\0{job_id}\0".encode()
+        self._begun = hashlib.blake2b(self._key, digest_size=DIGEST_BYTES)
         self._late_window_ms = max(0, int(late_window_s * 1000))
         self._max_lines = max_lines
         self._latest_ms = latest_ms
@@ -228,8 +268,6 @@ class LateWindow:
                     "the cursor is not one of a service that knows lines by time", job_id=job_id
                 ) from None
         self._earlier = _Earlier(self._kept)
-        # Number of lines by digest, in milliseconds that no earlier read had.
-        self._repeats: dict[bytes, int] = {}
         self.start_ms = since_ms if cursor is None else self._kept.from_ms
 
     @property
@@ -248,12 +286,41 @@ class LateWindow:
             times_ms: Their times, in ms since the epoch, 0 or more.
             messages: Their text as read, without line ending.
         """
-        new = self._take_in_order(times_ms, messages)
-        if new is None:
-            new = self._take_line_by_line(times_ms, messages)
-        for digest in self._kept.prune(self._late_window_ms, self._max_lines, self._latest_ms):
-            self._repeats.pop(digest, None)
+        new = self._take_line_by_line(times_ms, messages)
+        self._kept.prune(self._late_window_ms, self._max_lines, self._latest_ms)
         return new
+
+    def take_in_order(self, lines: list[bytes] | bytes, instants_ms: list[int], counts: list[int]) -> NewLines | None:
+        """Add the next lines as `take`, without a step for each, if all are new, different and in order.
+
+        Args:
+            lines: Their text, as a list or with a newline after each.
+            instants_ms: Their times, in ms since the epoch, without the repeats of one line after the other.
+            counts: Number of lines of each of these times.
+
+        Returns:
+            The lines; None, and nothing is added, if they are not of this kind.
+        """
+        kept, first_ms = self._kept, instants_ms[0]
+        if first_ms < max(kept.newest_ms, self.start_ms or 0, self._earlier.to_ms + 1):
+            return None
+        before = kept.totals.get(first_ms, 0)
+        if max(counts) + before > self._max_lines or any(map(operator.gt, instants_ms, instants_ms[1:])):
+            return None
+        known = bytes(kept.digests_since(first_ms)) if before else b""
+        digests = distinct_digests(self._key, lines, instants_ms, counts, known)
+        if digests is None:
+            return None
+        kept.times_ms.extend(chain.from_iterable(map(repeat, instants_ms, counts)))
+        kept.digests += digests
+        kept.totals.update(zip(instants_ms, counts, strict=True))
+        kept.totals[first_ms] = before + counts[0]
+        kept.newest_ms = instants_ms[-1]
+        kept.prune(self._late_window_ms, self._max_lines, self._latest_ms)
+        firsts_unix_nano = [ms * NANOS_PER_MS for ms in instants_ms]
+        firsts_unix_nano[0] += before
+        starts = list(accumulate(counts, initial=0))
+        return NewLines(range(starts.pop()), starts, firsts_unix_nano, digests)
 
     def _take_line_by_line(self, times_ms: Sequence[int], messages: Sequence[bytes]) -> NewLines:
         places: list[int] = []
@@ -262,8 +329,10 @@ class LateWindow:
         kept = self._kept
         # Local names: this loop is hot while the end of a log is read again and again.
         add_place, add_time, add_digest = places.append, times_unix_nano.append, digests.append
-        keep_ms, keep_digest, hash_of = kept.times_ms.append, kept.digests.append, self._hash
-        totals, repeats, max_lines, start_ms = kept.totals, self._repeats, self._max_lines, self.start_ms or 0
+        keep_ms, keep_digest, hash_of = kept.times_ms.append, kept.digests.extend, self._hash
+        totals, max_lines, start_ms = kept.totals, self._max_lines, self.start_ms or 0
+        # Number of lines by digest, in milliseconds that no earlier read had.
+        repeats = Counter(_split_digests(kept.digests_since(max(min(times_ms, default=0), self._earlier.to_ms + 1))))
         last_ms = -1
         ordinal = nano = 0
         is_earlier = False
@@ -305,38 +374,7 @@ class LateWindow:
             totals[last_ms] = ordinal
         jumps = (place for place, (nano, after) in enumerate(pairwise(times_unix_nano), 1) if after - nano != 1)
         starts = [0, *jumps] if places else []
-        return NewLines(places, starts, list(map(times_unix_nano.__getitem__, starts)), digests)
-
-    def _take_in_order(self, times_ms: Sequence[int], messages: Sequence[bytes]) -> NewLines | None:
-        """Take lines that are all new, in order and different, without a step for each; None if they are not."""
-        kept = self._kept
-        if not times_ms:
-            return None
-        first_ms, last_ms = times_ms[0], times_ms[-1]
-        if first_ms < max(kept.newest_ms, self.start_ms or 0, self._earlier.to_ms + 1):
-            return None
-        changes = list(compress(range(1, len(times_ms)), map(operator.ne, times_ms[1:], times_ms)))
-        starts = [0, *changes]
-        instants = [times_ms[place] for place in starts]
-        counts = list(map(operator.sub, [*changes, len(times_ms)], starts))
-        before = kept.totals.get(first_ms, 0)
-        if max(counts) + before > self._max_lines or any(ms > after for ms, after in pairwise(instants)):
-            return None
-        prefixes = (b"%d\x000\x00" % (ms * NANOS_PER_MS) for ms in instants)
-        texts = map(operator.add, chain.from_iterable(map(repeat, prefixes, counts)), messages)
-        digests = list(map(self._hash, texts))
-        once = dict.fromkeys(digests, 1)
-        if len(once) != len(digests) or not self._repeats.keys().isdisjoint(once):
-            return None
-        self._repeats.update(once)
-        kept.times_ms += times_ms
-        kept.digests += digests
-        kept.totals.update(zip(instants, counts, strict=True))
-        kept.totals[first_ms] = before + counts[0]
-        kept.newest_ms = last_ms
-        firsts_unix_nano = [ms * NANOS_PER_MS for ms in instants]
-        firsts_unix_nano[0] += before
-        return NewLines(range(len(digests)), starts, firsts_unix_nano, digests)
+        return NewLines(places, starts, list(map(times_unix_nano.__getitem__, starts)), b"".join(digests))
 
     def _find_new(self, ms: int, digest: bytes, message: bytes, ordinal: int) -> bytes | None:
         """Return the digest of a line in an earlier or overfull millisecond; None if an earlier read had the line."""
@@ -359,7 +397,7 @@ class LateWindow:
             kept.overfull.add(ms)
         kept.is_sorted = False
         kept.times_ms.append(ms)
-        kept.digests.append(digest)
+        kept.digests += digest
         return self._digest(ms, occurrence, message) if occurrence else digest
 
     def _digest(self, ms: int, occurrence: int, message: bytes) -> bytes:

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tailspan.logs.page import CLEAN, LineRun, Stream
+from tailspan.logs.page import LineRun, Stream
 from tailspan.services import _json_stream
 from tailspan.services._json_stream import MAX_ELEMENT_BYTES, ArraySplitter, ReplyError, decode_json
-from tailspan.services.fused.stream import lines, messages, pages
+from tailspan.services.fused.stream import Entries, entries_in_python, lines, messages, pages, usual_entries
 from tailspan.services.fused.window import LateWindow
 
 # Text that looks like the boundaries that are searched for, and escapes of all kinds.
@@ -50,6 +50,16 @@ def split(body, sizes, *, decoder=lines, step_bytes=1):
     return list(chain.from_iterable(split_parts(body, sizes, decoder=decoder, step_bytes=step_bytes)))
 
 
+def rows(found):
+    """Return text and time of each entry in columns."""
+    return [row for part in found for row in zip(map(bytes.decode, part.bodies), part.times_ms, strict=True)]
+
+
+def row_of(element):
+    """Return text and time of an element of a reply, as `rows` does."""
+    return element["message"].removesuffix("\n"), element["timestamp"]
+
+
 @given(
     st.lists(MESSAGE, max_size=12),
     st.lists(st.integers(1, 40), min_size=1, max_size=8),
@@ -66,7 +76,7 @@ def test_the_same_elements_however_the_reply_is_cut(elements, sizes, step_bytes,
         patch.setattr(_json_stream, "_MOST_PIECES", most_pieces)
         found = split(body, sizes, step_bytes=step_bytes)
         parts = split_parts(body, sizes, decoder=messages, step_bytes=step_bytes)
-    assert [(e.message, e.timestamp) for e in found] == [(e["message"], e["timestamp"]) for e in elements]
+    assert rows(found) == list(map(row_of, elements))
     assert sorted(chain.from_iterable(parts), key=when) == sorted(elements, key=when)
     assert parts == [sorted(part, key=when) for part in parts]
 
@@ -80,7 +90,7 @@ def test_a_reply_that_breaks_off_is_an_error(elements, data):
     before = [] if not body else splitter.feed(body)
     with pytest.raises(ReplyError):
         splitter.close()
-    assert [e.message for e in before] == [e["message"] for e in elements[: len(before)]]
+    assert rows(before) == list(map(row_of, elements))[: len(rows(before))]
 
 
 def test_a_reply_in_pieces_of_two_bytes_takes_no_more_room():
@@ -94,7 +104,7 @@ def test_a_reply_in_pieces_of_two_bytes_takes_no_more_room():
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert [len(entry.message) for entry in splitter.close()] == [200_000]
+    assert [len(text) for text, _ in rows(splitter.close())] == [200_000]
     assert peak < 8 * len(body)
 
 
@@ -104,7 +114,7 @@ def given_of(element: bytes, times: int, *, step_bytes: int, buffer_below: int) 
     splitter.feed(b"[")
     count = 0
     for _ in range(times):
-        count += len(splitter.feed(element))
+        count += len(rows(splitter.feed(element)))
         assert len(splitter._buffer) + splitter._came_bytes < buffer_below
     return count
 
@@ -207,7 +217,8 @@ def test_text_that_cannot_be_is_replaced(body, text):
 def read(entries, **window):
     """Return the pages of these (timestamp, message, stream) triples, read by a fresh window."""
     body = json.dumps([{"timestamp": t, "message": m, "stream": s} for t, m, s in entries]).encode()
-    return list(pages(LateWindow("id", "job", late_window_s=10, **window), lines.decode(body)))
+    found = LateWindow("id", "job", late_window_s=10, **window)
+    return [page for part in lines.decode(body) for page in pages(found, part)]
 
 
 def test_one_line_ending_is_no_part_of_a_line():
@@ -226,21 +237,20 @@ def test_one_line_ending_is_no_part_of_a_line():
 @example(["a\n\0b\n", "c"])
 @example(["a\n\0b\n", "c\n"])
 def test_many_lines_are_read_as_each_alone(messages):
-    """The steps that take all lines at once find the endings of each, and call none clean that is not."""
+    """The steps that take all lines at once find the endings of each."""
     [page] = read([(number, message, None) for number, message in enumerate(messages)])
     alone = [read([(1, message, None)])[0] for message in messages]
     assert page.lines == [line for each in alone for line in each.lines]
-    assert page.runs[0].flags == min(each.runs[0].flags for each in alone)
 
 
 def test_runs_are_of_one_instant_and_stream():
     """Lines of one millisecond are one run until the stream changes."""
     [page] = read([(1, "a", "stdout"), (1, "b", "stdout"), (1, "c", "stderr"), (2, "d", "stderr"), (2, "e", {})])
     assert page.runs == [
-        LineRun(2, 1_000_000, Stream.STDOUT, CLEAN),
-        LineRun(1, 1_000_002, Stream.STDERR, CLEAN),
-        LineRun(1, 2_000_000, Stream.STDERR, CLEAN),
-        LineRun(1, 2_000_001, Stream.NONE, CLEAN),
+        LineRun(2, 1_000_000, Stream.STDOUT),
+        LineRun(1, 1_000_002, Stream.STDERR),
+        LineRun(1, 2_000_000, Stream.STDERR),
+        LineRun(1, 2_000_001, Stream.NONE),
     ]
 
 
@@ -253,13 +263,6 @@ def test_runs_and_lines_fit_together(entries):
     assert [m["timestamp"] for m in page.messages()] == [t for t, _, _ in entries]
     assert [m.get("stream") for m in page.messages()] == [s for _, _, s in entries]
     assert len(set(page.uids())) == len(page.lines) == len(entries)
-
-
-@pytest.mark.parametrize("text", ["\r", "\x1b[0m", "\0", "ü", "a\nb"])
-def test_clean_is_said_only_of_what_is_clean(text):
-    """The flag that spares the cleaning is not set where cleaning would change something."""
-    assert read([(1, "plain", None)])[0].runs[0].flags == CLEAN
-    assert read([(1, f"x{text}y", None)])[0].runs[0].flags == 0
 
 
 def test_pages_are_bounded():
@@ -304,10 +307,8 @@ def test_a_line_with_an_impossible_time_hides_no_other(time, decoder):
     first = f'{{"message":"NaN \\"1e999","timestamp":{time}}}'
     reply = f'[{first},{{"message":"good","timestamp":5}},{{"message":7,"timestamp":6}}]'
     found = decode_json(decoder, reply.encode())
-    rows = [
-        (one["message"], one["timestamp"]) if decoder is messages else (one.message, one.timestamp) for one in found
-    ]
-    assert rows == [('NaN "1e999', 0), ("good", 5), ("7", 6)]
+    found_rows = [(one["message"], one["timestamp"]) for one in found] if decoder is messages else rows(found)
+    assert found_rows == [('NaN "1e999', 0), ("good", 5), ("7", 6)]
 
 
 @pytest.mark.parametrize("decoder", [lines, messages])
@@ -324,3 +325,72 @@ def test_a_number_that_cannot_be_hides_no_other_job():
     decoder = msgspec.json.Decoder(list[dict])
     assert [row["id"] for row in decode_json(decoder, rows)] == ["a", "b", "c"]
     assert decode_json(decoder, rows)[1] == {"id": "b", "n": None, "text": "Infinity"}
+
+
+def in_c(json):
+    """Return what C reads of an array; None for what it leaves to Python."""
+    found = usual_entries(json)
+    return None if found is None else [Entries(*columns) for columns in found]
+
+
+ELEMENT = st.fixed_dictionaries(
+    {"message": HOSTILE | st.text(max_size=80), "timestamp": st.integers(0, 3) | st.integers(0, 2**63 // 10**6)},
+    optional={
+        "stream": st.sampled_from(["stdout", "stderr", "", "stdin", None, 7]),
+        "level": st.text(max_size=4) | st.none() | st.booleans() | st.integers(-(10**17), 10**17),
+    },
+)
+
+
+@given(
+    st.lists(ELEMENT, max_size=12),
+    st.booleans(),
+    st.sampled_from([(",", ":"), (", ", ": "), (" ,\n\t", " :\r\n ")]),
+    st.randoms(use_true_random=False),
+)
+def test_usual_entries_are_read_in_c_as_in_python(elements, ascii_only, separators, random):
+    """Keys in any order, any text, in any form of JSON."""
+    shuffled = [dict(random.sample(sorted(element.items()), len(element))) for element in elements]
+    body = json.dumps(shuffled, ensure_ascii=ascii_only, separators=separators).encode()
+    found = in_c(body)
+    assert found == entries_in_python(body) or usual_entries(b"[]") is None
+
+
+# Whole replies, which are changed in one place: most are then no JSON, or not of a log.
+USUAL = rb'[{"message":"a\u00e9\ud83d\ude00 xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx\n","timestamp":1700000000000,'
+USUAL += '"stream":"stdout"},\n {"timestamp":5 , "line":-12,"ok":true, "message":"ü😀'.encode()
+USUAL += rb' \"\\\/\b\f\n\r\t","more":null}]'
+TOKENS = [
+    b"", b'"', b"\\", b"\\u12", b"\\ud800", b"\\udc00", b"\\x", b"\xff", b"\xed\xa0\x80", b"\xc0\x80", b"\xf5", b"\xa0",
+    b"\xe2\x80\xa8", b"\x00", b"\x0b", b"\x1f", b"\x7f", b"{", b"}", b"[", b"]", b",", b":", b"-", b"0", b"00", b".5",
+    b"e9", b"9" * 20, b"null", b"nul", b"tru", b'"message":"b",', b'"timestamp":7,', b'"stream":"stderr",',
+    b'"stream":[],',
+]  # fmt: skip
+
+
+@given(st.integers(0, len(USUAL)), st.integers(0, 6), st.sampled_from(TOKENS))
+@example(0, 0, b"\xef\xbb\xbf")
+@example(len(USUAL), 0, b"\x00")
+def test_what_c_reads_python_reads_alike(start, length, token):
+    """C leaves to Python what it does not know, and never reads more or anything else."""
+    body = USUAL[:start] + token + USUAL[start + length :]
+    found = in_c(memoryview(body))
+    if found is not None:
+        assert found == entries_in_python(body)
+
+
+@pytest.mark.parametrize("end", range(len(USUAL)))
+def test_c_never_reads_behind_the_end(end):
+    """The memory behind a buffer is not its own; here it holds the rest of the reply."""
+    with memoryview(USUAL) as whole:
+        assert in_c(whole[:end]) is None
+
+
+def test_c_bounds_pages_as_python_does():
+    """By lines and by bytes; a long line has a page of its own, and one with a newline within makes a list."""
+    sizes = [1] * 12_000 + [600 << 10, 600 << 10, 3 << 20, 1, (1 << 20) - 1, 1, 1]
+    body = json.dumps([{"message": "x" * size, "timestamp": at // 3} for at, size in enumerate(sizes)]).encode()
+    assert in_c(body) in (None, entries_in_python(body))
+    body = body.replace(b"xxx", b"x\\nx", 1)
+    assert in_c(body) in (None, entries_in_python(body))
+    assert any(isinstance(part.lines, list) for part in entries_in_python(body))
