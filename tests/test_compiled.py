@@ -33,6 +33,7 @@ from tailspan.services.fused import stream, window
 from tailspan_agent.records import framing, severity
 assert not _native.COMPILED
 assert text.count_lines is text.count_lines_in_python
+assert text.lines_end is text.lines_end_in_python
 assert severity.find_severities is severity.find_severities_in_python
 assert framing.frame is framing.frame_in_python
 assert window.distinct_digests is window.distinct_digests_in_python
@@ -50,6 +51,7 @@ def test_c_is_used_where_it_could_be_compiled() -> None:
     """The installation compiled it, so all other tests run with it."""
     assert _native.COMPILED, "pip install -e . again: the C part was removed since, or there was no compiler"
     assert text.count_lines is not text.count_lines_in_python
+    assert text.lines_end is not text.lines_end_in_python
     assert severity.find_severities is not severity.find_severities_in_python
     assert framing.frame is not framing.frame_in_python
     assert window.distinct_digests is not window.distinct_digests_in_python

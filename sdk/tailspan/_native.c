@@ -36,6 +36,24 @@ static PyObject *count_lines(PyObject *Py_UNUSED(module), PyObject *text)
     return PyLong_FromSsize_t(lines);
 }
 
+PyDoc_STRVAR(lines_end_doc, "lines_end(text, start, count, /)\n--\n\n"
+"See `tailspan.logs.text.lines_end_in_python`.");
+
+static PyObject *lines_end(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    PyObject *text;
+    char *bytes;
+    Py_ssize_t start, count, length;
+    if (!PyArg_ParseTuple(args, "Snn", &text, &start, &count) || PyBytes_AsStringAndSize(text, &bytes, &length) < 0)
+        return NULL;
+    for (; count > 0; count--) {
+        const char *end = start >= 0 && start < length ? memchr(bytes + start, '\n', (size_t)(length - start)) : NULL;
+        if (end == NULL) return PyErr_Format(PyExc_ValueError, "the text has fewer lines");
+        start = end + 1 - bytes;
+    }
+    return PyLong_FromSsize_t(start);
+}
+
 #define MAX_FIELDS 255
 #define MAX_NUMBERED 5000 /* MAX_PAGE_LINES of tailspan.logs.page */
 #define MAX_PAGE_BYTES (1 << 20)
@@ -1227,6 +1245,7 @@ static PyMethodDef methods[] = {
     {"distinct_digests", distinct_digests, METH_VARARGS, distinct_digests_doc},
     {"find_severities", find_severities, METH_O, find_severities_doc},
     {"frame", frame, METH_VARARGS, frame_doc},
+    {"lines_end", lines_end, METH_VARARGS, lines_end_doc},
     {"usual_attributes", usual_attributes, METH_VARARGS, usual_attributes_doc},
     {"usual_entries", usual_entries, METH_O, usual_entries_doc},
     {NULL, NULL, 0, NULL},

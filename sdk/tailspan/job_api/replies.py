@@ -9,10 +9,11 @@ import asyncio
 import json
 import logging
 import math
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing
 from datetime import datetime
 from http import HTTPStatus
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
@@ -31,6 +32,7 @@ from tailspan.errors import (
 )
 from tailspan.logs.page import NANOS_PER_MS, LogPage, Stream
 from tailspan.logs.page_wire import RESUME_HEADER, cursor_text, encode_frame
+from tailspan.logs.text import count_lines, lines_end
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
@@ -76,32 +78,47 @@ def encode_lines(page: LogPage, before: bytes = b"") -> bytes:
         page: The lines, at least one.
         before: Bytes to put before them; adding these later would copy all lines once more.
     """
-    if _SEPARATOR in page.joined():
+    text, line_count = page.joined(), page.line_count
+    if _SEPARATOR in text or (not page.text and count_lines(text) != line_count):
         return before + _encoder.encode(list(page.messages()))[1:-1]
     parts = [before + _HEAD]
-    start = 0
-    runs_are_long = page.line_count >= _LONG_RUN * len(page.runs)
-    bodies = [] if runs_are_long else _escaped(page.lines).split(_SEPARATOR)
-    for run in page.runs:
-        stop = start + run.lines
+    runs_are_long = line_count >= _LONG_RUN * len(page.runs)
+    for run, escaped in zip(
+        page.runs, _long_runs(page, text) if runs_are_long else _short_runs(page, text), strict=True
+    ):
         tail = _TAILS[run.stream]
         ms, past_ms = divmod(run.time_unix_nano, NANOS_PER_MS)
-        between = tail % ms
         if past_ms + run.lines > NANOS_PER_MS:
-            for index, line in enumerate(page.lines[start:stop]):
-                parts += _escaped([line]), tail % ((run.time_unix_nano + index) // NANOS_PER_MS)
-        elif runs_are_long:
-            parts += _escaped(page.lines[start:stop]).replace(_SEPARATOR, between), between
+            for index, line in enumerate(escaped.split(_SEPARATOR)):
+                parts += line, tail % ((run.time_unix_nano + index) // NANOS_PER_MS)
         else:
-            parts += between.join(bodies[start:stop]), between
-        start = stop
+            between = tail % ms
+            parts += escaped.replace(_SEPARATOR, between), between
     parts[-1] = parts[-1].removesuffix(b"," + _HEAD)
     return b"".join(parts)
 
 
-def _escaped(lines: Sequence[bytes]) -> bytes:
-    """Return lines escaped for JSON, without quotes, and with separators between them."""
-    return _encoder.encode(_SEPARATOR.join(lines).decode("utf-8", "replace"))[1:-1]
+def _long_runs(page: LogPage, text: bytes) -> Iterator[bytes]:
+    """Yield the lines of each run as `_escaped` does."""
+    start = 0
+    for run in page.runs:
+        end = lines_end(text, start, run.lines)
+        yield _escaped(text[start : end - 1])
+        start = end
+
+
+def _short_runs(page: LogPage, text: bytes) -> Iterator[bytes]:
+    """Return the lines of each run as `_escaped` does: all are escaped at once, and then split."""
+    lines = _escaped(text[:-1]).split(_SEPARATOR)
+    if len(page.runs) == len(lines):
+        return iter(lines)
+    rest = iter(lines)
+    return (_SEPARATOR.join(islice(rest, run.lines)) for run in page.runs)
+
+
+def _escaped(text: bytes) -> bytes:
+    """Return lines escaped for JSON, without quotes, and with separators for the newlines between them."""
+    return _encoder.encode(text.replace(b"\n", _SEPARATOR).decode("utf-8", "replace"))[1:-1]
 
 
 async def with_lines(first: LogPage | None, rest: AsyncGenerator[LogPage, None]) -> AsyncGenerator[LogPage, None]:

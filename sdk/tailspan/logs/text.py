@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from tailspan._native import compiled
 
-__all__ = ["count_lines", "count_lines_in_python", "split_text"]
+__all__ = ["count_lines", "count_lines_in_python", "lines_end", "lines_end_in_python", "split_text"]
 
 
 def count_lines_in_python(text: bytes) -> int:
@@ -16,6 +16,25 @@ def count_lines_in_python(text: bytes) -> int:
 
 
 count_lines = compiled("count_lines", count_lines_in_python)
+
+
+def lines_end_in_python(text: bytes, start: int, count: int, /) -> int:
+    """Return the end of some lines of a text.
+
+    Args:
+        text: The lines, with a newline after each.
+        start: Where the first of them begins.
+        count: Their number.
+
+    Raises:
+        ValueError: There are not as many lines.
+    """
+    for _ in range(count):
+        start = text.index(b"\n", start) + 1
+    return start
+
+
+lines_end = compiled("lines_end", lines_end_in_python)
 
 
 def split_text(text: bytes) -> list[bytes]:

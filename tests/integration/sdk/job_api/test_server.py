@@ -201,7 +201,11 @@ def test_encoded_page_is_the_json_of_its_messages(groups, repeats):
     """The fast ways to write a page give what writing message by message gives, for any bytes, times and runs."""
     groups = [(lines * repeats, time_unix_nano, stream) for lines, time_unix_nano, stream in groups]
     runs = [LineRun(len(lines), time_unix_nano, stream) for lines, time_unix_nano, stream in groups]
-    page = LogPage([line for lines, _, _ in groups for line in lines], runs, b"")
+    lines = [line for lines, _, _ in groups for line in lines]
+    page = LogPage(lines, runs, b"")
+    assert json.loads(b"[" + encode_lines(page) + b"]") == list(page.messages())
+    text = b"".join(line.replace(b"\n", b"") + b"\n" for line in lines)
+    page = LogPage(None, runs, b"", text=text)
     assert json.loads(b"[" + encode_lines(page) + b"]") == list(page.messages())
 
 

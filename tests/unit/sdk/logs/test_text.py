@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailspan.logs.page import LineRun, LogPage
-from tailspan.logs.text import count_lines, count_lines_in_python, split_text
+from tailspan.logs.text import (
+    count_lines,
+    count_lines_in_python,
+    lines_end,
+    lines_end_in_python,
+    split_text,
+)
 
 TEXTS = st.lists(st.binary(max_size=5) | st.just(b"\n"), max_size=30).map(b"".join)
 
@@ -18,6 +24,27 @@ def test_newlines_are_counted_as_bytes_count_does(text: bytes, newlines: int, re
     text = (text + b"\n" * newlines) * repeats
     assert count_lines(text) == count_lines_in_python(text) == text.count(b"\n")
     assert len(split_text(text + b"\n")) == text.count(b"\n") + 1
+
+
+@given(TEXTS, st.integers(-2, 70), st.integers(0, 40))
+def test_the_end_of_lines_is_found(text: bytes, start: int, count: int) -> None:
+    """In C and in Python; an error where there are fewer lines."""
+    start = min(max(start, 0), len(text)) if text else 0
+    known = [at + 1 for at in range(start, len(text)) if text[at : at + 1] == b"\n"]
+    for end_of in (lines_end, lines_end_in_python):
+        if count > len(known):
+            with pytest.raises(ValueError, match=r"."):
+                end_of(text, start, count)
+        else:
+            assert end_of(text, start, count) == [start, *known][count]
+
+
+def test_no_start_reads_outside_a_text() -> None:
+    """C trusts no position."""
+    if lines_end is not lines_end_in_python:
+        for start in (-1, 3, 2**62):
+            with pytest.raises(ValueError, match="fewer lines"):
+                lines_end(b"a\n", start, 1)
 
 
 @given(
