@@ -28,7 +28,7 @@ __all__ = ["LineFormatter", "RepeatLimit", "keep_last_errors", "read_last_errors
 
 REPEAT_AFTER_S = 60.0
 _MAX_REMEMBERED = 1000
-_CHATTY = ("httpx", "httpcore", "uvicorn", "asyncio")
+_CHATTY = ("httpx", "uvicorn", "asyncio")
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "repeated"}
 _LAST_ERRORS_FILE = "last-errors.log"
 _LAST_ERRORS_BYTES = 64 * 1024

@@ -24,7 +24,7 @@ from tailspan_agent.web.troubles import Trouble
 __all__ = ["AgentPages"]
 
 _REFRESH_S = 2.0
-_PACKAGES = ("opentelemetry-proto", "httpcore", "uvicorn")
+_PACKAGES = ("opentelemetry-proto", "h11", "uvicorn")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

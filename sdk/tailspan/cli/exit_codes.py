@@ -18,7 +18,7 @@ EXIT_INTERRUPTED = 130
 
 _EXTRAS = {
     **dict.fromkeys(("google", "grpc", "isal", "jinja2", "opentelemetry", "prometheus_client", "websockets"), "agent"),
-    **dict.fromkeys(("h11", "starlette", "uvicorn"), "serve"),
+    **dict.fromkeys(("starlette", "uvicorn"), "serve"),
     "botocore": "aws",
     "psycopg": "fleet",
     "yaml": "kubernetes",

@@ -1,52 +1,51 @@
 """`HttpClient`: requests to one origin over kept-alive connections, with bodies of any size in pieces.
 
-This is httpcore, the part of httpx that pools connections, uses proxies and speaks HTTP/1.1. The rest of httpx
-(cookies, redirects, authentication flows, models) is not needed here, and on loopback it costs as much as the request
-itself (``python -m tests.bench --only W1,W5``).
+What httpx and httpcore have besides (cookies, redirects, other event loops, HTTP/2) is not needed here. On loopback it
+costs more than the request itself (``python -m tests.bench --only W1,W5``), and 2.5 MiB of each agent.
 """
 
 from __future__ import annotations
 
-import base64
-import importlib.util
 import os
 import socket as sockets
 import ssl
-import sys
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote, urlsplit
 
-import httpcore
-
-from tailspan._net import host_port, is_loopback
+from tailspan._net import default_tls, host_port
 from tailspan._secrets import add_secret
 from tailspan._version import __version__
 from tailspan.errors import ConfigError
-from tailspan.http.asyncio_backend import AsyncioBackend
+from tailspan.http.connection import Connection, Connections, Header
+from tailspan.http.errors import ConnectError, ConnectTimeout, HttpError, LocalProtocolError, ProxyError, TooSlow
+from tailspan.http.proxy import ascii_host, basic, proxy_of
+from tailspan.http.stream import NetworkStream, connect_tcp, connect_unix
+
+if TYPE_CHECKING:
+    import h11
 
 __all__ = ["BROKEN", "FAULTY", "NEVER_SENT", "TOO_SLOW", "HttpClient", "Reply", "user_agent"]
 
-NEVER_SENT = (httpcore.ConnectError, httpcore.ConnectTimeout, httpcore.PoolTimeout, httpcore.ProxyError)
+NEVER_SENT = (ConnectError, ConnectTimeout, ProxyError)
 """Errors of a request that cannot have reached the server."""
 
-# A server reports a missing client certificate while its answer is read; httpcore passes that error through.
-BROKEN = (*NEVER_SENT, httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError, ssl.SSLError)
+# A server reports a missing client certificate while its answer is read.
+BROKEN = (HttpError, ssl.SSLError)
 """All errors of a request without a complete answer."""
 
-TOO_SLOW = httpcore.TimeoutException
+TOO_SLOW = TooSlow
 """The errors of `BROKEN` that are timeouts."""
 
-FAULTY = httpcore.LocalProtocolError
+FAULTY = LocalProtocolError
 """The errors of `BROKEN` for a request that cannot be sent to any server: do not retry it."""
 
 _SLICE_BYTES = 1 << 20
 _PIECE_BYTES = 1 << 20
 _DEFAULT_PORTS = {"http": 80, "https": 443}
-_PROXY_SCHEMES = (b"http", b"https", b"socks5", b"socks5h")
 # Finds a dead peer of a silent connection within a minute and a half.
 _KEEP_ALIVE_OPTIONS = (("TCP_KEEPIDLE", 45), ("TCP_KEEPALIVE", 45), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 3))
 _STREAM_BYTES = 64 << 10
@@ -63,14 +62,16 @@ class Reply:
         headers: Values by lower-case name; values of repeated headers are joined with commas.
     """
 
-    def __init__(self, response: httpcore.Response) -> None:
-        self.status = response.status
-        self.reason = cast("bytes", response.extensions.get("reason_phrase", b"")).decode("latin-1")
+    def __init__(self, response: h11.Response, connection: Connection, connections: Connections) -> None:
+        self.status = response.status_code
+        self.reason = response.reason.decode("latin-1")
         self.headers: dict[str, str] = {}
         for name, value in response.headers:
-            key, text = name.decode("latin-1").lower(), value.decode("latin-1")
+            key, text = name.decode("latin-1"), value.decode("latin-1")
             self.headers[key] = f"{self.headers[key]}, {text}" if key in self.headers else text
-        self._response = response
+        self._connection = connection
+        self._connections = connections
+        self._is_closed = False
 
     @property
     def is_success(self) -> bool:
@@ -82,16 +83,16 @@ class Reply:
 
         Raises:
             zlib.error: The body is not compressed as its header says.
-            httpcore.NetworkError: The body is incomplete; see `BROKEN`.
+            HttpError: The body is incomplete; see `BROKEN`.
         """
         encoding = self.headers.get("content-encoding", "").strip().lower()
         unpacker = _Unpacker() if encoding in ("gzip", "x-gzip", "deflate") else None
-        unpack = unpacker.feed if unpacker is not None else _as_it_is
-        # An unclosed generator would hold the connection until it is garbage collected.
-        async with aclosing(cast("AsyncGenerator[bytes, None]", self._response.aiter_stream())) as chunks:
-            async for chunk in chunks:
-                for piece in unpack(chunk):
-                    yield piece
+        while chunk := await self._connection.read():
+            if unpacker is None:
+                yield chunk
+                continue
+            for piece in unpacker.feed(chunk):
+                yield piece
         if unpacker is not None:
             unpacker.close()
 
@@ -104,8 +105,10 @@ class Reply:
                     return
 
     async def aclose(self) -> None:
-        """Return the connection to the pool, or close it if part of the body is unread."""
-        await self._response.aclose()
+        """Keep the connection for the next request, or close it if part of the body is unread."""
+        if not self._is_closed:
+            self._is_closed = True
+            await self._connections.give_back(self._connection)
 
 
 class HttpClient:
@@ -151,33 +154,34 @@ class HttpClient:
         """
         try:
             parts = urlsplit(url)
-            host, port = _ascii_host(parts.hostname or ""), parts.port
+            host, port = ascii_host(parts.hostname or ""), parts.port
         except ValueError:
             host = ""
         if not host or parts.scheme not in _DEFAULT_PORTS:
             raise ConfigError(f"{key}: {url.rpartition('@')[2]} is not a usable URL", key=key)
         self._path = parts.path
         self._query = parts.query
-        timeouts = {"connect": timeout_s, "read": None if streams else timeout_s, "write": timeout_s}
-        self._extensions = {"timeout": timeouts, "sni_hostname": server_name}
-        self._origin = parts.scheme.encode(), host.encode(), port
-        default_port = _DEFAULT_PORTS[parts.scheme]
-        named = host_port(host, None if port == default_port else port)
+        self._timeout_s = timeout_s
+        self._streams = streams
+        self._socket = socket
+        self._host, self._port = host, port or _DEFAULT_PORTS[parts.scheme]
+        self._tls = (tls or default_tls()) if parts.scheme == "https" else None
+        self._server_name = server_name or host
+        named = host_port(host, None if port == _DEFAULT_PORTS[parts.scheme] else port)
         own = {"Host": named, "User-Agent": user_agent(), "Accept": "*/*", "Accept-Encoding": "gzip"}
+        self._headers = _encoded(own)
         if parts.username is not None:
-            own["Authorization"] = _basic(unquote(parts.username), unquote(parts.password or ""))
-            add_secret(own["Authorization"])
-        self._headers = _replaced(_encoded(own), headers)
-        self._pool = httpcore.AsyncConnectionPool(
-            tls,
-            proxy=_proxy_of(parts.scheme, host_port(host, port or default_port), host) if uses_proxy else None,
-            max_connections=None,
-            max_keepalive_connections=max_idle,
-            keepalive_expiry=keep_alive_s,
-            uds=None if socket is None else os.fspath(socket),
-            network_backend=AsyncioBackend(_STREAM_BYTES) if streams else AsyncioBackend(),
-            socket_options=list(_stream_options()) if streams and socket is None else None,
-        )
+            credentials = basic(unquote(parts.username).encode(), unquote(parts.password or "").encode())
+            self._headers.append((b"Authorization", credentials))
+            add_secret(credentials.decode())
+        self._headers = _replaced(self._headers, headers)
+        self._proxy = proxy_of(parts.scheme, host_port(host, self._port), host) if uses_proxy else None
+        # Without a tunnel, a proxy needs the whole URL.
+        self._origin = ""
+        if self._proxy is not None and not self._proxy.is_socks and self._tls is None:
+            self._origin = f"http://{named}"
+            self._headers = [*self._proxy.headers, *self._headers]
+        self._connections = Connections(self._connect, keep_alive_s=keep_alive_s, max_idle=max_idle)
 
     async def send(
         self,
@@ -198,7 +202,7 @@ class HttpClient:
             content: The body.
 
         Raises:
-            httpcore.NetworkError: There is no answer; see `BROKEN`.
+            HttpError: There is no answer; see `BROKEN`.
         """
         target = quote((self._path + path) or "/", safe=_IN_TARGET)
         if found := query or self._query:
@@ -206,15 +210,33 @@ class HttpClient:
         sent = _replaced(self._headers, headers) if headers else self._headers
         if content is not None or method == "POST":
             sent = [*sent, (b"Content-Length", str(len(content or b"")).encode())]
-        scheme, host, port = self._origin
-        request = httpcore.Request(
-            method,
-            httpcore.URL(scheme=scheme, host=host, port=port, target=target.encode()),
-            headers=sent,
-            content=_Slices(content) if content else None,
-            extensions=dict(self._extensions),
-        )
-        return Reply(await self._pool.handle_async_request(request))
+        connection = await self._connections.take()
+        try:
+            response = await connection.send(method, (self._origin + target).encode(), sent, _slices(content or b""))
+        except BaseException:
+            await self._connections.give_back(connection)
+            raise
+        return Reply(response, connection, self._connections)
+
+    async def _connect(self) -> Connection:
+        stream = await self._open()
+        if self._tls is not None:
+            self._tls.set_alpn_protocols(["http/1.1"])
+            await stream.start_tls(self._tls, self._server_name, self._timeout_s)
+        return Connection(stream, read_s=None if self._streams else self._timeout_s, write_s=self._timeout_s)
+
+    async def _open(self) -> NetworkStream:
+        if self._socket is not None:
+            return await connect_unix(os.fspath(self._socket), self._timeout_s)
+        if self._proxy is not None:
+            if self._origin:
+                return await self._proxy.connect(self._timeout_s)
+            return await self._proxy.tunnel(self._host, self._port, self._timeout_s)
+        if self._streams:
+            return await connect_tcp(
+                self._host, self._port, self._timeout_s, options=_stream_options(), max_waiting_bytes=_STREAM_BYTES
+            )
+        return await connect_tcp(self._host, self._port, self._timeout_s)
 
     async def fetch(
         self,
@@ -237,7 +259,7 @@ class HttpClient:
             max_bytes: Where to stop reading the body; the result may be a little longer.
 
         Raises:
-            httpcore.NetworkError: There is no answer; see `BROKEN`.
+            HttpError: There is no answer; see `BROKEN`.
             zlib.error: The body is not compressed as its header says.
         """
         reply = await self.send(method, path, query, headers=headers, content=content)
@@ -250,7 +272,7 @@ class HttpClient:
 
     async def aclose(self) -> None:
         """Close the connections; a later request opens new ones."""
-        await self._pool.aclose()
+        await self._connections.aclose()
 
 
 def user_agent() -> str:
@@ -258,20 +280,11 @@ def user_agent() -> str:
     return f"tailspan/{__version__}"
 
 
-class _Slices:
-    """A body in slices, because asyncio copies the part of a write that the socket does not accept at once.
-
-    It drops its reference to the body when all is sent: responses are part of reference cycles, which keep alive what
-    their requests hold.
-    """
-
-    def __init__(self, content: bytes) -> None:
-        self._content = content
-
-    async def __aiter__(self) -> AsyncIterator[Any]:
-        view, self._content = memoryview(self._content), b""
-        for start in range(0, len(view), _SLICE_BYTES):
-            yield view[start : start + _SLICE_BYTES]
+def _slices(content: bytes) -> Iterator[memoryview]:
+    """Yield a body in slices, because asyncio copies the part of a write that the socket does not accept at once."""
+    view = memoryview(content)
+    for start in range(0, len(view), _SLICE_BYTES):
+        yield view[start : start + _SLICE_BYTES]
 
 
 class _Unpacker:
@@ -293,31 +306,15 @@ class _Unpacker:
             raise zlib.error("the compressed data is incomplete")
 
 
-def _as_it_is(chunk: bytes) -> Iterator[bytes]:
-    yield chunk
-
-
-def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+def _encoded(headers: Mapping[str, str]) -> list[Header]:
     return [(name.encode("latin-1"), value.encode("utf-8")) for name, value in headers.items()]
 
 
-def _replaced(own: list[tuple[bytes, bytes]], headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+def _replaced(own: list[Header], headers: Mapping[str, str]) -> list[Header]:
     """Return headers with others added; these replace headers of the same names."""
     given = _encoded(headers)
     names = {name.lower() for name, _ in given}
     return [*(pair for pair in own if pair[0].lower() not in names), *given]
-
-
-def _ascii_host(host: str) -> str:
-    """Return a host in ASCII (IDNA). Raise ValueError for a name that has no such form."""
-    if host.isascii():
-        # The limits of RFC 1035; the resolver would raise an error of another kind.
-        if any(not 0 < len(label) < 64 for label in host.removesuffix(".").split(".")):
-            raise ValueError(host)
-        return host
-    import idna
-
-    return idna.encode(host).decode()
 
 
 def _stream_options() -> Iterator[tuple[int, int, int]]:
@@ -326,39 +323,3 @@ def _stream_options() -> Iterator[tuple[int, int, int]]:
     for name, value in _KEEP_ALIVE_OPTIONS:
         if (option := getattr(sockets, name, None)) is not None:
             yield sockets.IPPROTO_TCP, option, value
-
-
-def _basic(user: str, password: str) -> str:
-    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
-
-
-def _proxy_of(scheme: str, named: str, host: str) -> httpcore.Proxy | None:
-    """Return the proxy that the environment (or macOS, or Windows) names for a host, if any; never for this machine.
-
-    A proxy elsewhere could not reach a service of this machine, but would read its token.
-    """
-    if is_loopback(host):
-        return None
-    if sys.platform not in ("darwin", "win32") and not any(name.lower().endswith("_proxy") for name in os.environ):
-        return None  # importing urllib.request takes longer than a request
-    from urllib.request import getproxies, proxy_bypass
-
-    proxies = getproxies()
-    proxy = proxies.get(scheme) or proxies.get("all")
-    if not proxy or proxy_bypass(named) or proxy_bypass(host):
-        return None
-    try:
-        parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-        url = httpcore.URL(
-            scheme=parts.scheme.encode(), host=_ascii_host(parts.hostname or "").encode(), port=parts.port, target=b"/"
-        )
-    except ValueError:
-        url = httpcore.URL(scheme=b"", host=b"", target=b"/")
-    if not url.host or url.scheme not in _PROXY_SCHEMES:
-        raise ConfigError("the proxy that the environment names is not an http, https or socks5 URL: check HTTPS_PROXY")
-    if url.scheme.startswith(b"socks") and importlib.util.find_spec("socksio") is None:
-        raise ConfigError("the environment names a SOCKS proxy, which needs: pip install 'httpcore[socks]'")
-    if parts.username is None:
-        return httpcore.Proxy(url)
-    add_secret(_basic(unquote(parts.username), unquote(parts.password or "")))
-    return httpcore.Proxy(url, (unquote(parts.username).encode(), unquote(parts.password or "").encode()))

@@ -5,18 +5,23 @@ from __future__ import annotations
 import asyncio
 import base64
 import gzip
+import itertools
+import ssl
 import tracemalloc
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
+import trustme
 
 from tailspan.errors import ConfigError
-from tailspan.http.client import BROKEN, HttpClient, Reply
+from tailspan.http.client import BROKEN, FAULTY, NEVER_SENT, TOO_SLOW, HttpClient, Reply
 
 KEY = "services.test.base_url"
 Answer = Callable[[bytes], bytes]
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 @pytest.fixture(autouse=True)
@@ -27,22 +32,40 @@ def _no_proxy_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def server(answer: Answer) -> AsyncIterator[str]:
-    """A server that answers each header with bytes; yields HOST:PORT."""
+async def talking(serve: Serve, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
+    """A server on this machine, whose connections end with it; yields HOST:PORT."""
+    tasks = set[asyncio.Task[None] | None]()
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def ended(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tasks.add(asyncio.current_task())
         try:
-            while True:
-                writer.write(answer(await reader.readuntil(b"\r\n\r\n")))
-                await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError):
+            await serve(reader, writer)
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             pass
         finally:
             writer.close()
 
-    running = await asyncio.start_server(serve, "127.0.0.1", 0)
-    async with running:
-        yield f"127.0.0.1:{running.sockets[0].getsockname()[1]}"
+    async with await asyncio.start_server(ended, "127.0.0.1", 0, ssl=tls) as running:
+        try:
+            yield f"127.0.0.1:{running.sockets[0].getsockname()[1]}"
+        finally:
+            for task in tasks:
+                assert task is not None
+                task.cancel()
+            await asyncio.gather(*filter(None, tasks))
+
+
+@asynccontextmanager
+async def server(answer: Answer, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
+    """A server that answers each header with bytes; yields HOST:PORT."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            writer.write(answer(await reader.readuntil(b"\r\n\r\n")))
+            await writer.drain()
+
+    async with talking(serve, tls) as address:
+        yield address
 
 
 def ok(body: bytes = b"", *fields: bytes) -> bytes:
@@ -50,8 +73,10 @@ def ok(body: bytes = b"", *fields: bytes) -> bytes:
     return b"\r\n".join(head) + b"\r\n\r\n" + body
 
 
-def client_of(url: str) -> HttpClient:
-    return HttpClient(url, key=KEY, headers={}, timeout_s=5.0, keep_alive_s=5.0, max_idle=1)
+def client_of(url: str, **options: Any) -> HttpClient:
+    return HttpClient(
+        url, **{"key": KEY, "headers": {}, "timeout_s": 5.0, "keep_alive_s": 5.0, "max_idle": 1, **options}
+    )
 
 
 async def body_of(reply: Reply) -> bytes:
@@ -186,6 +211,141 @@ def test_body_that_breaks_off() -> None:
     asked(short, use)
 
 
+@asynccontextmanager
+async def counting() -> AsyncIterator[str]:
+    """A server that answers with the number of the connection, and ends it after `/last`; yields its URL."""
+    numbers = itertools.count()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        number, head = next(numbers), b""
+        while b"/last" not in head:
+            head = await reader.readuntil(b"\r\n\r\n")
+            writer.write(ok(b"%d" % number))
+
+    async with talking(serve) as address:
+        yield f"http://{address}"
+
+
+def test_connections_are_kept_and_given_up() -> None:
+    """Busy ones have no limit, few are kept, and none that the server has ended, that is old, or that is half read."""
+
+    async def main() -> None:
+        async with counting() as url:
+            client = client_of(url)
+            replies = [await client.send("GET") for _ in range(3)]
+            assert [await body_of(reply) for reply in replies] == [b"0", b"1", b"2"]
+            assert await body_of(await client.send("GET")) == b"0"
+            await (reply := await client.send("GET")).aclose()
+            await reply.aclose()
+            assert await body_of(await client.send("GET")) == b"3"
+            assert await body_of(await client.send("GET", "/last")) == b"3"
+            assert await body_of(await client.send("GET")) == b"4"
+            await client.aclose()
+            assert await body_of(await client.send("GET")) == b"5"
+            await client.aclose()
+            hasty = client_of(url, keep_alive_s=0.0)
+            assert [await body_of(await hasty.send("GET")) for _ in range(2)] == [b"6", b"7"]
+            await hasty.aclose()
+
+    asyncio.run(main())
+
+
+def test_a_request_that_is_given_up_takes_its_connection_with_it() -> None:
+    """The answer of one request is never that of the next one."""
+
+    async def main() -> None:
+        waiting = asyncio.Event()
+        heads = 0
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal heads
+            while await reader.readuntil(b"\r\n\r\n"):
+                heads += 1
+                if heads == 1:
+                    waiting.set()
+                    await asyncio.sleep(0.05)
+                writer.write(ok(b"%d" % heads))
+
+        async with talking(serve) as address:
+            client = client_of(f"http://{address}")
+            sending = asyncio.ensure_future(client.send("GET"))
+            await waiting.wait()
+            sending.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await sending
+            assert await body_of(await client.send("GET")) == b"2"
+            await client.aclose()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        (b"", "Server disconnected without sending a response."),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n", "Content-Length"),
+        (b"nonsense\r\n\r\n", "illegal status line"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhal", "peer closed connection"),
+        (b"HTTP/1.1 200 OK\r\nX: " + b"y" * (200 << 10), "Receive buffer too long"),
+    ],
+)
+def test_an_answer_that_is_none(answer: bytes, text: str) -> None:
+    """Each has its reason."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        writer.write_eof()
+        await reader.read()
+
+    async def main() -> None:
+        async with talking(serve) as address:
+            client = client_of(f"http://{address}")
+            with pytest.raises(BROKEN, match=text):
+                await body_of(await client.send("GET"))
+            await client.aclose()
+
+    asyncio.run(main())
+
+
+def test_a_silent_server_and_a_request_that_is_not_http() -> None:
+    """The groups of errors, by which callers decide whether to retry."""
+
+    async def main() -> None:
+        async with talking(lambda reader, _: reader.read()) as address:
+            client = client_of(f"http://{address}", timeout_s=0.1)
+            with pytest.raises(TOO_SLOW):
+                await client.send("GET")
+            with pytest.raises(FAULTY):
+                await client.send("GET", headers={"X": "two\nlines"})
+            await client.aclose()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("size", [10, 1 << 20, (5 << 20) + 1])
+def test_bodies_arrive_whole(size: int) -> None:
+    """In one packet with the header, or in slices; an answer to `100 Continue` is no answer."""
+    content, found = bytes(range(256)) * (size // 256) + b"x" * (size % 256), bytearray()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert b"Content-Length: %d\r\n" % size in head
+        writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        found.extend(await reader.readexactly(size))
+        writer.write(ok(b"all"))
+        await reader.read()
+
+    async def main() -> None:
+        async with talking(serve) as address:
+            client = client_of(f"http://{address}")
+            assert await body_of(await client.send("POST", content=content)) == b"all"
+            await client.aclose()
+
+    asyncio.run(main())
+    assert found == content
+
+
 def test_a_proxy_is_used_where_the_environment_names_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """The proxy sees the whole URL and its own credentials; the host never hears of it."""
 
@@ -254,7 +414,93 @@ def test_tls_goes_through_a_proxy_as_a_tunnel(monkeypatch: pytest.MonkeyPatch) -
     assert head.startswith(b"CONNECT jobs.test:443 HTTP/1.1\r\n")
 
 
-@pytest.mark.parametrize("proxy", ["gopher://secret@proxy:1", "http://:1", "http://secret@proxy:x", "socks5://proxy:1"])
+async def relaying_proxy(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, port: int, seen: list[str]
+) -> None:
+    """Accept CONNECT, or SOCKS 5, from me:secret; connect to a port of this machine, whatever the request names."""
+    first = await reader.readexactly(1)
+    if first == b"C":
+        head = first + await reader.readuntil(b"\r\n\r\n")
+        assert base64.b64encode(b"me:secret") in head
+        seen.append(head.split()[1].decode())
+        answer = b"HTTP/1.1 200 Connected\r\n\r\n"
+    else:
+        assert await reader.readexactly(2) == b"\1\2"
+        writer.write(b"\5\2")
+        assert await reader.readexactly(11) == b"\1\2me\6secret"
+        writer.write(b"\1\0")
+        assert await reader.readexactly(4) == b"\5\1\0\3"
+        name = await reader.readexactly((await reader.readexactly(1))[0])
+        seen.append(f"{name.decode()}:{int.from_bytes(await reader.readexactly(2), 'big')}")
+        answer = b"\5\0\0\1\x7f\0\0\1\0\1"
+    their_reader, their_writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(answer)
+
+    async def copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        while data := await source.read(1 << 16):
+            target.write(data)
+        target.close()
+
+    try:
+        await asyncio.gather(copy(reader, their_writer), copy(their_reader, writer))
+    finally:
+        their_writer.close()
+
+
+@pytest.mark.parametrize("scheme", ["http", "socks5", "socks5h"])
+def test_tls_reaches_the_server_through_a_tunnel(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    """The proxy is asked for the server by name, and the certificate is the server's."""
+    authority, seen = trustme.CA(), []
+    context, tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
+    authority.issue_cert("jobs.test").configure_cert(context)
+    authority.configure_trust(tls)
+
+    async def main() -> None:
+        async with server(lambda head: ok(b"secure"), context) as address:
+            port = int(address.partition(":")[2])
+            async with talking(lambda *ends: relaying_proxy(*ends, port, seen)) as proxy:
+                monkeypatch.setenv("https_proxy", f"{scheme}://me:secret@{proxy}")
+                client = client_of("https://jobs.test/base", tls=tls)
+                for _ in range(2):
+                    assert await body_of(await client.send("GET")) == b"secure"
+                await client.aclose()
+
+    asyncio.run(main())
+    assert seen == ["jobs.test:443"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (b"\5\xff", "another way of authentication"),
+        (b"\5\0\5\5\0\1", "connection refused"),
+        (b"\5\0\5\x63\0\1", "error 99"),
+        (b"\5", "has closed the connection"),
+        (b"\5\0\5\0\0\1\0\0\0\0\0\0early", "sent data before the server could"),
+    ],
+)
+def test_a_socks_proxy_that_does_not_connect(monkeypatch: pytest.MonkeyPatch, answer: bytes, reason: str) -> None:
+    """Its reason is that of a request that never arrived."""
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer)
+        writer.write_eof()
+        await reader.read()
+
+    async def main() -> None:
+        async with talking(refuse) as address:
+            monkeypatch.setenv("all_proxy", f"socks5://{address}")
+            client = client_of("http://jobs.test")
+            with pytest.raises(NEVER_SENT, match=reason):
+                await client.send("GET")
+            await client.aclose()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "proxy", ["gopher://secret@proxy:1", "http://:1", "http://secret@proxy:x", f"socks5://secret{'x' * 255}@proxy:1"]
+)
 def test_proxies_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
     """Told before anything is sent, without their password."""
     monkeypatch.setenv("all_proxy", proxy)

@@ -93,7 +93,7 @@ def test_the_memory_of_warnings_is_bounded():
 def _logging_as_it_was():
     """Restore the process's logging."""
     root = logging.getLogger()
-    chatty = {name: logging.getLogger(name).level for name in ("httpx", "httpcore", "uvicorn", "asyncio")}
+    chatty = {name: logging.getLogger(name).level for name in ("httpx", "uvicorn", "asyncio")}
     handlers, level = root.handlers[:], root.level
     root.handlers[:] = []
     yield

@@ -1,9 +1,4 @@
-"""`AsyncioBackend`: connections for httpcore, made with asyncio directly.
-
-httpcore's own backend uses anyio, whose cancel scopes, conditions and attribute look-ups make a GET a third more
-expensive (``python -m tests.bench --only W2,W3``; docs/architecture.md, "Decisions"). Source of a backend's duties:
-httpcore's ``_backends/base.py`` and ``_backends/anyio.py``, 1.0.9.
-"""
+"""`NetworkStream`: one connection, by TCP or a Unix socket, plain or with TLS, made with asyncio directly."""
 
 from __future__ import annotations
 
@@ -16,13 +11,13 @@ import socket
 import ssl
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from itertools import zip_longest
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
-import httpcore
+from tailspan.http.errors import ConnectError, ConnectTimeout, ReadError, ReadTimeout, WriteError, WriteTimeout
 
-__all__ = ["AsyncioBackend", "connect_reason"]
+__all__ = ["NetworkStream", "connect_reason", "connect_tcp", "connect_unix"]
 
 # The most that asyncio reads at once: reading pauses while this much is unread.
 _MAX_WAITING_BYTES = 256 << 10
@@ -32,59 +27,56 @@ _NEXT_ADDRESS_S = 0.25
 _LONGER_S = 1.0
 _ERRNO = re.compile(r"\[Errno (-?\d+)\]")
 
-
-class AsyncioBackend(httpcore.AsyncNetworkBackend):
-    """Opens connections on the running event loop."""
-
-    def __init__(self, max_waiting_bytes: int = _MAX_WAITING_BYTES) -> None:
-        """Open nothing yet.
-
-        Args:
-            max_waiting_bytes: Reading pauses while this much is unread, besides what asyncio reads at once.
-        """
-        self._max_waiting_bytes = max_waiting_bytes
-
-    async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> httpcore.AsyncNetworkStream:
-        """Connect; see httpcore."""
-        try:
-            async with asyncio.timeout(timeout):
-                stream = await _connect(host, port, (local_address, 0) if local_address is not None else None)
-                stream.max_waiting_bytes = self._max_waiting_bytes
-        except TimeoutError as error:
-            raise httpcore.ConnectTimeout(str(error)) from error
-        except OSError as error:
-            raise httpcore.ConnectError(connect_reason(error)) from error
-        for option in socket_options or ():
-            stream.get_extra_info("socket").setsockopt(*option)
-        return stream
-
-    async def connect_unix_socket(
-        self, path: str, timeout: float | None = None, socket_options: Iterable[Any] | None = None
-    ) -> httpcore.AsyncNetworkStream:
-        """Connect to a Unix socket; see httpcore."""
-        try:
-            async with asyncio.timeout(timeout):
-                _, stream = await asyncio.get_running_loop().create_unix_connection(_Stream, path)
-        except TimeoutError as error:
-            raise httpcore.ConnectTimeout(str(error)) from error
-        except OSError as error:
-            raise httpcore.ConnectError(connect_reason(error)) from error
-        return stream
-
-    async def sleep(self, seconds: float) -> None:
-        """Wait; see httpcore."""
-        await asyncio.sleep(seconds)
+T = TypeVar("T")
 
 
-class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
-    """One connection, with TLS after `start_tls`. At most one task reads and one writes at a time, as httpcore does."""
+async def connect_tcp(
+    host: str,
+    port: int,
+    timeout_s: float | None = None,
+    *,
+    options: Iterable[tuple[int, int, int]] = (),
+    max_waiting_bytes: int = _MAX_WAITING_BYTES,
+) -> NetworkStream:
+    """Connect to a port.
+
+    Args:
+        host: A name or an address.
+        port: The port.
+        timeout_s: Time limit in seconds.
+        options: Options of the socket: level, name and value.
+        max_waiting_bytes: Reading pauses while this much is unread, besides what asyncio reads at once.
+
+    Raises:
+        ConnectError: The reason is in the system's own words.
+        ConnectTimeout: There was no connection in time.
+    """
+    stream = await _in_time_or_not(_connect(host, port), timeout_s)
+    stream.max_waiting_bytes = max_waiting_bytes
+    for option in options:
+        stream.get_extra_info("socket").setsockopt(*option)
+    return stream
+
+
+async def connect_unix(path: str, timeout_s: float | None = None) -> NetworkStream:
+    """Connect to a Unix socket; see `connect_tcp`."""
+    loop = asyncio.get_running_loop()
+    _, stream = await _in_time_or_not(loop.create_unix_connection(NetworkStream, path), timeout_s)
+    return stream
+
+
+async def _in_time_or_not(connecting: Awaitable[T], timeout_s: float | None) -> T:
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await connecting
+    except TimeoutError as error:
+        raise ConnectTimeout(str(error)) from error
+    except OSError as error:
+        raise ConnectError(connect_reason(error)) from error
+
+
+class NetworkStream(asyncio.Protocol):
+    """One connection, with TLS after `start_tls`. At most one task reads and one writes at a time."""
 
     def __init__(self) -> None:
         self.max_waiting_bytes = _MAX_WAITING_BYTES
@@ -100,14 +92,19 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
         self._is_full = False
         self._poll: Callable[[int], list[Any]] | None = None
 
-    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        """Return the next bytes, or none at the end; see httpcore.
+    async def read(self, timeout_s: float | None = None) -> bytes:
+        """Return the next bytes, or none at the end.
 
-        They may be more than ``max_bytes``, up to what asyncio reads at once: cutting would copy them.
+        Args:
+            timeout_s: Time limit in seconds.
+
+        Raises:
+            ReadError: The connection broke.
+            ReadTimeout: Nothing came in time.
         """
         if not self._received and not self._ended:
             self._read_again = self._loop.create_future()
-            await _in_time(self._read_again, timeout, httpcore.ReadTimeout)
+            await _in_time(self._read_again, timeout_s, ReadTimeout)
         if self._received:
             piece = self._received.popleft()
             if self._waiting_bytes >= self.max_waiting_bytes > self._waiting_bytes - len(piece) and not self._ended:
@@ -115,25 +112,34 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
             self._waiting_bytes -= len(piece)
             return piece
         if self._error is not None:
-            raise httpcore.ReadError(str(self._error)) from self._error
+            raise ReadError(str(self._error)) from self._error
         return b""
 
-    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        """Send, and return once most of the buffer has left; see httpcore."""
+    async def write(self, buffer: bytes | memoryview, timeout_s: float | None = None) -> None:
+        """Send, and return once most of the buffer has left.
+
+        Args:
+            buffer: The bytes.
+            timeout_s: Time limit in seconds.
+
+        Raises:
+            WriteError: The connection broke, or the server has ended it.
+            WriteTimeout: The bytes did not leave in time.
+        """
         if not self._ended:
             self._transport.write(buffer)
             if self._is_full:
                 self._write_again = self._loop.create_future()
-                await _in_time(self._write_again, timeout, httpcore.WriteTimeout)
+                await _in_time(self._write_again, timeout_s, WriteTimeout)
         if self._error is not None or self._ended or self._transport.is_closing():
-            raise httpcore.WriteError(self._end) from self._error
+            raise WriteError(self._end) from self._error
 
     @property
     def _end(self) -> str:
         return str(self._error or "the server has closed the connection")
 
     async def aclose(self) -> None:
-        """Close the connection without waiting for the other side; see httpcore."""
+        """Close the connection without waiting for the other side."""
         self.abort()
         await asyncio.sleep(0)  # asyncio closes the socket in its next iteration, and this may be the last one
 
@@ -142,10 +148,18 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
         if not self._lost:  # asyncio's abort fails after asyncio has closed the connection itself
             self._transport.abort()
 
-    async def start_tls(
-        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
-    ) -> httpcore.AsyncNetworkStream:
-        """Switch to TLS; see httpcore."""
+    async def start_tls(self, context: ssl.SSLContext, server_name: str, timeout_s: float | None = None) -> None:
+        """Switch to TLS.
+
+        Args:
+            context: What to trust, and what to show.
+            server_name: The name in the server's certificate.
+            timeout_s: Time limit in seconds.
+
+        Raises:
+            ConnectError: The handshake failed; the stream is closed.
+            ConnectTimeout: It took too long; the stream is closed.
+        """
         try:
             if self._received:
                 # These bytes are not authenticated, but `read` would return them as if they had arrived by TLS.
@@ -153,39 +167,36 @@ class _Stream(httpcore.AsyncNetworkStream, asyncio.Protocol):
             if self._ended or self._transport.is_closing():
                 # asyncio would wait for the handshake of a closed connection.
                 raise ConnectionResetError(self._end) from self._error
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(timeout_s):
                 secured = await self._loop.start_tls(
                     self._transport,
                     self,
-                    ssl_context,
-                    server_hostname=server_hostname,
+                    context,
+                    server_hostname=server_name,
                     # asyncio reports its own limit as a broken connection.
-                    ssl_handshake_timeout=timeout + _LONGER_S if timeout is not None else None,
+                    ssl_handshake_timeout=timeout_s + _LONGER_S if timeout_s is not None else None,
                 )
             if secured is None:  # asyncio returns None if the connection was closed meanwhile
                 raise ConnectionResetError(self._end)
         except BaseException as error:
             self.abort()
             if isinstance(error, TimeoutError):
-                raise httpcore.ConnectTimeout(str(error)) from error
+                raise ConnectTimeout(str(error)) from error
             if isinstance(error, OSError):
-                raise httpcore.ConnectError(connect_reason(error) or self._end) from error
+                raise ConnectError(connect_reason(error) or self._end) from error
             raise
         self._transport = secured
         if self.max_waiting_bytes < _MAX_WAITING_BYTES:
             _shrink_tls_buffer(secured)
-        return self
 
-    def get_extra_info(self, info: str) -> Any:
-        """Return information about the connection; see httpcore."""
-        match info:
-            case "is_readable":
-                return bool(self._received) or self._ended or self._has_something_to_read()
-            case "client_addr":
-                return self._transport.get_extra_info("sockname")
-            case "server_addr":
-                return self._transport.get_extra_info("peername")
-        return self._transport.get_extra_info(info)
+    @property
+    def is_readable(self) -> bool:
+        """Whether `read` returns at once: something has come, or the end."""
+        return bool(self._received) or self._ended or self._has_something_to_read()
+
+    def get_extra_info(self, name: str) -> Any:
+        """Return information about the transport; see asyncio."""
+        return self._transport.get_extra_info(name)
 
     def _has_something_to_read(self) -> bool:
         # The loop reports an end only when it runs again; the program may have been computing for a minute.
@@ -280,19 +291,19 @@ def connect_reason(error: OSError) -> str:
     return text[:1].lower() + text[1:]
 
 
-async def _connect(host: str, port: int, local: tuple[str, int] | None) -> _Stream:
+async def _connect(host: str, port: int) -> NetworkStream:
     """Connect to the first address that answers: one by one, alternating between families (RFC 8305).
 
     asyncio's own implementation leaves a socket open if it is cancelled just when the socket is connected.
     """
     loop = asyncio.get_running_loop()
     left = await _addresses(host, port)
-    attempts: list[asyncio.Task[tuple[asyncio.Transport, _Stream]]] = []
-    running: set[asyncio.Task[tuple[asyncio.Transport, _Stream]]] = set()
+    attempts: list[asyncio.Task[tuple[asyncio.Transport, NetworkStream]]] = []
+    running: set[asyncio.Task[tuple[asyncio.Transport, NetworkStream]]] = set()
     try:
         while left or running:
             if left:
-                attempt = loop.create_task(loop.create_connection(_Stream, left.pop(0), port, local_addr=local))
+                attempt = loop.create_task(loop.create_connection(NetworkStream, left.pop(0), port))
                 attempts.append(attempt)
                 running.add(attempt)
             done, running = await asyncio.wait(
@@ -327,6 +338,6 @@ async def _addresses(host: str, port: int) -> list[str]:
     return [address for turn in zip_longest(*by_family.values()) for address in turn if address is not None]
 
 
-def _drop(attempt: asyncio.Task[tuple[asyncio.Transport, _Stream]]) -> None:
+def _drop(attempt: asyncio.Task[tuple[asyncio.Transport, NetworkStream]]) -> None:
     if not attempt.cancelled() and attempt.exception() is None:
         attempt.result()[1].abort()

@@ -1,4 +1,4 @@
-"""`tailspan.http.asyncio_backend`: connections against real servers on loopback, plain and with TLS."""
+"""`tailspan.http.stream`: connections against real servers on loopback, plain and with TLS."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import httpcore
 import pytest
 import trustme
 
-from tailspan.http.asyncio_backend import AsyncioBackend, _addresses, connect_reason
+from tailspan.http.errors import ConnectError, ConnectTimeout, ReadError, ReadTimeout, WriteError, WriteTimeout
+from tailspan.http.stream import NetworkStream, _addresses, connect_reason, connect_tcp
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 SECONDS = 20.0
@@ -59,15 +59,15 @@ async def serving(serve: Serve, authority: trustme.CA | None = None) -> AsyncIte
 @asynccontextmanager
 async def connected(
     serve: Serve, authority: trustme.CA | None = None, *, name: str = "127.0.0.1"
-) -> AsyncIterator[httpcore.AsyncNetworkStream]:
+) -> AsyncIterator[NetworkStream]:
     """A connection to a server; with TLS where there is an authority."""
     async with serving(serve, authority) as port:
-        stream = await AsyncioBackend().connect_tcp(name, port, timeout=SECONDS)
+        stream = await connect_tcp(name, port, timeout_s=SECONDS)
         try:
             if authority is not None:
                 client = ssl.create_default_context()
                 authority.configure_trust(client)
-                stream = await stream.start_tls(client, server_hostname="127.0.0.1", timeout=SECONDS)
+                await stream.start_tls(client, server_name="127.0.0.1", timeout_s=SECONDS)
             yield stream
         finally:
             await stream.aclose()
@@ -87,9 +87,9 @@ async def farewell(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
     writer.write(b"farewell")
 
 
-async def read_all(stream: httpcore.AsyncNetworkStream) -> bytes:
+async def read_all(stream: NetworkStream) -> bytes:
     found = bytearray()
-    while piece := await stream.read(1 << 16, timeout=SECONDS):
+    while piece := await stream.read(timeout_s=SECONDS):
         found += piece
     return bytes(found)
 
@@ -105,11 +105,11 @@ def test_what_is_sent_arrives_and_comes_back(authority: trustme.CA, with_tls: bo
 
             async def receive() -> None:
                 while len(found) < len(text):
-                    found.extend(await stream.read(1 << 16, timeout=SECONDS))
+                    found.extend(await stream.read(timeout_s=SECONDS))
 
             receiving = asyncio.ensure_future(receive())
             for start in range(0, len(text), 1 << 20):
-                await stream.write(memoryview(text)[start : start + (1 << 20)], timeout=SECONDS)
+                await stream.write(memoryview(text)[start : start + (1 << 20)], timeout_s=SECONDS)
             await receiving
             assert found == text
             assert (stream.get_extra_info("ssl_object") is not None) is with_tls
@@ -147,13 +147,13 @@ def test_the_servers_end_is_the_end(authority: trustme.CA, with_tls: bool) -> No
 
     async def main() -> None:
         async with connected(farewell, authority if with_tls else None) as stream:
-            while not stream.get_extra_info("is_readable"):
+            while not stream.is_readable:
                 await asyncio.sleep(0.01)
             assert await read_all(stream) == b"farewell"
-            assert await stream.read(1, timeout=SECONDS) == b""
-            assert stream.get_extra_info("is_readable")
-            with pytest.raises(httpcore.WriteError):
-                await stream.write(b"too late", timeout=SECONDS)
+            assert await stream.read(timeout_s=SECONDS) == b""
+            assert stream.is_readable
+            with pytest.raises(WriteError):
+                await stream.write(b"too late", timeout_s=SECONDS)
 
     asyncio.run(main())
 
@@ -171,13 +171,13 @@ def test_a_reset_is_an_error_after_what_came() -> None:
 
     async def main() -> None:
         async with connected(cut) as stream:
-            await stream.write(b"1", timeout=SECONDS)
-            assert await stream.read(100, timeout=SECONDS) == b"part"
-            await stream.write(b"2", timeout=SECONDS)
-            with pytest.raises(httpcore.ReadError, match="reset"):
-                await stream.read(100, timeout=SECONDS)
-            with pytest.raises(httpcore.WriteError):
-                await stream.write(b"3", timeout=SECONDS)
+            await stream.write(b"1", timeout_s=SECONDS)
+            assert await stream.read(timeout_s=SECONDS) == b"part"
+            await stream.write(b"2", timeout_s=SECONDS)
+            with pytest.raises(ReadError, match="reset"):
+                await stream.read(timeout_s=SECONDS)
+            with pytest.raises(WriteError):
+                await stream.write(b"3", timeout_s=SECONDS)
 
     asyncio.run(main())
 
@@ -192,12 +192,12 @@ def test_silent_servers_are_not_waited_for_longer_than_asked() -> None:
 
     async def main() -> None:
         async with connected(late) as stream:
-            with pytest.raises(httpcore.ReadTimeout):
-                await stream.read(100, timeout=0.05)
-            await stream.write(b"1", timeout=SECONDS)
-            assert await stream.read(100, timeout=SECONDS) == b"late"
-            with pytest.raises(httpcore.WriteTimeout):
-                await stream.write(bytes(64 << 20), timeout=0.2)
+            with pytest.raises(ReadTimeout):
+                await stream.read(timeout_s=0.05)
+            await stream.write(b"1", timeout_s=SECONDS)
+            assert await stream.read(timeout_s=SECONDS) == b"late"
+            with pytest.raises(WriteTimeout):
+                await stream.write(bytes(64 << 20), timeout_s=0.2)
 
     asyncio.run(main())
 
@@ -207,13 +207,13 @@ def test_a_read_that_is_cancelled_can_be_made_again() -> None:
 
     async def main() -> None:
         async with connected(echo) as stream:
-            reading = asyncio.ensure_future(stream.read(100))
+            reading = asyncio.ensure_future(stream.read())
             await asyncio.sleep(0)
             reading.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await reading
             await stream.write(b"again")
-            assert await stream.read(100, timeout=SECONDS) == b"again"
+            assert await stream.read(timeout_s=SECONDS) == b"again"
 
     asyncio.run(main())
 
@@ -223,8 +223,8 @@ def test_names_are_looked_up() -> None:
 
     async def main() -> None:
         async with connected(echo, name="localhost") as stream:
-            assert stream.get_extra_info("server_addr")[0] == "127.0.0.1"
-            assert stream.get_extra_info("client_addr")[0] == "127.0.0.1"
+            assert stream.get_extra_info("peername")[0] == "127.0.0.1"
+            assert stream.get_extra_info("sockname")[0] == "127.0.0.1"
 
     asyncio.run(main())
 
@@ -254,15 +254,15 @@ def test_no_server() -> None:
     async def main() -> None:
         async with serving(echo) as port:
             pass
-        with pytest.raises(httpcore.ConnectError, match=r"^connection refused$"):
-            await AsyncioBackend().connect_tcp("127.0.0.1", port, timeout=SECONDS)
+        with pytest.raises(ConnectError, match=r"^connection refused$"):
+            await connect_tcp("127.0.0.1", port, timeout_s=SECONDS)
 
     asyncio.run(main())
 
 
 @pytest.mark.parametrize(
     ("serve", "timeout_s", "expected"),
-    [(silence, 0.2, httpcore.ConnectTimeout), (farewell, SECONDS, httpcore.ConnectError)],
+    [(silence, 0.2, ConnectTimeout), (farewell, SECONDS, ConnectError)],
     ids=["mute", "plain"],
 )
 def test_servers_without_tls(serve: Serve, timeout_s: float, expected: type[Exception]) -> None:
@@ -271,7 +271,7 @@ def test_servers_without_tls(serve: Serve, timeout_s: float, expected: type[Exce
     async def main() -> None:
         async with connected(serve) as stream:
             with pytest.raises(expected):
-                await stream.start_tls(ssl.create_default_context(), server_hostname="127.0.0.1", timeout=timeout_s)
+                await stream.start_tls(ssl.create_default_context(), server_name="127.0.0.1", timeout_s=timeout_s)
 
     asyncio.run(main())
 
@@ -281,11 +281,11 @@ def test_a_stranger_is_not_trusted(authority: trustme.CA) -> None:
 
     async def main() -> None:
         async with serving(echo, trustme.CA()) as port:
-            stream = await AsyncioBackend().connect_tcp("127.0.0.1", port)
+            stream = await connect_tcp("127.0.0.1", port)
             client = ssl.create_default_context()
             authority.configure_trust(client)
-            with pytest.raises(httpcore.ConnectError, match="CERTIFICATE_VERIFY_FAILED") as refused:
-                await stream.start_tls(client, server_hostname="127.0.0.1", timeout=SECONDS)
+            with pytest.raises(ConnectError, match="CERTIFICATE_VERIFY_FAILED") as refused:
+                await stream.start_tls(client, server_name="127.0.0.1", timeout_s=SECONDS)
             assert isinstance(refused.value.__cause__, ssl.SSLError)
 
     asyncio.run(main())
@@ -310,12 +310,12 @@ def test_what_came_before_tls_is_nobodys_word(authority: trustme.CA) -> None:
                     await asyncio.sleep(0)
 
             async with connected(between) as stream:
-                while not stream.get_extra_info("is_readable"):
+                while not stream.is_readable:
                     await asyncio.sleep(0.01)
                 client = ssl.create_default_context()
                 authority.configure_trust(client)
-                with pytest.raises(httpcore.ConnectError) as refused:
-                    await stream.start_tls(client, server_hostname="127.0.0.1", timeout=SECONDS)
+                with pytest.raises(ConnectError) as refused:
+                    await stream.start_tls(client, server_name="127.0.0.1", timeout_s=SECONDS)
                 assert isinstance(refused.value.__cause__, ssl.SSLError)
 
     asyncio.run(main())
@@ -329,10 +329,10 @@ def test_who_hangs_up_before_tls_is_not_waited_for() -> None:
 
     async def main() -> None:
         async with connected(hang_up) as stream:
-            while not stream.get_extra_info("is_readable"):
+            while not stream.is_readable:
                 await asyncio.sleep(0.01)
-            with pytest.raises(httpcore.ConnectError, match="closed"):
-                await stream.start_tls(ssl.create_default_context(), server_hostname="127.0.0.1", timeout=SECONDS)
+            with pytest.raises(ConnectError, match="closed"):
+                await stream.start_tls(ssl.create_default_context(), server_name="127.0.0.1", timeout_s=SECONDS)
 
     asyncio.run(main())
 
@@ -352,8 +352,8 @@ def test_an_answer_that_comes_while_we_still_send(reads_on: bool) -> None:
 
     async def main() -> None:
         async with connected(refuse) as stream:
-            with pytest.raises(httpcore.WriteError):
-                await stream.write(bytes(64 << 20), timeout=SECONDS / 2)
+            with pytest.raises(WriteError):
+                await stream.write(bytes(64 << 20), timeout_s=SECONDS / 2)
             assert await read_all(stream) == b"too large"
             await asyncio.sleep(0.1)  # asyncio sends what it still has, and closes
 
@@ -365,15 +365,15 @@ def test_an_end_is_seen_before_the_loop_tells_of_it() -> None:
 
     async def main() -> None:
         listener = socket.create_server(("127.0.0.1", 0))
-        stream = await AsyncioBackend().connect_tcp("127.0.0.1", listener.getsockname()[1], timeout=SECONDS)
+        stream = await connect_tcp("127.0.0.1", listener.getsockname()[1], timeout_s=SECONDS)
         server = listener.accept()[0]
         server.send(b"an answer")
-        assert await stream.read(100, timeout=SECONDS) == b"an answer"
-        assert not stream.get_extra_info("is_readable")
+        assert await stream.read(timeout_s=SECONDS) == b"an answer"
+        assert not stream.is_readable
         server.close()
         listener.close()
         time.sleep(0.1)  # the loop does not run meanwhile
-        assert stream.get_extra_info("is_readable")
+        assert stream.is_readable
         await stream.aclose()
 
     asyncio.run(main())
@@ -420,11 +420,11 @@ def test_an_address_that_never_answers_costs_a_quarter_of_a_second() -> None:
     async def main() -> None:
         async with serving(echo) as port:
             with never_answering(port):
-                stream = await AsyncioBackend().connect_tcp("server", port, timeout=SECONDS)
-                assert stream.get_extra_info("server_addr")[0] == "127.0.0.1"
+                stream = await connect_tcp("server", port, timeout_s=SECONDS)
+                assert stream.get_extra_info("peername")[0] == "127.0.0.1"
                 await stream.aclose()
-                with pytest.raises(httpcore.ConnectTimeout):
-                    await AsyncioBackend().connect_tcp("127.0.0.2", port, timeout=0.1)
+                with pytest.raises(ConnectTimeout):
+                    await connect_tcp("127.0.0.2", port, timeout_s=0.1)
 
     with asyncio.Runner(loop_factory=Names) as runner:
         runner.run(main())
@@ -436,7 +436,7 @@ def test_connecting_can_be_cancelled_at_any_moment() -> None:
     async def main() -> None:
         async with serving(farewell) as port:
             for rounds in range(40):
-                connecting = asyncio.ensure_future(AsyncioBackend().connect_tcp("127.0.0.1", port))
+                connecting = asyncio.ensure_future(connect_tcp("127.0.0.1", port))
                 for _ in range(rounds):
                     await asyncio.sleep(0 if rounds < 20 else 0.0005)
                 if connecting.done():
