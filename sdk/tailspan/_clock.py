@@ -52,6 +52,6 @@ class Clock:
 
     async def sleep(self, seconds: float) -> None:
         """Wait."""
-        import anyio  # reading local files needs no event loop
+        import asyncio  # reading local files needs no event loop
 
-        await anyio.sleep(seconds)
+        await asyncio.sleep(seconds)

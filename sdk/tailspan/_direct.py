@@ -1,10 +1,11 @@
 """Running the verbs' coroutines without an event loop, where they wait for nothing: reads of local files.
 
-Loading asyncio and anyio, and starting a thread with a loop, costs several times as much as such a read.
+Loading asyncio, and starting a thread with a loop, costs several times as much as such a read.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 import types
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
@@ -30,15 +31,27 @@ def checkpoint() -> Generator[None, None, None]:
 async def beside_loop(function: Callable[..., T], *args: object) -> T:
     """Call a function that may take long: in another thread if an event loop runs, so that it is free.
 
+    A caller that is cancelled waits for the end of the function, which may use what the caller then closes.
+
     Args:
         function: What to call.
         *args: Its arguments.
     """
     if getattr(_running, "directly", False):
         return function(*args)
-    import anyio.to_thread
+    import asyncio  # not anyio, which the agent needs for nothing else
 
-    return await anyio.to_thread.run_sync(function, *args)
+    call = asyncio.get_running_loop().run_in_executor(None, functools.partial(function, *args))
+    cancelled: asyncio.CancelledError | None = None
+    while not call.done():
+        try:
+            await asyncio.wait([call])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        call.exception()
+        raise cancelled
+    return call.result()
 
 
 def run_directly(awaitable: Awaitable[T]) -> T:

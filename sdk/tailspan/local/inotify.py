@@ -9,6 +9,7 @@ event and the memory for each watch, and would replace only the decoding below (
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import errno
 import functools
@@ -18,8 +19,6 @@ import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
-
-import anyio
 
 from tailspan.errors import ServiceUnavailableError
 
@@ -107,7 +106,7 @@ class InotifyChanges:
     async def wait(self) -> set[str] | None:
         """Return the changed jobs; see `tailspan.services.ChangeFeed`."""
         while True:
-            await anyio.wait_readable(self._fd)
+            await _readable(self._fd)
             found = self._take()
             if found is None or found:
                 return found
@@ -140,6 +139,15 @@ class InotifyChanges:
                 found.add(self._job_ids.get(watch, ""))
         found.discard("")
         return None if missed else found
+
+
+async def _readable(fd: int) -> None:
+    loop, ready = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(fd, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(fd)
 
 
 def _checked(result: int) -> int:

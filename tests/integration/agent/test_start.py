@@ -30,10 +30,13 @@ main()
 ALONE = ("psycopg", "tailspan_agent.fleet")
 UNUSED = (
     *ALONE,
+    "anyio",
+    "certifi",
     "click",
     "email",
     "google",
     "grpc",
+    "httpcore",
     "httpx",
     "importlib.metadata",
     "jinja2",
