@@ -10,6 +10,7 @@ Numbers: opentelemetry-specification, logs data model, SeverityNumber; Python's 
 
 from __future__ import annotations
 
+import functools
 import re
 
 __all__ = ["LEVELS", "LEVEL_NUMBERS", "UNSPECIFIED", "find_level", "find_level_end"]
@@ -44,14 +45,8 @@ UNSPECIFIED = 0
 _INDEX = {text.encode(): index for index, (_, text) in enumerate(LEVELS)}
 
 _UPPER = sorted(LEVEL_NUMBERS, key=len, reverse=True)
-_ANY_CASE = "|".join(case for word in _UPPER for case in (word, word.lower(), word.title()))
-_START = re.compile(rf"(?P<glog>[IWEF])\d{{4}} \d\d:\d\d:\d\d|\s{{0,40}}(?P<word>{_ANY_CASE}):".encode())
 _OPENERS = "[=\"'"
 _NOT_OF_WORD = f"{_OPENERS} ".encode()
-# Each alternative starts with a literal: only then the search skips other text at the speed of memchr.
-_WORD = re.compile(
-    "|".join((*(rf"{word}\b" for word in _UPPER), *(rf"\{opener} *(?:{_ANY_CASE})\b" for opener in _OPENERS))).encode()
-)
 _AFTER_TIME = re.compile(rb"\d\d:\d\d(?::\d\d)?[\d.,:+Z-]*\s+(?:[\w.:$/@-]+\s+)?\Z")
 _STRUCTURE_ENDS = (b"]", b"}", b")", b"|", b"]:", b"}:", b"):", b"|:", b" -")
 _KEY_ENDS = (b"=", b'"', b"'")
@@ -60,6 +55,16 @@ _AFTER_KEY = re.compile(rb"(?:^|\s)(?:level|lvl|severity)=[\"']?\Z")
 _AFTER_JSON_KEY = re.compile(rb"\"(?:level|severity|levelname|lvl|log\.level|log_level)\"\s{0,4}:\s{0,4}\"\Z")
 _BEFORE_STRUCTURE = re.compile(rb"\s*[:\]|]|\s+[-|]\s|/")
 _BRACKETS = {b"[": b"]", b"|": b"|"}
+
+
+@functools.cache
+def _patterns() -> tuple[re.Pattern[bytes], re.Pattern[bytes]]:
+    """Return the pattern of a level at the start of a line, and of one anywhere; mostly C replaces both."""
+    any_case = "|".join(case for word in _UPPER for case in (word, word.lower(), word.title()))
+    start = rf"(?P<glog>[IWEF])\d{{4}} \d\d:\d\d:\d\d|\s{{0,40}}(?P<word>{any_case}):"
+    # Each alternative starts with a literal: only then the search skips other text at the speed of memchr.
+    word = (*(rf"{word}\b" for word in _UPPER), *(rf"\{opener} *(?:{any_case})\b" for opener in _OPENERS))
+    return re.compile(start.encode()), re.compile("|".join(word).encode())
 
 
 def find_level(line: bytes) -> int:
@@ -78,12 +83,13 @@ def find_level_end(line: bytes) -> tuple[int, int]:
     bytes, and since no test distinguishes digits, for all lines that differ from them in digits only. The
     agent's cache of line starts depends on this.
     """
-    started = _START.match(line)
+    start, word_anywhere = _patterns()
+    started = start.match(line)
     if started:
         return _INDEX[_GLOG[started["glog"]] if started["glog"] else started["word"]], started.end() + 1
     is_json = line.startswith((b'{"', b'{ "'))
     head = line[: _JSON_HEAD_BYTES if is_json else _HEAD_BYTES]
-    for match in _WORD.finditer(head):
+    for match in word_anywhere.finditer(head):
         word, end = match[0].lstrip(_NOT_OF_WORD), match.end()
         evidence = _json_end if is_json else _text_end
         width = evidence(head, end - len(word), end)
