@@ -25,6 +25,7 @@ _START_BYTES = HEADER_BYTES + _TAIL_ENTRIES * ENTRY_BYTES
 # second. A hole in the file (`truncate -s 1T`) is skipped and does not count.
 _MOST_DAMAGED = 1 << 18
 # O_PATH: searching a directory needs no permission to list it.
+_FILE = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _DIRECTORY = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY)
 
 
@@ -54,18 +55,24 @@ def open_file(path: Path | str, dir_fd: int | None = None) -> int | None:
         path: The file; with ``dir_fd`` its name.
         dir_fd: From `open_directory`; `NO_DIRECTORY` has no files.
     """
+    return _open_sized(path, dir_fd)[0]
+
+
+def _open_sized(path: Path | str, dir_fd: int | None) -> tuple[int | None, int]:
+    """Return what `open_file` does, and the size of the file in bytes."""
     if dir_fd == NO_DIRECTORY:
-        return None
+        return None, 0
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=dir_fd)
+        fd = os.open(path, _FILE, dir_fd=dir_fd)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
-            return None
+            return None, 0
         raise
-    if stat.S_ISREG(os.fstat(fd).st_mode):
-        return fd
+    found = os.fstat(fd)
+    if stat.S_ISREG(found.st_mode):
+        return fd, found.st_size
     os.close(fd)
-    return None
+    return None, 0
 
 
 def read_at(fd: int | None, offset: int, size: int) -> bytes:
@@ -125,18 +132,17 @@ class IndexFile:
             ProtocolError: It was written by a newer version.
         """
         self._path = path
-        self._fd = open_file(path if dir_fd is None else os.path.basename(path), dir_fd)
+        self._fd, size = _open_sized(path if dir_fd is None else os.path.basename(path), dir_fd)
         try:
-            start = read_at(self._fd, 0, _START_BYTES)
+            # A short index, as most jobs have, takes one read.
+            start = read_at(self._fd, 0, size if size <= _START_BYTES else HEADER_BYTES)
             header = start[:HEADER_BYTES]
-            if len(header) == HEADER_BYTES and header[:8] == HEADER[:8] and header != HEADER:
+            if header != HEADER and len(header) == HEADER_BYTES and header[:8] == HEADER[:8]:
                 raise ProtocolError(f"{path} was written by a newer version of Tailspan; upgrade this one")
-            self._places = max(0, len(start) - HEADER_BYTES) // ENTRY_BYTES
-            self._tail_start, self._tail = 0, start[HEADER_BYTES:]
-            if self._fd is not None and len(start) == _START_BYTES:
-                self._places = (os.fstat(self._fd).st_size - HEADER_BYTES) // ENTRY_BYTES
-                self._tail_start = max(0, self._places - _TAIL_ENTRIES)
-                self._tail = self._read(self._tail_start, self._places)
+            self._places = max(0, size - HEADER_BYTES) // ENTRY_BYTES
+            self._tail_start = max(0, self._places - _TAIL_ENTRIES)
+            is_whole = size <= _START_BYTES
+            self._tail = start[HEADER_BYTES:] if is_whole else self._read(self._tail_start, self._places)
             self._newest: dict[int, Entry] = {}
         except BaseException:
             self.close()
@@ -198,6 +204,22 @@ class IndexFile:
     def last(self) -> Entry | None:
         """Return the last entry; None for an empty index."""
         return None if self._last is None else self._last[1]
+
+    def newest_after(self, offset: int) -> list[Entry] | None:
+        """Return the entry whose text ends at an offset and all after it, as a reader needs who follows a job.
+
+        Returns:
+            None if the last entries do not have one, or one of them is damaged.
+        """
+        found: list[Entry] = []
+        for number in range(self._places - 1, self._tail_start - 1, -1):
+            entry = self.entry(number)
+            if entry is None or entry.end < offset:
+                return None
+            found.append(entry)
+            if entry.end == offset:
+                return found[::-1]
+        return None
 
     def first_where(self, holds: Callable[[Entry], bool]) -> int:
         """Return the number of the first entry for which something holds, by bisection; `count` if for none.

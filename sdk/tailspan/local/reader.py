@@ -270,6 +270,11 @@ class LogReader:
         if not cursor.isdigit() or len(cursor) > _MOST_DIGITS:
             raise self._expired(f"{cursor[:40]!r} is not a cursor of its log", None)
         offset = int(cursor)
+        newest = self._index.newest_after(offset)
+        if newest is not None:
+            yield from map(self._span, newest, newest[1:])
+            yield from self._recovered(offset)
+            return
         last = self._index.last()
         end = last.end if last else 0
         for span in self._spans(self._index.first_where(lambda entry: entry.end > offset), offset):
@@ -306,12 +311,15 @@ class LogReader:
             if damaged:
                 yield from self._rebuilt(before, entry.end, entry.time_unix_nano, offset)
             else:
-                span = _Span(before.end, entry.lines_end - before.lines_end, entry)
-                if not span.is_possible:
-                    raise self._forged()
-                yield span
+                yield self._span(before, entry)
             before, damaged = entry, False
         yield from self._recovered(offset)
+
+    def _span(self, before: Entry, entry: Entry) -> _Span:
+        span = _Span(before.end, entry.lines_end - before.lines_end, entry)
+        if not span.is_possible:
+            raise self._forged()
+        return span
 
     def _recovered(self, offset: int = 0) -> Iterator[_Span]:
         """Yield entries for the text behind the last entry, once no supervisor can index it."""
