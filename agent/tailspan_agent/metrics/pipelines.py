@@ -50,8 +50,21 @@ def pipeline_metrics(
     gauges = GaugeValues(_GAUGES, now_unix_nano)
     for name in names.used:
         _put_pipeline(gauges, name, pipeline_stats)
+    unassessed: dict[str, None] = {}
     for name, job in labelled:
-        _put_job(gauges, name, job, pipeline_stats, now_unix_nano, run_id_on_metrics=run_id_on_metrics)
+        if job.phase == "pending" and job.status.submitted_at is not None:
+            submitted_ns = int(job.status.submitted_at.timestamp() * 1e9)
+            gauges.put("tailspan.job.pending.age", _series(name), age_s(submitted_ns, now_unix_nano))
+        history = pipeline_stats.histories.of(name)
+        if not is_unassessable(job, history):
+            run_id = job.status.job_id if run_id_on_metrics else ""
+            _put_assessment(gauges, name, job, assess(job, history, now_unix_nano), run_id)
+        elif job.phase != "finalizing":
+            unassessed[name] = None
+    for name in unassessed:
+        # Not put for each job: a snapshot has thousands of them.
+        gauges.put("tailspan.job.silent", _series(name), 0, operator.add)
+        gauges.put("tailspan.job.slow", _series(name), 0, operator.add)
     for name, is_missing in missing.items():
         gauges.put("tailspan.pipeline.missing", _series(name), int(is_missing))
     for name, start_ns in last_starts(pipeline_stats.histories, labelled).items():
@@ -96,24 +109,11 @@ def _put_pipeline(gauges: GaugeValues, name: str, pipeline_stats: PipelineStats)
         gauges.put("tailspan.pipeline.duration.p95", _series(name), history.p95_s)
 
 
-def _put_job(
-    gauges: GaugeValues,
-    name: str,
-    job: JobSnapshot,
-    pipeline_stats: PipelineStats,
-    now_unix_nano: int,
-    *,
-    run_id_on_metrics: bool,
-) -> None:
-    if job.phase == "pending" and job.status.submitted_at is not None:
-        submitted_ns = int(job.status.submitted_at.timestamp() * 1e9)
-        gauges.put("tailspan.job.pending.age", _series(name), age_s(submitted_ns, now_unix_nano))
-    history = pipeline_stats.histories.of(name)
-    assessment = Assessment() if is_unassessable(job, history) else assess(job, history, now_unix_nano)
-    if not job.status.state.is_terminal:
+def _put_assessment(gauges: GaugeValues, name: str, job: JobSnapshot, assessment: Assessment, run_id: str) -> None:
+    if job.phase != "finalizing":
         gauges.put("tailspan.job.silent", _series(name), int(assessment.silent), operator.add)
         gauges.put("tailspan.job.slow", _series(name), int(assessment.slow), operator.add)
-    own_series = _series(name, job.status.job_id if run_id_on_metrics else "")
+    own_series = _series(name, run_id)
     if assessment.progress is not None:
         gauges.put("tailspan.job.progress", own_series, assessment.progress, min)
     if assessment.eta_s is not None:

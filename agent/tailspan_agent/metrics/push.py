@@ -20,6 +20,9 @@ __all__ = ["MetricsPush", "export_interval_s"]
 _log = logging.getLogger(__name__)
 
 _EXPORT_INTERVAL_S = 15.0
+_LONGEST_INTERVAL_S = 60.0
+# Exports may take this much of a core; with ten thousand jobs, each takes a twentieth of a second.
+_SHARE_OF_A_CORE = 0.0025
 _RUN_GAP_S = 5.0
 _RUN_LINGER_S = 0.25
 
@@ -28,13 +31,14 @@ class MetricsPush:
     """Export all metrics at an interval, soon after a run begins or ends, and once at the end.
 
     Without the exports for runs, a run that is shorter than the interval would never be seen to be active. There is at
-    most one export in 5 s, however many runs begin, and while exports fail only the interval counts.
+    most one export in 5 s, however many runs begin, and while exports fail only the interval counts. With thousands of
+    jobs, exports are rarer, so that they cost little, but at least one in a minute.
 
     Args:
         reader: Reads the metrics.
         agent: Counts failed exports.
         exporter: The exporter of metrics; its owner closes it.
-        interval_s: Seconds between two exports.
+        interval_s: Seconds between two exports; None: 15, or more with thousands of jobs.
         on_unsupported: Called if the endpoint does not have metrics; returns None if that must be logged here.
     """
 
@@ -44,13 +48,13 @@ class MetricsPush:
         agent: AgentMetrics,
         exporter: Exporter,
         *,
-        interval_s: float = _EXPORT_INTERVAL_S,
+        interval_s: float | None = None,
         on_unsupported: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._reader = reader
         self._agent = agent
         self._exporter = exporter
-        self._interval_s = interval_s
+        self._given_interval_s = interval_s
         self._on_unsupported = on_unsupported
         self._problem: str | None = None
 
@@ -58,6 +62,17 @@ class MetricsPush:
     def problem(self) -> str | None:
         """Why the last export failed, fully or in part, to be shown; None if it succeeded."""
         return self._problem
+
+    @property
+    def interval_s(self) -> float:
+        """Seconds between two exports, after what the last one cost."""
+        if self._given_interval_s is not None:
+            return self._given_interval_s
+        return min(max(_EXPORT_INTERVAL_S, self._reader.cost_s / _SHARE_OF_A_CORE), _LONGEST_INTERVAL_S)
+
+    @property
+    def _run_gap_s(self) -> float:
+        return min(max(_RUN_GAP_S, self._reader.cost_s / _SHARE_OF_A_CORE), self.interval_s)
 
     def replace_exporter(self, exporter: Exporter) -> None:
         """Use another exporter from the next export on."""
@@ -107,13 +122,13 @@ class MetricsPush:
             changes.clear()
             exported_s = clock_s()
             await self.export()
-            await _any_set(stop, changes, timeout_s=exported_s + self._interval_s - clock_s())
+            await _any_set(stop, changes, timeout_s=exported_s + self.interval_s - clock_s())
             if changes.is_set() and self._problem is None:
                 # The linger lets a burst of runs, and a run's first lines, go with one export.
-                next_s = max(clock_s() + _RUN_LINGER_S, exported_s + min(_RUN_GAP_S, self._interval_s))
+                next_s = max(clock_s() + _RUN_LINGER_S, exported_s + self._run_gap_s)
                 await _any_set(stop, timeout_s=next_s - clock_s())
             else:
-                await _any_set(stop, timeout_s=exported_s + self._interval_s - clock_s())
+                await _any_set(stop, timeout_s=exported_s + self.interval_s - clock_s())
         await self.export()
 
 
@@ -151,8 +166,8 @@ def _kind(outcome: Outcome) -> str | None:
             return "too_large"
 
 
-def export_interval_s(environ: Mapping[str, str] = os.environ) -> float:
-    """Return the seconds between two exports: ``OTEL_METRIC_EXPORT_INTERVAL`` (milliseconds), else 15 s.
+def export_interval_s(environ: Mapping[str, str] = os.environ) -> float | None:
+    """Return the seconds between two exports from ``OTEL_METRIC_EXPORT_INTERVAL`` (milliseconds); None without it.
 
     Raises:
         ConfigError: The variable is not a positive integer.
@@ -161,7 +176,7 @@ def export_interval_s(environ: Mapping[str, str] = os.environ) -> float:
     """
     text = environ.get("OTEL_METRIC_EXPORT_INTERVAL", "").strip()
     if not text:
-        return _EXPORT_INTERVAL_S
+        return None
     if not text.isdecimal() or int(text) == 0:
         raise ConfigError(
             f"OTEL_METRIC_EXPORT_INTERVAL is {text!r}: expected milliseconds, such as 15000",

@@ -82,6 +82,9 @@ class MetricsReader:
         exponential: Export durations over OTLP as exponential histograms.
         fleet: What the fleet has counted; None for an agent that is alone.
         clock_ns: Returns the time in ns since the epoch.
+
+    Attributes:
+        cost_s: The CPU time that it took to make the last request in steps, in seconds.
     """
 
     def __init__(
@@ -99,6 +102,7 @@ class MetricsReader:
         fleet: FleetTotals | None = None,
         clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
+        self.cost_s = 0.0
         self._fleet = fleet
         self._agent = agent
         self._runs = runs
@@ -201,7 +205,21 @@ class MetricsReader:
 
     async def metrics_request_in_steps(self) -> tuple[bytes, int]:
         """Return the same, and let other tasks run in between."""
-        return await _in_steps(self._metrics_request())
+        self.cost_s = 0.0
+        return await _in_steps(self._timed(self._metrics_request()))
+
+    def _timed(self, steps: _Steps[_T]) -> _Steps[_T]:
+        """Add the CPU time of steps to `cost_s`, without that of other tasks in between."""
+        while True:
+            begun_s = time.thread_time()
+            try:
+                next(steps)
+            except StopIteration as end:
+                result: _T = end.value
+                return result
+            finally:
+                self.cost_s += time.thread_time() - begun_s
+            yield
 
     def _metrics_request(self) -> _Steps[tuple[bytes, int]]:
         snapshot = yield from self._snapshot(exponential=self._exponential)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -115,6 +116,40 @@ def test_run_exports_at_once_at_intervals_and_at_the_end():
     assert all(count > 0 for _, count in sent)
 
 
+@pytest.mark.parametrize(
+    ("cost_s", "given_s", "interval_s"), [(0.001, None, 15), (0.1, None, 40), (3, None, 60), (3, 7, 7)]
+)
+def test_exports_are_rarer_the_more_they_cost(cost_s, given_s, interval_s):
+    """Metrics of thousands of jobs cost little; an interval that the user has set stays."""
+    world = World()
+    push = MetricsPush(world.reader, world.agent, ScriptedExporter(), interval_s=given_s)
+    world.reader.cost_s = cost_s
+    assert push.interval_s == pytest.approx(interval_s)
+
+
+def test_the_cost_of_a_request_is_its_own_cpu_time():
+    """Work of other tasks between its steps does not count."""
+    world = World()
+
+    async def busy(stop: asyncio.Event) -> None:
+        while not stop.is_set():
+            sum(range(100_000))
+            await asyncio.sleep(0)
+
+    async def main() -> tuple[float, float]:
+        stop = asyncio.Event()
+        other = asyncio.create_task(busy(stop))
+        await asyncio.sleep(0)
+        begun_s = time.thread_time()
+        await world.reader.metrics_request_in_steps()
+        stop.set()
+        await other
+        return world.reader.cost_s, time.thread_time() - begun_s
+
+    cost_s, with_others_s = asyncio.run(main())
+    assert 0 < cost_s < with_others_s / 2
+
+
 def sent_within(world: World, change_s: float, outcomes: Sequence[Outcome] = (), interval_s: float = 600) -> int:
     """Return how many exports there are within some time after two changes of runs in a row."""
 
@@ -177,7 +212,7 @@ def test_replace_exporter():
     assert asyncio.run(main()) == (1, 1)
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("", 15.0), ("1000", 1.0), (" 60000 ", 60.0), ("1", 0.001)])
+@pytest.mark.parametrize(("text", "seconds"), [("", None), ("1000", 1.0), (" 60000 ", 60.0), ("1", 0.001)])
 def test_export_interval_is_in_milliseconds(text, seconds):
     """The variable has the meaning of the specification."""
     assert export_interval_s({"OTEL_METRIC_EXPORT_INTERVAL": text}) == seconds
