@@ -95,6 +95,8 @@ _BUSY_S = 0.2
 _FILE_FORMAT = 2  # the newest file format of SQLite
 # A log of writes that is longer is copied into the file by the commit itself; see `copy_log`.
 _MAX_LOG_PAGES = 1 << 14
+# What remains of the log once all of it was copied. Without this it keeps its largest size, and seems to be always full.
+_KEPT_LOG_BYTES = 1 << 20
 _MAX_FILLED_BYTES = 1 << 36  # a damaged header may have any size
 
 
@@ -176,6 +178,7 @@ def connect(path: Path) -> sqlite3.Connection:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")
         db.execute(f"PRAGMA wal_autocheckpoint = {_MAX_LOG_PAGES}")
+        db.execute(f"PRAGMA journal_size_limit = {_KEPT_LOG_BYTES}")
         if version < SCHEMA_VERSION:
             steps = "".join(VERSIONS[version:])
             db.executescript(f"BEGIN; {steps} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")

@@ -424,3 +424,17 @@ def test_names_are_forgotten_too(store: SqliteStore) -> None:
     assert store.names("gone") == {"j1": "etl"}
     asyncio.run(store.forget(-1))
     assert store.names("gone") == {}
+
+
+def test_the_log_of_writes_is_copied_only_when_it_has_grown_again(store: SqliteStore):
+    """SQLite does not shrink it by itself: a thread would then copy it after each few commits for ever."""
+    log = store.path.with_name(f"{store.path.name}-wal")
+    row, largest, copies = add(store), 0, 0
+    for number in range(1500):
+        store.ack([Ack(row.key, b"%d" % number, random.randbytes(3000).hex())])
+        largest = max(largest, log.stat().st_size)
+        if store._copying is not None:
+            store._copying.join()
+            copies, store._copying = copies + 1, None
+    assert largest > store_module._LOG_BYTES
+    assert 0 < copies < 10
