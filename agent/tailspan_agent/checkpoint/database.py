@@ -95,7 +95,7 @@ _BUSY_S = 0.2
 _FILE_FORMAT = 2  # the newest file format of SQLite
 # A log of writes that is longer is copied into the file by the commit itself; see `copy_log`.
 _MAX_LOG_PAGES = 1 << 14
-# What remains of the log once all of it was copied. Without this it keeps its largest size, and seems to be always full.
+# What is kept of a log that was copied whole. Otherwise it keeps its largest size, and seems to be full for ever.
 _KEPT_LOG_BYTES = 1 << 20
 _MAX_FILLED_BYTES = 1 << 36  # a damaged header may have any size
 

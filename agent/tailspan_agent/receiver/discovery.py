@@ -327,7 +327,7 @@ class JobDiscovery:
         running = {job_id for job_id, tailer in self.tailers.items() if not tailer.expects_late_lines}
         unseen = running - self._unlisted if full or not self._source.polls_are_free else set()
         self._context.health.polled(self.name)
-        listing = self._source.list_jobs()
+        listing = self._source.list_jobs(self._has_row)
         async with aclosing(listing):
             async for rows in listing:
                 changed = False
@@ -347,6 +347,10 @@ class JobDiscovery:
                 self.tailers[job_id].schedule.on_unlisted()
         # Jobs that the list never has: a search for them would read the whole list each time.
         self._unlisted |= unseen
+
+    def _has_row(self, row: ListedJob) -> bool:
+        tailer = self.tailers.get(row.job_id)
+        return tailer is not None and tailer.schedule.row is row
 
     async def _apply_row(self, row: ListedJob) -> bool:
         """Apply one row; return whether it was new."""

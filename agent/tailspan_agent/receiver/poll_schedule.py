@@ -26,7 +26,7 @@ from tailspan.models import JobState, JobStatus, ListedJob
 from tailspan.services import JobService
 from tailspan_agent.analysis.assessment import JobSnapshot
 
-__all__ = ["PollSchedule", "late_lines_delay_s", "status_known_of"]
+__all__ = ["PollSchedule", "due_s", "late_lines_delay_s", "status_known_of"]
 
 _LISTED_STATUS_S = 30.0
 _PLAIN_STATUS_S = 120.0
@@ -34,6 +34,9 @@ _NOTIFIED_STATUS_S = 1.0
 _SILENT_READS = 2
 _SILENCE_S = 60.0
 _SHORTEST_LATE_S, _LONGEST_LATE_S = 10.0, 600.0
+# Polls are due at multiples of this: one poll that wakes the process and its server costs several further ones.
+_SHARED_S, _MERGED_SHARED_S = 0.5, 0.25
+_JITTERED_S = 2.5  # shorter delays end at the same moments anyway
 
 
 class PollSchedule:
@@ -138,9 +141,11 @@ class PollSchedule:
     def on_row(self, row: ListedJob) -> None:
         """Apply the job's row of the list: a bulk status that saves one request per silent job."""
         known = self.row
+        self._row_at_s = time.monotonic()
+        if known is row:
+            return
         # Keep an equal row: the snapshot made from it stays valid.
         self.row = known if known == row else row
-        self._row_at_s = time.monotonic()
         self._follower.poll_max_s = max(self._poll_max_s, _SILENCE_S if self.is_counted else 0.0)
         if known is None:
             if self._status_at_s < 0:
@@ -217,7 +222,7 @@ class PollSchedule:
         if 0 < gather_s < delay_s:
             # No jitter: a read that comes half of that time before the merged request is part of it.
             delay_s -= gather_s / 2
-        else:
+        elif delay_s >= _JITTERED_S:
             delay_s = self._follower.delay_s(now_s, random.random())
         if self._follower.state.is_terminal or self._had_lines or catching_up:
             return delay_s
@@ -241,7 +246,8 @@ class PollSchedule:
             return False
         self.is_resting = True
         if delay_s is not None:
-            self._timer = asyncio.get_running_loop().call_later(delay_s, self._end_rest)
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_at(due_s(loop.time(), delay_s), self._end_rest)
         return True
 
     def _end_rest(self) -> None:
@@ -254,6 +260,18 @@ class PollSchedule:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def due_s(now_s: float, delay_s: float) -> float:
+    """Return when a poll is due, by the clock of its loop: together with others, and early by half its delay at most.
+
+    Args:
+        now_s: The present, in seconds.
+        delay_s: The delay, in seconds.
+    """
+    at_s = now_s + delay_s
+    shared_s = next((one for one in (_SHARED_S, _MERGED_SHARED_S) if delay_s >= 2 * one), None)
+    return at_s if shared_s is None else at_s - at_s % shared_s
 
 
 def late_lines_delay_s(ended_ago_s: float) -> float:

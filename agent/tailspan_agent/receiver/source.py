@@ -28,7 +28,7 @@ _FREE_READS_PER_QUEUE = 2
 _MERGED_READS_PER_QUEUE = 64
 _PAGES_PER_TURN = 8
 _FIRST_POLLS = 100
-_FIRST_POLLS_PER_S = 2.0
+_FIRST_POLLS_PER_S = 1.0
 _MOST_NOTED = 10_000
 
 _log = logging.getLogger(__name__)
@@ -79,13 +79,19 @@ class Source:
         _log.warning("job %s of service %s: changed or dropped: %s", job_id, self.service.name, what)
         return True
 
-    async def list_jobs(self) -> AsyncGenerator[Sequence[ListedJob], None]:
-        """Yield the service's jobs, with all values in range; see `tailspan.services.JobService`."""
+    async def list_jobs(self, is_known: Callable[[ListedJob], bool]) -> AsyncGenerator[Sequence[ListedJob], None]:
+        """Yield the service's jobs, with all values in range; see `tailspan.services.JobService`.
+
+        Args:
+            is_known: Returns whether a row is an earlier one that was in range: services return equal rows again.
+        """
         async with aclosing(self.service.list_jobs()) as listing:
             async for rows in listing:
                 now = datetime.now(UTC)
                 # Without an id that is text, a row is of no job; it must not hide the other rows.
-                yield [bounded_row(row, now=now) for row in rows if isinstance(row.job_id, str)]
+                yield [
+                    row if is_known(row) else bounded_row(row, now=now) for row in rows if isinstance(row.job_id, str)
+                ]
 
     async def list_tasks(self, job_id: str) -> list[TaskRun] | None:
         """Return the attempts of a job's tasks, with all values in range; None if the service has no tasks.

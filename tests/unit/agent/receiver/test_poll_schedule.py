@@ -12,7 +12,7 @@ import pytest
 from tailspan.logs.follow import Follower
 from tailspan.models import JobState, JobStatus, ListedJob
 from tailspan_agent.receiver import poll_schedule as schedule
-from tailspan_agent.receiver.poll_schedule import PollSchedule
+from tailspan_agent.receiver.poll_schedule import PollSchedule, due_s
 from tests.fakes.agents import looped, until
 
 
@@ -67,7 +67,27 @@ def test_merged_reads_have_no_jitter() -> None:
     asked = PollSchedule(Follower(poll_min_s=1.0, state=JobState.RUNNING))
     asked.on_read(1)
     assert {asked.delay_s(gather_s=0.5) for _ in range(9)} == {0.75}
-    assert len({asked.delay_s() for _ in range(9)}) > 1
+
+
+@pytest.mark.parametrize(("poll_min_s", "is_spread"), [(1.0, False), (5.0, True)])
+def test_only_long_delays_have_jitter(poll_min_s: float, is_spread: bool) -> None:
+    """Short ones end at shared moments."""
+    asked = PollSchedule(Follower(poll_min_s=poll_min_s, state=JobState.RUNNING))
+    asked.on_read(1)
+    assert (len({asked.delay_s() for _ in range(9)}) > 1) is is_spread
+
+
+@pytest.mark.parametrize(
+    ("delay_s", "shared_s", "most_early_s"), [(1.0, 0.5, 0.5), (60.0, 0.5, 0.5), (0.75, 0.25, 0.25), (0.2, None, 0.0)]
+)
+def test_polls_are_due_at_shared_moments(delay_s: float, shared_s: float | None, most_early_s: float) -> None:
+    """However their polls began, jobs are polled together: the agent wakes twice a second, not a hundred times."""
+    starts_s = [1000 + number / 7 for number in range(50)]
+    dues_s = [due_s(start_s, delay_s) for start_s in starts_s]
+    early_s = [start_s + delay_s - due for start_s, due in zip(starts_s, dues_s, strict=True)]
+    assert 0 <= min(early_s) <= max(early_s) <= most_early_s
+    if shared_s is not None:
+        assert all(due % shared_s == 0 for due in dues_s)
 
 
 def test_the_second_status_of_an_end_keeps_its_distance_with_merged_reads() -> None:
