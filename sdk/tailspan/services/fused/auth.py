@@ -76,6 +76,9 @@ class Credentials:
         """
         self._service = service
         self._base_url = base_url
+        self._is_default_server = _same_server(base_url, DEFAULT_BASE_URL)
+        # The port of a server on this machine.
+        self._local_port = _server(base_url)[2] if is_local(base_url) else None
         self._token = token
         self._token_file = token_file
         self._scheme = scheme
@@ -99,15 +102,15 @@ class Credentials:
             return self._from_file(self._token_file)
         scheme = self._environ.get("FUSED_AUTH_TOKEN_TYPE", "")
         token = self._environ.get("FUSED_AUTH_TOKEN", "")
-        if token and scheme in _ENV_SCHEMES and _same_server(self._base_url, DEFAULT_BASE_URL):
+        if token and scheme in _ENV_SCHEMES and self._is_default_server:
             return self._with_scheme(scheme, token, "the environment variable FUSED_AUTH_TOKEN")
         login = self._read_login()
         if login is not None:
             if _expired(login):
                 login = await self._renew_login(refused=None)
             return self._from_login(login)
-        if is_local(self._base_url):
-            own = read_own_token(serve_token_file(), _server(self._base_url)[2])
+        if self._local_port is not None:
+            own = read_own_token(serve_token_file(), self._local_port)
             return self._with_scheme("Bearer", own, "tailspan serve") if own else Authorization("", "nowhere")
         raise AuthError(self._nothing_found(token, scheme), service=self._service)
 
@@ -145,7 +148,7 @@ class Credentials:
             f"there are no credentials for service {self._service} ({self._base_url}): set "
             f"services.{self._service}.token_file (or token)"
         )
-        if not _same_server(self._base_url, DEFAULT_BASE_URL):
+        if not self._is_default_server:
             return f"{text}; FUSED_AUTH_TOKEN and the login in {self._login_file} are for another server"
         text += (
             f", or FUSED_AUTH_TOKEN with FUSED_AUTH_TOKEN_TYPE, or log in with the fused client ({self._login_file})"
