@@ -24,8 +24,8 @@ _START_BYTES = HEADER_BYTES + _TAIL_ENTRIES * ENTRY_BYTES
 # A power failure damages what was written within seconds. More than this was never an index: 8 MiB, a quarter of a
 # second. A hole in the file (`truncate -s 1T`) is skipped and does not count.
 _MOST_DAMAGED = 1 << 18
-# O_PATH: searching a directory needs no permission to list it.
 _FILE = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+# O_PATH: searching a directory needs no permission to list it.
 _DIRECTORY = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY)
 
 
