@@ -13,6 +13,7 @@ import pytest
 from tailspan import _native
 from tailspan.logs import text
 from tailspan.services.fused import stream, window
+from tailspan_agent.job import line_sums
 from tailspan_agent.records import framing, severity
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +31,7 @@ sys.modules["tailspan._compiled"] = None
 from tailspan import _native
 from tailspan.logs import text
 from tailspan.services.fused import stream, window
+from tailspan_agent.job import line_sums
 from tailspan_agent.records import framing, severity
 assert not _native.COMPILED
 assert text.count_lines is text.count_lines_in_python
@@ -37,6 +39,7 @@ assert text.lines_end is text.lines_end_in_python
 assert severity.find_severities is severity.find_severities_in_python
 assert framing.frame is framing.frame_in_python
 assert window.distinct_digests is window.distinct_digests_in_python
+assert line_sums.sum_digests is line_sums.sum_digests_in_python
 assert stream.usual_entries(b"[]") is None
 """
 
@@ -55,6 +58,7 @@ def test_c_is_used_where_it_could_be_compiled() -> None:
     assert severity.find_severities is not severity.find_severities_in_python
     assert framing.frame is not framing.frame_in_python
     assert window.distinct_digests is not window.distinct_digests_in_python
+    assert line_sums.sum_digests is not line_sums.sum_digests_in_python
     assert stream.usual_entries(b"[]") == []
 
 

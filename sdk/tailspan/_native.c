@@ -1,6 +1,6 @@
 /* The functions that run for every line or attribute, in C. `tailspan.logs.text`,
  * `tailspan.services.fused.stream` and `.window`, `tailspan_agent.otlp.wire`, `tailspan_agent.records.framing` and
- * `.severity` have the same functions in Python, with the same results; tests/unit/sdk/logs, tests/unit/sdk/services,
+ * `.severity`, and `tailspan_agent.job.line_sums` have the same functions in Python, with the same results; tests/unit/sdk/logs, tests/unit/sdk/services,
  * tests/unit/agent/otlp and tests/unit/agent/records compare them.
  * `tailspan_agent.otlp.requests` explains the format of a record.
  *
@@ -897,6 +897,22 @@ static PyObject *distinct_digests(PyObject *Py_UNUSED(module), PyObject *args)
     return NULL;
 }
 
+PyDoc_STRVAR(sum_digests_doc, "sum_digests(digests, /)\n--\n\n"
+"See `tailspan_agent.job.line_sums.sum_digests_in_python`.");
+
+static PyObject *sum_digests(PyObject *Py_UNUSED(module), PyObject *object)
+{
+    Piece digests;
+    uint64_t sum = 0;
+    if (piece_of(object, &digests) < 0) return NULL;
+    for (; digests.length >= DIGEST_BYTES; digests.bytes += DIGEST_BYTES, digests.length -= DIGEST_BYTES) {
+        uint64_t uid = 0;
+        for (int byte = 0; byte < DIGEST_BYTES; byte++) uid = uid << 8 | (unsigned char)digests.bytes[byte];
+        sum += uid;
+    }
+    return PyLong_FromUnsignedLongLong(sum);
+}
+
 /* A JSON text, and where its next token is. Each reader returns 0, or NULL, for what only the form in Python reads. */
 typedef struct {
     const char *at, *end;
@@ -1246,6 +1262,7 @@ static PyMethodDef methods[] = {
     {"find_severities", find_severities, METH_O, find_severities_doc},
     {"frame", frame, METH_VARARGS, frame_doc},
     {"lines_end", lines_end, METH_VARARGS, lines_end_doc},
+    {"sum_digests", sum_digests, METH_O, sum_digests_doc},
     {"usual_attributes", usual_attributes, METH_VARARGS, usual_attributes_doc},
     {"usual_entries", usual_entries, METH_O, usual_entries_doc},
     {NULL, NULL, 0, NULL},

@@ -13,7 +13,8 @@ from tailspan.logs.page import LogPage
 from tailspan.models import JobState, JobStatus
 from tailspan_agent.analysis.failure import Failure
 from tailspan_agent.fast_zlib import crc32
-from tailspan_agent.job.line_sums import add_uids, page_uids
+from tailspan_agent.job.line_sums import sum_digests
+from tailspan_agent.otlp.wire import UINT64_MAX
 from tailspan_agent.records.redact import CUT_WINDOW_CHARS
 
 __all__ = ["ChunkResult", "Delivery", "Ending", "JobLedger"]
@@ -221,7 +222,7 @@ class JobLedger(msgspec.Struct, frozen=True, kw_only=True):
         first_ns = min(times_ns)
         last_ns = max([run.time_unix_nano + run.lines for run in page.runs]) - 1
         if page.digests:
-            stream_hash = add_uids(self.stream_hash, page_uids(page))
+            stream_hash = self.stream_hash + sum_digests(page.digests) & UINT64_MAX
         else:
             stream_hash = crc32(page.joined(), self.stream_hash)
         return msgspec.structs.replace(

@@ -8,21 +8,23 @@ uids; missing lines are relayed late.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Iterator, Mapping
+from itertools import groupby, islice
 
-from tailspan.logs.page import DIGEST_BYTES, LogPage
+from tailspan._native import compiled
+from tailspan.logs.page import DIGEST_BYTES, LineRun, LogPage
 from tailspan_agent.otlp.wire import UINT64_MAX
 
 __all__ = [
     "Seconds",
     "add_seconds",
-    "add_uids",
     "missing_lines",
     "page_seconds",
     "page_uids",
     "page_uids_by_second",
     "select_lines",
+    "sum_digests",
+    "sum_digests_in_python",
 ]
 
 _NANOS = 1_000_000_000
@@ -31,27 +33,43 @@ Seconds = dict[int, tuple[int, int]]
 """Second of source time to (number of lines, sum of their uids mod 2^64)."""
 
 
-def add_uids(uid_sum: int, uids: Iterable[int]) -> int:
-    """Return a sum of uids mod 2^64 with more uids."""
-    return uid_sum + sum(uids) & UINT64_MAX
+def _uids(digests: bytes) -> tuple[int, ...]:
+    return struct.unpack(f">{len(digests) // DIGEST_BYTES}Q", digests)
+
+
+def sum_digests_in_python(digests: bytes, /) -> int:
+    """Return the sum of uids mod 2^64.
+
+    Args:
+        digests: The uids, 8 bytes each.
+    """
+    return sum(_uids(digests)) & UINT64_MAX
+
+
+sum_digests = compiled("sum_digests", sum_digests_in_python)
 
 
 def page_uids(page: LogPage) -> tuple[int, ...]:
     """Return the uid of each line as a number; empty if the service has offsets."""
-    return struct.unpack(f">{len(page.digests) // DIGEST_BYTES}Q", page.digests)
+    return _uids(page.digests)
 
 
 def page_seconds(page: LogPage) -> Seconds:
     """Return the sums of a page; empty if the service has offsets."""
     seconds: Seconds = {}
-    uids = page_uids(page)
-    position = 0
-    for run in page.runs if uids else ():
-        end = position + run.lines
-        lines, uid_sum = seconds.get(run.time_unix_nano // _NANOS, (0, 0))
-        seconds[run.time_unix_nano // _NANOS] = (lines + run.lines, add_uids(uid_sum, uids[position:end]))
-        position = end
+    start = 0
+    for second, runs in groupby(page.runs if page.digests else (), _second):
+        lines = sum([run.lines for run in runs])
+        end = start + lines
+        known_lines, known_sum = seconds.get(second, (0, 0))
+        uid_sum = known_sum + sum_digests(page.digests[DIGEST_BYTES * start : DIGEST_BYTES * end])
+        seconds[second] = known_lines + lines, uid_sum & UINT64_MAX
+        start = end
     return seconds
+
+
+def _second(run: LineRun) -> int:
+    return run.time_unix_nano // _NANOS
 
 
 def page_uids_by_second(page: LogPage) -> Iterator[tuple[int, int]]:

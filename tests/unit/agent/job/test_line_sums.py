@@ -14,6 +14,8 @@ from tailspan_agent.job.line_sums import (
     page_uids,
     page_uids_by_second,
     select_lines,
+    sum_digests,
+    sum_digests_in_python,
 )
 
 MASK = (1 << 64) - 1
@@ -27,6 +29,13 @@ def uid(number: int) -> int:
 
 def page(*lines: tuple[int, str]) -> LogPage:
     return LogPage.from_lines([Line(ns, text) for ns, text in lines], cursor=b"c", identity="id", job_id="j1")
+
+
+@given(st.lists(st.integers(0, MASK) | st.just(MASK), max_size=9))
+def test_uids_are_summed_in_c_as_in_python(uids: list[int]) -> None:
+    """Modulo 2^64."""
+    digests = b"".join(one.to_bytes(8) for one in uids)
+    assert sum_digests(digests) == sum_digests_in_python(digests) == sum(uids) & MASK
 
 
 @given(st.lists(st.booleans(), max_size=30))
