@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -15,7 +16,9 @@ from tailspan_agent.otlp.wire import (
     bytes_field,
     fixed32_field,
     fixed64_field,
+    in_uint64,
     string_field,
+    varint,
     varint_field,
 )
 
@@ -98,4 +101,8 @@ def observed_field(time_unix_nano: int) -> bytes:
     records drops it (Loki compares this field, too). Nanoseconds count lines within an instant: where a page begins
     must not matter.
     """
-    return fixed64_field(11, time_unix_nano - time_unix_nano % NANOS_PER_MS)
+    return _pack_observed(_OBSERVED_TAG, in_uint64(time_unix_nano - time_unix_nano % NANOS_PER_MS))
+
+
+_OBSERVED_TAG = varint(11 << 3 | 1)
+_pack_observed = struct.Struct("<cQ").pack

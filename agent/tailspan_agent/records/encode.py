@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+from typing import cast
 
 import msgspec
 
@@ -164,8 +165,7 @@ def encode_lines(page: LogPage, *, context: LogContext, copied: int = 0) -> Enco
     if context.redactor is not None:
         lines, redactions = _redacted(page, lines, context.redactor, context.cut_ends)
     origins = context.origins(page.tasks)
-    is_numbered = not page.digests
-    runs = [framed for run in page.runs for framed in _framed(run, origins[run.task], is_numbered=is_numbered)]
+    runs = _timed_runs(page, origins) if page.digests else _numbered_runs(page, origins)
     pieces = frame(lines, severities, _SEVERITY_FIELDS, runs, page.digests, MAX_BODY_BYTES, PIECE_BYTES, copied)
     count = len(severities) - dropped
     if pieces is None:
@@ -232,20 +232,40 @@ def without_lower(least: int) -> bytes:
     return bytes(table)
 
 
-def _framed(run: LineRun, origin: bytes, *, is_numbered: bool) -> Iterator[FramedRun]:
-    """Yield the lines of a run by their observed time, which the records of a framed run share.
+def _numbered_runs(page: LogPage, origins: Sequence[bytes]) -> list[FramedRun]:
+    """Return the runs of a page of lines that are named by their number in the run, which is whole on every page."""
+    framed = []
+    for lines, nano, stream, _, prefix, task, _ in page.runs:
+        time = nano if 0 <= nano < _ANY_TIME else _possible_time(nano, lines)
+        name = prefix.encode()
+        uid = _uid_head(len(name) + _ORDINAL_DIGITS) + name
+        framed.append(_framed_run((lines, time, _IOSTREAM[stream] + origins[task] + observed_field(time) + uid)))
+    return framed
 
-    A numbered run is whole on every page that has it; other runs begin where a page does.
-    """
-    prefix = run.uid_prefix.encode() if is_numbered else b""
-    uid = _uid_head(len(prefix) + _ORDINAL_DIGITS if is_numbered else 2 * DIGEST_BYTES)
-    # A broken clock may give any time; the lines must be relayed anyway.
-    time = max(0, min(run.time_unix_nano, UINT64_MAX + 1 - run.lines))
-    end = time + run.lines
-    while time < end:
-        lines = end - time if is_numbered else min(end - time, NANOS_PER_MS - time % NANOS_PER_MS)
-        yield FramedRun(lines, time, _IOSTREAM[run.stream] + origin + observed_field(time) + uid + prefix)
-        time += lines
+
+def _timed_runs(page: LogPage, origins: Sequence[bytes]) -> list[FramedRun]:
+    """Return the lines of a page by the millisecond that they share, from which on other pages may have them, too."""
+    framed = []
+    uid = _uid_head(2 * DIGEST_BYTES)
+    for lines, nano, stream, _, _, task, _ in page.runs:
+        time = nano if 0 <= nano < _ANY_TIME else _possible_time(nano, lines)
+        shared = _IOSTREAM[stream] + origins[task]
+        while time % NANOS_PER_MS + lines > NANOS_PER_MS:
+            count = NANOS_PER_MS - time % NANOS_PER_MS
+            framed.append(_framed_run((count, time, shared + observed_field(time) + uid)))
+            time, lines = time + count, lines - count
+        framed.append(_framed_run((lines, time, shared + observed_field(time) + uid)))
+    return framed
+
+
+# Makes one without a Python call; a page may have thousands.
+_framed_run = cast("Callable[[tuple[int, int, bytes]], FramedRun]", partial(tuple.__new__, FramedRun))
+_ANY_TIME = 1 << 63
+
+
+def _possible_time(nano: int, lines: int) -> int:
+    """Return a time near that of a broken clock from which on this many lines have one that can be sent."""
+    return max(0, min(nano, UINT64_MAX + 1 - lines))
 
 
 @lru_cache(maxsize=64)
