@@ -83,7 +83,7 @@ def row_of(job: StoredJob, service: Owner) -> ListedJob:
 
 def totals_of(job: StoredJob) -> Totals:
     """Return count and times of a job's lines, from its index."""
-    with LogReader(job.directory, job.job_id, ended=job.logs_complete) as reader:
+    with LogReader(job.place, job.job_id, ended=job.logs_complete) as reader:
         return reader.totals()
 
 
@@ -99,7 +99,7 @@ def _lines(job: StoredJob) -> int | None:
 def quick_totals(job: StoredJob) -> Totals | None:
     """Return count and times of a job's lines; None if they cannot be read, or not within a millisecond."""
     try:
-        with LogReader(job.directory, job.job_id, ended=job.logs_complete) as reader:
+        with LogReader(job.place, job.job_id, ended=job.logs_complete) as reader:
             return reader.totals() if reader.is_plain else None
     except (CursorExpiredError, ProtocolError, PermissionError):
         return None
