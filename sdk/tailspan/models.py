@@ -35,6 +35,9 @@ class JobState(enum.StrEnum):
     LOST = "LOST"
     UNKNOWN = "UNKNOWN"
 
+    # An enum's own hash, of its name, is computed in Python: many times for each job. The names are the values.
+    __hash__ = str.__hash__
+
     @property
     def is_terminal(self) -> bool:
         """Whether this state cannot change any more."""

@@ -68,6 +68,11 @@ class OutboxSpan(msgspec.Struct, frozen=True):
     resource: bytes
     span: bytes
 
+    @property
+    def size(self) -> int:
+        """The number of its bytes, with its resource."""
+        return len(self.span) + len(self.resource)
+
 
 class LedgerRow(NamedTuple):
     """The stored ledger of one job.

@@ -20,6 +20,7 @@ thread copies what is committed from SQLite's log into the file.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import sqlite3
@@ -39,6 +40,7 @@ from tailspan_agent.analysis.pipeline_names import utf8_name
 from tailspan_agent.analysis.run_totals import RunTotals
 from tailspan_agent.checkpoint.database import connect, copy_log, file_at, is_damage, lock, salvage
 from tailspan_agent.checkpoint.history import StoredHistory
+from tailspan_agent.checkpoint.outbox import Outbox
 from tailspan_agent.checkpoint.rows import Ack, Checkpoint, LedgerReader, OutboxSpan
 from tailspan_agent.checkpoint.writes import Writes
 from tailspan_agent.errors import CheckpointError, ValueRefusedError
@@ -148,6 +150,7 @@ class SqliteStore:
         self.recovered: str | None = None
         self.write_failed = False
         self._commits = 0
+        self._outbox = Outbox()
         self._is_writing = False
         self._totals: dict[tuple[str, str, str], RunTotals] = {}
         self._counted: dict[tuple[str, str, str], RunTotals] = {}
@@ -286,6 +289,7 @@ class SqliteStore:
 
     def _fail_unit(self, first: int, error: BaseException) -> None:
         self._writes.forget(first)
+        self._outbox.lose()
         self._is_writing = False
         self._undo(error)
 
@@ -550,11 +554,11 @@ class SqliteStore:
             The ids of the new spans.
         """
         with self._transaction() as db:
-            return {
-                span.span_id
-                for span in spans
-                if db.execute(_ADD_SPAN, (key, span.span_id, span.resource, span.span)).rowcount
-            }
+            new = [
+                span for span in spans if db.execute(_ADD_SPAN, (key, span.span_id, span.resource, span.span)).rowcount
+            ]
+            self._outbox.add(new)
+        return {span.span_id for span in new}
 
     def end_job(
         self,
@@ -571,10 +575,11 @@ class SqliteStore:
             with self._transaction() as db:
                 if db.execute("UPDATE jobs SET ended = 1 WHERE key = ? AND ended = 0", (key,)).rowcount == 0:
                     return False
-                db.executemany(
-                    _ADD_SPAN,
-                    [(key, span.span_id, span.resource, span.span) for span in spans],
-                )
+                rows = [(key, span.span_id, span.resource, span.span) for span in spans]
+                if db.executemany(_ADD_SPAN, rows).rowcount == len(spans):
+                    self._outbox.add(spans)
+                else:
+                    self._outbox.lose()  # an earlier process has written some of them, and may have sent them
                 if run is not None:
                     StoredHistory.add(db, run, fingerprint)
                 # The totals are written with those of other jobs: what SQLite refuses must fail here, for this job.
@@ -611,27 +616,27 @@ class SqliteStore:
             limit: Maximum number of spans.
             max_bytes: Maximum number of bytes of all spans with their resources; one larger span is returned alone.
         """
-        query = "SELECT job, span_id, resource, span FROM spans WHERE acked = 0 ORDER BY job LIMIT ?"
-        found: list[OutboxSpan] = []
-        size = 0
-        # Row by row: hundreds of failed jobs have megabytes of stack traces.
-        with self._reading(), closing(self._db.execute(query, (limit,))) as rows:
-            for row in rows:
-                span = OutboxSpan(*row)
-                size += len(span.span) + len(span.resource)
-                if found and size > max_bytes:
-                    break
-                found.append(span)
+        if self._outbox.is_whole:
+            found = _first_spans(self._outbox.in_order()[:limit], max_bytes)
+        else:
+            query = "SELECT job, span_id, resource, span FROM spans WHERE acked = 0 ORDER BY job LIMIT ?"
+            # Row by row: hundreds of failed jobs have megabytes of stack traces.
+            with self._reading(), closing(self._db.execute(query, (limit,))) as rows:
+                found = _first_spans(itertools.starmap(OutboxSpan, rows), max_bytes)
         if found:
             self._commit()
+        else:
+            self._outbox.start()
         return found
 
     def ack_spans(self, spans: Iterable[OutboxSpan]) -> None:
         """Store that spans are acknowledged."""
+        spans = list(spans)
         with self._transaction() as db:
             db.executemany(
                 "UPDATE spans SET acked = 1 WHERE job = ? AND span_id = ?", [(span.job, span.span_id) for span in spans]
             )
+        self._outbox.remove(spans)
 
     def names(self, identity: str) -> dict[str, str]:
         """Return the cached names of a service's jobs by id."""
@@ -684,6 +689,8 @@ class SqliteStore:
                 keys = [(key,) for key, job_id in old if job_id not in kept]
                 for delete in _DELETES:
                     db.executemany(delete, keys)
+                if keys:
+                    self._outbox.lose()
             forgotten += len(keys)
             after = until
             await asyncio.sleep(0)
@@ -712,6 +719,18 @@ class _Unit:
     def __exit__(self, kind: object, error: BaseException | None, where: object) -> None:
         if self._first is not None:
             self._store.end_unit(self._first, error)
+
+
+def _first_spans(spans: Iterable[OutboxSpan], max_bytes: int) -> list[OutboxSpan]:
+    """Return the first of some spans that do not have too many bytes; at least one."""
+    found: list[OutboxSpan] = []
+    size = 0
+    for span in spans:
+        size += span.size
+        if found and size > max_bytes:
+            break
+        found.append(span)
+    return found
 
 
 def _number(text: str) -> float | None:

@@ -25,10 +25,11 @@ class Writes:
         self._made.append((statement, (values,)))
         return cursor
 
-    def executemany(self, statement: str, rows: Sequence[Any]) -> None:
+    def executemany(self, statement: str, rows: Sequence[Any]) -> sqlite3.Cursor:
         """Make a write for each row."""
-        self._db.executemany(statement, rows)
+        cursor = self._db.executemany(statement, rows)
         self._made.append((statement, rows))
+        return cursor
 
     def make_again(self) -> None:
         """Make all writes again, in a new transaction."""

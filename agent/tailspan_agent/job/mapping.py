@@ -135,17 +135,36 @@ def spans_of(
         always send the one that was stored first.
     """
     times = with_tasks(JobTimes.of(job, ledger), tasks)
-    spans = [_child(job, "submitted", times.submitted_ns, times.submitted_ns + _SUBMITTED_NS)]
+    run_id = span_id_of(job, "run")
+    # While the job runs, its run span is missing: a search by run id must find one of its children.
+    names: dict[str, AttributeValue] = {
+        "cicd.pipeline.name": job.job_name or "unnamed",
+        "cicd.pipeline.run.id": job.job_id,
+    }
+
+    def child(name: str, start_ns: int, end_ns: int) -> SpanData:
+        return SpanData(
+            trace_id=job.trace_id,
+            span_id=span_id_of(job, name),
+            parent_span_id=run_id,
+            name=name,
+            start_unix_nano=start_ns,
+            end_unix_nano=max(end_ns, start_ns + SHORTEST_NS),
+            attributes=names,
+        )
+
+    spans = [child("submitted", times.submitted_ns, times.submitted_ns + _SUBMITTED_NS)]
     ended = job.state.is_terminal and ledger.logs_complete is not None
     if times.started_ns is not None:
-        spans.append(_child(job, "queued", times.submitted_ns, times.started_ns))
+        spans.append(child("queued", times.submitted_ns, times.started_ns))
         if ended:
-            executing = _child(job, "executing", times.started_ns, times.finished_ns)
+            executing = child("executing", times.started_ns, times.finished_ns)
             spans.append(executing if lines is None else _with_lines(executing, lines))
     elif ended:
-        spans.append(_child(job, "queued", times.submitted_ns, times.finished_ns))
-    scene = TaskScene(times, task_lines or LineTimes(), None if lines is None else lines.tasks, written_tasks, ended)
-    spans += task_spans(job, tasks, scene)
+        spans.append(child("queued", times.submitted_ns, times.finished_ns))
+    if tasks:
+        line_times, task_texts = task_lines or LineTimes(), None if lines is None else lines.tasks
+        spans += task_spans(job, tasks, TaskScene(times, line_times, task_texts, written_tasks, ended))
     if ended:
         spans.append(_run_span(job, ledger, times, delivery_known=delivery_known))
     return spans
@@ -229,19 +248,6 @@ def _delivery(ledger: JobLedger) -> dict[str, AttributeValue | None]:
         "tailspan.records.shortened": delivery.shortened or None,
         "tailspan.records.resent": delivery.resent,
     }
-
-
-def _child(job: JobStatus, name: str, start_ns: int, end_ns: int) -> SpanData:
-    return SpanData(
-        trace_id=job.trace_id,
-        span_id=span_id_of(job, name),
-        parent_span_id=span_id_of(job, "run"),
-        name=name,
-        start_unix_nano=start_ns,
-        end_unix_nano=max(end_ns, start_ns + SHORTEST_NS),
-        # While the job runs, its run span is missing: a search by run id must find one of these.
-        attributes={"cicd.pipeline.name": job.job_name or "unnamed", "cicd.pipeline.run.id": job.job_id},
-    )
 
 
 def _with_lines(span: SpanData, lines: SpanLines) -> SpanData:

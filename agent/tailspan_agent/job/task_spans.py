@@ -58,8 +58,10 @@ class LineTimes:
         return self._times.get(task.key)
 
 
-def with_tasks(times: JobTimes, tasks: Iterable[TaskRun]) -> JobTimes:
+def with_tasks(times: JobTimes, tasks: Sequence[TaskRun]) -> JobTimes:
     """Return the times of a job, extended so that its spans contain those of its tasks."""
+    if not tasks:
+        return times
     starts = [ns for task in tasks if (ns := unix_nano(task.started_at)) is not None]
     ends = [ns for task in tasks if task.ended and (ns := unix_nano(task.finished_at)) is not None]
     started_ns = min((ns for ns in (times.started_ns, *starts) if ns is not None), default=None)

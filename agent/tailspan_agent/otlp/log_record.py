@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import msgspec
@@ -46,6 +47,7 @@ class Severity(NamedTuple):
 
 
 UNKNOWN_SEVERITY = Severity(0, "")
+_FLAGS = fixed32_field(8, SAMPLED)
 
 
 class LogRecordData(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,6 +86,7 @@ def encode_log_record(record: LogRecordData) -> bytes:
     return bytes_field(2, b"".join(parts))
 
 
+@lru_cache(maxsize=64)
 def severity_fields(severity: Severity) -> bytes:
     """Return the two fields of a severity; empty if it is unspecified."""
     return varint_field(2, severity.number) + string_field(3, severity.text) if severity.number else b""
@@ -91,7 +94,7 @@ def severity_fields(severity: Severity) -> bytes:
 
 def origin_fields(trace_id: bytes, span_id: bytes) -> bytes:
     """Return the fields that all records of one job share."""
-    return fixed32_field(8, SAMPLED) + bytes_field(9, trace_id) + bytes_field(10, span_id) if trace_id else b""
+    return _FLAGS + b"\x4a\x10%b\x52\x08%b" % (trace_id, span_id) if trace_id else b""
 
 
 def observed_field(time_unix_nano: int) -> bytes:

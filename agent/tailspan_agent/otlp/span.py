@@ -89,13 +89,12 @@ class SpanData(msgspec.Struct, frozen=True, kw_only=True):
 
 def encode_span(span: SpanData) -> bytes:
     """Return the span as a ``ScopeSpans.spans`` field, ready for `tailspan_agent.otlp.requests.traces_request`."""
+    start_ns, end_ns = in_uint64(span.start_unix_nano), in_uint64(span.end_unix_nano)
     parts = [
         _ids(span.trace_id, span.span_id),
-        bytes_field(4, bytes.fromhex(span.parent_span_id)) if span.parent_span_id else b"",
+        b"\x22\x08" + bytes.fromhex(span.parent_span_id) if span.parent_span_id else b"",
         string_field(5, span.name),
-        _KIND_AND_TIMES.pack(
-            6 << 3, span.kind, 7 << 3 | 1, in_uint64(span.start_unix_nano), 8 << 3 | 1, in_uint64(span.end_unix_nano)
-        ),
+        _KIND_AND_TIMES.pack(6 << 3, span.kind, 7 << 3 | 1, start_ns, 8 << 3 | 1, end_ns),
         attributes_fields(9, span.attributes),
     ]
     for event in span.events:

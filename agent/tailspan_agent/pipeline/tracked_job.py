@@ -56,6 +56,7 @@ class TrackedJob:
     """
 
     __slots__ = (
+        "_ended_ns",
         "_log_resource",
         "_names",
         "_redacted",
@@ -112,6 +113,8 @@ class TrackedJob:
             if self._names[1] != status.job_name:
                 status = dataclasses.replace(status, job_name=self._names[1])
         self._status = status
+        ended = status.finished_at or status.job_status_date if status.state.is_terminal else None
+        self._ended_ns = None if ended is None else int(ended.timestamp() * 1e9)
 
     def start_span_lines(self, *, whole: bool = True) -> None:
         """Collect the lines of the span of the execution from here on.
@@ -252,8 +255,7 @@ class TrackedJob:
     @property
     def ended_ns(self) -> int | None:
         """When the job ended, in ns since the epoch: about the time of its newest line. None before its end."""
-        ended = self.status.finished_at or self.status.job_status_date
-        return int(ended.timestamp() * 1e9) if ended is not None and self.status.state.is_terminal else None
+        return self._ended_ns
 
     @property
     def is_past(self) -> bool:

@@ -66,6 +66,8 @@ class TailState(enum.Enum):
     DONE = "done"
     STOPPED = "stopped"
 
+    __hash__ = object.__hash__  # an enum's own is computed in Python, for each step of each job
+
 
 class StatusSeen(msgspec.Struct, frozen=True, kw_only=True):
     """The service returned the status of the job.
