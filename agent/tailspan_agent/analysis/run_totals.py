@@ -160,9 +160,11 @@ class RunTotals(msgspec.Struct, frozen=True):
         counts = dict(self.counts)
         for index, count in other.counts.items():
             counts[index] = counts.get(index, 0) + count
-        pairs = zip(self.exemplars, other.exemplars, strict=True)
-        exemplars = tuple([_newer(known, run) for known, run in pairs])
-        return replace(self, sum_s=self.sum_s + other.sum_s, counts=counts, exemplars=exemplars)
+        exemplars = list(self.exemplars)
+        for bucket, run in enumerate(other.exemplars):
+            if run is not None:
+                exemplars[bucket] = _newer(exemplars[bucket], run)
+        return replace(self, sum_s=self.sum_s + other.sum_s, counts=counts, exemplars=tuple(exemplars))
 
     def to_row(self) -> tuple[str, str, str, float, str, str]:
         """Return the values of `COLUMNS`: text and numbers, buckets and exemplars as JSON."""
@@ -290,7 +292,5 @@ def _with_newest(
     return tuple(newest)
 
 
-def _newer(known: RunExemplar | None, run: RunExemplar | None) -> RunExemplar | None:
-    if run is None or known is None:
-        return run or known
-    return run if run.time_unix_nano > known.time_unix_nano else known
+def _newer(known: RunExemplar | None, run: RunExemplar) -> RunExemplar:
+    return run if known is None or run.time_unix_nano > known.time_unix_nano else known

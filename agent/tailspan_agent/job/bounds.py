@@ -13,6 +13,7 @@ import re
 from collections.abc import Container, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 from tailspan._identity import is_trace_id, trace_id
@@ -118,16 +119,16 @@ def bounded_status(status: JobStatus, job_id: str, *, identity: str, now: dateti
         "identity": bounds.text("identity", status.identity, _MAX_NAME_BYTES) or identity,
         "attempt": bounds.count("attempt", status.attempt, _MAX_ATTEMPT) or 1,
         "exit_code": bounds.exit_code(status.exit_code),
+        "status": bounds.text("status", status.status, _MAX_TEXT_BYTES) or "",
+        "total_tasks": bounds.count("total_tasks", status.total_tasks, _MAX_COUNT),
+        "finished_tasks": bounds.count("finished_tasks", status.finished_tasks, _MAX_COUNT),
     }
-    for name in _TIMES:
-        fields[name] = bounds.time(name, getattr(status, name))
-    for name in ("total_tasks", "finished_tasks"):
-        fields[name] = bounds.count(name, getattr(status, name), _MAX_COUNT)
-    for name in ("status", "job_status", "error"):
-        fields[name] = bounds.text(name, getattr(status, name), _MAX_TEXT_BYTES)
-    for name in ("instance_id", "instance_type", "url", "parent", "retry_of", "service"):
-        fields[name] = bounds.text(name, getattr(status, name), MAX_VALUE_BYTES)
-    fields["status"] = fields["status"] or ""
+    for name, moment in zip(_TIMES, _times_of(status), strict=True):
+        if moment is not None:
+            fields[name] = bounds.time(name, moment)
+    for (name, most), text in zip(_TEXTS.items(), _texts_of(status), strict=True):
+        if text is not None:
+            fields[name] = bounds.text(name, text, most)
     fields["attributes"], dropped = bounds.attributes("attributes", status.attributes, _RESERVED)
     fields["details"], _ = bounds.attributes("details", status.details, _RESERVED_DETAILS, scale=_DETAILS_SCALE)
     if dropped:
@@ -304,6 +305,11 @@ def _nanos(value: Any) -> int:
 
 
 _TIMES = ("last_heartbeat", "job_status_date", "submitted_at", "started_at", "finished_at")
+_TEXTS = {
+    **dict.fromkeys(("job_status", "error"), _MAX_TEXT_BYTES),
+    **dict.fromkeys(("instance_id", "instance_type", "url", "parent", "retry_of", "service"), MAX_VALUE_BYTES),
+}
+_times_of, _texts_of = attrgetter(*_TIMES), attrgetter(*_TEXTS)
 
 
 class _Bounds:
@@ -369,6 +375,8 @@ class _Bounds:
         if not isinstance(value, Mapping):
             self._note(name, "are not attributes")
             return {}, 1
+        if not value:
+            return value, 0
         kept: dict[str, str] = {}
         cut = size = 0
         for key, text in value.items():

@@ -99,7 +99,8 @@ def unpack_entry(raw: bytes) -> Entry | None:
     """Return the entry that 32 bytes of the file stand for; None when they are torn or damaged."""
     if len(raw) != ENTRY_BYTES or _CHECKSUM.unpack_from(raw, _ENTRY.size)[0] != zlib.crc32(raw[: _ENTRY.size]):
         return None
-    return Entry(*_ENTRY.unpack_from(raw)[:5])
+    # Not `Entry(...)`, a call in Python: a log may have millions.
+    return tuple.__new__(Entry, _ENTRY.unpack_from(raw)[:5])
 
 
 def text_flags(text: bytes) -> int:

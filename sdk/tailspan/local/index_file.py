@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import errno
-import functools
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from tailspan.errors import ProtocolError
@@ -144,6 +143,8 @@ class IndexFile:
             is_whole = size <= _START_BYTES
             self._tail = start[HEADER_BYTES:] if is_whole else self._read(self._tail_start, self._places)
             self._newest: dict[int, Entry] = {}
+            self._is_last_known = False
+            self._known_last: tuple[int, Entry] | None = None
         except BaseException:
             self.close()
             raise
@@ -165,7 +166,7 @@ class IndexFile:
                 return False
         return data_end(self._fd, 0) >= HEADER_BYTES + self._places * ENTRY_BYTES
 
-    @functools.cached_property
+    @property
     def count(self) -> int:
         """How many entries there are up to the last that is whole. Some before it may be damaged.
 
@@ -174,9 +175,13 @@ class IndexFile:
         """
         return 0 if self._last is None else self._last[0] + 1
 
-    @functools.cached_property
+    @property
     def _last(self) -> tuple[int, Entry] | None:
-        return self._last_whole(self._places)
+        # Not a `cached_property`: its lock costs more than the search.
+        if not self._is_last_known:
+            self._known_last = self._last_whole(self._places)
+            self._is_last_known = True
+        return self._known_last
 
     def entry(self, number: int) -> Entry | None:
         """Return an entry by its number, from 0; None when it is damaged."""
@@ -238,8 +243,10 @@ class IndexFile:
                 low = number + 1
         return low
 
-    def entries(self, number: int) -> Iterator[Entry | None]:
-        """Yield the entries from a number on; None for a damaged one, and one None for a hole of the file."""
+    def entries(self, number: int) -> Iterable[Entry | None]:
+        """Return the entries from a number on; None for a damaged one, and one or more None for a hole of the file."""
+        if number >= self._tail_start:
+            return self._block(number, self.count)
         return (entry for _, entry in self._numbered(number))
 
     def _numbered(self, number: int) -> Iterator[tuple[int, Entry | None]]:
@@ -265,7 +272,9 @@ class IndexFile:
 
     def _last_whole(self, number: int) -> tuple[int, Entry] | None:
         """Return the last entry before a number that is not damaged, and its number; None without one."""
-        if number and (entry := self.entry(number - 1)) is not None:
+        if not number:
+            return None
+        if (entry := self.entry(number - 1)) is not None:
             return number - 1, entry
         damaged = 0
         for start, end in reversed(self._data_before(number)):
