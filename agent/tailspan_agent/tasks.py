@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["Flag", "Signal", "cancelled"]
+__all__ = ["Flag", "Patience", "Signal", "cancelled"]
 
 _log = logging.getLogger(__name__)
 
@@ -31,24 +32,21 @@ class Flag:
         """Clear the flag: from now on, `wait` waits."""
         self._is_set = False
 
-    async def wait(self, longest_s: float | None = None) -> None:
+    async def wait(self, patience: Patience | None = None) -> None:
         """Wait until the flag is set. It may be cleared again before the waiting task runs.
 
         Args:
-            longest_s: How long to wait for it, in seconds; None: without limit.
+            patience: Ends the wait; None: it has no limit.
         """
         if self._is_set:
             return
-        loop = asyncio.get_running_loop()
-        waiter = loop.create_future()
+        waiter = asyncio.get_running_loop().create_future()
         self._waiters = *self._waiters, waiter
-        # Not `asyncio.timeout`, which costs each job that ends three times as much.
-        timer = None if longest_s is None else loop.call_later(longest_s, _wake, waiter)
+        if patience is not None:
+            patience.end(waiter)
         try:
             await waiter
         finally:
-            if timer is not None:
-                timer.cancel()
             self._waiters = tuple([other for other in self._waiters if other is not waiter])
 
 
@@ -72,6 +70,37 @@ class Signal:
             waiter = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
             await waiter
+
+
+class Patience:
+    """Ends waits that last too long. They share a timer: one for each costs more than most waits.
+
+    Args:
+        longest_s: How long each may last, in seconds.
+    """
+
+    __slots__ = ("_longest_s", "_timer", "_waits")
+
+    def __init__(self, longest_s: float) -> None:
+        self._longest_s = longest_s
+        self._waits: deque[tuple[float, asyncio.Future[None]]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def end(self, waiter: asyncio.Future[None]) -> None:
+        """Wake a task once it has waited long enough."""
+        loop = asyncio.get_running_loop()
+        due_s = loop.time() + self._longest_s
+        self._waits.append((due_s, waiter))
+        if self._timer is None:
+            self._timer = loop.call_at(due_s, self._on_timer, loop)
+
+    def _on_timer(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        waits, now_s = self._waits, loop.time()
+        while waits and (waits[0][0] <= now_s or waits[0][1].done()):
+            _wake(waits.popleft()[1])
+        if waits:
+            self._timer = loop.call_at(waits[0][0], self._on_timer, loop)
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:

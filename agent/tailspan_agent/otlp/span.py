@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Mapping
+from functools import lru_cache
 
 import msgspec
 
@@ -93,7 +94,7 @@ def encode_span(span: SpanData) -> bytes:
     parts = [
         _ids(span.trace_id, span.span_id),
         b"\x22\x08" + bytes.fromhex(span.parent_span_id) if span.parent_span_id else b"",
-        string_field(5, span.name),
+        _name_field(span.name),
         _KIND_AND_TIMES.pack(6 << 3, span.kind, 7 << 3 | 1, start_ns, 8 << 3 | 1, end_ns),
         attributes_fields(9, span.attributes),
     ]
@@ -105,6 +106,11 @@ def encode_span(span: SpanData) -> bytes:
         parts.append(bytes_field(15, string_field(2, span.status_message) + varint_field(3, span.status)))
     parts.append(_FLAGS)
     return bytes_field(2, b"".join(parts))
+
+
+@lru_cache(maxsize=64)  # the phases of all jobs have the same names
+def _name_field(name: str) -> bytes:
+    return string_field(5, name)
 
 
 def _ids(trace_id: str, span_id: str) -> bytes:

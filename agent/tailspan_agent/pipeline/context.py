@@ -18,8 +18,11 @@ from tailspan_agent.pipeline.queue import LogQueue, SpanQueue
 from tailspan_agent.pipeline.store_streams import LabelValues, LogNames, StoreStreams
 from tailspan_agent.pipeline.stream_order import StreamOrder
 from tailspan_agent.records.redact import Redactor
+from tailspan_agent.tasks import Patience
 
 __all__ = ["InFlight", "PipelineContext"]
+
+_RUN_SPAN_WAIT_S = 2.0
 
 
 class InFlight(Protocol):
@@ -49,6 +52,7 @@ class PipelineContext(msgspec.Struct, kw_only=True):
         pipeline_stats: The past runs of pipelines, as in the store.
         label_values: Warns of attributes that make a stream for each run.
         owns: Returns whether this agent follows the job with this service identity and id; None: it follows all.
+        run_span_patience: Ends the wait of a run span for the acknowledgements that it counts.
         in_flight: Pipelines with unacknowledged lines, by (service identity, job id); also without their tailer.
     """
 
@@ -68,6 +72,7 @@ class PipelineContext(msgspec.Struct, kw_only=True):
     task_totals: dict[tuple[str, str, str], RunTotals] = msgspec.field(default_factory=dict)
     pipeline_stats: PipelineStats = msgspec.field(default_factory=PipelineStats)
     label_values: LabelValues = msgspec.field(default_factory=LabelValues)
+    run_span_patience: Patience = msgspec.field(default_factory=lambda: Patience(_RUN_SPAN_WAIT_S))
     in_flight: WeakValueDictionary[tuple[str, str], InFlight] = msgspec.field(default_factory=WeakValueDictionary)
 
     def queue(self, service_name: str, log_name: str) -> LogQueue | None:

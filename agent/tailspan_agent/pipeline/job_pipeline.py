@@ -532,16 +532,22 @@ class JobPipeline:
         """Whether all that was queued is acknowledged and stored."""
         return not self._unacked and not self._is_lost
 
-    async def all_acked(self, longest_s: float | None = None) -> None:
+    async def all_acked(self) -> None:
         """Wait until all that was queued is acknowledged and stored.
-
-        Args:
-            longest_s: How long to wait for it, in seconds; None: without limit.
 
         Raises:
             LeaseLostError: Another agent of the fleet follows the job, and sends what is left.
         """
-        await self._all_acked.wait(longest_s)
+        await self._all_acked.wait()
+        self.check_not_lost()
+
+    async def acked_soon(self) -> None:
+        """Wait for the acks that the run span counts, but not long: the logs endpoint may be down or slow.
+
+        Raises:
+            LeaseLostError: Another agent of the fleet follows the job, and sends what is left.
+        """
+        await self._all_acked.wait(self._context.run_span_patience)
         self.check_not_lost()
 
     async def left_flight(self) -> None:

@@ -63,8 +63,6 @@ from tailspan_agent.receiver.source import Source
 __all__ = ["Tailer"]
 
 _AUTH_RETRY_S = 30.0
-# For the acknowledgements that the run span counts: the logs endpoint may be down or slow.
-_RUN_SPAN_WAIT_S = 2.0
 
 _log = logging.getLogger(__name__)
 
@@ -362,6 +360,8 @@ class Tailer:
         if status_polled or not lines:
             await pipeline.report_anomalies()
         await self._carry_out(self._advance(LogRead(complete=self._follower.complete)), pipeline)
+        if self.lifecycle.is_over:
+            return None
         gather_s = self._source.gather_s(pipeline.cursor)
         delay_s = self.schedule.delay_s(catching_up=self._catch_up.catching_up, gather_s=gather_s)
         wait_s = None if lines else await self._relay_open_line(pipeline)
@@ -457,7 +457,7 @@ class Tailer:
         if pipeline.status.state is not JobState.SUCCEEDED and pipeline.ledger.failure is None:
             pipeline.attach_failure(failure_of(await last_lines(read, pipeline)))
         await pipeline.collect_span_lines(read)
-        await pipeline.all_acked(_RUN_SPAN_WAIT_S)
+        await pipeline.acked_soon()
         pipeline.end_run(log_complete=log_complete)
         await pipeline.alerts.send_pending()
 
@@ -501,7 +501,7 @@ class Tailer:
         _log.warning("job %s was deleted at service %s before its end was relayed", self.job_id, self._service.name)
         self._context.health.gap(self._service.name)
         pipeline.mark_lost("the job was deleted at its service while it was followed")
-        await pipeline.all_acked(_RUN_SPAN_WAIT_S)
+        await pipeline.acked_soon()
         pipeline.end_run(log_complete=False)
         await pipeline.complete_log(read_to_end=False)
 

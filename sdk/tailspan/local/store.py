@@ -130,6 +130,7 @@ class JobStore:
         self.place = StateDir(os.fspath(state_dir), gid=None if group is None else _gid(group))
         self.state_dir = Path(self.place.path)
         self.jobs = self.state_dir / "jobs"
+        self._jobs_place = str(self.jobs)
         self._used = False
 
     @functools.cached_property
@@ -162,7 +163,7 @@ class JobStore:
         # Text rather than a Path: an agent polls thousands of jobs.
         if not _JOB_ID.fullmatch(job_id):
             raise JobNotFoundError(f"there is no local job {job_id[:80]!r}", job_id=job_id)
-        return f"{self.jobs}/{job_id}"
+        return f"{self._jobs_place}/{job_id}"
 
     def opened(self, job_id: str) -> AbstractContextManager[int]:
         """Return a context that holds a job's directory open; see `open_job`."""
