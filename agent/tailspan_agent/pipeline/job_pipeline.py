@@ -38,6 +38,7 @@ from tailspan_agent.job.mapping import receipt_record
 from tailspan_agent.job.open_lines import OpenLineLimit, open_line_record
 from tailspan_agent.job.task_spans import LineTimes
 from tailspan_agent.job.times import past_run
+from tailspan_agent.metrics.agent import AgentMetrics
 from tailspan_agent.otlp.log_record import LogRecordData, encode_log_record
 from tailspan_agent.pipeline.context import PipelineContext
 from tailspan_agent.pipeline.job_alerts import JobAlerts
@@ -74,6 +75,88 @@ class _Records(NamedTuple):
 
 def _nothing() -> None:
     pass
+
+
+class _Sent:
+    """Records that were queued together; they are acknowledged with the last ones.
+
+    Args:
+        pipeline: The pipeline of their job.
+        parts: The records.
+        cursor: As in `Ack`, as are the next two.
+        seconds: The sums of their lines.
+        completes: Whether they are the last ones.
+        are_lines: Whether they are lines of the job's log.
+
+    Attributes:
+        total: The number of records.
+    """
+
+    __slots__ = (
+        "_are_lines",
+        "_completes",
+        "_cursor",
+        "_earlier",
+        "_has_left",
+        "_last",
+        "_ledger",
+        "_pipeline",
+        "_seconds",
+        "total",
+    )
+
+    def __init__(
+        self,
+        pipeline: JobPipeline,
+        parts: Sequence[_Records],
+        cursor: bytes | None,
+        seconds: Seconds,
+        *,
+        completes: bool | None,
+        are_lines: bool,
+    ) -> None:
+        self.total = sum([part.number for part in parts])
+        self._pipeline = pipeline
+        self._ledger = pipeline.ledger
+        self._last = parts[-1]
+        self._cursor = cursor
+        self._seconds = seconds
+        self._completes = completes
+        self._are_lines = are_lines
+        self._earlier: ChunkResult | None = None
+        self._has_left = False
+
+    def on_result(self, part: _Records, result: ChunkResult) -> Ack | None:
+        """Count the outcome of a part; return what to store with the last one."""
+        pipeline, health = self._pipeline, self._pipeline.health
+        name = pipeline.job.service.name
+        health.records_acked(name, part.number - result.rejected, part.last_ns)
+        if result.rejected:
+            health.records_rejected(name, result.rejected, result.kind)
+            if result.kind in ("too_old", "too_new") and self._are_lines:
+                pipeline.on_rejected_age(result)
+        self._earlier = result if self._earlier is None else self._earlier + result
+        if part is not self._last:
+            return None
+        ledger = pipeline.ack(self.total, self._earlier, self._ledger)
+        return Ack(pipeline.job.checkpoint.key, self._cursor, ledger, self._seconds, self._completes)
+
+    def on_stored(self) -> None:
+        """Leave: the ack is stored."""
+        self.leave()
+        self._pipeline.health.checkpointed()
+
+    def on_void(self, part: _Records) -> None:
+        """Leave a part to the agent that follows the job now."""
+        self._pipeline.lose()
+        self.leave()
+        self._pipeline.health.records_abandoned(self._pipeline.job.service.name, part.number)
+
+    def leave(self) -> None:
+        """Leave the records in flight, once."""
+        if not self._has_left:
+            self._has_left = True
+            self._pipeline.leave_flight(self._seconds)
 
 
 class JobPipeline:
@@ -158,6 +241,11 @@ class JobPipeline:
     def ledger(self) -> JobLedger:
         """The job's lines and states as read."""
         return self.job.ledger
+
+    @property
+    def health(self) -> AgentMetrics:
+        """The agent's own metrics."""
+        return self._context.health
 
     @property
     def queue(self) -> LogQueue | None:
@@ -429,65 +517,51 @@ class JobPipeline:
     ) -> None:
         """Queue records, which are acknowledged together when the last ones are delivered; `completes` as in `Ack`."""
         assert self._queue is not None
-        job, ledger, health = self.job, self.job.ledger, self._context.health
-        name, number, total = job.service.name, job.checkpoint.stream, sum([part.number for part in parts])
-        earlier = ChunkResult()
-
-        def on_result(part: _Records, result: ChunkResult) -> Ack | None:
-            nonlocal earlier
-            health.records_acked(name, part.number - result.rejected, part.last_ns)
-            if result.rejected:
-                health.records_rejected(name, result.rejected, result.kind)
-                if result.kind in ("too_old", "too_new") and are_lines:
-                    self._on_rejected_age(result)
-            earlier += result
-            if part is not parts[-1]:
-                return None
-            # What a restart at this cursor needs: the lines up to this page, the states seen up to now.
-            delivery = job.acked_ledger.delivery.after(total, earlier)
-            job.acked_ledger = msgspec.structs.replace(ledger.with_seen(job.ledger), delivery=delivery)
-            return Ack(job.checkpoint.key, cursor, job.acked_ledger.to_json(), seconds, completes)
-
-        has_left = False
-
-        def leave() -> None:
-            nonlocal has_left
-            if not has_left:
-                has_left = True
-                self._leave_flight(seconds)
-
-        def on_stored() -> None:
-            leave()
-            health.checkpointed()
-
-        def on_void(part: _Records) -> None:
-            # Later lines must not move the cursor over these, even if this agent follows the job again by then.
-            self._is_lost = True
-            leave()
-            health.records_abandoned(name, part.number)
-
+        job, sent = self.job, _Sent(self, parts, cursor, seconds, are_lines=are_lines, completes=completes)
         self._unacked += 1
         add_seconds(self._unacked_seconds, seconds)
         self._all_acked.clear()
-        left = total
+        left = sent.total
         try:
             for part in parts:
-                stored = on_stored if part is parts[-1] else _nothing
+                stored = sent.on_stored if part is parts[-1] else _nothing
                 pieces = deque(part.pieces or [(b"", 0)])
-                chunk = Chunk(resource or job.log_resource, pieces, partial(on_result, part), stored, alone)
-                chunk.fence = self._fence(partial(on_void, part))
-                if number:
+                chunk = Chunk(resource or job.log_resource, pieces, partial(sent.on_result, part), stored, alone)
+                if self._context.owns is not None:
+                    chunk.fence = Fence(self._is_void, partial(sent.on_void, part))
+                if job.checkpoint.stream:
                     chunk.on_send = job.note_sent(part.newest_ns)
                     chunk.stream, chunk.oldest_ns, chunk.newest_ns = job.stream_key, part.oldest_ns, part.newest_ns
                 await self._queue.put(chunk)
                 left -= part.number
         except BaseException:
             # Cancelled while the queue was full: the next tailer of this job reads these lines again.
-            leave()
-            health.records_abandoned(name, left)
+            sent.leave()
+            self._context.health.records_abandoned(job.service.name, left)
             raise
 
-    def _on_rejected_age(self, result: ChunkResult) -> None:
+    def ack(self, records: int, result: ChunkResult, ledger: JobLedger) -> str:
+        """Take note that records are delivered or in the dead letter; return the ledger to be stored with that.
+
+        Args:
+            records: Their number.
+            result: The outcome.
+            ledger: The ledger when they were queued: the lines up to them.
+        """
+        job = self.job
+        # What a restart needs: the lines up to these, the states seen up to now.
+        delivery = job.acked_ledger.delivery.after(records, result)
+        job.acked_ledger = msgspec.structs.replace(ledger.with_seen(job.ledger), delivery=delivery)
+        return job.acked_ledger.to_json()
+
+    def lose(self) -> None:
+        """Note that records were dropped, since another agent follows the job.
+
+        Later lines must not move the cursor over these, even if this agent follows the job again by then.
+        """
+        self._is_lost = True
+
+    def on_rejected_age(self, result: ChunkResult) -> None:
         """Report lines that the endpoint rejected for their age: the first ones, then each tenfold number."""
         self._age_lines += result.rejected
         self._age_reason = result.reason
@@ -509,9 +583,6 @@ class JobPipeline:
             self._age_reason,
         )
 
-    def _fence(self, on_void: Callable[[], None]) -> Fence | None:
-        return None if self._context.owns is None else Fence(self._is_void, on_void)
-
     def _is_void(self) -> bool:
         owns = self._context.owns
         return self._is_lost or (owns is not None and not owns(self.job.service.identity, self.job.status.job_id))
@@ -521,7 +592,12 @@ class JobPipeline:
         if self._is_lost:
             raise LeaseLostError("another agent follows the job")
 
-    def _leave_flight(self, seconds: Seconds) -> None:
+    def leave_flight(self, seconds: Seconds) -> None:
+        """Note that records are acknowledged and stored, or left to another tailer.
+
+        Args:
+            seconds: The sums of their lines.
+        """
         self._unacked -= 1
         add_seconds(self._unacked_seconds, seconds, -1)
         if not self._unacked:

@@ -206,14 +206,15 @@ class LogQueue:
 
     async def room(self) -> None:
         """Wait while the queue is full; call it before encoding, because a page is smaller than its records."""
-        await self._left.wait_for(self._has_room)
+        if not self._has_room():
+            await self._left.wait_for(self._has_room)
 
     def _has_room(self) -> bool:
         return self._queued_bytes < _QUEUE_BYTES
 
     async def put(self, chunk: Chunk) -> None:
         """Queue a chunk; wait while the queue is full."""
-        await self._left.wait_for(self._has_room)
+        await self.room()
         self._queue.append(chunk)
         self._queued_bytes += chunk.size
         self._queued_lines += chunk.count
@@ -289,7 +290,8 @@ class LogQueue:
         if any(piece.count for piece in batch):
             with contextlib.suppress(LeaseLostError):
                 await self._store_sent(batch)
-            batch = _without_void(batch)
+            if batch[0].chunk.fence is not None:
+                batch = _without_void(batch)
         count = sum(piece.count for piece in batch)
         if count:
             payload = logs_request(

@@ -35,7 +35,10 @@ class StreamOrder:
             position_ns: The time of its next lines as far as known, in ns since the epoch. 0, for an unknown time, lets
                 all others wait.
         """
-        self._streams.setdefault(stream, _StreamMembers()).put(member, position_ns)
+        found = self._streams.get(stream)
+        if found is None:
+            found = self._streams[stream] = _StreamMembers()
+        found.put(member, position_ns)
 
     def leave(self, stream: str, member: object) -> None:
         """Remove a member that has caught up or gave up for now; leaving twice is fine."""

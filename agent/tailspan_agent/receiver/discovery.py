@@ -37,7 +37,7 @@ _BUSY_SHARE = 0.5
 _OWNERSHIP_S = 1.0  # how soon an agent of a fleet lists again after it has taken jobs over
 # Ended jobs in their first turn at a time. Each takes some ten KiB until it is relayed, and up to a second: what its
 # endpoint needs to acknowledge its lines and its receipt.
-_FIRST_TURNS = 128
+_FIRST_TURNS = 256
 _ROWS_A_STEP = 200
 _MAX_ID_BYTES = 1024
 _CLOCK_STEP_S = 3600.0

@@ -112,8 +112,8 @@ def span_id_of(job: JobStatus, name: str) -> str:
     return _known_span_id(job.identity, job.job_id, name, job.attempt)
 
 
-# The id of the run span is in all spans and records of a job.
-_known_span_id = lru_cache(maxsize=256)(span_id)
+# The id of the run span is in all spans and records of a job: for as many jobs as catch up at a time.
+_known_span_id = lru_cache(maxsize=1024)(span_id)
 
 
 def task_span_id(job: JobStatus, task_id: str, attempt: int) -> str:

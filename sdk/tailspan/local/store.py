@@ -235,7 +235,7 @@ class JobStore:
             self._used = True
             spec = _read_json("job.json", fd) or {}
             recorded, supervised = _read_state(fd)
-        return StoredJob(job_id, self._place(job_id), spec, recorded, supervised)
+        return StoredJob(job_id, f"{self._jobs_place}/{job_id}", spec, recorded, supervised)
 
     def glance(self, job_id: str) -> StoredJob:
         """Return what the files say about a job, without its ``job.json`` where ``state.json`` will do.
@@ -251,7 +251,7 @@ class JobStore:
         recorded, supervised = _read_state(fd)
         spec = {} if "name" in recorded else _read_json("job.json", fd) or {}
         self._used = True
-        return StoredJob(job_id, self._place(job_id), spec, recorded, supervised)
+        return StoredJob(job_id, f"{self._jobs_place}/{job_id}", spec, recorded, supervised)
 
     def state(self, job_id: str) -> tuple[Mapping[str, Any], bool]:
         """Return a job's ``state.json``, and whether its supervisor lives."""
