@@ -22,6 +22,8 @@ MIN_SECRET_CHARS = 8
 # Rotated tokens: the older ones are not sent any more.
 _MAX_SECRETS = 100
 _MIN_PREFIX_CHARS = 8
+_MIN_BEGINNING_CHARS = 16
+"""Within a text, a shorter beginning of a secret may be an ordinary word."""
 _ROUNDS = 3
 _ENDINGS = ".…\"')]}>"
 _MARGIN_CHARS = 16
@@ -91,10 +93,15 @@ def _found(plain: str, starts: Sequence[int], ends: Sequence[int]) -> Iterator[t
     rest = plain.rstrip(_ENDINGS)
     for forms in _secrets.values():
         for form in forms:
-            at = plain.find(form)
+            # A server may cut what it quotes, and go on: the beginning of a long secret gives most of it away.
+            beginning = form[: max(_MIN_BEGINNING_CHARS, len(form) * 2 // 3)]
+            at = plain.find(beginning)
             while at >= 0:
-                yield starts[at], ends[at + len(form) - 1]
-                at = plain.find(form, at + len(form))
+                size = len(beginning)
+                while size < len(form) and plain.startswith(form[: size + 1], at):
+                    size += 1
+                yield starts[at], ends[at + size - 1]
+                at = plain.find(beginning, at + size)
             # What was cut before it came here ends with the beginning of a secret.
             known = _overlap(rest, form)
             if known:

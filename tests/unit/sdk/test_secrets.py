@@ -41,6 +41,8 @@ FORMS = {
     "in hexadecimal": TOKEN.encode().hex(),
     "in upper hexadecimal": TOKEN.encode().hex().upper(),
     "in upper case": TOKEN.upper(),
+    "without its end": TOKEN[:-3],
+    "without its end, for a URL": quote(TOKEN[:-3], safe=""),
     "in lines": "\r\n".join(TOKEN),
     "with control characters": "\x1b".join(TOKEN),
     **{
