@@ -114,6 +114,7 @@ class JobDiscovery:
         self._full_scan_at_s = float("-inf")
         self._relist = asyncio.Event()
         self._changes: ChangeFeed | None = None
+        self._reported: set[str] = set()
         self._lost_feeds = 0
         self._gathered_at_s = time.monotonic(), time.thread_time()
 
@@ -230,10 +231,11 @@ class JobDiscovery:
                 due_s = begun_s + pause_s
                 continue
             self._lost_feeds = 0
-            if self._wake_tailers(jobs):
+            is_of_followed = self._wake_tailers(jobs)
+            if jobs is None or self._reported:
                 due_s = min(due_s, begun_s + pause_s)
             # Gather notifications: a poll costs much more than its notification.
-            await asyncio.sleep(self._gather_s())
+            await asyncio.sleep(self._gather_s() if is_of_followed else _CHANGES_EVERY_BUSY_S)
 
     def _gather_s(self) -> float:
         """Return how long to gather notifications, in seconds, by what the agent has used since the last gather."""
@@ -243,20 +245,21 @@ class JobDiscovery:
         return _CHANGES_EVERY_BUSY_S if is_busy else _CHANGES_EVERY_S
 
     def _wake_tailers(self, jobs: Collection[str] | None) -> bool:
-        """Wake the tailers of changed jobs, None for all; return whether a job without a tailer may have changed."""
+        """Wake the tailers of changed jobs, None for all, and note new jobs; return whether a tailer was woken."""
         if jobs is None:
             self._full_scan_at_s = float("-inf")
             for tailer in self.tailers.values():
                 if not tailer.schedule.is_counted:
                     tailer.schedule.wake()
             return True
-        unknown = False
+        is_of_followed = False
         for job_id in jobs:
             if job_id in self.tailers:
                 self.tailers[job_id].schedule.wake()
-            else:
-                unknown = unknown or (job_id not in self._ignored and job_id not in self.backlog)
-        return unknown
+                is_of_followed = True
+            elif job_id not in self._ignored and job_id not in self.backlog:
+                self._reported.add(job_id)
+        return is_of_followed
 
     def _drop_old_rows(self) -> None:
         """Poll the jobs whose rows are old: the list cannot be read."""
@@ -290,6 +293,7 @@ class JobDiscovery:
             raise AgentError(f"service {self.name}: {text}") from error
         finally:
             self._start_found()
+        self._reported.clear()
         if full:
             self._full_scan_at_s = now_s
 
@@ -327,6 +331,8 @@ class JobDiscovery:
         running = {job_id for job_id, tailer in self.tailers.items() if not tailer.expects_late_lines}
         unseen = running - self._unlisted if full or not self._source.polls_are_free else set()
         self._context.health.polled(self.name)
+        if not full and self._reported and await self._apply_reported():
+            return
         listing = self._source.list_jobs(self._has_row)
         async with aclosing(listing):
             async for rows in listing:
@@ -348,9 +354,17 @@ class JobDiscovery:
         # Jobs that the list never has: a search for them would read the whole list each time.
         self._unlisted |= unseen
 
+    async def _apply_reported(self) -> bool:
+        """Apply the rows of the new jobs that were reported; return False if the service has no rows of single jobs."""
+        rows = await self._source.rows(self._reported, self._has_row)
+        for row in rows or ():
+            await self._apply_row(row)
+        return rows is not None
+
     def _has_row(self, row: ListedJob) -> bool:
+        """Return whether this row was applied before, or is of a job that is not followed."""
         tailer = self.tailers.get(row.job_id)
-        return tailer is not None and tailer.schedule.row is row
+        return row.job_id in self._ignored if tailer is None else tailer.schedule.row is row
 
     async def _apply_row(self, row: ListedJob) -> bool:
         """Apply one row; return whether it was new."""

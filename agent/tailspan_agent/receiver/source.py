@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from datetime import UTC, datetime
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from tailspan.errors import JobNotFoundError
 from tailspan.logs.page import LogPage, OpenLine
 from tailspan.models import JobStatus, ListedJob, TaskRun
-from tailspan.services import JobService, MergingService, TaskService
+from tailspan.services import ChangeFeedService, JobService, MergingService, TaskService
 from tailspan_agent.job.bounds import bounded_open_line, bounded_page, bounded_row, bounded_status, bounded_tasks
 from tailspan_agent.pipeline.queue import LogQueue
 from tailspan_agent.receiver.read_limits import ReadLimit
@@ -87,11 +87,21 @@ class Source:
         """
         async with aclosing(self.service.list_jobs()) as listing:
             async for rows in listing:
-                now = datetime.now(UTC)
-                # Without an id that is text, a row is of no job; it must not hide the other rows.
-                yield [
-                    row if is_known(row) else bounded_row(row, now=now) for row in rows if isinstance(row.job_id, str)
-                ]
+                yield _bounded_rows(rows, is_known)
+
+    async def rows(
+        self, job_ids: Collection[str], is_known: Callable[[ListedJob], bool]
+    ) -> Sequence[ListedJob] | None:
+        """Return the rows of some jobs; None if the service can only list all. See `list_jobs`.
+
+        Args:
+            job_ids: The jobs.
+            is_known: As for `list_jobs`.
+        """
+        if not isinstance(self.service, ChangeFeedService):
+            return None
+        rows = await self.service.rows(job_ids)
+        return None if rows is None else _bounded_rows(rows, is_known)
 
     async def list_tasks(self, job_id: str) -> list[TaskRun] | None:
         """Return the attempts of a job's tasks, with all values in range; None if the service has no tasks.
@@ -188,6 +198,12 @@ class Source:
         begun_s = now_s - _FIRST_POLLS / _FIRST_POLLS_PER_S
         self._first_poll_at_s = max(self._first_poll_at_s, begun_s) + 1 / _FIRST_POLLS_PER_S
         return max(0.0, self._first_poll_at_s - now_s)
+
+
+def _bounded_rows(rows: Sequence[ListedJob], is_known: Callable[[ListedJob], bool]) -> list[ListedJob]:
+    now = datetime.now(UTC)
+    # Without an id that is text, a row is of no job; it must not hide the other rows.
+    return [row if is_known(row) else bounded_row(row, now=now) for row in rows if isinstance(row.job_id, str)]
 
 
 class _OpenLog(AbstractAsyncContextManager[AsyncGenerator[LogPage, None]]):

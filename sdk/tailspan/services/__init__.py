@@ -373,3 +373,16 @@ class ChangeFeedService(JobService):
     @abstractmethod
     def open_changes(self) -> ChangeFeed | None:
         """Open a feed of changes; None if that is not possible now."""
+
+    async def rows(self, job_ids: Collection[str]) -> Sequence[ListedJob] | None:
+        """Return the rows that `list_jobs` has of some jobs, which the feed has reported.
+
+        With it, a new job costs an agent the same however many jobs the service has.
+
+        Args:
+            job_ids: The jobs; those that do not exist are left out.
+
+        Returns:
+            The rows, newest first; None if the service can only list all jobs.
+        """
+        return None

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import sys
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -270,6 +270,11 @@ class LocalService(SubmitService, ChangeFeedService):
                 rows = [self._row(job_id) for job_id in ids[start : start + _LIST_PAGE]]
             yield [row for row in rows if row]
             await checkpoint()
+
+    async def rows(self, job_ids: Collection[str]) -> Sequence[ListedJob]:
+        """Return the rows of some jobs; see `tailspan.services.ChangeFeedService`."""
+        with self._translated():
+            return [row for job_id in sorted(job_ids, reverse=True) if (row := self._row(job_id)) is not None]
 
     def open_changes(self) -> InotifyChanges | None:
         """Open the change feed of this machine's jobs; see `tailspan.services.ChangeFeedService`."""
