@@ -89,9 +89,7 @@ class Source:
             async for rows in listing:
                 yield _bounded_rows(rows, is_known)
 
-    async def rows(
-        self, job_ids: Collection[str], is_known: Callable[[ListedJob], bool]
-    ) -> Sequence[ListedJob] | None:
+    async def rows(self, job_ids: Collection[str], is_known: Callable[[ListedJob], bool]) -> Sequence[ListedJob] | None:
         """Return the rows of some jobs; None if the service can only list all. See `list_jobs`.
 
         Args:

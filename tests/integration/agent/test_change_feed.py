@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection
+from collections.abc import AsyncGenerator, Collection, Sequence
 
 import pytest
 
 from tailspan.errors import ServiceError, ServiceUnavailableError
+from tailspan.models import ListedJob
 from tailspan.services import ChangeFeed, ChangeFeedService
 from tailspan.testing import FakeService
+from tailspan_agent.receiver import discovery
 from tests.fakes.agents import Bench, looped, until
 from tests.fakes.collector import Reply
 
@@ -72,6 +74,41 @@ async def test_notified_jobs_cost_no_polls(bench: Bench) -> None:
         await bench.received(lambda: "run" in bench.spans("j1"))
         await until(lambda: fake.followed == {"j2"})
     assert fake.followed == set()
+
+
+class NamingService(NotifyingService):
+    """One that has the rows of single jobs; the first request for them fails."""
+
+    asked = 0
+
+    async def rows(self, job_ids: Collection[str]) -> Sequence[ListedJob]:
+        """Return the rows of jobs."""
+        self.asked += 1
+        if self.asked == 1:
+            raise ServiceUnavailableError("down")
+        return [row async for rows in super().list_jobs() for row in rows if row.job_id in job_ids]
+
+    async def list_jobs(self) -> AsyncGenerator[Sequence[ListedJob], None]:
+        """Yield all jobs, but those that a notification has reported."""
+        async for rows in super().list_jobs():
+            yield [row for row in rows if row.job_id == "j1"]
+
+
+@looped
+async def test_a_new_job_is_found_without_a_list_of_all(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service may have a million jobs. A failed request is made again; a name that is no job does no harm."""
+    monkeypatch.setattr(discovery, "_DISCOVER_S", 0.01)
+    fake = bench.services["fake"] = NamingService()
+    fake.add_job("j1")
+    async with bench.running():
+        await until(lambda: fake.followed == {"j1"})
+        for job_id in ("j2", "j3"):
+            fake.add_job(job_id)
+            fake.add_lines(job_id, job_id)
+        fake.notified.put_nowait({"j2", "not a job", "j3"})
+        await until(lambda: fake.followed == {"j1", "j2", "j3"})
+        await bench.received(lambda: sorted(bench.bodies()) == ["j2", "j3"])
+    assert fake.asked == 2
 
 
 @pytest.mark.parametrize("change", [None, ServiceUnavailableError("no more")])

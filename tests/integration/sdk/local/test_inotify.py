@@ -72,6 +72,15 @@ async def test_start_lines_and_end_of_a_job_are_reported(tmp_path: Path) -> None
         feed.close()
 
 
+async def test_reported_jobs_have_the_rows_of_the_list(tmp_path: Path) -> None:
+    """Running and ended ones, newest first; a name that is no job has none."""
+    with LocalJobs(tmp_path) as jobs:
+        ids = [jobs.run("true").job_id, jobs.run("false").job_id, jobs.start("sleep", "60")]
+        listed = [row async for rows in jobs.service.list_jobs() for row in rows]
+        assert await jobs.service.rows([*ids, "../jobs", "no-job", ids[0].upper()]) == listed
+        assert await jobs.service.rows(ids[1:2]) == [row for row in listed if row.job_id == ids[1]]
+
+
 async def test_the_death_of_a_supervisor_is_reported(tmp_path: Path) -> None:
     """No file says that the job is lost, but its lock file is closed."""
     with LocalJobs(tmp_path) as jobs:
