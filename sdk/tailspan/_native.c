@@ -717,7 +717,6 @@ static PyObject *usual_attributes(PyObject *Py_UNUSED(module), PyObject *args)
 
 /* BLAKE2b without a key (RFC 7693), of which only the first 8 bytes are used: the digest of a line. */
 #define BLOCK_BYTES 128
-#define ROUNDS 12
 
 typedef struct {
     uint64_t state[8], hashed;
@@ -742,16 +741,28 @@ static uint64_t little_endian(const unsigned char *bytes)
 }
 
 #define TURN(word, bits) ((word) >> (bits) | (word) << (64 - (bits)))
-#define MIX(a, b, c, d, i) \
+#define MIX(a, b, c, d, first, second) \
     do { \
-        v[a] += v[b] + m[order[2 * (i)]]; \
+        v[a] += v[b] + m[first]; \
         v[d] = TURN(v[d] ^ v[a], 32); \
         v[c] += v[d]; \
         v[b] = TURN(v[b] ^ v[c], 24); \
-        v[a] += v[b] + m[order[2 * (i) + 1]]; \
+        v[a] += v[b] + m[second]; \
         v[d] = TURN(v[d] ^ v[a], 16); \
         v[c] += v[d]; \
         v[b] = TURN(v[b] ^ v[c], 63); \
+    } while (0)
+/* With a constant number, so that the compiler knows which words each round takes. */
+#define ROUND(i) \
+    do { \
+        MIX(0, 4, 8, 12, orders[i][0], orders[i][1]); \
+        MIX(1, 5, 9, 13, orders[i][2], orders[i][3]); \
+        MIX(2, 6, 10, 14, orders[i][4], orders[i][5]); \
+        MIX(3, 7, 11, 15, orders[i][6], orders[i][7]); \
+        MIX(0, 5, 10, 15, orders[i][8], orders[i][9]); \
+        MIX(1, 6, 11, 12, orders[i][10], orders[i][11]); \
+        MIX(2, 7, 8, 13, orders[i][12], orders[i][13]); \
+        MIX(3, 4, 9, 14, orders[i][14], orders[i][15]); \
     } while (0)
 
 static void hash_block(Blake2b *hash, int is_last)
@@ -762,18 +773,18 @@ static void hash_block(Blake2b *hash, int is_last)
     for (int i = 0; i < 16; i++) m[i] = little_endian(hash->block + 8 * i);
     v[12] ^= hash->hashed;
     if (is_last) v[14] = ~v[14];
-#pragma GCC unroll 12
-    for (int round = 0; round < ROUNDS; round++) {
-        const unsigned char *order = orders[round % 10];
-        MIX(0, 4, 8, 12, 0);
-        MIX(1, 5, 9, 13, 1);
-        MIX(2, 6, 10, 14, 2);
-        MIX(3, 7, 11, 15, 3);
-        MIX(0, 5, 10, 15, 4);
-        MIX(1, 6, 11, 12, 5);
-        MIX(2, 7, 8, 13, 6);
-        MIX(3, 4, 9, 14, 7);
-    }
+    ROUND(0);
+    ROUND(1);
+    ROUND(2);
+    ROUND(3);
+    ROUND(4);
+    ROUND(5);
+    ROUND(6);
+    ROUND(7);
+    ROUND(8);
+    ROUND(9);
+    ROUND(0);
+    ROUND(1);
     for (int i = 0; i < 8; i++) hash->state[i] ^= v[i] ^ v[8 + i];
 }
 

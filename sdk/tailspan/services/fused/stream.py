@@ -6,7 +6,7 @@ import operator
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate, chain, compress, groupby, repeat
+from itertools import accumulate, chain, compress, repeat
 from typing import Annotated, Any, NamedTuple, cast
 
 import msgspec
@@ -83,12 +83,13 @@ def entries_in_python(json: bytes | memoryview) -> list[Entries]:
 
 def _columns(bodies: list[bytes], found: Sequence[_Entry]) -> Entries:
     text = b"\n".join((*bodies, b""))
-    runs = [(ms, len(list(equal))) for ms, equal in groupby([entry.timestamp for entry in found])]
+    times = [entry.timestamp for entry in found]
+    starts = [0, *compress(range(1, len(times)), map(operator.ne, times[1:], times))]
     return Entries(
         text if text.count(b"\n") == len(bodies) else bodies,
-        [ms for ms, _ in runs],
-        [count for _, count in runs],
-        bytes(_stream_of(entry.stream) for entry in found),
+        list(map(times.__getitem__, starts)),
+        list(map(operator.sub, [*starts[1:], len(times)], starts)),
+        bytes([_stream_of(entry.stream) for entry in found]),
     )
 
 
