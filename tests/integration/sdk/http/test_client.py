@@ -285,6 +285,7 @@ def test_a_request_that_is_given_up_takes_its_connection_with_it() -> None:
         (b"", "Server disconnected without sending a response."),
         (b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n", "Content-Length"),
         (b"nonsense\r\n\r\n", "illegal status line"),
+        (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n", "without a pending proposal"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhal", "peer closed connection"),
         (b"HTTP/1.1 200 OK\r\nX: " + b"y" * (200 << 10), "Receive buffer too long"),
     ],
