@@ -234,6 +234,8 @@ def bounded_open_line(line: OpenLine) -> OpenLine:
 def _is_bounded(page: LogPage) -> bool:
     if not page.runs:
         return not page.tasks
+    if len(page.runs) == 1 and not page.tasks:
+        return _is_bounded_run(page.runs[0]) and (not page.runs[0].flags & CLEAN or _is_clean(page))
     # By column, and by different values: a page may have five thousand runs.
     _, times, streams, flags, prefixes, tasks, severities = zip(*page.runs, strict=True)
     try:
@@ -254,6 +256,20 @@ def _is_bounded(page: LogPage) -> bool:
         )
     except TypeError:  # not hashable
         return False
+
+
+def _is_bounded_run(run: LineRun) -> bool:
+    """Return what `_is_bounded` does of the only run of a page without tasks, as each line of a slow job has."""
+    _, time_ns, stream, flags, prefix, task, severity = run
+    return (
+        type(time_ns) is type(stream) is type(flags) is type(task) is type(severity) is int
+        and 0 <= time_ns <= LATEST_NS
+        and stream in _STREAMS
+        and task == 0
+        and severity in _SEVERITIES
+        and isinstance(prefix, str)
+        and prefix.isascii()
+    )
 
 
 def _is_clean(page: LogPage) -> bool:

@@ -8,8 +8,8 @@ lines are acknowledged, its tailer is *parked*: it rests without a timer until t
     the list          every 30 s, or if its row has changed      the same
                       (every 2 min without tasks and heartbeat)
     line counts       the same, and when it falls silent         the same up to a minute, then parked
-    notifications     at most every second, and when it falls    at a notification; parked at once
-                      silent
+    notifications     every 5 s at most, and when it falls       at a notification; parked at once
+                      silent (every second with tasks)
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["PollSchedule", "due_s", "late_lines_delay_s", "status_known_of"]
 
 _LISTED_STATUS_S = 30.0
 _PLAIN_STATUS_S = 120.0
-_NOTIFIED_STATUS_S = 1.0
+_NOTIFIED_STATUS_S, _NOTIFIED_TASKS_S = 5.0, 1.0
 _SILENT_READS = 2
 _SILENCE_S = 60.0
 _SHORTEST_LATE_S, _LONGEST_LATE_S = 10.0, 600.0
@@ -204,7 +204,7 @@ class PollSchedule:
             return False
         age_s = time.monotonic() - self._status_at_s
         if self.has_changes:
-            return age_s >= _NOTIFIED_STATUS_S
+            return age_s >= (_NOTIFIED_TASKS_S if self._has_tasks else _NOTIFIED_STATUS_S)
         if self._has_tasks or self.row is None or self.row_age_s >= _LISTED_STATUS_S:
             return True
         row_suffices = self._is_plain and self.row.state is not JobState.UNKNOWN

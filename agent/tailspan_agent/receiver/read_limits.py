@@ -69,7 +69,7 @@ class ReadLimit:
         self._admit()
 
     def _admit(self) -> None:
-        while self._free > 0 and (next_queue := self._next()) is not None:
+        while self._waiting and self._free > 0 and (next_queue := self._next()) is not None:
             queue, turns = next_queue
             _, turn = turns.popleft()
             if not turns:

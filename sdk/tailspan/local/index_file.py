@@ -143,6 +143,8 @@ class IndexFile:
             is_whole = size <= _START_BYTES
             self._tail = start[HEADER_BYTES:] if is_whole else self._read(self._tail_start, self._places)
             self._newest: dict[int, Entry] = {}
+            self._found: tuple[int, Entry] | None = None
+            self._is_searched = False
             self._is_last_known = False
             self._known_last: tuple[int, Entry] | None = None
         except BaseException:
@@ -208,7 +210,8 @@ class IndexFile:
 
     def last(self) -> Entry | None:
         """Return the last entry; None for an empty index."""
-        return None if self._last is None else self._last[1]
+        last = self._last
+        return None if last is None else last[1]
 
     def newest_after(self, offset: int) -> list[Entry] | None:
         """Return the entry whose text ends at an offset and all after it, as a reader needs who follows a job.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections.abc import Iterable, Iterator
@@ -46,6 +47,7 @@ _FEW_BYTES = 1 << 20
 _MOST_RECOVERED_BYTES = 64 << 20
 _SPANS_A_GAP = 1 << 16
 _STREAMS = range(len(Stream.NAMES))
+_prefix = functools.lru_cache(maxsize=256)(job_hash)  # an agent reads the same jobs many times a second
 
 
 class Totals(NamedTuple):
@@ -175,7 +177,7 @@ class LogReader:
             CursorExpiredError: The log no longer has the lines that its index speaks of, or the cursor is not of
                 this log. Reading can go on from the error's cursor.
         """
-        prefix = job_hash(identity, self._job_id)
+        prefix = _prefix(identity, self._job_id)
         if cursor is not None:
             spans = self._after(cursor)
         elif since_ms is not None:
