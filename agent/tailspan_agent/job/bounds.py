@@ -391,14 +391,15 @@ class _Bounds:
         if not isinstance(value, Mapping):
             self._note(name, "are not attributes")
             return {}, 1
-        if not value:
+        most_bytes, most_value_bytes = scale * MAX_ATTRIBUTE_BYTES, scale * MAX_VALUE_BYTES
+        if _are_bounded(value, reserved, most_value_bytes, most_bytes):
             return value, 0
         kept: dict[str, str] = {}
         cut = size = 0
         for key, text in value.items():
-            bounded = _attribute(key, text, reserved, scale * MAX_VALUE_BYTES) if len(kept) < MAX_ATTRIBUTES else None
+            bounded = _attribute(key, text, reserved, most_value_bytes) if len(kept) < MAX_ATTRIBUTES else None
             added = _size(bounded[0]) + _size(bounded[1]) if bounded is not None else 0
-            if bounded is None or size + added > scale * MAX_ATTRIBUTE_BYTES:
+            if bounded is None or size + added > most_bytes:
                 cut += 1
                 continue
             cut += bounded[1] != text
@@ -413,6 +414,18 @@ class _Bounds:
 
     def _note(self, name: str, text: str) -> None:
         self.notes.append(f"{name} {text}")
+
+
+def _are_bounded(value: Mapping[Any, Any], reserved: re.Pattern[str], most_value_bytes: int, most_bytes: int) -> bool:
+    """Return whether attributes are in range, as nearly all are; False also for some that only seem not to be."""
+    left = most_bytes
+    for key, text in value.items():
+        if not (type(key) is type(text) is str and key.isascii() and text.isascii() and len(text) <= most_value_bytes):
+            return False
+        if len(key) > MAX_KEY_BYTES or _key(key, reserved) is None:
+            return False
+        left -= len(key) + len(text)
+    return left >= 0 and len(value) <= MAX_ATTRIBUTES
 
 
 def _attribute(key: Any, value: Any, reserved: re.Pattern[str], max_bytes: int) -> tuple[str, str] | None:

@@ -28,16 +28,22 @@ _FILE = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _DIRECTORY = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY)
 
 
-def open_directory(path: Path | str) -> int:
+def open_directory(path: Path | str, parent_fd: int | None = None) -> int:
     """Return a descriptor of a job's directory, for `open_file`; neither it nor its parent may be a link.
 
     A store may belong to another user than its reader. As long as a reader holds the descriptor, no change of names
     leads it elsewhere.
 
+    Args:
+        path: The directory.
+        parent_fd: Its parent, if that is open.
+
     Raises:
         OSError: There is no such directory; ``ENOTDIR`` or ``ELOOP`` for a link.
     """
     parent, _, name = os.fspath(path).rpartition("/")
+    if parent_fd is not None:
+        return os.open(name, _DIRECTORY, dir_fd=parent_fd)
     parent_fd = os.open(parent or ".", _DIRECTORY)
     try:
         return os.open(name, _DIRECTORY, dir_fd=parent_fd)

@@ -165,12 +165,16 @@ class JobStore:
             raise JobNotFoundError(f"there is no local job {job_id[:80]!r}", job_id=job_id)
         return f"{self._jobs_place}/{job_id}"
 
-    def opened(self, job_id: str) -> AbstractContextManager[int]:
+    def opened(self, job_id: str, jobs_fd: int | None = None) -> AbstractContextManager[int]:
         """Return a context that holds a job's directory open; see `open_job`."""
-        return _OpenJob(self, job_id)
+        return _OpenJob(self, job_id, jobs_fd)
 
-    def open_job(self, job_id: str) -> int:
+    def open_job(self, job_id: str, jobs_fd: int | None = None) -> int:
         """Return a descriptor of a job's directory.
+
+        Args:
+            job_id: The job.
+            jobs_fd: The directory of all jobs, from `opened_jobs`, if that is open.
 
         Raises:
             JobNotFoundError: There is no such job; or it is a link, or the directory of all jobs is one: another user
@@ -178,7 +182,7 @@ class JobStore:
         """
         place = self._place(job_id)
         try:
-            return open_directory(place)
+            return open_directory(place, jobs_fd)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                 raise
@@ -189,7 +193,7 @@ class JobStore:
             raise JobNotFoundError(f"there is no local job {job_id} in {self.state_dir}", job_id=job_id) from None
 
     @contextmanager
-    def _opened_jobs(self) -> Iterator[int]:
+    def opened_jobs(self) -> Iterator[int]:
         """Open the directory of all jobs, for listing and for changes of its names.
 
         Raises:
@@ -216,7 +220,7 @@ class JobStore:
             ServiceUnavailableError: The store was moved away or unmounted.
         """
         try:
-            with self._opened_jobs() as jobs_fd:
+            with self.opened_jobs() as jobs_fd:
                 names = filter(_JOB_ID.fullmatch, os.listdir(jobs_fd))
         except FileNotFoundError:
             self._check_there()
@@ -319,7 +323,7 @@ class JobStore:
                 ended = next((end for end in ends if end and end.timestamp() <= now_s + _FUTURE_S), None)
                 if job.logs_complete and ended and ended.timestamp() <= limit:
                     gone = f".gone-{job_id}"
-                    with self._opened_jobs() as jobs_fd:
+                    with self.opened_jobs() as jobs_fd:
                         os.rename(job_id, gone, src_dir_fd=jobs_fd, dst_dir_fd=jobs_fd)
                         shutil.rmtree(gone, dir_fd=jobs_fd)
                     yield job_id
@@ -333,7 +337,7 @@ class JobStore:
         import shutil
 
         try:
-            with self._opened_jobs() as jobs_fd:
+            with self.opened_jobs() as jobs_fd:
                 for name in os.listdir(jobs_fd):
                     if not name.startswith((".new-", ".gone-")):
                         continue
@@ -347,14 +351,15 @@ class JobStore:
 class _OpenJob(AbstractContextManager[int]):
     """A job's directory, held open; a class, because each poll of each job opens one."""
 
-    __slots__ = ("_fd", "_job_id", "_store")
+    __slots__ = ("_fd", "_job_id", "_jobs_fd", "_store")
 
-    def __init__(self, store: JobStore, job_id: str) -> None:
+    def __init__(self, store: JobStore, job_id: str, jobs_fd: int | None) -> None:
         self._store = store
         self._job_id = job_id
+        self._jobs_fd = jobs_fd
 
     def __enter__(self) -> int:
-        self._fd = self._store.open_job(self._job_id)
+        self._fd = self._store.open_job(self._job_id, self._jobs_fd)
         return self._fd
 
     def __exit__(self, *_: object) -> None:

@@ -266,8 +266,8 @@ class LocalService(SubmitService, ChangeFeedService):
                 known[1].job_id: known for job_id in ids if (known := running.get(job_id)) is not None
             }
         for start in range(0, len(ids), _LIST_PAGE):
-            with self._translated():
-                rows = [self._row(job_id) for job_id in ids[start : start + _LIST_PAGE]]
+            with self._translated(), self._store.opened_jobs() as jobs_fd:
+                rows = [self._row(job_id, jobs_fd) for job_id in ids[start : start + _LIST_PAGE]]
             yield [row for row in rows if row]
             await checkpoint()
 
@@ -462,14 +462,14 @@ class LocalService(SubmitService, ChangeFeedService):
             if may_prune:
                 self.prune(self._keep_finished_s)
 
-    def _row(self, job_id: str) -> ListedJob | None:
+    def _row(self, job_id: str, jobs_fd: int) -> ListedJob | None:
         """Return a job's row; None when it was pruned meanwhile."""
         # Another thread may list, too.
         if (final := self._final_rows.get(job_id)) is not None:
             return final
         known, mark = self._running_rows.get(job_id), None
         try:
-            with self._store.opened(job_id) as fd:
+            with self._store.opened(job_id, jobs_fd) as fd:
                 job = self._store.glance_at(job_id, fd) if known is None else None
                 if job is None or not job.logs_complete:
                     # Taken before the row is: what changes in between is seen the next time.
