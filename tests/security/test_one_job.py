@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import json
 import sqlite3
 import sys
@@ -24,6 +25,7 @@ from tailspan_agent.checkpoint.store import Ack, OutboxSpan, SqliteStore
 from tailspan_agent.errors import ValueRefusedError
 from tailspan_agent.job.bounds import DROPPED_ATTRIBUTES
 from tailspan_agent.otlp.json_lines import decode_line
+from tailspan_agent.pipeline.job_pipeline import JobPipeline
 from tailspan_agent.pipeline.stream_order import StreamOrder
 from tailspan_agent.receiver import discovery, source, tailer
 from tests.fakes.agents import PATIENCE_S, Bench, looped, until
@@ -351,6 +353,21 @@ def test_a_crowd_of_ended_jobs_is_opened_a_few_at_a_time(bench: Bench, monkeypat
     asyncio.run(run())
     assert 0 < most <= 10  # a tailer whose first turn is over may not have ended yet
     assert len(bench.bodies()) == 60
+
+
+def test_a_relayed_job_takes_no_memory(bench: Bench) -> None:
+    """Its objects know each other, but none waits for the garbage collector, which runs rarely."""
+    add(bench, "freed", {})
+    gc.collect()
+    gc.disable()
+    try:
+        agent = bench.agent()
+        assert asyncio.run(agent.run_once(PATIENCE_S)).delivered
+        tailers = [one for one in gc.get_objects() if isinstance(one, tailer.Tailer) and one.job_id == "freed"]
+        pipelines = [one for one in gc.get_objects() if isinstance(one, JobPipeline) and one.status.job_id == "freed"]
+    finally:
+        gc.enable()
+    assert (tailers, pipelines) == ([], [])
 
 
 @looped

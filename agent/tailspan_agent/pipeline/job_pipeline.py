@@ -211,7 +211,7 @@ class JobPipeline:
     ) -> None:
         self.job = TrackedJob(context, service, watch, status, first_seen_ns)
         self.spans = JobSpans(self.job)
-        self.alerts = JobAlerts(self.job, self._send_event)
+        self.alerts = JobAlerts(self.job)
         self.cursor = self.job.checkpoint.cursor
         self._context = context
         self._queue = context.queue(service.name, self.job.status.job_name)
@@ -433,7 +433,11 @@ class JobPipeline:
     async def report_anomalies(self) -> None:
         """Report anomalies of a running job once: agent log and job log."""
         if not self.status.state.is_terminal:
-            await self.alerts.report_anomalies(self.snapshot)
+            await self.alerts.report_anomalies(self.snapshot, self._send_event)
+
+    async def send_pending_alerts(self) -> None:
+        """Queue, once, the record that says why the job failed, or that it was too fast."""
+        await self.alerts.send_pending(self._send_event)
 
     async def send_page(self, page: LogPage, *, late: bool = False) -> None:
         """Encode and queue a page; wait while the queue is full.

@@ -229,9 +229,9 @@ class LogQueue:
     async def run(self) -> None:
         """Send batches until cancelled."""
         while True:
-            batch = await self._next_batch()
             try:
-                await self._deliver(batch)
+                # No name for the batch: it would keep the last jobs in memory until the next one.
+                await self._deliver(await self._next_batch())
             finally:
                 self._busy = False
             self._left.notify()

@@ -39,6 +39,10 @@ _SHARED_S, _MERGED_SHARED_S = 0.5, 0.25
 _JITTERED_S = 2.5  # shorter delays end at the same moments anyway
 
 
+def _nothing() -> None:
+    pass
+
+
 class PollSchedule:
     """Decides when a tailer polls its job.
 
@@ -72,9 +76,7 @@ class PollSchedule:
         "row",
     )
 
-    def __init__(
-        self, follower: Follower, on_due: Callable[[], object] = lambda: None, *, has_tasks: bool = False
-    ) -> None:
+    def __init__(self, follower: Follower, on_due: Callable[[], object] = _nothing, *, has_tasks: bool = False) -> None:
         self._on_due = on_due
         self.has_changes = False
         self.row: ListedJob | None = None
@@ -253,6 +255,11 @@ class PollSchedule:
     def _end_rest(self) -> None:
         self.cancel()
         self._on_due()
+
+    def close(self) -> None:
+        """End the rest without a poll, for good."""
+        self.cancel()
+        self._on_due = _nothing  # or its tailer would stay in memory until garbage is collected
 
     def cancel(self) -> None:
         """End the rest without a poll."""

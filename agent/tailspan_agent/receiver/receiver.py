@@ -300,6 +300,7 @@ class Receiver:
 
     def _forget(self, tailer: Tailer) -> None:
         del self.tailers[tailer]
+        tailer.schedule.close()
         tailer.leave_stream()  # a task that was cancelled before its start has not left
         # A service that is not watched any more has no discovery.
         if (discovery := self.discoveries.get(tailer.service_name)) is not None:
@@ -315,7 +316,6 @@ class Receiver:
             if task is not None:
                 tasks.append(task)
             else:
-                tailer.schedule.cancel()
                 self._forget(tailer)
         await cancelled(*tasks)
 

@@ -459,7 +459,7 @@ class Tailer:
         await pipeline.collect_span_lines(read)
         await pipeline.acked_soon()
         pipeline.end_run(log_complete=log_complete)
-        await pipeline.alerts.send_pending()
+        await pipeline.send_pending_alerts()
 
     def _may_lack_lines(self, pipeline: JobPipeline) -> bool:
         """Return whether lines may have become visible where no read looks for them."""
