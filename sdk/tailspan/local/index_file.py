@@ -149,8 +149,6 @@ class IndexFile:
             is_whole = size <= _START_BYTES
             self._tail = start[HEADER_BYTES:] if is_whole else self._read(self._tail_start, self._places)
             self._newest: dict[int, Entry] = {}
-            self._found: tuple[int, Entry] | None = None
-            self._is_searched = False
             self._is_last_known = False
             self._known_last: tuple[int, Entry] | None = None
         except BaseException:

@@ -462,7 +462,7 @@ class LocalService(SubmitService, ChangeFeedService):
             if may_prune:
                 self.prune(self._keep_finished_s)
 
-    def _row(self, job_id: str, jobs_fd: int) -> ListedJob | None:
+    def _row(self, job_id: str, jobs_fd: int | None = None) -> ListedJob | None:
         """Return a job's row; None when it was pruned meanwhile."""
         # Another thread may list, too.
         if (final := self._final_rows.get(job_id)) is not None:
