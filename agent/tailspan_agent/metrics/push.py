@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 _EXPORT_INTERVAL_S = 15.0
 _LONGEST_INTERVAL_S = 60.0
 # Exports may take this much of a core; with ten thousand jobs, each takes a twentieth of a second.
-_SHARE_OF_A_CORE = 0.0025
+_SHARE_OF_A_CORE = 0.0015
 _RUN_GAP_S = 5.0
 _RUN_LINGER_S = 0.25
 

@@ -117,7 +117,7 @@ def test_run_exports_at_once_at_intervals_and_at_the_end():
 
 
 @pytest.mark.parametrize(
-    ("cost_s", "given_s", "interval_s"), [(0.001, None, 15), (0.1, None, 40), (3, None, 60), (3, 7, 7)]
+    ("cost_s", "given_s", "interval_s"), [(0.001, None, 15), (0.03, None, 20), (3, None, 60), (3, 7, 7)]
 )
 def test_exports_are_rarer_the_more_they_cost(cost_s, given_s, interval_s):
     """Metrics of thousands of jobs cost little; an interval that the user has set stays."""
