@@ -31,7 +31,11 @@ def is_loopback(host: str) -> bool:
 
 
 def default_tls() -> ssl.SSLContext:
-    """Return a context that trusts what httpx trusts: ``SSL_CERT_FILE``, ``SSL_CERT_DIR``, or certifi's authorities."""
+    """Return a context that trusts what httpx trusts: ``SSL_CERT_FILE``, ``SSL_CERT_DIR``, or certifi's authorities.
+
+    Raises:
+        ConfigError: The file is missing, or not PEM.
+    """
     return _default_tls(os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
 
 
@@ -42,9 +46,14 @@ def _default_tls(ca_file: str | None, ca_directory: str | None) -> ssl.SSLContex
 
     import certifi
 
-    return ssl.create_default_context(
-        cafile=ca_file or (None if ca_directory else certifi.where()), capath=ca_directory
-    )
+    try:
+        return ssl.create_default_context(
+            cafile=ca_file or (None if ca_directory else certifi.where()), capath=ca_directory
+        )
+    except OSError as error:
+        # ssl's own error names no file.
+        key = "SSL_CERT_FILE"
+        raise ConfigError(f"{key}: cannot use {ca_file}: {error.strerror or error}", key=key) from error
 
 
 def tls_context(

@@ -73,3 +73,16 @@ def test_every_tls_file_that_cannot_be_used_is_named_with_its_key(tmp_path: Path
     assert "t.client_cert: cannot read" in error(client_cert="none")
     assert "t.client_key: cannot read" in error(client_cert="cert", client_key="none")
     assert "do not match" in error(ca_file="ca", client_cert="cert", client_key="other-key")
+
+
+@pytest.mark.parametrize("text", [None, "no PEM"])
+def test_authorities_of_the_environment_that_cannot_be_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str | None
+) -> None:
+    """ssl's own error names neither the file nor the variable."""
+    if text is not None:
+        (tmp_path / "ca").write_text(text)
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca"))
+    with pytest.raises(ConfigError, match=rf"^SSL_CERT_FILE: cannot use {tmp_path / 'ca'}: \S") as caught:
+        default_tls()
+    assert caught.value.key == "SSL_CERT_FILE"
