@@ -7,7 +7,6 @@ costs more than the request itself (``python -m tests.bench --only W1,W5``), and
 from __future__ import annotations
 
 import os
-import socket as sockets
 import ssl
 import zlib
 from collections.abc import AsyncGenerator, Iterator, Mapping
@@ -46,9 +45,6 @@ FAULTY = LocalProtocolError
 _SLICE_BYTES = 1 << 20
 _PIECE_BYTES = 1 << 20
 _DEFAULT_PORTS = {"http": 80, "https": 443}
-# Finds a dead peer of a silent connection within a minute and a half.
-_KEEP_ALIVE_OPTIONS = (("TCP_KEEPIDLE", 45), ("TCP_KEEPALIVE", 45), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 3))
-_STREAM_BYTES = 64 << 10
 # RFC 3986: characters that a target may contain unescaped; a percent sign begins an escape.
 _IN_TARGET = "/?:@!$&'()*+,;=-._~%[]"
 
@@ -87,7 +83,11 @@ class Reply:
         """
         encoding = self.headers.get("content-encoding", "").strip().lower()
         unpacker = _Unpacker() if encoding in ("gzip", "x-gzip", "deflate") else None
-        while chunk := await self._connection.read():
+        while True:
+            if self._is_closed:
+                raise RuntimeError("the reply is closed: its connection may have another one now")
+            if not (chunk := await self._connection.read()):
+                break
             if unpacker is None:
                 yield chunk
                 continue
@@ -175,7 +175,9 @@ class HttpClient:
             self._headers.append((b"Authorization", credentials))
             add_secret(credentials.decode())
         self._headers = _replaced(self._headers, headers)
-        self._proxy = proxy_of(parts.scheme, host_port(host, self._port), host) if uses_proxy else None
+        self._proxy = None
+        if uses_proxy and socket is None:
+            self._proxy = proxy_of(parts.scheme, host_port(host, self._port), host)
         # Without a tunnel, a proxy needs the whole URL.
         self._origin = ""
         if self._proxy is not None and not self._proxy.is_socks and self._tls is None:
@@ -227,16 +229,12 @@ class HttpClient:
 
     async def _open(self) -> NetworkStream:
         if self._socket is not None:
-            return await connect_unix(os.fspath(self._socket), self._timeout_s)
-        if self._proxy is not None:
-            if self._origin:
-                return await self._proxy.connect(self._timeout_s)
-            return await self._proxy.tunnel(self._host, self._port, self._timeout_s)
-        if self._streams:
-            return await connect_tcp(
-                self._host, self._port, self._timeout_s, options=_stream_options(), max_waiting_bytes=_STREAM_BYTES
-            )
-        return await connect_tcp(self._host, self._port, self._timeout_s)
+            return await connect_unix(os.fspath(self._socket), self._timeout_s, streams=self._streams)
+        if self._proxy is None:
+            return await connect_tcp(self._host, self._port, self._timeout_s, streams=self._streams)
+        if self._origin:
+            return await self._proxy.connect(self._timeout_s, streams=self._streams)
+        return await self._proxy.tunnel(self._host, self._port, self._timeout_s, streams=self._streams)
 
     async def fetch(
         self,
@@ -296,10 +294,13 @@ class _Unpacker:
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
         self._begun = True
-        while chunk and not self._inflate.eof:
+        while chunk:
+            if self._inflate.eof:
+                # RFC 1952: the compressed form of two texts, one after the other, is that of both.
+                self._inflate = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
             if piece := self._inflate.decompress(chunk, _PIECE_BYTES):
                 yield piece
-            chunk = self._inflate.unconsumed_tail
+            chunk = self._inflate.unconsumed_tail or self._inflate.unused_data
 
     def close(self) -> None:
         if self._begun and not self._inflate.eof:
@@ -315,11 +316,3 @@ def _replaced(own: list[Header], headers: Mapping[str, str]) -> list[Header]:
     given = _encoded(headers)
     names = {name.lower() for name, _ in given}
     return [*(pair for pair in own if pair[0].lower() not in names), *given]
-
-
-def _stream_options() -> Iterator[tuple[int, int, int]]:
-    yield sockets.SOL_SOCKET, sockets.SO_KEEPALIVE, 1
-    yield sockets.SOL_SOCKET, sockets.SO_RCVBUF, _STREAM_BYTES
-    for name, value in _KEEP_ALIVE_OPTIONS:
-        if (option := getattr(sockets, name, None)) is not None:
-            yield sockets.IPPROTO_TCP, option, value

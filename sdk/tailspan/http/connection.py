@@ -5,12 +5,13 @@ h11 reads and writes the messages; the pieces of a body go to the stream as they
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable
 
 import h11
 
-from tailspan.http.errors import LocalProtocolError, RemoteProtocolError, WriteError
+from tailspan.http.errors import ConnectError, LocalProtocolError, RemoteProtocolError, WriteError
 from tailspan.http.stream import NetworkStream
 
 __all__ = ["Connection", "Connections", "Header"]
@@ -74,7 +75,7 @@ class Connection:
         try:
             waiting = self._http.send(h11.Request(method=method, target=target, headers=headers)) or b""
         except h11.LocalProtocolError as error:
-            raise LocalProtocolError(error) from error
+            raise LocalProtocolError(_without_values(str(error), headers)) from None
         for piece in body:
             # h11 only counts the bytes of a body whose length is known.
             self._http.send_with_data_passthrough(h11.Data(data=piece))  # type: ignore[arg-type]
@@ -94,6 +95,8 @@ class Connection:
         Raises:
             HttpError: The answer is not complete.
         """
+        if self._http.their_state is h11.DONE:
+            return b""
         event = await self._next_event()
         return bytes(event.data) if isinstance(event, h11.Data) else b""
 
@@ -114,6 +117,8 @@ class Connection:
         """Return whether all was sent and read, and begin the next exchange then."""
         if not self._http.our_state is self._http.their_state is h11.DONE:
             return False
+        if self._http.trailing_data[0]:
+            return False  # it would pass for the answer of the next request
         self._http.start_next_cycle()
         self.idle_since_s = time.monotonic()
         return True
@@ -127,6 +132,13 @@ class Connection:
         if self._http.trailing_data[0]:
             raise RemoteProtocolError("the proxy sent data before the server could")
         return self.stream
+
+
+def _without_values(text: str, headers: list[Header]) -> str:
+    """Return an error of h11 about a request with the name of a header instead of its value, which may be a secret."""
+    for name, value in headers:
+        text = text.replace(f"header value {value!r}", f"value of the header {name.decode('latin-1')}")
+    return text
 
 
 class Connections:
@@ -162,7 +174,11 @@ class Connections:
                 break
             await connection.stream.aclose()
         else:
+            busy = self._busy
             connection = await self._connect()
+            if busy is not self._busy:
+                await connection.stream.aclose()
+                raise ConnectError("the client was closed meanwhile")
         self._busy.add(connection)
         return connection
 
@@ -179,7 +195,7 @@ class Connections:
     async def aclose(self) -> None:
         """Close all of them."""
         closing = [*self._idle, *self._busy]
-        self._idle.clear()
-        self._busy.clear()
+        self._idle, self._busy = [], set()
         for connection in closing:
-            await connection.stream.aclose()
+            connection.stream.abort()
+        await asyncio.sleep(0)  # as `NetworkStream.aclose`, but a cancellation leaves none of them open

@@ -13,7 +13,7 @@ from tailspan._net import default_tls, host_port, is_loopback
 from tailspan._secrets import add_secret
 from tailspan.errors import ConfigError
 from tailspan.http.connection import Connection, Header
-from tailspan.http.errors import ProxyError
+from tailspan.http.errors import ConnectTimeout, ProxyError, ReadError, RemoteProtocolError, TooSlow, WriteError
 from tailspan.http.stream import NetworkStream, connect_tcp
 
 __all__ = ["Proxy", "ascii_host", "basic", "proxy_of"]
@@ -56,36 +56,49 @@ class Proxy(NamedTuple):
         """Sent with each request to the proxy itself, or through it without a tunnel."""
         return [] if self.login is None else [(b"Proxy-Authorization", basic(*self.login))]
 
-    async def connect(self, timeout_s: float) -> NetworkStream:
+    def __repr__(self) -> str:
+        return f"<proxy {self.scheme}://{host_port(self.host, self.port)}>"
+
+    async def connect(self, timeout_s: float, *, streams: bool) -> NetworkStream:
         """Connect to the proxy itself, with TLS if its URL says so.
+
+        Args:
+            timeout_s: Time limit for each wait, in seconds.
+            streams: See `NetworkStream`.
 
         Raises:
             HttpError: There is no connection.
         """
-        stream = await connect_tcp(self.host, self.port, timeout_s)
+        stream = await connect_tcp(self.host, self.port, timeout_s, streams=streams)
         if self.scheme == "https":
             await stream.start_tls(default_tls(), self.host, timeout_s)
         return stream
 
-    async def tunnel(self, host: str, port: int, timeout_s: float) -> NetworkStream:
+    async def tunnel(self, host: str, port: int, timeout_s: float, *, streams: bool) -> NetworkStream:
         """Return a connection to a server, through the proxy.
 
         Args:
             host: The server's host.
             port: The server's port.
             timeout_s: Time limit for each wait on the proxy, in seconds.
+            streams: See `NetworkStream`.
 
         Raises:
             HttpError: There is no connection.
         """
-        stream = await self.connect(timeout_s)
+        stream = await self.connect(timeout_s, streams=streams)
         try:
             if self.is_socks:
                 await self._ask_socks(stream, host, port, timeout_s)
             else:
                 await self._ask_http(stream, host, port, timeout_s)
-        except BaseException:
+        except BaseException as error:
             await stream.aclose()
+            # The request itself was not sent.
+            if isinstance(error, TooSlow):
+                raise ConnectTimeout from error
+            if isinstance(error, (ReadError, RemoteProtocolError, WriteError)):
+                raise ProxyError(f"no tunnel through the proxy: {error}") from error
             raise
         return stream
 
@@ -206,7 +219,8 @@ def ascii_host(host: str) -> str:
     """
     if host.isascii():
         # The limits of RFC 1035; the resolver would raise an error of another kind.
-        if any(not 0 < len(label) < 64 for label in host.removesuffix(".").split(".")):
+        name = host.removesuffix(".")
+        if not name.isprintable() or len(name) > 253 or any(not 0 < len(label) < 64 for label in name.split(".")):
             raise ValueError(host)
         return host
     import idna

@@ -11,7 +11,9 @@ import socket
 import ssl
 import sys
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import partial
 from itertools import zip_longest
 from typing import Any, TypeVar, cast
 
@@ -21,6 +23,9 @@ __all__ = ["NetworkStream", "connect_reason", "connect_tcp", "connect_unix"]
 
 # The most that asyncio reads at once: reading pauses while this much is unread.
 _MAX_WAITING_BYTES = 256 << 10
+_STREAM_BYTES = 64 << 10
+# Finds a dead peer of a silent connection within a minute and a half.
+_KEEP_ALIVE_OPTIONS = (("TCP_KEEPIDLE", 45), ("TCP_KEEPALIVE", 45), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 3))
 _TLS_BUFFER_BYTES = 16 << 10
 # RFC 8305: how long to wait for one address before also trying the next.
 _NEXT_ADDRESS_S = 0.25
@@ -30,39 +35,27 @@ _ERRNO = re.compile(r"\[Errno (-?\d+)\]")
 T = TypeVar("T")
 
 
-async def connect_tcp(
-    host: str,
-    port: int,
-    timeout_s: float | None = None,
-    *,
-    options: Iterable[tuple[int, int, int]] = (),
-    max_waiting_bytes: int = _MAX_WAITING_BYTES,
-) -> NetworkStream:
+async def connect_tcp(host: str, port: int, timeout_s: float | None = None, *, streams: bool = False) -> NetworkStream:
     """Connect to a port.
 
     Args:
         host: A name or an address.
         port: The port.
         timeout_s: Time limit in seconds.
-        options: Options of the socket: level, name and value.
-        max_waiting_bytes: Reading pauses while this much is unread, besides what asyncio reads at once.
+        streams: See `NetworkStream`.
 
     Raises:
         ConnectError: The reason is in the system's own words.
         ConnectTimeout: There was no connection in time.
     """
-    stream = await _in_time_or_not(_connect(host, port), timeout_s)
-    stream.max_waiting_bytes = max_waiting_bytes
-    for option in options:
-        stream.get_extra_info("socket").setsockopt(*option)
-    return stream
+    return await _in_time_or_not(_connect(host, port, partial(NetworkStream, streams=streams)), timeout_s)
 
 
-async def connect_unix(path: str, timeout_s: float | None = None) -> NetworkStream:
+async def connect_unix(path: str, timeout_s: float | None = None, *, streams: bool = False) -> NetworkStream:
     """Connect to a Unix socket; see `connect_tcp`."""
     loop = asyncio.get_running_loop()
-    _, stream = await _in_time_or_not(loop.create_unix_connection(NetworkStream, path), timeout_s)
-    return stream
+    connecting = loop.create_unix_connection(partial(NetworkStream, streams=streams), path)
+    return (await _in_time_or_not(connecting, timeout_s))[1]
 
 
 async def _in_time_or_not(connecting: Awaitable[T], timeout_s: float | None) -> T:
@@ -78,8 +71,15 @@ async def _in_time_or_not(connecting: Awaitable[T], timeout_s: float | None) -> 
 class NetworkStream(asyncio.Protocol):
     """One connection, with TLS after `start_tls`. At most one task reads and one writes at a time."""
 
-    def __init__(self) -> None:
-        self.max_waiting_bytes = _MAX_WAITING_BYTES
+    def __init__(self, *, streams: bool = False) -> None:
+        """Wait for asyncio's connection.
+
+        Args:
+            streams: Whether the server may be silent for hours: TCP keep-alive then finds a dead one, and reading
+                pauses while 64 KiB are unread instead of 256 KiB.
+        """
+        self._streams = streams
+        self._max_waiting_bytes = _STREAM_BYTES if streams else _MAX_WAITING_BYTES
         self._transport: asyncio.Transport
         self._loop = asyncio.get_running_loop()
         self._received: deque[bytes] = deque()
@@ -107,7 +107,7 @@ class NetworkStream(asyncio.Protocol):
             await _in_time(self._read_again, timeout_s, ReadTimeout)
         if self._received:
             piece = self._received.popleft()
-            if self._waiting_bytes >= self.max_waiting_bytes > self._waiting_bytes - len(piece) and not self._ended:
+            if self._waiting_bytes >= self._max_waiting_bytes > self._waiting_bytes - len(piece) and not self._ended:
                 self._transport.resume_reading()
             self._waiting_bytes -= len(piece)
             return piece
@@ -145,6 +145,8 @@ class NetworkStream(asyncio.Protocol):
 
     def abort(self) -> None:
         """Close the connection and drop unsent bytes."""
+        # A read that is still waiting must not take this for the server's end.
+        self._error = self._error or ConnectionAbortedError("the connection was closed")
         if not self._lost:  # asyncio's abort fails after asyncio has closed the connection itself
             self._transport.abort()
 
@@ -179,14 +181,15 @@ class NetworkStream(asyncio.Protocol):
             if secured is None:  # asyncio returns None if the connection was closed meanwhile
                 raise ConnectionResetError(self._end)
         except BaseException as error:
+            end = self._end
             self.abort()
             if isinstance(error, TimeoutError):
                 raise ConnectTimeout(str(error)) from error
             if isinstance(error, OSError):
-                raise ConnectError(connect_reason(error) or self._end) from error
+                raise ConnectError(connect_reason(error) or end) from error
             raise
         self._transport = secured
-        if self.max_waiting_bytes < _MAX_WAITING_BYTES:
+        if self._streams:
             _shrink_tls_buffer(secured)
 
     @property
@@ -214,11 +217,15 @@ class NetworkStream(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio."""
         self._transport = cast("asyncio.Transport", transport)
+        if self._streams:
+            # A connection that is already broken has no options, and reports its error to `read`.
+            with suppress(OSError):
+                _set_stream_options(transport.get_extra_info("socket"))
 
     def data_received(self, data: bytes) -> None:
         """See asyncio."""
         self._received.append(data)
-        if self._waiting_bytes < self.max_waiting_bytes <= self._waiting_bytes + len(data):
+        if self._waiting_bytes < self._max_waiting_bytes <= self._waiting_bytes + len(data):
             self._transport.pause_reading()
         self._waiting_bytes += len(data)
         _wake(self._read_again)
@@ -244,6 +251,16 @@ class NetworkStream(asyncio.Protocol):
         """See asyncio."""
         self._is_full = False
         _wake(self._write_again)
+
+
+def _set_stream_options(connected: socket.socket) -> None:
+    if connected.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _STREAM_BYTES)
+    for name, value in _KEEP_ALIVE_OPTIONS:
+        if (option := getattr(socket, name, None)) is not None:
+            connected.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _shrink_tls_buffer(transport: Any) -> None:
@@ -291,7 +308,7 @@ def connect_reason(error: OSError) -> str:
     return text[:1].lower() + text[1:]
 
 
-async def _connect(host: str, port: int) -> NetworkStream:
+async def _connect(host: str, port: int, make_stream: Callable[[], NetworkStream]) -> NetworkStream:
     """Connect to the first address that answers: one by one, alternating between families (RFC 8305).
 
     asyncio's own implementation leaves a socket open if it is cancelled just when the socket is connected.
@@ -303,7 +320,7 @@ async def _connect(host: str, port: int) -> NetworkStream:
     try:
         while left or running:
             if left:
-                attempt = loop.create_task(loop.create_connection(NetworkStream, left.pop(0), port))
+                attempt = loop.create_task(loop.create_connection(make_stream, left.pop(0), port))
                 attempts.append(attempt)
                 running.add(attempt)
             done, running = await asyncio.wait(

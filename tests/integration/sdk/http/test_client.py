@@ -6,11 +6,13 @@ import asyncio
 import base64
 import gzip
 import itertools
+import socket
 import ssl
 import tracemalloc
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -131,8 +133,12 @@ def test_user_and_password_of_the_url_are_sent() -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["ftp://h", "http://", "http://a..b", "http://[::1", "http://h:x", f"http://{'a' * 64}"]
-)
+    "url",
+    [
+        "ftp://h", "http://", "http://a..b", "http://[::1", "http://h:x", f"http://{'a' * 64}",
+        f"http://{'.'.join(['a' * 60] * 5)}", "http://a\0b",
+    ],
+)  # fmt: skip
 def test_url_that_is_none(url: str) -> None:
     """Names the key that it is from."""
     with pytest.raises(ConfigError, match="is not a usable URL") as caught:
@@ -186,11 +192,17 @@ def test_damaged_compression(packed: bytes) -> None:
     asked(lambda head: ok(packed, b"Content-Encoding: gzip"), use)
 
 
-@pytest.mark.parametrize("encoding", [b"gzip", b"deflate", b"identity"])
-def test_compression(encoding: bytes) -> None:
-    """The text comes out, whatever of it was asked for."""
+def two_members(text: bytes) -> bytes:
+    return gzip.compress(text[:7]) + gzip.compress(text[7:])
+
+
+@pytest.mark.parametrize(
+    ("encoding", "pack"),
+    [(b"gzip", gzip.compress), (b"gzip", two_members), (b"deflate", zlib.compress), (b"identity", bytes)],
+)
+def test_compression(encoding: bytes, pack: Callable[[bytes], bytes]) -> None:
+    """The text comes out, whatever of it was asked for; also that of files which were packed one after the other."""
     text = b"line\n" * 100_000
-    pack = {b"gzip": gzip.compress, b"deflate": zlib.compress, b"identity": bytes}[encoding]
 
     async def use(client: HttpClient) -> None:
         assert await body_of(await client.send("GET")) == text
@@ -209,6 +221,32 @@ def test_body_that_breaks_off() -> None:
         return b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\nnonsense\r\n"
 
     asked(short, use)
+
+
+@pytest.mark.parametrize("first", [ok(), b"HTTP/1.1 204 No Content\r\n\r\n"])
+def test_what_comes_after_an_answer_is_no_answer_to_the_next_request(first: bytes) -> None:
+    """A body where there can be none, or a second answer, ends the connection."""
+
+    async def use(client: HttpClient) -> None:
+        for _ in range(2):
+            assert await body_of(await client.send("GET")) == b""
+
+    asked(lambda head: first + ok(b"of another request"), use)
+
+
+def test_a_body_is_read_once_and_not_after_its_reply_was_closed() -> None:
+    """Its connection may have the answer to another request by then."""
+
+    async def use(client: HttpClient) -> None:
+        reply = await client.send("GET")
+        pieces = reply.pieces()
+        assert await anext(pieces) == b"text"
+        assert [piece async for piece in pieces] == [piece async for piece in reply.pieces()] == []
+        await reply.aclose()
+        with pytest.raises(RuntimeError, match="closed"):
+            await anext(reply.pieces())
+
+    asked(lambda head: ok(b"text"), use)
 
 
 @asynccontextmanager
@@ -246,6 +284,49 @@ def test_connections_are_kept_and_given_up() -> None:
             hasty = client_of(url, keep_alive_s=0.0)
             assert [await body_of(await hasty.send("GET")) for _ in range(2)] == [b"6", b"7"]
             await hasty.aclose()
+
+    asyncio.run(main())
+
+
+def test_closing_the_client_ends_its_requests_and_leaves_no_connection() -> None:
+    """A body without a length is then incomplete, and a connection that was being made is not kept."""
+
+    async def main() -> None:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\n\r\npart")
+            await reader.read()
+
+        async with talking(serve) as address:
+            client = client_of(f"http://{address}")
+            reply = await client.send("GET")
+            connecting = asyncio.ensure_future(client.send("GET"))
+            await asyncio.sleep(0)
+            await client.aclose()
+            with pytest.raises(BROKEN, match="closed"):
+                await body_of(reply)
+            with pytest.raises(NEVER_SENT, match="closed"):
+                await connecting
+
+    asyncio.run(main())
+
+
+def test_closing_that_is_cancelled_leaves_no_connection() -> None:
+    """As when an agent has no more time for its end."""
+
+    async def main() -> None:
+        async with counting() as url:
+            client = client_of(url, max_idle=3)
+            replies = [await client.send("GET") for _ in range(3)]
+            streams = [reply._connection.stream for reply in replies]
+            assert [await body_of(reply) for reply in replies] == [b"0", b"1", b"2"]
+            closing = asyncio.ensure_future(client.aclose())
+            await asyncio.sleep(0)
+            closing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await closing
+            await asyncio.sleep(0)
+            assert all(stream.get_extra_info("socket").fileno() < 0 for stream in streams)
 
     asyncio.run(main())
 
@@ -317,8 +398,9 @@ def test_a_silent_server_and_a_request_that_is_not_http() -> None:
             client = client_of(f"http://{address}", timeout_s=0.1)
             with pytest.raises(TOO_SLOW):
                 await client.send("GET")
-            with pytest.raises(FAULTY):
-                await client.send("GET", headers={"X": "two\nlines"})
+            with pytest.raises(FAULTY, match="header X-Key") as caught:
+                await client.send("GET", headers={"X-Key": "two\nlines"})
+            assert "lines" not in str(caught.value)
             await client.aclose()
 
     asyncio.run(main())
@@ -367,6 +449,29 @@ def test_a_proxy_is_used_where_the_environment_names_one(monkeypatch: pytest.Mon
     (head,) = asyncio.run(main())
     assert head.startswith(b"GET http://jobs.test/base/x HTTP/1.1\r\n")
     assert base64.b64encode(b"me:secret") in head
+
+
+def test_a_unix_socket_needs_no_proxy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its server gets a path, and not the proxy's credentials."""
+
+    async def main() -> bytes:
+        heads: list[bytes] = []
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            heads.append(await reader.readuntil(b"\r\n\r\n"))
+            writer.write(ok())
+            writer.close()
+
+        monkeypatch.setenv("http_proxy", "http://me:secret@127.0.0.1:1")
+        async with await asyncio.start_unix_server(serve, tmp_path / "s"):
+            client = client_of("http://jobs.test/base", socket=tmp_path / "s", streams=True)
+            await body_of(await client.send("GET"))
+            await client.aclose()
+        return heads[0]
+
+    head = asyncio.run(main())
+    assert head.startswith(b"GET /base HTTP/1.1\r\n")
+    assert b"Proxy-Authorization" not in head
 
 
 @pytest.mark.parametrize(
@@ -468,6 +573,60 @@ def test_tls_reaches_the_server_through_a_tunnel(monkeypatch: pytest.MonkeyPatch
 
     asyncio.run(main())
     assert seen == ["jobs.test:443"]
+
+
+@pytest.mark.parametrize("scheme", ["", "http", "socks5"])
+def test_a_silent_connection_is_watched_by_the_system(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    """Directly and through a proxy: nothing else finds out that the other side has died."""
+
+    async def main() -> None:
+        async with server(lambda head: ok(b"by proxy")) as address:
+            port = int(address.partition(":")[2])
+            async with talking(lambda *ends: relaying_proxy(*ends, port, [])) as socks:
+                monkeypatch.setenv("http_proxy", f"{scheme}://me:secret@{address if scheme == 'http' else socks}")
+                client = client_of("http://jobs.test" if scheme else f"http://{address}", streams=True)
+                reply = await client.send("GET")
+                connected = reply._connection.stream.get_extra_info("socket")
+                assert connected.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                assert connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 15
+                assert await body_of(reply) == b"by proxy"
+                await client.aclose()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (b"", "without sending a response"),
+        (b"nonsense\r\n\r\n", "illegal status line"),
+        (b"HTTP/1.1 200 OK\r\n\r\nearly", "sent data before the server could"),
+        (b"HTTP/1.1 407 Login\r\n\r\n", "407 Login"),
+        (None, "^$"),
+    ],
+)
+def test_an_http_proxy_that_does_not_connect(
+    monkeypatch: pytest.MonkeyPatch, answer: bytes | None, reason: str
+) -> None:
+    """The request never arrived, so it may be sent again."""
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        if answer is not None:
+            writer.write(answer)
+            writer.write_eof()
+        await reader.read()
+
+    async def main() -> None:
+        async with talking(refuse) as address:
+            monkeypatch.setenv("https_proxy", f"http://me:secret@{address}")
+            client = client_of("https://jobs.test", timeout_s=5.0 if answer is not None else 0.1)
+            assert "secret" not in repr(client._proxy)
+            with pytest.raises(NEVER_SENT, match=reason):
+                await client.send("POST")
+            await client.aclose()
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize(

@@ -379,6 +379,22 @@ def test_an_end_is_seen_before_the_loop_tells_of_it() -> None:
     asyncio.run(main())
 
 
+def test_a_connection_that_broke_at_once_has_no_options() -> None:
+    """A forwarded port without a target resets what it has just accepted; that is an error of the first read."""
+
+    async def main() -> None:
+        async with connected(silence) as stream:
+            transport = stream._transport
+            await stream.aclose()
+            late = NetworkStream(streams=True)
+            late.connection_made(transport)
+            late.connection_lost(ConnectionResetError("reset"))
+            with pytest.raises(ReadError, match="reset"):
+                await late.read()
+
+    asyncio.run(main())
+
+
 def test_a_link_local_address_keeps_its_interface() -> None:
     """Without the interface such an address cannot be reached."""
 
