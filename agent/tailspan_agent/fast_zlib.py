@@ -6,10 +6,8 @@ ISA-L's gzip is smaller than zlib's level 1 at a sixth of its cost, and its crc3
 
 from __future__ import annotations
 
-try:
-    from isal.isal_zlib import compress, crc32
-except ImportError:
-    from zlib import compress, crc32
+from functools import cache
+from types import ModuleType
 
 __all__ = ["crc32", "gzip"]
 
@@ -19,6 +17,25 @@ _LEVEL = 1
 _GZIP_WBITS = 31
 
 
+@cache
+def _library() -> ModuleType:
+    """Load the library when there is something to do for it: it takes 0.4 MiB."""
+    try:
+        from isal import isal_zlib
+    except ImportError:
+        import zlib
+
+        return zlib
+    return isal_zlib
+
+
 def gzip(payload: bytes) -> bytes:
     """Return a payload as gzip, always the same bytes for the same payload. It releases the GIL."""
-    return compress(payload, _LEVEL, wbits=_GZIP_WBITS)
+    packed: bytes = _library().compress(payload, _LEVEL, wbits=_GZIP_WBITS)
+    return packed
+
+
+def crc32(data: bytes, value: int = 0) -> int:
+    """Return the checksum of the bytes behind those of a value; see zlib."""
+    checksum: int = _library().crc32(data, value)
+    return checksum
