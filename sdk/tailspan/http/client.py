@@ -7,7 +7,6 @@ costs more than the request itself (``python -m tests.bench --only W1,W5``), and
 from __future__ import annotations
 
 import os
-import ssl
 import zlib
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing
@@ -25,6 +24,8 @@ from tailspan.http.proxy import ascii_host, basic, proxy_of
 from tailspan.http.stream import NetworkStream, connect_tcp, connect_unix
 
 if TYPE_CHECKING:
+    import ssl
+
     import h11
 
 __all__ = ["BROKEN", "FAULTY", "NEVER_SENT", "TOO_SLOW", "HttpClient", "Reply", "user_agent"]
@@ -32,8 +33,7 @@ __all__ = ["BROKEN", "FAULTY", "NEVER_SENT", "TOO_SLOW", "HttpClient", "Reply", 
 NEVER_SENT = (ConnectError, ConnectTimeout, ProxyError)
 """Errors of a request that cannot have reached the server."""
 
-# A server reports a missing client certificate while its answer is read.
-BROKEN = (HttpError, ssl.SSLError)
+BROKEN = (HttpError,)
 """All errors of a request without a complete answer."""
 
 TOO_SLOW = TooSlow
@@ -112,7 +112,7 @@ class Reply:
 
 
 class HttpClient:
-    """Sends requests to the origin of one URL, through a proxy if the environment names one, as httpx does.
+    """Sends requests to the origin of one URL, through a proxy if the environment names one.
 
     Nothing is sent before the first request. The client belongs to the event loop of that request.
     """
@@ -150,7 +150,7 @@ class HttpClient:
                 finds a dead server, and little is read ahead of the caller.
 
         Raises:
-            ConfigError: The URL, or the proxy that the environment names, is not usable.
+            ConfigError: The URL, the server's name, or the proxy that the environment names is not usable.
         """
         try:
             parts = urlsplit(url)
@@ -159,6 +159,10 @@ class HttpClient:
             host = ""
         if not host or parts.scheme not in _DEFAULT_PORTS:
             raise ConfigError(f"{key}: {url.rpartition('@')[2]} is not a usable URL", key=key)
+        try:
+            self._server_name = ascii_host(server_name or host)
+        except ValueError:
+            raise ConfigError(f"{key}: {server_name!r} cannot be the name in a certificate", key=key) from None
         self._path = parts.path
         self._query = parts.query
         self._timeout_s = timeout_s
@@ -166,7 +170,6 @@ class HttpClient:
         self._socket = socket
         self._host, self._port = host, port or _DEFAULT_PORTS[parts.scheme]
         self._tls = (tls or default_tls()) if parts.scheme == "https" else None
-        self._server_name = server_name or host
         named = host_port(host, None if port == _DEFAULT_PORTS[parts.scheme] else port)
         own = {"Host": named, "User-Agent": user_agent(), "Accept": "*/*", "Accept-Encoding": "gzip"}
         self._headers = _encoded(own)

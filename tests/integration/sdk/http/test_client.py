@@ -146,6 +146,13 @@ def test_url_that_is_none(url: str) -> None:
     assert caught.value.key == KEY
 
 
+@pytest.mark.parametrize("name", [".x", "a..b", "x" * 64, "a\0b"])
+def test_name_in_a_certificate_that_is_none(name: str) -> None:
+    """ssl's own errors are not those of a connection, and name no key."""
+    with pytest.raises(ConfigError, match=f"^{KEY}: .* name in a certificate"):
+        client_of("http://jobs.test", server_name=name)
+
+
 def test_headers_of_one_name_are_joined_and_the_status_is_told() -> None:
     """By lower-case name, as what reads them expects."""
 
