@@ -11,7 +11,16 @@ from pathlib import Path
 from tailspan.errors import ProtocolError
 from tailspan.local.index import ENTRY_BYTES, HEADER, HEADER_BYTES, NOTHING, Entry, unpack_entry
 
-__all__ = ["NO_DIRECTORY", "IndexFile", "data_end", "data_start", "open_directory", "open_file", "read_at"]
+__all__ = [
+    "NO_DIRECTORY",
+    "IndexFile",
+    "data_end",
+    "data_start",
+    "open_directory",
+    "open_file",
+    "open_sized",
+    "read_at",
+]
 
 NO_DIRECTORY = -1
 """Instead of the descriptor of a directory that is gone, or that is a link."""
@@ -60,10 +69,10 @@ def open_file(path: Path | str, dir_fd: int | None = None) -> int | None:
         path: The file; with ``dir_fd`` its name.
         dir_fd: From `open_directory`; `NO_DIRECTORY` has no files.
     """
-    return _open_sized(path, dir_fd)[0]
+    return open_sized(path, dir_fd)[0]
 
 
-def _open_sized(path: Path | str, dir_fd: int | None) -> tuple[int | None, int]:
+def open_sized(path: Path | str, dir_fd: int | None) -> tuple[int | None, int]:
     """Return what `open_file` does, and the size of the file in bytes."""
     if dir_fd == NO_DIRECTORY:
         return None, 0
@@ -137,7 +146,7 @@ class IndexFile:
             ProtocolError: It was written by a newer version.
         """
         self._path = path
-        self._fd, size = _open_sized(path if dir_fd is None else os.path.basename(path), dir_fd)
+        self._fd, size = open_sized(path if dir_fd is None else os.path.basename(path), dir_fd)
         try:
             # A short index, as most jobs have, takes one read.
             start = read_at(self._fd, 0, size if size <= _START_BYTES else HEADER_BYTES)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from tailspan._times import time_of
 from tailspan.errors import ConfigError, JobNotFoundError, ProtocolError, ServiceUnavailableError
-from tailspan.local.index_file import open_directory, open_file, read_at
+from tailspan.local.index_file import open_directory, open_file, open_sized, read_at
 from tailspan.local.state_dir import WRITE_LOCKED, StateDir, is_write_locked, new_job_id
 from tailspan.models import JobState
 
@@ -33,7 +33,6 @@ _FUTURE_S = 86400.0
 # A command has at most 2 MiB with 10 bytes for each argument (Linux), and JSON escapes take six bytes.
 _MAX_JSON_BYTES = 16 << 20
 _MAX_STATE_BYTES = 1 << 20
-_USUAL_BYTES = 8192
 _MAX_JSON_ITEMS = 250_000
 _MARK = struct.Struct("=6Q")
 _UINT64_MAX = (1 << 64) - 1
@@ -387,16 +386,13 @@ def _read_state(dir_fd: int) -> tuple[Mapping[str, Any], bool]:
 
 def _read_json(name: str, dir_fd: int, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any] | None:
     """Return what is usable of a file's object; None when it is missing, damaged by a power failure, or too large."""
-    fd = open_file(name, dir_fd)
+    fd, size = open_sized(name, dir_fd)
     if fd is None:
         return None
     try:
-        text = os.pread(fd, _USUAL_BYTES, 0)
-        if len(text) == _USUAL_BYTES:
-            size = os.fstat(fd).st_size
-            if size > max_bytes:
-                return None
-            text = read_at(fd, 0, size)
+        if size > max_bytes:
+            return None
+        text = read_at(fd, 0, size)
         # An item may need a hundred bytes of memory.
         if len(text) > _MAX_JSON_ITEMS and sum(map(text.count, (b",", b"[", b"{"))) > _MAX_JSON_ITEMS:
             return None
