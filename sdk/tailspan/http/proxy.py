@@ -7,7 +7,7 @@ import ipaddress
 import os
 import sys
 from typing import NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from tailspan._net import default_tls, host_port, is_loopback
 from tailspan._secrets import add_secret
@@ -55,6 +55,12 @@ class Proxy(NamedTuple):
     def headers(self) -> list[Header]:
         """Sent with each request to the proxy itself, or through it without a tunnel."""
         return [] if self.login is None else [(b"Proxy-Authorization", basic(*self.login))]
+
+    @property
+    def url(self) -> str:
+        """With its login."""
+        login = "" if self.login is None else ":".join(quote(part, safe="") for part in self.login) + "@"
+        return f"{self.scheme}://{login}{host_port(self.host, self.port)}"
 
     def __repr__(self) -> str:
         return f"<proxy {self.scheme}://{host_port(self.host, self.port)}>"

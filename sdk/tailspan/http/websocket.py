@@ -15,15 +15,17 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.typing import Subprotocol
 
-from tailspan._net import is_loopback
+from tailspan._net import host_port
+from tailspan.errors import ConfigError
 from tailspan.http.client import user_agent
+from tailspan.http.proxy import ascii_host, proxy_of
 
 __all__ = ["WebSocket", "WebSocketError"]
 
 _MAX_MESSAGE_BYTES = 4 << 20
 _PING_S = 20.0
 _NORMAL = 1000
-_FAULTS = (WebSocketException, OSError, TimeoutError, ImportError, ValueError)
+_FAULTS = (WebSocketException, ConfigError, OSError, TimeoutError, ImportError, ValueError)
 
 
 class WebSocketError(Exception):
@@ -62,7 +64,7 @@ class WebSocket:
         timeout_s: float,
         tls: ssl.SSLContext | None = None,
     ) -> WebSocket:
-        """Connect, through a proxy if the environment names one; never to this machine.
+        """Connect, through a proxy if the environment names one for HTTP to this host.
 
         Args:
             url: A ws or wss URL.
@@ -87,7 +89,7 @@ class WebSocket:
                 max_size=max_bytes,
                 ping_interval=_PING_S if pings else None,
                 open_timeout=timeout_s,
-                proxy=None if is_loopback(urlsplit(url).hostname or "") else True,
+                proxy=_proxy_url(url),
                 ssl=tls,
             )
         except InvalidStatus as error:
@@ -140,6 +142,15 @@ class WebSocket:
     def close(self) -> None:
         """End the connection without a farewell."""
         cast("Any", self._connection.transport).abort()
+
+
+def _proxy_url(url: str) -> str | None:
+    # The package's own search has other rules, and its errors show the proxy's password.
+    parts = urlsplit(url)
+    scheme, port = ("https", 443) if parts.scheme == "wss" else ("http", 80)
+    host = ascii_host(parts.hostname or "")
+    proxy = proxy_of(scheme, host_port(host, parts.port or port), host)
+    return None if proxy is None else proxy.url
 
 
 def _closed(error: ConnectionClosed) -> WebSocketError:
