@@ -75,9 +75,10 @@ class Proxy(NamedTuple):
         Raises:
             HttpError: There is no connection.
         """
+        tls = default_tls() if self.scheme == "https" else None
         stream = await connect_tcp(self.host, self.port, timeout_s, streams=streams)
-        if self.scheme == "https":
-            await stream.start_tls(default_tls(), self.host, timeout_s)
+        if tls is not None:
+            await stream.start_tls(tls, self.host, timeout_s)
         return stream
 
     async def tunnel(self, host: str, port: int, timeout_s: float, *, streams: bool) -> NetworkStream:

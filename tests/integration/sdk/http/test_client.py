@@ -636,6 +636,30 @@ def test_an_http_proxy_that_does_not_connect(
     asyncio.run(main())
 
 
+def test_a_proxy_whose_authorities_cannot_be_used_is_not_connected_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No connection is left open by an error of the configuration."""
+    connections = 0
+
+    async def count(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+
+    async def main() -> None:
+        async with talking(count) as address:
+            monkeypatch.setenv("http_proxy", f"https://{address}")
+            monkeypatch.setenv("SSL_CERT_FILE", "/nowhere")
+            client = client_of("http://jobs.test")
+            with pytest.raises(ConfigError, match="SSL_CERT_FILE"):
+                await client.send("GET")
+            monkeypatch.delenv("http_proxy")
+            after = client_of(f"http://{address}")
+            with pytest.raises(BROKEN):
+                await after.send("GET")
+
+    asyncio.run(main())
+    assert connections == 1
+
+
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
