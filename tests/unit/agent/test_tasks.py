@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tailspan_agent.tasks import Flag, Signal
+from tailspan_agent.tasks import Flag, Patience, Signal
 
 pytestmark = pytest.mark.anyio
 
@@ -62,3 +62,23 @@ async def test_a_signal_wakes_the_tasks_for_which_something_holds_now() -> None:
             await asyncio.sleep(0)
     await asyncio.wait_for(asyncio.wait(tasks), 10)
     assert (order, room, signal._waiters) == ([0, 2, 3], [0], [])
+
+
+async def test_waits_end_after_their_time_in_their_order() -> None:
+    """They share a timer; a wait that its flag has ended is not held until then."""
+    patience, ended = Patience(0.02), []
+
+    async def wait(name: str, flag: Flag) -> None:
+        await flag.wait(patience)
+        ended.append(name)
+
+    never, soon = Flag(), Flag()
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(wait("first", never))
+        tasks.create_task(wait("set", soon))
+        tasks.create_task(wait("second", never))
+        await asyncio.sleep(0)
+        soon.set()
+    assert ended == ["set", "first", "second"]
+    # The timer has ended with the last wait; a later one starts it again.
+    await asyncio.wait_for(Flag().wait(patience), 10)
