@@ -68,11 +68,11 @@ class MetricsPush:
         """Seconds between two exports, after what the last one cost."""
         if self._given_interval_s is not None:
             return self._given_interval_s
-        return min(max(_EXPORT_INTERVAL_S, self._reader.cost_s / _SHARE_OF_A_CORE), _LONGEST_INTERVAL_S)
+        return min(self._at_least(_EXPORT_INTERVAL_S), _LONGEST_INTERVAL_S)
 
-    @property
-    def _run_gap_s(self) -> float:
-        return min(max(_RUN_GAP_S, self._reader.cost_s / _SHARE_OF_A_CORE), self.interval_s)
+    def _at_least(self, interval_s: float) -> float:
+        """Return an interval, or a longer one after which another export costs no more than it may."""
+        return max(interval_s, self._reader.cost_s / _SHARE_OF_A_CORE)
 
     def replace_exporter(self, exporter: Exporter) -> None:
         """Use another exporter from the next export on."""
@@ -125,7 +125,7 @@ class MetricsPush:
             await _any_set(stop, changes, timeout_s=exported_s + self.interval_s - clock_s())
             if changes.is_set() and self._problem is None:
                 # The linger lets a burst of runs, and a run's first lines, go with one export.
-                next_s = max(clock_s() + _RUN_LINGER_S, exported_s + self._run_gap_s)
+                next_s = max(clock_s() + _RUN_LINGER_S, exported_s + min(self._at_least(_RUN_GAP_S), self.interval_s))
                 await _any_set(stop, timeout_s=next_s - clock_s())
             else:
                 await _any_set(stop, timeout_s=exported_s + self.interval_s - clock_s())

@@ -328,11 +328,11 @@ class JobDiscovery:
 
     async def _discover(self, full: bool) -> None:
         """Read the list, newest first, as far as it may have changes; a full scan as far as `lookback` reaches."""
-        running = {job_id for job_id, tailer in self.tailers.items() if not tailer.expects_late_lines}
-        unseen = running - self._unlisted if full or not self._source.polls_are_free else set()
         self._context.health.polled(self.name)
         if not full and self._reported and await self._apply_reported():
             return
+        running = {job_id for job_id, tailer in self.tailers.items() if not tailer.expects_late_lines}
+        unseen = running - self._unlisted if full or not self._source.polls_are_free else set()
         listing = self._source.list_jobs(self._has_row)
         async with aclosing(listing):
             async for rows in listing:

@@ -50,6 +50,7 @@ class Source:
         self._noted: set[str] = set()
         self._task_service = service if isinstance(service, TaskService) else None
         self._merging = service if isinstance(service, MergingService) else None
+        self._notifying = service if isinstance(service, ChangeFeedService) else None
         self._reads = (
             ReadLimit(math.inf, _FREE_READS_PER_QUEUE) if self.polls_are_free else ReadLimit(_READS, _READS_PER_QUEUE)
         )
@@ -96,9 +97,7 @@ class Source:
             job_ids: The jobs.
             is_known: As for `list_jobs`.
         """
-        if not isinstance(self.service, ChangeFeedService):
-            return None
-        rows = await self.service.rows(job_ids)
+        rows = None if self._notifying is None else await self._notifying.rows(job_ids)
         return None if rows is None else _bounded_rows(rows, is_known)
 
     async def list_tasks(self, job_id: str) -> list[TaskRun] | None:
